@@ -1,0 +1,30 @@
+// Two families of checks: CHECK_ARGUMENT for what a caller can get wrong (ValueError in Python), CHECK_INVARIANT for
+// what only a bug in this folder can break (RuntimeError). Both stay on in release builds.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace internvl_rt {
+
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+}  // namespace internvl_rt
+
+#define CHECK_ARGUMENT(condition, ...)                                            \
+  do {                                                                            \
+    if (!(condition)) [[unlikely]]                                                \
+      throw std::invalid_argument(::internvl_rt::concat(__VA_ARGS__));            \
+  } while (false)
+
+#define CHECK_INVARIANT(condition, ...)                                           \
+  do {                                                                            \
+    if (!(condition)) [[unlikely]]                                                \
+      throw std::runtime_error(::internvl_rt::concat("broken invariant: ", __VA_ARGS__)); \
+  } while (false)

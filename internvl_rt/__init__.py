@@ -1,0 +1,50 @@
+"""internvl_rt runs the InternVL3 vision-language family from the official weights.
+
+    from internvl_rt import Engine, SamplingParams
+
+    engine = Engine.from_pretrained("OpenGVLab/InternVL3-1B")
+    reply = engine.chat([{"role": "user", "content": [{"type": "image", "image": "page.png"},
+                                                      {"type": "text", "text": "What is the total?"}]}])
+
+The names below load on first use, so that `import internvl_rt` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from internvl_rt.engine import Engine
+    from internvl_rt.errors import CheckpointError, ConfigError, InternVLError, MediaError, RequestError
+    from internvl_rt.reply import Piece, Reply, Timings, Usage
+    from internvl_rt.sequence import SamplingParams
+
+_HOMES = {
+    "Engine": "engine",
+    "SamplingParams": "sequence",
+    **dict.fromkeys(("Piece", "Reply", "Timings", "Usage"), "reply"),
+    **dict.fromkeys(("CheckpointError", "ConfigError", "InternVLError", "MediaError", "RequestError"), "errors"),
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "InternVLError",
+    "MediaError",
+    "Piece",
+    "Reply",
+    "RequestError",
+    "SamplingParams",
+    "Timings",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'internvl_rt' has no attribute {name!r}")
+    return getattr(import_module(f"internvl_rt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,25 @@
+"""The errors a user can cause; everything else that escapes the package is a bug.
+
+Each message says what was wrong, what was expected, what was given and what to do, in one line.
+All of them are `ValueError`s, so a caller that does not care which one it is catches that.
+"""
+
+
+class InternVLError(Exception):
+    """Base of every error that internvl_rt raises on purpose."""
+
+
+class ConfigError(InternVLError, ValueError):
+    """A config.json holds a missing, unknown or unsupported value."""
+
+
+class CheckpointError(InternVLError, ValueError):
+    """A checkpoint's files are missing, truncated, inconsistent or incomplete."""
+
+
+class MediaError(InternVLError, ValueError):
+    """A picture or a video cannot be read, or is larger than the limits allow."""
+
+
+class RequestError(InternVLError, ValueError):
+    """A request's messages or parameters are invalid, or do not fit the engine."""

@@ -1,0 +1,139 @@
+"""The whole model as one value: configuration, weights, operations; and the two passes over them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt.config import DecoderConfig, ModelConfig, VisionConfig
+from internvl_rt.kv_cache import LayerCache
+from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_decoder
+from internvl_rt.model.projector import ProjectorWeights, project_tiles
+from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
+from internvl_rt.ops import Linear, Norm, Ops
+from internvl_rt.step import StepInputs
+
+PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    vision: VisionWeights
+    projector: ProjectorWeights
+    decoder: DecoderWeights
+
+
+class InternVL:
+    """A model ready to run: frozen weights, one table of operations."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+        self.config, self.weights, self.ops = config, weights, ops
+        self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.decoder.embedding_VD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.decoder.embedding_VD.dtype
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """Visual tokens [I, M, D] of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
+        x_IUE = encode_tiles(self.ops, self.config.vision, self.weights.vision, tiles)
+        return project_tiles(self.ops, self.weights.projector, x_IUE, self.config.downsample, self.config.unshuffle)
+
+    def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
+        """Logits [R, V] of one step: prefill chunks and decodes together."""
+        x_TD = self.weights.decoder.embedding_VD[step.token_id_T]
+        if step.visual_XD is not None:
+            self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
+        return run_decoder(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
+
+
+def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
+    """Uninitialised parameters of the configuration's shapes; `device="meta"` takes no memory."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def linear(num_outputs: int, num_inputs: int, bias: bool) -> Linear:
+        return Linear(empty(num_outputs, num_inputs), empty(num_outputs) if bias else None)
+
+    def norm(width: int, eps: float, bias: bool) -> Norm:
+        return Norm(empty(width), empty(width) if bias else None, eps)
+
+    def vision_layer(c: VisionConfig) -> VisionLayer:
+        width, layer_norm = c.hidden_size, c.norm == "layer_norm"
+        return VisionLayer(
+            norm1=norm(width, c.norm_eps, layer_norm),
+            qkv=linear(3 * width, width, c.qkv_bias),
+            q_norm=norm(width, c.norm_eps, bias=False) if c.qk_norm else None,
+            k_norm=norm(width, c.norm_eps, bias=False) if c.qk_norm else None,
+            proj=linear(width, width, bias=True),
+            scale1_E=empty(width),
+            norm2=norm(width, c.norm_eps, layer_norm),
+            fc1=linear(c.intermediate_size, width, bias=True),
+            fc2=linear(width, c.intermediate_size, bias=True),
+            scale2_E=empty(width),
+        )
+
+    def decoder_layer(c: DecoderConfig) -> DecoderLayer:
+        width, head = c.hidden_size, c.head_dim
+        return DecoderLayer(
+            norm1=norm(width, c.norm_eps, bias=False),
+            qkv=linear((c.num_heads + 2 * c.num_kv_heads) * head, width, c.qkv_bias),
+            q_norm=norm(head, c.norm_eps, bias=False) if c.qk_norm else None,
+            k_norm=norm(head, c.norm_eps, bias=False) if c.qk_norm else None,
+            o=linear(width, c.num_heads * head, bias=False),
+            norm2=norm(width, c.norm_eps, bias=False),
+            gate_up=linear(2 * c.intermediate_size, width, bias=False),
+            down=linear(width, c.intermediate_size, bias=False),
+        )
+
+    v, d = config.vision, config.decoder
+    merged = v.hidden_size * config.downsample**2
+    embedding_VD = empty(d.vocab_size, d.hidden_size)
+    return ModelWeights(
+        vision=VisionWeights(
+            class_E=empty(v.hidden_size),
+            position_UE=empty(1 + v.num_patches, v.hidden_size),
+            patch=linear(v.hidden_size, 3 * v.patch_size**2, bias=True),
+            layers=tuple(vision_layer(v) for _ in range(v.num_layers)),
+        ),
+        projector=ProjectorWeights(
+            norm=norm(merged, PROJECTOR_NORM_EPS, bias=True),
+            fc1=linear(d.hidden_size, merged, bias=True),
+            fc2=linear(d.hidden_size, d.hidden_size, bias=True),
+        ),
+        decoder=DecoderWeights(
+            embedding_VD=embedding_VD,
+            layers=tuple(decoder_layer(d) for _ in range(d.num_layers)),
+            norm=norm(d.hidden_size, d.norm_eps, bias=False),
+            lm_head=Linear(embedding_VD if d.tie_embeddings else empty(d.vocab_size, d.hidden_size), None),
+        ),
+    )
+
+
+def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
+    """Every parameter by its dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
+
+    def walk(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                yield from walk(f"{path}.{index}", item)
+        elif is_dataclass(value):
+            for field in fields(value):
+                yield from walk(f"{path}.{field.name}" if path else field.name, getattr(value, field.name))
+
+    parameters: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, tensor in walk("", weights):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            parameters[path] = tensor
+    return parameters

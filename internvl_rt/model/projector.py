@@ -1,0 +1,23 @@
+"""The projector: patch features to visual tokens of the decoder's width."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from internvl_rt.ops import Linear, Norm, Ops
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorWeights:
+    norm: Norm
+    fc1: Linear
+    fc2: Linear
+
+
+def project_tiles(
+    ops: Ops, weights: ProjectorWeights, x_IUE: Tensor, factor: int, version: Literal["v1", "v2"]
+) -> Tensor:
+    """Visual tokens [I, M, D] of ViT features [I, U, E]."""
+    y_IMD = ops.unshuffle_norm_linear_gelu(x_IUE, weights.norm, weights.fc1, factor, version)
+    return ops.linear(y_IMD, weights.fc2)

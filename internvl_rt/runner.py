@@ -1,0 +1,59 @@
+"""Runs chunks on the device: encodes the pictures they touch, computes the step, draws the next tokens."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from internvl_rt.kv_cache import KVCache
+from internvl_rt.model.internvl import InternVL
+from internvl_rt.sampler import sample
+from internvl_rt.step import Chunk, build_step
+
+MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture has at most 13 by default
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    tokens: list[tuple[Chunk, int]]  # the chunks that reached their sequence's end, each with its next token
+    vision_s: float
+    decoder_s: float  # decoder and sampling
+
+
+class Runner:
+    def __init__(self, model: InternVL, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """Computes the chunks and advances their sequences' `num_computed`; drawing a token appends nothing."""
+        start_s = time.perf_counter()
+        for chunk in chunks:
+            self._encode_pictures(chunk)
+        self._synchronize()
+        encoded_s = time.perf_counter()
+        step = build_step(chunks, self._cache, self._model.device)
+        logits_RV = self._model.run_step(step, self._cache.layers)
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        token_ids = sample(logits_RV, [chunk.sequence for chunk in sampled]) if sampled else []
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.stop
+        self._synchronize()
+        done_s = time.perf_counter()
+        return StepResult(list(zip(sampled, token_ids, strict=True)), encoded_s - start_s, done_s - encoded_s)
+
+    def _encode_pictures(self, chunk: Chunk) -> None:
+        """A picture is encoded when the first chunk touches it and dropped when a chunk starts behind it."""
+        sequence = chunk.sequence
+        touched = sequence.pictures_within(chunk.start, chunk.stop)
+        for index in [index for index in sequence.visual if index not in touched]:
+            del sequence.visual[index]
+        for index in touched:
+            if index not in sequence.visual:
+                tiles = sequence.pictures[index].tiles.split(MAX_TILES_PER_PASS)
+                visual_IMD = [self._model.encode_tiles(part.to(self._model.device)) for part in tiles]
+                sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
+
+    def _synchronize(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)

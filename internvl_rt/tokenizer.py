@@ -1,0 +1,349 @@
+"""Text to token ids and back.
+
+Checkpoints with a Qwen language model carry a byte-level BPE, run by the `tokenizers` library; those with an InternLM one (the
+9B and its 2.5 neighbours) a sentencepiece model. Both become one `Tokenizer`: two functions from text to ids and one
+table from id to bytes, so that decoding and streaming are the same for both.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+
+from internvl_rt.errors import CheckpointError, RequestError
+
+# Never read from a user's text, whatever the checkpoint's flags say: they end turns and take the place of pictures.
+TEMPLATE_TOKENS = frozenset(
+    ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+    + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+)
+_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token") + (
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# GPT-2's printable alphabet: bytes that print are their own character, the others follow from U+0100 on.
+_BYTE_OF_CHAR = {
+    256 + n: byte for n, byte in enumerate(b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or b >= 174))
+}
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # what "surrogateescape" leaves, one per byte
+
+
+class TextStream:
+    """Text of one growing sequence; the pieces joined are exactly `Tokenizer.decode` of all its ids."""
+
+    __slots__ = ("_at_start", "_decoder", "_pieces", "_skipped", "_token_bytes")
+
+    def __init__(self, token_bytes: Mapping[int, bytes], skipped: Collection[int], *, pieces: bool) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+        self._pieces = pieces
+        self._at_start = pieces
+        # A broken character is one U+FFFD with byte-level BPE, and one for each of its bytes with sentencepiece.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if pieces else "replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; "" while a character is incomplete, for skipped and for unknown ids."""
+        if token_id in self._skipped:
+            return ""
+        data = self._token_bytes.get(token_id, b"")
+        if self._at_start:
+            data, self._at_start = data.removeprefix(b" "), False
+        return self._text(data)
+
+    def flush(self) -> str:
+        """The rest: the bytes of an incomplete character become U+FFFD."""
+        return self._text(b"", final=True)
+
+    def _text(self, data: bytes, *, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        return text.translate(_UNDECODABLE) if self._pieces else text
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A checkpoint's tokenizer. Immutable, so any number of threads may use it at once."""
+
+    prefix_ids: tuple[int, ...]  # what a full prompt starts with: () or the id of <s>
+    find_token_id: Callable[[str], int | None]
+    _encode_plain: Callable[[str], list[int]]
+    _encode_all: Callable[[str], list[int]]
+    _token_bytes: Mapping[int, bytes]
+    _special_ids: frozenset[int]
+    _pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; the model's embedding may have more rows."""
+        return len(self._token_bytes)
+
+    def token_id(self, token: str) -> int:
+        """The id of one token, given as the vocabulary spells it. Raises CheckpointError if there is none."""
+        if (token_id := self.find_token_id(token)) is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {token!r}, which the model needs; "
+                "check that the tokenizer files belong to this checkpoint"
+            )
+        return token_id
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Ids of `text`, without `prefix_ids`.
+
+        With `specials` the special tokens written in `text` are read as such, as the official code does with a rendered
+        prompt. Without, they stay ordinary text; added tokens that are not special, such as <tool_call>, are read as
+        tokens either way. Raises RequestError for text that is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text holds half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}; "
+                "expected valid Unicode, send the whole character"
+            ) from error
+        return self._encode_all(text) if specials else self._encode_plain(text)
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
+        """Text of `ids`; broken UTF-8 becomes U+FFFD, spaces are left as they are."""
+        stream = self.stream(skip_specials=skip_specials)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self, *, skip_specials: bool = True) -> TextStream:
+        """A fresh decoder for a sequence whose ids come one by one."""
+        return TextStream(self._token_bytes, self._special_ids if skip_specials else (), pieces=self._pieces)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads tokenizer.json, else vocab.json with merges.txt, else tokenizer.model (sentencepiece) from `folder`.
+
+    Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
+    if no such file is there, one is malformed, or sentencepiece is needed and not installed.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return _from_library(folder, _read_tokenizer_json(folder / "tokenizer.json"))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _from_library(folder, _read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder)
+    raise CheckpointError(
+        f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
+        "download the missing files from the model's repository"
+    )
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a tokenizer file: {error}; download it again") from error
+
+
+def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
+    """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
+    vocab = _read_json(vocab_path)
+    merges = []
+    for number, line in enumerate(_read_text(merges_path).split("\n"), start=1):
+        pair = tuple(line.split())
+        if not pair or (number == 1 and line.startswith("#version")):
+            continue
+        if len(pair) != 2 or not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
+            raise CheckpointError(
+                f"{merges_path} line {number}: expected two tokens of {vocab_path.name} that join to a third, "
+                f"got {line!r}; download both files again"
+            )
+        merges.append(pair)
+    try:
+        base = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except (TypeError, OverflowError) as error:
+        raise CheckpointError(f"{vocab_path}: expected an object of tokens and ids ({error}); download it again") from error
+    base.normalizer = normalizers.NFC()
+    base.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return base
+
+
+def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
+    declared, listed = _declared_tokens(folder)
+    added = declared | base.get_added_tokens_decoder()
+    special = {token.content for token in added.values() if token.special} | listed
+    everything = _with_added(folder, base, added, special)
+    plain = _with_added(folder, base, added, special | TEMPLATE_TOKENS)
+    plain.encode_special_tokens = True  # special tokens are ordinary text
+    pieces = "ByteFallback" in str(base.decoder)
+    to_bytes = _piece_bytes if pieces else _byte_level_bytes
+    token_bytes = {token_id: to_bytes(token) for token, token_id in base.get_vocab(with_added_tokens=False).items()}
+    token_bytes |= {token_id: token.content.encode() for token_id, token in added.items()}
+    return Tokenizer(
+        prefix_ids=tuple(base.encode("").ids),
+        find_token_id=everything.token_to_id,
+        _encode_plain=lambda text: plain.encode(text).ids,
+        _encode_all=lambda text: everything.encode(text).ids,
+        _token_bytes=token_bytes,
+        _special_ids=frozenset(token_id for token_id, token in added.items() if token.content in special),
+        _pieces=pieces,
+    )
+
+
+def _with_added(
+    folder: Path, base: tokenizers.Tokenizer, added: Mapping[int, AddedToken], special: Collection[str]
+) -> tokenizers.Tokenizer:
+    """A tokenizer that shares the vocabulary of `base` (no second copy) and has its own added tokens."""
+    result = tokenizers.Tokenizer(base.model)
+    result.normalizer = base.normalizer
+    result.pre_tokenizer = base.pre_tokenizer
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    result.add_tokens(
+        [
+            AddedToken(token.content, special=token.content in special, **{flag: getattr(token, flag) for flag in flags})
+            for _, token in sorted(added.items())
+        ]
+    )
+    for token_id, token in added.items():
+        if (actual := result.token_to_id(token.content)) != token_id:
+            raise CheckpointError(
+                f"{folder}: token {token.content!r} is declared with id {token_id}, but comes out as {actual}: expected "
+                "added tokens to follow the vocabulary without gaps; take all tokenizer files from one checkpoint"
+            )
+    return result
+
+
+def _from_sentencepiece(folder: Path) -> Tokenizer:
+    """The slow InternLM2 and InternLM3 tokenizers (remote code of the repositories): text between added tokens is encoded alone."""
+    path = folder / "tokenizer.model"
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} needs sentencepiece, which is not installed; run: pip install 'internvl-rt[internlm]'"
+        ) from error
+    try:
+        model = SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
+
+    declared, listed = _declared_tokens(folder)
+    size = model.get_piece_size()
+    own = [token_id for token_id in (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) if token_id >= 0]
+    added = {model.id_to_piece(token_id): token_id for token_id in own}
+    added |= {token.content: token_id for token_id, token in declared.items()}
+    special = {token.content for token in declared.values() if token.special} | listed | set(map(model.id_to_piece, own))
+    hidden = special | TEMPLATE_TOKENS
+
+    # A special token may stand on an unused piece of the model; that piece's own spelling must not lead to it.
+    spelled = {
+        token_id: _spell(model, model.id_to_piece(token_id))
+        for token, token_id in added.items()
+        if token in hidden and token_id < size
+    }
+
+    def encode_plain(text: str) -> list[int]:
+        return [part for token_id in model.encode(text) for part in spelled.get(token_id, (token_id,))]
+
+    def find_token_id(token: str) -> int | None:
+        token_id = added.get(token, model.piece_to_id(token))
+        return token_id if token in added or model.id_to_piece(token_id) == token else None
+
+    control = model.is_control(list(range(size)))
+    token_bytes = {i: b"" if control[i] else _piece_bytes(model.id_to_piece(i)) for i in range(size)}
+    return Tokenizer(
+        prefix_ids=(model.bos_id(),) if _read_json(folder / "tokenizer_config.json").get("add_bos_token", True) else (),
+        find_token_id=find_token_id,
+        _encode_plain=_splitting({t: i for t, i in added.items() if t not in hidden}, encode_plain),
+        _encode_all=_splitting(added, model.encode),
+        _token_bytes=token_bytes | {token_id: token.encode() for token, token_id in added.items()},
+        _special_ids=frozenset(token_id for token, token_id in added.items() if token in special),
+        _pieces=True,
+    )
+
+
+def _spell(model: "SentencePieceProcessor", piece: str) -> tuple[int, ...]:
+    """`piece` one character a token, by bytes where the vocabulary lacks the character."""
+    ids = []
+    for character in piece:
+        token_id = model.piece_to_id(character)
+        unknown = token_id == model.unk_id()
+        ids += [model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()] if unknown else [token_id]
+    return tuple(ids)
+
+
+def _splitting(added: Mapping[str, int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """Reads the added tokens in a text, longest first, and encodes what lies between them with `encode`."""
+    if not added:
+        return encode
+    pattern = re.compile("(" + "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)) + ")")
+
+    def encode_split(text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(pattern.split(text)):  # text, token, text, token, ..., text
+            ids += [added[part]] if number % 2 else encode(part)
+        return ids
+
+    return encode_split
+
+
+def _declared_tokens(folder: Path) -> tuple[dict[int, AddedToken], set[str]]:
+    """Added tokens by id, and the names of those that count as special beyond their own flag."""
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path)
+    special_map = _read_json(folder / "special_tokens_map.json")
+    listed = {name for table in (config, special_map) for key in _SPECIAL_KEYS for name in _names(table.get(key))}
+    if "added_tokens_decoder" not in config:
+        older = _read_json(folder / "added_tokens.json")
+        return {token_id: AddedToken(token, special=token in listed, normalized=False) for token, token_id in older.items()}, listed
+    try:
+        return {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}, listed
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: added_tokens_decoder is malformed: {error}; download the file again") from error
+
+
+def _names(value: object) -> Iterator[str]:
+    """Token names in a value of tokenizer_config.json: a string, {"content": ...}, or several of these."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _names(value["content"] if "content" in value else list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return token.translate(_BYTE_OF_CHAR).encode("latin-1", "replace")
+
+
+def _piece_bytes(piece: str) -> bytes:
+    if byte := _BYTE_PIECE.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace("▁", " ").encode()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}; download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
+    return value

@@ -1,0 +1,45 @@
+"""Causal attention of a ragged batch over a paged KV cache, chunks and decodes alike.
+
+    o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
+
+t is the query at index p of its sequence: the last `query_len` of `seq_len` tokens are this step's queries, and their
+keys and values are in the cache already. Slots beyond a sequence's length are never read.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def paged_attention_reference(
+    q_THC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    query_start_S1: Tensor,
+    seq_len_S: Tensor,
+) -> Tensor:
+    """Attention output [T, H, C]. The integer tensors are int32; a table row is read only as far as its length."""
+    block_size = k_cache_BGPC.shape[2]
+    out_THC = torch.empty_like(q_THC)
+    starts, lengths = query_start_S1.tolist(), seq_len_S.tolist()
+    for row, seq_len in enumerate(lengths):
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        blocks = block_table_SN[row, : -(-seq_len // block_size)].long()
+        k_GLC, v_GLC = (
+            cache_BGPC[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len] for cache_BGPC in (k_cache_BGPC, v_cache_BGPC)
+        )
+        out_THC[first:last] = _attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC).transpose(0, 1)
+    return out_THC
+
+
+def _attend(q_HLC: Tensor, k_GLC: Tensor, v_GLC: Tensor) -> Tensor:
+    num_queries, seq_len = q_HLC.shape[1], k_GLC.shape[1]
+    whole = num_queries == seq_len
+    mask = None
+    if not whole and num_queries > 1:  # a chunk behind a cached prefix
+        mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
+    batch_1 = (t[None] for t in (q_HLC, k_GLC, v_GLC))
+    return F.scaled_dot_product_attention(*batch_1, attn_mask=mask, is_causal=whole, enable_gqa=True)[0]
