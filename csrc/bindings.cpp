@@ -2,6 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <span>
+#include <string>
+
 #include "check.h"
 #include "paged_kv_cache.h"
 

@@ -17,14 +17,14 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace internvl_rt
 
-#define CHECK_ARGUMENT(condition, ...)                                            \
-  do {                                                                            \
-    if (!(condition)) [[unlikely]]                                                \
-      throw std::invalid_argument(::internvl_rt::concat(__VA_ARGS__));            \
+#define CHECK_ARGUMENT(condition, ...)                                                        \
+  do {                                                                                        \
+    if (!(condition)) [[unlikely]]                                                            \
+      throw std::invalid_argument(::internvl_rt::concat(__VA_ARGS__));                        \
   } while (false)
 
-#define CHECK_INVARIANT(condition, ...)                                           \
-  do {                                                                            \
-    if (!(condition)) [[unlikely]]                                                \
-      throw std::runtime_error(::internvl_rt::concat("broken invariant: ", __VA_ARGS__)); \
+#define CHECK_INVARIANT(condition, ...)                                                       \
+  do {                                                                                        \
+    if (!(condition)) [[unlikely]]                                                            \
+      throw std::runtime_error(::internvl_rt::concat("broken invariant: ", __VA_ARGS__));     \
   } while (false)

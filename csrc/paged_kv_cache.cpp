@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <ranges>
+#include <utility>
 
 #include "check.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
-std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
+std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 void check_num_tokens(std::int64_t num_tokens) {
   CHECK_ARGUMENT(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
@@ -33,7 +34,7 @@ PagedKVCache::PagedKVCache(std::int32_t num_blocks, std::int32_t block_size)
 
 bool PagedKVCache::admit(std::int64_t seq_id, std::int64_t num_tokens) {
   CHECK_ARGUMENT(seq_id >= 0 && seq_id <= kMaxInt32, "seq_id: expected 0 to ", kMaxInt32, ", got ", seq_id);
-  CHECK_ARGUMENT(!sequences_.contains(seq_id), "seq_id: sequence ", seq_id, " is already admitted");
+  CHECK_ARGUMENT(!sequences_.contains(seq_id), "sequence ", seq_id, " is already admitted");
   check_num_tokens(num_tokens);
   const auto entry = sequences_.try_emplace(seq_id).first;
   if (grow(entry->second.blocks, num_tokens)) return true;
@@ -44,7 +45,7 @@ bool PagedKVCache::admit(std::int64_t seq_id, std::int64_t num_tokens) {
 bool PagedKVCache::append(std::int64_t seq_id, std::int64_t num_tokens) {
   Sequence& sequence = find(seq_id);
   check_num_tokens(num_tokens);
-  // Compared before it is added, since the sum of any two int64 may overflow.
+  // More than any pool holds; compared before it is added, since the sum of two int64 may overflow.
   if (num_tokens > kMaxInt32 || !grow(sequence.blocks, sequence.length + num_tokens)) return false;
   sequence.length += num_tokens;
   return true;
@@ -63,7 +64,7 @@ void PagedKVCache::fill_step(const StepBuffers& step) {
   std::size_t num_tokens = 0;
   for (std::size_t row = 0; row < num_rows; ++row) {
     step.query_start_S1[row] = static_cast<std::int32_t>(num_tokens);
-    const auto table_N = step.block_table_SN.subspan(row * index(step.table_width), index(step.table_width));
+    const auto table_N = step.block_table_SN.subspan(row * as_size(step.table_width), as_size(step.table_width));
     if (row >= step_rows_.size()) {
       step.seq_len_S[row] = 0;
       std::ranges::fill(table_N, -1);
@@ -74,7 +75,7 @@ void PagedKVCache::fill_step(const StepBuffers& step) {
     const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
     std::fill(end, table_N.end(), -1);
     for (std::int64_t position = sequence.length - step.num_new_tokens[row]; position < sequence.length; ++position) {
-      const std::int32_t block = sequence.blocks[index(position / block_size_)];
+      const std::int32_t block = sequence.blocks[as_size(position / block_size_)];
       step.slot_T[num_tokens++] = block * block_size_ + static_cast<std::int32_t>(position % block_size_);
     }
   }
@@ -89,7 +90,7 @@ void PagedKVCache::check_step(const StepBuffers& step) {
   CHECK_ARGUMENT(num_rows >= num_sequences, "seq_len_S: expected at least ", num_sequences,
                  " rows (one per sequence), got ", num_rows);
   check_size("query_start_S1", step.query_start_S1.size(), num_rows + 1);
-  check_size("block_table_SN", step.block_table_SN.size(), num_rows * index(step.table_width));
+  check_size("block_table_SN", step.block_table_SN.size(), num_rows * as_size(step.table_width));
 
   step_rows_.clear();
   ++num_steps_;
@@ -108,13 +109,13 @@ void PagedKVCache::check_step(const StepBuffers& step) {
     num_tokens += num_new;
     step_rows_.push_back(&sequence);
   }
-  CHECK_ARGUMENT(index(num_tokens) <= step.slot_T.size(), "slot_T: expected at least ", num_tokens,
+  CHECK_ARGUMENT(as_size(num_tokens) <= step.slot_T.size(), "slot_T: expected at least ", num_tokens,
                  " entries (the new tokens of this step), got ", step.slot_T.size());
 }
 
 void PagedKVCache::check_invariants() const {
   pool_.check_invariants();
-  std::vector<bool> owned(index(num_blocks()));
+  std::vector<bool> owned(as_size(num_blocks()));
   std::int64_t num_owned = 0;
   for (const auto& [seq_id, sequence] : sequences_) {
     CHECK_INVARIANT(sequence.length >= 0 && blocks_for(sequence.length) <= std::ssize(sequence.blocks), "sequence ",
@@ -122,8 +123,8 @@ void PagedKVCache::check_invariants() const {
     for (const std::int32_t block : sequence.blocks) {
       CHECK_INVARIANT(block >= 0 && block < num_blocks(), "sequence ", seq_id, " holds block ", block);
       CHECK_INVARIANT(!pool_.is_free(block), "block ", block, " of sequence ", seq_id, " is on the free list");
-      CHECK_INVARIANT(!owned[index(block)], "block ", block, " of sequence ", seq_id, " has a second owner");
-      owned[index(block)] = true;
+      CHECK_INVARIANT(!owned[as_size(block)], "block ", block, " of sequence ", seq_id, " has a second owner");
+      owned[as_size(block)] = true;
       ++num_owned;
     }
   }
@@ -133,7 +134,7 @@ void PagedKVCache::check_invariants() const {
 
 const PagedKVCache::Sequence& PagedKVCache::find(std::int64_t seq_id) const {
   const auto entry = sequences_.find(seq_id);
-  CHECK_ARGUMENT(entry != sequences_.end(), "seq_id: sequence ", seq_id, " is not admitted");
+  CHECK_ARGUMENT(entry != sequences_.end(), "sequence ", seq_id, " is not admitted");
   return entry->second;
 }
 
@@ -151,7 +152,7 @@ bool PagedKVCache::grow(std::vector<std::int32_t>& blocks, std::int64_t num_toke
   if (num_missing <= 0) return true;
   if (num_missing > pool_.num_free()) return false;
   // The only step that can throw comes first.
-  blocks.resize(blocks.size() + index(num_missing));
+  blocks.resize(blocks.size() + as_size(num_missing));
   std::ranges::generate(blocks | std::views::drop(std::ssize(blocks) - num_missing), [&] { return pool_.allocate(); });
   return true;
 }

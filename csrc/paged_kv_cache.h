@@ -7,8 +7,8 @@
 //   cache.fill_step(step);     // block table, slots and lengths for the tokens computed in this step
 //   cache.release(7);
 //
-// One thread owns the object; there are no locks. A wrong argument throws std::invalid_argument, a broken invariant
-// std::runtime_error; either way, and when admit or append return false, nothing has changed.
+// One thread owns the object; there are no locks. A wrong argument throws std::invalid_argument, a bug in here
+// std::runtime_error. After a wrong argument, and when admit or append return false, nothing has changed.
 #pragma once
 
 #include <cstdint>

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internvl_rt.checkpoint import open_checkpoint, resolve_model
 from internvl_rt.config import ModelConfig, load_config
 from internvl_rt.errors import InternVLError, RequestError
-from internvl_rt.kv_cache import BLOCK_SIZES, KVCache, kv_bytes_per_token
+from internvl_rt.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
 from internvl_rt.loop import Request, StepLoop
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.ops import TORCH
 from internvl_rt.reply import AnswerText, Piece, Reply
+from internvl_rt.prompt import Turn
 from internvl_rt.request import Prepared, Preparer
 from internvl_rt.runner import Runner
 from internvl_rt.sampler import derive_seed
@@ -50,7 +52,7 @@ class Engine:
         max_tiles: int | None,
         seed: int | None,
     ) -> None:
-        self.config, self.tokenizer = model.config, tokenizer
+        self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
         self.max_model_len = max_model_len
         self._preparer = Preparer(model.config, tokenizer, max_model_len, max_tiles=max_tiles, v2pe_delta=v2pe_delta)
         scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
@@ -103,16 +105,14 @@ class Engine:
             )
         chosen = _choose_dtype(dtype, config, target)
         weights = load_weights(open_checkpoint(folder), config, dtype=chosen, device=target)
-        tokens_wanted = max_num_seqs * (max_model_len or config.decoder.max_position)
-        cache_bytes = _cache_bytes(kv_cache_bytes, target)
-        num_blocks = min(
-            cache_bytes // (kv_bytes_per_token(config.decoder, chosen) * block_size), -(-tokens_wanted // block_size)
+        num_blocks = plan_num_blocks(
+            config.decoder,
+            chosen,
+            block_size=block_size,
+            cache_bytes=_cache_bytes(kv_cache_bytes, target),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
         )
-        if num_blocks * block_size < (max_model_len or 1):
-            raise RequestError(
-                f"a KV cache of {cache_bytes:,} bytes holds {num_blocks * block_size:,} tokens, fewer than max_model_len "
-                f"{max_model_len or 1:,}; raise kv_cache_bytes or lower max_model_len"
-            )
         cache = KVCache(config.decoder, num_blocks=num_blocks, block_size=block_size, dtype=chosen, device=target)
         return cls(
             InternVL(config, weights, TORCH),
@@ -170,6 +170,10 @@ class Engine:
                     raise error if len(batch) == 1 else type(error)(f"request {index}: {error}") from error
 
         return self.generate_prepared(prepared(), each)
+
+    def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
+        """A prompt from rendered turns and the tiles of each of their pictures, for `generate_prepared`."""
+        return self._preparer.prepare_turns(turns, tiles)
 
     def generate_prepared(self, prompts: Iterator[Prepared], params: Items[SamplingParams]) -> list[Reply]:
         """As `generate`, from prompts that were prepared elsewhere; they are taken as places become free."""

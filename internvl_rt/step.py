@@ -53,8 +53,9 @@ def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> St
     seq_len_S = np.empty(len(chunks), np.int32)
     block_table_SN = np.empty((len(chunks), table_width), np.int32)
     slot_T = np.empty(sum(counts), np.int32)
-    seq_ids = [chunk.sequence.seq_id for chunk in chunks]
-    cache.blocks.fill_step(seq_ids, counts, query_start_S1, seq_len_S, block_table_SN, slot_T)
+    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
+    num_new_S = np.array(counts, np.int32)
+    cache.blocks.fill_step(seq_id_S, num_new_S, query_start_S1, seq_len_S, block_table_SN, slot_T)
 
     token_ids: list[int] = []
     visual: list[Tensor] = []

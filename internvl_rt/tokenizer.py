@@ -1,31 +1,27 @@
 """Text to token ids and back.
 
-Checkpoints with a Qwen language model carry a byte-level BPE, run by the `tokenizers` library; those with an InternLM one (the
-9B and its 2.5 neighbours) a sentencepiece model. Both become one `Tokenizer`: two functions from text to ids and one
-table from id to bytes, so that decoding and streaming are the same for both.
+Checkpoints with a Qwen language model carry a byte-level BPE, run by the `tokenizers` library; those with an InternLM
+one (the 9B and its 2.5 neighbours) a sentencepiece model. Both become one `Tokenizer`: two functions from text to ids
+and one table from id to bytes, so that decoding and streaming are the same for both.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from internvl_rt.errors import CheckpointError, RequestError
 
 # Never read from a user's text, whatever the checkpoint's flags say: they end turns and take the place of pictures.
 TEMPLATE_TOKENS = frozenset(
-    ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-    + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-)
-_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token") + (
-    "additional_special_tokens",
-    "extra_special_tokens",
+    ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>"]
+    + [f"<{slash}{name}>" for name in ("img", "quad", "ref", "box") for slash in ("", "/")]
 )
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,8 +37,6 @@ _UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # what "surrogate
 class TextStream:
     """Text of one growing sequence; the pieces joined are exactly `Tokenizer.decode` of all its ids."""
 
-    __slots__ = ("_at_start", "_decoder", "_pieces", "_skipped", "_token_bytes")
-
     def __init__(self, token_bytes: Mapping[int, bytes], skipped: Collection[int], *, pieces: bool) -> None:
         self._token_bytes = token_bytes
         self._skipped = skipped
@@ -56,7 +50,7 @@ class TextStream:
         if token_id in self._skipped:
             return ""
         data = self._token_bytes.get(token_id, b"")
-        if self._at_start:
+        if self._at_start and data:
             data, self._at_start = data.removeprefix(b" "), False
         return self._text(data)
 
@@ -69,7 +63,7 @@ class TextStream:
         return text.translate(_UNDECODABLE) if self._pieces else text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tokenizer:
     """A checkpoint's tokenizer. Immutable, so any number of threads may use it at once."""
 
@@ -89,10 +83,7 @@ class Tokenizer:
     def token_id(self, token: str) -> int:
         """The id of one token, given as the vocabulary spells it. Raises CheckpointError if there is none."""
         if (token_id := self.find_token_id(token)) is None:
-            raise CheckpointError(
-                f"the tokenizer has no token {token!r}, which the model needs; "
-                "check that the tokenizer files belong to this checkpoint"
-            )
+            raise CheckpointError(f"the tokenizer has no token {token!r}; take all tokenizer files from one checkpoint")
         return token_id
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
@@ -106,8 +97,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"text holds half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}; "
-                "expected valid Unicode, send the whole character"
+                f"text is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
             ) from error
         return self._encode_all(text) if specials else self._encode_plain(text)
 
@@ -135,7 +125,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
-        "download the missing files from the model's repository"
+        "download them from the model's repository"
     )
 
 
@@ -150,7 +140,7 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
     """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
     vocab = _read_json(vocab_path)
     merges = []
-    for number, line in enumerate(_read_text(merges_path).split("\n"), start=1):
+    for number, line in enumerate(merges_path.read_text("utf-8", "replace").split("\n"), start=1):
         pair = tuple(line.split())
         if not pair or (number == 1 and line.startswith("#version")):
             continue
@@ -163,7 +153,7 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
     try:
         base = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     except (TypeError, OverflowError) as error:
-        raise CheckpointError(f"{vocab_path}: expected an object of tokens and ids ({error}); download it again") from error
+        raise CheckpointError(f"{vocab_path}: expected tokens with their ids ({error}); download it again") from error
     base.normalizer = normalizers.NFC()
     base.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -171,81 +161,82 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    base.decoder = decoders.ByteLevel()
     return base
 
 
 def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
-    declared, listed = _declared_tokens(folder)
-    added = declared | base.get_added_tokens_decoder()
-    special = {token.content for token in added.values() if token.special} | listed
-    everything = _with_added(folder, base, added, special)
-    plain = _with_added(folder, base, added, special | TEMPLATE_TOKENS)
-    plain.encode_special_tokens = True  # special tokens are ordinary text
-    pieces = "ByteFallback" in str(base.decoder)
-    to_bytes = _piece_bytes if pieces else _byte_level_bytes
+    byte_level = "ByteLevel" in str(base.decoder)
+    if not byte_level and "ByteFallback" not in str(base.decoder):
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: expected a ByteLevel or ByteFallback decoder, got {base.decoder}; use an "
+            "InternVL checkpoint"
+        )
+    added = _declared_tokens(folder) | base.get_added_tokens_decoder()
+    special = frozenset(token.content for token in added.values() if token.special)
+    everything = _with_added(folder, base, added, hidden=frozenset())
+    plain = _with_added(folder, base, added, hidden=special | TEMPLATE_TOKENS)
+    to_bytes = _byte_level_bytes if byte_level else _piece_bytes
     token_bytes = {token_id: to_bytes(token) for token, token_id in base.get_vocab(with_added_tokens=False).items()}
-    token_bytes |= {token_id: token.content.encode() for token_id, token in added.items()}
     return Tokenizer(
         prefix_ids=tuple(base.encode("").ids),
         find_token_id=everything.token_to_id,
         _encode_plain=lambda text: plain.encode(text).ids,
         _encode_all=lambda text: everything.encode(text).ids,
-        _token_bytes=token_bytes,
-        _special_ids=frozenset(token_id for token_id, token in added.items() if token.content in special),
-        _pieces=pieces,
+        _token_bytes=token_bytes | {token_id: token.content.encode() for token_id, token in added.items()},
+        _special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
+        _pieces=not byte_level,
     )
 
 
 def _with_added(
-    folder: Path, base: tokenizers.Tokenizer, added: Mapping[int, AddedToken], special: Collection[str]
+    folder: Path, base: tokenizers.Tokenizer, added: Mapping[int, AddedToken], hidden: Collection[str]
 ) -> tokenizers.Tokenizer:
-    """A tokenizer that shares the vocabulary of `base` (no second copy) and has its own added tokens."""
+    """A tokenizer that shares the vocabulary of `base` and reads all added tokens but the `hidden` ones."""
     result = tokenizers.Tokenizer(base.model)
     result.normalizer = base.normalizer
     result.pre_tokenizer = base.pre_tokenizer
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     result.add_tokens(
         [
-            AddedToken(token.content, special=token.content in special, **{flag: getattr(token, flag) for flag in flags})
+            AddedToken(token.content, special=token.content in hidden, **{flag: getattr(token, flag) for flag in flags})
             for _, token in sorted(added.items())
         ]
     )
+    result.encode_special_tokens = True  # tokens flagged special are ordinary text to this tokenizer
     for token_id, token in added.items():
         if (actual := result.token_to_id(token.content)) != token_id:
             raise CheckpointError(
-                f"{folder}: token {token.content!r} is declared with id {token_id}, but comes out as {actual}: expected "
-                "added tokens to follow the vocabulary without gaps; take all tokenizer files from one checkpoint"
+                f"{folder}: token {token.content!r} is declared as {token_id} but follows the vocabulary as {actual}; "
+                "take all tokenizer files from one checkpoint"
             )
     return result
 
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
-    """The slow InternLM2 and InternLM3 tokenizers (remote code of the repositories): text between added tokens is encoded alone."""
+    """As the slow InternLM2 and InternLM3 tokenizers (remote code): text between added tokens is encoded on its own."""
     path = folder / "tokenizer.model"
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise CheckpointError(
-            f"{path} needs sentencepiece, which is not installed; run: pip install 'internvl-rt[internlm]'"
-        ) from error
+        raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
     try:
         model = SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
-    declared, listed = _declared_tokens(folder)
-    size = model.get_piece_size()
-    own = [token_id for token_id in (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) if token_id >= 0]
+    size, bos = model.get_piece_size(), model.bos_id()
+    own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
+    declared = _declared_tokens(folder)
     added = {model.id_to_piece(token_id): token_id for token_id in own}
     added |= {token.content: token_id for token_id, token in declared.items()}
-    special = {token.content for token in declared.values() if token.special} | listed | set(map(model.id_to_piece, own))
-    hidden = special | TEMPLATE_TOKENS
-
-    # A special token may stand on an unused piece of the model; that piece's own spelling must not lead to it.
+    special_ids = frozenset(own) | {token_id for token_id, token in declared.items() if token.special}
+    visible = {t: i for t, i in added.items() if i not in special_ids and t not in TEMPLATE_TOKENS}
+    # A special token may sit on an unused piece of the model, whose own spelling must not lead to it: bytes instead.
     spelled = {
-        token_id: _spell(model, model.id_to_piece(token_id))
+        token_id: [model.piece_to_id(f"<0x{byte:02X}>") for byte in model.id_to_piece(token_id).encode()]
         for token, token_id in added.items()
-        if token in hidden and token_id < size
+        if token_id < size and token_id not in own and token not in visible
     }
 
     def encode_plain(text: str) -> list[int]:
@@ -253,29 +244,20 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
 
     def find_token_id(token: str) -> int | None:
         token_id = added.get(token, model.piece_to_id(token))
-        return token_id if token in added or model.id_to_piece(token_id) == token else None
+        return token_id if token in added or token_id != model.unk_id() else None
 
     control = model.is_control(list(range(size)))
     token_bytes = {i: b"" if control[i] else _piece_bytes(model.id_to_piece(i)) for i in range(size)}
+    add_bos = bos >= 0 and _read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     return Tokenizer(
-        prefix_ids=(model.bos_id(),) if _read_json(folder / "tokenizer_config.json").get("add_bos_token", True) else (),
+        prefix_ids=(bos,) if add_bos else (),
         find_token_id=find_token_id,
-        _encode_plain=_splitting({t: i for t, i in added.items() if t not in hidden}, encode_plain),
+        _encode_plain=_splitting(visible, encode_plain),
         _encode_all=_splitting(added, model.encode),
         _token_bytes=token_bytes | {token_id: token.encode() for token, token_id in added.items()},
-        _special_ids=frozenset(token_id for token, token_id in added.items() if token in special),
+        _special_ids=special_ids,
         _pieces=True,
     )
-
-
-def _spell(model: "SentencePieceProcessor", piece: str) -> tuple[int, ...]:
-    """`piece` one character a token, by bytes where the vocabulary lacks the character."""
-    ids = []
-    for character in piece:
-        token_id = model.piece_to_id(character)
-        unknown = token_id == model.unk_id()
-        ids += [model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()] if unknown else [token_id]
-    return tuple(ids)
 
 
 def _splitting(added: Mapping[str, int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
@@ -293,34 +275,28 @@ def _splitting(added: Mapping[str, int], encode: Callable[[str], list[int]]) -> 
     return encode_split
 
 
-def _declared_tokens(folder: Path) -> tuple[dict[int, AddedToken], set[str]]:
-    """Added tokens by id, and the names of those that count as special beyond their own flag."""
-    path = folder / "tokenizer_config.json"
-    config = _read_json(path)
-    special_map = _read_json(folder / "special_tokens_map.json")
-    listed = {name for table in (config, special_map) for key in _SPECIAL_KEYS for name in _names(table.get(key))}
-    if "added_tokens_decoder" not in config:
-        older = _read_json(folder / "added_tokens.json")
-        return {token_id: AddedToken(token, special=token in listed, normalized=False) for token, token_id in older.items()}, listed
+def _declared_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Added tokens by id: from tokenizer_config.json, in older checkpoints from added_tokens.json."""
+    config = _read_json(folder / "tokenizer_config.json")
+    older, special_map = _read_json(folder / "added_tokens.json"), _read_json(folder / "special_tokens_map.json")
     try:
-        return {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}, listed
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: added_tokens_decoder is malformed: {error}; download the file again") from error
-
-
-def _names(value: object) -> Iterator[str]:
-    """Token names in a value of tokenizer_config.json: a string, {"content": ...}, or several of these."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _names(value["content"] if "content" in value else list(value.values()))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _names(item)
+        if "added_tokens_decoder" in config:
+            return {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}
+        groups = [value if isinstance(value, list) else [value] for value in special_map.values()]
+        special = {item["content"] if isinstance(item, dict) else item for group in groups for item in group}
+        return {i: AddedToken(token, special=token in special, normalized=False) for token, i in older.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: the added tokens in tokenizer_config.json, added_tokens.json or special_tokens_map.json are "
+            f"malformed ({error!r}); download these files again"
+        ) from error
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    return token.translate(_BYTE_OF_CHAR).encode("latin-1", "replace")
+    try:
+        return token.translate(_BYTE_OF_CHAR).encode("latin-1")
+    except UnicodeEncodeError:  # not in the alphabet: stands for itself
+        return token.encode()
 
 
 def _piece_bytes(piece: str) -> bytes:
@@ -329,20 +305,13 @@ def _piece_bytes(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error}; download it again") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")

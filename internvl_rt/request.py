@@ -1,0 +1,145 @@
+"""Messages to a sequence that can run: media read and tiled, prompt rendered, positions laid out, limits checked."""
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_rt.config import ModelConfig
+from internvl_rt.errors import RequestError
+from internvl_rt.image import ImageOptions, load_image, tile_image
+from internvl_rt.prompt import (
+    Media,
+    Prompt,
+    Turn,
+    auto_stride,
+    build_positions,
+    build_prompt,
+    parse_delta,
+    parse_messages,
+    render_messages,
+)
+from internvl_rt.sequence import Picture, SamplingParams, Sequence
+from internvl_rt.tokenizer import Tokenizer
+from internvl_rt.video import load_video
+
+STRIDES_PER_POSITION = 256  # positions are whole multiples of 1 / 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt ready to run, independent of how its answer will be drawn."""
+
+    prompt: Prompt
+    pictures: tuple[Picture, ...]
+    position_T: np.ndarray  # float32, of the prompt
+    next_position: float
+    start_s: float  # perf_counter when the call began
+    media_s: float
+    tile_s: float
+
+
+class Preparer:
+    """Holds what preparing a request needs to know of the model; keeps nothing of a request."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        *,
+        max_tiles: int | None,
+        v2pe_delta: float | str,
+    ) -> None:
+        self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
+        self._options = ImageOptions(
+            image_size=config.vision.image_size,
+            min_tiles=min(config.min_tiles, max_tiles or config.max_tiles),
+            max_tiles=max_tiles or config.max_tiles,
+            thumbnail=config.thumbnail,
+        )
+        self._frame_options = replace(self._options, min_tiles=1, max_tiles=1)
+        self._v2pe_delta = v2pe_delta
+        self._stop_id = tokenizer.token_id("<|im_end|>")
+        if v2pe_delta != "auto":
+            parse_delta(v2pe_delta)
+
+    def prepare(self, messages: Items[dict[str, Any]], v2pe_delta: float | str | None = None) -> Prepared:
+        """Reads, tiles and renders a conversation. Raises RequestError or MediaError."""
+        start_s = time.perf_counter()
+        parsed = parse_messages(messages, self._config.system_message)
+        tiles: list[Tensor] = []
+        frames_per_video: list[int] = []
+        media_s = tile_s = 0.0
+        for item in parsed.media:
+            begin_s = time.perf_counter()
+            images = [load_image(item.source, self._options)] if item.kind == "image" else load_video(item.source)
+            read_s = time.perf_counter()
+            options = self._options if item.kind == "image" else self._frame_options
+            tiles += [torch.from_numpy(tile_image(image, options)) for image in images]
+            if item.kind == "video":
+                frames_per_video.append(len(images))
+            media_s += read_s - begin_s
+            tile_s += time.perf_counter() - read_s
+        turns = render_messages(parsed, frames_per_video)
+        prepared = self.prepare_turns(turns, tiles, v2pe_delta=v2pe_delta)
+        return replace(prepared, start_s=start_s, media_s=media_s, tile_s=tile_s)
+
+    def prepare_turns(
+        self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: float | str | None = None
+    ) -> Prepared:
+        """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
+        start_s = time.perf_counter()
+        counts = [len(picture) * self._config.tokens_per_tile for picture in tiles]
+        prompt = build_prompt(turns, self._tokenizer, counts)
+        num_tokens = len(prompt.token_ids)
+        if num_tokens >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {num_tokens:,} tokens ({sum(counts):,} of pictures), but prompt and answer together may "
+                f"have {self._max_model_len:,}; shorten it, lower max_tiles, or raise max_model_len"
+            )
+        delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
+        window = self._config.decoder.max_position
+        stride = auto_stride(num_tokens, prompt.spans, window) if delta == "auto" else parse_delta(delta)
+        position_T, next_position = build_positions(num_tokens, prompt.spans, [stride] * len(prompt.spans))
+        if next_position >= window:
+            raise RequestError(
+                f"the prompt reaches position {next_position:,.0f}, beyond the trained window of {window:,}; shorten it, "
+                "lower max_tiles, or choose a smaller v2pe_delta (or 'auto')"
+            )
+        return Prepared(
+            prompt=prompt,
+            pictures=tuple(Picture(span, picture) for span, picture in zip(prompt.spans, tiles, strict=True)),
+            position_T=position_T,
+            next_position=next_position,
+            start_s=start_s,
+            media_s=0.0,
+            tile_s=0.0,
+        )
+
+    def sequence(self, seq_id: int, prepared: Prepared, params: SamplingParams, seed: int) -> Sequence:
+        """A fresh sequence; `max_tokens` is cut to the room left in the context window."""
+        room = min(
+            self._max_model_len - len(prepared.prompt.token_ids),
+            self._config.decoder.max_position - int(np.ceil(prepared.next_position)),
+        )
+        for token_id in params.stop_token_ids:
+            if not 0 <= token_id < self._config.decoder.vocab_size:
+                raise RequestError(f"stop_token_ids: {token_id} is not in the vocabulary")
+        eos = () if params.ignore_eos else (self._stop_id,)
+        return Sequence(
+            seq_id=seq_id,
+            token_ids=list(prepared.prompt.token_ids),
+            position_T=prepared.position_T,
+            next_position=prepared.next_position,
+            pictures=prepared.pictures,
+            params=params,
+            max_tokens=min(params.max_tokens, room),
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            seed=seed,
+        )
