@@ -14,6 +14,14 @@ constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
+std::int32_t checked_num_blocks(std::int32_t num_blocks, std::int32_t block_size) {
+  CHECK_ARGUMENT(block_size > 0, "block_size: expected at least 1, got ", block_size);
+  const std::int64_t num_slots = static_cast<std::int64_t>(num_blocks) * block_size;
+  CHECK_ARGUMENT(num_slots <= kMaxInt32, "num_blocks * block_size: expected at most ", kMaxInt32,
+                 " token slots (they are int32), got ", num_slots);
+  return num_blocks;
+}
+
 void check_num_tokens(std::int64_t num_tokens) {
   CHECK_ARGUMENT(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
 }
@@ -25,12 +33,7 @@ void check_size(const char* name, std::size_t actual, std::size_t expected) {
 }  // namespace
 
 PagedKVCache::PagedKVCache(std::int32_t num_blocks, std::int32_t block_size)
-    : pool_(num_blocks), block_size_(block_size) {
-  CHECK_ARGUMENT(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  const std::int64_t num_slots = static_cast<std::int64_t>(num_blocks) * block_size;
-  CHECK_ARGUMENT(num_slots <= kMaxInt32, "num_blocks * block_size: expected at most ", kMaxInt32,
-                 " token slots (they are int32), got ", num_slots);
-}
+    : pool_(checked_num_blocks(num_blocks, block_size)), block_size_(block_size) {}
 
 bool PagedKVCache::admit(std::int64_t seq_id, std::int64_t num_tokens) {
   CHECK_ARGUMENT(seq_id >= 0 && seq_id <= kMaxInt32, "seq_id: expected 0 to ", kMaxInt32, ", got ", seq_id);

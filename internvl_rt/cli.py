@@ -14,6 +14,7 @@ from internvl_rt.errors import InternVLError
 if TYPE_CHECKING:
     from internvl_rt.engine import Engine
     from internvl_rt.reply import Reply
+    from internvl_rt.request import Delta
     from internvl_rt.sequence import SamplingParams
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130
@@ -49,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('internvl-rt')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    chat = commands.add_parser("chat", help="ask about pictures and videos", description="Answers a question, or chats.")
+    chat = commands.add_parser(
+        "chat", help="ask about pictures and videos", description="Answers a question, or chats."
+    )
     chat.set_defaults(run=_chat)
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without one the chat is interactive")
@@ -89,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _delta(text: str) -> float | str:
+def _delta(text: str) -> "Delta":
     if text == "auto":
-        return text
+        return "auto"
     above, _, below = text.partition("/")
     return float(above) / float(below or 1)
 

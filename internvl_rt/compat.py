@@ -27,7 +27,7 @@ from internvl_rt.errors import RequestError
 from internvl_rt.image import ImageOptions, ImageSource, tile_image
 from internvl_rt.image import load_image as read_image
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
-from internvl_rt.prompt import turns_from_question
+from internvl_rt.prompt import tiles_per_image, turns_from_question
 from internvl_rt.sequence import SamplingParams
 from internvl_rt.tokenizer import Tokenizer
 from internvl_rt.tokenizer import load_tokenizer as read_tokenizer
@@ -111,12 +111,8 @@ class ChatModel:
 
         Raises RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
-        if num_patches_list is None:
-            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
         tiles = _split(pixel_values, num_patches_list)
-        turns, asked = turns_from_question(
-            question, history, num_images=len(tiles), has_pixels=pixel_values is not None, system=self.system_message
-        )
+        turns, asked = turns_from_question(question, history, num_images=len(tiles), system=self.system_message)
         prepared = self.engine.prepare_turns(turns, tiles)
         response = self.engine.generate_prepared(iter([prepared]), [_sampling_params(generation_config)])[0].text
         if verbose:
@@ -132,15 +128,15 @@ class ChatModel:
         num_patches_list: list[int] | None = None,
     ) -> list[str]:
         """Answers to independent questions, each about its own picture: entry i of `num_patches_list` tiles."""
-        tiles = _split(pixel_values, num_patches_list or [])
+        tiles = _split(pixel_values, num_patches_list)
         if pixel_values is not None and len(tiles) != len(questions):
-            raise RequestError(f"num_patches_list must have one entry for each of {len(questions)} questions, got {len(tiles)}")
+            raise RequestError(
+                f"num_patches_list must have one entry for each of {len(questions)} questions, got {len(tiles)}"
+            )
         prepared = []
         for index, question in enumerate(questions):
             own = tiles[index : index + 1]
-            turns, _ = turns_from_question(
-                question, None, num_images=len(own), has_pixels=bool(own), system=self.system_message
-            )
+            turns, _ = turns_from_question(question, None, num_images=len(own), system=self.system_message)
             prepared.append(self.engine.prepare_turns(turns, own))
         params = _sampling_params(generation_config)
         return [reply.text for reply in self.engine.generate_prepared(iter(prepared), [params] * len(prepared))]
@@ -149,14 +145,15 @@ class ChatModel:
 def _check_arguments(call: str, official: Mapping[str, Any]) -> None:
     unknown = sorted(official.keys() - _NO_EFFECT)
     if unknown:
-        raise RequestError(f"{call} does not take {', '.join(unknown)}; without effect are {', '.join(sorted(_NO_EFFECT))}")
+        raise RequestError(
+            f"{call} does not take {', '.join(unknown)}; without effect are {', '.join(sorted(_NO_EFFECT))}"
+        )
 
 
-def _split(pixel_values: Tensor | None, num_patches_list: list[int]) -> list[Tensor]:
-    num_tiles = 0 if pixel_values is None else len(pixel_values)
-    if sum(num_patches_list) != num_tiles:
-        raise RequestError(f"num_patches_list {num_patches_list} adds up to {sum(num_patches_list)}, but there are {num_tiles} tiles")
-    return [] if pixel_values is None else list(pixel_values.split(num_patches_list))
+def _split(pixel_values: Tensor | None, num_patches_list: list[int] | None) -> list[Tensor]:
+    if pixel_values is None:
+        return []
+    return list(torch.split(pixel_values, tiles_per_image(len(pixel_values), num_patches_list)))
 
 
 def _sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from internvl_rt.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
 from internvl_rt.loop import Request, StepLoop
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.ops import TORCH
-from internvl_rt.reply import AnswerText, Piece, Reply
 from internvl_rt.prompt import Turn
-from internvl_rt.request import Prepared, Preparer
+from internvl_rt.reply import AnswerText, Piece, Reply
+from internvl_rt.request import Delta, Prepared, Preparer
 from internvl_rt.runner import Runner
 from internvl_rt.sampler import derive_seed
 from internvl_rt.scheduler import Scheduler
@@ -48,11 +48,12 @@ class Engine:
         max_model_len: int,
         max_num_seqs: int,
         max_tokens_per_step: int,
-        v2pe_delta: float | str,
+        v2pe_delta: Delta,
         max_tiles: int | None,
         seed: int | None,
     ) -> None:
         self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
+        self.model, self.cache = model, cache
         self.max_model_len = max_model_len
         self._preparer = Preparer(model.config, tokenizer, max_model_len, max_tiles=max_tiles, v2pe_delta=v2pe_delta)
         scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
@@ -74,7 +75,7 @@ class Engine:
         block_size: int = 64,
         max_num_seqs: int = 64,
         max_tokens_per_step: int = 8192,
-        v2pe_delta: float | str = 1.0,
+        v2pe_delta: Delta = 1.0,
         max_tiles: int | None = None,
         seed: int | None = None,
     ) -> "Engine":
@@ -89,7 +90,9 @@ class Engine:
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_tokens_per_step", max_tokens_per_step)):
+        counts = {"max_num_seqs": max_num_seqs, "max_tokens_per_step": max_tokens_per_step}
+        counts |= {"max_model_len": 1 if max_model_len is None else max_model_len}
+        for name, value in counts.items():
             if value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")
         if block_size not in BLOCK_SIZES:
@@ -127,7 +130,7 @@ class Engine:
         )
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: float | str | None = None
+        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: Delta | None = None
     ) -> Reply:
         """Answers the last user message of a conversation.
 
@@ -139,7 +142,7 @@ class Engine:
         return self.generate([messages], params, v2pe_delta=v2pe_delta)[0]
 
     def stream(
-        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: float | str | None = None
+        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: Delta | None = None
     ) -> Iterator[Piece]:
         """As `chat`, piece by piece as the text becomes certain; the last piece has the whole reply.
 
@@ -152,7 +155,7 @@ class Engine:
         batch: Items[Messages],
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
-        v2pe_delta: float | str | None = None,
+        v2pe_delta: Delta | None = None,
     ) -> list[Reply]:
         """Answers many conversations in one continuous batch; `params` is for all, or one for each.
 
@@ -192,7 +195,7 @@ class Engine:
         """Cancels what runs and refuses everything after; the memory goes with the last reference to the engine."""
         self._loop.close()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -241,10 +244,10 @@ def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.d
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    chosen = known.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in known.values():
-        raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
-    return chosen
+    for name, value in known.items():
+        if dtype in (name, value):
+            return value
+    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
 
 
 def _cache_bytes(kv_cache_bytes: int | None, device: torch.device) -> int:

@@ -188,7 +188,7 @@ def _pillow_errors(name: str, options: ImageOptions) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        raise MediaError(f"{name} is not a {', '.join(_FORMATS)} file: convert it to one of these") from error
+        raise MediaError(f"{name} is not a readable {', '.join(_FORMATS)} file: convert it to one of these") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MediaError(f"{name} has more pixels than Pillow accepts: keep it under {options.max_pixels}") from error
     except _DAMAGED as error:

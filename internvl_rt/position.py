@@ -41,7 +41,7 @@ def build_positions(
     return (positions[:-1] / UNIT).astype(np.float32), int(positions[-1]) // UNIT
 
 
-def choose_stride(num_tokens: int, spans: Sequence[VisualSpan], limit: int) -> int:
+def auto_stride(num_tokens: int, spans: Sequence[VisualSpan], limit: int) -> int:
     """The largest stride with which the prompt takes at most `limit` positions.
 
     Raises RequestError if it takes more with the smallest.

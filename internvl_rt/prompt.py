@@ -66,8 +66,8 @@ def build_prompt(
 ) -> Prompt:
     """Renders `turns` and, after a last user turn, the opening of the answer.
 
-    image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. A user or assistant turn without
-    any text or picture renders its role alone, as in the official template. With `user_specials` special tokens
+    image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. A user or assistant turn with
+    neither text nor picture renders its role alone, as in the official template. With `user_specials` special tokens
     written in the texts are read as such, as in the official code; spans come from `IMAGE` parts only either way.
     Raises RequestError if the counts do not match the parts.
     """
@@ -168,17 +168,23 @@ def _parse_part(value: object, where: str) -> str | Media:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in ("text", "image", "video", "image_url"):
         raise RequestError(
-            f"{where}: expected an object of type text, image, video or image_url, got {_shown(value)}; use one of these"
+            f"{where}: expected an object whose type is text, image, video or image_url, got {_shown(value)}; "
+            "send the content as one of these"
         )
     content = _object_with(value, {"type", kind}, where)[kind]
+    if kind == "text":
+        return _string(content, f"{where}.text")
     if kind == "image_url":
-        kind, where = "image", f"{where}.image_url"
-        content = _object_with(content, {"url"}, where)["url"]
-    elif kind != "text":
-        return Media(kind, content)
-    if not isinstance(content, str):
-        raise RequestError(f"{where}: expected a string, got {type(content).__name__}; send a string")
-    return content if kind == "text" else Media("image", content)
+        return Media(
+            "image", _string(_object_with(content, {"url"}, f"{where}.image_url")["url"], f"{where}.image_url.url")
+        )
+    return Media(kind, content)
+
+
+def _string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where}: expected a string, got {_shown(value)}; send a string")
+    return value
 
 
 def _list_of(value: object, where: str, what: str) -> Sequence[object]:
@@ -198,10 +204,9 @@ def _object_with(value: object, keys: set[str], where: str) -> Mapping[str, Any]
 
 def _shown(value: object) -> str:
     if isinstance(value, Mapping):
-        return f"the keys {', '.join(map(str, value)) or '(none)'}" + (
-            f" and type {value['type']!r}" if "type" in value else ""
-        )
-    return "an empty list" if value == [] else type(value).__name__
+        kind = f" and type {value['type']!r}" if "type" in value else ""
+        return f"an object with the keys {', '.join(map(str, value)) or '(none)'}{kind}"
+    return "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
 
 
 def turns_from_messages(

@@ -1,10 +1,9 @@
 """Messages to a sequence that can run: media read and tiled, prompt rendered, positions laid out, limits checked."""
 
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,22 +12,14 @@ from torch import Tensor
 from internvl_rt.config import ModelConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.image import ImageOptions, load_image, tile_image
-from internvl_rt.prompt import (
-    Media,
-    Prompt,
-    Turn,
-    auto_stride,
-    build_positions,
-    build_prompt,
-    parse_delta,
-    parse_messages,
-    render_messages,
-)
+from internvl_rt.position import build_positions, auto_stride, parse_delta
+from internvl_rt.prompt import Media, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.sequence import Picture, SamplingParams, Sequence
 from internvl_rt.tokenizer import Tokenizer
 from internvl_rt.video import load_video
 
-STRIDES_PER_POSITION = 256  # positions are whole multiples of 1 / 256
+
+Delta = float | Literal["auto"]  # rotary positions per visual token
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +29,7 @@ class Prepared:
     prompt: Prompt
     pictures: tuple[Picture, ...]
     position_T: np.ndarray  # float32, of the prompt
-    next_position: float
+    next_position: int
     start_s: float  # perf_counter when the call began
     media_s: float
     tile_s: float
@@ -54,7 +45,7 @@ class Preparer:
         max_model_len: int,
         *,
         max_tiles: int | None,
-        v2pe_delta: float | str,
+        v2pe_delta: Delta,
     ) -> None:
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         self._options = ImageOptions(
@@ -69,29 +60,35 @@ class Preparer:
         if v2pe_delta != "auto":
             parse_delta(v2pe_delta)
 
-    def prepare(self, messages: Items[dict[str, Any]], v2pe_delta: float | str | None = None) -> Prepared:
+    def prepare(self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None) -> Prepared:
         """Reads, tiles and renders a conversation. Raises RequestError or MediaError."""
         start_s = time.perf_counter()
-        parsed = parse_messages(messages, self._config.system_message)
+        parsed = parse_messages(messages)
         tiles: list[Tensor] = []
         frames_per_video: list[int] = []
         media_s = tile_s = 0.0
-        for item in parsed.media:
+        for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
             begin_s = time.perf_counter()
-            images = [load_image(item.source, self._options)] if item.kind == "image" else load_video(item.source)
-            read_s = time.perf_counter()
-            options = self._options if item.kind == "image" else self._frame_options
-            tiles += [torch.from_numpy(tile_image(image, options)) for image in images]
-            if item.kind == "video":
+            if media.kind == "image":
+                images, options = [load_image(media.source, self._options)], self._options
+            else:
+                images, options = load_video(media.source), self._frame_options
                 frames_per_video.append(len(images))
+            read_s = time.perf_counter()
+            tiles += [torch.from_numpy(tile_image(image, options)) for image in images]
             media_s += read_s - begin_s
             tile_s += time.perf_counter() - read_s
-        turns = render_messages(parsed, frames_per_video)
+        turns = turns_from_messages(
+            parsed,
+            frames_per_video,
+            system=self._config.system_message,
+            number_images=self._config.format == "original",
+        )
         prepared = self.prepare_turns(turns, tiles, v2pe_delta=v2pe_delta)
         return replace(prepared, start_s=start_s, media_s=media_s, tile_s=tile_s)
 
     def prepare_turns(
-        self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: float | str | None = None
+        self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None
     ) -> Prepared:
         """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
         start_s = time.perf_counter()
@@ -105,11 +102,11 @@ class Preparer:
             )
         delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
         window = self._config.decoder.max_position
-        stride = auto_stride(num_tokens, prompt.spans, window) if delta == "auto" else parse_delta(delta)
+        stride = auto_stride(num_tokens, prompt.spans, window - 1) if delta == "auto" else parse_delta(delta)
         position_T, next_position = build_positions(num_tokens, prompt.spans, [stride] * len(prompt.spans))
         if next_position >= window:
             raise RequestError(
-                f"the prompt reaches position {next_position:,.0f}, beyond the trained window of {window:,}; shorten it, "
+                f"the prompt reaches position {next_position:,}, beyond the trained window of {window:,}; shorten it, "
                 "lower max_tiles, or choose a smaller v2pe_delta (or 'auto')"
             )
         return Prepared(
@@ -126,7 +123,7 @@ class Preparer:
         """A fresh sequence; `max_tokens` is cut to the room left in the context window."""
         room = min(
             self._max_model_len - len(prepared.prompt.token_ids),
-            self._config.decoder.max_position - int(np.ceil(prepared.next_position)),
+            self._config.decoder.max_position - prepared.next_position,
         )
         for token_id in params.stop_token_ids:
             if not 0 <= token_id < self._config.decoder.vocab_size:

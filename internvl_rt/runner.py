@@ -50,7 +50,7 @@ class Runner:
             del sequence.visual[index]
         for index in touched:
             if index not in sequence.visual:
-                tiles = sequence.pictures[index].tiles.split(MAX_TILES_PER_PASS)
+                tiles = torch.split(sequence.pictures[index].tiles, MAX_TILES_PER_PASS)
                 visual_IMD = [self._model.encode_tiles(part.to(self._model.device)) for part in tiles]
                 sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
 

@@ -84,7 +84,7 @@ class Sequence:
     seq_id: int
     token_ids: list[int]  # the prompt, then what was generated
     position_T: np.ndarray  # float32 positions of the prompt
-    next_position: float  # of the first generated token; each later one adds 1
+    next_position: int  # of the first generated token; each later one adds 1
     pictures: tuple[Picture, ...]
     params: SamplingParams
     max_tokens: int  # params.max_tokens, cut to the room in the context window

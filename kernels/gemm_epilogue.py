@@ -1,7 +1,7 @@
 """A matrix product with what follows it: bias, exact GELU, or LayerScale and residual.
 
-    linear_gelu:      y = gelu(x W^T + b)                 gelu(t) = t * Phi(t), the erf form
-    linear_residual:  y = r + s * (x W^T + b)             s is LayerScale (ViT) or 1 (decoder)
+linear_gelu:      y = gelu(x W^T + b)                 gelu(t) = t * Phi(t), the erf form
+linear_residual:  y = r + s * (x W^T + b)             s is LayerScale (ViT) or 1 (decoder)
 """
 
 import torch

@@ -41,5 +41,5 @@ def _attend(q_HLC: Tensor, k_GLC: Tensor, v_GLC: Tensor) -> Tensor:
     mask = None
     if not whole and num_queries > 1:  # a chunk behind a cached prefix
         mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
-    batch_1 = (t[None] for t in (q_HLC, k_GLC, v_GLC))
-    return F.scaled_dot_product_attention(*batch_1, attn_mask=mask, is_causal=whole, enable_gqa=True)[0]
+    q, k, v = q_HLC[None], k_GLC[None], v_GLC[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0]

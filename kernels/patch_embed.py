@@ -22,7 +22,9 @@ def normalise_tiles_reference(tiles: Tensor) -> Tensor:
     return (tiles.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def patch_embed_reference(tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor) -> Tensor:
+def patch_embed_reference(
+    tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor
+) -> Tensor:
     """Tokens [I, U, E] of tiles given as uint8 [I, S, S, 3] or, normalised, as floating point [I, 3, S, S].
 
     K = 3 * patch * patch in the order (channel, row, column), the memory order of the checkpoint's convolution.

@@ -37,8 +37,9 @@ def qkv_rope_kv_reference(
     if position_T.dtype != torch.float32:
         raise ValueError(f"position_T must be float32, got {position_T.dtype}")
     _, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
-    heads = qkv_TK.unflatten(-1, (-1, head_dim))
-    q_THC, k_TGC, v_TGC = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    heads = qkv_TK.view(len(qkv_TK), -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q_THC, k_TGC, v_TGC = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     if q_norm_C is not None and k_norm_C is not None:
         q_THC, k_TGC = rms_norm_reference(q_THC, q_norm_C, eps), rms_norm_reference(k_TGC, k_norm_C, eps)
     angle_T1C = (position_T[:, None] * inv_freq_C)[:, None]

@@ -19,5 +19,5 @@ def vit_attention_reference(
     q, k, v = qkv_IUK.chunk(3, dim=-1)
     if q_norm_E is not None and k_norm_E is not None:
         q, k = rms_norm_reference(q, q_norm_E, eps), rms_norm_reference(k, k_norm_E, eps)
-    q, k, v = (t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.view(*t.shape[:2], -1, head_dim).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -26,9 +26,9 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, format, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -51,19 +51,25 @@ def message(source: Any, options: ImageOptions = OFFICIAL) -> str:
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG header that claims a size, with nothing behind it."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + b"\0\0\0\x20IDAT"
+    )
 
 
 # Loading
 
 
 @pytest.mark.parametrize(
-    ("mode", "format"),
+    ("mode", "kind"),
     [("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "GIF"), ("RGB", "BMP"), ("RGBA", "WEBP"), ("CMYK", "JPEG")],
 )
-def test_pictures_of_8_bits_are_converted_as_pillow_does(mode: str, format: str) -> None:
+def test_pictures_of_8_bits_are_converted_as_pillow_does(mode: str, kind: str) -> None:
     rgba = Image.fromarray(np.dstack([noise(9, 13), noise(9, 13, seed=1)[..., :1]]))
-    data = encode(rgba.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK") else rgba.convert(mode), format)
+    data = encode(rgba.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK") else rgba.convert(mode), kind)
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
@@ -88,8 +94,8 @@ def test_a_transparent_palette_entry_keeps_its_color_or_turns_white() -> None:
 def test_16_bit_gray_is_scaled_and_not_saturated() -> None:
     gray = np.arange(0, 1 << 16, 257, dtype=np.uint16).reshape(16, 16)
     want = np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    for format in ("PNG", "TIFF"):
-        data = encode(Image.fromarray(gray), format)
+    for kind in ("PNG", "TIFF"):
+        data = encode(Image.fromarray(gray), kind)
         assert Image.open(io.BytesIO(data)).mode == "I;16"
         assert np.array_equal(pixels(data), want)
     big_endian = Image.frombytes("I;16B", (16, 16), gray.astype(">u2").tobytes())
@@ -121,10 +127,10 @@ def test_exif_orientation_is_ignored_unless_asked_for() -> None:
     assert np.array_equal(pixels(data, ImageOptions(exif="apply")), np.rot90(stored, -1))
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_of_several_is_taken(format: str) -> None:
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several_is_taken(kind: str) -> None:
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
-    red, _, blue = pixels(encode(first, format, save_all=True, append_images=[second]))[4, 4]
+    red, _, blue = pixels(encode(first, kind, save_all=True, append_images=[second]))[4, 4]
     assert red > 200 > 50 > blue
 
 
@@ -167,7 +173,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
     assert "is broken or truncated" in message(jpeg[: len(jpeg) // 2])
     assert f"image bytes ({len(png) // 2} bytes) is broken or truncated" in message(png[: len(png) // 2])
     assert "is broken or truncated" in message(png[:60] + bytes(20) + png[80:])
-    assert "text.png' is not a JPEG, PNG," in message(text)
+    assert "text.png' is not a readable JPEG, PNG," in message(text)
     assert "empty.png' is empty" in message(empty)
     assert "image bytes (0 bytes) is empty" in message(b"")
     assert "does not exist" in message(tmp_path / "missing.png")
@@ -178,8 +184,8 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
 
 def test_formats_off_the_list_are_refused() -> None:
     picture = Image.fromarray(noise(8, 8))
-    for format in ("JPEG2000", "EPS", "PPM", "ICO"):
-        assert "is not a JPEG, PNG," in message(encode(picture, format))
+    for kind in ("JPEG2000", "EPS", "PPM", "ICO"):
+        assert "is not a readable JPEG, PNG," in message(encode(picture, kind))
 
 
 def test_urls_are_not_fetched() -> None:

@@ -169,7 +169,15 @@ def test_positions_that_are_not_float32_are_refused(dtype):
     cache = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="position_T must be float32"):
         qkv_rope_kv_reference(
-            torch.randn(1, 12), None, None, 1e-6, torch.zeros(1, dtype=dtype), torch.ones(2), cache, cache, torch.zeros(1)
+            torch.randn(1, 12),
+            None,
+            None,
+            1e-6,
+            torch.zeros(1, dtype=dtype),
+            torch.ones(2),
+            cache,
+            cache,
+            torch.zeros(1),
         )
 
 
