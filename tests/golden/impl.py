@@ -1,0 +1,155 @@
+"""This package behind the interface that the golden sets' own checker calls (`check_golden.py` beside the sets)."""
+
+from collections.abc import Sequence as Items
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from support.forward import all_logits, find_spans, last_hidden_state
+
+from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt.compat import ChatModel
+from internvl_rt.image import ImageOptions, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.kernels.patch_embed import normalise_tiles_reference
+from internvl_rt.position import build_positions
+from internvl_rt.prompt import (
+    DEFAULT_SYSTEM_MESSAGE,
+    Prompt,
+    VisualSpan,
+    build_prompt,
+    tiles_per_image,
+    turns_from_question,
+)
+from internvl_rt.tokenizer import Tokenizer, load_tokenizer
+from internvl_rt.video import choose_frame_indices
+
+Path_ = str | Path
+Floats = NDArray[np.float32]
+History = Items[Items[str]] | None
+
+
+@cache
+def engine(ckpt_dir: Path_) -> Engine:
+    return Engine.from_pretrained(ckpt_dir, device="cpu", dtype="float32")
+
+
+@cache
+def tokenizer(ckpt_dir: Path_) -> Tokenizer:
+    return load_tokenizer(Path(ckpt_dir))
+
+
+def grid(width: int, height: int, max_num: int, image_size: int, min_num: int) -> tuple[int, int, int]:
+    options = ImageOptions(image_size=image_size, min_tiles=min_num, max_tiles=max_num)
+    return (*choose_grid(width, height, options), num_tiles(width, height, options))
+
+
+def tile(path: Path_, max_num: int, image_size: int) -> NDArray[np.uint8]:
+    options = ImageOptions(image_size=image_size, max_tiles=max_num)
+    return tile_image(load_image(path, options), options)
+
+
+def normalise(tiles: NDArray[np.uint8]) -> Floats:
+    return normalise_tiles_reference(torch.from_numpy(tiles)).numpy()
+
+
+def vision(ckpt_dir: Path_, pixel_values: Floats) -> dict[str, Floats]:
+    model, tiles = engine(ckpt_dir).model, torch.from_numpy(pixel_values)
+    with torch.inference_mode():
+        features = model.encode_tiles(tiles)
+    return {"last_hidden_state": last_hidden_state(model, tiles).numpy(), "features": features.numpy()}
+
+
+def logits(ckpt_dir: Path_, input_ids: Items[int], pixel_values: Floats | None) -> Floats:
+    return forward_positions(ckpt_dir, input_ids, pixel_values, None)
+
+
+def forward_positions(
+    ckpt_dir: Path_, input_ids: Items[int], pixel_values: Floats | None, positions: Floats | None
+) -> Floats:
+    tiles = None if pixel_values is None else torch.from_numpy(pixel_values)
+    spans = [] if tiles is None else find_spans(input_ids, tokenizer(ckpt_dir).token_id("<IMG_CONTEXT>"))
+    return all_logits(engine(ckpt_dir).model, input_ids, tiles, spans, position_T=positions).numpy()
+
+
+def chat(
+    ckpt_dir: Path_,
+    pixel_values: Floats | None,
+    question: str,
+    history: History,
+    num_patches_list: list[int] | None,
+    max_new_tokens: int,
+) -> tuple[str, list[int]]:
+    """The answer of the official interface, and the ids that the engine generates for the same prompt."""
+    model = ChatModel(engine(ckpt_dir))
+    pixels = None if pixel_values is None else torch.from_numpy(pixel_values)
+    old = None if history is None else [(asked, answer) for asked, answer in history]
+    config = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    response = model.chat(tokenizer(ckpt_dir), pixels, question, config, old, num_patches_list=num_patches_list)
+    assert isinstance(response, str)
+    counts = [] if pixels is None else tiles_per_image(len(pixels), num_patches_list)
+    turns, _ = turns_from_question(question, old, num_images=len(counts), system=model.system_message)
+    prepared = model.engine.prepare_turns(turns, [] if pixels is None else torch.split(pixels, counts))
+    (reply,) = model.engine.generate_prepared(iter([prepared]), [SamplingParams(max_tokens=max_new_tokens)])
+    return response, reply.token_ids
+
+
+def batch_chat(
+    ckpt_dir: Path_,
+    pixel_values: Floats | None,
+    questions: list[str],
+    num_patches_list: list[int] | None,
+    max_new_tokens: int,
+) -> list[str]:
+    pixels = None if pixel_values is None else torch.from_numpy(pixel_values)
+    config = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return ChatModel(engine(ckpt_dir)).batch_chat(tokenizer(ckpt_dir), pixels, questions, config, num_patches_list)
+
+
+def prompt(ckpt_dir: Path_, case: dict[str, Any]) -> tuple[str, list[int] | list[list[int]]]:
+    """Text and ids of one conversation; of a batch, the texts joined and the rows padded on the left."""
+    if "questions" not in case:
+        rendered = _render(ckpt_dir, case, case["question"], tiles_per_image(case["n_tiles"], case["num_patches_list"]))
+        return rendered.text, list(rendered.token_ids)
+    pairs = zip(case["questions"], case["num_patches_list"], strict=True)
+    rows = [_render(ckpt_dir, case, question, [count] if count else []) for question, count in pairs]
+    pad = tokenizer(ckpt_dir).token_id("<|endoftext|>")
+    columns = list(zip_longest(*(reversed(row.token_ids) for row in rows), fillvalue=pad))
+    return "".join(row.text for row in rows), [list(row) for row in zip(*reversed(columns), strict=True)]
+
+
+def _render(ckpt_dir: Path_, case: dict[str, Any], question: str, tiles: list[int]) -> Prompt:
+    """As the official code does it: special tokens in texts are read, pictures without a place are left out."""
+    system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])
+    try:
+        turns, _ = turns_from_question(question, case["history"], num_images=len(tiles), system=system)
+    except RequestError:
+        return _render(ckpt_dir, case, question, tiles[:-1])
+    counts = [count * engine(ckpt_dir).config.tokens_per_tile for count in tiles]
+    return build_prompt(turns, tokenizer(ckpt_dir), counts, user_specials=True)
+
+
+def encode(ckpt_dir: Path_, text: str) -> list[int]:
+    return tokenizer(ckpt_dir).encode(text, specials=True)
+
+
+def decode(ckpt_dir: Path_, ids: Items[int], skip_special_tokens: bool) -> str:
+    return tokenizer(ckpt_dir).decode(ids, skip_specials=skip_special_tokens)
+
+
+def video_indices(fps: float, frames: int, bound: tuple[float, float] | None, num_segments: int) -> list[int]:
+    return choose_frame_indices(frames, fps, num_segments, bound)
+
+
+def v2pe_positions(segments: Items[tuple[str, int]], strides: Items[int], tokens_per_tile: int) -> Floats:
+    spans, num_tokens = [], 0
+    for kind, amount in segments:
+        if kind == "image":
+            spans.append(VisualSpan(num_tokens + 1, amount * tokens_per_tile))
+            num_tokens += amount * tokens_per_tile + 2
+        else:
+            num_tokens += amount
+    return build_positions(num_tokens, spans, strides)[0]

@@ -1,0 +1,139 @@
+"""Pictures of handwritten digits and questions about them: what the tiny checkpoint is trained and measured on.
+
+The glyphs are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" set (1797 of 8 x 8 pixels).
+Every eighth glyph is held out: it is in no training picture, and in every picture that accuracy is measured on.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from sklearn.datasets import load_digits
+
+READ = (
+    "Read the digits.",
+    "Read the number.",
+    "Which digits are shown?",
+    "What number do you see?",
+    "What is written in the picture?",
+    "What does the picture say?",
+    "Transcribe the picture.",
+)
+COUNT = (
+    "How many digits are there?",
+    "How many digits do you see?",
+    "How many digits does the picture show?",
+    "How many digits are in the picture?",
+    "Count the digits.",
+    "What is the number of digits?",
+)
+COMPARE = (
+    "Which picture shows the larger number?",
+    "Which picture has the larger number?",
+    "Which number is larger?",
+    "Where is the larger number?",
+    "In which picture is the number larger?",
+    "Compare the numbers.",
+)
+MAX_DIGITS = 6
+MAX_COMPARED = 3  # digits of each of two compared numbers
+
+Glyphs = tuple[npt.NDArray[np.float32], ...]  # for each digit its glyphs [n, 8, 8], ink from 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    pictures: tuple[Image.Image, ...]  # all shown in the first turn
+    turns: tuple[tuple[str, str], ...]  # question, answer
+
+
+@cache
+def load_glyphs(*, held_out: bool) -> Glyphs:
+    ink, labels = load_digits(return_X_y=True)
+    chosen = (np.arange(len(labels)) % 8 == 7) == held_out
+    return tuple((ink[chosen & (labels == digit)] / 16).reshape(-1, 8, 8).astype(np.float32) for digit in range(10))
+
+
+def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) -> str:
+    """Random digits; a `number` of several digits does not begin with 0."""
+    digits = rng.integers(0, 10, length)
+    if number and length > 1:
+        digits[0] = rng.integers(1, 10)
+    return "".join(map(str, digits))
+
+
+def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> Image.Image:
+    """The digits in a row, written with a pen or chalk: sizes, places, slants, colours and light vary."""
+    height = rng.uniform(32, 48)
+    strokes = [_draw_stroke(rng, glyphs[int(digit)], height) for digit in digits]
+    gap = height * rng.uniform(0.05, 0.35)
+    left, right = height * rng.uniform(0.1, 0.4, 2)
+    gaps = [left, *(gap * rng.uniform(0.6, 1.4, len(strokes) - 1)), right]
+    canvas_height = round(max(stroke.shape[0] for stroke in strokes) + height * rng.uniform(0.15, 0.6))
+    canvas_width = round(sum(gaps) + sum(stroke.shape[1] for stroke in strokes))
+    ink = np.zeros((canvas_height, canvas_width), np.float32)
+    x = 0.0
+    for space, stroke in zip(gaps, strokes, strict=False):
+        x += space
+        rows, columns = stroke.shape
+        top = round((canvas_height - rows) * rng.uniform(0.2, 0.8))
+        place = ink[top : top + rows, round(x) : round(x) + columns]
+        np.maximum(place, stroke[:, : place.shape[1]], out=place)
+        x += columns
+    return _colour(rng, ink)
+
+
+def _draw_stroke(rng: np.random.Generator, glyphs: npt.NDArray[np.float32], height: float) -> npt.NDArray[np.float32]:
+    """One glyph, cut to its ink and enlarged to about `height` pixels, turned and slanted a little."""
+    glyph = glyphs[rng.integers(len(glyphs))]
+    inked = np.flatnonzero(glyph.max(0) > 0.1)
+    glyph = np.pad(glyph[:, inked[0] : inked[-1] + 1], 1)
+    scale = height / 8 * rng.uniform(0.88, 1.12, 2) * (1.0, rng.uniform(0.9, 1.1))
+    rows, columns = np.round(np.array(glyph.shape) * scale).astype(int)
+    turn, slant = rng.uniform(-0.15, 0.15, 2)
+    inverse = np.array([[np.cos(turn), np.sin(turn) + slant], [-np.sin(turn), np.cos(turn)]]) / scale[::-1, None]
+    offset = np.array(glyph.shape[::-1]) / 2 - inverse @ (columns / 2, rows / 2)
+    matrix = np.column_stack((inverse, offset)).ravel().tolist()
+    size = (int(columns), int(rows))
+    stroke = Image.fromarray(glyph).transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    edge = rng.uniform(0.4, 0.5)  # the ink value at the border of the stroke
+    return np.clip((np.asarray(stroke) - edge) * rng.uniform(1.3, 2.5) + 0.5, 0, 1)
+
+
+def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Image:
+    """Dark ink on light paper, or sometimes light chalk on a dark board, under uneven light and with some noise."""
+    paper, pen = rng.uniform(190, 255) + rng.uniform(-25, 0, 3), rng.uniform(0, 70) + rng.uniform(0, 60, 3)
+    if rng.random() < 0.25:
+        paper, pen = pen * 0.8, paper
+    across, down = rng.uniform(-12, 12, 2)
+    height, width = ink.shape
+    light = np.linspace(-across, across, width, dtype=np.float32) + np.linspace(-down, down, height, dtype=np.float32)[:, None]
+    light += rng.standard_normal(ink.shape, np.float32) * np.float32(rng.uniform(0, 6))
+    pixels = np.multiply.outer(ink, (pen - paper).astype(np.float32)) + paper.astype(np.float32) + light[..., None]
+    return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
+
+
+def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *, num_turns: int = 1) -> Exercise:
+    """One picture and questions about its digits: first what they are or how many, then perhaps the other."""
+    digits = draw_digits(rng, length)
+    turns = [(str(rng.choice(READ)), digits), (str(rng.choice(COUNT)), str(length))]
+    if rng.random() < 0.3:
+        turns.reverse()
+    return Exercise((draw_picture(rng, glyphs, digits),), tuple(turns[:num_turns]))
+
+
+def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
+    """Two pictures and the question which number is larger; one pair in six shows the same number twice."""
+    numbers = [draw_digits(rng, int(rng.integers(1, MAX_COMPARED + 1)), number=True) for _ in range(2)]
+    if rng.random() < 1 / 3:
+        numbers[1] = draw_digits(rng, len(numbers[0]), number=True)
+    if rng.random() < 1 / 6:
+        numbers[1] = numbers[0]
+    pictures = tuple(draw_picture(rng, glyphs, number) for number in numbers)
+    return Exercise(pictures, ((str(rng.choice(COMPARE)), compare(*map(int, numbers))),))
+
+
+def compare(first: int, second: int) -> str:
+    return "Both are equal" if first == second else f"Picture {1 if first > second else 2}"

@@ -1,0 +1,76 @@
+"""A model's logits at every position, over a real paged cache: what parity and golden tests compare."""
+
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_rt.kv_cache import KVCache
+from internvl_rt.model.internvl import InternVL
+from internvl_rt.model.vision import encode_tiles
+from internvl_rt.prompt import VisualSpan
+from internvl_rt.sequence import Picture, SamplingParams, Sequence
+from internvl_rt.step import Chunk, build_step
+
+
+def find_spans(token_ids: Items[int], context_id: int) -> list[VisualSpan]:
+    """The runs of `<IMG_CONTEXT>` in a prompt, one for each picture."""
+    is_context = np.array([False, *(token_id == context_id for token_id in token_ids), False])
+    edges = np.flatnonzero(is_context[1:] != is_context[:-1]).reshape(-1, 2)
+    return [VisualSpan(start, stop - start) for start, stop in edges.tolist()]
+
+
+@torch.inference_mode()
+def last_hidden_state(model: InternVL, tiles: Tensor) -> Tensor:
+    """ViT features [I, U, E]; tiles as `InternVL.encode_tiles` takes them."""
+    return encode_tiles(model.ops, model.config.vision, model.weights.vision, tiles)
+
+
+@torch.inference_mode()
+def all_logits(
+    model: InternVL,
+    token_ids: Items[int],
+    tiles: Tensor | None,
+    spans: Items[VisualSpan],
+    *,
+    position_T: np.ndarray | None = None,
+    chunk_len: int | None = None,
+    block_size: int = 16,
+) -> Tensor:
+    """Logits [T, V] of one sequence, computed `chunk_len` tokens at a time (all at once by default).
+
+    tiles: of all pictures, in order; each span takes as many as it has places for. position_T: float32 rotary
+    positions, 0, 1, 2, ... by default.
+    """
+    num_tokens = len(token_ids)
+    counts = [span.num_tokens // model.config.tokens_per_tile for span in spans]
+    parts = [] if tiles is None else list(torch.split(tiles, counts))
+    sequence = Sequence(
+        seq_id=0,
+        token_ids=list(token_ids),
+        position_T=np.arange(num_tokens, dtype=np.float32) if position_T is None else position_T,
+        next_position=0,
+        pictures=tuple(Picture(span, part) for span, part in zip(spans, parts, strict=True)),
+        params=SamplingParams(),
+        max_tokens=1,
+        stop_ids=frozenset(),
+        seed=0,
+    )
+    sequence.visual = {index: model.encode_tiles(part).flatten(0, 1) for index, part in enumerate(parts)}
+    cache = KVCache(
+        model.config.decoder,
+        num_blocks=-(-num_tokens // block_size),
+        block_size=block_size,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    assert cache.blocks.admit(sequence.seq_id, num_tokens)
+    logits = []
+    for start in range(0, num_tokens, chunk_len or num_tokens):
+        chunk = Chunk(sequence, start, min(start + (chunk_len or num_tokens), num_tokens))
+        step = build_step([chunk], cache, model.device)
+        every_row = torch.arange(chunk.stop - chunk.start, device=model.device)
+        logits.append(model.run_step(replace(step, logit_row_R=every_row), cache.layers))
+    return torch.cat(logits)

@@ -1,0 +1,208 @@
+"""Random small InternVL models of transformers' own classes, saved in every layout that checkpoints come in.
+
+No tensor keeps an initial value that would hide it (zero biases, unit norms, LayerScale 0.1), so a tensor that is
+dropped, misplaced or permuted shows in the logits. The layouts are written here from the published names, not with the
+package's own tables.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from internvl_rt.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import InternVLForConditionalGeneration
+
+# The vision towers of InternVL3: "layer_norm" of the 300M (qkv biases), "rms_norm" of the 6B (q and k norms).
+Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "llama"]
+# "hf_old" are the names on the hub (transformers 4.52), "hf_new" those of the classes in memory since.
+Layout = Literal["original", "hf_old", "hf_new"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+_TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
+_IMAGE_SIZE, _PATCH_SIZE = 112, 14
+
+_HF_OLD = (
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_ORIGINAL = (
+    ("vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
+    ("vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
+    ("vision_tower.embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
+    ("vision_tower.encoder.layer.", "vision_model.encoder.layers."),
+    (".attention.projection_layer.", ".attn.proj."),
+    (".attention.", ".attn."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".lambda_", ".ls"),
+    ("multi_modal_projector.layer_norm.", "mlp1.0."),
+    ("multi_modal_projector.linear_1.", "mlp1.1."),
+    ("multi_modal_projector.linear_2.", "mlp1.3."),
+)
+_INTERNLM2 = (
+    ("language_model.lm_head.", "language_model.output."),
+    (".embed_tokens.", ".tok_embeddings."),
+    (".self_attn.o_proj.", ".attention.wo."),
+    (".self_attn.", ".attention."),
+    (".mlp.gate_proj.", ".feed_forward.w1."),
+    (".mlp.up_proj.", ".feed_forward.w3."),
+    (".mlp.down_proj.", ".feed_forward.w2."),
+    (".input_layernorm.", ".attention_norm."),
+    (".post_attention_layernorm.", ".ffn_norm."),
+)
+
+
+def build_reference(kind: Kind) -> "InternVLForConditionalGeneration":
+    """A model of two layers per tower, float32, with eager attention (softmax written out) in both."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    tokenizer = load_tokenizer(_TOKENIZER)
+    common: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": kind == "qwen3",
+    }
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    if kind == "qwen3":  # heads wider than the model, as in the 0.6B
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        plain = {"rope_type": "default", "rope_theta": 1e6}
+        text = Qwen3Config(hidden_size=80, intermediate_size=112, rope_parameters=plain, **heads, **common)
+    elif kind == "llama":  # InternLM3 in the 9B
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+        dynamic |= {"factor": 6.0, "rope_theta": 5e7}
+        eps = {"rms_norm_eps": 1e-5}
+        text = LlamaConfig(hidden_size=96, intermediate_size=64, rope_parameters=dynamic, **heads, **eps, **common)
+    else:  # 7 query heads to a key head, as in the 1B
+        heads = {"num_attention_heads": 7, "num_key_value_heads": 1}
+        text = Qwen2Config(hidden_size=112, intermediate_size=160, rope_parameters=dynamic, **heads, **common)
+    rms_norm = kind == "qwen2_rms_norm_vit"
+    vision = InternVLVisionConfig(
+        hidden_size=72 if rms_norm else 64,
+        num_attention_heads=3 if rms_norm else 2,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        image_size=[_IMAGE_SIZE, _IMAGE_SIZE],
+        patch_size=[_PATCH_SIZE, _PATCH_SIZE],
+        norm_type="rms_norm" if rms_norm else "layer_norm",
+        use_qk_norm=rms_norm,
+        attention_bias=not rms_norm,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.token_id("<IMG_CONTEXT>"),
+        image_seq_length=(_IMAGE_SIZE // _PATCH_SIZE // 2) ** 2,
+        tie_word_embeddings=kind == "qwen3",
+        attn_implementation="eager",
+    )
+    model: InternVLForConditionalGeneration = InternVLForConditionalGeneration(config).float().eval()
+    model.generation_config.eos_token_id = None
+    _randomise(model)
+    return model
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(20)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.copy_(1 + 0.2 * noise)
+        elif "norm" in name and name.endswith(".weight"):
+            parameter.copy_(1 + 0.1 * noise)
+        elif "lambda_" in name:
+            parameter.copy_(0.5 + 0.25 * noise)
+        elif parameter.ndim == 1 or "embed" in name and "projection.weight" not in name:
+            parameter.copy_(0.3 * noise)
+        else:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5 * (3 if "lm_head" in name else 1))
+
+
+def save_checkpoint(model: "InternVLForConditionalGeneration", folder: Path, layout: Layout) -> None:
+    """Writes config, weights and tokenizer of `model` as a checkpoint folder."""
+    folder.mkdir()
+    for file in _TOKENIZER.iterdir():
+        shutil.copy(file, folder)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    if layout != "hf_new":
+        tensors = _rename(tensors, _HF_OLD)
+    if layout == "original":
+        tensors = _to_original(tensors, config["text_config"])
+        config = _original_config(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _rename(tensors: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in rules:
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+def _to_original(tensors: dict[str, Tensor], text: dict[str, Any]) -> dict[str, Tensor]:
+    tower = _rename({n: t for n, t in tensors.items() if not n.startswith("language_model.")}, _ORIGINAL)
+    for name in [name for name in tower if ".attn.q_proj." in name]:
+        parts = [tower.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        tower[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+    decoder = {n: t for n, t in tensors.items() if n.startswith("language_model.")}
+    if text["model_type"] == "llama":
+        decoder = _rename(decoder, _INTERNLM2)
+        groups = text["num_key_value_heads"]
+        for name in [name for name in decoder if ".attention.q_proj." in name]:
+            parts = [decoder.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            grouped = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+            decoder[name.replace(".q_proj.", ".wqkv.")] = grouped.flatten(0, 1)
+    return tower | decoder
+
+
+def _original_config(hf: dict[str, Any]) -> dict[str, Any]:
+    vision, text = hf["vision_config"], hf["text_config"]
+    architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "InternLM2ForCausalLM"}
+    rope = dict(text["rope_parameters"])
+    kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    decoder = {key: text[key] for key in kept}
+    decoder |= {key: text[key] for key in ("num_key_value_heads", "rms_norm_eps", "vocab_size")}
+    decoder |= {"architectures": [architectures[text["model_type"]]], "rope_theta": rope.pop("rope_theta")}
+    decoder |= {"max_position_embeddings": text["max_position_embeddings"]}
+    decoder["rope_scaling"] = {"type": "dynamic", "factor": rope["factor"]} if "factor" in rope else None
+    if text["model_type"] == "qwen3":
+        decoder |= {"head_dim": text["head_dim"], "tie_word_embeddings": True, "attention_bias": False}
+    if text["model_type"] == "llama":
+        decoder["bias"] = False
+    tower = {key: vision[key] for key in (*kept, "norm_type", "layer_norm_eps")}
+    tower |= {"image_size": _IMAGE_SIZE, "patch_size": _PATCH_SIZE, "num_channels": 3}
+    tower |= {"qkv_bias": vision["attention_bias"], "qk_normalization": vision["use_qk_norm"]}
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": _IMAGE_SIZE,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "torch_dtype": "float32",
+        "use_thumbnail": True,
+        "llm_config": decoder,
+        "vision_config": tower,
+    }

@@ -1,0 +1,110 @@
+"""The command line as a user types it: output, exit codes, one-line errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internvl_rt.cli import main
+
+SAMPLES = Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples"
+SAMPLE = SAMPLES / "4719.png"
+
+
+def run(*arguments, stdin=None):
+    return subprocess.run(
+        [sys.executable, "-m", "internvl_rt", *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_chat_answers_a_question_about_a_picture(capsys):
+    assert main(["chat", "tiny", "--image", str(SAMPLE), "Read the digits."]) == 0
+    assert capsys.readouterr().out == "4719\n"
+
+
+def test_timings_go_to_stderr_and_leave_the_answer_alone(capsys):
+    assert main(["chat", "tiny", "--timings", "--image", str(SAMPLE), "Read the digits."]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "4719\n"
+    assert "first token" in printed.err
+
+
+def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
+    lines = [f"/image {SAMPLE}", "Read the digits.", "/image no.png", "/what", "How many digits are there?", "/exit", "x"]
+    done = run("chat", "tiny", stdin="\n".join(lines))
+    assert (done.returncode, done.stdout.split()) == (0, ["4719", "4"])
+    assert "no such file: 'no.png'" in done.stderr
+    assert "no command /what" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["write-random"]])
+def test_help_explains_and_does_not_load_torch(command):
+    program = "import sys; from internvl_rt.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", program, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "internvl-rt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "./no-such-model", "Hi"], "no-such-model"),
+        (["chat", "tiny", "--image", "no.png", "Hi"], "no.png"),
+        (["chat", "tiny", "--image", __file__, "Hi"], "test_cli.py"),
+        (["chat", "tiny", "--temperature", "-1", "Hi"], "temperature must be"),
+        (["chat", "tiny", "--device", "tpu", "Hi"], "device must be"),
+        (["chat", "tiny", "--v2pe-delta", "0.3", "Hi"], "v2pe_delta"),
+        (["chat", "tiny", "--v2pe-delta", "1/0", "Hi"], "--v2pe-delta"),
+        (["chat", "tiny", "--max-tiles", "0", "Hi"], "max_tiles"),
+        (["info", "InternVL3-7B"], "InternVL3-7B"),
+        (["write-random", "InternVL3-7B", "out"], "InternVL3-7B"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:  # argparse's own refusals
+        code = exit_.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.err.rstrip("\n").count("\n") == (0 if "usage:" not in printed.err else printed.err.count("\n") - 1)
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["chut"], ["chat"], ["chat", "tiny", "--imagine", "x"], []])
+def test_wrong_usage_gives_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: internvl-rt" in capsys.readouterr().err
+
+
+def test_info_prints_a_card_and_json_for_programs(capsys):
+    assert main(["info", "InternVL3-8B"]) == 0
+    assert "7.9" in capsys.readouterr().out
+    assert main(["info", "InternVL3-8B", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert round(sum(card["parameters"][part] for part in ("vision", "projector", "decoder")) / 1e9, 3) == 7.944
+
+
+def test_interrupt_ends_with_exit_code_130():
+    arguments = [sys.executable, "-m", "internvl_rt", "chat", "tiny", "--max-tokens", "20000", "Hello"]
+    process = subprocess.Popen(
+        [*arguments, "--temperature", "5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    os.read(process.stdout.fileno(), 1)  # the answer has begun
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors

@@ -1,0 +1,106 @@
+"""The shape of the repository: one order of modules, one home for each outside library, small files, no junk drawers."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "internvl_rt"
+
+# Leaf to top: a module imports only modules above it in this list.
+MODULES = """
+    errors json_section
+    kernels._contract
+    kernels.gemm_epilogue kernels.layer_norm kernels.paged_attention kernels.patch_embed kernels.place_visual_tokens
+    kernels.rms_norm kernels.qkv_rope_kv kernels.swiglu kernels.unshuffle_norm kernels.vit_attention
+    config ops image video tokenizer position prompt sequence kv_cache step scheduler
+    model.vision model.projector model.decoder model.internvl
+    checkpoint weights sampler runner reply request loop engine compat card random_checkpoint cli
+    __init__ __main__
+""".split()
+
+# Library: the modules that may import it. Everything that is not listed here may be imported anywhere.
+HOMES = {
+    "internvl_rt._C": ["kv_cache"],
+    "PIL": ["image"],
+    "av": ["video"],
+    "huggingface_hub": ["checkpoint"],
+    "sentencepiece": ["tokenizer"],
+    "tokenizers": ["tokenizer"],
+    "transformers": [],
+    "triton": [name for name in MODULES if name.startswith("kernels.")],
+}
+ENVIRONMENT_HOME = "env"
+JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
+MAX_LINES = 400
+
+
+def module_path(name: str) -> Path:
+    return PACKAGE / Path(*name.split(".")).with_suffix(".py")
+
+
+def imported_names(name: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, inside functions too; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(module_path(name).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: write the import in full, from internvl_rt"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def internal_module(dotted: str) -> str | None:
+    """The module of the package behind an imported name, or None: `internvl_rt.ops.TORCH` is in `ops`."""
+    package, *parts = dotted.split(".")
+    if package != "internvl_rt" or parts[:1] == ["_C"]:
+        return None
+    known = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((name for name in known if name in MODULES), "__init__")
+
+
+def test_every_module_is_in_the_list_once() -> None:
+    kernels = PACKAGE / "kernels"
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("model/**/*.py"), *kernels.glob("*.py")]
+    assert sorted(MODULES) == sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_modules_above_it_in_the_list(name: str) -> None:
+    internal = {module for module in map(internal_module, imported_names(name)) if module}
+    assert internal <= set(MODULES[: MODULES.index(name)])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_library_is_imported_only_in_its_home(name: str) -> None:
+    strays = {
+        library
+        for dotted in imported_names(name)
+        for library, homes in HOMES.items()
+        if name not in homes and f"{dotted}.".startswith(f"{library}.")
+    }
+    assert not strays
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_environment_is_read_only_in_its_home(name: str) -> None:
+    words = {"environ", "environb", "getenv", "putenv"}
+    names = {node.attr for node in ast.walk(ast.parse(module_path(name).read_text())) if isinstance(node, ast.Attribute)}
+    names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
+    assert name == ENVIRONMENT_HOME or not names & words
+
+
+def test_the_kernels_are_a_link_and_not_a_package_of_their_own() -> None:
+    assert (PACKAGE / "kernels").readlink() == Path("../kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_files_are_small_and_say_what_they_hold() -> None:
+    folders = ["internvl_rt", "kernels", "csrc", "tests", "bench"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".h", ".cpp"}]
+    assert len(files) > len(MODULES)
+    assert not [path for path in files if path.stem in JUNK_DRAWERS]
+    lengths = {path: len(path.read_text().splitlines()) for path in files}
+    assert not {str(path): length for path, length in lengths.items() if length >= MAX_LINES}
