@@ -112,15 +112,22 @@ class Checkpoint:
         return out
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fills `out`, of the same number of elements, converting to its dtype and device.
+        """Fills `out`, contiguous and of as many elements, in its dtype on its device.
 
-        Without a conversion the file is read straight into `out`; otherwise there is one copy of the stored tensor.
+        The file is read straight into it where neither differs, and through a small buffer otherwise.
         """
         entry = self.entries[name]
-        if out.device.type == "cpu" and out.dtype == entry.dtype and out.is_contiguous():
+        assert out.is_contiguous(), name
+        assert out.numel() == math.prod(entry.shape), name
+        if out.device.type == "cpu" and out.dtype == entry.dtype:
             read_tensor(entry, out)
-        else:
-            out.copy_(self.tensor(name).view(out.shape))
+            return
+        buffer = torch.empty(min(out.numel(), _CHUNK_BYTES // entry.dtype.itemsize), dtype=entry.dtype)
+        flat = out.view(-1)
+        for start in range(0, len(flat), len(buffer)):
+            part = flat[start : start + len(buffer)]
+            read_tensor(entry, buffer[: len(part)], start)
+            part.copy_(buffer[: len(part)])
 
     def same_bytes(self, name: str, other: str) -> bool:
         """Whether two tensors are equal bit for bit, compared in small chunks."""

@@ -70,8 +70,8 @@ def plan_num_blocks(
     required = 1 if max_model_len is None else _ceil_div(max_model_len, block_size)
     if affordable < required:
         raise RequestError(
-            f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs room for "
-            f"{max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
+            f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs "
+            f"room for {max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
             "raise kv_cache_bytes or lower max_model_len"
         )
     return min(affordable, max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size))

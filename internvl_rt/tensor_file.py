@@ -113,11 +113,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensor(entry: TensorEntry, out: Tensor) -> None:
-    """Fills `out`, a contiguous CPU tensor of the entry's dtype and number of elements."""
+def read_tensor(entry: TensorEntry, out: Tensor, start: int = 0) -> None:
+    """Fills `out`, a contiguous CPU tensor of the entry's dtype, with the elements from `start` on."""
     view, done = _bytes_of(out), 0
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.offset_bytes)
+        file.seek(entry.offset_bytes + start * entry.dtype.itemsize)
         while done < len(view):
             if not (count := file.readinto(view[done:])):
                 raise CheckpointError(f"{entry.file} became shorter while it was read; download it again")

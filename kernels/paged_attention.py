@@ -29,7 +29,7 @@ def paged_attention_reference(
             continue
         blocks = block_table_SN[row, : -(-seq_len // block_size)].long()
         k_GLC, v_GLC = (
-            cache_BGPC.transpose(0, 1).index_select(1, blocks).flatten(1, 2)[:, :seq_len]
+            cache_BGPC.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :seq_len]
             for cache_BGPC in (k_cache_BGPC, v_cache_BGPC)
         )
         out_THC[first:last] = _attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC).transpose(0, 1)
