@@ -235,10 +235,12 @@ def test_pictures_take_the_first_places_of_the_whole_conversation():
         )
 
 
-@pytest.mark.parametrize(("question", "history"), [("What?", []), ("What?", [("a", "b")]), ("<image> What?", None)])
-def test_a_picture_without_a_place_is_refused(question, history):
-    with pytest.raises(RequestError, match=r"2 pictures were given, .* only [01] '<image>'"):
-        turns_from_question(question, history, num_images=2, system=DEFAULT_SYSTEM_MESSAGE)
+@pytest.mark.parametrize(
+    ("question", "history", "places"), [("What?", [], 0), ("What?", [("<image>", "b")], 1), ("<image> What?", None, 1)]
+)
+def test_a_picture_without_a_place_is_refused(question, history, places):
+    with pytest.raises(RequestError, match=rf"{places + 1} pictures were given, .* only {places} '<image>'"):
+        turns_from_question(question, history, num_images=places + 1, system=DEFAULT_SYSTEM_MESSAGE)
 
 
 def test_tiles_belong_to_one_picture_unless_a_list_accounts_for_all_of_them():

@@ -14,12 +14,13 @@ from internvl_rt.tokenizer import load_tokenizer
 UNUSED = "[UNUSED_TOKEN_145]"  # the piece whose place <|im_end|> takes, as in InternLM2.5
 
 
-def write_config(folder, model, **fields):
+def write_config(folder, model, *, special=True, **fields):
     size = model.get_piece_size()
     contents = ["<unk>", "<s>", "</s>", "<|im_end|>", "<img>", "<word>", "<word>s"]
     ids = [0, 1, 2, model.piece_to_id(UNUSED), size, size + 1, size + 2]
     declared = {
-        str(i): {"content": token, "special": "word" not in token} for i, token in zip(ids, contents, strict=True)
+        str(i): {"content": token, "special": special and "word" not in token}
+        for i, token in zip(ids, contents, strict=True)
     }
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": declared} | fields))
 
@@ -37,6 +38,7 @@ def folder(tmp_path_factory):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         user_defined_symbols=[UNUSED],
+        control_symbols=["[INST]"],
         minloglevel=2,
     )
     (path / "tokenizer.model").write_bytes(model.getvalue())
@@ -70,6 +72,13 @@ def test_special_tokens_in_a_users_text_stay_text(tokenizer):
     ids = tokenizer.encode(text)
     assert not {tokenizer.token_id(token) for token in ("<|im_end|>", "<img>", "<s>", "</s>")} & set(ids)
     assert tokenizer.decode(ids) == text
+
+
+def test_template_tokens_stay_text_even_if_the_file_does_not_flag_them_special(folder, model, tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    write_config(tmp_path, model, special=False)
+    text = f"lake<|im_end|><img> {UNUSED}"
+    assert load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)
 
 
 def test_the_unused_piece_under_a_special_token_is_no_way_to_it(model, tokenizer):

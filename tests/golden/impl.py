@@ -24,12 +24,13 @@ from internvl_rt.prompt import (
     tiles_per_image,
     turns_from_question,
 )
+from internvl_rt.request import Prepared
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.video import choose_frame_indices
 
 Path_ = str | Path
 Floats = NDArray[np.float32]
-History = Items[Items[str]] | None
+History = list[tuple[str, str]] | None
 
 
 @cache
@@ -75,6 +76,17 @@ def forward_positions(
     return all_logits(engine(ckpt_dir).model, input_ids, tiles, spans, position_T=positions).numpy()
 
 
+def prepare(
+    ckpt_dir: Path_, pixel_values: Floats | None, question: str, history: History, num_patches_list: list[int] | None
+) -> Prepared:
+    """The prompt of the official `chat`."""
+    model = ChatModel(engine(ckpt_dir))
+    counts = [] if pixel_values is None else tiles_per_image(len(pixel_values), num_patches_list)
+    turns, _ = turns_from_question(question, history, num_images=len(counts), system=model.system_message)
+    tiles = [] if pixel_values is None else torch.split(torch.from_numpy(pixel_values), counts)
+    return model.engine.prepare_turns(turns, tiles)
+
+
 def chat(
     ckpt_dir: Path_,
     pixel_values: Floats | None,
@@ -86,13 +98,10 @@ def chat(
     """The answer of the official interface, and the ids that the engine generates for the same prompt."""
     model = ChatModel(engine(ckpt_dir))
     pixels = None if pixel_values is None else torch.from_numpy(pixel_values)
-    old = None if history is None else [(asked, answer) for asked, answer in history]
     config = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    response = model.chat(tokenizer(ckpt_dir), pixels, question, config, old, num_patches_list=num_patches_list)
+    response = model.chat(tokenizer(ckpt_dir), pixels, question, config, history, num_patches_list=num_patches_list)
     assert isinstance(response, str)
-    counts = [] if pixels is None else tiles_per_image(len(pixels), num_patches_list)
-    turns, _ = turns_from_question(question, old, num_images=len(counts), system=model.system_message)
-    prepared = model.engine.prepare_turns(turns, [] if pixels is None else torch.split(pixels, counts))
+    prepared = prepare(ckpt_dir, pixel_values, question, history, num_patches_list)
     (reply,) = model.engine.generate_prepared(iter([prepared]), [SamplingParams(max_tokens=max_new_tokens)])
     return response, reply.token_ids
 

@@ -1,0 +1,155 @@
+"""Features, logits, greedy tokens and answers of the three checkpoints of each set, against the official code.
+
+The official float32 results differ by up to 2.2e-5 from float64 on logits of size 15, so 1e-4 of the largest is ample
+and a wrong operation is far outside.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from golden import impl
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from internvl_rt import SamplingParams
+
+SETS = sorted(path.parent for path in Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("*/outputs_a.json"))
+CHECKPOINTS = [(path, letter) for path in SETS for letter in "abc"]
+FEATURE_TOLERANCE, LOGIT_TOLERANCE = 1e-5, 1e-4
+
+Floats = NDArray[np.float32]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def outputs(folder: Path, letter: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    return read(folder / f"outputs_{letter}.json"), load_file(folder / f"outputs_{letter}.safetensors")
+
+
+@cache
+def pixels(folder: Path, name: str) -> Floats:
+    stored = load_file(folder / "inputs.safetensors")
+    case = read(folder / "inputs.json")[name]
+    tiles = stored.get(f"{name}.tiles_u8")
+    return impl.normalise(
+        impl.tile(folder / case["file"], case["max_num"], case["image_size"]) if tiles is None else tiles
+    )
+
+
+def pixels_of(folder: Path, names: list[str]) -> Floats | None:
+    return np.concatenate([pixels(folder, name) for name in names]) if names else None
+
+
+def relative_error(got: Floats, want: Floats) -> float:
+    assert got.shape == want.shape
+    return float(np.abs(got.astype(np.float64) - want).max() / np.abs(want).max())
+
+
+def every_case() -> list[Any]:
+    return [
+        pytest.param(folder, letter, name, id=f"{folder.name}-{letter}-{name}")
+        for folder, letter in CHECKPOINTS
+        for name in outputs(folder, letter)[0]["cases"]
+    ]
+
+
+def test_at_least_one_set_is_found() -> None:
+    assert SETS
+
+
+@pytest.mark.parametrize(("folder", "letter"), CHECKPOINTS)
+def test_vision_features(folder: Path, letter: str) -> None:
+    meta, want = outputs(folder, letter)
+    for name, stored in meta["feature_tiles_stored"].items():
+        got = impl.vision(folder / f"ckpt_{letter}", pixels(folder, name))
+        assert relative_error(got["features"][stored], want[f"{name}.extract_feature"]) < FEATURE_TOLERANCE
+        if (key := f"{name}.vit_last_hidden_state") in want:
+            assert relative_error(got["last_hidden_state"], want[key]) < FEATURE_TOLERANCE
+
+
+@pytest.mark.parametrize(("folder", "letter", "name"), every_case())
+def test_logits_of_prompt_and_answer(folder: Path, letter: str, name: str) -> None:
+    meta, want = outputs(folder, letter)
+    case = meta["cases"][name]
+    ids = case["input_ids"] + case["generated_ids"]
+    got = impl.logits(folder / f"ckpt_{letter}", ids, pixels_of(folder, case["inputs"]))
+    prompt, answer = got[: len(case["input_ids"])], got[len(case["input_ids"]) - 1 : -1]
+    columns = meta["sampled_vocab_ids"]
+    assert relative_error(prompt[-8:], want[f"{name}.logits_last8"]) < LOGIT_TOLERANCE
+    assert relative_error(prompt[:, columns], want[f"{name}.logits_sampled"]) < LOGIT_TOLERANCE
+    assert relative_error(np.logaddexp.reduce(prompt, axis=-1), want[f"{name}.logsumexp"]) < LOGIT_TOLERANCE
+    assert relative_error(answer, want[f"{name}.step_logits"]) < LOGIT_TOLERANCE
+    assert np.array_equal(prompt.argmax(-1), want[f"{name}.argmax"])
+    if (key := f"{name}.logits_first8") in want:
+        assert relative_error(prompt[:8], want[key]) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize(("folder", "letter", "name"), every_case())
+def test_greedy_tokens_and_answer_of_a_chat(folder: Path, letter: str, name: str) -> None:
+    meta, _ = outputs(folder, letter)
+    case = meta["cases"][name]
+    text, ids = impl.chat(
+        folder / f"ckpt_{letter}",
+        pixels_of(folder, case["inputs"]),
+        case["question"],
+        case["history_in"],
+        case["num_patches_list"],
+        meta["max_new_tokens"],
+    )
+    assert ids == case["generated_ids"]
+    assert text == case["response"]
+
+
+@pytest.mark.parametrize(("folder", "letter"), CHECKPOINTS)
+def test_all_chats_in_one_batch(folder: Path, letter: str) -> None:
+    meta, _ = outputs(folder, letter)
+    engine = impl.engine(folder / f"ckpt_{letter}")
+    prepared = [impl.prepare(engine, case, pixels_of(folder, case["inputs"])) for case in meta["cases"].values()]
+    params = [SamplingParams(max_tokens=meta["max_new_tokens"])] * len(prepared)
+    replies = engine.generate_prepared(iter(prepared), params)
+    for reply, each, case in zip(replies, prepared, meta["cases"].values(), strict=True):
+        assert list(each.prompt.token_ids) == case["input_ids"]
+        assert reply.token_ids == case["generated_ids"]
+
+
+@pytest.mark.parametrize("name", ["batch", "batch_text"])
+@pytest.mark.parametrize(("folder", "letter"), CHECKPOINTS)
+def test_answers_of_batch_chat(folder: Path, letter: str, name: str) -> None:
+    meta, _ = outputs(folder, letter)
+    batch = meta[name]
+    answers = impl.batch_chat(
+        folder / f"ckpt_{letter}",
+        pixels_of(folder, batch.get("inputs", [])),
+        batch["questions"],
+        batch["num_patches_list"],
+        meta["max_new_tokens"],
+    )
+    assert answers == batch["responses"]
+
+
+@pytest.mark.parametrize("folder", SETS)
+def test_logits_at_fractional_positions(folder: Path) -> None:
+    meta, want = read(folder / "v2pe.json")["forward"], load_file(folder / "v2pe.safetensors")
+    ids = want["forward.input_ids"].tolist()
+    for run in (run["name"] for run in meta["runs"]):
+        position_T = want[f"{run}.positions"]
+        got = impl.forward_positions(folder / meta["checkpoint"], ids, pixels(folder, meta["inputs"]), position_T)
+        assert relative_error(got[:8], want[f"{run}.logits_first8"]) < LOGIT_TOLERANCE
+        assert relative_error(got[-8:], want[f"{run}.logits_last8"]) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("folder", SETS)
+def test_delta_one_gives_the_logits_of_integer_positions_bit_for_bit(folder: Path) -> None:
+    meta, want = read(folder / "v2pe.json")["forward"], load_file(folder / "v2pe.safetensors")
+    ids, tiles = want["forward.input_ids"].tolist(), pixels(folder, meta["inputs"])
+    plain = impl.logits(folder / meta["checkpoint"], ids, tiles)
+    delta_1 = impl.forward_positions(folder / meta["checkpoint"], ids, tiles, want["forward_delta_1.positions"])
+    assert np.array_equal(plain, delta_1)

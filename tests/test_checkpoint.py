@@ -1,0 +1,391 @@
+"""Checkpoint folders: found on disk or on the hub, safetensors files read and written, damaged ones refused."""
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
+
+from internvl_rt.checkpoint import find_config, open_checkpoint, resolve_model, write_tensors
+from internvl_rt.config import KNOWN_MODELS, load_config
+from internvl_rt.errors import CheckpointError, ConfigError
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "b.weight": torch.arange(10).to(torch.bfloat16).view(2, 5),
+    "c": torch.tensor([7], dtype=torch.int64),
+    "scalar": torch.tensor(2.5, dtype=torch.float16),
+    "empty": torch.zeros(0, 3),
+}
+
+
+def header_bytes(file):
+    data = file.read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+def write_raw(file, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def refusal(folder):
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert "\n" not in message
+    return message
+
+
+def test_files_of_the_safetensors_library_are_read_bit_for_bit(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.entries.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert checkpoint.tensor(name).dtype == tensor.dtype
+        assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(10**9, 1), (48, 3), (1, 4)])
+def test_written_files_are_read_by_the_safetensors_library_and_by_this_package(tmp_path, max_shard_bytes, num_files):
+    tensors = {f"layer.{n}": torch.randn(n, 3).to(torch.bfloat16) for n in (4, 4, 5, 2, 1)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(tmp_path, shapes, tensors.__getitem__, dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == num_files
+    assert (tmp_path / "model.safetensors.index.json").exists() == (num_files > 1)
+    theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    ours = open_checkpoint(tmp_path)
+    assert theirs.keys() == ours.entries.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(theirs[name], tensor)
+        assert torch.equal(ours.tensor(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_into_a_tensor_converts_across_the_borders_of_the_buffer(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("internvl_rt.checkpoint._CHUNK_BYTES", 28)
+    stored = torch.randn(3, 11)
+    save_file({"x": stored}, tmp_path / "model.safetensors")
+    out = torch.full((2, 33), 5.0, dtype=dtype)
+    open_checkpoint(tmp_path).read_into("x", out[1])
+    assert torch.equal(out[1], stored.flatten().to(dtype))
+    assert torch.equal(out[0], torch.full((33,), 5.0, dtype=dtype))
+
+
+def test_tensors_are_compared_bit_for_bit_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("internvl_rt.checkpoint._CHUNK_BYTES", 8)
+    ones, other = torch.ones(7), torch.ones(7)
+    other[6] = 2
+    tensors = {"a": ones, "b": ones.clone(), "c": other, "d": ones[None].clone(), "e": ones.double()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert [name for name in "abcde" if checkpoint.same_bytes("a", name)] == ["a", "b"]
+
+
+def test_files_behind_links_as_in_the_hub_cache_are_read(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file(TENSORS, tmp_path / "blobs" / "0123abcd")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0123abcd")
+    assert open_checkpoint(tmp_path / "snapshot").entries.keys() == TENSORS.keys()
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(100)}, file)
+    checkpoint = open_checkpoint(tmp_path)
+    os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        checkpoint.tensor("x")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 30, -1, -60])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    file = tmp_path / "model.safetensors"
+    save_file(TENSORS, file)
+    os.truncate(file, keep if keep >= 0 else file.stat().st_size + keep)
+    assert "is damaged" in refusal(tmp_path)
+
+
+def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    with (tmp_path / "model.safetensors").open("ab") as stream:
+        stream.write(b"\0")
+    assert "too long" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 200_000_001])
+def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_is_taken(tmp_path, length):
+    file = tmp_path / "model.safetensors"
+    write_raw(file, b"{}", length=length)
+    os.truncate(file, 300_000_000)  # sparse: the limit has to refuse the last length
+    tracemalloc.start()
+    message = refusal(tmp_path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"header should take {length:,} bytes" in message
+    assert peak_bytes < 1_000_000
+
+
+def entry(begin, end, dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        (b"", "JSON is malformed"),
+        (b"{", "JSON is malformed"),
+        (b"\xff{}", "JSON is malformed"),
+        (b"[" * 100_000, "JSON is malformed"),
+        (b"[]", "not an object"),
+        (b'{"x": 1, "x": 2}', "'x' is there twice"),
+        ({"x": 5}, "'x' is described by 5"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, "'x' is described by"),
+        ({"x": entry(0, 16, dtype="F4")}, "'x' is described by"),
+        ({"x": entry(0, 16, dtype=["F32"])}, "'x' is described by"),
+        ({"x": entry(0, 16, shape=(3,))}, "'x' is described by"),
+        ({"x": entry(0, 16, shape=(-2, -2))}, "'x' is described by"),
+        ({"x": entry(0, 16, shape=(True, 4))}, "'x' is described by"),
+        ({"x": entry(0, 16, shape=(4.0,))}, "'x' is described by"),
+        ({"x": entry(0, 16, shape="4")}, "'x' is described by"),
+        ({"x": entry(0, 16, shape=(1,) * 9)}, "'x' is described by"),
+        ({"x": entry(16, 8)}, "'x' is described by"),
+        ({"x": entry(-8, 0)}, "'x' is described by"),
+        ({"x": entry(0, 8), "y": entry(4, 12)}, "'y' starts at byte"),
+        ({"x": entry(0, 8), "y": entry(0, 8)}, "'y' starts at byte"),
+        ({"x": entry(8, 16)}, "'x' starts at byte"),
+        ({"x": entry(0, 8), "y": entry(8, 16), "z": entry(16, 24)}, "truncated"),
+        ({"x": entry(0, 8)}, "too long"),
+    ],
+)
+def test_a_malformed_header_is_refused(tmp_path, header, problem):
+    write_raw(tmp_path / "model.safetensors", header, data=b"\0" * 16)
+    message = refusal(tmp_path)
+    assert problem in message
+    assert len(message) < 400 + len(str(tmp_path))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6))
+def test_any_bytes_are_either_read_or_refused_with_a_checkpoint_error(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("fuzz")
+    save_file(TENSORS, folder / "model.safetensors")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    for place, value in changes:
+        data[place % len(data)] = value
+    (folder / "model.safetensors").write_bytes(data)
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        for name in checkpoint.entries:
+            checkpoint.tensor(name)
+
+
+def write_shards(folder, shards, weight_map=None):
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    if weight_map is None:
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+ONE = {"x": torch.ones(2), "y": torch.ones(3)}
+TWO = {"z": torch.ones(4)}
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    write_shards(tmp_path, {f"{n}.safetensors": {f"x{n}": torch.ones(2)} for n in range(4)})
+    (tmp_path / "1.safetensors").unlink()
+    (tmp_path / "3.safetensors").unlink()
+    assert "2 of 4 files are missing: 1.safetensors, 3.safetensors" in refusal(tmp_path)
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path):
+    write_shards(tmp_path, {"1.safetensors": ONE, "2.safetensors": {**TWO, "y": torch.ones(3)}})
+    assert "'y' is in both 1.safetensors and 2.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "problem"),
+    [
+        ({"x": "1", "y": "2", "z": "2"}, "'y' should be in 2.safetensors but is in 1.safetensors"),
+        ({"x": "1", "z": "2"}, "'y' should be in none of them but is in 1.safetensors"),
+        ({"x": "1", "y": "1", "z": "2", "w": "1"}, "'w' should be in 1.safetensors but is in none of them"),
+        ({"x": "1", "y": "../1", "z": "2"}, "expected a weight_map"),
+        ({"x": "1", "y": "/etc/1", "z": "2"}, "expected a weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, weight_map, problem):
+    named = {name: f"{file}.safetensors" for name, file in weight_map.items()}
+    write_shards(tmp_path, {"1.safetensors": ONE, "2.safetensors": TWO}, named)
+    assert problem in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}'])
+def test_a_malformed_index_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    refusal(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    write_shards(tmp_path, {"1.safetensors": ONE, "2.safetensors": TWO})
+    os.truncate(tmp_path / "2.safetensors", 20)
+    assert "2.safetensors is damaged" in refusal(tmp_path)
+
+
+def test_other_formats_are_refused_by_name(tmp_path):
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    assert "pytorch_model-00001-of-00002.bin cannot be read safely" in refusal(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(tmp_path)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_what_is_on_disk_never_touches_the_network(tmp_path, monkeypatch):
+    folder = tmp_path / "OpenGVLab" / "InternVL3-1B"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(KNOWN_MODELS["InternVL3-2B"].read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("OpenGVLab/InternVL3-1B") == Path("OpenGVLab/InternVL3-1B")  # though it reads as a hub id
+    assert resolve_model("~/OpenGVLab/InternVL3-1B") == folder
+    assert resolve_model(folder) == folder
+    config, name = find_config("OpenGVLab/InternVL3-1B")
+    assert (config, name) == (load_config(KNOWN_MODELS["InternVL3-2B"]), "InternVL3-1B")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    "model", ["nothing", "./a/b", "/a/b", "~/a/b", "a/b/c", "", "../a", Path("a/b"), "a b/c", "a/b\n", "\0"]
+)
+def test_what_can_only_be_a_path_and_is_not_there_is_refused(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no such folder; give .* a hub id such as OpenGVLab/"):
+        resolve_model(model)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_known_name_without_its_owner_leads_to_the_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="OpenGVLab/InternVL3-8B"):
+        resolve_model("InternVL3-8B")
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_the_configuration_of_a_known_name_is_in_the_package(name):
+    assert find_config(name) == (load_config(KNOWN_MODELS[name]), name)
+
+
+def test_a_file_or_a_folder_without_config_is_no_model(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file, expected the folder"):
+        resolve_model(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        resolve_model(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        find_config(tmp_path)
+
+
+def test_a_revision_of_a_folder_on_disk_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="revision 'v2' was given"):
+        resolve_model(tmp_path, revision="v2")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A hub cache with one model in it, and offline mode."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--OpenGVLab--InternVL3-1B", "0123456789" * 4
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "config").write_text(KNOWN_MODELS["InternVL3-1B"].read_text())
+    (snapshot / "config.json").symlink_to("../../blobs/config")
+    return snapshot
+
+
+def test_a_cached_model_is_found_offline(cached):
+    assert resolve_model("OpenGVLab/InternVL3-1B").samefile(cached)
+    assert resolve_model("OpenGVLab/InternVL3-1B", revision=cached.name).samefile(cached)
+    assert find_config("OpenGVLab/InternVL3-1B")[1] == "OpenGVLab/InternVL3-1B"
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_model_that_is_not_cached_is_refused_offline_in_one_line():
+    with pytest.raises(CheckpointError, match=r"OpenGVLab/InternVL3-2B is not in the cache.*HF_HUB_OFFLINE") as caught:
+        resolve_model("OpenGVLab/InternVL3-2B")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
+    calls = []
+
+    def download(hub_id, *, revision, allow_patterns):
+        calls.append((hub_id, revision, allow_patterns))
+        (tmp_path / "config.json").write_text(KNOWN_MODELS["InternVL3-1B"].read_text())
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("org/name", revision="abc") == tmp_path
+    assert find_config("org/name")[1] == "org/name"
+    assert calls == [
+        ("org/name", "abc", ["*.json", "*.txt", "*.model", "*.safetensors"]),
+        ("org/name", None, ["config.json", "preprocessor_config.json", "processor_config.json"]),
+    ]
+
+
+def hub_error(kind):
+    error = kind.__new__(kind)  # its constructor wants a whole HTTP response
+    error.args = ("it did not work\nRequest ID: 7",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (hub_error(hub.GatedRepoError), "is gated; accept its terms"),
+        (hub_error(hub.RepositoryNotFoundError), "is not on the hub, or private"),
+        (hub_error(hub.RevisionNotFoundError), "at revision v9 is not on the hub; leave the revision out"),
+        (hub_error(hub.LocalEntryNotFoundError), "is not in the cache, or only in part"),
+        (hub_error(hub.HFValidationError), "is neither a folder nor a hub id"),
+        (hub_error(hub.HfHubHTTPError), "could not be downloaded: it did not work; run again"),
+        (hub_error(hub.HTTPError), "could not be downloaded: it did not work; run again"),
+        (OSError(28, "No space left on device"), r"could not be downloaded: .*No space left on device"),
+        (RuntimeError("Data processing error: stopped"), "could not be downloaded: Data processing error: stopped"),
+        (RuntimeError(), "could not be downloaded: RuntimeError"),
+    ],
+)
+def test_each_failure_to_download_is_one_line_with_a_remedy(monkeypatch, error, problem):
+    def download(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        resolve_model("org/name", revision="v9")
+    assert "\n" not in str(caught.value)
+    assert "org/name" in str(caught.value)
