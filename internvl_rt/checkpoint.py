@@ -56,14 +56,14 @@ def find_config(model: str | Path, *, revision: str | None = None) -> tuple[Mode
 def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
     if model == "tiny":
         return _TINY
-    path = Path(os.path.expanduser(model))
+    path = os.path.expanduser(model)
     if os.path.exists(path):
         if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {path} is a folder on disk; leave it out")
-        return path
+            raise CheckpointError(f"revision {revision!r} was given, but {path} is on disk; leave it out")
+        return Path(path)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         known = f"OpenGVLab/{model}" if model in KNOWN_MODELS else "OpenGVLab/InternVL3-1B"
-        raise CheckpointError(f"{model}: no such folder; give an existing one, or a hub id such as {known}")
+        raise CheckpointError(f"{str(model)!r}: no such folder; give an existing one, or a hub id such as {known}")
     return _download(model, revision, patterns)
 
 

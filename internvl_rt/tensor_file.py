@@ -74,7 +74,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def _parse_entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
-            dtype in _DTYPES
+            name.isprintable()
+            and dtype in _DTYPES
             and len(shape) <= _MAX_DIMENSIONS
             and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         ):

@@ -50,7 +50,7 @@ class TextStream:
         if token_id in self._skipped:
             return ""
         data = self._token_bytes.get(token_id, b"")
-        if self._at_start:
+        if self._at_start and data:
             data, self._at_start = data.removeprefix(b" "), False
         return self._text(data)
 

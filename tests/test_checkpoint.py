@@ -1,15 +1,12 @@
-"""Checkpoint folders: found on disk or on the hub, safetensors files read and written, damaged ones refused."""
+"""Checkpoint folders: found on disk or on the hub, read and written in one file or in shards."""
 
 import json
 import os
-import tracemalloc
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
@@ -17,23 +14,8 @@ from internvl_rt.checkpoint import find_config, open_checkpoint, resolve_model, 
 from internvl_rt.config import KNOWN_MODELS, load_config
 from internvl_rt.errors import CheckpointError, ConfigError
 
-TENSORS = {
-    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
-    "b.weight": torch.arange(10).to(torch.bfloat16).view(2, 5),
-    "c": torch.tensor([7], dtype=torch.int64),
-    "scalar": torch.tensor(2.5, dtype=torch.float16),
-    "empty": torch.zeros(0, 3),
-}
-
-
-def header_bytes(file):
-    data = file.read_bytes()
-    return data[8 : 8 + int.from_bytes(data[:8], "little")]
-
-
-def write_raw(file, header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+ONE = {"x": torch.ones(2), "y": torch.ones(3)}
+TWO = {"z": torch.ones(4)}
 
 
 def refusal(folder):
@@ -45,18 +27,9 @@ def refusal(folder):
     return message
 
 
-def test_files_of_the_safetensors_library_are_read_bit_for_bit(tmp_path):
-    save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
-    checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.entries.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        assert checkpoint.tensor(name).dtype == tensor.dtype
-        assert torch.equal(checkpoint.tensor(name), tensor)
-
-
-@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(10**9, 1), (48, 3), (1, 4)])
+@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(10**9, 1), (48, 2), (47, 3), (1, 4)])
 def test_written_files_are_read_by_the_safetensors_library_and_by_this_package(tmp_path, max_shard_bytes, num_files):
-    tensors = {f"layer.{n}": torch.randn(n, 3).to(torch.bfloat16) for n in (4, 4, 5, 2, 1)}
+    tensors = {f"layer.{n}": torch.randn(n, 3).to(torch.bfloat16) for n in (4, 5, 2, 1)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(tmp_path, shapes, tensors.__getitem__, dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -94,103 +67,9 @@ def test_tensors_are_compared_bit_for_bit_in_chunks(tmp_path, monkeypatch):
 def test_files_behind_links_as_in_the_hub_cache_are_read(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
-    save_file(TENSORS, tmp_path / "blobs" / "0123abcd")
+    save_file(ONE, tmp_path / "blobs" / "0123abcd")
     (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0123abcd")
-    assert open_checkpoint(tmp_path / "snapshot").entries.keys() == TENSORS.keys()
-
-
-def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
-    file = tmp_path / "model.safetensors"
-    save_file({"x": torch.ones(100)}, file)
-    checkpoint = open_checkpoint(tmp_path)
-    os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(CheckpointError, match="became shorter"):
-        checkpoint.tensor("x")
-
-
-@pytest.mark.parametrize("keep", [0, 7, 8, 30, -1, -60])
-def test_a_truncated_file_is_refused(tmp_path, keep):
-    file = tmp_path / "model.safetensors"
-    save_file(TENSORS, file)
-    os.truncate(file, keep if keep >= 0 else file.stat().st_size + keep)
-    assert "is damaged" in refusal(tmp_path)
-
-
-def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    with (tmp_path / "model.safetensors").open("ab") as stream:
-        stream.write(b"\0")
-    assert "too long" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 200_000_001])
-def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_is_taken(tmp_path, length):
-    file = tmp_path / "model.safetensors"
-    write_raw(file, b"{}", length=length)
-    os.truncate(file, 300_000_000)  # sparse: the limit has to refuse the last length
-    tracemalloc.start()
-    message = refusal(tmp_path)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert f"header should take {length:,} bytes" in message
-    assert peak_bytes < 1_000_000
-
-
-def entry(begin, end, dtype="F32", shape=(2,)):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize(
-    ("header", "problem"),
-    [
-        (b"", "JSON is malformed"),
-        (b"{", "JSON is malformed"),
-        (b"\xff{}", "JSON is malformed"),
-        (b"[" * 100_000, "JSON is malformed"),
-        (b"[]", "not an object"),
-        (b'{"x": 1, "x": 2}', "'x' is there twice"),
-        ({"x": 5}, "'x' is described by 5"),
-        ({"x": {"dtype": "F32", "shape": [2]}}, "'x' is described by"),
-        ({"x": entry(0, 16, dtype="F4")}, "'x' is described by"),
-        ({"x": entry(0, 16, dtype=["F32"])}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(3,))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(-2, -2))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(True, 4))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(4.0,))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape="4")}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(1,) * 9)}, "'x' is described by"),
-        ({"x": entry(16, 8)}, "'x' is described by"),
-        ({"x": entry(-8, 0)}, "'x' is described by"),
-        ({"x": entry(0, 8), "y": entry(4, 12)}, "'y' starts at byte"),
-        ({"x": entry(0, 8), "y": entry(0, 8)}, "'y' starts at byte"),
-        ({"x": entry(8, 16)}, "'x' starts at byte"),
-        ({"x": entry(0, 8), "y": entry(8, 16), "z": entry(16, 24)}, "truncated"),
-        ({"x": entry(0, 8)}, "too long"),
-    ],
-)
-def test_a_malformed_header_is_refused(tmp_path, header, problem):
-    write_raw(tmp_path / "model.safetensors", header, data=b"\0" * 16)
-    message = refusal(tmp_path)
-    assert problem in message
-    assert len(message) < 400 + len(str(tmp_path))
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6))
-def test_any_bytes_are_either_read_or_refused_with_a_checkpoint_error(tmp_path_factory, changes):
-    folder = tmp_path_factory.mktemp("fuzz")
-    save_file(TENSORS, folder / "model.safetensors")
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    for place, value in changes:
-        data[place % len(data)] = value
-    (folder / "model.safetensors").write_bytes(data)
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError as error:
-        assert "\n" not in str(error)
-    else:
-        for name in checkpoint.entries:
-            checkpoint.tensor(name)
+    assert open_checkpoint(tmp_path / "snapshot").entries.keys() == ONE.keys()
 
 
 def write_shards(folder, shards, weight_map=None):
@@ -199,10 +78,6 @@ def write_shards(folder, shards, weight_map=None):
     if weight_map is None:
         weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-ONE = {"x": torch.ones(2), "y": torch.ones(3)}
-TWO = {"z": torch.ones(4)}
 
 
 def test_missing_shards_are_all_named(tmp_path):

@@ -9,21 +9,33 @@ used, from 1, 1/2, ..., 1/256, as in native V2PE pre-training.
 
 import argparse
 import ctypes
-import json
-import shutil
+import math
+import re
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt import Engine
+from internvl_rt.config import ModelConfig, load_config
+from internvl_rt.image import ImageOptions, tile_image
+from internvl_rt.kv_cache import LayerCache
+from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
+from internvl_rt.ops import TORCH, Linear
+from internvl_rt.position import STRIDES, build_positions
+from internvl_rt.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.step import StepInputs
+from internvl_rt.tokenizer import load_tokenizer
+from internvl_rt.weights import DIALECTS, save_weights
 from support.digits import (
-    COMPARE,
     COUNT,
     MAX_DIGITS,
     READ,
@@ -32,120 +44,295 @@ from support.digits import (
     draw_picture,
     draw_reading,
     load_glyphs,
-    measure,
+    measure_accuracy,
 )
-from tokenizers import models, pre_tokenizers, trainers
-from torch import Tensor
-
-from internvl_rt import Engine
-from internvl_rt.config import ModelConfig, load_config
-from internvl_rt.image import ImageOptions, tile_image
-from internvl_rt.kv_cache import LayerCache
-from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.ops import TORCH
-from internvl_rt.position import STRIDES, build_positions
-from internvl_rt.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
-from internvl_rt.step import StepInputs
-from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import DIALECTS, save_weights
+from support.tiny_files import write_files
+from support.visible import mark_visible
 
 SEED = 3
 NUM_EXERCISES, NUM_STEPS, BATCH_SIZE = 12_000, 1000, 48
 EASY_SHARE = 0.25  # of the steps, at the beginning: pictures of one or two digits only
 COMPARISONS = 0.25  # of the exercises
-PEAK_RATE, WARMUP_STEPS = 2e-3, 30
+MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
+WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls to 0 over this share of the steps
+SEEN_WEIGHT = 1.0
 SORTED_BATCHES = 8  # batches whose prompts are sorted by length, to pad less
+NUM_MEASURED = 200  # pictures of each length, and comparisons
+DELTAS = {"1": 1.0, "1/4": 1 / 4, "1/16": 1 / 16, "1/256": 1 / 256}
 SAMPLES = ("7", "42", "905", "4719", "31415", "862053")
 
-CONFIG = {
-    "architectures": ["InternVLChatModel"],
-    "model_type": "internvl_chat",
-    "downsample_ratio": 0.5,
-    "dynamic_image_size": True,
-    "force_image_size": 56,
-    "max_dynamic_patch": 12,
-    "min_dynamic_patch": 1,
-    "pad2square": False,
-    "ps_version": "v2",
-    "select_layer": -1,
-    "system_message": "Answer briefly.",
-    "template": "internvl2_5",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_thumbnail": True,
-    "llm_config": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "max_position_embeddings": 32768,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-    },
-    "vision_config": {
-        "architectures": ["InternVisionModel"],
-        "model_type": "intern_vit_6b",
-        "hidden_act": "gelu",
-        "hidden_size": 96,
-        "image_size": 56,
-        "intermediate_size": 384,
-        "layer_norm_eps": 1e-6,
-        "norm_type": "layer_norm",
-        "num_attention_heads": 3,
-        "num_channels": 3,
-        "num_hidden_layers": 3,
-        "patch_size": 14,
-        "qk_normalization": False,
-        "qkv_bias": True,
-        "torch_dtype": "bfloat16",
-    },
-}
-PLAIN_TOKENS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-INTERNVL_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A whole dialogue, ready for any deltas."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[VisualSpan, ...]
+    tiles: np.ndarray  # uint8 [I, S, S, 3] of all pictures
+    visible: np.ndarray  # int64 [visual tokens, 10], see support/visible.py
+    answers: tuple[tuple[int, int], ...]  # [start, stop) of each answer and its <|im_end|>
+    easy: bool
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A byte-level BPE whose merges make one token of every word in the questions; returns the vocabulary's size."""
-    base = tokenizers.Tokenizer(models.BPE())
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-    base.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(words), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def draw_exercise(number: int) -> Exercise:
+    rng = np.random.default_rng([SEED, number])
+    glyphs = load_glyphs(held_out=False)
+    if rng.random() < COMPARISONS:
+        return draw_comparison(rng, glyphs)
+    return draw_reading(rng, glyphs, int(rng.integers(1, MAX_DIGITS + 1)), num_turns=int(rng.integers(1, 3)))
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse freed memory: giving it back after every tensor costs as much time as the training."""
+    if sys.platform == "linux":
+        arena_max, mmap_max, trim_threshold = -8, -4, -1  # from malloc.h
+        for name, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(name, value)
+
+
+def draw_example(number: int, config: ModelConfig, tokenizer_folder: Path) -> Example:
+    exercise = draw_exercise(number)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    options = ImageOptions(image_size=config.vision.image_size)
+    tiles = [tile_image(picture, options) for picture in exercise.pictures]
+    side = math.isqrt(config.tokens_per_tile)
+    marks = [
+        mark_visible(picture.size, number, boxes, options, side)
+        for picture, number, boxes in zip(exercise.pictures, exercise.numbers, exercise.boxes, strict=True)
+    ]
+    messages: list[dict[str, object]] = []
+    answers = []
+    counts = [len(picture) * config.tokens_per_tile for picture in tiles]
+    for turn, (question, answer) in enumerate(exercise.turns):
+        pictures = [{"type": "image", "image": picture} for picture in exercise.pictures] if turn == 0 else []
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        turns = turns_from_messages(parse_messages(messages), [], system=config.system_message)
+        prompt = build_prompt(turns, tokenizer, counts)
+        ids = [*prompt.token_ids, *tokenizer.encode(answer), tokenizer.token_id("<|im_end|>")]
+        answers.append((len(prompt.token_ids), len(ids)))
+        messages.append({"role": "assistant", "content": answer})
+    easy = len(tiles) == 1 and len(exercise.numbers[0]) <= 2
+    return Example(tuple(ids), prompt.spans, np.concatenate(tiles), np.concatenate(marks), tuple(answers), easy)
+
+
+def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[list[Example]]:
+    """`NUM_STEPS` batches: easy examples first, then all; within a batch the prompts have similar lengths."""
+    num_easy = round(EASY_SHARE * NUM_STEPS)
+    for pool, num_steps in ([e for e in examples if e.easy], num_easy), (examples, NUM_STEPS - num_easy):
+        left = num_steps
+        while left:
+            order = rng.permutation(len(pool))
+            for first in range(0, len(order) - SORTED_BATCHES * BATCH_SIZE + 1, SORTED_BATCHES * BATCH_SIZE):
+                group = [pool[i] for i in order[first : first + SORTED_BATCHES * BATCH_SIZE]]
+                group.sort(key=lambda example: len(example.token_ids))
+                for place in rng.permutation(SORTED_BATCHES)[:left] * BATCH_SIZE:
+                    yield group[place : place + BATCH_SIZE]
+                    left -= 1
+
+
+def attend_densely(
+    q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, table_SN: Tensor, start_S1: Tensor, seq_len_S: Tensor
+) -> Tensor:
+    """`paged_attention` where block s of the cache is all of sequence s, padded at its end."""
+    num_sequences, _, seq_len, head_dim = k_cache_BGPC.shape
+    q_SHLC = q_THC.view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
+    y_SHLC = F.scaled_dot_product_attention(q_SHLC, k_cache_BGPC, v_cache_BGPC, is_causal=True, enable_gqa=True)
+    return y_SHLC.transpose(1, 2).reshape(q_THC.shape)
+
+
+def measure_loss(
+    model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of the answers' tokens, and mean error of `head`, which names the digits in a visual token."""
+    num_sequences, seq_len = len(batch), max(len(example.token_ids) for example in batch)
+    token_ids = np.zeros((num_sequences, seq_len), np.int64)
+    positions = np.zeros((num_sequences, seq_len), np.float32)
+    answers, visual = [], []
+    for row, (example, stride) in enumerate(zip(batch, strides, strict=True)):
+        length = len(example.token_ids)
+        token_ids[row, :length] = example.token_ids
+        positions[row, :length] = build_positions(length, example.spans, stride)[0]
+        answers += [np.arange(start, stop) + row * seq_len for start, stop in example.answers]
+        visual += [np.arange(span.num_tokens) + span.start + row * seq_len for span in example.spans]
+    token_id_T, answer_rows = torch.from_numpy(token_ids.ravel()), torch.from_numpy(np.concatenate(answers))
+    tiles = torch.from_numpy(np.concatenate([example.tiles for example in batch]))
+    visible_XK = torch.from_numpy(np.concatenate([example.visible for example in batch]))
+    visual_XD = model.encode_tiles(tiles).flatten(0, 1)
+    unused = torch.empty(0, dtype=torch.int32)
+    step = StepInputs(
+        token_id_T=token_id_T,
+        position_T=torch.from_numpy(positions.ravel()),
+        slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),
+        query_start_S1=unused,
+        seq_len_S=unused,
+        block_table_SN=unused,
+        logit_row_R=answer_rows - 1,
+        visual_XD=visual_XD,
+        visual_row_X=torch.from_numpy(np.concatenate(visual)),
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, min_frequency=1, show_progress=False)
-    template = ["system\n", str(CONFIG["system_message"]), "user\n", "assistant\n", "Image-1: \n"]
-    base.train_from_iterator([*READ, *COUNT, *COMPARE, *template, "Picture 1", "Both are equal"], trainer)
-    base.model.save(str(folder))
-    size = base.get_vocab_size()
-    added = {token: size + n for n, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS + INTERNVL_TOKENS)}
-    special = SPECIAL_TOKENS + INTERNVL_TOKENS
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    decoder = {str(n): {"content": token, **flags, "special": token in special} for token, n in added.items()}
-    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    write_json(folder / "added_tokens.json", added)
-    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": special[1:], **named})
-    write_json(
-        folder / "tokenizer_config.json",
-        {"added_tokens_decoder": decoder, "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 12288, **named},
+    c = model.config.decoder
+    shape_BGPC = (num_sequences, c.num_kv_heads, seq_len, c.head_dim)
+    caches = tuple(LayerCache(torch.zeros(shape_BGPC), torch.zeros(shape_BGPC)) for _ in range(c.num_layers))
+    answer_loss = F.cross_entropy(model.run_step(step, caches), token_id_T[answer_rows])
+    sure = visible_XK >= 0
+    seen_XK = F.linear(visual_XD, head.weight_NK, head.bias_N)
+    seen_loss = F.binary_cross_entropy_with_logits(seen_XK[sure], visible_XK[sure].float(), reduction="sum")
+    return answer_loss, seen_loss / len(seen_XK)
+
+
+@torch.no_grad()
+def initialise(weights: ModelWeights) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    for path, parameter in named_parameters(weights).items():
+        *_, module, kind = path.split(".")
+        if kind.startswith("bias"):
+            parameter.zero_()
+        elif kind.startswith("scale") or kind == "weight_D":
+            parameter.fill_(1)
+        elif kind in ("embedding_VD", "position_UE", "class_E") or module == "lm_head":
+            parameter.normal_(0, {"embedding_VD": 0.3, "weight_NK": 0.02}.get(kind, 0.1), generator=generator)
+        else:
+            gain = 0.5 if module in ("o", "down", "proj") or (module == "fc2" and "vision" in path) else 1.0
+            parameter.normal_(0, gain * parameter.shape[1] ** -0.5, generator=generator)
+
+
+class Muon:
+    """Momentum whose matrices are made orthogonal before the step (K. Jordan, 2024), in float32."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        self._groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for parameters, momentum in self._groups:
+            gradient = torch.stack([parameter.grad for parameter in parameters])
+            momentum.lerp_(gradient, 0.05)
+            update = orthogonalise(gradient.lerp_(momentum, 0.95))
+            update *= max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+            for parameter, change in zip(parameters, update, strict=True):
+                parameter.mul_(1 - rate * MATRIX_DECAY).sub_(change, alpha=rate)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Newton-Schulz: singular values towards 1, for a stack of matrices."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+
+def train(model: InternVL, examples: list[Example]) -> None:
+    """Two threads share each batch; their gradients are added in a fixed order, so that a seed gives the same run."""
+    width = model.config.decoder.hidden_size
+    head = Linear(torch.zeros(10, width), torch.zeros(10))  # left behind when the training ends
+    named = named_parameters(model.weights)
+    parameters = [*named.values(), head.weight_NK, head.bias_N]
+    is_table = re.compile("embedding|position|lm_head").search
+    matrices = [tensor for path, tensor in named.items() if tensor.ndim == 2 and not is_table(path)]
+    chosen = {id(tensor) for tensor in matrices}
+    for parameter in parameters:
+        parameter.requires_grad_()
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW([p for p in parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0)
+    rng = np.random.default_rng(SEED)
+    start_s, losses = time.perf_counter(), np.zeros(2)
+
+    def half(part: tuple[list[Example], list[list[int]]]) -> tuple[list[float], tuple[Tensor, ...]]:
+        answer_loss, seen_loss = measure_loss(model, head, *part)
+        gradients = torch.autograd.grad(answer_loss + SEEN_WEIGHT * seen_loss, parameters)
+        return [answer_loss.item(), seen_loss.item()], gradients
+
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for number, batch in enumerate(draw_batches(rng, examples)):
+            strides = [rng.choice(STRIDES, len(example.spans)).tolist() for example in batch]
+            (loss1, gradients1), (loss2, gradients2) = threads.map(half, [(batch[i::2], strides[i::2]) for i in (0, 1)])
+            for parameter, one, two in zip(parameters, gradients1, gradients2, strict=True):
+                parameter.grad = (one + two) / 2
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            share = min((number + 1) / WARMUP_STEPS, 1, (1 - number / NUM_STEPS) / COOLDOWN)
+            muon.step(MATRIX_RATE * share)
+            adam.param_groups[0]["lr"] = OTHER_RATE * share
+            adam.step()
+            losses += 0.04 * ((np.array(loss1) + loss2) / 2 - losses)
+            if number % 25 == 24:
+                seconds = time.perf_counter() - start_s
+                print(
+                    f"step {number + 1}: answers {losses[0]:.4f}, visible {losses[1]:.4f}, {seconds:.0f} s", flush=True
+                )
+
+
+def draw_examples(config: ModelConfig, folder: Path) -> list[Example]:
+    draw = partial(draw_example, config=config, tokenizer_folder=folder)
+    with ProcessPoolExecutor(2) as processes:
+        return list(processes.map(draw, range(NUM_EXERCISES), chunksize=100))
+
+
+def write_samples(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, digits in enumerate(SAMPLES):
+        rng = np.random.default_rng([SEED, 1, number])
+        picture, _ = draw_picture(rng, load_glyphs(held_out=True), digits)
+        picture.quantize(64).save(folder / f"{digits}.png", optimize=True)
+
+
+def report_accuracy(folder: Path) -> None:
+    """Prints a table of exact matches on glyphs that were never trained on, for README.md in the checkpoint's folder."""
+    glyphs, rng = load_glyphs(held_out=True), np.random.default_rng([SEED, 2])
+    readings = {
+        length: [draw_reading(rng, glyphs, length, num_turns=2) for _ in range(NUM_MEASURED)]
+        for length in range(1, MAX_DIGITS + 1)
+    }
+    comparisons = [draw_comparison(rng, glyphs) for _ in range(NUM_MEASURED)]
+    rows: list[tuple[str, list[Exercise], int]] = []
+    for length, exercises in readings.items():
+        rows.append((f"read {length} digits", [e for e in exercises if e.turns[0][0] in READ], 0))
+    together = [exercise for exercises in readings.values() for exercise in exercises]
+    rows.append(("count 1 to 6 digits", [e for e in together if e.turns[0][0] in COUNT], 0))
+    rows.append(("a second question about them", together, 1))
+    rows.append(("compare two pictures", comparisons, 0))
+    print(
+        "| task | questions | "
+        + " | ".join(f"delta {delta}" for delta in DELTAS)
+        + " |\n|"
+        + "---|" * (2 + len(DELTAS))
     )
-    return size + len(added)
+    with Engine.from_pretrained(folder, device="cpu") as engine:
+        for name, exercises, turn in rows:
+            shares = [measure_accuracy(engine, exercises, turn=turn, delta=delta) for delta in DELTAS.values()]
+            print(f"| {name} | {len(exercises)} | " + " | ".join(f"{share:.1%}" for share in shares) + " |", flush=True)
 
 
-def write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the tiny checkpoint and prints its accuracy.")
+    default = Path(__file__).parents[1] / "internvl_rt" / "tiny"
+    parser.add_argument("--out", type=Path, default=default, help="folder to write (default: %(default)s)")
+    folder = parser.parse_args().out
+    start_s = time.perf_counter()
+    keep_freed_memory()
+    write_samples(folder / "samples")
+    write_files(folder)
+    config = load_config(folder)
+    examples = draw_examples(config, folder)
+    print(f"{len(examples)} exercises after {time.perf_counter() - start_s:.0f} s")
+    weights = build_weights(config, dtype=torch.float32, device="cpu")
+    train(InternVL(config, weights, replace(TORCH, paged_attention=attend_densely)), examples)
+    shipped = build_weights(config, dtype=torch.bfloat16, device="cpu")
+    parameters = named_parameters(weights)
+    with torch.no_grad():
+        for path, parameter in named_parameters(shipped).items():
+            parameter.copy_(parameters[path])
+    save_weights(shipped, config, folder, dialect=DIALECTS["original"])
+    print(
+        f"trained in {time.perf_counter() - start_s:.0f} s: {sum(t.numel() for t in parameters.values()):,} parameters"
+    )
+    report_accuracy(folder)
+
+
+if __name__ == "__main__":
+    main()

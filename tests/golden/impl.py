@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from support.forward import all_logits, find_spans, last_hidden_state
 
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.compat import ChatModel
@@ -27,6 +26,7 @@ from internvl_rt.prompt import (
 from internvl_rt.request import Prepared
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.video import choose_frame_indices
+from support.forward import all_logits, last_hidden_state
 
 Path_ = str | Path
 Floats = NDArray[np.float32]
@@ -72,8 +72,8 @@ def forward_positions(
     ckpt_dir: Path_, input_ids: Items[int], pixel_values: Floats | None, positions: Floats | None
 ) -> Floats:
     tiles = None if pixel_values is None else torch.from_numpy(pixel_values)
-    spans = [] if tiles is None else find_spans(input_ids, tokenizer(ckpt_dir).token_id("<IMG_CONTEXT>"))
-    return all_logits(engine(ckpt_dir).model, input_ids, tiles, spans, position_T=positions).numpy()
+    context_id = tokenizer(ckpt_dir).token_id("<IMG_CONTEXT>")
+    return all_logits(engine(ckpt_dir).model, input_ids, tiles, context_id=context_id, position_T=positions).numpy()
 
 
 def prepare(

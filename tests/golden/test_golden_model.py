@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden import impl
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from golden import impl
 from internvl_rt import SamplingParams
 
 SETS = sorted(path.parent for path in Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("*/outputs_a.json"))
@@ -46,6 +46,14 @@ def pixels(folder: Path, name: str) -> Floats:
 
 def pixels_of(folder: Path, names: list[str]) -> Floats | None:
     return np.concatenate([pixels(folder, name) for name in names]) if names else None
+
+
+def question_of(folder: Path, case: dict[str, Any]) -> tuple[Any, ...]:
+    """Pixels, question, history and tile counts of a case; a row of a batch is a chat of its own."""
+    question, history, counts = case.get("question"), case.get("history_in"), case["num_patches_list"]
+    if case["api"] == "batch_chat":
+        question, counts = case["questions"][case["row"]], counts[case["row"] : case["row"] + 1]
+    return pixels_of(folder, case["inputs"]), question, history, counts
 
 
 def relative_error(got: Floats, want: Floats) -> float:
@@ -96,25 +104,18 @@ def test_logits_of_prompt_and_answer(folder: Path, letter: str, name: str) -> No
 def test_greedy_tokens_and_answer_of_a_chat(folder: Path, letter: str, name: str) -> None:
     meta, _ = outputs(folder, letter)
     case = meta["cases"][name]
-    text, ids = impl.chat(
-        folder / f"ckpt_{letter}",
-        pixels_of(folder, case["inputs"]),
-        case["question"],
-        case["history_in"],
-        case["num_patches_list"],
-        meta["max_new_tokens"],
-    )
+    text, ids = impl.chat(folder / f"ckpt_{letter}", *question_of(folder, case), meta["max_new_tokens"])
     assert ids == case["generated_ids"]
     assert text == case["response"]
 
 
 @pytest.mark.parametrize(("folder", "letter"), CHECKPOINTS)
-def test_all_chats_in_one_batch(folder: Path, letter: str) -> None:
+def test_greedy_tokens_of_all_chats_in_one_batch(folder: Path, letter: str) -> None:
     meta, _ = outputs(folder, letter)
-    engine = impl.engine(folder / f"ckpt_{letter}")
-    prepared = [impl.prepare(engine, case, pixels_of(folder, case["inputs"])) for case in meta["cases"].values()]
+    ckpt = folder / f"ckpt_{letter}"
+    prepared = [impl.prepare(ckpt, *question_of(folder, case)) for case in meta["cases"].values()]
     params = [SamplingParams(max_tokens=meta["max_new_tokens"])] * len(prepared)
-    replies = engine.generate_prepared(iter(prepared), params)
+    replies = impl.engine(ckpt).generate_prepared(iter(prepared), params)
     for reply, each, case in zip(replies, prepared, meta["cases"].values(), strict=True):
         assert list(each.prompt.token_ids) == case["input_ids"]
         assert reply.token_ids == case["generated_ids"]

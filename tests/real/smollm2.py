@@ -9,6 +9,7 @@ which is undone here. Three tokens are added to the vocabulary for pictures.
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def write_smollm2(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = _decoder_tensors(reader, fields, generator)
     tensors |= _vision_tensors(fields["llama.embedding_length"], generator)
-    save_file({n: t.bfloat16().contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t.bfloat16().contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     _write_tokenizer(folder, fields)
     (folder / "config.json").write_text(json.dumps(_config(fields), indent=2))
 
@@ -75,7 +78,7 @@ def _decoder_tensors(reader: GGUFReader, fields: dict[str, Any], generator: torc
                 tensors[f"{prefix}norm.weight"] = tensor
             case ["blk", layer, name, "weight"]:
                 if name in heads:  # rows of a head: pairs of one channel of each half
-                    tensor = tensor.unflatten(0, (heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+                    tensor = tensor.view(heads[name], -1, 2, tensor.shape[1]).transpose(1, 2).flatten(0, 2)
                 tensors[f"{prefix}layers.{layer}.{_LAYER_NAMES[name]}.weight"] = tensor
                 if name in ("attn_q", "attn_k", "attn_v"):
                     tensors[f"{prefix}layers.{layer}.{_LAYER_NAMES[name]}.bias"] = torch.zeros(len(tensor))
@@ -88,7 +91,7 @@ def _vision_tensors(decoder_width: int, generator: torch.Generator) -> dict[str,
     width, inner = VISION["hidden_size"], VISION["intermediate_size"]
 
     def weight(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * torch.Size(shape[1:]).numel() ** -0.5
+        return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
     def norm(name: str, size: int) -> dict[str, Tensor]:
         return {f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)}

@@ -4,13 +4,17 @@ The glyphs are scikit-learn's copy of the UCI "Optical Recognition of Handwritte
 Every eighth glyph is held out: it is in no training picture, and in every picture that accuracy is measured on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from internvl_rt import Engine, SamplingParams
 
 READ = (
     "Read the digits.",
@@ -43,9 +47,14 @@ MAX_COMPARED = 3  # digits of each of two compared numbers
 Glyphs = tuple[npt.NDArray[np.float32], ...]  # for each digit its glyphs [n, 8, 8], ink from 0 to 1
 
 
+Boxes = npt.NDArray[np.float64]  # [digits, 4]: left, top, right, bottom of each digit in pixels
+
+
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    pictures: tuple[Image.Image, ...]  # all shown in the first turn
+    numbers: tuple[str, ...]  # what each picture shows
+    pictures: tuple[Image.Image, ...]  # all in the first turn
+    boxes: tuple[Boxes, ...]  # of each picture
     turns: tuple[tuple[str, str], ...]  # question, answer
 
 
@@ -64,25 +73,25 @@ def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) 
     return "".join(map(str, digits))
 
 
-def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> Image.Image:
-    """The digits in a row, written with a pen or chalk: sizes, places, slants, colours and light vary."""
+def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple[Image.Image, Boxes]:
+    """The digits in a row and the box of each, written with a pen or chalk: sizes, places, slants, colours and light vary."""
     height = rng.uniform(32, 48)
     strokes = [_draw_stroke(rng, glyphs[int(digit)], height) for digit in digits]
     gap = height * rng.uniform(0.05, 0.35)
-    left, right = height * rng.uniform(0.1, 0.4, 2)
-    gaps = [left, *(gap * rng.uniform(0.6, 1.4, len(strokes) - 1)), right]
+    margins = height * rng.uniform(0.1, 0.4, 2)
+    gaps = [margins[0], *(gap * rng.uniform(0.6, 1.4, len(strokes) - 1))]
     canvas_height = round(max(stroke.shape[0] for stroke in strokes) + height * rng.uniform(0.15, 0.6))
-    canvas_width = round(sum(gaps) + sum(stroke.shape[1] for stroke in strokes))
+    canvas_width = sum(map(round, gaps)) + sum(stroke.shape[1] for stroke in strokes) + round(margins[1])
     ink = np.zeros((canvas_height, canvas_width), np.float32)
-    x = 0.0
+    boxes = []
+    right = 0
     for space, stroke in zip(gaps, strokes, strict=False):
-        x += space
         rows, columns = stroke.shape
-        top = round((canvas_height - rows) * rng.uniform(0.2, 0.8))
-        place = ink[top : top + rows, round(x) : round(x) + columns]
-        np.maximum(place, stroke[:, : place.shape[1]], out=place)
-        x += columns
-    return _colour(rng, ink)
+        left, top = right + round(space), round((canvas_height - rows) * rng.uniform(0.2, 0.8))
+        right = left + columns
+        ink[top : top + rows, left:right] = stroke
+        boxes.append((left, top, right, top + rows))
+    return _colour(rng, ink), np.array(boxes, np.float64)
 
 
 def _draw_stroke(rng: np.random.Generator, glyphs: npt.NDArray[np.float32], height: float) -> npt.NDArray[np.float32]:
@@ -109,7 +118,10 @@ def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Ima
         paper, pen = pen * 0.8, paper
     across, down = rng.uniform(-12, 12, 2)
     height, width = ink.shape
-    light = np.linspace(-across, across, width, dtype=np.float32) + np.linspace(-down, down, height, dtype=np.float32)[:, None]
+    light = (
+        np.linspace(-across, across, width, dtype=np.float32)
+        + np.linspace(-down, down, height, dtype=np.float32)[:, None]
+    )
     light += rng.standard_normal(ink.shape, np.float32) * np.float32(rng.uniform(0, 6))
     pixels = np.multiply.outer(ink, (pen - paper).astype(np.float32)) + paper.astype(np.float32) + light[..., None]
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
@@ -121,7 +133,8 @@ def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *, num_t
     turns = [(str(rng.choice(READ)), digits), (str(rng.choice(COUNT)), str(length))]
     if rng.random() < 0.3:
         turns.reverse()
-    return Exercise((draw_picture(rng, glyphs, digits),), tuple(turns[:num_turns]))
+    picture, boxes = draw_picture(rng, glyphs, digits)
+    return Exercise((digits,), (picture,), (boxes,), tuple(turns[:num_turns]))
 
 
 def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
@@ -131,9 +144,25 @@ def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
         numbers[1] = draw_digits(rng, len(numbers[0]), number=True)
     if rng.random() < 1 / 6:
         numbers[1] = numbers[0]
-    pictures = tuple(draw_picture(rng, glyphs, number) for number in numbers)
-    return Exercise(pictures, ((str(rng.choice(COMPARE)), compare(*map(int, numbers))),))
+    pictures, boxes = zip(*(draw_picture(rng, glyphs, number) for number in numbers), strict=True)
+    first, second = map(int, numbers)
+    answer = "Both are equal" if first == second else f"Picture {1 if first > second else 2}"
+    return Exercise(tuple(numbers), pictures, boxes, ((str(rng.choice(COMPARE)), answer),))
 
 
-def compare(first: int, second: int) -> str:
-    return "Both are equal" if first == second else f"Picture {1 if first > second else 2}"
+def build_messages(exercise: Exercise, turn: int = 0) -> list[dict[str, Any]]:
+    """The conversation up to the question of that turn, earlier answers right."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in exercise.turns[: turn + 1]:
+        pictures = [] if messages else [{"type": "image", "image": picture} for picture in exercise.pictures]
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": answer})
+    return messages[:-1]
+
+
+def measure_accuracy(engine: Engine, exercises: Sequence[Exercise], *, turn: int = 0, delta: float = 1.0) -> float:
+    """Share of answers to that turn's question that are right to the letter."""
+    batch = [build_messages(exercise, turn) for exercise in exercises]
+    replies = engine.generate(batch, SamplingParams(max_tokens=12), v2pe_delta=delta)
+    answers = [exercise.turns[turn][1] for exercise in exercises]
+    return float(np.mean([reply.text == answer for reply, answer in zip(replies, answers, strict=True)]))

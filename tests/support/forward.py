@@ -15,13 +15,6 @@ from internvl_rt.sequence import Picture, SamplingParams, Sequence
 from internvl_rt.step import Chunk, build_step
 
 
-def find_spans(token_ids: Items[int], context_id: int) -> list[VisualSpan]:
-    """The runs of `<IMG_CONTEXT>` in a prompt, one for each picture."""
-    is_context = np.array([False, *(token_id == context_id for token_id in token_ids), False])
-    edges = np.flatnonzero(is_context[1:] != is_context[:-1]).reshape(-1, 2)
-    return [VisualSpan(start, stop - start) for start, stop in edges.tolist()]
-
-
 @torch.inference_mode()
 def last_hidden_state(model: InternVL, tiles: Tensor) -> Tensor:
     """ViT features [I, U, E]; tiles as `InternVL.encode_tiles` takes them."""
@@ -33,18 +26,19 @@ def all_logits(
     model: InternVL,
     token_ids: Items[int],
     tiles: Tensor | None,
-    spans: Items[VisualSpan],
     *,
+    context_id: int,
     position_T: np.ndarray | None = None,
     chunk_len: int | None = None,
     block_size: int = 16,
 ) -> Tensor:
     """Logits [T, V] of one sequence, computed `chunk_len` tokens at a time (all at once by default).
 
-    tiles: of all pictures, in order; each span takes as many as it has places for. position_T: float32 rotary
-    positions, 0, 1, 2, ... by default.
+    tiles: of all pictures, in order; their visual tokens take the places of the first `context_id` in `token_ids`.
+    position_T: float32 rotary positions, 0, 1, 2, ... by default.
     """
     num_tokens = len(token_ids)
+    spans = _find_spans(token_ids, context_id, 0 if tiles is None else len(tiles) * model.config.tokens_per_tile)
     counts = [span.num_tokens // model.config.tokens_per_tile for span in spans]
     parts = [] if tiles is None else list(torch.split(tiles, counts))
     sequence = Sequence(
@@ -74,3 +68,10 @@ def all_logits(
         every_row = torch.arange(chunk.stop - chunk.start, device=model.device)
         logits.append(model.run_step(replace(step, logit_row_R=every_row), cache.layers))
     return torch.cat(logits)
+
+
+def _find_spans(token_ids: Items[int], context_id: int, num_visual: int) -> list[VisualSpan]:
+    """The runs of the first `num_visual` placeholders, one for each picture."""
+    rows = np.flatnonzero(np.array(token_ids) == context_id)[:num_visual]
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [VisualSpan(int(run[0]), len(run)) for run in runs if len(run)]

@@ -8,7 +8,7 @@ package's own tables.
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -16,20 +16,18 @@ from torch import Tensor
 
 from internvl_rt.tokenizer import load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import InternVLForConditionalGeneration
-
 # The vision towers of InternVL3: "layer_norm" of the 300M (qkv biases), "rms_norm" of the 6B (q and k norms).
 Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "llama"]
-# "hf_old" are the names on the hub (transformers 4.52), "hf_new" those of the classes in memory since.
-Layout = Literal["original", "hf_old", "hf_new"]
+# -hf has two styles of names: "hf_hub" of the files on the hub (transformers 4.52), "hf_memory" of the classes since.
+# "hf_saved" is what the installed transformers writes.
+Layout = Literal["original", "hf_hub", "hf_memory", "hf_saved"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 _TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 _IMAGE_SIZE, _PATCH_SIZE = 112, 14
 
-_HF_OLD = (
+_HF_HUB = (
     ("model.vision_tower.", "vision_tower."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
@@ -62,11 +60,11 @@ _INTERNLM2 = (
 )
 
 
-def build_reference(kind: Kind) -> "InternVLForConditionalGeneration":
-    """A model of two layers per tower, float32, with eager attention (softmax written out) in both."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+def build_reference(kind: Kind) -> Any:
+    """An `InternVLForConditionalGeneration` of two layers per tower, float32, attention and softmax written out."""
+    import transformers  # here, because it takes seconds
 
+    hf: Any = transformers  # its annotations do not admit its own keyword arguments
     tokenizer = load_tokenizer(_TOKENIZER)
     common: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
@@ -78,17 +76,17 @@ def build_reference(kind: Kind) -> "InternVLForConditionalGeneration":
     if kind == "qwen3":  # heads wider than the model, as in the 0.6B
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         plain = {"rope_type": "default", "rope_theta": 1e6}
-        text = Qwen3Config(hidden_size=80, intermediate_size=112, rope_parameters=plain, **heads, **common)
+        text = hf.Qwen3Config(hidden_size=80, intermediate_size=112, rope_parameters=plain, **heads, **common)
     elif kind == "llama":  # InternLM3 in the 9B
         heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
         dynamic |= {"factor": 6.0, "rope_theta": 5e7}
         eps = {"rms_norm_eps": 1e-5}
-        text = LlamaConfig(hidden_size=96, intermediate_size=64, rope_parameters=dynamic, **heads, **eps, **common)
+        text = hf.LlamaConfig(hidden_size=96, intermediate_size=64, rope_parameters=dynamic, **heads, **eps, **common)
     else:  # 7 query heads to a key head, as in the 1B
         heads = {"num_attention_heads": 7, "num_key_value_heads": 1}
-        text = Qwen2Config(hidden_size=112, intermediate_size=160, rope_parameters=dynamic, **heads, **common)
+        text = hf.Qwen2Config(hidden_size=112, intermediate_size=160, rope_parameters=dynamic, **heads, **common)
     rms_norm = kind == "qwen2_rms_norm_vit"
-    vision = InternVLVisionConfig(
+    vision = hf.InternVLVisionConfig(
         hidden_size=72 if rms_norm else 64,
         num_attention_heads=3 if rms_norm else 2,
         intermediate_size=96,
@@ -99,15 +97,14 @@ def build_reference(kind: Kind) -> "InternVLForConditionalGeneration":
         use_qk_norm=rms_norm,
         attention_bias=not rms_norm,
     )
-    config = InternVLConfig(
+    config = hf.InternVLConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.token_id("<IMG_CONTEXT>"),
         image_seq_length=(_IMAGE_SIZE // _PATCH_SIZE // 2) ** 2,
         tie_word_embeddings=kind == "qwen3",
-        attn_implementation="eager",
     )
-    model: InternVLForConditionalGeneration = InternVLForConditionalGeneration(config).float().eval()
+    model = hf.InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").float().eval()
     model.generation_config.eos_token_id = None
     _randomise(model)
     return model
@@ -124,28 +121,31 @@ def _randomise(model: torch.nn.Module) -> None:
             parameter.copy_(1 + 0.1 * noise)
         elif "lambda_" in name:
             parameter.copy_(0.5 + 0.25 * noise)
-        elif parameter.ndim == 1 or "embed" in name and "projection.weight" not in name:
+        elif parameter.ndim == 1 or ("embed" in name and "projection.weight" not in name):
             parameter.copy_(0.3 * noise)
         else:
             parameter.copy_(noise * parameter[0].numel() ** -0.5 * (3 if "lm_head" in name else 1))
 
 
-def save_checkpoint(model: "InternVLForConditionalGeneration", folder: Path, layout: Layout) -> None:
+def save_checkpoint(model: Any, folder: Path, layout: Layout) -> None:
     """Writes config, weights and tokenizer of `model` as a checkpoint folder."""
     folder.mkdir()
     for file in _TOKENIZER.iterdir():
         shutil.copy(file, folder)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+    if layout == "hf_saved":
+        model.save_pretrained(folder)
+        return
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    if layout != "hf_new":
-        tensors = _rename(tensors, _HF_OLD)
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    if layout != "hf_memory":
+        tensors = _rename(tensors, _HF_HUB)
     if layout == "original":
         tensors = _to_original(tensors, config["text_config"])
         config = _original_config(config)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors")
 
 
 def _rename(tensors: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def _to_original(tensors: dict[str, Tensor], text: dict[str, Any]) -> dict[str, 
         groups = text["num_key_value_heads"]
         for name in [name for name in decoder if ".attention.q_proj." in name]:
             parts = [decoder.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-            grouped = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+            grouped = torch.cat([part.view(groups, -1, part.shape[1]) for part in parts], dim=1)
             decoder[name.replace(".q_proj.", ".wqkv.")] = grouped.flatten(0, 1)
     return tower | decoder
 

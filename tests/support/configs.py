@@ -1,0 +1,61 @@
+"""Small edits of config.json, of both formats."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from internvl_rt.config import KNOWN_MODELS, ModelConfig, parse_config
+from internvl_rt.json_section import Section
+
+ORIGINAL = json.loads(KNOWN_MODELS["InternVL3-1B"].read_text())
+HF = {
+    "architectures": ["InternVLForConditionalGeneration"],
+    "model_type": "internvl",
+    "image_seq_length": 256,
+    "image_token_id": 151667,
+    "downsample_ratio": 0.5,
+    "projector_hidden_act": "gelu",
+    "torch_dtype": "bfloat16",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1000000.0,
+        "vocab_size": 151674,
+    },
+    "vision_config": {
+        "attention_bias": True,
+        "hidden_size": 1024,
+        "image_size": [448, 448],
+        "model_type": "internvl_vision",
+        "norm_type": "layer_norm",
+        "patch_size": [14, 14],
+        "use_qk_norm": False,
+    },
+}
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy with values set by dotted path; ... removes the key."""
+    values = copy.deepcopy(values)
+    for path, value in changes.items():
+        *parents, key = path.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        if value is ...:
+            del section[key]
+        else:
+            section[key] = value
+    return values
+
+
+def parse(values: dict[str, Any]) -> ModelConfig:
+    return parse_config(Section(Path("there/config.json"), "", values))
