@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from internvl_rt.json_section import UNSUPPORTED, Section, read_json
 
-KNOWN_MODELS = {  # the config.json in the package, by name
+KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is inferred from its parameter count
     f"InternVL3-{size}": Path(__file__).parent / "configs" / f"InternVL3-{size}.json"
     for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")
 }
@@ -51,7 +51,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class DynamicRope:
-    """Dynamic NTK scaling: acts only beyond `max_position` (model-facts 3.4)."""
+    """Dynamic NTK scaling: acts only beyond `max_position` (modeling_rope_utils.py of transformers)."""
 
     factor: float
 

@@ -14,9 +14,6 @@ from typing import Any, Final, Literal
 from internvl_rt.errors import RequestError
 from internvl_rt.tokenizer import Tokenizer
 
-DEFAULT_SYSTEM_MESSAGE = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
-)
 MARKER = "<image>"  # a picture's place in the text of the official interface; not a token
 
 Role = Literal["system", "user", "assistant"]

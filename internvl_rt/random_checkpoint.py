@@ -83,6 +83,8 @@ def _find(model: str | Path | Mapping[str, Any]) -> Section:
     if isinstance(model, Mapping):
         return Section(Path("config.json"), "", model)
     path = KNOWN_MODELS.get(str(model), Path(model))
+    if not path.exists():
+        raise ConfigError(f"{model}: no such file, and none of the known models {', '.join(KNOWN_MODELS)}; give either")
     return read_json(path / "config.json" if path.is_dir() else path)
 
 

@@ -48,10 +48,11 @@ class Preparer:
         v2pe_delta: Delta,
     ) -> None:
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
+        most = config.max_tiles if max_tiles is None else max_tiles
         self._options = ImageOptions(
             image_size=config.vision.image_size,
-            min_tiles=min(config.min_tiles, max_tiles or config.max_tiles),
-            max_tiles=max_tiles or config.max_tiles,
+            min_tiles=min(config.min_tiles, most),
+            max_tiles=most,
             thumbnail=config.thumbnail,
         )
         self._frame_options = replace(self._options, min_tiles=1, max_tiles=1)

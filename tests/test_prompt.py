@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Tokenizer
 
+from internvl_rt.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.errors import RequestError
 from internvl_rt.prompt import (
-    DEFAULT_SYSTEM_MESSAGE,
     IMAGE,
     Media,
     Message,

@@ -36,10 +36,9 @@ from internvl_rt.step import StepInputs
 from internvl_rt.tokenizer import load_tokenizer
 from internvl_rt.weights import DIALECTS, save_weights
 from support.digits import (
-    COUNT,
     MAX_DIGITS,
-    READ,
     Exercise,
+    Task,
     draw_comparison,
     draw_picture,
     draw_reading,
@@ -79,7 +78,10 @@ def draw_exercise(number: int) -> Exercise:
     glyphs = load_glyphs(held_out=False)
     if rng.random() < COMPARISONS:
         return draw_comparison(rng, glyphs)
-    return draw_reading(rng, glyphs, int(rng.integers(1, MAX_DIGITS + 1)), num_turns=int(rng.integers(1, 3)))
+    tasks: list[Task] = ["read", "count"]
+    if rng.random() < 0.3:
+        tasks.reverse()
+    return draw_reading(rng, glyphs, int(rng.integers(1, MAX_DIGITS + 1)), *tasks[: rng.integers(1, 3)])
 
 
 def keep_freed_memory() -> None:
@@ -284,18 +286,19 @@ def write_samples(folder: Path) -> None:
 def report_accuracy(folder: Path) -> None:
     """Prints a table of exact matches on glyphs that were never trained on, for README.md in the checkpoint's folder."""
     glyphs, rng = load_glyphs(held_out=True), np.random.default_rng([SEED, 2])
-    readings = {
-        length: [draw_reading(rng, glyphs, length, num_turns=2) for _ in range(NUM_MEASURED)]
-        for length in range(1, MAX_DIGITS + 1)
-    }
+    lengths = range(1, MAX_DIGITS + 1)
+    readings = [[draw_reading(rng, glyphs, n, "read", "count") for _ in range(NUM_MEASURED)] for n in lengths]
+    counts = [draw_reading(rng, glyphs, n, "count", "read") for _ in range(NUM_MEASURED // MAX_DIGITS) for n in lengths]
     comparisons = [draw_comparison(rng, glyphs) for _ in range(NUM_MEASURED)]
-    rows: list[tuple[str, list[Exercise], int]] = []
-    for length, exercises in readings.items():
-        rows.append((f"read {length} digits", [e for e in exercises if e.turns[0][0] in READ], 0))
-    together = [exercise for exercises in readings.values() for exercise in exercises]
-    rows.append(("count 1 to 6 digits", [e for e in together if e.turns[0][0] in COUNT], 0))
-    rows.append(("a second question about them", together, 1))
-    rows.append(("compare two pictures", comparisons, 0))
+    rows = [(f"read {n} digits", exercises, 0) for n, exercises in zip(lengths, readings, strict=True)]
+    together = [exercise for exercises in readings for exercise in exercises]
+    rows += [
+        ("read, all lengths", together, 0),
+        ("then count, second turn", together, 1),
+        ("count 1 to 6 digits", counts, 0),
+        ("then read, second turn", counts, 1),
+        ("compare two pictures", comparisons, 0),
+    ]
     print(
         "| task | questions | "
         + " | ".join(f"delta {delta}" for delta in DELTAS)
@@ -321,6 +324,7 @@ def main() -> None:
     examples = draw_examples(config, folder)
     print(f"{len(examples)} exercises after {time.perf_counter() - start_s:.0f} s")
     weights = build_weights(config, dtype=torch.float32, device="cpu")
+    initialise(weights)
     train(InternVL(config, weights, replace(TORCH, paged_attention=attend_densely)), examples)
     shipped = build_weights(config, dtype=torch.bfloat16, device="cpu")
     parameters = named_parameters(weights)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.compat import ChatModel
+from internvl_rt.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.image import ImageOptions, choose_grid, load_image, num_tiles, tile_image
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.position import build_positions
 from internvl_rt.prompt import (
-    DEFAULT_SYSTEM_MESSAGE,
     Prompt,
     VisualSpan,
     build_prompt,

@@ -48,7 +48,7 @@ def pixels_of(folder: Path, names: list[str]) -> Floats | None:
     return np.concatenate([pixels(folder, name) for name in names]) if names else None
 
 
-def question_of(folder: Path, case: dict[str, Any]) -> tuple[Any, ...]:
+def question_of(folder: Path, case: dict[str, Any]) -> tuple[Floats | None, Any, Any, Any]:
     """Pixels, question, history and tile counts of a case; a row of a batch is a chat of its own."""
     question, history, counts = case.get("question"), case.get("history_in"), case["num_patches_list"]
     if case["api"] == "batch_chat":

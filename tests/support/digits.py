@@ -7,7 +7,7 @@ Every eighth glyph is held out: it is in no training picture, and in every pictu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ MAX_COMPARED = 3  # digits of each of two compared numbers
 Glyphs = tuple[npt.NDArray[np.float32], ...]  # for each digit its glyphs [n, 8, 8], ink from 0 to 1
 
 
+Task = Literal["read", "count"]
 Boxes = npt.NDArray[np.float64]  # [digits, 4]: left, top, right, bottom of each digit in pixels
 
 
@@ -74,7 +75,7 @@ def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) 
 
 
 def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple[Image.Image, Boxes]:
-    """The digits in a row and the box of each, written with a pen or chalk: sizes, places, slants, colours and light vary."""
+    """The digits in a row, written with a pen or chalk, and their boxes: sizes, places, slants, colours, light vary."""
     height = rng.uniform(32, 48)
     strokes = [_draw_stroke(rng, glyphs[int(digit)], height) for digit in digits]
     gap = height * rng.uniform(0.05, 0.35)
@@ -127,14 +128,13 @@ def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Ima
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
-def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *, num_turns: int = 1) -> Exercise:
-    """One picture and questions about its digits: first what they are or how many, then perhaps the other."""
+def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *tasks: Task) -> Exercise:
+    """One picture, and for each task a question about it."""
     digits = draw_digits(rng, length)
-    turns = [(str(rng.choice(READ)), digits), (str(rng.choice(COUNT)), str(length))]
-    if rng.random() < 0.3:
-        turns.reverse()
+    questions, answers = {"read": READ, "count": COUNT}, {"read": digits, "count": str(length)}
+    turns = tuple((str(rng.choice(questions[task])), answers[task]) for task in tasks)
     picture, boxes = draw_picture(rng, glyphs, digits)
-    return Exercise((digits,), (picture,), (boxes,), tuple(turns[:num_turns]))
+    return Exercise((digits,), (picture,), (boxes,), turns)
 
 
 def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
