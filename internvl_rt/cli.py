@@ -28,7 +28,13 @@ INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse gives an optional positional up at the first option, so PROMPT behind --image comes back as a rest
+    if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
+        args.prompt = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.run(args))
     except InternVLError as error:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from internvl_rt.json_section import UNSUPPORTED, Section, read_json
 
-KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is inferred from its parameter count
+KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
     f"InternVL3-{size}": Path(__file__).parent / "configs" / f"InternVL3-{size}.json"
     for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")
 }

@@ -12,12 +12,11 @@ from torch import Tensor
 from internvl_rt.config import ModelConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.image import ImageOptions, load_image, tile_image
-from internvl_rt.position import build_positions, auto_stride, parse_delta
+from internvl_rt.position import auto_stride, build_positions, parse_delta
 from internvl_rt.prompt import Media, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.sequence import Picture, SamplingParams, Sequence
 from internvl_rt.tokenizer import Tokenizer
 from internvl_rt.video import load_video
-
 
 Delta = float | Literal["auto"]  # rotary positions per visual token
 
@@ -88,9 +87,7 @@ class Preparer:
         prepared = self.prepare_turns(turns, tiles, v2pe_delta=v2pe_delta)
         return replace(prepared, start_s=start_s, media_s=media_s, tile_s=tile_s)
 
-    def prepare_turns(
-        self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None
-    ) -> Prepared:
+    def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
         """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
         start_s = time.perf_counter()
         counts = [len(picture) * self._config.tokens_per_tile for picture in tiles]
@@ -98,8 +95,8 @@ class Preparer:
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
-                f"the prompt has {num_tokens:,} tokens ({sum(counts):,} of pictures), but prompt and answer together may "
-                f"have {self._max_model_len:,}; shorten it, lower max_tiles, or raise max_model_len"
+                f"the prompt has {num_tokens:,} tokens ({sum(counts):,} of pictures), but prompt and answer together "
+                f"may have {self._max_model_len:,}; shorten it, lower max_tiles, or raise max_model_len"
             )
         delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
         window = self._config.decoder.max_position

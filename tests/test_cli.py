@@ -36,7 +36,8 @@ def test_timings_go_to_stderr_and_leave_the_answer_alone(capsys):
 
 
 def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
-    lines = [f"/image {SAMPLE}", "Read the digits.", "/image no.png", "/what", "How many digits are there?", "/exit", "x"]
+    mistakes = ["/image no.png", "/what"]
+    lines = [f"/image {SAMPLE}", "Read the digits.", *mistakes, "How many digits are there?", "/exit", "Hello"]
     done = run("chat", "tiny", stdin="\n".join(lines))
     assert (done.returncode, done.stdout.split()) == (0, ["4719", "4"])
     assert "no such file: 'no.png'" in done.stderr

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor
 from internvl_rt import Engine
 from internvl_rt.config import ModelConfig, load_config
 from internvl_rt.image import ImageOptions, tile_image
+from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.kv_cache import LayerCache
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.ops import TORCH, Linear
@@ -49,12 +50,14 @@ from support.tiny_files import write_files
 from support.visible import mark_visible
 
 SEED = 3
-NUM_EXERCISES, NUM_STEPS, BATCH_SIZE = 12_000, 1000, 48
-EASY_SHARE = 0.25  # of the steps, at the beginning: pictures of one or two digits only
-COMPARISONS = 0.25  # of the exercises
+NUM_EXERCISES = 10_000
+VISION_STEPS, TILES_PER_BATCH = 2600, 256  # first the vision tower alone learns which digits a tile shows
+NUM_STEPS, BATCH_SIZE = 750, 48  # then the whole model learns to answer
+COMPARISONS = 0.4  # of the exercises
 MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
-WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls to 0 over this share of the steps
-SEEN_WEIGHT = 1.0
+DISTORTION = 0.14  # of the tiles in the first stage; half as much in the second
+VISION_SHARE = 0.2  # of these rates, for the vision tower in the second stage
+WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls over this share of a stage's steps
 SORTED_BATCHES = 8  # batches whose prompts are sorted by length, to pad less
 NUM_MEASURED = 200  # pictures of each length, and comparisons
 DELTAS = {"1": 1.0, "1/4": 1 / 4, "1/16": 1 / 16, "1/256": 1 / 256}
@@ -70,7 +73,6 @@ class Example:
     tiles: np.ndarray  # uint8 [I, S, S, 3] of all pictures
     visible: np.ndarray  # int64 [visual tokens, 10], see support/visible.py
     answers: tuple[tuple[int, int], ...]  # [start, stop) of each answer and its <|im_end|>
-    easy: bool
 
 
 def draw_exercise(number: int) -> Exercise:
@@ -113,23 +115,20 @@ def draw_example(number: int, config: ModelConfig, tokenizer_folder: Path) -> Ex
         ids = [*prompt.token_ids, *tokenizer.encode(answer), tokenizer.token_id("<|im_end|>")]
         answers.append((len(prompt.token_ids), len(ids)))
         messages.append({"role": "assistant", "content": answer})
-    easy = len(tiles) == 1 and len(exercise.numbers[0]) <= 2
-    return Example(tuple(ids), prompt.spans, np.concatenate(tiles), np.concatenate(marks), tuple(answers), easy)
+    return Example(tuple(ids), prompt.spans, np.concatenate(tiles), np.concatenate(marks), tuple(answers))
 
 
 def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[list[Example]]:
-    """`NUM_STEPS` batches: easy examples first, then all; within a batch the prompts have similar lengths."""
-    num_easy = round(EASY_SHARE * NUM_STEPS)
-    for pool, num_steps in ([e for e in examples if e.easy], num_easy), (examples, NUM_STEPS - num_easy):
-        left = num_steps
-        while left:
-            order = rng.permutation(len(pool))
-            for first in range(0, len(order) - SORTED_BATCHES * BATCH_SIZE + 1, SORTED_BATCHES * BATCH_SIZE):
-                group = [pool[i] for i in order[first : first + SORTED_BATCHES * BATCH_SIZE]]
-                group.sort(key=lambda example: len(example.token_ids))
-                for place in rng.permutation(SORTED_BATCHES)[:left] * BATCH_SIZE:
-                    yield group[place : place + BATCH_SIZE]
-                    left -= 1
+    """`NUM_STEPS` batches; within a batch the prompts have similar lengths."""
+    left = NUM_STEPS
+    while left:
+        order = rng.permutation(len(examples))
+        for first in range(0, len(order) - SORTED_BATCHES * BATCH_SIZE + 1, SORTED_BATCHES * BATCH_SIZE):
+            group = [examples[i] for i in order[first : first + SORTED_BATCHES * BATCH_SIZE]]
+            group.sort(key=lambda example: len(example.token_ids))
+            for place in rng.permutation(SORTED_BATCHES)[:left] * BATCH_SIZE:
+                yield group[place : place + BATCH_SIZE]
+                left -= 1
 
 
 def attend_densely(
@@ -142,8 +141,22 @@ def attend_densely(
     return y_SHLC.transpose(1, 2).reshape(q_THC.shape)
 
 
+def draw_distortions(rng: np.random.Generator, num_tiles: int, strength: float) -> Tensor:
+    """Random affine maps [num_tiles, 2, 3] near the identity: there are only 1600 glyphs to learn from."""
+    turn, slant, wide, high, across, down = rng.uniform(-strength, strength, (6, num_tiles))
+    maps = np.array([[np.cos(turn) + wide, np.sin(turn) + slant, across], [-np.sin(turn), np.cos(turn) + high, down]])
+    return torch.from_numpy(maps.transpose(2, 0, 1)).float()
+
+
+def distort(tiles: Tensor, maps: Tensor) -> Tensor:
+    """uint8 tiles as the model's pixel values, each moved by its map."""
+    pixels = normalise_tiles_reference(tiles)
+    grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
 def measure_loss(
-    model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]]
+    model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]], maps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean cross entropy of the answers' tokens, and mean error of `head`, which names the digits in a visual token."""
     num_sequences, seq_len = len(batch), max(len(example.token_ids) for example in batch)
@@ -159,7 +172,7 @@ def measure_loss(
     token_id_T, answer_rows = torch.from_numpy(token_ids.ravel()), torch.from_numpy(np.concatenate(answers))
     tiles = torch.from_numpy(np.concatenate([example.tiles for example in batch]))
     visible_XK = torch.from_numpy(np.concatenate([example.visible for example in batch]))
-    visual_XD = model.encode_tiles(tiles).flatten(0, 1)
+    visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
         token_id_T=token_id_T,
@@ -176,10 +189,15 @@ def measure_loss(
     shape_BGPC = (num_sequences, c.num_kv_heads, seq_len, c.head_dim)
     caches = tuple(LayerCache(torch.zeros(shape_BGPC), torch.zeros(shape_BGPC)) for _ in range(c.num_layers))
     answer_loss = F.cross_entropy(model.run_step(step, caches), token_id_T[answer_rows])
+    return answer_loss, measure_seen(visual_XD, head, visible_XK)
+
+
+def measure_seen(visual_XD: Tensor, head: Linear, visible_XK: Tensor) -> Tensor:
+    """Error of `head`, which names the digits in each visual token, summed over digits where they are sure."""
     sure = visible_XK >= 0
     seen_XK = F.linear(visual_XD, head.weight_NK, head.bias_N)
     seen_loss = F.binary_cross_entropy_with_logits(seen_XK[sure], visible_XK[sure].float(), reduction="sum")
-    return answer_loss, seen_loss / len(seen_XK)
+    return seen_loss / len(seen_XK)
 
 
 @torch.no_grad()
@@ -229,44 +247,96 @@ def orthogonalise(x: Tensor) -> Tensor:
     return x
 
 
+class Trainer:
+    """Muon for the matrices, Adam for the rest; two threads share each batch.
+
+    Their gradients are added in a fixed order, so that a seed gives the same run on the same machine.
+    """
+
+    def __init__(
+        self, named: dict[str, Tensor], head: Linear, num_steps: int, *, vision_share: float, last_share: float
+    ) -> None:
+        assert head.bias_N is not None
+        self._parameters = [*named.values(), head.weight_NK, head.bias_N]
+        is_table = re.compile("embedding|position|lm_head").search
+        decoder = {path: tensor for path, tensor in named.items() if path.startswith("decoder.")}
+        vision = {path: tensor for path, tensor in named.items() if path not in decoder}
+        self._muons: list[tuple[Muon, float]] = []
+        groups = []
+        for part, share in ((vision, vision_share), (decoder, 1.0)):
+            matrices = {path: tensor for path, tensor in part.items() if tensor.ndim == 2 and not is_table(path)}
+            self._muons.append((Muon(list(matrices.values())), share))
+            others = [tensor for path, tensor in part.items() if path not in matrices]
+            if part is vision:
+                others += [head.weight_NK, head.bias_N]
+            groups.append({"params": others, "share": share})
+        for parameter in self._parameters:
+            parameter.requires_grad_()
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+        self._num_steps, self._last_share, self._number = num_steps, last_share, 0
+        self._threads = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+        self._losses, self._start_s = np.zeros(0), time.perf_counter()
+
+    def step(self, measure: Callable[[int], tuple[Tensor, ...]]) -> None:
+        """`measure(0)` and `measure(1)` give the losses of the two halves of a batch; their sum is lowered."""
+
+        def half(index: int) -> tuple[list[float], tuple[Tensor, ...]]:
+            losses = measure(index)
+            return [loss.item() for loss in losses], torch.autograd.grad(sum(losses), self._parameters)
+
+        (losses1, gradients1), (losses2, gradients2) = self._threads.map(half, (0, 1))
+        for parameter, one, two in zip(self._parameters, gradients1, gradients2, strict=True):
+            parameter.grad = (one + two) / 2
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        left = min(1, (1 - self._number / self._num_steps) / COOLDOWN)
+        share = min((self._number + 1) / WARMUP_STEPS, self._last_share + (1 - self._last_share) * left)
+        for muon, part_share in self._muons:
+            muon.step(MATRIX_RATE * share * part_share)
+        for group in self._adam.param_groups:
+            group["lr"] = OTHER_RATE * share * group["share"]
+        self._adam.step()
+        self._number += 1
+        losses = (np.array(losses1) + losses2) / 2
+        self._losses = self._losses + 0.04 * (losses - self._losses) if len(self._losses) else losses
+        if self._number % 50 == 0:
+            shown = ", ".join(f"{loss:.4f}" for loss in self._losses)
+            print(f"step {self._number}: losses {shown}, {time.perf_counter() - self._start_s:.0f} s", flush=True)
+
+
 def train(model: InternVL, examples: list[Example]) -> None:
-    """Two threads share each batch; their gradients are added in a fixed order, so that a seed gives the same run."""
+    """First the vision tower on single tiles, then everything on whole dialogues."""
     width = model.config.decoder.hidden_size
     head = Linear(torch.zeros(10, width), torch.zeros(10))  # left behind when the training ends
     named = named_parameters(model.weights)
-    parameters = [*named.values(), head.weight_NK, head.bias_N]
-    is_table = re.compile("embedding|position|lm_head").search
-    matrices = [tensor for path, tensor in named.items() if tensor.ndim == 2 and not is_table(path)]
-    chosen = {id(tensor) for tensor in matrices}
-    for parameter in parameters:
-        parameter.requires_grad_()
-    muon = Muon(matrices)
-    adam = torch.optim.AdamW([p for p in parameters if id(p) not in chosen], betas=(0.9, 0.98), weight_decay=0.0)
     rng = np.random.default_rng(SEED)
-    start_s, losses = time.perf_counter(), np.zeros(2)
 
-    def half(part: tuple[list[Example], list[list[int]]]) -> tuple[list[float], tuple[Tensor, ...]]:
-        answer_loss, seen_loss = measure_loss(model, head, *part)
-        gradients = torch.autograd.grad(answer_loss + SEEN_WEIGHT * seen_loss, parameters)
-        return [answer_loss.item(), seen_loss.item()], gradients
+    tiles = torch.from_numpy(np.concatenate([example.tiles for example in examples]))
+    visible = torch.from_numpy(np.concatenate([example.visible for example in examples])).unflatten(0, (len(tiles), -1))
+    vision = {path: tensor for path, tensor in named.items() if not path.startswith("decoder.")}
+    trainer = Trainer(vision, head, VISION_STEPS, vision_share=1.0, last_share=0.1)
+    for _ in range(VISION_STEPS):
+        chosen = torch.from_numpy(rng.integers(0, len(tiles), (2, TILES_PER_BATCH // 2)))
+        maps = [draw_distortions(rng, len(half), DISTORTION) for half in chosen]
+        trainer.step(
+            lambda index, chosen=chosen, maps=maps: (
+                measure_seen(
+                    model.encode_tiles(distort(tiles[chosen[index]], maps[index])).flatten(0, 1),
+                    head,
+                    visible[chosen[index]].flatten(0, 1),
+                ),
+            )
+        )
 
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for number, batch in enumerate(draw_batches(rng, examples)):
-            strides = [rng.choice(STRIDES, len(example.spans)).tolist() for example in batch]
-            (loss1, gradients1), (loss2, gradients2) = threads.map(half, [(batch[i::2], strides[i::2]) for i in (0, 1)])
-            for parameter, one, two in zip(parameters, gradients1, gradients2, strict=True):
-                parameter.grad = (one + two) / 2
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            share = min((number + 1) / WARMUP_STEPS, 1, (1 - number / NUM_STEPS) / COOLDOWN)
-            muon.step(MATRIX_RATE * share)
-            adam.param_groups[0]["lr"] = OTHER_RATE * share
-            adam.step()
-            losses += 0.04 * ((np.array(loss1) + loss2) / 2 - losses)
-            if number % 25 == 24:
-                seconds = time.perf_counter() - start_s
-                print(
-                    f"step {number + 1}: answers {losses[0]:.4f}, visible {losses[1]:.4f}, {seconds:.0f} s", flush=True
-                )
+    trainer = Trainer(named, head, NUM_STEPS, vision_share=VISION_SHARE, last_share=0.0)
+    for batch in draw_batches(rng, examples):
+        halves = [batch[0::2], batch[1::2]]
+        strides = [[rng.choice(STRIDES, len(example.spans)).tolist() for example in half] for half in halves]
+        maps = [draw_distortions(rng, sum(len(e.tiles) for e in half), DISTORTION / 2) for half in halves]
+        trainer.step(
+            lambda index, halves=halves, strides=strides, maps=maps: measure_loss(
+                model, head, halves[index], strides[index], maps[index]
+            )
+        )
 
 
 def draw_examples(config: ModelConfig, folder: Path) -> list[Example]:

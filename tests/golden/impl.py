@@ -28,18 +28,18 @@ from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.video import choose_frame_indices
 from support.forward import all_logits, last_hidden_state
 
-Path_ = str | Path
+Folder = str | Path
 Floats = NDArray[np.float32]
 History = list[tuple[str, str]] | None
 
 
 @cache
-def engine(ckpt_dir: Path_) -> Engine:
+def engine(ckpt_dir: Folder) -> Engine:
     return Engine.from_pretrained(ckpt_dir, device="cpu", dtype="float32")
 
 
 @cache
-def tokenizer(ckpt_dir: Path_) -> Tokenizer:
+def tokenizer(ckpt_dir: Folder) -> Tokenizer:
     return load_tokenizer(Path(ckpt_dir))
 
 
@@ -48,7 +48,7 @@ def grid(width: int, height: int, max_num: int, image_size: int, min_num: int) -
     return (*choose_grid(width, height, options), num_tiles(width, height, options))
 
 
-def tile(path: Path_, max_num: int, image_size: int) -> NDArray[np.uint8]:
+def tile(path: str | Path, max_num: int, image_size: int) -> NDArray[np.uint8]:
     options = ImageOptions(image_size=image_size, max_tiles=max_num)
     return tile_image(load_image(path, options), options)
 
@@ -57,19 +57,19 @@ def normalise(tiles: NDArray[np.uint8]) -> Floats:
     return normalise_tiles_reference(torch.from_numpy(tiles)).numpy()
 
 
-def vision(ckpt_dir: Path_, pixel_values: Floats) -> dict[str, Floats]:
+def vision(ckpt_dir: Folder, pixel_values: Floats) -> dict[str, Floats]:
     model, tiles = engine(ckpt_dir).model, torch.from_numpy(pixel_values)
     with torch.inference_mode():
         features = model.encode_tiles(tiles)
     return {"last_hidden_state": last_hidden_state(model, tiles).numpy(), "features": features.numpy()}
 
 
-def logits(ckpt_dir: Path_, input_ids: Items[int], pixel_values: Floats | None) -> Floats:
+def logits(ckpt_dir: Folder, input_ids: Items[int], pixel_values: Floats | None) -> Floats:
     return forward_positions(ckpt_dir, input_ids, pixel_values, None)
 
 
 def forward_positions(
-    ckpt_dir: Path_, input_ids: Items[int], pixel_values: Floats | None, positions: Floats | None
+    ckpt_dir: Folder, input_ids: Items[int], pixel_values: Floats | None, positions: Floats | None
 ) -> Floats:
     tiles = None if pixel_values is None else torch.from_numpy(pixel_values)
     context_id = tokenizer(ckpt_dir).token_id("<IMG_CONTEXT>")
@@ -77,7 +77,7 @@ def forward_positions(
 
 
 def prepare(
-    ckpt_dir: Path_, pixel_values: Floats | None, question: str, history: History, num_patches_list: list[int] | None
+    ckpt_dir: Folder, pixel_values: Floats | None, question: str, history: History, num_patches_list: list[int] | None
 ) -> Prepared:
     """The prompt of the official `chat`."""
     model = ChatModel(engine(ckpt_dir))
@@ -88,7 +88,7 @@ def prepare(
 
 
 def chat(
-    ckpt_dir: Path_,
+    ckpt_dir: Folder,
     pixel_values: Floats | None,
     question: str,
     history: History,
@@ -107,7 +107,7 @@ def chat(
 
 
 def batch_chat(
-    ckpt_dir: Path_,
+    ckpt_dir: Folder,
     pixel_values: Floats | None,
     questions: list[str],
     num_patches_list: list[int] | None,
@@ -118,7 +118,7 @@ def batch_chat(
     return ChatModel(engine(ckpt_dir)).batch_chat(tokenizer(ckpt_dir), pixels, questions, config, num_patches_list)
 
 
-def prompt(ckpt_dir: Path_, case: dict[str, Any]) -> tuple[str, list[int] | list[list[int]]]:
+def prompt(ckpt_dir: Folder, case: dict[str, Any]) -> tuple[str, list[int] | list[list[int]]]:
     """Text and ids of one conversation; of a batch, the texts joined and the rows padded on the left."""
     if "questions" not in case:
         rendered = _render(ckpt_dir, case, case["question"], tiles_per_image(case["n_tiles"], case["num_patches_list"]))
@@ -130,7 +130,7 @@ def prompt(ckpt_dir: Path_, case: dict[str, Any]) -> tuple[str, list[int] | list
     return "".join(row.text for row in rows), [list(row) for row in zip(*reversed(columns), strict=True)]
 
 
-def _render(ckpt_dir: Path_, case: dict[str, Any], question: str, tiles: list[int]) -> Prompt:
+def _render(ckpt_dir: Folder, case: dict[str, Any], question: str, tiles: list[int]) -> Prompt:
     """As the official code does it: special tokens in texts are read, pictures without a place are left out."""
     system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])
     try:
@@ -141,11 +141,11 @@ def _render(ckpt_dir: Path_, case: dict[str, Any], question: str, tiles: list[in
     return build_prompt(turns, tokenizer(ckpt_dir), counts, user_specials=True)
 
 
-def encode(ckpt_dir: Path_, text: str) -> list[int]:
+def encode(ckpt_dir: Folder, text: str) -> list[int]:
     return tokenizer(ckpt_dir).encode(text, specials=True)
 
 
-def decode(ckpt_dir: Path_, ids: Items[int], skip_special_tokens: bool) -> str:
+def decode(ckpt_dir: Folder, ids: Items[int], skip_special_tokens: bool) -> str:
     return tokenizer(ckpt_dir).decode(ids, skip_specials=skip_special_tokens)
 
 

@@ -37,7 +37,7 @@ def softmax_rows(query, keys, values):
 
 
 def test_patch_embed_puts_the_class_token_first_and_patches_row_major():
-    side, patch, width = 4, 2, 5
+    side, width = 4, 5  # patches of 2 x 2
     tiles = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
     weight, bias, cls, position = torch.randn(width, 12), torch.randn(width), torch.randn(width), torch.randn(5, width)
     actual = patch_embed_reference(tiles, weight, bias, cls, position)

@@ -42,7 +42,7 @@ COMPARE = (
     "Compare the numbers.",
 )
 MAX_DIGITS = 6
-MAX_COMPARED = 3  # digits of each of two compared numbers
+MAX_COMPARED = 2  # digits of each of two compared numbers
 
 Glyphs = tuple[npt.NDArray[np.float32], ...]  # for each digit its glyphs [n, 8, 8], ink from 0 to 1
 
@@ -75,23 +75,20 @@ def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) 
 
 
 def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple[Image.Image, Boxes]:
-    """The digits in a row, written with a pen or chalk, and their boxes: sizes, places, slants, colours, light vary."""
+    """The digits as in a form, each about the middle of a square, and their boxes: sizes, places, colours, light vary."""
     height = rng.uniform(32, 48)
-    strokes = [_draw_stroke(rng, glyphs[int(digit)], height) for digit in digits]
-    gap = height * rng.uniform(0.05, 0.35)
-    margins = height * rng.uniform(0.1, 0.4, 2)
-    gaps = [margins[0], *(gap * rng.uniform(0.6, 1.4, len(strokes) - 1))]
-    canvas_height = round(max(stroke.shape[0] for stroke in strokes) + height * rng.uniform(0.15, 0.6))
-    canvas_width = sum(map(round, gaps)) + sum(stroke.shape[1] for stroke in strokes) + round(margins[1])
+    side = height * rng.uniform(1.3, 1.6)
+    canvas_height, canvas_width = round(side), round(side * len(digits) * rng.uniform(0.97, 1.03))
     ink = np.zeros((canvas_height, canvas_width), np.float32)
     boxes = []
-    right = 0
-    for space, stroke in zip(gaps, strokes, strict=False):
+    for place, digit in enumerate(digits):
+        stroke = _draw_stroke(rng, glyphs[int(digit)], height)[:canvas_height, : canvas_width // len(digits)]
         rows, columns = stroke.shape
-        left, top = right + round(space), round((canvas_height - rows) * rng.uniform(0.2, 0.8))
-        right = left + columns
-        ink[top : top + rows, left:right] = stroke
-        boxes.append((left, top, right, top + rows))
+        middle = (place + 0.5 + rng.uniform(-0.06, 0.06)) * canvas_width / len(digits)
+        left = min(max(0, round(middle - columns / 2)), canvas_width - columns)
+        top = round((canvas_height - rows) * rng.uniform(0.2, 0.8))
+        np.maximum(ink[top : top + rows, left : left + columns], stroke, out=ink[top : top + rows, left : left + columns])
+        boxes.append((left, top, left + columns, top + rows))
     return _colour(rng, ink), np.array(boxes, np.float64)
 
 
@@ -102,20 +99,19 @@ def _draw_stroke(rng: np.random.Generator, glyphs: npt.NDArray[np.float32], heig
     glyph = np.pad(glyph[:, inked[0] : inked[-1] + 1], 1)
     scale = height / 8 * rng.uniform(0.88, 1.12, 2) * (1.0, rng.uniform(0.9, 1.1))
     rows, columns = np.round(np.array(glyph.shape) * scale).astype(int)
-    turn, slant = rng.uniform(-0.15, 0.15, 2)
+    turn, slant = rng.uniform(-0.08, 0.08, 2)
     inverse = np.array([[np.cos(turn), np.sin(turn) + slant], [-np.sin(turn), np.cos(turn)]]) / scale[::-1, None]
     offset = np.array(glyph.shape[::-1]) / 2 - inverse @ (columns / 2, rows / 2)
     matrix = np.column_stack((inverse, offset)).ravel().tolist()
     size = (int(columns), int(rows))
     stroke = Image.fromarray(glyph).transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    edge = rng.uniform(0.4, 0.5)  # the ink value at the border of the stroke
-    return np.clip((np.asarray(stroke) - edge) * rng.uniform(1.3, 2.5) + 0.5, 0, 1)
+    return np.clip((np.asarray(stroke) - 0.12) * rng.uniform(1.2, 1.7), 0, 1)
 
 
 def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Image:
     """Dark ink on light paper, or sometimes light chalk on a dark board, under uneven light and with some noise."""
     paper, pen = rng.uniform(190, 255) + rng.uniform(-25, 0, 3), rng.uniform(0, 70) + rng.uniform(0, 60, 3)
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         paper, pen = pen * 0.8, paper
     across, down = rng.uniform(-12, 12, 2)
     height, width = ink.shape

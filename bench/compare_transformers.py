@@ -1,0 +1,294 @@
+"""Time to first token, time per token and memory against transformers, on the same weights and the same request.
+
+    python bench/compare_transformers.py [--model InternVL3-1B] [--tiles 3] [--tokens 32] [--dtype float32]
+    python bench/compare_transformers.py --quick
+
+Writes a random checkpoint of the model's shape, in the original format for us and as an -hf folder for transformers,
+and gives each side a process with the same number of threads. Both get the same prompt ids and pixel values and answer
+greedily; transformers runs as its users run it: `from_pretrained`, sdpa attention, KV cache, `generate`. On both sides
+the first token is a request for one token, vision tower included, and the time per token what the other tokens of a
+longer request add. Rounds are in the order ours, theirs, theirs, ours; the median of a side counts.
+
+Peak memory is the process's (VmHWM, Linux) or, on CUDA, torch's. The last line is JSON; the exit code is 1 if the
+tokens differ in float32.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt import Engine, SamplingParams
+from internvl_rt.checkpoint import open_checkpoint
+from internvl_rt.config import KNOWN_MODELS, ModelConfig, load_config
+from internvl_rt.prompt import IMAGE, Turn, build_prompt
+from internvl_rt.random_checkpoint import write_random_checkpoint
+from internvl_rt.tokenizer import load_tokenizer
+from internvl_rt.weights import DIALECTS, load_weights, save_weights
+
+SIDES = ("ours", "theirs")
+TURNS = (Turn("user", (IMAGE, "\nPlease describe the picture in detail.")),)
+QUICK = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "template": "internvl2_5",
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "llm_config": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "vocab_size": 320,
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "image_size": 112,
+        "intermediate_size": 128,
+        "norm_type": "layer_norm",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "patch_size": 14,
+        "qk_normalization": False,
+        "qkv_bias": True,
+    },
+}
+
+Answer = Callable[[int], list[int]]  # the request's first n tokens
+
+
+def hf_config(config: ModelConfig, image_token_id: int) -> dict[str, Any]:
+    """config.json of the same model for transformers."""
+    v, d = config.vision, config.decoder
+    model_type = "qwen3" if d.qk_norm else "qwen2" if d.qkv_bias else "llama"
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": image_token_id,
+        "image_seq_length": config.tokens_per_tile,
+        "downsample_ratio": 1 / config.downsample,
+        "tie_word_embeddings": d.tie_embeddings,
+        "text_config": {
+            "model_type": model_type,
+            "head_dim": d.head_dim,
+            "hidden_size": d.hidden_size,
+            "intermediate_size": d.intermediate_size,
+            "max_position_embeddings": d.max_position,
+            "num_attention_heads": d.num_heads,
+            "num_hidden_layers": d.num_layers,
+            "num_key_value_heads": d.num_kv_heads,
+            "rms_norm_eps": d.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": d.rope_theta},
+            "tie_word_embeddings": d.tie_embeddings,
+            "vocab_size": d.vocab_size,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "attention_bias": v.qkv_bias,
+            "hidden_size": v.hidden_size,
+            "image_size": [v.image_size, v.image_size],
+            "intermediate_size": v.intermediate_size,
+            "layer_norm_eps": v.norm_eps,
+            "norm_type": v.norm,
+            "num_attention_heads": v.num_heads,
+            "num_hidden_layers": v.num_layers,
+            "patch_size": [v.patch_size, v.patch_size],
+            "use_qk_norm": v.qk_norm,
+        },
+    }
+
+
+def write_folders(model: str | Mapping[str, Any], scratch: Path) -> None:
+    """The same random weights as `ours` and `theirs`, stored as bfloat16."""
+    ours, theirs = (scratch / side for side in SIDES)
+    write_random_checkpoint(model, ours)
+    theirs.mkdir()
+    config = load_config(ours)
+    weights = load_weights(open_checkpoint(ours), config, dtype=torch.bfloat16, device="cpu")
+    save_weights(weights, config, theirs, dialect=DIALECTS["hf"])
+    context_id = load_tokenizer(ours).token_id("<IMG_CONTEXT>")
+    (theirs / "config.json").write_text(json.dumps(hf_config(config, context_id)))
+
+
+def pixel_values(config: ModelConfig, num_tiles: int) -> Tensor:
+    side = config.vision.image_size
+    return torch.randn(num_tiles, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def load_ours(scratch: Path, args: argparse.Namespace) -> Answer:
+    config = load_config(scratch / "ours")
+    pixels = pixel_values(config, args.tiles).to(args.device)
+    engine = Engine.from_pretrained(
+        scratch / "ours",
+        device=args.device,
+        dtype=args.dtype,
+        max_num_seqs=1,
+        max_model_len=1024 + args.tiles * config.tokens_per_tile + args.tokens,
+    )
+
+    def answer(num_tokens: int) -> list[int]:
+        prepared = engine.prepare_turns(TURNS, [pixels])
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        return engine.generate_prepared(iter([prepared]), [params])[0].token_ids
+
+    return answer
+
+
+def load_theirs(scratch: Path, args: argparse.Namespace) -> Answer:
+    import transformers
+
+    config, tokenizer = load_config(scratch / "ours"), load_tokenizer(scratch / "ours")
+    hf: Any = transformers
+    hf.utils.logging.disable_progress_bar()
+    model = hf.InternVLForConditionalGeneration.from_pretrained(
+        scratch / "theirs", dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
+    )
+    model = model.to(args.device).eval()
+    model.generation_config.eos_token_id = None
+    prompt = build_prompt(TURNS, tokenizer, [args.tiles * config.tokens_per_tile])
+    ids = torch.tensor([prompt.token_ids], device=args.device)
+    pixels = pixel_values(config, args.tiles).to(args.device, model.dtype)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+    def answer(num_tokens: int) -> list[int]:
+        output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, use_cache=True)
+        tokens: list[int] = output[0, ids.shape[1] :].tolist()
+        return tokens
+
+    return answer
+
+
+def serve_side(args: argparse.Namespace) -> None:
+    """Loads one side, then answers each number of tokens on stdin with a line of JSON."""
+    torch.set_num_threads(args.threads)
+    answer = (load_ours if args.side == "ours" else load_theirs)(args.scratch, args)
+    answer(2)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        token_ids = answer(int(line))
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "token_ids": token_ids, "peak_bytes": _peak_bytes(args)}), flush=True)
+
+
+def _peak_bytes(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+class Side:
+    """The process of one side."""
+
+    def __init__(self, name: str, scratch: Path, args: argparse.Namespace) -> None:
+        options = {"tiles": args.tiles, "tokens": args.tokens, "dtype": args.dtype, "device": args.device}
+        options |= {"threads": args.threads, "side": name, "scratch": scratch}
+        command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.first_s, self.per_token_s, self.peak_bytes = name, list[float](), list[float](), 0
+        self.token_ids: list[int] = []
+        self._read()
+
+    def measure(self, num_tokens: int) -> None:
+        first, whole = self._ask(1), self._ask(num_tokens)
+        self.first_s.append(first["seconds"])
+        self.per_token_s.append((whole["seconds"] - first["seconds"]) / (num_tokens - 1))
+        self.peak_bytes, self.token_ids = whole["peak_bytes"], whole["token_ids"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, num_tokens: int) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(f"{num_tokens}\n")
+        self._process.stdin.flush()
+        result: dict[str, Any] = self._read()
+        return result
+
+    def _read(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the process of {self.name} failed with exit code {self._process.wait()}")
+        return json.loads(line)
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "first_token_s": statistics.median(self.first_s),
+            "per_token_s": statistics.median(self.per_token_s),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def compare(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    with ExitStack() as stack:
+        sides = [stack.enter_context(closing(Side(name, scratch, args))) for name in SIDES]
+        for _ in range(args.rounds):
+            for side in (*sides, *reversed(sides)):
+                side.measure(args.tokens)
+    ours, theirs = (side.summary() for side in sides)
+    same = [one == other for one, other in zip(*(side.token_ids for side in sides), strict=True)]
+    return {
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": {key: ours[key] / theirs[key] for key in ours},
+        "equal_tokens": [*same, False].index(False),
+    }
+
+
+def show(result: Mapping[str, Any]) -> None:
+    rows = (("time to first token, s", "first_token_s", 1), ("time per token, ms", "per_token_s", 1e3))
+    print(f"{'':24}{'ours':>12}{'transformers':>14}{'ratio':>8}")
+    for label, key, scale in (*rows, ("peak memory, MB", "peak_bytes", 1e-6)):
+        ours, theirs = result["ours"][key] * scale, result["theirs"][key] * scale
+        print(f"{label:24}{ours:12,.2f}{theirs:14,.2f}{result['ratio'][key]:8.3f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=KNOWN_MODELS, default="InternVL3-1B")
+    parser.add_argument("--tiles", type=int, default=3, help="of the picture, thumbnail included")
+    parser.add_argument("--tokens", type=int, default=32, help="to generate, at least 2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on each side, which run in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="of ours, theirs, theirs, ours")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything works")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        serve_side(args)
+        return 0
+    if min(args.tiles, args.rounds, args.threads, args.tokens - 1) < 1:
+        parser.error("--tiles, --rounds and --threads must be at least 1, --tokens at least 2")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_folders(QUICK if args.quick else args.model, Path(scratch))
+        result = compare(Path(scratch), args)
+    settings = {"model": "quick" if args.quick else args.model, "torch": torch.__version__}
+    settings |= {key: getattr(args, key) for key in ("tiles", "tokens", "dtype", "device", "threads", "rounds")}
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    show(result)
+    print(f"equal tokens: the first {result['equal_tokens']} of {args.tokens}")
+    print(json.dumps(settings | result))
+    return int(args.dtype == "float32" and result["equal_tokens"] < args.tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
