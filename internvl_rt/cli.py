@@ -102,6 +102,8 @@ def _delta(text: str) -> "Delta":
     if text == "auto":
         return "auto"
     above, _, below = text.partition("/")
+    if below and float(below) == 0:
+        raise ValueError(text)  # argparse's sign for a value that it shall refuse
     return float(above) / float(below or 1)
 
 

@@ -91,7 +91,7 @@ def test_wrong_usage_gives_exit_code_2(arguments, capsys):
 
 def test_info_prints_a_card_and_json_for_programs(capsys):
     assert main(["info", "InternVL3-8B"]) == 0
-    assert "7.9" in capsys.readouterr().out
+    assert "7,944.4 M" in capsys.readouterr().out
     assert main(["info", "InternVL3-8B", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
     assert round(sum(card["parameters"][part] for part in ("vision", "projector", "decoder")) / 1e9, 3) == 7.944
