@@ -354,7 +354,7 @@ def write_samples(folder: Path) -> None:
 
 
 def report_accuracy(folder: Path) -> None:
-    """Prints a table of exact matches on glyphs that were never trained on, for README.md in the checkpoint's folder."""
+    """Prints a table of exact matches on glyphs that were never trained on, for the README.md of the checkpoint."""
     glyphs, rng = load_glyphs(held_out=True), np.random.default_rng([SEED, 2])
     lengths = range(1, MAX_DIGITS + 1)
     readings = [[draw_reading(rng, glyphs, n, "read", "count") for _ in range(NUM_MEASURED)] for n in lengths]

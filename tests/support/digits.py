@@ -75,7 +75,7 @@ def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) 
 
 
 def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple[Image.Image, Boxes]:
-    """The digits as in a form, each about the middle of a square, and their boxes: sizes, places, colours, light vary."""
+    """The digits, each about the middle of a square as in a form, and their boxes; sizes, colours and light vary."""
     height = rng.uniform(32, 48)
     side = height * rng.uniform(1.3, 1.6)
     canvas_height, canvas_width = round(side), round(side * len(digits) * rng.uniform(0.97, 1.03))
@@ -87,7 +87,9 @@ def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple
         middle = (place + 0.5 + rng.uniform(-0.06, 0.06)) * canvas_width / len(digits)
         left = min(max(0, round(middle - columns / 2)), canvas_width - columns)
         top = round((canvas_height - rows) * rng.uniform(0.2, 0.8))
-        np.maximum(ink[top : top + rows, left : left + columns], stroke, out=ink[top : top + rows, left : left + columns])
+        np.maximum(
+            ink[top : top + rows, left : left + columns], stroke, out=ink[top : top + rows, left : left + columns]
+        )
         boxes.append((left, top, left + columns, top + rows))
     return _colour(rng, ink), np.array(boxes, np.float64)
 
