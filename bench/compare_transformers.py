@@ -5,9 +5,9 @@
 
 Writes a random checkpoint of the model's shape, in the original format for us and as an -hf folder for transformers,
 and gives each side a process with the same number of threads. Both get the same prompt ids and pixel values and answer
-greedily; transformers runs as its users run it: `from_pretrained`, sdpa attention, KV cache, `generate`. On both sides
-the first token is a request for one token, vision tower included, and the time per token what the other tokens of a
-longer request add. Rounds are in the order ours, theirs, theirs, ours; the median of a side counts.
+greedily; transformers runs as its users run it (`from_pretrained`, sdpa attention, KV cache, `generate`) with a streamer,
+whose calls tell when a token is there. The time to the first token includes the vision tower; the time per token is the
+mean of the others. Rounds are in the order ours, theirs, theirs, ours; the median of a side counts.
 
 Peak memory is the process's (VmHWM, Linux) or, on CUDA, torch's. The last line is JSON; the exit code is 1 if the
 tokens differ in float32.
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,15 @@ QUICK = {
     },
 }
 
-Answer = Callable[[int], list[int]]  # the request's first n tokens
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    token_ids: list[int]
+    first_s: float  # from the request to the first token
+    total_s: float
+
+
+Ask = Callable[[], Answer]
 
 
 def hf_config(config: ModelConfig, image_token_id: int) -> dict[str, Any]:
@@ -129,9 +138,10 @@ def pixel_values(config: ModelConfig, num_tiles: int) -> Tensor:
     return torch.randn(num_tiles, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def load_ours(scratch: Path, args: argparse.Namespace) -> Answer:
+def load_ours(scratch: Path, args: argparse.Namespace) -> Ask:
     config = load_config(scratch / "ours")
     pixels = pixel_values(config, args.tiles).to(args.device)
+    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
     engine = Engine.from_pretrained(
         scratch / "ours",
         device=args.device,
@@ -140,15 +150,15 @@ def load_ours(scratch: Path, args: argparse.Namespace) -> Answer:
         max_model_len=1024 + args.tiles * config.tokens_per_tile + args.tokens,
     )
 
-    def answer(num_tokens: int) -> list[int]:
-        prepared = engine.prepare_turns(TURNS, [pixels])
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        return engine.generate_prepared(iter([prepared]), [params])[0].token_ids
+    def ask() -> Answer:
+        start = time.perf_counter()
+        (reply,) = engine.generate_prepared(iter([engine.prepare_turns(TURNS, [pixels])]), [params])
+        return Answer(reply.token_ids, reply.timings.first_token_s, time.perf_counter() - start)
 
-    return answer
+    return ask
 
 
-def load_theirs(scratch: Path, args: argparse.Namespace) -> Answer:
+def load_theirs(scratch: Path, args: argparse.Namespace) -> Ask:
     import transformers
 
     config, tokenizer = load_config(scratch / "ours"), load_tokenizer(scratch / "ours")
@@ -164,25 +174,33 @@ def load_theirs(scratch: Path, args: argparse.Namespace) -> Answer:
     pixels = pixel_values(config, args.tiles).to(args.device, model.dtype)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
-    def answer(num_tokens: int) -> list[int]:
-        output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, use_cache=True)
-        tokens: list[int] = output[0, ids.shape[1] :].tolist()
-        return tokens
+    class Clock(hf.generation.BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
 
-    return answer
+        def put(self, value: Tensor) -> None:
+            """Called with the prompt, then with each token, on the host."""
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def ask() -> Answer:
+        clock, start = Clock(), time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, use_cache=True, streamer=clock)
+        token_ids = output[0, ids.shape[1] :].tolist()
+        return Answer(token_ids, clock.times[1] - start, time.perf_counter() - start)
+
+    return ask
 
 
 def serve_side(args: argparse.Namespace) -> None:
-    """Loads one side, then answers each number of tokens on stdin with a line of JSON."""
+    """Loads one side, then answers each line on stdin with a line of JSON."""
     torch.set_num_threads(args.threads)
-    answer = (load_ours if args.side == "ours" else load_theirs)(args.scratch, args)
-    answer(2)
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        token_ids = answer(int(line))
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "token_ids": token_ids, "peak_bytes": _peak_bytes(args)}), flush=True)
+    ask = (load_ours if args.side == "ours" else load_theirs)(args.scratch, args)
+    print(json.dumps("loaded"), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(asdict(ask()) | {"peak_bytes": _peak_bytes(args)}), flush=True)
 
 
 def _peak_bytes(args: argparse.Namespace) -> int:
@@ -196,60 +214,55 @@ class Side:
     """The process of one side."""
 
     def __init__(self, name: str, scratch: Path, args: argparse.Namespace) -> None:
-        options = {"tiles": args.tiles, "tokens": args.tokens, "dtype": args.dtype, "device": args.device}
-        options |= {"threads": args.threads, "side": name, "scratch": scratch}
+        options = {key: getattr(args, key) for key in ("tiles", "tokens", "dtype", "device", "threads")}
         command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
+        command += [f"--side={name}", f"--scratch={scratch}"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.name, self.first_s, self.per_token_s, self.peak_bytes = name, list[float](), list[float](), 0
-        self.token_ids: list[int] = []
+        self._name = name
         self._read()
 
-    def measure(self, num_tokens: int) -> None:
-        first, whole = self._ask(1), self._ask(num_tokens)
-        self.first_s.append(first["seconds"])
-        self.per_token_s.append((whole["seconds"] - first["seconds"]) / (num_tokens - 1))
-        self.peak_bytes, self.token_ids = whole["peak_bytes"], whole["token_ids"]
+    def ask(self) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = self._read()
+        return answer
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, num_tokens: int) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(f"{num_tokens}\n")
-        self._process.stdin.flush()
-        result: dict[str, Any] = self._read()
-        return result
-
     def _read(self) -> Any:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the process of {self.name} failed with exit code {self._process.wait()}")
+            raise SystemExit(f"the process of {self._name} failed with exit code {self._process.wait()}")
         return json.loads(line)
-
-    def summary(self) -> dict[str, float]:
-        return {
-            "first_token_s": statistics.median(self.first_s),
-            "per_token_s": statistics.median(self.per_token_s),
-            "peak_bytes": self.peak_bytes,
-        }
 
 
 def compare(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
     with ExitStack() as stack:
-        sides = [stack.enter_context(closing(Side(name, scratch, args))) for name in SIDES]
+        sides = {name: stack.enter_context(closing(Side(name, scratch, args))) for name in SIDES}
+        for side in sides.values():
+            side.ask()  # a warm-up
         for _ in range(args.rounds):
-            for side in (*sides, *reversed(sides)):
-                side.measure(args.tokens)
-    ours, theirs = (side.summary() for side in sides)
-    same = [one == other for one, other in zip(*(side.token_ids for side in sides), strict=True)]
+            for name in (*SIDES, *reversed(SIDES)):
+                answers[name].append(sides[name].ask())
+    ours, theirs = (summarise(answers[name]) for name in SIDES)
+    pairs = zip(*(answers[name][0]["token_ids"] for name in SIDES), strict=True)
     return {
         "ours": ours,
         "theirs": theirs,
         "ratio": {key: ours[key] / theirs[key] for key in ours},
-        "equal_tokens": [*same, False].index(False),
+        "equal_tokens": [*(one == other for one, other in pairs), False].index(False),
     }
+
+
+def summarise(answers: list[dict[str, Any]]) -> dict[str, float]:
+    each = [(a["first_s"], (a["total_s"] - a["first_s"]) / (len(a["token_ids"]) - 1)) for a in answers]
+    first, per_token = (statistics.median(times) for times in zip(*each, strict=True))
+    return {"first_token_s": first, "per_token_s": per_token, "peak_bytes": answers[-1]["peak_bytes"]}
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -268,7 +281,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on each side, which run in turn")
-    parser.add_argument("--rounds", type=int, default=1, help="of ours, theirs, theirs, ours")
+    parser.add_argument("--rounds", type=int, default=2, help="of ours, theirs, theirs, ours")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything works")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
