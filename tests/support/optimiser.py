@@ -1,0 +1,102 @@
+"""The optimisers of the tiny checkpoint's training: Muon for matrices, Adam for the rest, on two threads."""
+
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvl_rt.ops import Linear
+
+MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
+WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls over this share of a stage's steps
+
+
+class Muon:
+    """Momentum whose matrices are made orthogonal before the step (K. Jordan, 2024), in float32."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        self._groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for parameters, momentum in self._groups:
+            gradient = torch.stack([parameter.grad for parameter in parameters])
+            momentum.lerp_(gradient, 0.05)
+            update = orthogonalise(gradient.lerp_(momentum, 0.95))
+            update *= max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+            for parameter, change in zip(parameters, update, strict=True):
+                parameter.mul_(1 - rate * MATRIX_DECAY).sub_(change, alpha=rate)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Newton-Schulz: singular values towards 1, for a stack of matrices."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+
+class Trainer:
+    """Muon for the matrices, Adam for the rest; two threads share each batch.
+
+    Their gradients are added in a fixed order, so that a seed gives the same run on the same machine.
+    """
+
+    def __init__(
+        self, named: dict[str, Tensor], head: Linear, num_steps: int, *, vision_share: float, last_share: float
+    ) -> None:
+        assert head.bias_N is not None
+        self._parameters = [*named.values(), head.weight_NK, head.bias_N]
+        is_table = re.compile("embedding|position|lm_head").search
+        decoder = {path: tensor for path, tensor in named.items() if path.startswith("decoder.")}
+        vision = {path: tensor for path, tensor in named.items() if path not in decoder}
+        self._muons: list[tuple[Muon, float]] = []
+        groups = []
+        for part, share in ((vision, vision_share), (decoder, 1.0)):
+            matrices = {path: tensor for path, tensor in part.items() if tensor.ndim == 2 and not is_table(path)}
+            self._muons.append((Muon(list(matrices.values())), share))
+            others = [tensor for path, tensor in part.items() if path not in matrices]
+            if part is vision:
+                others += [head.weight_NK, head.bias_N]
+            groups.append({"params": others, "share": share})
+        for parameter in self._parameters:
+            parameter.requires_grad_()
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+        self._num_steps, self._last_share, self._number = num_steps, last_share, 0
+        self._threads = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+        self._losses, self._start_s = np.zeros(0), time.perf_counter()
+
+    def step(self, measure: Callable[[int], tuple[Tensor, ...]]) -> None:
+        """`measure(0)` and `measure(1)` give the losses of the two halves of a batch; their sum is lowered."""
+
+        def half(index: int) -> tuple[list[float], tuple[Tensor, ...]]:
+            losses = measure(index)
+            return [loss.item() for loss in losses], torch.autograd.grad(sum(losses), self._parameters)
+
+        (losses1, gradients1), (losses2, gradients2) = self._threads.map(half, (0, 1))
+        for parameter, one, two in zip(self._parameters, gradients1, gradients2, strict=True):
+            parameter.grad = (one + two) / 2
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        left = min(1, (1 - self._number / self._num_steps) / COOLDOWN)
+        share = min((self._number + 1) / WARMUP_STEPS, self._last_share + (1 - self._last_share) * left)
+        for muon, part_share in self._muons:
+            muon.step(MATRIX_RATE * share * part_share)
+        for group in self._adam.param_groups:
+            group["lr"] = OTHER_RATE * share * group["share"]
+        self._adam.step()
+        self._number += 1
+        losses = (np.array(losses1) + losses2) / 2
+        self._losses = self._losses + 0.04 * (losses - self._losses) if len(self._losses) else losses
+        if self._number % 50 == 0:
+            shown = ", ".join(f"{loss:.4f}" for loss in self._losses)
+            print(f"step {self._number}: losses {shown}, {time.perf_counter() - self._start_s:.0f} s", flush=True)
