@@ -47,13 +47,13 @@ class Norm:
 class Ops:
     """One implementation of every operation.
 
-    patch_embed(tiles, patch, class_E, position_UE) -> x_IUE
+    patch_embed(tiles, patch, class_E, position_UE) -> x_RE, patches first
     norm_linear(x, norm, linear) -> y
     norm_linear_gelu(x, norm, linear) -> y
     norm_linear_swiglu(x_TD, norm, gate_up) -> y_TF
     linear_residual(x, linear, residual, scale_N or None) -> y
-    vit_attention(qkv_IUK, head_dim, q_norm or None, k_norm or None) -> y_IUE
-    unshuffle_norm_linear_gelu(x_IUE, norm, linear, factor, version) -> y_IMD
+    vit_attention(qkv_RK, num_tiles, head_dim, q_norm or None, k_norm or None) -> y_RE
+    unshuffle_norm_linear_gelu(x_RE, num_tiles, norm, linear, factor, version) -> y_IMD
     linear(x, linear) -> y
     place_visual_tokens(x_TD, visual_XD, row_X), in place
     norm_qkv_rope_kv(x_TD, norm, qkv, q_norm or None, k_norm or None,
@@ -67,8 +67,8 @@ class Ops:
     norm_linear_gelu: Callable[[Tensor, Norm, Linear], Tensor]
     norm_linear_swiglu: Callable[[Tensor, Norm, Linear], Tensor]
     linear_residual: Callable[[Tensor, Linear, Tensor, Tensor | None], Tensor]
-    vit_attention: Callable[[Tensor, int, Norm | None, Norm | None], Tensor]
-    unshuffle_norm_linear_gelu: Callable[[Tensor, Norm, Linear, int, Literal["v1", "v2"]], Tensor]
+    vit_attention: Callable[[Tensor, int, int, Norm | None, Norm | None], Tensor]
+    unshuffle_norm_linear_gelu: Callable[[Tensor, int, Norm, Linear, int, Literal["v1", "v2"]], Tensor]
     linear: Callable[[Tensor, Linear], Tensor]
     place_visual_tokens: Callable[[Tensor, Tensor, Tensor], None]
     norm_qkv_rope_kv: Callable[
@@ -96,17 +96,17 @@ def _norm_linear_gelu(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
     return linear_gelu_reference(_norm(x, norm), linear.weight_NK, linear.bias_N)
 
 
-def _vit_attention(qkv_IUK: Tensor, head_dim: int, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
+def _vit_attention(qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
     if q_norm is None or k_norm is None:
-        return vit_attention_reference(qkv_IUK, head_dim, None, None, 0.0)
-    return vit_attention_reference(qkv_IUK, head_dim, q_norm.weight_D, k_norm.weight_D, q_norm.eps)
+        return vit_attention_reference(qkv_RK, num_tiles, head_dim, None, None, 0.0)
+    return vit_attention_reference(qkv_RK, num_tiles, head_dim, q_norm.weight_D, k_norm.weight_D, q_norm.eps)
 
 
 def _unshuffle_norm_linear_gelu(
-    x_IUE: Tensor, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
+    x_RE: Tensor, num_tiles: int, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
 ) -> Tensor:
     assert norm.bias_D is not None, "the projector's norm is a LayerNorm"
-    y_IMK = unshuffle_norm_reference(x_IUE, norm.weight_D, norm.bias_D, norm.eps, factor, version)
+    y_IMK = unshuffle_norm_reference(x_RE, num_tiles, norm.weight_D, norm.bias_D, norm.eps, factor, version)
     return linear_gelu_reference(y_IMK, linear.weight_NK, linear.bias_N)
 
 

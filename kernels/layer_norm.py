@@ -1,8 +1,129 @@
-"""LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b over the last dimension, statistics in float32."""
+"""LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b over the last dimension, statistics in float32.
 
+The variance is that of the centred values (passes over registers are free): E[x^2] - E[x]^2 loses everything in float32
+when the mean is large beside the deviation, and so does the mean itself, so the values are centred twice.
+"""
+
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+
+MAX_WIDTH = 16384  # a row is held in the registers of one block
 
 
 def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
+
+
+@triton.jit
+def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, axis=0) / D
+    centred = tl.where(inside, values - mean, 0.0)
+    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # what the mean's rounding left
+    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * y_stride + column, (centred * scale * w + b).to(y.dtype.element_ty), mask=inside)
+
+
+def row_warps(width: int) -> int:
+    """Warps for one row held in registers: at most 32 values a thread, at least 8 (16 bytes of bf16)."""
+    return min(16, max(1, int(triton.next_power_of_2(width)) // 512))
+
+
+def plan_layer_norm(
+    x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: Tensor, target: Target
+) -> tuple[Launch, ...]:
+    width = x.shape[-1]
+    x_RD, out_RD = rows_of("x", x), rows_of("out", out)
+    return (
+        Launch(
+            _layer_norm_kernel,
+            (x_RD.shape[0], 1, 1),
+            {
+                "x": x_RD,
+                "weight": weight_D,
+                "bias": bias_D,
+                "y": out_RD,
+                "x_stride": x_RD.stride(0),
+                "y_stride": out_RD.stride(0),
+                "eps": eps,
+            },
+            {"D": width, "BLOCK": triton.next_power_of_2(width)},
+            num_warps=row_warps(width),
+        ),
+    )
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """As `layer_norm_reference`, of rows `x` [..., D] that one stride leads through; D at most MAX_WIDTH.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    width = x.shape[-1]
+    require(x.dtype in SPEC.tolerances, "x", f"one of {list(SPEC.tolerances)}", x.dtype)
+    require(1 <= width <= MAX_WIDTH, "x", f"a width from 1 to {MAX_WIDTH}", width)
+    require_tensor("x", x, tuple(x.shape), x.dtype, x.device)
+    require_tensor("weight_D", weight_D, (width,), x.dtype, x.device)
+    require_tensor("bias_D", bias_D, (width,), x.dtype, x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    require_tensor("out", out, tuple(x.shape), x.dtype, x.device)
+    run(plan_layer_norm(x, weight_D, bias_D, eps, out=out, target=target_of(x.device)))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float]:
+    """`fill` is what the rows are like; `padding` are columns of a wider tensor that the rows are cut from."""
+    rows, width = case["R"], case["D"]
+    x = torch.randn(rows, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
+    fill = case.sizes.get("fill", "normal")
+    if fill == "shifted":  # mean much larger than the deviation
+        x = 0.1 * x + 1000
+    elif fill == "constant":
+        x = torch.full_like(x, 3.0)
+    elif fill == "huge":
+        x = 1e4 * x
+    weight, bias = (torch.randn(width, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    return {"x": x.to(dtype)[:, :width], "weight_D": weight, "bias_D": bias, "eps": 1e-6}
+
+
+SPEC = KernelSpec(
+    name="layer_norm",
+    reference=layer_norm_reference,
+    plan=plan_layer_norm,
+    launcher=layer_norm,
+    make_inputs=_make_inputs,
+    cost=lambda case, dtype: Cost(
+        bytes=dtype.itemsize * (2 * case["R"] + 2) * case["D"], flops=8 * case["R"] * case["D"]
+    ),
+    test_cases=(
+        *(Case(f"width_{width}", {"R": 3, "D": width}) for width in (1, 2, 15, 17, 127, 128, 1024, 3200, 12800)),
+        Case("no_rows", {"R": 0, "D": 64}),
+        Case("strided", {"R": 5, "D": 100, "padding": 28}),
+        *(Case(fill, {"R": 4, "D": 1024, "fill": fill}) for fill in ("shifted", "constant", "huge")),
+    ),
+    model_cases=tuple(
+        Case(f"{name}_{tiles}_tiles", {"R": rows, "D": width})
+        for name, width, per_tile in (
+            ("vit_300m", 1024, 1025),
+            ("projector_300m", 4096, 256),
+            ("projector_6b", 12800, 256),
+        )
+        for tiles, rows in ((1, per_tile), (13, 13 * per_tile))
+    ),
+    tolerances={
+        torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 12800 values in another order"),
+        torch.float16: Tolerance(1e-3, 1e-3, 5e-4, "the output is rounded once to 11 bits"),
+        torch.bfloat16: Tolerance(8e-3, 8e-3, 4e-3, "the output is rounded once to 8 bits"),
+    },
+)

@@ -1,7 +1,7 @@
-"""Patch embedding: pixels to ViT tokens, class token first.
+"""Patch embedding: pixels to ViT tokens, patches first (see _contract).
 
-    x[i, 0]     = class + position[0]
-    x[i, 1 + p] = W patch(i, p) + b + position[1 + p]        patches row-major over the tile
+    x[i * L + p] = W patch(i, p) + b + position[1 + p]       patches row-major over the tile
+    x[I * L + i] = class + position[0]
 
 uint8 tiles are normalised with the ImageNet statistics, (v / 255 - mean) / std in float32, as the official transform
 does; floating-point tiles are taken as normalised already.
@@ -25,7 +25,7 @@ def normalise_tiles_reference(tiles: Tensor) -> Tensor:
 def patch_embed_reference(
     tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor
 ) -> Tensor:
-    """Tokens [I, U, E] of tiles given as uint8 [I, S, S, 3] or, normalised, as floating point [I, 3, S, S].
+    """Rows [I * (L + 1), E] of tiles given as uint8 [I, S, S, 3] or, normalised, as floating point [I, 3, S, S].
 
     K = 3 * patch * patch in the order (channel, row, column), the memory order of the checkpoint's convolution.
     """
@@ -34,8 +34,6 @@ def patch_embed_reference(
     patch = round((weight_EK.shape[1] // channels) ** 0.5)
     grid = side // patch
     patches = pixels.to(weight_EK.dtype).view(num_tiles, channels, grid, patch, grid, patch)
-    patches_IUK = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_tiles, grid * grid, -1)
-    x_IUE = torch.empty(num_tiles, 1 + grid * grid, len(bias_E), dtype=weight_EK.dtype, device=weight_EK.device)
-    x_IUE[:, 0] = class_E + position_UE[0]
-    x_IUE[:, 1:] = F.linear(patches_IUK, weight_EK, bias_E) + position_UE[1:]
-    return x_IUE
+    patches_ILK = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_tiles, grid * grid, weight_EK.shape[1])
+    x_ILE = F.linear(patches_ILK, weight_EK, bias_E) + position_UE[1:]
+    return torch.cat((x_ILE.flatten(0, 1), (class_E + position_UE[0]).expand(num_tiles, -1)))

@@ -15,6 +15,7 @@ MODULES = [
     "errors",
     "json_section",
     "tensor_file",
+    "kernels._launch",
     "kernels._contract",
     "kernels.gemm_epilogue",
     "kernels.layer_norm",

@@ -42,8 +42,10 @@ class InternVL:
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Visual tokens [I, M, D] of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
-        x_IUE = encode_tiles(self.ops, self.config.vision, self.weights.vision, tiles)
-        return project_tiles(self.ops, self.weights.projector, x_IUE, self.config.downsample, self.config.unshuffle)
+        x_RE = encode_tiles(self.ops, self.config.vision, self.weights.vision, tiles)
+        return project_tiles(
+            self.ops, self.weights.projector, x_RE, len(tiles), self.config.downsample, self.config.unshuffle
+        )
 
     def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
         """Logits [R, V] of one step: prefill chunks and decodes together."""

@@ -16,8 +16,8 @@ class ProjectorWeights:
 
 
 def project_tiles(
-    ops: Ops, weights: ProjectorWeights, x_IUE: Tensor, factor: int, version: Literal["v1", "v2"]
+    ops: Ops, weights: ProjectorWeights, x_RE: Tensor, num_tiles: int, factor: int, version: Literal["v1", "v2"]
 ) -> Tensor:
-    """Visual tokens [I, M, D] of ViT features [I, U, E]."""
-    y_IMD = ops.unshuffle_norm_linear_gelu(x_IUE, weights.norm, weights.fc1, factor, version)
+    """Visual tokens [I, M, D] of ViT features [I * U, E]."""
+    y_IMD = ops.unshuffle_norm_linear_gelu(x_RE, num_tiles, weights.norm, weights.fc1, factor, version)
     return ops.linear(y_IMD, weights.fc2)

@@ -31,12 +31,12 @@ class VisionWeights:
 
 
 def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: Tensor) -> Tensor:
-    """Features [I, U, E] after the last layer (there is no final norm) of tiles, as `patch_embed` takes them."""
-    x_IUE = ops.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
+    """Features [I * U, E], patches first, after the last layer (there is no final norm) of `patch_embed`'s tiles."""
+    x_RE = ops.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
     for layer in weights.layers:
-        qkv_IUK = ops.norm_linear(x_IUE, layer.norm1, layer.qkv)
-        y_IUE = ops.vit_attention(qkv_IUK, config.head_dim, layer.q_norm, layer.k_norm)
-        x_IUE = ops.linear_residual(y_IUE, layer.proj, x_IUE, layer.scale1_E)
-        y_IUF = ops.norm_linear_gelu(x_IUE, layer.norm2, layer.fc1)
-        x_IUE = ops.linear_residual(y_IUF, layer.fc2, x_IUE, layer.scale2_E)
-    return x_IUE
+        qkv_RK = ops.norm_linear(x_RE, layer.norm1, layer.qkv)
+        y_RE = ops.vit_attention(qkv_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
+        x_RE = ops.linear_residual(y_RE, layer.proj, x_RE, layer.scale1_E)
+        y_RF = ops.norm_linear_gelu(x_RE, layer.norm2, layer.fc1)
+        x_RE = ops.linear_residual(y_RF, layer.fc2, x_RE, layer.scale2_E)
+    return x_RE

@@ -36,7 +36,7 @@ def softmax_rows(query, keys, values):
     return (weights / weights.sum()) @ values
 
 
-def test_patch_embed_puts_the_class_token_first_and_patches_row_major():
+def test_patch_embed_puts_patches_first_and_class_tokens_last():
     side, width = 4, 5  # patches of 2 x 2
     tiles = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
     weight, bias, cls, position = torch.randn(width, 12), torch.randn(width), torch.randn(width), torch.randn(5, width)
@@ -44,12 +44,12 @@ def test_patch_embed_puts_the_class_token_first_and_patches_row_major():
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels = (tiles.numpy() / 255 - mean) / std
     for tile in range(2):
-        close(actual[tile, 0], (cls + position[0]).double().numpy())
+        close(actual[8 + tile], (cls + position[0]).double().numpy())
         for index in range(4):
             row, column = divmod(index, 2)
             cut = pixels[tile, row * 2 : row * 2 + 2, column * 2 : column * 2 + 2].transpose(2, 0, 1).ravel()
             expected = weight.double().numpy() @ cut + (bias + position[1 + index]).double().numpy()
-            close(actual[tile, 1 + index], expected)
+            close(actual[4 * tile + index], expected)
 
 
 def test_patch_embed_takes_normalised_floating_point_tiles_too():
@@ -81,7 +81,8 @@ def test_vit_attention_reads_packed_rows_and_normalises_over_all_heads(normalise
     width = heads * channels
     qkv, q_norm, k_norm = torch.randn(2, tokens, 3 * width), torch.rand(width) + 0.5, torch.rand(width) + 0.5
     norms = (q_norm, k_norm) if normalised else (None, None)
-    actual = vit_attention_reference(qkv, channels, *norms, 1e-6)
+    patches_first = torch.cat((qkv[:, 1:].flatten(0, 1), qkv[:, 0]))
+    actual = vit_attention_reference(patches_first, 2, channels, *norms, 1e-6)
     q, k, v = (part.double().numpy() for part in qkv.split(width, -1))
     if normalised:
         q, k = (
@@ -93,7 +94,8 @@ def test_vit_attention_reads_packed_rows_and_normalises_over_all_heads(normalise
             cut = slice(head * channels, (head + 1) * channels)
             for token in range(tokens):
                 expected = softmax_rows(q[tile, token, cut], k[tile, :, cut], v[tile, :, cut])
-                close(actual[tile, token, cut], expected)
+                row = tile * (tokens - 1) + token - 1 if token else 2 * (tokens - 1) + tile
+                close(actual[row, cut], expected)
 
 
 def test_linear_epilogues_follow_their_formulas():
@@ -115,12 +117,13 @@ def test_swiglu_gates_with_the_first_half():
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_unshuffle_concatenates_neighbouring_patches_row_parity_slow(version):
     grid, width = 4, 3
-    x, weight, bias = torch.randn(2, 1 + grid * grid, width), torch.randn(4 * width), torch.randn(4 * width)
-    actual = unshuffle_norm_reference(x, weight, bias, 1e-5, 2, version)
+    x, weight, bias = torch.randn(2, grid * grid, width), torch.randn(4 * width), torch.randn(4 * width)
+    rows = torch.cat((x.flatten(0, 1), torch.full((2, width), POISON)))
+    actual = unshuffle_norm_reference(rows, 2, weight, bias, 1e-5, 2, version)
     for row in range(2):
         for column in range(2):
             patches = [(2 * row + a) * grid + 2 * column + b for a in (0, 1) for b in (0, 1)]
-            merged = x[:, [1 + p for p in patches]].reshape(2, -1)
+            merged = x[:, patches].reshape(2, -1)
             place = row * 2 + column if version == "v2" else column * 2 + row
             close(actual[:, place], layer_norm_reference(merged, weight, bias, 1e-5).double().numpy())
 

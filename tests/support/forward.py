@@ -17,8 +17,10 @@ from internvl_rt.step import Chunk, build_step
 
 @torch.inference_mode()
 def last_hidden_state(model: InternVL, tiles: Tensor) -> Tensor:
-    """ViT features [I, U, E]; tiles as `InternVL.encode_tiles` takes them."""
-    return encode_tiles(model.ops, model.config.vision, model.weights.vision, tiles)
+    """ViT features [I, U, E], class token first; tiles as `InternVL.encode_tiles` takes them."""
+    x_RE = encode_tiles(model.ops, model.config.vision, model.weights.vision, tiles)
+    patches_RE, class_IE = x_RE[: -len(tiles)], x_RE[-len(tiles) :]
+    return torch.cat((class_IE[:, None], patches_RE.unflatten(0, (len(tiles), -1))), dim=1)
 
 
 @torch.inference_mode()

@@ -1,0 +1,68 @@
+"""One kernel launch as a value, the target it is planned for, and the one place that launches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a plan may depend on besides shapes and dtypes."""
+
+    capability: int  # 90 for sm_90
+    num_sms: int
+    interpreted: bool = False  # Triton's interpreter: float32 and float16 only, no inline assembly, no PDL
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one block may use."""
+        return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}[self.capability] * 1024
+
+
+TARGETS = {  # every architecture that kernels are built for, with the chip of most multiprocessors
+    80: Target(80, 108),  # A100
+    89: Target(89, 142),  # L40S, RTX 4090
+    90: Target(90, 132),  # H100, H200
+    100: Target(100, 148),  # B200
+    120: Target(120, 188),  # RTX PRO 6000, RTX 5090
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """`kernel[grid](**args, **constexprs)`; nothing happens when a side of the grid is 0."""
+
+    kernel: Any  # triton.JITFunction
+    grid: tuple[int, int, int]
+    args: Mapping[str, torch.Tensor | int | float]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    # What the machine code must show; tests/test_compile.py looks:
+    matrix_units: bool = False  # products on the target's matrix units
+    wide_loads: bool = True  # memory read 16 bytes at a time
+
+
+def run(launches: tuple[Launch, ...]) -> None:
+    for launch in launches:
+        if 0 not in launch.grid:
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options)
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """Raises ValueError for a device that the kernels cannot run on."""
+    if triton.knobs.runtime.interpret:
+        return Target(90, 132, interpreted=True)
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a CUDA device, got {device}; TORCH is the table for other devices")
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        raise ValueError(f"device: expected compute capability 8.0 or newer, got {properties.major}.{properties.minor}")
+    return Target(capability, properties.multi_processor_count)

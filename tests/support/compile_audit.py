@@ -1,0 +1,166 @@
+"""Builds every kernel that a real model needs, for every target, and looks at the machine code: no GPU is needed.
+
+    python tests/support/compile_audit.py [--out FILE] [--only OPERATION]
+
+Prints JSON with one object per kernel and target.
+
+A process of its own, because the tests' process runs Triton's interpreter. ptxas, cuobjdump and nvdisasm come with
+triton. What the SASS says decides, never the flag that asked for it.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from internvl_rt.kernels._contract import Case, KernelSpec
+from internvl_rt.kernels._launch import TARGETS, Launch, Target
+from support.specs import discover_specs
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+INSTRUCTIONS = {  # column -> SASS mnemonic
+    "hgmma": r"HGMMA\.",
+    "hmma": r"HMMA\.",
+    "imma": r"[IQ]MMA\.",
+    "tcgen05": r"UTC[A-Z]*MMA",
+    "tma_load": r"UTMALDG|UBLKCP",
+    "load_128": r"(LDG|LDGSTS)\S*\.128",
+    "store_128": r"STG\S*\.128",
+    "load": r"(LDG|LDGSTS)[.\s]",
+    "warp_specialized": r"USETMAXREG",
+    "local_memory": r"\b(LDL|STL)[.\s]",
+}
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The kernel specialised as a launch would specialise it: divisibility by 16, and 1 as a constant."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = dict(launch.constexprs)
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constexprs:
+            signature[name] = "constexpr"
+            continue
+        value = launch.args[name]
+        divisible = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            divisible = (value.storage_offset() * value.itemsize) % 16 == 0
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        elif value == 1:
+            signature[name], constexprs[name], divisible = "constexpr", 1, False
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs, attrs)
+
+
+def inspect(cubin: bytes) -> dict[str, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True).stdout
+
+        usage, sass = dump("--dump-resource-usage"), dump("--dump-sass")
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    assert found, f"cuobjdump prints no resource usage: {usage!r}"
+    code = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line)]
+    counts = {name: sum(bool(re.search(pattern, line)) for line in code) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": found["reg"], "stack": found["stack"], "instructions": len(code), **counts}
+
+
+def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, index: int) -> dict[str, Any]:
+    launch = launches_of(spec, case, dtype, target)[index]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    row: dict[str, Any] = {
+        "operation": spec.name,
+        "kernel": launch.kernel.__name__,
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "target": target.capability,
+        "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
+        **options,
+        "matrix_units": launch.matrix_units,
+        "wide_loads": launch.wide_loads,
+    }
+    try:
+        built = triton.compile(source_of(launch), target=GPUTarget("cuda", target.capability, 32), options=options)
+    except Exception as error:  # a row of the table, which the test shows
+        return {**row, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
+    shared = {"shared_bytes": built.metadata.shared, "final_warps": built.metadata.num_warps}
+    return {**row, **shared, **inspect(built.asm["cubin"])}
+
+
+def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> tuple[Launch, ...]:
+    inputs = spec.make_inputs(case, dtype, torch.device("meta"))
+    expected = spec.reference(**inputs)
+    outputs = {} if expected is None else {"out": torch.empty_like(expected)}
+    return spec.plan(**inputs, **outputs, target=target)
+
+
+def jobs(only: str | None) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
+    """One for each kernel that differs; cases that need the same machine code share it."""
+    seen: set[str] = set()
+    for name, spec in discover_specs().items():
+        if only not in (None, name):
+            continue
+        dtypes = [torch.bfloat16] if torch.bfloat16 in spec.tolerances else [next(iter(spec.tolerances))]
+        for case in spec.model_cases:
+            for dtype in dtypes:
+                for target in TARGETS.values():
+                    for index, launch in enumerate(launches_of(spec, case, dtype, target)):
+                        key = f"{source_of(launch).hash()} {launch.num_warps} {launch.num_stages} {target.capability}"
+                        if key not in seen:
+                            seen.add(key)
+                            yield name, case.name, dtype, target.capability, index
+
+
+def run_job(job: tuple[str, str, torch.dtype, int, int]) -> dict[str, Any]:
+    name, case_name, dtype, capability, index = job
+    spec = discover_specs()[name]
+    case = next(case for case in spec.model_cases if case.name == case_name)
+    return audit_launch(spec, case, dtype, TARGETS[capability], index)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help="one operation")
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(run_job, jobs(arguments.only)))
+    text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
