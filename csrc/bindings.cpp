@@ -1,9 +1,15 @@
 // The Python face of this folder, and the only file that knows pybind11. Signatures are mirrored in internvl_rt/_C.pyi.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "check.h"
 #include "paged_kv_cache.h"
@@ -13,9 +19,11 @@ namespace py = pybind11;
 namespace internvl_rt {
 namespace {
 
+using Ints = py::array_t<std::int32_t>;
+
 // The memory of an int32 C-contiguous array, never a converted copy: results are written into what the caller gave.
 std::span<const std::int32_t> input(const char* name, const py::array& array, py::ssize_t ndim = 1) {
-  CHECK_ARGUMENT(py::isinstance<py::array_t<std::int32_t>>(array), name, ": expected dtype int32, got ",
+  CHECK_ARGUMENT(py::isinstance<Ints>(array), name, ": expected dtype int32, got ",
                  py::str(array.dtype()).cast<std::string>());
   CHECK_ARGUMENT(array.ndim() == ndim, name, ": expected ", ndim, " dimension(s), got ", array.ndim());
   CHECK_ARGUMENT((array.flags() & py::array::c_style) != 0, name, ": expected a C-contiguous array, got a strided one");
@@ -28,10 +36,44 @@ std::span<std::int32_t> output(const char* name, py::array& array, py::ssize_t n
   return {static_cast<std::int32_t*>(array.mutable_data()), values.size()};
 }
 
-void fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::array& num_new_tokens,
-               py::array& query_start_S1, py::array& seq_len_S, py::array& block_table_SN, py::array& slot_T) {
+// A prompt whose memory belongs to Python, or to this object.
+struct PromptArgument {
+  PromptArgument(const py::array& token_ids, const py::iterable& picture_list, const std::optional<py::bytes>& identity) {
+    for (const py::handle item : picture_list) {
+      const auto [start, num_tokens, digest] = item.cast<std::tuple<std::int32_t, std::int32_t, std::string_view>>();
+      Picture& picture = pictures.emplace_back(Picture{start, num_tokens, {}});
+      CHECK_ARGUMENT(digest.size() == picture.digest.size(), "pictures: expected digests of ", picture.digest.size(),
+                     " bytes, got ", digest.size());
+      std::memcpy(picture.digest.data(), digest.data(), digest.size());
+    }
+    prompt.token_ids = input("token_ids", token_ids);
+    prompt.pictures = pictures;
+    if (!identity) return;
+    const std::string_view bytes = *identity;
+    prompt.identity = std::span(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
+  }
+  std::vector<Picture> pictures;
+  Prompt prompt;
+};
+
+std::int64_t match(const PagedKVCache& cache, const py::array& token_ids, const py::iterable& pictures,
+                   const std::optional<py::bytes>& identity) {
+  return cache.match(PromptArgument(token_ids, pictures, identity).prompt);
+}
+
+std::optional<std::int64_t> admit(PagedKVCache& cache, std::int64_t seq_id, const py::array& token_ids,
+                                  const py::iterable& pictures, const std::optional<py::bytes>& identity,
+                                  std::int64_t num_reserved) {
+  return cache.admit(seq_id, PromptArgument(token_ids, pictures, identity).prompt, num_reserved);
+}
+
+std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::array& num_new_tokens,
+                       py::array& query_start_S1, py::array& seq_len_S, py::array& block_table_SN, py::array& slot_T,
+                       std::optional<py::array> split_start_S1, std::optional<py::array> split_W3) {
+  CHECK_ARGUMENT(split_start_S1.has_value() == split_W3.has_value(),
+                 "split_start_S1 and split_W3: expected both or neither, got one of them");
   const auto block_table = output("block_table_SN", block_table_SN, 2);
-  cache.fill_step({
+  StepBuffers step{
       .seq_ids = input("seq_ids", seq_ids),
       .num_new_tokens = input("num_new_tokens", num_new_tokens),
       .query_start_S1 = output("query_start_S1", query_start_S1),
@@ -39,25 +81,107 @@ void fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::array& n
       .block_table_SN = block_table,
       .table_width = block_table_SN.shape(1),
       .slot_T = output("slot_T", slot_T),
-  });
+      .split_start_S1 = {},
+      .split_W3 = {},
+  };
+  if (split_W3) {
+    step.split_start_S1 = output("split_start_S1", *split_start_S1);
+    step.split_W3 = output("split_W3", *split_W3, 2);
+    CHECK_ARGUMENT(split_W3->shape(1) == 3, "split_W3: expected 3 columns, got ", split_W3->shape(1));
+  }
+  return cache.fill_step(step);
+}
+
+Ints take_copies(PagedKVCache& cache) {
+  const auto copies = cache.take_copies();
+  Ints rows({std::ssize(copies), std::ptrdiff_t{3}});
+  std::int32_t* out = rows.mutable_data();
+  for (const BlockCopy& copy : copies) {
+    *out++ = static_cast<std::int32_t>(copy.kind);
+    *out++ = copy.source;
+    *out++ = copy.destination;
+  }
+  return rows;
+}
+
+py::bytes bytes_of(const Hash128& hash) { return {reinterpret_cast<const char*>(&hash), sizeof hash}; }
+
+py::list drain_events(PagedKVCache& cache) {
+  py::list events;
+  for (const PrefixEvent& event : cache.drain_events()) {
+    static constexpr const char* kNames[] = {"stored", "removed", "cleared"};
+    events.append(py::make_tuple(kNames[static_cast<int>(event.kind)], bytes_of(event.hash), bytes_of(event.parent),
+                                 Ints(std::ssize(event.token_ids), event.token_ids.data())));
+  }
+  return events;
+}
+
+py::dict stats(const PagedKVCache& cache) {
+  const CacheStats s = cache.stats();
+  using namespace py::literals;
+  return py::dict("num_blocks"_a = s.num_blocks, "num_fresh"_a = s.num_fresh, "num_cached"_a = s.num_cached,
+                  "num_used"_a = s.num_used, "num_deferred"_a = s.num_deferred,
+                  "num_host_blocks"_a = s.num_host_blocks, "num_host_free"_a = s.num_host_free,
+                  "num_sequences"_a = s.num_sequences, "queried_tokens"_a = s.queried_tokens,
+                  "hit_tokens"_a = s.hit_tokens, "num_evictions"_a = s.num_evictions,
+                  "num_device_copies"_a = s.num_device_copies);
 }
 
 }  // namespace
 }  // namespace internvl_rt
 
 PYBIND11_MODULE(_C, module) {
-  using internvl_rt::PagedKVCache;
+  using namespace internvl_rt;
+  using namespace py::literals;
+  using Array = const py::array&;
   module.doc() = "Bookkeeping of the paged KV cache (csrc/); a wrong argument raises ValueError.";
+  const py::tuple no_pictures;
   py::class_<PagedKVCache>(module, "PagedKVCache")
-      .def(py::init<std::int32_t, std::int32_t>(), py::arg("num_blocks"), py::arg("block_size"))
-      .def("admit", &PagedKVCache::admit, py::arg("seq_id"), py::arg("num_tokens"))
-      .def("append", &PagedKVCache::append, py::arg("seq_id"), py::arg("num_tokens"))
-      .def("release", &PagedKVCache::release, py::arg("seq_id"))
-      .def("length", &PagedKVCache::length, py::arg("seq_id"))
-      .def("fill_step", &internvl_rt::fill_step, py::arg("seq_ids"), py::arg("num_new_tokens"),
-           py::arg("query_start_S1"), py::arg("seq_len_S"), py::arg("block_table_SN"), py::arg("slot_T"))
+      .def(py::init([](std::int32_t num_blocks, std::int32_t block_size, std::int32_t num_host_blocks,
+                       std::int32_t watermark_blocks, bool events, std::int32_t hash_bits) {
+             return PagedKVCache({num_blocks, block_size, num_host_blocks, watermark_blocks, events, hash_bits});
+           }),
+           "num_blocks"_a, "block_size"_a, py::kw_only(), "num_host_blocks"_a = 0, "watermark_blocks"_a = 0,
+           "events"_a = false, "hash_bits"_a = 128)
+      .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes())
+      .def("admit", &admit, "seq_id"_a, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(),
+           py::kw_only(), "num_reserved"_a = 0)
+      .def("append", &PagedKVCache::append, "seq_id"_a, "num_tokens"_a)
+      .def("append_batch",
+           [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
+             return cache.append_batch(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
+           },
+           "seq_ids"_a, "num_tokens"_a)
+      .def("extend",
+           [](PagedKVCache& cache, std::int64_t seq_id, Array token_ids) {
+             cache.extend(seq_id, input("token_ids", token_ids));
+           },
+           "seq_id"_a, "token_ids"_a)
+      .def("extend_batch",
+           [](PagedKVCache& cache, Array seq_ids, Array token_ids) {
+             cache.extend_batch(input("seq_ids", seq_ids), input("token_ids", token_ids));
+           },
+           "seq_ids"_a, "token_ids"_a)
+      .def("publish",
+           [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
+             cache.publish(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
+           },
+           "seq_ids"_a, "num_tokens"_a)
+      .def("fork", &PagedKVCache::fork, "seq_id"_a, "new_seq_id"_a)
+      .def("rollback", &PagedKVCache::rollback, "seq_id"_a, "num_tokens"_a)
+      .def("release", &PagedKVCache::release, "seq_id"_a, py::kw_only(), "discard"_a = false)
+      .def("swap_out", &PagedKVCache::swap_out, "seq_id"_a)
+      .def("swap_in", &PagedKVCache::swap_in, "seq_id"_a)
+      .def("fill_step", &fill_step, "seq_ids"_a, "num_new_tokens"_a, "query_start_S1"_a, "seq_len_S"_a,
+           "block_table_SN"_a, "slot_T"_a, "split_start_S1"_a = py::none(), "split_W3"_a = py::none())
+      .def("complete", &PagedKVCache::complete, "step"_a)
+      .def("take_copies", &take_copies)
+      .def("reset", &PagedKVCache::reset)
+      .def("drain_events", &drain_events)
+      .def("length", &PagedKVCache::length, "seq_id"_a)
+      .def("stats", &stats)
       .def("check_invariants", &PagedKVCache::check_invariants)
-      .def_property_readonly("num_free_blocks", &PagedKVCache::num_free_blocks)
+      .def_property_readonly("num_available_blocks", &PagedKVCache::num_available_blocks)
       .def_property_readonly("num_blocks", &PagedKVCache::num_blocks)
       .def_property_readonly("block_size", &PagedKVCache::block_size)
       .def_property_readonly("num_sequences", &PagedKVCache::num_sequences);

@@ -1,54 +1,116 @@
 #include "block_pool.h"
 
-#include <numeric>
-
 #include "check.h"
 
 namespace internvl_rt {
-namespace {
-
-std::size_t checked_size(std::int32_t num_blocks) {
-  CHECK_ARGUMENT(num_blocks > 0, "num_blocks: expected at least 1, got ", num_blocks);
-  return static_cast<std::size_t>(num_blocks);
-}
-
-}  // namespace
 
 BlockPool::BlockPool(std::int32_t num_blocks)
-    : next_(checked_size(num_blocks)), first_free_(0), num_free_(num_blocks) {
-  std::iota(next_.begin(), next_.end(), 1);
-  next_.back() = kEnd;
+    : blocks_(static_cast<std::size_t>(num_blocks) + 2), num_blocks_(num_blocks), num_fresh_(num_blocks) {
+  for (const std::int32_t list : {fresh_list(), cached_list()}) (*this)[list].previous = (*this)[list].next = list;
+  for (std::int32_t block = num_blocks - 1; block >= 0; --block) link_after(fresh_list(), block);
+}
+
+std::int32_t BlockPool::next_eviction() const noexcept {
+  return num_fresh_ > 0 || num_cached_ == 0 ? -1 : (*this)[cached_list()].next;
 }
 
 std::int32_t BlockPool::allocate() {
-  CHECK_INVARIANT(num_free_ > 0, "allocate on an empty pool");
-  const std::int32_t block = first_free_;
-  auto& next = next_[static_cast<std::size_t>(block)];
-  first_free_ = next;
-  next = kInUse;
-  --num_free_;
+  CHECK_INVARIANT(num_available() > 0, "allocate on an empty pool");
+  std::int32_t& count = num_fresh_ > 0 ? num_fresh_ : num_cached_;
+  const std::int32_t block = (*this)[num_fresh_ > 0 ? fresh_list() : cached_list()].next;
+  unlink(block);
+  --count;
+  Block& b = (*this)[block];
+  b.references = 1;
+  ++b.generation;
+  b.place = Place::kUsed;
+  b.content = Content::kPrivate;
   return block;
 }
 
-void BlockPool::free(std::int32_t block) {
-  auto& next = next_.at(static_cast<std::size_t>(block));
-  CHECK_INVARIANT(next == kInUse, "block ", block, " is freed twice");
-  next = first_free_;
-  first_free_ = block;
-  ++num_free_;
+void BlockPool::ref(std::int32_t block) {
+  Block& b = (*this)[block];
+  if (b.references++ > 0) return;
+  CHECK_INVARIANT(b.place == Place::kCached, "block ", block, " is shared but neither used nor cached");
+  unlink(block);
+  --num_cached_;
+  b.place = Place::kUsed;
+}
+
+bool BlockPool::unref(std::int32_t block) {
+  Block& b = (*this)[block];
+  CHECK_INVARIANT(b.references > 0, "block ", block, " loses a reference that it does not have");
+  if (--b.references > 0) return false;
+  b.place = Place::kDeferred;
+  return true;
+}
+
+void BlockPool::put_back(std::int32_t block) {
+  Block& b = (*this)[block];
+  CHECK_INVARIANT(b.place == Place::kDeferred, "block ", block, " is put back twice");
+  if (b.content == Content::kPublished) {
+    b.place = Place::kCached;
+    link_after((*this)[cached_list()].previous, block);
+    ++num_cached_;
+  } else {
+    b.place = Place::kFresh;
+    b.content = Content::kPrivate;
+    link_after(fresh_list(), block);
+    ++num_fresh_;
+  }
+}
+
+void BlockPool::forget_cached() {
+  while (num_cached_ > 0) {
+    const std::int32_t block = (*this)[cached_list()].next;
+    unlink(block);
+    --num_cached_;
+    (*this)[block].content = Content::kPrivate;
+    (*this)[block].place = Place::kDeferred;
+    put_back(block);
+  }
+}
+
+void BlockPool::link_after(std::int32_t before, std::int32_t block) {
+  const std::int32_t next = (*this)[before].next;
+  (*this)[block].previous = before;
+  (*this)[block].next = next;
+  (*this)[before].next = block;
+  (*this)[next].previous = block;
+}
+
+void BlockPool::unlink(std::int32_t block) {
+  const Block& b = (*this)[block];
+  (*this)[b.previous].next = b.next;
+  (*this)[b.next].previous = b.previous;
+}
+
+std::int32_t BlockPool::check_list(std::int32_t list, Place place) const {
+  std::int32_t length = 0;
+  for (std::int32_t at = list, next = (*this)[at].next; next != list; at = next, next = (*this)[at].next) {
+    CHECK_INVARIANT(next >= 0 && next < num_blocks_, "a list of blocks leads to block ", next);
+    CHECK_INVARIANT((*this)[next].previous == at, "block ", next, " does not lead back to ", at);
+    CHECK_INVARIANT((*this)[next].place == place, "block ", next, " is on a list but its place is another");
+    CHECK_INVARIANT(++length <= num_blocks_, "a list of blocks has a cycle");
+  }
+  return length;
 }
 
 void BlockPool::check_invariants() const {
-  std::int32_t on_list = 0;
-  for (std::int32_t block = first_free_; block != kEnd; block = next_[static_cast<std::size_t>(block)]) {
-    CHECK_INVARIANT(block >= 0 && block < num_blocks(), "the free list leads to block ", block);
-    CHECK_INVARIANT(++on_list <= num_free_, "the free list is longer than its counter ", num_free_);
+  CHECK_INVARIANT(check_list(fresh_list(), Place::kFresh) == num_fresh_, "num_fresh is not ", num_fresh_);
+  CHECK_INVARIANT(check_list(cached_list(), Place::kCached) == num_cached_, "num_cached is not ", num_cached_);
+  std::int32_t num_fresh = 0, num_cached = 0;
+  for (std::int32_t block = 0; block < num_blocks_; ++block) {
+    const Block& b = (*this)[block];
+    num_fresh += b.place == Place::kFresh;
+    num_cached += b.place == Place::kCached;
+    CHECK_INVARIANT((b.place == Place::kUsed) == (b.references > 0), "block ", block, " has ", b.references,
+                    " references in the wrong place");
+    CHECK_INVARIANT(b.place != Place::kFresh || b.content == Content::kPrivate, "fresh block ", block, " has content");
+    CHECK_INVARIANT(b.place != Place::kCached || b.content == Content::kPublished, "cached block ", block,
+                    " is not published");
   }
-  CHECK_INVARIANT(on_list == num_free_, "the free list holds ", on_list, " blocks, its counter says ", num_free_);
-
-  std::int32_t not_in_use = 0;
-  for (const std::int32_t next : next_) not_in_use += next != kInUse;
-  CHECK_INVARIANT(not_in_use == num_free_, not_in_use, " blocks are not in use, ", num_free_, " are on the free list");
+  CHECK_INVARIANT(num_fresh == num_fresh_ && num_cached == num_cached_, "a block is lost from its list");
 }
 
 }  // namespace internvl_rt

@@ -14,16 +14,22 @@ constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-std::int32_t checked_num_blocks(std::int32_t num_blocks, std::int32_t block_size) {
-  CHECK_ARGUMENT(block_size > 0, "block_size: expected at least 1, got ", block_size);
-  const std::int64_t num_slots = static_cast<std::int64_t>(num_blocks) * block_size;
+const CacheOptions& checked(const CacheOptions& options) {
+  CHECK_ARGUMENT(options.num_blocks > 0, "num_blocks: expected at least 1, got ", options.num_blocks);
+  CHECK_ARGUMENT(options.block_size > 0, "block_size: expected at least 1, got ", options.block_size);
+  CHECK_ARGUMENT(options.num_host_blocks >= 0, "num_host_blocks: expected at least 0, got ", options.num_host_blocks);
+  CHECK_ARGUMENT(options.watermark_blocks >= 0 && options.watermark_blocks < options.num_blocks,
+                 "watermark_blocks: expected 0 to ", options.num_blocks - 1, ", got ", options.watermark_blocks);
+  CHECK_ARGUMENT(options.hash_bits >= 1 && options.hash_bits <= 128, "hash_bits: expected 1 to 128, got ",
+                 options.hash_bits);
+  const std::int64_t num_slots = std::int64_t{options.num_blocks} * options.block_size;
   CHECK_ARGUMENT(num_slots <= kMaxInt32, "num_blocks * block_size: expected at most ", kMaxInt32,
                  " token slots (they are int32), got ", num_slots);
-  return num_blocks;
+  return options;
 }
 
-void check_num_tokens(std::int64_t num_tokens) {
-  CHECK_ARGUMENT(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
+void check_count(const char* name, std::int64_t count) {
+  CHECK_ARGUMENT(count >= 0, name, ": expected at least 0, got ", count);
 }
 
 void check_size(const char* name, std::size_t actual, std::size_t expected) {
@@ -32,132 +38,338 @@ void check_size(const char* name, std::size_t actual, std::size_t expected) {
 
 }  // namespace
 
-PagedKVCache::PagedKVCache(std::int32_t num_blocks, std::int32_t block_size)
-    : pool_(checked_num_blocks(num_blocks, block_size)), block_size_(block_size) {}
+PagedKVCache::PagedKVCache(const CacheOptions& options)
+    : options_(checked(options)),
+      pool_(options.num_blocks),
+      host_pool_(options.num_host_blocks),
+      index_(options.num_blocks, options.block_size, options.hash_bits, options.events) {}
 
-bool PagedKVCache::admit(std::int64_t seq_id, std::int64_t num_tokens) {
-  CHECK_ARGUMENT(seq_id >= 0 && seq_id <= kMaxInt32, "seq_id: expected 0 to ", kMaxInt32, ", got ", seq_id);
-  CHECK_ARGUMENT(!sequences_.contains(seq_id), "sequence ", seq_id, " is already admitted");
-  check_num_tokens(num_tokens);
-  const auto entry = sequences_.try_emplace(seq_id).first;
-  if (grow(entry->second.blocks, num_tokens)) return true;
-  sequences_.erase(entry);
-  return false;
+// --- the life of a sequence ---------------------------------------------------------------------------------------
+
+std::int64_t PagedKVCache::match(const Prompt& prompt) const {
+  check_prompt(prompt);
+  matched_.clear();
+  matched_digests_.clear();
+  if (!prompt.identity) return 0;
+  matched_digests_.push_back(index_.root(*prompt.identity));
+  const std::int64_t num_full = std::max<std::int64_t>(std::ssize(prompt.token_ids) - 1, 0) / block_size();
+  for (std::int64_t index = 0; index < num_full; ++index) {
+    const auto token_ids = prompt.token_ids.subspan(as_size(index * block_size()), as_size(block_size()));
+    const Hash128 hash = index_.digest(matched_digests_.back(), index, token_ids, prompt.pictures);
+    const std::int32_t block = index_.find(hash, token_ids);
+    if (block < 0) break;
+    matched_.push_back(block);
+    matched_digests_.push_back(hash);
+  }
+  return std::ssize(matched_) * block_size();
+}
+
+std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Prompt& prompt, std::int64_t num_reserved) {
+  check_new(seq_id);
+  check_count("num_reserved", num_reserved);
+  const std::int64_t num_matched = match(prompt);
+  const std::int64_t num_new = blocks_for(std::max(num_matched, num_reserved)) - std::ssize(matched_);
+  const auto num_taken_from_cached =
+      std::ranges::count_if(matched_, [&](std::int32_t block) { return pool_[block].references == 0; });
+  const std::int64_t watermark = num_sequences() > 0 ? options_.watermark_blocks : 0;
+  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) return std::nullopt;
+
+  Sequence& sequence = start(seq_id, num_new + std::ssize(matched_), [&](Sequence& s) {
+    s.token_ids.assign(prompt.token_ids.begin(), prompt.token_ids.end());
+    s.pictures.assign(prompt.pictures.begin(), prompt.pictures.end());
+    s.digests.assign(matched_digests_.begin(), matched_digests_.end());
+  });
+  sequence.matches = prompt.identity.has_value();
+  sequence.length = sequence.num_in_steps = num_matched;
+  for (const std::int32_t block : matched_) {
+    pool_.ref(block);
+    sequence.blocks.push_back(block);
+  }
+  for (std::int64_t i = 0; i < num_new; ++i) sequence.blocks.push_back(allocate());
+  if (prompt.identity) {
+    queried_tokens_ += std::ssize(prompt.token_ids);
+    hit_tokens_ += num_matched;
+  }
+  return num_matched;
 }
 
 bool PagedKVCache::append(std::int64_t seq_id, std::int64_t num_tokens) {
-  Sequence& sequence = find(seq_id);
-  check_num_tokens(num_tokens);
+  Sequence& sequence = find_resident(seq_id);
+  check_count("num_tokens", num_tokens);
   // More than any pool holds; compared before it is added, since the sum of two int64 may overflow.
-  if (num_tokens > kMaxInt32 || !grow(sequence.blocks, sequence.length + num_tokens)) return false;
-  sequence.length += num_tokens;
+  if (num_tokens > kMaxInt32 || num_blocks_to_append(sequence, num_tokens) > pool_.num_available()) return false;
+  append_unchecked(sequence, num_tokens);
   return true;
 }
 
-void PagedKVCache::release(std::int64_t seq_id) {
-  const Sequence& sequence = find(seq_id);
-  // Back to front, so that the next sequence gets the blocks in the order this one had them.
-  for (const std::int32_t block : sequence.blocks | std::views::reverse) pool_.free(block);
-  sequences_.erase(seq_id);
+bool PagedKVCache::append_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens) {
+  check_size("num_tokens", num_tokens.size(), seq_ids.size());
+  find_batch(seq_ids);
+  std::int64_t num_blocks = 0;
+  for (std::size_t i = 0; i < seq_ids.size(); ++i) {
+    check_resident(*batch_[i]);
+    check_count("num_tokens", num_tokens[i]);
+    num_blocks += num_blocks_to_append(*batch_[i], num_tokens[i]);
+  }
+  if (num_blocks > pool_.num_available()) return false;
+  for (std::size_t i = 0; i < seq_ids.size(); ++i) append_unchecked(*batch_[i], num_tokens[i]);
+  return true;
 }
 
-void PagedKVCache::fill_step(const StepBuffers& step) {
-  check_step(step);
-  const std::size_t num_rows = step.seq_len_S.size();
-  std::size_t num_tokens = 0;
-  for (std::size_t row = 0; row < num_rows; ++row) {
-    step.query_start_S1[row] = static_cast<std::int32_t>(num_tokens);
-    const auto table_N = step.block_table_SN.subspan(row * as_size(step.table_width), as_size(step.table_width));
-    if (row >= step_rows_.size()) {
-      step.seq_len_S[row] = 0;
-      std::ranges::fill(table_N, -1);
+std::int64_t PagedKVCache::num_blocks_to_append(const Sequence& sequence, std::int64_t num_tokens) const {
+  if (num_tokens <= sequence.room) return 0;
+  const std::int64_t first = sequence.length / block_size();
+  const std::int64_t end = blocks_for(sequence.length + num_tokens);
+  const std::int64_t num_present = std::min(end, std::ssize(sequence.blocks));
+  std::int64_t count = end - std::max(first, num_present);
+  for (std::int64_t i = first; i < num_present; ++i) count += !pool_.writable(sequence.blocks[as_size(i)]);
+  return count;
+}
+
+void PagedKVCache::append_unchecked(Sequence& sequence, std::int64_t num_tokens) {
+  if (num_tokens <= sequence.room) {
+    sequence.length += num_tokens;
+    sequence.room -= num_tokens;
+    return;
+  }
+  const std::int64_t first = sequence.length / block_size();
+  const std::int64_t end = blocks_for(sequence.length + num_tokens);
+  sequence.blocks.reserve(as_size(end));
+  for (std::int64_t i = first; i < end; ++i) {
+    if (i == std::ssize(sequence.blocks)) {
+      sequence.blocks.push_back(allocate());
       continue;
     }
-    const Sequence& sequence = *step_rows_[row];
-    step.seq_len_S[row] = static_cast<std::int32_t>(sequence.length);
-    const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
-    std::fill(end, table_N.end(), -1);
-    for (std::int64_t position = sequence.length - step.num_new_tokens[row]; position < sequence.length; ++position) {
-      const std::int32_t block = sequence.blocks[as_size(position / block_size_)];
-      step.slot_T[num_tokens++] = block * block_size_ + static_cast<std::int32_t>(position % block_size_);
+    std::int32_t& block = sequence.blocks[as_size(i)];
+    if (pool_.writable(block)) continue;
+    const std::int32_t shared = std::exchange(block, allocate());
+    if (i == first && sequence.length % block_size() != 0) copy(CopyKind::kDevice, shared, block);
+    unref(shared, num_steps_ + 1);  // the next step still copies from it
+  }
+  sequence.length += num_tokens;
+  sequence.room = end * block_size() - sequence.length;
+}
+
+void PagedKVCache::extend(std::int64_t seq_id, std::span<const std::int32_t> token_ids) {
+  auto& known = find(seq_id).token_ids;
+  known.insert(known.end(), token_ids.begin(), token_ids.end());
+}
+
+void PagedKVCache::extend_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> token_ids) {
+  check_size("token_ids", token_ids.size(), seq_ids.size());
+  find_batch(seq_ids);
+  for (std::size_t i = 0; i < seq_ids.size(); ++i) batch_[i]->token_ids.push_back(token_ids[i]);
+}
+
+void PagedKVCache::publish(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens) {
+  check_size("num_tokens", num_tokens.size(), seq_ids.size());
+  find_batch(seq_ids);
+  for (std::size_t i = 0; i < seq_ids.size(); ++i) {
+    const Sequence& sequence = *batch_[i];
+    check_resident(sequence);
+    const std::int64_t most = std::min(sequence.num_in_steps, std::ssize(sequence.token_ids));
+    CHECK_ARGUMENT(num_tokens[i] >= 0 && num_tokens[i] <= most, "num_tokens: expected 0 to ", most, " (sequence ",
+                   seq_ids[i], " has ", sequence.num_in_steps, " tokens in steps and ", sequence.token_ids.size(),
+                   " known ids), got ", num_tokens[i]);
+  }
+  for (std::size_t i = 0; i < seq_ids.size(); ++i) {
+    Sequence& sequence = *batch_[i];
+    if (!sequence.matches) continue;
+    const std::int64_t num_full = num_tokens[i] / block_size();
+    while (sequence.num_published() < num_full) publish_next_block(sequence);
+  }
+  publications_.drain(num_completed_, [&](const Publication& publication) { make_matchable(publication); });
+}
+
+void PagedKVCache::publish_next_block(Sequence& sequence) {
+  const std::int64_t index = sequence.num_published();
+  const auto token_ids =
+      std::span<const std::int32_t>(sequence.token_ids).subspan(as_size(index * block_size()), as_size(block_size()));
+  const Hash128 parent = sequence.digests.back();
+  const Hash128 hash = index_.digest(parent, index, token_ids, sequence.pictures);
+  const std::int32_t block = sequence.blocks[as_size(index)];
+  sequence.digests.push_back(hash);
+  if (pool_[block].content != Content::kPrivate) return;  // a fork was faster
+  index_.describe(block, hash, parent, token_ids);
+  pool_[block].content = Content::kPending;
+  publications_.push(num_steps_, {block, pool_[block].generation});
+}
+
+void PagedKVCache::make_matchable(const Publication& publication) {
+  Block& block = pool_[publication.block];
+  if (block.generation != publication.generation || block.content != Content::kPending) return;  // was discarded
+  block.content = index_.insert(publication.block) ? Content::kPublished : Content::kPrivate;
+}
+
+void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
+  find_resident(seq_id);
+  check_new(new_seq_id);
+  const std::int64_t num_live = blocks_for(find(seq_id).length);
+  Sequence& child = start(new_seq_id, num_live, [&](Sequence& s) {
+    const Sequence& parent = find(seq_id);
+    s.token_ids = parent.token_ids;
+    s.pictures = parent.pictures;
+    s.digests = parent.digests;
+  });
+  Sequence& parent = find(seq_id);  // start() may have moved it
+  child.length = parent.length;
+  child.num_in_steps = parent.num_in_steps;
+  child.matches = parent.matches;
+  for (std::int64_t i = 0; i < num_live; ++i) {
+    const std::int32_t block = parent.blocks[as_size(i)];
+    pool_.ref(block);
+    child.blocks.push_back(block);
+  }
+  parent.room = 0;  // the last block is shared now
+}
+
+void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
+  Sequence& sequence = find_resident(seq_id);
+  CHECK_ARGUMENT(num_tokens >= 0 && num_tokens <= sequence.length, "num_tokens: expected 0 to ", sequence.length,
+                 " (the length of sequence ", seq_id, "), got ", num_tokens);
+  sequence.length -= num_tokens;
+  sequence.num_in_steps = std::min(sequence.num_in_steps, sequence.length);
+  sequence.room = 0;
+  if (std::ssize(sequence.token_ids) > sequence.length) sequence.token_ids.resize(as_size(sequence.length));
+  const std::int64_t num_digests = std::min(std::ssize(sequence.digests), sequence.length / block_size() + 1);
+  sequence.digests.resize(as_size(num_digests));
+}
+
+void PagedKVCache::release(std::int64_t seq_id, bool discard) {
+  Sequence& sequence = find(seq_id);
+  // Back to front: the tail is evicted before the head, and the next sequence gets fresh blocks in this one's order.
+  for (const std::int32_t block : sequence.blocks | std::views::reverse) {
+    if (sequence.swapped) {
+      unref_host(block, num_steps_ + 1);  // a copy to it may still run
+      continue;
     }
+    Block& b = pool_[block];
+    if (discard && b.references == 1 && b.content == Content::kPending) b.content = Content::kPrivate;
+    unref(block, num_steps_);
   }
-  step.query_start_S1[num_rows] = static_cast<std::int32_t>(num_tokens);
-  std::ranges::fill(step.slot_T.subspan(num_tokens), -1);
+  vacate(sequence);
 }
 
-void PagedKVCache::check_step(const StepBuffers& step) {
-  const std::size_t num_rows = step.seq_len_S.size();
-  const std::size_t num_sequences = step.seq_ids.size();
-  check_size("num_new_tokens", step.num_new_tokens.size(), num_sequences);
-  CHECK_ARGUMENT(num_rows >= num_sequences, "seq_len_S: expected at least ", num_sequences,
-                 " rows (one per sequence), got ", num_rows);
-  check_size("query_start_S1", step.query_start_S1.size(), num_rows + 1);
-  check_size("block_table_SN", step.block_table_SN.size(), num_rows * as_size(step.table_width));
-
-  step_rows_.clear();
-  ++num_steps_;
-  std::int64_t num_tokens = 0;
-  for (std::size_t row = 0; row < num_sequences; ++row) {
-    const std::int32_t seq_id = step.seq_ids[row];
-    Sequence& sequence = find(seq_id);
-    CHECK_ARGUMENT(sequence.last_step != num_steps_, "seq_ids: sequence ", seq_id, " is listed twice");
-    sequence.last_step = num_steps_;
-    const std::int32_t num_new = step.num_new_tokens[row];
-    CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
-                   " (the length of sequence ", seq_id, "), got ", num_new);
-    CHECK_ARGUMENT(blocks_for(sequence.length) <= step.table_width, "block_table_SN: expected at least ",
-                   blocks_for(sequence.length), " columns for the ", sequence.length, " tokens of sequence ", seq_id,
-                   ", got ", step.table_width);
-    num_tokens += num_new;
-    step_rows_.push_back(&sequence);
+bool PagedKVCache::swap_out(std::int64_t seq_id) {
+  Sequence& sequence = find_resident(seq_id);
+  const std::int64_t num_live = blocks_for(sequence.length);
+  if (num_live > host_pool_.num_available()) return false;
+  for (std::int64_t i = std::ssize(sequence.blocks) - 1; i >= num_live; --i)
+    unref(sequence.blocks[as_size(i)], num_steps_ + 1);
+  sequence.blocks.resize(as_size(num_live));
+  std::vector<std::int32_t>& device_blocks = swap_scratch_;
+  device_blocks = sequence.blocks;
+  for (std::int32_t& block : sequence.blocks) {
+    const std::int32_t host_block = host_pool_.allocate();
+    copy(CopyKind::kToHost, block, host_block);
+    block = host_block;
   }
-  CHECK_ARGUMENT(as_size(num_tokens) <= step.slot_T.size(), "slot_T: expected at least ", num_tokens,
-                 " entries (the new tokens of this step), got ", step.slot_T.size());
+  for (const std::int32_t block : device_blocks | std::views::reverse) unref(block, num_steps_ + 1);
+  sequence.swapped = true;
+  sequence.room = 0;
+  return true;
 }
 
-void PagedKVCache::check_invariants() const {
-  pool_.check_invariants();
-  std::vector<bool> owned(as_size(num_blocks()));
-  std::int64_t num_owned = 0;
-  for (const auto& [seq_id, sequence] : sequences_) {
-    CHECK_INVARIANT(sequence.length >= 0 && blocks_for(sequence.length) <= std::ssize(sequence.blocks), "sequence ",
-                    seq_id, " of ", sequence.length, " tokens holds only ", sequence.blocks.size(), " blocks");
-    for (const std::int32_t block : sequence.blocks) {
-      CHECK_INVARIANT(block >= 0 && block < num_blocks(), "sequence ", seq_id, " holds block ", block);
-      CHECK_INVARIANT(!pool_.is_free(block), "block ", block, " of sequence ", seq_id, " is on the free list");
-      CHECK_INVARIANT(!owned[as_size(block)], "block ", block, " of sequence ", seq_id, " has a second owner");
-      owned[as_size(block)] = true;
-      ++num_owned;
-    }
+bool PagedKVCache::swap_in(std::int64_t seq_id) {
+  Sequence& sequence = find(seq_id);
+  CHECK_ARGUMENT(sequence.swapped, "sequence ", seq_id, " is not swapped out");
+  if (std::ssize(sequence.blocks) > pool_.num_available()) return false;
+  for (std::int32_t& block : sequence.blocks) {
+    const std::int32_t host_block = std::exchange(block, allocate());
+    copy(CopyKind::kToDevice, host_block, block);
+    unref_host(host_block, num_steps_ + 1);
   }
-  CHECK_INVARIANT(num_owned + num_free_blocks() == num_blocks(), num_owned, " owned and ", num_free_blocks(),
-                  " free blocks do not add up to ", num_blocks());
+  sequence.swapped = false;
+  if (sequence.matches) sequence.digests.resize(1);  // these blocks are not published
+  return true;
 }
+
+void PagedKVCache::reset() {
+  index_.clear();
+  publications_.clear();
+  pool_.forget_cached();
+  for (std::int32_t block = 0; block < num_blocks(); ++block) pool_[block].content = Content::kPrivate;
+  for (Sequence& sequence : sequences_)
+    if (sequence.seq_id >= 0 && sequence.matches) sequence.digests.resize(1);
+}
+
+// --- finding and checking -----------------------------------------------------------------------------------------
 
 const PagedKVCache::Sequence& PagedKVCache::find(std::int64_t seq_id) const {
-  const auto entry = sequences_.find(seq_id);
-  CHECK_ARGUMENT(entry != sequences_.end(), "sequence ", seq_id, " is not admitted");
-  return entry->second;
+  const std::int32_t place = ids_.find(seq_id);
+  CHECK_ARGUMENT(place >= 0, "sequence ", seq_id, " is not admitted");
+  return sequences_[as_size(place)];
 }
 
 PagedKVCache::Sequence& PagedKVCache::find(std::int64_t seq_id) {
   return const_cast<Sequence&>(std::as_const(*this).find(seq_id));
 }
 
-std::int64_t PagedKVCache::blocks_for(std::int64_t num_tokens) const noexcept {
-  return num_tokens / block_size_ + (num_tokens % block_size_ != 0);
+PagedKVCache::Sequence& PagedKVCache::find_resident(std::int64_t seq_id) {
+  Sequence& sequence = find(seq_id);
+  check_resident(sequence);
+  return sequence;
 }
 
-// Extends `blocks` to cover num_tokens; false and no change when the pool cannot.
-bool PagedKVCache::grow(std::vector<std::int32_t>& blocks, std::int64_t num_tokens) {
-  const std::int64_t num_missing = blocks_for(num_tokens) - std::ssize(blocks);
-  if (num_missing <= 0) return true;
-  if (num_missing > pool_.num_free()) return false;
-  // The only step that can throw comes first.
-  blocks.resize(blocks.size() + as_size(num_missing));
-  std::ranges::generate(blocks | std::views::drop(std::ssize(blocks) - num_missing), [&] { return pool_.allocate(); });
-  return true;
+void PagedKVCache::check_resident(const Sequence& sequence) const {
+  CHECK_ARGUMENT(!sequence.swapped, "sequence ", sequence.seq_id, " is swapped out");
+}
+
+// The sequences of a batch, into batch_.
+void PagedKVCache::find_batch(std::span<const std::int32_t> seq_ids) {
+  batch_.clear();
+  ++num_batches_;
+  for (const std::int32_t seq_id : seq_ids) {
+    Sequence& sequence = find(seq_id);
+    CHECK_ARGUMENT(sequence.last_seen != num_batches_, "seq_ids: sequence ", seq_id, " is listed twice");
+    sequence.last_seen = num_batches_;
+    batch_.push_back(&sequence);
+  }
+}
+
+void PagedKVCache::check_new(std::int64_t seq_id) const {
+  CHECK_ARGUMENT(seq_id >= 0 && seq_id <= kMaxInt32, "seq_id: expected 0 to ", kMaxInt32, ", got ", seq_id);
+  CHECK_ARGUMENT(ids_.find(seq_id) < 0, "sequence ", seq_id, " is already admitted");
+}
+
+void PagedKVCache::check_prompt(const Prompt& prompt) const {
+  CHECK_ARGUMENT(std::ssize(prompt.token_ids) <= kMaxInt32, "token_ids: expected at most ", kMaxInt32, ", got ",
+                 prompt.token_ids.size());
+  std::int64_t end = 0;
+  for (const Picture& picture : prompt.pictures) {
+    CHECK_ARGUMENT(picture.num_tokens >= 1, "pictures: expected at least 1 token each, got ", picture.num_tokens);
+    CHECK_ARGUMENT(picture.start >= end, "pictures: expected them in order and apart, got one at token ", picture.start,
+                   " where the one before ends at ", end);
+    end = std::int64_t{picture.start} + picture.num_tokens;
+    CHECK_ARGUMENT(end <= std::ssize(prompt.token_ids), "pictures: expected them inside the ", prompt.token_ids.size(),
+                   " tokens, got one up to ", end);
+  }
+}
+
+// A vacant entry for the sequence. `describe` fills its vectors: all that can fail comes before anything is taken.
+template <class Describe>
+PagedKVCache::Sequence& PagedKVCache::start(std::int64_t seq_id, std::int64_t num_blocks, Describe describe) {
+  if (vacant_.empty()) {
+    vacant_.reserve(sequences_.size() + 1);  // so that vacate() cannot fail
+    sequences_.emplace_back();
+    vacant_.push_back(static_cast<std::int32_t>(sequences_.size()) - 1);
+  }
+  Sequence& sequence = sequences_[as_size(vacant_.back())];
+  sequence.blocks.clear();
+  sequence.blocks.reserve(as_size(num_blocks));
+  describe(sequence);
+  ids_.insert(seq_id, vacant_.back());
+  vacant_.pop_back();
+  sequence.seq_id = seq_id;
+  return sequence;
+}
+
+void PagedKVCache::vacate(Sequence& sequence) {
+  ids_.erase(sequence.seq_id);
+  vacant_.push_back(static_cast<std::int32_t>(&sequence - sequences_.data()));
+  sequence.seq_id = -1;
+  sequence.room = 0;
+  sequence.swapped = false;
 }
 
 }  // namespace internvl_rt

@@ -1,0 +1,253 @@
+// The part of PagedKVCache that talks to the device: the buffers of a step, fences, copies; and the check of the whole.
+#include <algorithm>
+#include <vector>
+
+#include "check.h"
+#include "paged_kv_cache.h"
+
+namespace internvl_rt {
+namespace {
+
+// A decode split reads at least this many blocks: below, the second kernel pass costs more than it hides.
+constexpr std::int64_t kMinBlocksPerSplit = 4;
+
+std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+void check_size(const char* name, std::size_t actual, std::size_t expected) {
+  CHECK_ARGUMENT(actual == expected, name, ": expected size ", expected, ", got ", actual);
+}
+
+}  // namespace
+
+std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
+  check_step(step);
+  const std::size_t num_rows = step.seq_len_S.size();
+  std::size_t num_tokens = 0;
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    step.query_start_S1[row] = static_cast<std::int32_t>(num_tokens);
+    const auto table_N = step.block_table_SN.subspan(row * as_size(step.table_width), as_size(step.table_width));
+    if (row >= batch_.size()) {
+      step.seq_len_S[row] = 0;
+      std::ranges::fill(table_N, -1);
+      continue;
+    }
+    Sequence& sequence = *batch_[row];
+    step.seq_len_S[row] = static_cast<std::int32_t>(sequence.length);
+    const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
+    std::fill(end, table_N.end(), -1);
+    std::int64_t position = sequence.length - step.num_new_tokens[row];
+    while (position < sequence.length) {  // a block at a time
+      const std::int64_t index = position / block_size();
+      const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
+      std::int32_t slot = sequence.blocks[as_size(index)] * block_size() +
+                          static_cast<std::int32_t>(position - index * block_size());
+      for (; position < stop; ++position) step.slot_T[num_tokens++] = slot++;
+    }
+    if (sequence.length - step.num_new_tokens[row] <= sequence.num_in_steps) sequence.num_in_steps = sequence.length;
+  }
+  step.query_start_S1[num_rows] = static_cast<std::int32_t>(num_tokens);
+  std::ranges::fill(step.slot_T.subspan(num_tokens), -1);
+  if (!step.split_start_S1.empty()) fill_split_plan(step);
+  return ++num_steps_;
+}
+
+void PagedKVCache::check_step(const StepBuffers& step) {
+  const std::size_t num_rows = step.seq_len_S.size();
+  const std::size_t num_sequences = step.seq_ids.size();
+  CHECK_ARGUMENT(copies_.empty(), "take_copies: expected to be called before the step, ", copies_.size(),
+                 " block copies are waiting");
+  check_size("num_new_tokens", step.num_new_tokens.size(), num_sequences);
+  CHECK_ARGUMENT(num_rows >= num_sequences, "seq_len_S: expected at least ", num_sequences,
+                 " rows (one per sequence), got ", num_rows);
+  check_size("query_start_S1", step.query_start_S1.size(), num_rows + 1);
+  check_size("block_table_SN", step.block_table_SN.size(), num_rows * as_size(step.table_width));
+
+  find_batch(step.seq_ids);
+  std::int64_t num_tokens = 0, num_decodes = 0;
+  for (std::size_t row = 0; row < num_sequences; ++row) {
+    const Sequence& sequence = *batch_[row];
+    check_resident(sequence);
+    const std::int32_t num_new = step.num_new_tokens[row];
+    CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
+                   " (the length of sequence ", sequence.seq_id, "), got ", num_new);
+    CHECK_ARGUMENT(blocks_for(sequence.length) <= step.table_width, "block_table_SN: expected at least ",
+                   blocks_for(sequence.length), " columns for the ", sequence.length, " tokens of sequence ",
+                   sequence.seq_id, ", got ", step.table_width);
+    num_tokens += num_new;
+    num_decodes += num_new == 1;
+  }
+  CHECK_ARGUMENT(as_size(num_tokens) <= step.slot_T.size(), "slot_T: expected at least ", num_tokens,
+                 " entries (the new tokens of this step), got ", step.slot_T.size());
+  if (step.split_start_S1.empty() && step.split_W3.empty()) return;
+  check_size("split_start_S1", step.split_start_S1.size(), num_rows + 1);
+  CHECK_ARGUMENT(std::ssize(step.split_W3) / 3 >= num_decodes, "split_W3: expected at least ", num_decodes,
+                 " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
+}
+
+// As many splits as there are items, all of the same number of blocks: what a multiprocessor reads depends on the work
+// of the whole batch, not on how it is spread over sequences.
+void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
+  const std::int64_t num_items = std::ssize(step.split_W3) / 3;
+  const auto num_splits_of = [&](std::size_t row, std::int64_t blocks_per_split) {
+    if (row >= batch_.size() || step.num_new_tokens[row] != 1) return std::int64_t{0};
+    return ceil_div(blocks_for(batch_[row]->length), blocks_per_split);
+  };
+  const auto total = [&](std::int64_t blocks_per_split) {
+    std::int64_t sum = 0;
+    for (std::size_t row = 0; row < batch_.size(); ++row) sum += num_splits_of(row, blocks_per_split);
+    return sum;
+  };
+  const std::int64_t num_blocks = total(1), num_decodes = total(pool_.num_blocks());
+  std::int64_t blocks_per_split = std::max(kMinBlocksPerSplit, ceil_div(num_blocks, std::max<std::int64_t>(num_items, 1)));
+  if (total(blocks_per_split) > num_items) {  // each row's last split may be short: leave room for one a row
+    const std::int64_t spare = num_items - num_decodes;
+    blocks_per_split = spare > 0 ? ceil_div(num_blocks, spare) : pool_.num_blocks();
+  }
+  std::size_t item = 0;
+  for (std::size_t row = 0; row < step.seq_len_S.size(); ++row) {
+    step.split_start_S1[row] = static_cast<std::int32_t>(item);
+    const std::int64_t num_splits = num_splits_of(row, blocks_per_split);
+    for (std::int64_t split = 0; split < num_splits; ++split, ++item) {
+      const std::int64_t end = std::min((split + 1) * blocks_per_split, blocks_for(batch_[row]->length));
+      step.split_W3[3 * item] = static_cast<std::int32_t>(row);
+      step.split_W3[3 * item + 1] = static_cast<std::int32_t>(split * blocks_per_split);
+      step.split_W3[3 * item + 2] = static_cast<std::int32_t>(end);
+    }
+  }
+  step.split_start_S1[step.seq_len_S.size()] = static_cast<std::int32_t>(item);
+  std::ranges::fill(step.split_W3.subspan(3 * item), -1);
+}
+
+void PagedKVCache::complete(std::int64_t step) {
+  CHECK_ARGUMENT(step >= num_completed_ && step <= num_steps_, "step: expected ", num_completed_, " to ", num_steps_,
+                 ", got ", step);
+  num_completed_ = step;
+  // Publications first: a block that is free by now then goes to the cached list.
+  publications_.drain(step, [&](const Publication& publication) { make_matchable(publication); });
+  frees_.drain(step, [&](std::int32_t block) { pool_.put_back(block); });
+  host_frees_.drain(step, [&](std::int32_t block) { host_pool_.put_back(block); });
+}
+
+std::int32_t PagedKVCache::allocate() {
+  if (const std::int32_t evicted = pool_.next_eviction(); evicted >= 0) {
+    index_.erase(evicted);
+    ++num_evictions_;
+  }
+  return pool_.allocate();
+}
+
+void PagedKVCache::unref(std::int32_t block, std::int64_t fence) {
+  if (!pool_.unref(block)) return;
+  frees_.push(std::max(fence, pool_[block].busy_until), block);
+  frees_.drain(num_completed_, [&](std::int32_t free) { pool_.put_back(free); });
+}
+
+void PagedKVCache::unref_host(std::int32_t block, std::int64_t fence) {
+  host_pool_.unref(block);  // never shared
+  host_frees_.push(fence, block);
+}
+
+void PagedKVCache::copy(CopyKind kind, std::int32_t source, std::int32_t destination) {
+  if (kind == CopyKind::kDevice) {
+    ++num_device_copies_;
+    // Copies of one kind may be made at once, so a copy of a copy reads the original, which nobody has written since.
+    if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
+    pool_[destination].copy_of = source;
+  }
+  // Neither end may be handed out again before the step that makes the copy has ended.
+  if (kind != CopyKind::kToDevice) pool_[source].busy_until = num_steps_ + 1;
+  if (kind != CopyKind::kToHost) pool_[destination].busy_until = num_steps_ + 1;
+  copies_.push_back({kind, source, destination});
+}
+
+std::span<const BlockCopy> PagedKVCache::take_copies() {
+  for (const BlockCopy& copy : copies_)
+    if (copy.kind == CopyKind::kDevice) pool_[copy.destination].copy_of = -1;
+  taken_copies_.swap(copies_);
+  copies_.clear();
+  return taken_copies_;
+}
+
+std::int64_t PagedKVCache::blocks_for(std::int64_t num_tokens) const noexcept {
+  return num_tokens / block_size() + (num_tokens % block_size() != 0);
+}
+
+CacheStats PagedKVCache::stats() const {
+  return {
+      .num_blocks = num_blocks(),
+      .num_fresh = pool_.num_fresh(),
+      .num_cached = pool_.num_cached(),
+      .num_used = num_blocks() - pool_.num_available() - frees_.size(),
+      .num_deferred = frees_.size(),
+      .num_host_blocks = host_pool_.num_blocks(),
+      .num_host_free = host_pool_.num_available(),
+      .num_sequences = num_sequences(),
+      .queried_tokens = queried_tokens_,
+      .hit_tokens = hit_tokens_,
+      .num_evictions = num_evictions_,
+      .num_device_copies = num_device_copies_,
+  };
+}
+
+void PagedKVCache::check_invariants() const {
+  pool_.check_invariants();
+  host_pool_.check_invariants();
+  std::vector<std::int32_t> references(as_size(num_blocks())), host_references(as_size(host_pool_.num_blocks()));
+  std::int64_t num_occupied = 0;
+  for (const Sequence& sequence : sequences_) {
+    if (sequence.seq_id < 0) continue;
+    ++num_occupied;
+    CHECK_INVARIANT(&find(sequence.seq_id) == &sequence, "sequence ", sequence.seq_id, " is not found under its id");
+    CHECK_INVARIANT(blocks_for(sequence.length) <= std::ssize(sequence.blocks), "sequence ", sequence.seq_id, " of ",
+                    sequence.length, " tokens holds only ", sequence.blocks.size(), " blocks");
+    CHECK_INVARIANT(sequence.num_in_steps <= sequence.length, "sequence ", sequence.seq_id, " ran ahead of its slots");
+    CHECK_INVARIANT(!sequence.matches || sequence.num_published() * block_size() <= sequence.length, "sequence ",
+                    sequence.seq_id, " published more than it holds");
+    auto& counts = sequence.swapped ? host_references : references;
+    for (const std::int32_t block : sequence.blocks) ++counts.at(as_size(block));
+    if (sequence.swapped) continue;
+    const std::int64_t end = sequence.length + sequence.room;
+    for (std::int64_t position = sequence.length; position < end; position += block_size())
+      CHECK_INVARIANT(pool_.writable(sequence.blocks.at(as_size(position / block_size()))), "sequence ",
+                      sequence.seq_id, " takes a block for writable that is not");
+    Hash128 parent = sequence.matches ? sequence.digests.at(0) : Hash128{};
+    for (std::int64_t i = 0; sequence.matches && i < sequence.num_published(); ++i) {
+      const auto token_ids = std::span(sequence.token_ids).subspan(as_size(i * block_size()), as_size(block_size()));
+      const Hash128 hash = index_.digest(parent, i, token_ids, sequence.pictures);
+      CHECK_INVARIANT(hash == sequence.digests[as_size(i + 1)], "a digest of sequence ", sequence.seq_id, " is stale");
+      const std::int32_t block = sequence.blocks[as_size(i)];
+      CHECK_INVARIANT(pool_[block].content == Content::kPrivate || index_.hash(block) == hash, "block ", block,
+                      " is published with a digest that its owner does not have");
+      parent = hash;
+    }
+  }
+  CHECK_INVARIANT(num_occupied == num_sequences(), "num_sequences is not ", num_occupied);
+  CHECK_INVARIANT(num_occupied + std::ssize(vacant_) == std::ssize(sequences_), "a vacant entry is lost");
+
+  std::int64_t num_published = 0, num_deferred = 0;
+  for (std::int32_t block = 0; block < num_blocks(); ++block) {
+    const Block& b = pool_[block];
+    CHECK_INVARIANT(b.references == references[as_size(block)], "block ", block, " counts ", b.references,
+                    " references, ", references[as_size(block)], " sequences hold it");
+    const bool published = b.content == Content::kPublished;
+    CHECK_INVARIANT(published == index_.contains(block) || b.content == Content::kPending, "block ", block,
+                    " and the prefix index disagree");
+    num_published += published;
+    num_deferred += b.place == Place::kDeferred;
+  }
+  CHECK_INVARIANT(num_published == index_.size(), "the prefix index holds blocks that are not published");
+  CHECK_INVARIANT(num_deferred == frees_.size(), num_deferred, " blocks are deferred, ", frees_.size(), " wait");
+  std::vector<bool> waiting(as_size(num_blocks()));
+  frees_.for_each([&](std::int32_t block) {
+    CHECK_INVARIANT(pool_[block].place == Place::kDeferred && !waiting[as_size(block)], "block ", block,
+                    " waits twice, or is not deferred");
+    waiting[as_size(block)] = true;
+  });
+  for (std::int32_t block = 0; block < host_pool_.num_blocks(); ++block)
+    CHECK_INVARIANT(host_pool_[block].references == host_references[as_size(block)], "host block ", block,
+                    " counts references that nobody holds");
+}
+
+}  // namespace internvl_rt
