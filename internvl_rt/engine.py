@@ -48,6 +48,7 @@ class Engine:
         max_model_len: int,
         max_num_seqs: int,
         max_tokens_per_step: int,
+        prefix_cache: bool,
         v2pe_delta: Delta,
         max_tiles: int | None,
         seed: int | None,
@@ -55,9 +56,22 @@ class Engine:
         self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
         self.model, self.cache = model, cache
         self.max_model_len = max_model_len
-        self._preparer = Preparer(model.config, tokenizer, max_model_len, max_tiles=max_tiles, v2pe_delta=v2pe_delta)
         scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
         self._loop = StepLoop(scheduler, Runner(model, cache))
+        identity: dict[str, str | int] = {
+            "model": repr(model.config),
+            "dtype": str(model.dtype),
+            "block_size": cache.block_size,
+        }
+        self._preparer = Preparer(
+            model.config,
+            tokenizer,
+            max_model_len,
+            max_tiles=max_tiles,
+            v2pe_delta=v2pe_delta,
+            identity=identity if prefix_cache else None,
+            num_cached=self._loop.num_cached,
+        )
         self._max_num_seqs = max_num_seqs
         self._seed = secrets.randbits(64) if seed is None else seed
         self._numbers = itertools.count()
@@ -75,6 +89,7 @@ class Engine:
         block_size: int = 64,
         max_num_seqs: int = 64,
         max_tokens_per_step: int = 8192,
+        prefix_cache: bool = True,
         v2pe_delta: Delta = 1.0,
         max_tiles: int | None = None,
         seed: int | None = None,
@@ -84,7 +99,8 @@ class Engine:
         device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
         max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
         cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, 80 % of what is free on CUDA,
-        and never more than `max_num_seqs` sequences can use. v2pe_delta: rotary positions per visual token, a power of
+        and never more than `max_num_seqs` sequences can use. prefix_cache: prompts that begin alike, pictures included,
+        share what was computed of their beginning. v2pe_delta: rotary positions per visual token, a power of
         two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
         sampling without a seed of its own reproducible.
 
@@ -124,6 +140,7 @@ class Engine:
             max_model_len=max_model_len or min(config.decoder.max_position, num_blocks * block_size),
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
+            prefix_cache=prefix_cache,
             v2pe_delta=v2pe_delta,
             max_tiles=max_tiles,
             seed=seed,

@@ -5,12 +5,13 @@ official `load_image` and `dynamic_preprocess` (InternVL README.md and internvl_
 """
 
 import base64
+import hashlib
 import io
 import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from internvl_rt.errors import MediaError, RequestError
 
@@ -34,6 +35,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 # Bounds the buffer between the two resize passes, which is as wide as the canvas and as high as the picture.
 _MAX_SIDE = 32_768
+
+_MAX_ENCODED_BYTES = 1 << 29  # a file is read whole, to be hashed
 
 # What Pillow raises on damaged files; most of it was seen when files of every format above were changed and cut.
 _DAMAGED = (
@@ -150,9 +153,59 @@ def load_image(source: ImageSource, options: ImageOptions) -> Image.Image:
         )
     stream, name = open_media(source, "image")
     with stream:
+        return _to_rgb(_open_encoded(stream, name, options), name, options)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """A picture whose size and content are known, but whose pixels are decoded only when its tiles are asked for.
+
+    digest: 32 bytes over the encoded bytes (or, where there are none, the pixels) and the options: pictures of equal
+    digest have equal tiles.
+    """
+
+    digest: bytes
+    num_tiles: int
+    _decode: Callable[[], Image.Image]
+    _options: ImageOptions
+
+    def tiles(self) -> npt.NDArray[np.uint8]:
+        """As `tile_image`. Raises MediaError for a picture that turns out to be broken."""
+        return tile_image(self._decode(), self._options)
+
+
+def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
+    """Reads and hashes a picture; of an encoded one only the header is decoded. Sources and errors: `load_image`."""
+    if not isinstance(source, (str, Path, bytes)):
+        image = load_image(source, options)
+        digest = content_digest("pixels", f"{image.size} {options}", image.tobytes())
+        return OpenImage(digest, num_tiles(*image.size, options), lambda: image, options)
+    stream, name = open_media(source, "image")
+    with stream:
+        if stream.seek(0, os.SEEK_END) > _MAX_ENCODED_BYTES:
+            raise MediaError(f"{name} is larger than {_MAX_ENCODED_BYTES} bytes: make it smaller")
+        stream.seek(0)
+        encoded = stream.read()
+    image = _open_encoded(io.BytesIO(encoded), name, options)
+    width, height = image.size
+    _check_size(width, height, name, options)
+    if options.exif == "apply":
         with _pillow_errors(name, options):
-            image = Image.open(stream, formats=_FORMATS)
-        return _to_rgb(image, name, options)
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # a quarter turn
+                width, height = height, width
+    digest = content_digest("encoded", str(options), encoded)
+    return OpenImage(digest, num_tiles(width, height, options), lambda: _to_rgb(image, name, options), options)
+
+
+def content_digest(kind: str, details: str, content: bytes | memoryview) -> bytes:
+    """SHA-256 of a picture's content and all that its tiles depend on besides; 32 bytes."""
+    head = f"{kind} {details} ".encode()
+    return hashlib.sha256(len(head).to_bytes(8, "little") + head + hashlib.sha256(content).digest()).digest()
+
+
+def _open_encoded(stream: BinaryIO, name: str, options: ImageOptions) -> Image.Image:
+    with _pillow_errors(name, options):
+        return Image.open(stream, formats=_FORMATS)
 
 
 def _from_array(array: Any, options: ImageOptions) -> Image.Image:

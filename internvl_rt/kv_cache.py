@@ -1,20 +1,27 @@
 """The paged KV cache: C++ decides which block holds which token, torch owns the memory.
 
-A block holds `block_size` tokens of every layer. Sequences own whole blocks; the kernels find a sequence's tokens
-through its row of the block table and write new ones by slot, `block * block_size + offset`.
+A block holds `block_size` tokens of every layer. Sequences hold whole blocks, which they share where their beginnings
+are the same; the kernels find a sequence's tokens through its row of the block table and write new ones by slot,
+`block * block_size + offset`.
 """
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt._C import PagedKVCache
 from internvl_rt.config import DecoderConfig
 from internvl_rt.errors import RequestError
+from internvl_rt.sequence import Picture, Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
+TO_HOST, TO_DEVICE = 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them; 0 stays on the device
+IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +36,82 @@ class KVCache:
     """`blocks` keeps the books (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
 
     def __init__(
-        self, config: DecoderConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_host_blocks: int = 0,
     ) -> None:
-        """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes.
+        """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
+        num_host_blocks: room in the host's memory for sequences that are swapped out.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
         self.block_size = block_size
-        self.blocks = PagedKVCache(num_blocks, block_size)
-        shape_BGPC = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.layers = tuple(
-            LayerCache(_zeros(shape_BGPC, dtype, device), _zeros(shape_BGPC, dtype, device))
-            for _ in range(config.num_layers)
+        self.blocks = PagedKVCache(num_blocks, block_size, num_host_blocks=num_host_blocks)
+        block_shape = (config.num_kv_heads, block_size, config.head_dim)
+        # One tensor for all layers, keys and values, so that a block is copied by one operation.
+        self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
+        self._host_pool = _zeros((config.num_layers, 2, num_host_blocks, *block_shape), dtype, torch.device("cpu"))
+        if device.type == "cuda" and num_host_blocks:
+            self._host_pool = self._host_pool.pin_memory()
+        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
+
+    def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
+        """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
+        return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
+
+    def admit(self, sequence: Sequence) -> int | None:
+        """Takes blocks for the whole sequence, answer included.
+
+        Returns how many leading tokens are cached, or None for no room, and then nothing has changed.
+        """
+        return self.blocks.admit(
+            sequence.seq_id,
+            np.array(sequence.token_ids, np.int32),
+            _spans(sequence.pictures),
+            sequence.identity,
+            num_reserved=sequence.max_len,
         )
+
+    def publish(self, final: Items[tuple[int, int]]) -> None:
+        """Lets others reuse the first tokens of sequences, given as (seq_id, number of tokens), once the step ends."""
+        ids_and_counts = np.array(final, np.int32).reshape(-1, 2)
+        self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
+
+    def copy_blocks(self, copies: NDArray[np.int32]) -> None:
+        """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
+
+        Copies of one kind that follow each other are one operation over all layers.
+        """
+        for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
+            _, source, destination = torch.tensor(list(run), dtype=torch.int64).unbind(1)
+            pools = (self._device_pool, self._host_pool)
+            from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
+            blocks = from_pool[:, :, source.to(from_pool.device)]
+            to_pool[:, :, destination.to(to_pool.device)] = blocks.to(to_pool.device)
+
+
+def build_identity(**parts: str | int | float | bytes | None) -> bytes:
+    """All that keys and values depend on besides tokens and pictures, as one string for the prefix index.
+
+    Every part is typed and has its length in front, so that no two different sets of parts look the same.
+    """
+
+    fields = [IDENTITY_VERSION]
+    for name, value in sorted(parts.items()):
+        fields += [name.encode(), type(value).__name__.encode()]
+        fields.append(value if isinstance(value, bytes) else repr(value).encode())
+    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+
+
+def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
+    return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -82,7 +150,7 @@ def _ceil_div(tokens: int, block_size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros are calloc's: the system commits a page when a token is first written to it. torch's are written.
     num_bytes = dtype.itemsize * int(np.prod(shape))

@@ -62,6 +62,11 @@ class StepLoop:
             text, request.fresh = request.fresh, ""
             return text
 
+    def num_cached(self, prepared: Prepared) -> int:
+        """How many leading tokens of the prompt the cache holds right now."""
+        with self._lock:
+            return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
+
     def cancel(self, request: Request) -> None:
         """Ends a request that is not done and returns its blocks."""
         with self._lock:
@@ -124,6 +129,7 @@ class StepLoop:
                 prompt_tokens=sequence.num_prompt,
                 image_tokens=sum(picture.span.num_tokens for picture in sequence.pictures),
                 completion_tokens=sequence.num_generated,
+                cached_tokens=sequence.num_cached,
             ),
             timings=Timings(
                 media_s=prepared.media_s,

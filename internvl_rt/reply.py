@@ -11,6 +11,7 @@ class Usage:
     prompt_tokens: int  # with the visual ones
     image_tokens: int
     completion_tokens: int  # with the stop token
+    cached_tokens: int = 0  # of the prompt, whose keys and values were still in the cache
 
     @property
     def total_tokens(self) -> int:
@@ -21,8 +22,8 @@ class Usage:
 class Timings:
     """Wall-clock seconds by stage, as this request saw them; a step shared with others counts in full for each."""
 
-    media_s: float  # reading and decoding pictures and videos
-    tile_s: float  # choosing grids, resizing, cutting
+    media_s: float  # reading and identifying pictures, decoding videos
+    tile_s: float  # decoding pictures, resizing, cutting; nothing for those that the cache holds
     vision_s: float  # vision tower and projector
     prefill_s: float  # decoder steps up to the first token, that token's draw included
     decode_s: float  # decoder steps after the first token

@@ -1,9 +1,11 @@
 """Messages to a sequence that can run: media read and tiled, prompt rendered, positions laid out, limits checked."""
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from internvl_rt.config import ModelConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.image import ImageOptions, load_image, tile_image
+from internvl_rt.image import ImageOptions, OpenImage, content_digest, open_image
+from internvl_rt.kv_cache import build_identity
 from internvl_rt.position import auto_stride, build_positions, parse_delta
 from internvl_rt.prompt import Media, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.sequence import Picture, SamplingParams, Sequence
@@ -29,6 +32,7 @@ class Prepared:
     pictures: tuple[Picture, ...]
     position_T: np.ndarray  # float32, of the prompt
     next_position: int
+    identity: bytes | None  # what its keys and values depend on besides; None: it shares no prefix
     start_s: float  # perf_counter when the call began
     media_s: float
     tile_s: float
@@ -45,7 +49,12 @@ class Preparer:
         *,
         max_tiles: int | None,
         v2pe_delta: Delta,
+        identity: dict[str, str | int] | None,
+        num_cached: Callable[[Prepared], int],
     ) -> None:
+        """identity: the engine's share of what keys and values depend on; None: no prefix is shared. num_cached: how
+        many leading tokens of a prompt the cache holds; pictures among them need not be decoded."""
+        self._identity, self._num_cached = identity, num_cached
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         most = config.max_tiles if max_tiles is None else max_tiles
         self._options = ImageOptions(
@@ -64,33 +73,38 @@ class Preparer:
         """Reads, tiles and renders a conversation. Raises RequestError or MediaError."""
         start_s = time.perf_counter()
         parsed = parse_messages(messages)
-        tiles: list[Tensor] = []
+        images: list[OpenImage] = []
         frames_per_video: list[int] = []
-        media_s = tile_s = 0.0
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
-            begin_s = time.perf_counter()
             if media.kind == "image":
-                images, options = [load_image(media.source, self._options)], self._options
+                images.append(open_image(media.source, self._options))
             else:
-                images, options = load_video(media.source), self._frame_options
-                frames_per_video.append(len(images))
-            read_s = time.perf_counter()
-            tiles += [torch.from_numpy(tile_image(image, options)) for image in images]
-            media_s += read_s - begin_s
-            tile_s += time.perf_counter() - read_s
+                frames = load_video(media.source)
+                frames_per_video.append(len(frames))
+                images += [open_image(frame, self._frame_options) for frame in frames]
+        media_s = time.perf_counter() - start_s
         turns = turns_from_messages(
             parsed,
             frames_per_video,
             system=self._config.system_message,
             number_images=self._config.format == "original",
         )
-        prepared = self.prepare_turns(turns, tiles, v2pe_delta=v2pe_delta)
+        prepared = self._prepare(turns, [_tiles_of(image) for image in images], v2pe_delta)
+        tile_start_s = time.perf_counter()
+        num_cached = self._num_cached(prepared)
+        for picture in prepared.pictures:
+            if picture.span.start + picture.span.num_tokens > num_cached:
+                picture.tiles()  # now, in the caller's thread, where a broken picture is this caller's error alone
+        tile_s = time.perf_counter() - tile_start_s
         return replace(prepared, start_s=start_s, media_s=media_s, tile_s=tile_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
         """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
+        return self._prepare(turns, [_given_tiles(picture) for picture in tiles], v2pe_delta)
+
+    def _prepare(self, turns: Items[Turn], pictures: Items["_Tiles"], v2pe_delta: Delta | None) -> Prepared:
         start_s = time.perf_counter()
-        counts = [len(picture) * self._config.tokens_per_tile for picture in tiles]
+        counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
         prompt = build_prompt(turns, self._tokenizer, counts)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
@@ -109,9 +123,13 @@ class Preparer:
             )
         return Prepared(
             prompt=prompt,
-            pictures=tuple(Picture(span, picture) for span, picture in zip(prompt.spans, tiles, strict=True)),
+            pictures=tuple(
+                Picture(span, picture.digest, picture.load)
+                for span, picture in zip(prompt.spans, pictures, strict=True)
+            ),
             position_T=position_T,
             next_position=next_position,
+            identity=None if self._identity is None else build_identity(**self._identity, v2pe_stride=stride),
             start_s=start_s,
             media_s=0.0,
             tile_s=0.0,
@@ -137,4 +155,21 @@ class Preparer:
             max_tokens=min(params.max_tokens, room),
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
             seed=seed,
+            identity=prepared.identity,
         )
+
+
+class _Tiles(NamedTuple):
+    digest: bytes
+    num_tiles: int
+    load: Callable[[], Tensor]
+
+
+def _tiles_of(image: OpenImage) -> _Tiles:
+    return _Tiles(image.digest, image.num_tiles, cache(lambda: torch.from_numpy(image.tiles())))
+
+
+def _given_tiles(tiles: Tensor) -> _Tiles:
+    content = tiles.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    digest = content_digest("tiles", f"{tiles.dtype} {tuple(tiles.shape)}", content)
+    return _Tiles(digest, len(tiles), lambda: tiles)

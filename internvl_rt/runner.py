@@ -33,12 +33,16 @@ class Runner:
         self._synchronize()
         encoded_s = time.perf_counter()
         step = build_step(chunks, self._cache, self._model.device)
-        logits_RV = self._model.run_step(step, self._cache.layers)
-        sampled = [chunk for chunk in chunks if chunk.samples]
-        token_ids = sample(logits_RV, [chunk.sequence for chunk in sampled]) if sampled else []
-        for chunk in chunks:
-            chunk.sequence.num_computed = chunk.stop
-        self._synchronize()
+        try:
+            logits_RV = self._model.run_step(step, self._cache.layers)
+            sampled = [chunk for chunk in chunks if chunk.samples]
+            token_ids = sample(logits_RV, [chunk.sequence for chunk in sampled]) if sampled else []
+            for chunk in chunks:
+                chunk.sequence.num_computed = chunk.stop
+            self._synchronize()
+            self._cache.publish([(chunk.sequence.seq_id, chunk.stop) for chunk in chunks])
+        finally:
+            self._cache.blocks.complete(step.number)
         done_s = time.perf_counter()
         return StepResult(list(zip(sampled, token_ids, strict=True)), encoded_s - start_s, done_s - encoded_s)
 
@@ -50,7 +54,7 @@ class Runner:
             del sequence.visual[index]
         for index in touched:
             if index not in sequence.visual:
-                tiles = torch.split(sequence.pictures[index].tiles, MAX_TILES_PER_PASS)
+                tiles = torch.split(sequence.pictures[index].tiles(), MAX_TILES_PER_PASS)
                 visual_IMD = [self._model.encode_tiles(part.to(self._model.device)) for part in tiles]
                 sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
 

@@ -1,13 +1,15 @@
 """Which tokens run in the next step: continuous batching with chunked prefill, decodes first.
 
-A sequence is admitted only when the cache has room for its whole length, prompt and answer, so a running sequence
-never waits for memory and nothing has to be preempted. Admission is first come, first served.
+What the cache holds of a prompt is not computed again. A sequence is admitted only when the cache has room for its
+whole length, prompt and answer, so a running sequence never waits for memory and nothing has to be preempted.
+Admission is first come, first served.
 """
 
 from collections import deque
+from collections.abc import Sequence as Items
 
 from internvl_rt.kv_cache import KVCache
-from internvl_rt.sequence import Sequence
+from internvl_rt.sequence import Picture, Sequence
 from internvl_rt.step import Chunk
 
 
@@ -22,6 +24,9 @@ class Scheduler:
     @property
     def num_unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
+
+    def num_cached(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
+        return self._cache.match(token_ids, pictures, identity)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence that can fit the empty cache."""
@@ -51,11 +56,18 @@ class Scheduler:
         for sequence in sorted(self._running, key=lambda s: s.num_computed < s.num_prompt):  # stable: decodes first
             take(sequence)
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
-            if not self._cache.blocks.admit(self._waiting[0].seq_id, self._waiting[0].max_len):
+            if not self._admit(self._waiting[0]):
                 break
             self._running.append(self._waiting.popleft())
             take(self._running[-1])
         return chunks
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Takes blocks for the whole sequence; what the cache holds of its prompt need not be computed."""
+        num_cached = self._cache.admit(sequence)
+        if num_cached is not None:
+            sequence.num_computed = sequence.num_cached = num_cached
+        return num_cached is not None
 
     def _chunk_stop(self, sequence: Sequence, budget: int) -> int:
         """Where the next chunk ends: at the budget, moved back to a picture's start if it would cut the picture."""

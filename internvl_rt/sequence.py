@@ -1,5 +1,6 @@
 """One request's tokens on their way through the engine: prompt, pictures, positions, progress."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
@@ -71,10 +72,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture's tiles, thumbnail last, and its place in the prompt."""
+    """One picture's place in the prompt and its tiles, thumbnail last."""
 
     span: VisualSpan
-    tiles: Tensor  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
+    digest: bytes  # 32 bytes: pictures of equal digest have equal tiles
+    tiles: Callable[[], Tensor]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
 
 
 @dataclass(slots=True, eq=False)
@@ -90,8 +92,10 @@ class Sequence:
     max_tokens: int  # params.max_tokens, cut to the room in the context window
     stop_ids: frozenset[int]
     seed: int
+    identity: bytes | None = None  # what else its keys and values depend on; None: shares no prefix with others
     num_prompt: int = field(init=False)
     num_computed: int = 0
+    num_cached: int = 0  # tokens whose keys and values were in the cache when it was admitted
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed
 

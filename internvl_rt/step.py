@@ -29,6 +29,7 @@ class Chunk:
 class StepInputs:
     """A ragged batch: the new tokens of S sequences, one after another; prefill chunks and decodes alike."""
 
+    number: int  # of this step, as the cache counts them
     token_id_T: Tensor  # int64; any id at rows that visual tokens overwrite
     position_T: Tensor  # float32 rotary positions, fractions allowed
     slot_T: Tensor  # int32, place of each token's key and value in the pool
@@ -41,21 +42,25 @@ class StepInputs:
 
 
 def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> StepInputs:
-    """The inputs of `chunks`; appends their tokens to the cache's sequences.
+    """The inputs of `chunks`; appends their tokens to the cache's sequences and makes the block copies that this needs.
 
     Every picture that a chunk touches must be encoded (`Sequence.visual`).
     """
     counts = [chunk.stop - chunk.start for chunk in chunks]
-    for chunk, count in zip(chunks, counts, strict=True):
-        assert cache.blocks.append(chunk.sequence.seq_id, count), "admission reserves room for a whole sequence"
+    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
+    num_new_S = np.array(counts, np.int32)
+    for chunk in chunks:
+        if chunk.stop > chunk.sequence.num_prompt:  # the prompt's ids are known since admission
+            generated = chunk.sequence.token_ids[max(chunk.start, chunk.sequence.num_prompt) : chunk.stop]
+            cache.blocks.extend(chunk.sequence.seq_id, np.array(generated, np.int32))
+    assert cache.blocks.append_batch(seq_id_S, num_new_S), "admission reserves room for a whole sequence"
+    cache.copy_blocks(cache.blocks.take_copies())
     table_width = max(-(-chunk.stop // cache.block_size) for chunk in chunks)
     query_start_S1 = np.empty(len(chunks) + 1, np.int32)
     seq_len_S = np.empty(len(chunks), np.int32)
     block_table_SN = np.empty((len(chunks), table_width), np.int32)
     slot_T = np.empty(sum(counts), np.int32)
-    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
-    num_new_S = np.array(counts, np.int32)
-    cache.blocks.fill_step(seq_id_S, num_new_S, query_start_S1, seq_len_S, block_table_SN, slot_T)
+    number = cache.blocks.fill_step(seq_id_S, num_new_S, query_start_S1, seq_len_S, block_table_SN, slot_T)
 
     token_ids: list[int] = []
     visual: list[Tensor] = []
@@ -76,6 +81,7 @@ def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> St
         return torch.from_numpy(array).to(device)
 
     return StepInputs(
+        number=number,
         token_id_T=to_device(np.array(token_ids, np.int64)),
         position_T=to_device(np.concatenate(positions)),
         slot_T=to_device(slot_T),

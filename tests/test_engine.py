@@ -45,7 +45,7 @@ def nothing_is_left(engine):
     yield
     blocks = engine.cache.blocks
     blocks.check_invariants()
-    assert blocks.num_free_blocks == blocks.num_blocks
+    assert blocks.num_available_blocks == blocks.num_blocks
     assert blocks.num_sequences == 0
 
 

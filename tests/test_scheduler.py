@@ -9,28 +9,31 @@ from internvl_rt.sequence import Picture, SamplingParams, Sequence
 
 
 class Blocks:
-    """Counts admissions against a capacity, as the C++ cache does."""
+    """Counts admissions against a capacity."""
 
     def __init__(self, capacity):
         self.capacity, self.admitted = capacity, {}
-
-    def admit(self, seq_id, num_tokens):
-        if sum(self.admitted.values()) + num_tokens > self.capacity:
-            return False
-        self.admitted[seq_id] = num_tokens
-        return True
 
     def release(self, seq_id):
         del self.admitted[seq_id]
 
 
 class Cache:
-    def __init__(self, capacity):
-        self.blocks = Blocks(capacity)
+    def __init__(self, capacity, cached=0):
+        self.blocks, self.cached = Blocks(capacity), cached
+
+    def admit(self, sequence):
+        blocks = self.blocks
+        if sum(blocks.admitted.values()) + sequence.max_len > blocks.capacity:
+            return None
+        blocks.admitted[sequence.seq_id] = sequence.max_len
+        return self.cached
 
 
 def make(seq_id, num_prompt, *, spans=(), max_tokens=4):
-    pictures = tuple(Picture(VisualSpan(start, size), torch.zeros(1, 3, 2, 2)) for start, size in spans)
+    pictures = tuple(
+        Picture(VisualSpan(start, size), bytes(32), lambda: torch.zeros(1, 3, 2, 2)) for start, size in spans
+    )
     params = SamplingParams(max_tokens=max_tokens)
     positions = np.arange(num_prompt, dtype=np.float32)
     return Sequence(seq_id, [0] * num_prompt, positions, num_prompt, pictures, params, max_tokens, frozenset(), 0)

@@ -48,7 +48,9 @@ def all_logits(
         token_ids=list(token_ids),
         position_T=np.arange(num_tokens, dtype=np.float32) if position_T is None else position_T,
         next_position=0,
-        pictures=tuple(Picture(span, part) for span, part in zip(spans, parts, strict=True)),
+        pictures=tuple(
+            Picture(span, bytes(32), lambda part=part: part) for span, part in zip(spans, parts, strict=True)
+        ),
         params=SamplingParams(),
         max_tokens=1,
         stop_ids=frozenset(),
@@ -57,12 +59,12 @@ def all_logits(
     sequence.visual = {index: model.encode_tiles(part).flatten(0, 1) for index, part in enumerate(parts)}
     cache = KVCache(
         model.config.decoder,
-        num_blocks=-(-num_tokens // block_size),
+        num_blocks=num_tokens // block_size + 1,
         block_size=block_size,
         dtype=model.dtype,
         device=model.device,
     )
-    assert cache.blocks.admit(sequence.seq_id, num_tokens)
+    assert cache.admit(sequence) == 0
     logits = []
     for start in range(0, num_tokens, chunk_len or num_tokens):
         chunk = Chunk(sequence, start, min(start + (chunk_len or num_tokens), num_tokens))
