@@ -21,18 +21,23 @@ def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 
 
 @triton.jit
-def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def layer_norm_row(values, inside, D, eps):
+    """One row without weight and bias, for every kernel that ends in a LayerNorm; `values` are 0 where not `inside`."""
+    centred = tl.where(inside, values - tl.sum(values, axis=0) / D, 0.0)
+    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # what the mean's rounding left
+    return centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps))
+
+
+@triton.jit
+def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(values, axis=0) / D
-    centred = tl.where(inside, values - mean, 0.0)
-    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # what the mean's rounding left
-    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * y_stride + column, (centred * scale * w + b).to(y.dtype.element_ty), mask=inside)
+    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reductions wait for the row
+    b = tl.load(bias + column, mask=inside, other=0.0)
+    normed = layer_norm_row(values, inside, D, eps) * w.to(tl.float32) + b.to(tl.float32)
+    tl.store(y + row * y_stride + column, normed.to(y.dtype.element_ty), mask=inside)
 
 
 def row_warps(width: int) -> int:
@@ -57,8 +62,9 @@ def plan_layer_norm(
                 "x_stride": x_RD.stride(0),
                 "y_stride": out_RD.stride(0),
                 "eps": eps,
+                "D": width,
             },
-            {"D": width, "BLOCK": triton.next_power_of_2(width)},
+            {"BLOCK": triton.next_power_of_2(width)},
             num_warps=row_warps(width),
         ),
     )

@@ -6,11 +6,19 @@ The class rows, which lie last (see _contract), are not read. Version v2 stores 
 v1, an early release, at (c, r).
 """
 
+from math import isqrt
 from typing import Literal
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels.layer_norm import layer_norm_reference
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels.layer_norm import MAX_WIDTH, layer_norm_reference, layer_norm_row, row_warps
+
+FACTORS = (1, 2, 4)
 
 
 def unshuffle_norm_reference(
@@ -29,3 +37,172 @@ def unshuffle_norm_reference(
     if version == "v1":
         x = x.transpose(1, 2)
     return layer_norm_reference(x.reshape(num_tiles, side * side, factor * factor * width), weight_D, bias_D, eps)
+
+
+@triton.jit
+def _unshuffle_norm_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    x_stride,
+    y_stride,
+    eps,
+    side,  # visual tokens along one side of a tile
+    E: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # v1: tokens are stored column by column
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    tile = token // (side * side)
+    slow, fast = token // side % side, token % side
+    if TRANSPOSED:
+        r, c = fast, slow
+    else:
+        r, c = slow, fast
+    column = tl.arange(0, BLOCK)
+    inside = column < FACTOR * FACTOR * E
+    neighbour = column // E
+    patch_row = (tile * side + r) * FACTOR + neighbour // FACTOR  # of all tiles' patches, seen as one tall picture
+    patch = patch_row * (side * FACTOR) + c * FACTOR + neighbour % FACTOR
+    values = tl.load(x + patch.to(tl.int64) * x_stride + column % E, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reductions wait for the row
+    b = tl.load(bias + column, mask=inside, other=0.0)
+    normed = layer_norm_row(values, inside, FACTOR * FACTOR * E, eps) * w.to(tl.float32) + b.to(tl.float32)
+    tl.store(y + token.to(tl.int64) * y_stride + column, normed.to(y.dtype.element_ty), mask=inside)
+
+
+def plan_unshuffle_norm(
+    x_RE: Tensor,
+    num_tiles: int,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    factor: int,
+    version: Literal["v1", "v2"],
+    *,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    out_RD = rows_of("out", out)
+    num_tokens, width = out_RD.shape
+    return (
+        Launch(
+            _unshuffle_norm_kernel,
+            (num_tokens, 1, 1),
+            {
+                "x": x_RE,
+                "weight": weight_D,
+                "bias": bias_D,
+                "y": out_RD,
+                "x_stride": x_RE.stride(0),
+                "y_stride": out_RD.stride(0),
+                "eps": eps,
+                "side": isqrt(out.shape[1]),
+            },
+            {
+                "E": x_RE.shape[1],
+                "FACTOR": factor,
+                "TRANSPOSED": version == "v1",
+                "BLOCK": triton.next_power_of_2(width),
+            },
+            num_warps=row_warps(width),
+        ),
+    )
+
+
+def unshuffle_norm(
+    x_RE: Tensor,
+    num_tiles: int,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    factor: int,
+    version: Literal["v1", "v2"],
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E of at most MAX_WIDTH.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    require(x_RE.dtype in SPEC.tolerances, "x_RE", f"one of {list(SPEC.tolerances)}", x_RE.dtype)
+    require(x_RE.ndim == 2, "x_RE", "rows [R, E]", tuple(x_RE.shape))
+    require(factor in FACTORS, "factor", f"one of {FACTORS}", factor)
+    require(version in ("v1", "v2"), "version", "v1 or v2", version)
+    rows, channels = x_RE.shape
+    width = factor * factor * channels
+    require(1 <= width <= MAX_WIDTH, "x_RE", f"factor^2 * E from 1 to {MAX_WIDTH}", width)
+    require(num_tiles >= 0, "num_tiles", "0 or more", num_tiles)
+    grid = isqrt(max(rows // max(num_tiles, 1) - 1, 0))  # patches along one side of a tile
+    tiles = f"{num_tiles} tiles of 1 + (a multiple of {factor})^2 rows"
+    require(rows == num_tiles * (grid * grid + 1) and grid % factor == 0, "x_RE", tiles, f"{rows} rows")
+    require_tensor("x_RE", x_RE, (rows, channels), x_RE.dtype, x_RE.device)
+    require_tensor("weight_D", weight_D, (width,), x_RE.dtype, x_RE.device)
+    require_tensor("bias_D", bias_D, (width,), x_RE.dtype, x_RE.device)
+    shape = (num_tiles, (grid // factor) ** 2, width)
+    if out is None:
+        out = torch.empty(shape, dtype=x_RE.dtype, device=x_RE.device)
+    require_tensor("out", out, shape, x_RE.dtype, x_RE.device)
+    target = target_of(x_RE.device)
+    run(plan_unshuffle_norm(x_RE, num_tiles, weight_D, bias_D, eps, factor, version, out=out, target=target))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | str]:
+    """`side` counts visual tokens; the class rows, and columns cut off by `padding`, are NaN: nobody may read them."""
+    tiles, channels, factor = case["I"], case["E"], case.sizes.get("factor", 2)
+    num_patch_rows = tiles * (case["side"] * factor) ** 2
+    shape = (num_patch_rows + tiles, channels + case.sizes.get("padding", 0))
+    x = torch.randn(shape, dtype=torch.float32, device=device) + case.sizes.get("mean", 0.0)
+    x[num_patch_rows:] = torch.nan
+    x[:, channels:] = torch.nan
+    weight, bias = (torch.randn(factor**2 * channels, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    return {
+        "x_RE": x.to(dtype)[:, :channels],
+        "num_tiles": tiles,
+        "weight_D": weight,
+        "bias_D": bias,
+        "eps": 1e-5,
+        "factor": factor,
+        "version": case.sizes.get("version", "v2"),
+    }
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    width = case.sizes.get("factor", 2) ** 2 * case["E"]
+    tokens = case["I"] * case["side"] ** 2
+    return Cost(bytes=dtype.itemsize * (2 * tokens + 2) * width, flops=8 * tokens * width)
+
+
+SPEC = KernelSpec(
+    name="unshuffle_norm",
+    reference=unshuffle_norm_reference,
+    plan=plan_unshuffle_norm,
+    launcher=unshuffle_norm,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=(
+        *(Case(f"channels_{width}", {"I": 2, "side": 1, "E": width}) for width in (1, 2, 15, 17, 128, 1024, 3200)),
+        *(
+            Case(f"{version}_factor_{factor}", {"I": 2, "side": 3, "E": 24, "factor": factor, "version": version})
+            for factor in FACTORS
+            for version in ("v1", "v2")
+        ),
+        Case("widest", {"I": 1, "side": 1, "E": 1024, "factor": 4}),
+        Case("no_tiles", {"I": 0, "side": 2, "E": 16}),
+        Case("strided", {"I": 2, "side": 2, "E": 20, "padding": 12}),
+        Case("shifted", {"I": 1, "side": 2, "E": 64, "mean": 1000.0}),
+    ),
+    model_cases=tuple(
+        Case(f"{name}_{tiles}_tiles", {"I": tiles, "side": 16, "E": width})
+        for name, width in (("vit_300m", 1024), ("vit_6b", 3200))
+        for tiles in (1, 13)
+    ),
+    tolerances={
+        torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 16384 values in another order"),
+        torch.float16: Tolerance(1e-3, 1e-3, 5e-4, "the output is rounded once to 11 bits"),
+        torch.bfloat16: Tolerance(8e-3, 8e-3, 4e-3, "the output is rounded once to 8 bits"),
+    },
+)
