@@ -15,7 +15,7 @@ from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
 from support.specs import discover_specs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.uint8, torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 SPECS = discover_specs()
 GUARD = 64  # elements before and behind an output that nobody may write
 RUNS = [
@@ -28,7 +28,8 @@ RUNS = [
 
 
 def upcast(value: Any, dtype: torch.dtype) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.dtype == dtype else value
+    floating = isinstance(value, Tensor) and value.dtype == dtype and dtype.is_floating_point
+    return value.double() if floating else value
 
 
 def clone(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""A picture stretched to its tile grid and cut into tiles: Pillow's antialiased bicubic, bit for bit, in integers.
+
+Output position o of an axis resized from n to m pixels lies at c = (o + 1/2) n / m and takes the pixels j with
+
+    |j + 1/2 - c| < 2 s,  s = max(n / m, 1),    weight  k((j + 1/2 - c) / s) / (sum of them),
+
+k being the cubic convolution kernel with a = -1/2. Weights are rounded to 22 fractional bits, products summed in 32
+bits, and the sum rounded and clamped to 8 bits after each pass, the horizontal pass first. This is what two calls of
+Pillow's `resize`, one for each axis, compute (src/libImaging/Resample.c) and so does `internvl_rt.image` on the CPU.
+An axis that keeps its size gets the weights 0, 0, 1, 0, 0, so the pass that Pillow leaves out changes nothing here.
+
+Both passes treat the thumbnail as one more column of tiles, behind the grid's, and one more row of tiles, below them:
+the tables of the two stretches lie one behind the other, and two launches do the whole picture.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+
+FRACTION_BITS = 22  # 8 bits of pixel and 2 of headroom (weights are negative too, and sums pass 1) make 32
+CACHED_TABLES = 32  # of one axis each; a 4000 x 3000 photograph's take 0.5 MB, the largest of 448-pixel tiles 7 MB
+
+
+def bicubic_table(size_in: int, size_out: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """First pixel [size_out] and fixed-point weights [size_out, taps] of every output position of one axis.
+
+    Weights behind the last pixel that a position takes are 0. The float64 arithmetic has Pillow's order.
+    """
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    support = 2.0 * stretch
+    centre = (np.arange(size_out) + 0.5) * scale
+    first = np.maximum(np.trunc(centre - support + 0.5), 0).astype(np.int32)
+    last = np.minimum(np.trunc(centre + support + 0.5), size_in).astype(np.int32)
+    pixel = first[:, None] + np.arange((last - first).max(), dtype=np.int32)
+    x = np.abs((pixel - centre[:, None] + 0.5) * (1.0 / stretch))
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    weight = np.where(pixel < last[:, None], np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)), 0.0)
+    weight /= np.cumsum(weight, axis=1)[:, -1:]  # summed from left to right
+    return first, np.trunc(weight * (1 << FRACTION_BITS) + np.copysign(0.5, weight)).astype(np.int32)
+
+
+def _resize_axis_reference(pixels: Tensor, dim: int, size_out: int) -> Tensor:
+    first, weights = (torch.from_numpy(table).to(pixels.device) for table in bicubic_table(pixels.shape[dim], size_out))
+    shape = [1] * pixels.ndim
+    shape[dim] = size_out
+    total = torch.full((), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=pixels.device)
+    for tap in range(weights.shape[1]):  # behind the last pixel the weight is 0
+        taken = pixels.index_select(dim, (first + tap).clamp(max=pixels.shape[dim] - 1))
+        total = total + taken.to(torch.int32) * weights[:, tap].view(shape)
+    return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
+
+
+def resize_tiles_reference(image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool) -> Tensor:
+    """uint8 tiles [columns * rows (+ 1), size, size, 3], row by row, then the thumbnail, of a uint8 picture."""
+
+    def stretched(width: int, height: int) -> Tensor:
+        return _resize_axis_reference(_resize_axis_reference(image_HW3, 1, width), 0, height)
+
+    canvas = stretched(columns * size, rows * size).view(rows, size, columns, size, 3)
+    tiles = canvas.transpose(1, 2).reshape(rows * columns, size, size, 3)
+    return torch.cat((tiles, stretched(size, size)[None])) if thumbnail else tiles
+
+
+@triton.jit
+def _eight_bits(total, FRACTION_BITS: tl.constexpr):
+    return tl.minimum(tl.maximum(total >> FRACTION_BITS, 0), 255).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["height", "image_stride"])
+def _resize_columns_kernel(
+    image, canvas, first, count, weights, height, width, image_stride,
+    FRACTION_BITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of canvas [height, width * 3]; neighbouring lanes have neighbouring bytes, so their reads fall together.
+
+    The byte to be written is told as column and channel: a plain `element` would let the compiler give each thread 16
+    neighbours to store at once, and their reads would lie far from those of the next lane.
+    """
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
+    element = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    column = element // 3
+    channel = element % 3
+    inside = column < width
+    begin = tl.load(first + column, mask=inside, other=0)
+    taps = tl.load(count + column, mask=inside, other=0)
+    source = image + tl.minimum(line, height - 1) * image_stride
+    offset = begin * 3 + channel
+    total = tl.full((LINES, BLOCK), 1 << (FRACTION_BITS - 1), tl.int32)
+    for tap in range(tl.max(taps)):
+        taken = tap < taps
+        weight = tl.load(weights + tap * width + column, mask=taken, other=0)
+        pixel = tl.load(source + offset, mask=taken, other=0)
+        total += pixel.to(tl.int32) * weight
+        offset += 3
+    target = canvas + line * (width * 3) + (column * 3 + channel)
+    tl.store(target, _eight_bits(total, FRACTION_BITS), mask=(line < height) & inside)
+
+
+@triton.jit(do_not_specialize=["columns", "grid_tiles", "lines"])
+def _resize_lines_kernel(
+    canvas, tiles, first, count, weights, columns, grid_tiles, lines, canvas_stride, size,
+    FRACTION_BITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of tile [size, size * 3], from the columns of the canvas that belong to it."""
+    tile = tl.program_id(0)
+    y = tl.program_id(1) * LINES + tl.arange(0, LINES)
+    element = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    tile_column = tl.where(tile == grid_tiles, columns, tile % columns)
+    line = tile // columns * size + y  # the thumbnail's lines lie behind the last row's
+    begin = tl.load(first + line, mask=y < size, other=0)
+    taps = tl.load(count + line, mask=y < size, other=0)
+    source = canvas + begin.to(tl.int64)[:, None] * canvas_stride + tile_column * (size * 3) + element
+    total = tl.full((LINES, BLOCK), 1 << (FRACTION_BITS - 1), tl.int32)
+    for tap in range(tl.max(taps, axis=0)):
+        taken = tap < taps
+        weight = tl.load(weights + tap * lines + line, mask=taken, other=0)
+        pixel = tl.load(source, mask=taken[:, None] & (element < size * 3), other=0)
+        total += pixel.to(tl.int32) * weight[:, None]
+        source += canvas_stride
+    target = tiles + (tile.to(tl.int64) * size + y[:, None]) * (size * 3) + element
+    tl.store(target, _eight_bits(total, FRACTION_BITS), mask=(y < size)[:, None] & (element < size * 3))
+
+
+@lru_cache(CACHED_TABLES)
+def _device_tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of an axis' stretches, one behind the other: int32 first [m], count [m] and weights [taps, m].
+
+    `count` leaves out the zeros behind a position's last weight. Neighbouring positions lie side by side.
+    """
+    tables = [bicubic_table(size_in, size_out) for size_out in sizes_out]
+    weights = np.zeros((max(table.shape[1] for _, table in tables), sum(sizes_out)), np.int32)
+    for (_, table), end in zip(tables, np.cumsum(sizes_out), strict=True):
+        weights[: table.shape[1], end - len(table) : end] = table.T
+    count = len(weights) - np.argmax(weights[::-1] != 0, axis=0)
+    host = (np.concatenate([first for first, _ in tables]), count.astype(np.int32), weights)
+    first, counts, device_weights = (torch.from_numpy(table).to(device) for table in host)
+    return first, counts, device_weights
+
+
+def plan_resize_tiles(
+    image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor, target: Target
+) -> tuple[Launch, ...]:
+    """Makes, beside the launches, the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
+    height, width = image_HW3.shape[:2]
+    tables_x = _device_tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
+    tables_y = _device_tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
+    canvas_width = len(tables_x[0])
+    canvas = torch.empty((height, canvas_width * 3), dtype=torch.uint8, device=image_HW3.device)
+    across, down = (dict(zip(("first", "count", "weights"), tables, strict=True)) for tables in (tables_x, tables_y))
+    return (
+        Launch(
+            _resize_columns_kernel,
+            (triton.cdiv(height, 8), triton.cdiv(canvas_width * 3, 256), 1),
+            {
+                "image": image_HW3,
+                "canvas": canvas,
+                **across,
+                "height": height,
+                "width": canvas_width,
+                "image_stride": image_HW3.stride(0),
+            },
+            {"FRACTION_BITS": FRACTION_BITS, "LINES": 8, "BLOCK": 256},
+            wide_loads=False,  # every position begins at its own byte, `scale` pixels of 3 bytes behind its neighbour
+        ),
+        Launch(
+            _resize_lines_kernel,
+            (len(out), triton.cdiv(size, 16), triton.cdiv(size * 3, 128)),
+            {
+                "canvas": canvas,
+                "tiles": out,
+                **down,
+                "columns": columns,
+                "grid_tiles": columns * rows,
+                "lines": len(tables_y[0]),
+                "canvas_stride": canvas.stride(0),
+                "size": size,
+            },
+            {"FRACTION_BITS": FRACTION_BITS, "LINES": 16, "BLOCK": 128},
+        ),
+    )
+
+
+def resize_tiles(
+    image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor | None = None
+) -> Tensor:
+    """As `resize_tiles_reference`, of a picture whose rows are contiguous; they may lie apart.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    require(image_HW3.dtype == torch.uint8, "image_HW3", torch.uint8, image_HW3.dtype)
+    shape = tuple(image_HW3.shape)
+    require(len(shape) == 3 and shape[-1] == 3 and 0 not in shape, "image_HW3", "shape [height, width, 3]", shape)
+    contiguous = image_HW3.stride(2) == 1 and (shape[1] == 1 or image_HW3.stride(1) == 3)
+    require(contiguous, "image_HW3", "contiguous rows", f"strides {image_HW3.stride()}")
+    for name, value in {"columns": columns, "rows": rows, "size": size}.items():
+        require(value >= 1, name, "at least 1", value)
+    tiles_shape = (columns * rows + thumbnail, size, size, 3)
+    if out is None:
+        out = torch.empty(tiles_shape, dtype=torch.uint8, device=image_HW3.device)
+    require_tensor("out", out, tiles_shape, torch.uint8, image_HW3.device)
+    require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
+    run(plan_resize_tiles(image_HW3, columns, rows, size, thumbnail, out=out, target=target_of(image_HW3.device)))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | bool]:
+    """`fill` is noise, or stripes of 0 and 255, whose sums leave 0 ... 255; `padding` are pixels behind each row."""
+    width, height = case["width"], case["height"]
+    shape = (height, width + case.sizes.get("padding", 0), 3)
+    if case.sizes.get("fill") == "stripes":
+        image = torch.arange(math.prod(shape), device=device).view(shape).div(7, rounding_mode="floor") % 2 * 255
+    else:
+        image = torch.randint(0, 256, shape, device=device)
+    names = ("columns", "rows", "size", "thumbnail")
+    return {"image_HW3": image.to(dtype)[:, :width], **{name: case[name] for name in names}}
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Every picture once in and every tile once out; 2 operations a tap, of which a position takes 4 at scale 1."""
+    width, height, size = case["width"], case["height"], case["size"]
+    grids = [(case["columns"], case["rows"]), (1, 1)][: 1 + case["thumbnail"]]
+    taps = sum(
+        height * columns * size * 4 * max(width / (columns * size), 1)
+        + rows * size * columns * size * 4 * max(height / (rows * size), 1)
+        for columns, rows in grids
+    )
+    tiles = sum(columns * rows for columns, rows in grids)
+    return Cost(bytes=3 * width * height + 3 * tiles * size**2, flops=2 * 3 * int(taps))
+
+
+def _case(
+    name: str, picture: tuple[int, int], grid: tuple[int, int], size: int, thumbnail: bool, **extra: object
+) -> Case:
+    (width, height), (columns, rows) = picture, grid
+    sizes = {"width": width, "height": height, "columns": columns, "rows": rows, "size": size, "thumbnail": thumbnail}
+    return Case(name, {**sizes, **extra})
+
+
+SPEC = KernelSpec(
+    name="resize_tiles",
+    reference=resize_tiles_reference,
+    plan=plan_resize_tiles,
+    launcher=resize_tiles,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=(
+        _case("photo", (83, 61), (4, 3), 16, True),
+        _case("one_pixel", (1, 1), (1, 1), 16, False),
+        _case("one_column", (1, 300), (1, 2), 16, True),
+        _case("one_row", (701, 1), (3, 1), 16, True),
+        _case("equal_size", (32, 16), (2, 1), 16, True),
+        _case("half_size", (64, 64), (2, 2), 16, False),
+        _case("upscaled", (5, 7), (3, 2), 28, True),
+        _case("odd_tile", (40, 90), (2, 3), 17, True),
+        _case("a_tile_of_1", (9, 9), (2, 2), 1, True),
+        _case("strided", (50, 30), (2, 1), 28, True, padding=5),
+        _case("stripes", (45, 37), (2, 2), 28, True, fill="stripes"),
+    ),
+    model_cases=(
+        _case("photo_12_megapixels", (4000, 3000), (4, 3), 448, True),
+        _case("page_a4_300_dpi", (2480, 3508), (3, 4), 448, True),
+        _case("full_hd", (1920, 1080), (4, 2), 448, True),
+        _case("icon", (640, 640), (1, 1), 448, False),
+    ),
+    tolerances={torch.uint8: Tolerance(0, 0, 0, "integers, equal to Pillow's")},
+    exact=True,
+)
