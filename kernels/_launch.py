@@ -1,6 +1,7 @@
 """One kernel launch as a value, the target it is planned for, and the one place that launches."""
 
 from collections.abc import Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -42,16 +43,36 @@ class Launch:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    descriptors: bool = False  # the kernel makes tensor descriptors on the device, which take scratch memory
+    pdl: bool = False  # programmatic dependent launch: starts before the kernel before it has ended (sm_90 and later)
     # What the machine code must show; tests/test_compile.py looks:
     matrix_units: bool = False  # products on the target's matrix units
     wide_loads: bool = True  # memory read 16 bytes at a time
 
 
+def options_of(launch: Launch) -> dict[str, Any]:
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return {**options, "launch_pdl": True} if launch.pdl else options
+
+
 def run(launches: tuple[Launch, ...]) -> None:
     for launch in launches:
-        if 0 not in launch.grid:
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-            launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options)
+        if launch.descriptors:
+            copy_context().run(_run_with_scratch, launch)  # so that nobody else's allocator is replaced
+        else:
+            _run(launch)
+
+
+def _run(launch: Launch) -> None:
+    if 0 not in launch.grid:
+        launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options_of(launch))
+
+
+def _run_with_scratch(launch: Launch) -> None:
+    """Triton asks its allocator, a context variable, for the descriptors' memory at every launch."""
+    device = next(value.device for value in launch.args.values() if isinstance(value, torch.Tensor))
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    _run(launch)
 
 
 @cache

@@ -8,7 +8,6 @@ together, not per head.
 """
 
 import math
-from contextvars import copy_context
 
 import torch
 import torch.nn.functional as F
@@ -114,16 +113,11 @@ def plan_vit_attention(
             },
             num_warps=num_warps,
             num_stages=num_stages,
+            descriptors=use_tma,
             matrix_units=True,
         )
     )
     return tuple(launches)
-
-
-def _run_with_scratch(launches: tuple[Launch, ...], device: torch.device) -> None:
-    """Kernels that make TMA descriptors write them to memory that Triton asks its allocator for, at every launch."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    run(launches)
 
 
 def vit_attention(
@@ -157,9 +151,7 @@ def vit_attention(
         out = torch.empty(num_rows, width, dtype=qkv_RK.dtype, device=qkv_RK.device)
     require_tensor("out", out, (num_rows, width), qkv_RK.dtype, qkv_RK.device)
     target = target_of(qkv_RK.device)
-    launches = plan_vit_attention(qkv_RK, num_tiles, head_dim, q_norm_E, k_norm_E, eps, out=out, target=target)
-    # The allocator is a variable of the context: in a copy of it, nobody else's is replaced.
-    copy_context().run(_run_with_scratch, launches, qkv_RK.device)
+    run(plan_vit_attention(qkv_RK, num_tiles, head_dim, q_norm_E, k_norm_E, eps, out=out, target=target))
     return out
 
 

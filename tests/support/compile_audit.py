@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_rt.kernels._contract import Case, KernelSpec
-from internvl_rt.kernels._launch import TARGETS, Launch, Target
+from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of
 from support.specs import discover_specs
 
 POINTERS = {
@@ -97,7 +97,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, index: int) -> dict[str, Any]:
     launch = launches_of(spec, case, dtype, target)[index]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = options_of(launch)
     row: dict[str, Any] = {
         "operation": spec.name,
         "kernel": launch.kernel.__name__,
@@ -135,7 +135,7 @@ def jobs(only: str | None) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
             for dtype in dtypes:
                 for target in TARGETS.values():
                     for index, launch in enumerate(launches_of(spec, case, dtype, target)):
-                        key = f"{source_of(launch).hash()} {launch.num_warps} {launch.num_stages} {target.capability}"
+                        key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
                         if key not in seen:
                             seen.add(key)
                             yield name, case.name, dtype, target.capability, index
