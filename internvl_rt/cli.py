@@ -77,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     chat.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     chat.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: by device)")
-    chat.add_argument("--timings", action="store_true", help="print tokens and seconds by stage after each answer")
+    chat.add_argument(
+        "--timings",
+        action="store_true",
+        help="print the memory plan, and tokens and seconds by stage after each answer",
+    )
 
     info = commands.add_parser(
         "info", help="a model's static card", description="Parameters, bytes and limits, from config.json alone."
@@ -119,6 +123,8 @@ def _chat(args: argparse.Namespace) -> int:
     engine = Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
     )
+    if args.timings:
+        print(engine.memory.render(), file=sys.stderr)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     media = [{"type": "image", "image": file} for file in args.image]
     media += [{"type": "video", "video": file} for file in args.video]

@@ -12,15 +12,20 @@ from torch import Tensor
 
 from internvl_rt.checkpoint import open_checkpoint, resolve_model
 from internvl_rt.config import ModelConfig, load_config
+from internvl_rt.cuda_graph import TileGraphs
 from internvl_rt.errors import InternVLError, RequestError
-from internvl_rt.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
+from internvl_rt.image import OpenImage
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.kv_cache import BLOCK_SIZES, KVCache
 from internvl_rt.loop import Request, StepLoop
-from internvl_rt.model.internvl import InternVL
-from internvl_rt.ops import TORCH
+from internvl_rt.memory import MemoryPlan, plan_memory
+from internvl_rt.model.internvl import InternVL, named_parameters
+from internvl_rt.ops import TORCH, Ops
+from internvl_rt.ops_triton import TRITON
 from internvl_rt.prompt import Turn
 from internvl_rt.reply import AnswerText, Piece, Reply
 from internvl_rt.request import Delta, Prepared, Preparer
-from internvl_rt.runner import Runner
+from internvl_rt.runner import MAX_TILES_PER_PASS, Runner
 from internvl_rt.sampler import derive_seed
 from internvl_rt.scheduler import Scheduler
 from internvl_rt.sequence import SamplingParams
@@ -28,8 +33,6 @@ from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.weights import load_weights
 
 Messages = Items[dict[str, Any]]
-DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
-CUDA_CACHE_SHARE = 0.8  # of the memory that is free once the weights are loaded; the rest is activations
 
 
 class Engine:
@@ -44,6 +47,7 @@ class Engine:
         model: InternVL,
         tokenizer: Tokenizer,
         cache: KVCache,
+        memory: MemoryPlan,
         *,
         max_model_len: int,
         max_num_seqs: int,
@@ -54,10 +58,14 @@ class Engine:
         seed: int | None,
     ) -> None:
         self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.memory = model, cache, memory
         self.max_model_len = max_model_len
         scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
-        self._loop = StepLoop(scheduler, Runner(model, cache))
+        graphs = None
+        if model.device.type == "cuda" and model.ops is TRITON:
+            with torch.inference_mode():
+                graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device)
+        self._loop = StepLoop(scheduler, Runner(model, cache, graphs))
         identity: dict[str, str | int] = {
             "model": repr(model.config),
             "dtype": str(model.dtype),
@@ -69,6 +77,7 @@ class Engine:
             max_model_len,
             max_tiles=max_tiles,
             v2pe_delta=v2pe_delta,
+            cut=self._cut,
             identity=identity if prefix_cache else None,
             num_cached=self._loop.num_cached,
         )
@@ -93,16 +102,18 @@ class Engine:
         v2pe_delta: Delta = 1.0,
         max_tiles: int | None = None,
         seed: int | None = None,
+        backend: str = "auto",
     ) -> "Engine":
         """Loads a checkpoint: a folder, a hub id, or "tiny", the one in the package.
 
         device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
         max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
-        cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, 80 % of what is free on CUDA,
-        and never more than `max_num_seqs` sequences can use. prefix_cache: prompts that begin alike, pictures included,
-        share what was computed of their beginning. v2pe_delta: rotary positions per visual token, a power of
-        two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
-        sampling without a seed of its own reproducible.
+        cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and
+        workspaces leave (`memory` has the plan), and never more than `max_num_seqs` sequences can use. prefix_cache:
+        prompts that begin alike, pictures included, share what was computed of their beginning. v2pe_delta: rotary
+        positions per visual token, a power of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default
+        the model's own (12). seed: makes sampling without a seed of its own reproducible. backend: "triton", the
+        kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """
@@ -114,6 +125,7 @@ class Engine:
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
         target = _choose_device(device)
+        ops = _choose_ops(backend, target)
         folder = resolve_model(model, revision=revision)
         config = load_config(folder)
         tokenizer = load_tokenizer(folder)
@@ -124,19 +136,25 @@ class Engine:
             )
         chosen = _choose_dtype(dtype, config, target)
         weights = load_weights(open_checkpoint(folder), config, dtype=chosen, device=target)
-        num_blocks = plan_num_blocks(
-            config.decoder,
+        memory = plan_memory(
+            config,
             chosen,
+            target,
+            weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
             block_size=block_size,
-            cache_bytes=_cache_bytes(kv_cache_bytes, target),
+            kv_cache_bytes=kv_cache_bytes,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            max_tokens_per_step=max_tokens_per_step,
+            max_tiles_per_pass=MAX_TILES_PER_PASS,
         )
+        num_blocks = memory.num_blocks
         cache = KVCache(config.decoder, num_blocks=num_blocks, block_size=block_size, dtype=chosen, device=target)
         return cls(
-            InternVL(config, weights, TORCH),
+            InternVL(config, weights, ops),
             tokenizer,
             cache,
+            memory,
             max_model_len=max_model_len or min(config.decoder.max_position, num_blocks * block_size),
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
@@ -218,6 +236,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _cut(self, image: OpenImage) -> Tensor:
+        """A picture's tiles, resized where the model runs; on the CPU Pillow does it, to the same bits."""
+        if self.model.ops is not TRITON:
+            return torch.from_numpy(image.tiles())
+        pixels = torch.from_numpy(image.pixels()).to(self.device)
+        size = self.config.vision.image_size
+        return self.model.ops.resize_tiles(pixels, *image.grid, size, image.thumbnail)
+
     def _stream(self, prepared: Prepared, params: SamplingParams) -> Iterator[Piece]:
         request = self._submit(prepared, params)
         try:
@@ -257,6 +283,18 @@ def _choose_device(device: str) -> torch.device:
     return chosen
 
 
+def _choose_ops(backend: str, device: torch.device) -> Ops:
+    if backend not in ("auto", "triton", "torch"):
+        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return TORCH
+    try:
+        target_of(device)
+    except ValueError as error:
+        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
+    return TRITON
+
+
 def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
@@ -265,11 +303,3 @@ def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.d
         if dtype in (name, value):
             return value
     raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
-
-
-def _cache_bytes(kv_cache_bytes: int | None, device: torch.device) -> int:
-    if kv_cache_bytes is not None:
-        return kv_cache_bytes
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_CACHE_SHARE)
-    return DEFAULT_CPU_CACHE_BYTES

@@ -165,9 +165,18 @@ class OpenImage:
     """
 
     digest: bytes
-    num_tiles: int
+    grid: tuple[int, int]  # columns and rows of tiles
+    thumbnail: bool  # whether the whole picture is one more tile
     _decode: Callable[[], Image.Image]
     _options: ImageOptions
+
+    @property
+    def num_tiles(self) -> int:
+        return self.grid[0] * self.grid[1] + self.thumbnail
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """uint8 [height, width, 3]. Raises MediaError for a picture that turns out to be broken."""
+        return np.array(self._decode())
 
     def tiles(self) -> npt.NDArray[np.uint8]:
         """As `tile_image`. Raises MediaError for a picture that turns out to be broken."""
@@ -179,7 +188,7 @@ def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
     if not isinstance(source, (str, Path, bytes)):
         image = load_image(source, options)
         digest = content_digest("pixels", f"{image.size} {options}", image.tobytes())
-        return OpenImage(digest, num_tiles(*image.size, options), lambda: image, options)
+        return _open(digest, image.size, lambda: image, options)
     stream, name = open_media(source, "image")
     with stream:
         if stream.seek(0, os.SEEK_END) > _MAX_ENCODED_BYTES:
@@ -194,7 +203,12 @@ def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
             if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # a quarter turn
                 width, height = height, width
     digest = content_digest("encoded", str(options), encoded)
-    return OpenImage(digest, num_tiles(width, height, options), lambda: _to_rgb(image, name, options), options)
+    return _open(digest, (width, height), lambda: _to_rgb(image, name, options), options)
+
+
+def _open(digest: bytes, size: tuple[int, int], decode: Callable[[], Image.Image], options: ImageOptions) -> OpenImage:
+    grid = choose_grid(*size, options)
+    return OpenImage(digest, grid, num_tiles(*size, options) > grid[0] * grid[1], decode, options)
 
 
 def content_digest(kind: str, details: str, content: bytes | memoryview) -> bytes:

@@ -49,12 +49,15 @@ class Preparer:
         *,
         max_tiles: int | None,
         v2pe_delta: Delta,
+        cut: Callable[[OpenImage], Tensor],
         identity: dict[str, str | int] | None,
         num_cached: Callable[[Prepared], int],
     ) -> None:
-        """identity: the engine's share of what keys and values depend on; None: no prefix is shared. num_cached: how
-        many leading tokens of a prompt the cache holds; pictures among them need not be decoded."""
-        self._identity, self._num_cached = identity, num_cached
+        """cut: decodes a picture and cuts it into tiles. identity: the engine's share of what keys and values depend
+        on; None: no prefix is shared. num_cached: how many leading tokens of a prompt the cache holds; pictures among
+        them need not be decoded.
+        """
+        self._cut, self._identity, self._num_cached = cut, identity, num_cached
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         most = config.max_tiles if max_tiles is None else max_tiles
         self._options = ImageOptions(
@@ -89,7 +92,7 @@ class Preparer:
             system=self._config.system_message,
             number_images=self._config.format == "original",
         )
-        prepared = self._prepare(turns, [_tiles_of(image) for image in images], v2pe_delta)
+        prepared = self._prepare(turns, [self._tiles_of(image) for image in images], v2pe_delta)
         tile_start_s = time.perf_counter()
         num_cached = self._num_cached(prepared)
         for picture in prepared.pictures:
@@ -101,6 +104,9 @@ class Preparer:
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
         """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
         return self._prepare(turns, [_given_tiles(picture) for picture in tiles], v2pe_delta)
+
+    def _tiles_of(self, image: OpenImage) -> "_Tiles":
+        return _Tiles(image.digest, image.num_tiles, cache(lambda: self._cut(image)))
 
     def _prepare(self, turns: Items[Turn], pictures: Items["_Tiles"], v2pe_delta: Delta | None) -> Prepared:
         start_s = time.perf_counter()
@@ -163,10 +169,6 @@ class _Tiles(NamedTuple):
     digest: bytes
     num_tiles: int
     load: Callable[[], Tensor]
-
-
-def _tiles_of(image: OpenImage) -> _Tiles:
-    return _Tiles(image.digest, image.num_tiles, cache(lambda: torch.from_numpy(image.tiles())))
 
 
 def _given_tiles(tiles: Tensor) -> _Tiles:

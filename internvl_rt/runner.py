@@ -4,7 +4,9 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from internvl_rt.cuda_graph import TileGraphs
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.sampler import sample
@@ -21,8 +23,9 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, model: InternVL, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: InternVL, cache: KVCache, graphs: TileGraphs | None = None) -> None:
+        """graphs: of `model.encode_tiles`, for uint8 tiles; without them every pass runs kernel by kernel."""
+        self._model, self._cache, self._graphs = model, cache, graphs
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
@@ -55,8 +58,13 @@ class Runner:
         for index in touched:
             if index not in sequence.visual:
                 tiles = torch.split(sequence.pictures[index].tiles(), MAX_TILES_PER_PASS)
-                visual_IMD = [self._model.encode_tiles(part.to(self._model.device)) for part in tiles]
+                visual_IMD = [self._encode(part) for part in tiles]
                 sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
+
+    def _encode(self, tiles: Tensor) -> Tensor:
+        if self._graphs is not None and tiles.dtype == torch.uint8:
+            return self._graphs.encode(tiles)
+        return self._model.encode_tiles(tiles.to(self._model.device))
 
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":

@@ -61,7 +61,7 @@ def run_decoder(
             step.slot_T,
         )
         y_THC = ops.paged_attention(q_THC, k_cache, v_cache, step.block_table_SN, step.query_start_S1, step.seq_len_S)
-        x_TD = ops.linear_residual(y_THC.flatten(1), layer.o, x_TD, None)
+        x_TD = ops.linear_residual(y_THC.flatten(1), layer.o, x_TD)
         y_TF = ops.norm_linear_swiglu(x_TD, layer.norm2, layer.gate_up)
-        x_TD = ops.linear_residual(y_TF, layer.down, x_TD, None)
+        x_TD = ops.linear_residual(y_TF, layer.down, x_TD)
     return ops.norm_linear(x_TD[step.logit_row_R], weights.norm, weights.lm_head)

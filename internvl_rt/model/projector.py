@@ -19,5 +19,5 @@ def project_tiles(
     ops: Ops, weights: ProjectorWeights, x_RE: Tensor, num_tiles: int, factor: int, version: Literal["v1", "v2"]
 ) -> Tensor:
     """Visual tokens [I, M, D] of ViT features [I * U, E]."""
-    y_IMD = ops.unshuffle_norm_linear_gelu(x_RE, num_tiles, weights.norm, weights.fc1, factor, version)
-    return ops.linear(y_IMD, weights.fc2)
+    y_IMK = ops.unshuffle_norm(x_RE, num_tiles, weights.norm, factor, version)
+    return ops.linear(ops.linear_gelu(y_IMK, weights.fc1), weights.fc2)

@@ -1,6 +1,7 @@
 """InternViT: tiles to patch features."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -33,10 +34,12 @@ class VisionWeights:
 def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: Tensor) -> Tensor:
     """Features [I * U, E], patches first, after the last layer (there is no final norm) of `patch_embed`'s tiles."""
     x_RE = ops.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
-    for layer in weights.layers:
-        qkv_RK = ops.norm_linear(x_RE, layer.norm1, layer.qkv)
+    n_RE = ops.norm(x_RE, weights.layers[0].norm1)
+    for layer, next_layer in zip_longest(weights.layers, weights.layers[1:]):
+        qkv_RK = ops.linear(n_RE, layer.qkv)
         y_RE = ops.vit_attention(qkv_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
-        x_RE = ops.linear_residual(y_RE, layer.proj, x_RE, layer.scale1_E)
-        y_RF = ops.norm_linear_gelu(x_RE, layer.norm2, layer.fc1)
-        x_RE = ops.linear_residual(y_RF, layer.fc2, x_RE, layer.scale2_E)
+        x_RE, n_RE = ops.linear_residual_norm(y_RE, layer.proj, x_RE, layer.scale1_E, layer.norm2)
+        y_RF = ops.linear_gelu(n_RE, layer.fc1)
+        next_norm = next_layer.norm1 if next_layer else None
+        x_RE, n_RE = ops.linear_residual_norm(y_RF, layer.fc2, x_RE, layer.scale2_E, next_norm)
     return x_RE

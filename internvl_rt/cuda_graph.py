@@ -1,0 +1,74 @@
+"""CUDA graphs of the vision path: from uint8 tiles to visual tokens in one launch, for each number of tiles.
+
+A pass over one tile is some two hundred kernels of a few microseconds each; launched one by one, the CPU takes longer
+than the GPU. The graphs share one memory pool: the largest is captured first and the others find its memory. They must
+not run at the same time, and a result is copied out before the next replay overwrites it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Replay(NamedTuple):
+    """What a capture gives: `run` computes again, into `result`."""
+
+    run: Callable[[], None]
+    result: Tensor
+
+
+Capture = Callable[[Callable[[], Tensor]], Replay]
+
+BUCKETS = (*range(1, 14), 16)  # tiles; the next larger bucket runs, on whatever lies in the tiles behind
+
+
+class TileGraphs:
+    """Runs `encode`, uint8 tiles [I, S, S, 3] to visual tokens [I, M, D], from graphs that are captured here."""
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        image_size: int,
+        device: torch.device,
+        *,
+        buckets: Sequence[int] = BUCKETS,
+        capture: Capture | None = None,
+    ) -> None:
+        capture = capture or cuda_capture(device)
+        self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
+        self._replays: dict[int, Replay] = {}
+        for num_tiles in sorted(buckets, reverse=True):
+            self._replays[num_tiles] = capture(partial(encode, self._tiles[:num_tiles]))
+
+    @property
+    def max_tiles(self) -> int:
+        return len(self._tiles)
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Visual tokens [I, M, D], memory of their own, of 1 to `max_tiles` uint8 tiles on any device."""
+        num_tiles = len(tiles)
+        replay = self._replays[min(bucket for bucket in self._replays if bucket >= num_tiles)]
+        self._tiles[:num_tiles].copy_(tiles, non_blocking=True)
+        replay.run()
+        return replay.result[:num_tiles].clone()
+
+
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures on one stream and into one pool."""
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(compute: Callable[[], Tensor]) -> Replay:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            compute()  # compiles what is not compiled yet, which a capture cannot
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = compute()
+        return Replay(graph.replay, result)
+
+    return capture

@@ -1,0 +1,71 @@
+"""The table of Triton kernels: `Ops` for CUDA devices (and, slowly, for Triton's interpreter)."""
+
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from internvl_rt.kernels.add_norm import add_norm
+from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
+from internvl_rt.kernels.layer_norm import layer_norm
+from internvl_rt.kernels.patch_embed import patch_embed
+from internvl_rt.kernels.place_visual_tokens import place_visual_tokens
+from internvl_rt.kernels.resize_tiles import resize_tiles
+from internvl_rt.kernels.rms_norm import rms_norm
+from internvl_rt.kernels.swiglu import swiglu
+from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
+from internvl_rt.kernels.vit_attention import vit_attention
+from internvl_rt.ops import TORCH, Linear, Norm, bias_of, qk_weights
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    if norm.bias_D is None:
+        return rms_norm(x, norm.weight_D, norm.eps)
+    return layer_norm(x, norm.weight_D, norm.bias_D, norm.eps)
+
+
+def _linear(x: Tensor, part: Linear) -> Tensor:
+    return linear(x, part.weight_NK, part.bias_N)
+
+
+def _patch_embed(tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
+    return patch_embed(tiles, patch.weight_NK, bias_of(patch), class_E, position_UE)
+
+
+def _vit_attention(qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
+    return vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
+
+
+def _linear_residual_norm(
+    y_RK: Tensor, part: Linear, x_RE: Tensor, scale_E: Tensor, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """The product alone, then bias, LayerScale, residual and norm in one pass over the rows."""
+    if norm is None:
+        x_RE = linear_residual(y_RK, part.weight_NK, part.bias_N, x_RE, scale_E, out=x_RE)
+        return x_RE, x_RE
+    product_RE = linear(y_RK, part.weight_NK, None)
+    normed_RE = add_norm(x_RE, product_RE, part.bias_N, scale_E, norm.weight_D, norm.bias_D, norm.eps, out=product_RE)
+    return x_RE, normed_RE
+
+
+def _unshuffle_norm(x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, version: Literal["v1", "v2"]) -> Tensor:
+    return unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
+
+
+# The decoder's attention, rotary and projections are still torch's; its norms and gates are kernels.
+TRITON = replace(
+    TORCH,
+    name="triton",
+    resize_tiles=resize_tiles,
+    patch_embed=_patch_embed,
+    norm=_norm,
+    vit_attention=_vit_attention,
+    linear=_linear,
+    linear_gelu=lambda x, part: linear_gelu(x, part.weight_NK, part.bias_N),
+    linear_residual_norm=_linear_residual_norm,
+    unshuffle_norm=_unshuffle_norm,
+    place_visual_tokens=place_visual_tokens,
+    norm_linear=lambda x, norm, part: _linear(_norm(x, norm), part),
+    norm_linear_swiglu=lambda x, norm, gate_up: swiglu(_linear(_norm(x, norm), gate_up)),
+    linear_residual=lambda y, part, x: linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x),
+)

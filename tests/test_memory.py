@@ -1,0 +1,74 @@
+"""The memory plan: what it counts, and that a pass really stays within its workspace."""
+
+import pytest
+import torch
+
+from internvl_rt import Engine, RequestError
+from internvl_rt.config import KNOWN_MODELS, load_config
+from internvl_rt.memory import plan_memory, step_workspace_bytes, vision_workspace_bytes
+
+GIB = 1 << 30
+
+
+def plan(name="InternVL3-1B", **changes):
+    options = {
+        "weight_bytes": 2 * GIB,
+        "block_size": 64,
+        "kv_cache_bytes": GIB,
+        "max_num_seqs": 64,
+        "max_model_len": None,
+        "max_tokens_per_step": 8192,
+        "max_tiles_per_pass": 16,
+    }
+    config = load_config(KNOWN_MODELS[name])
+    return plan_memory(config, torch.bfloat16, torch.device("cpu"), **(options | changes))
+
+
+def test_the_cache_takes_what_it_is_given_in_whole_blocks():
+    memory = plan()
+    assert memory.block_bytes == 64 * 12_288
+    assert memory.num_blocks == GIB // memory.block_bytes
+    assert memory.cache_bytes <= GIB < memory.cache_bytes + memory.block_bytes
+
+
+def test_a_cache_without_room_for_one_sequence_is_refused():
+    with pytest.raises(RequestError, match="raise kv_cache_bytes or lower max_model_len"):
+        plan(kv_cache_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tiles", "least", "most"),
+    [("InternVL3-1B", 13, 100e6, 250e6), ("InternVL3-38B", 13, 300e6, 700e6)],
+)
+def test_vision_workspace_is_that_of_the_widest_layer(name, num_tiles, least, most):
+    config = load_config(KNOWN_MODELS[name])
+    assert least < vision_workspace_bytes(config, torch.bfloat16, num_tiles) < most
+    assert vision_workspace_bytes(config, torch.bfloat16, 1) * 12.9 < vision_workspace_bytes(config, torch.bfloat16, 13)
+
+
+def test_step_workspace_grows_with_tokens_and_with_draws():
+    decoder = load_config(KNOWN_MODELS["InternVL3-8B"]).decoder
+    one = step_workspace_bytes(decoder, torch.bfloat16, 1, 1)
+    assert step_workspace_bytes(decoder, torch.bfloat16, 8192, 1) > 8000 * (one - decoder.vocab_size * 14)
+    assert step_workspace_bytes(decoder, torch.bfloat16, 1, 64) > 60 * one - 1e7
+
+
+def test_the_card_names_every_part():
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        card = engine.memory.render()
+        assert engine.memory.num_blocks == engine.cache.blocks.num_blocks
+    for part in ("device", "weights", "vision workspace", "step workspace", "KV cache", "tokens in"):
+        assert part in card
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_vision_pass_stays_within_its_workspace():
+    with Engine.from_pretrained("tiny", device="cuda") as engine:
+        size = engine.config.vision.image_size
+        tiles = torch.zeros(16, size, size, 3, dtype=torch.uint8, device="cuda")
+        engine.model.encode_tiles(tiles)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        engine.model.encode_tiles(tiles)
+        assert torch.cuda.max_memory_allocated() - before <= engine.memory.vision_bytes
