@@ -3,6 +3,9 @@
 PYTHON ?= python3
 SAMPLE ?= internvl_rt/tiny/samples/4719.png
 
+# The oldest, the pinned and the newest triton.
+AUDITED ?= 3.6.0 3.7.1 3.9.0
+
 VENV := .venv
 BIN := $(VENV)/bin
 # Versions come from constraints.txt alone; where packages come from is pip's own configuration.
@@ -14,7 +17,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-real tiny clean
+.PHONY: help chat test lint types pytest test-real audit tiny clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
@@ -38,6 +41,13 @@ pytest: $(VENV)/done-test  ## the tests alone
 
 test-real: $(VENV)/done-real  ## tests with a real 135M language model (downloads 93 MB)
 	$(BIN)/pytest tests/real
+
+audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton that is supported; tables in bench/results
+	for version in $(AUDITED); do \
+	  $(PIP) install --no-deps --upgrade --target $(VENV)/triton-$$version triton==$$version && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python tests/support/compile_audit.py \
+	    --table bench/results/compiled-triton-$$version.md || exit 1; \
+	done
 
 tiny: $(VENV)/done-test  ## trains the checkpoint in the package again
 	$(BIN)/python tests/train_tiny.py --out internvl_rt/tiny

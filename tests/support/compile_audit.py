@@ -1,8 +1,8 @@
 """Builds every kernel that a real model needs, for every target, and looks at the machine code: no GPU is needed.
 
-    python tests/support/compile_audit.py [--out FILE] [--only OPERATION]
+    python tests/support/compile_audit.py [--out FILE.json] [--table FILE.md] [--only OPERATION]
 
-Prints JSON with one object per kernel and target.
+Writes one row for each kernel and target, prints what breaks a rule, and exits with 1 if anything does.
 
 A process of its own, because the tests' process runs Triton's interpreter. ptxas, cuobjdump and nvdisasm come with
 triton. What the SASS says decides, never the flag that asked for it.
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,43 @@ INSTRUCTIONS = {  # column -> SASS mnemonic
     "warp_specialized": r"USETMAXREG",
     "local_memory": r"\b(LDL|STL)[.\s]",
 }
+
+MATRIX_UNITS = {80: "hmma", 89: "hmma", 90: "hgmma", 100: "tcgen05", 120: "hmma"}
+RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # what must hold of every row that was built
+    "nothing spills": lambda row: not row["stack"] and not row["local_memory"],
+    "shared memory fits": lambda row: row["shared_bytes"] <= TARGETS[row["target"]].shared_bytes,
+    "matrix work runs on the target's own matrix units": lambda row: (
+        not row["matrix_units"] or row[MATRIX_UNITS[row["target"]]] > 0
+    ),
+    "memory is read 16 bytes at a time": lambda row: not row["wide_loads"] or row["load_128"] > 0,
+    "warp specialisation is applied where it is asked for": lambda row: (
+        row["constexprs"].get("WARP_SPECIALIZE") != "True" or row["warp_specialized"] > 0
+    ),
+}
+
+
+def label(row: dict[str, Any]) -> str:
+    return f"{row['kernel']} ({row['operation']}/{row['case']}) for sm_{row['target']}"
+
+
+def breaches(rows: list[dict[str, Any]]) -> list[str]:
+    """What breaks a rule, in words."""
+    failed = [f"{label(row)} is not built: {row['error']}" for row in rows if "error" in row]
+    built = [row for row in rows if "error" not in row]
+    return failed + [
+        f"{label(row)}: not so that {rule}" for rule, holds in RULES.items() for row in built if not holds(row)
+    ]
+
+
+def render_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line for each kernel and target."""
+    columns = ["operation", "kernel", "case", "target", "num_warps", "num_stages", "registers", "shared_bytes"]
+    columns += ["instructions", *(name for name in INSTRUCTIONS if any(row.get(name) for row in rows))]
+    lines = [f"# Kernels as built by triton {triton.__version__}", ""]
+    lines += ["Compiled without a GPU by `make audit`; instruction counts are of the SASS. Nothing here was run.", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(name, "failed")) for name in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -148,19 +185,22 @@ def run_job(job: tuple[str, str, torch.dtype, int, int]) -> dict[str, Any]:
     return audit_launch(spec, case, dtype, TARGETS[capability], index)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the rows as JSON")
+    parser.add_argument("--table", type=Path, help="the rows as a table in Markdown")
     parser.add_argument("--only", help="one operation")
     arguments = parser.parse_args()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run_job, jobs(arguments.only)))
-    text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1)
     if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+        arguments.out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    if arguments.table:
+        arguments.table.write_text(render_table(rows))
+    found = breaches(rows)
+    print(f"triton {triton.__version__}: {len(rows)} kernels, {len(found)} breaches", *found, sep="\n")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
