@@ -87,6 +87,7 @@ std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::
   if (split_W3) {
     step.split_start_S1 = output("split_start_S1", *split_start_S1);
     step.split_W3 = output("split_W3", *split_W3, 2);
+    CHECK_ARGUMENT(!step.split_start_S1.empty(), "split_start_S1: expected size ", step.seq_len_S.size() + 1, ", got 0");
     CHECK_ARGUMENT(split_W3->shape(1) == 3, "split_W3: expected 3 columns, got ", split_W3->shape(1));
   }
   return cache.fill_step(step);
@@ -169,12 +170,12 @@ PYBIND11_MODULE(_C, module) {
            "seq_ids"_a, "num_tokens"_a)
       .def("fork", &PagedKVCache::fork, "seq_id"_a, "new_seq_id"_a)
       .def("rollback", &PagedKVCache::rollback, "seq_id"_a, "num_tokens"_a)
-      .def("release", &PagedKVCache::release, "seq_id"_a, py::kw_only(), "discard"_a = false)
+      .def("release", &PagedKVCache::release, "seq_id"_a)
       .def("swap_out", &PagedKVCache::swap_out, "seq_id"_a)
       .def("swap_in", &PagedKVCache::swap_in, "seq_id"_a)
       .def("fill_step", &fill_step, "seq_ids"_a, "num_new_tokens"_a, "query_start_S1"_a, "seq_len_S"_a,
            "block_table_SN"_a, "slot_T"_a, "split_start_S1"_a = py::none(), "split_W3"_a = py::none())
-      .def("complete", &PagedKVCache::complete, "step"_a)
+      .def("complete", &PagedKVCache::complete, "step"_a, py::kw_only(), "failed"_a = false)
       .def("take_copies", &take_copies)
       .def("reset", &PagedKVCache::reset)
       .def("drain_events", &drain_events)

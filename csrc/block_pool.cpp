@@ -31,9 +31,14 @@ std::int32_t BlockPool::allocate() {
 void BlockPool::ref(std::int32_t block) {
   Block& b = (*this)[block];
   if (b.references++ > 0) return;
-  CHECK_INVARIANT(b.place == Place::kCached, "block ", block, " is shared but neither used nor cached");
-  unlink(block);
-  --num_cached_;
+  CHECK_INVARIANT(b.content == Content::kPublished, "block ", block, " is taken back into use but holds nothing");
+  if (b.place == Place::kCached) {
+    unlink(block);
+    --num_cached_;
+  } else {
+    ++b.generation;  // what waited to put it back does so no more
+    --num_deferred_;
+  }
   b.place = Place::kUsed;
 }
 
@@ -42,12 +47,14 @@ bool BlockPool::unref(std::int32_t block) {
   CHECK_INVARIANT(b.references > 0, "block ", block, " loses a reference that it does not have");
   if (--b.references > 0) return false;
   b.place = Place::kDeferred;
+  ++num_deferred_;
   return true;
 }
 
 void BlockPool::put_back(std::int32_t block) {
   Block& b = (*this)[block];
   CHECK_INVARIANT(b.place == Place::kDeferred, "block ", block, " is put back twice");
+  --num_deferred_;
   if (b.content == Content::kPublished) {
     b.place = Place::kCached;
     link_after((*this)[cached_list()].previous, block);
@@ -65,9 +72,11 @@ void BlockPool::forget_cached() {
     const std::int32_t block = (*this)[cached_list()].next;
     unlink(block);
     --num_cached_;
-    (*this)[block].content = Content::kPrivate;
-    (*this)[block].place = Place::kDeferred;
-    put_back(block);
+    Block& b = (*this)[block];
+    b.content = Content::kPrivate;
+    b.place = Place::kFresh;
+    link_after(fresh_list(), block);
+    ++num_fresh_;
   }
 }
 
@@ -99,11 +108,12 @@ std::int32_t BlockPool::check_list(std::int32_t list, Place place) const {
 void BlockPool::check_invariants() const {
   CHECK_INVARIANT(check_list(fresh_list(), Place::kFresh) == num_fresh_, "num_fresh is not ", num_fresh_);
   CHECK_INVARIANT(check_list(cached_list(), Place::kCached) == num_cached_, "num_cached is not ", num_cached_);
-  std::int32_t num_fresh = 0, num_cached = 0;
+  std::int32_t num_fresh = 0, num_cached = 0, num_deferred = 0;
   for (std::int32_t block = 0; block < num_blocks_; ++block) {
     const Block& b = (*this)[block];
     num_fresh += b.place == Place::kFresh;
     num_cached += b.place == Place::kCached;
+    num_deferred += b.place == Place::kDeferred;
     CHECK_INVARIANT((b.place == Place::kUsed) == (b.references > 0), "block ", block, " has ", b.references,
                     " references in the wrong place");
     CHECK_INVARIANT(b.place != Place::kFresh || b.content == Content::kPrivate, "fresh block ", block, " has content");
@@ -111,6 +121,7 @@ void BlockPool::check_invariants() const {
                     " is not published");
   }
   CHECK_INVARIANT(num_fresh == num_fresh_ && num_cached == num_cached_, "a block is lost from its list");
+  CHECK_INVARIANT(num_deferred == num_deferred_, "num_deferred is not ", num_deferred);
 }
 
 }  // namespace internvl_rt

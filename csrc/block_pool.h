@@ -24,7 +24,7 @@ struct Block {
   std::int32_t previous = -1;
   std::int32_t next = -1;
   std::int32_t references = 0;
-  std::uint32_t generation = 0;  // how often it was allocated
+  std::uint32_t generation = 0;  // how often it was allocated, or taken back while it was deferred
   std::int64_t busy_until = 0;   // the step that makes the latest copy from or to it
   std::int32_t copy_of = -1;     // source of a copy to it that has not been taken yet
   Place place = Place::kFresh;
@@ -38,6 +38,7 @@ class BlockPool {
   std::int32_t num_blocks() const noexcept { return num_blocks_; }
   std::int32_t num_fresh() const noexcept { return num_fresh_; }
   std::int32_t num_cached() const noexcept { return num_cached_; }
+  std::int32_t num_deferred() const noexcept { return num_deferred_; }
   std::int32_t num_available() const noexcept { return num_fresh_ + num_cached_; }
   Block& operator[](std::int32_t block) { return blocks_[static_cast<std::size_t>(block)]; }
   const Block& operator[](std::int32_t block) const { return blocks_[static_cast<std::size_t>(block)]; }
@@ -48,7 +49,7 @@ class BlockPool {
   // The published block that the next allocate() takes, to be removed from the index first; -1: it takes a fresh one.
   std::int32_t next_eviction() const noexcept;
   std::int32_t allocate();          // with one reference, private; the caller has seen num_available() > 0
-  void ref(std::int32_t block);     // of a used or cached block
+  void ref(std::int32_t block);     // of a used block, or a published one
   bool unref(std::int32_t block);   // true: that was the last reference, the block is deferred
   void put_back(std::int32_t block);  // a deferred block, to the list that its content asks for
   void forget_cached();             // cached blocks become fresh ones
@@ -66,6 +67,7 @@ class BlockPool {
   std::int32_t num_blocks_;
   std::int32_t num_fresh_;
   std::int32_t num_cached_ = 0;
+  std::int32_t num_deferred_ = 0;
 };
 
 }  // namespace internvl_rt

@@ -70,7 +70,7 @@ std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Promp
   const std::int64_t num_matched = match(prompt);
   const std::int64_t num_new = blocks_for(std::max(num_matched, num_reserved)) - std::ssize(matched_);
   const auto num_taken_from_cached =
-      std::ranges::count_if(matched_, [&](std::int32_t block) { return pool_[block].references == 0; });
+      std::ranges::count_if(matched_, [&](std::int32_t block) { return pool_[block].place == Place::kCached; });
   const std::int64_t watermark = num_sequences() > 0 ? options_.watermark_blocks : 0;
   if (num_new > pool_.num_available() - num_taken_from_cached - watermark) return std::nullopt;
 
@@ -178,7 +178,7 @@ void PagedKVCache::publish(std::span<const std::int32_t> seq_ids, std::span<cons
     const std::int64_t num_full = num_tokens[i] / block_size();
     while (sequence.num_published() < num_full) publish_next_block(sequence);
   }
-  publications_.drain(num_completed_, [&](const Publication& publication) { make_matchable(publication); });
+  drain_publications();
 }
 
 void PagedKVCache::publish_next_block(Sequence& sequence) {
@@ -192,13 +192,7 @@ void PagedKVCache::publish_next_block(Sequence& sequence) {
   if (pool_[block].content != Content::kPrivate) return;  // a fork was faster
   index_.describe(block, hash, parent, token_ids);
   pool_[block].content = Content::kPending;
-  publications_.push(num_steps_, {block, pool_[block].generation});
-}
-
-void PagedKVCache::make_matchable(const Publication& publication) {
-  Block& block = pool_[publication.block];
-  if (block.generation != publication.generation || block.content != Content::kPending) return;  // was discarded
-  block.content = index_.insert(publication.block) ? Content::kPublished : Content::kPrivate;
+  publications_.push(num_steps_, version_of(block));
 }
 
 void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
@@ -235,17 +229,15 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
   sequence.digests.resize(as_size(num_digests));
 }
 
-void PagedKVCache::release(std::int64_t seq_id, bool discard) {
+void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
   // Back to front: the tail is evicted before the head, and the next sequence gets fresh blocks in this one's order.
   for (const std::int32_t block : sequence.blocks | std::views::reverse) {
     if (sequence.swapped) {
       unref_host(block, num_steps_ + 1);  // a copy to it may still run
-      continue;
+    } else {
+      unref(block, num_steps_);
     }
-    Block& b = pool_[block];
-    if (discard && b.references == 1 && b.content == Content::kPending) b.content = Content::kPrivate;
-    unref(block, num_steps_);
   }
   vacate(sequence);
 }

@@ -102,19 +102,19 @@ class PagedKVCache {
   void fork(std::int64_t seq_id, std::int64_t new_seq_id);
   // Forgets the last num_tokens tokens and every known id behind them; their room stays reserved.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
-  // Ends the sequence; its blocks return when the latest step is complete, the tail to be evicted first. `discard`:
-  // the latest step failed, so what the sequence published and is not matchable yet never will be. O(blocks).
-  void release(std::int64_t seq_id, bool discard = false);
-  // Moves the live blocks to the host pool, or back; false: no space there. A sequence that is out can only be
-  // swapped in or released. O(blocks).
+  // Ends the sequence; its blocks return when the latest step is complete, the tail to be evicted first. O(blocks).
+  void release(std::int64_t seq_id);
+  // Moves the live blocks to the host pool, or back; false: no space there. A sequence that is out takes no part in
+  // steps and cannot grow, be forked or rolled back. O(blocks).
   bool swap_out(std::int64_t seq_id);
   bool swap_in(std::int64_t seq_id);
 
   // Fills the buffers and numbers the step: 1, 2, ... Checks every argument before the first write.
   // O(rows * N + tokens); no memory allocation in the steady state.
   std::int64_t fill_step(const StepBuffers& step);
-  // All steps up to this one have ended on the device.
-  void complete(std::int64_t step);
+  // All steps up to this one have ended on the device. `failed`: not well, so that nothing which waited for them to be
+  // published ever will be; the sequences in them are the caller's to release.
+  void complete(std::int64_t step, bool failed = false);
   // The copies that append, swap_out and swap_in asked for since the last call; valid until the next of them.
   std::span<const BlockCopy> take_copies();
 
@@ -148,7 +148,7 @@ class PagedKVCache {
     std::vector<Hash128> digests;  // [0] of the root, [i + 1] of block i; one for each block matched or published
     std::int64_t num_published() const noexcept { return std::ssize(digests) - 1; }  // blocks
   };
-  struct Publication {
+  struct BlockVersion {  // stale once the block has been handed out, or taken back into use
     std::int32_t block;
     std::uint32_t generation;
   };
@@ -170,7 +170,11 @@ class PagedKVCache {
   std::int64_t num_blocks_to_append(const Sequence& sequence, std::int64_t num_tokens) const;
   void append_unchecked(Sequence& sequence, std::int64_t num_tokens);
   void publish_next_block(Sequence& sequence);
-  void make_matchable(const Publication& publication);
+  BlockVersion version_of(std::int32_t block) const { return {block, pool_[block].generation}; }
+  bool is_current(const BlockVersion& v) const { return pool_[v.block].generation == v.generation; }
+  void make_matchable(std::int32_t block);
+  void drain_publications();
+  void drain_frees();
   std::int32_t allocate();
   void unref(std::int32_t block, std::int64_t fence);
   void unref_host(std::int32_t block, std::int64_t fence);
@@ -183,8 +187,8 @@ class PagedKVCache {
   FlatMap<std::int64_t> ids_;  // seq_id -> place in sequences_
   std::vector<Sequence> sequences_;
   std::vector<std::int32_t> vacant_;
-  FenceQueue<Publication> publications_;
-  FenceQueue<std::int32_t> frees_;       // blocks whose last reference is gone
+  FenceQueue<BlockVersion> publications_;
+  FenceQueue<BlockVersion> frees_;  // blocks whose last reference is gone
   FenceQueue<std::int32_t> host_frees_;
   std::int64_t num_steps_ = 0;
   std::int64_t num_completed_ = 0;

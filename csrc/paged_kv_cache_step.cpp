@@ -120,14 +120,37 @@ void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
   std::ranges::fill(step.split_W3.subspan(3 * item), -1);
 }
 
-void PagedKVCache::complete(std::int64_t step) {
+void PagedKVCache::complete(std::int64_t step, bool failed) {
   CHECK_ARGUMENT(step >= num_completed_ && step <= num_steps_, "step: expected ", num_completed_, " to ", num_steps_,
                  ", got ", step);
   num_completed_ = step;
+  if (failed) {
+    publications_.drain(step, [&](const BlockVersion& version) {
+      Block& block = pool_[version.block];
+      if (is_current(version) && block.content == Content::kPending) block.content = Content::kPrivate;
+    });
+  }
   // Publications first: a block that is free by now then goes to the cached list.
-  publications_.drain(step, [&](const Publication& publication) { make_matchable(publication); });
-  frees_.drain(step, [&](std::int32_t block) { pool_.put_back(block); });
+  drain_publications();
+  drain_frees();
   host_frees_.drain(step, [&](std::int32_t block) { host_pool_.put_back(block); });
+}
+
+void PagedKVCache::drain_publications() {
+  publications_.drain(num_completed_, [&](const BlockVersion& version) {
+    if (is_current(version)) make_matchable(version.block);
+  });
+}
+
+void PagedKVCache::make_matchable(std::int32_t block) {
+  if (pool_[block].content != Content::kPending) return;
+  pool_[block].content = index_.insert(block) ? Content::kPublished : Content::kPrivate;
+}
+
+void PagedKVCache::drain_frees() {
+  frees_.drain(num_completed_, [&](const BlockVersion& version) {
+    if (is_current(version)) pool_.put_back(version.block);  // else a match has taken it back into use
+  });
 }
 
 std::int32_t PagedKVCache::allocate() {
@@ -140,8 +163,8 @@ std::int32_t PagedKVCache::allocate() {
 
 void PagedKVCache::unref(std::int32_t block, std::int64_t fence) {
   if (!pool_.unref(block)) return;
-  frees_.push(std::max(fence, pool_[block].busy_until), block);
-  frees_.drain(num_completed_, [&](std::int32_t free) { pool_.put_back(free); });
+  frees_.push(std::max(fence, pool_[block].busy_until), version_of(block));
+  drain_frees();
 }
 
 void PagedKVCache::unref_host(std::int32_t block, std::int64_t fence) {
@@ -179,8 +202,8 @@ CacheStats PagedKVCache::stats() const {
       .num_blocks = num_blocks(),
       .num_fresh = pool_.num_fresh(),
       .num_cached = pool_.num_cached(),
-      .num_used = num_blocks() - pool_.num_available() - frees_.size(),
-      .num_deferred = frees_.size(),
+      .num_used = num_blocks() - pool_.num_available() - pool_.num_deferred(),
+      .num_deferred = pool_.num_deferred(),
       .num_host_blocks = host_pool_.num_blocks(),
       .num_host_free = host_pool_.num_available(),
       .num_sequences = num_sequences(),
@@ -238,13 +261,17 @@ void PagedKVCache::check_invariants() const {
     num_deferred += b.place == Place::kDeferred;
   }
   CHECK_INVARIANT(num_published == index_.size(), "the prefix index holds blocks that are not published");
-  CHECK_INVARIANT(num_deferred == frees_.size(), num_deferred, " blocks are deferred, ", frees_.size(), " wait");
   std::vector<bool> waiting(as_size(num_blocks()));
-  frees_.for_each([&](std::int32_t block) {
+  std::int64_t num_waiting = 0;
+  frees_.for_each([&](const BlockVersion& version) {
+    if (!is_current(version)) return;
+    const std::int32_t block = version.block;
     CHECK_INVARIANT(pool_[block].place == Place::kDeferred && !waiting[as_size(block)], "block ", block,
                     " waits twice, or is not deferred");
     waiting[as_size(block)] = true;
+    ++num_waiting;
   });
+  CHECK_INVARIANT(num_deferred == num_waiting, num_deferred, " blocks are deferred, ", num_waiting, " wait for a step");
   for (std::int32_t block = 0; block < host_pool_.num_blocks(); ++block)
     CHECK_INVARIANT(host_pool_[block].references == host_references[as_size(block)], "host block ", block,
                     " counts references that nobody holds");

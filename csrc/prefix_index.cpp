@@ -45,7 +45,7 @@ Hash128 PrefixIndex::root(std::span<const std::uint8_t> identity) const {
   SipHash128 state(key_);
   state.add(static_cast<std::uint32_t>(Field::kIdentity), static_cast<std::uint32_t>(identity.size()));
   add_bytes(state, identity);
-  return finish(state);
+  return state.finish();
 }
 
 Hash128 PrefixIndex::digest(const Hash128& parent, std::int64_t index, std::span<const std::int32_t> token_ids,
@@ -67,13 +67,10 @@ Hash128 PrefixIndex::digest(const Hash128& parent, std::int64_t index, std::span
     add_bytes(state, picture->digest);
     state.add(static_cast<std::uint32_t>(picture->start - start), static_cast<std::uint32_t>(picture->num_tokens));
   }
-  return finish(state);
+  return state.finish();
 }
 
-Hash128 PrefixIndex::finish(SipHash128& state) const {
-  const Hash128 hash = state.finish();
-  return {hash.low & low_mask_, hash.high & high_mask_};
-}
+Hash128 PrefixIndex::slot(const Hash128& hash) const { return {hash.low & low_mask_, hash.high & high_mask_}; }
 
 std::span<const std::int32_t> PrefixIndex::tokens_of(std::int32_t block) const {
   const auto size = static_cast<std::size_t>(block_size_);
@@ -81,8 +78,8 @@ std::span<const std::int32_t> PrefixIndex::tokens_of(std::int32_t block) const {
 }
 
 std::int32_t PrefixIndex::find(const Hash128& hash, std::span<const std::int32_t> token_ids) const {
-  const std::int32_t block = map_.find(hash);
-  return block >= 0 && std::ranges::equal(tokens_of(block), token_ids) ? block : -1;
+  const std::int32_t block = map_.find(slot(hash));
+  return block >= 0 && at(block).hash == hash && std::ranges::equal(tokens_of(block), token_ids) ? block : -1;
 }
 
 void PrefixIndex::describe(std::int32_t block, const Hash128& hash, const Hash128& parent,
@@ -92,15 +89,15 @@ void PrefixIndex::describe(std::int32_t block, const Hash128& hash, const Hash12
 }
 
 bool PrefixIndex::insert(std::int32_t block) {
-  if (map_.find(hash(block)) >= 0) return false;
-  map_.insert(hash(block), block);
+  if (map_.find(slot(hash(block))) >= 0) return false;
+  map_.insert(slot(hash(block)), block);
   note(PrefixEvent::Kind::kStored, block);
   return true;
 }
 
 void PrefixIndex::erase(std::int32_t block) {
   CHECK_INVARIANT(contains(block), "block ", block, " is not in the prefix index");
-  map_.erase(hash(block));
+  map_.erase(slot(hash(block)));
   note(PrefixEvent::Kind::kRemoved, block);
 }
 

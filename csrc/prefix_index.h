@@ -2,8 +2,8 @@
 //
 // A block is known by a keyed 128-bit chain: the digest of its parent, its token ids, and every picture that overlaps it
 // (content digest, place, size), each part typed and with its length in front. The root is the digest of the identity:
-// all else that keys and values depend on. Token ids are compared on a hit, so a collision of text is found; pictures
-// rest on their 256-bit digests and the chain. The key is random and never leaves the process.
+// all else that keys and values depend on. On a hit the whole digest and the token ids are compared. The key is random
+// and never leaves the process.
 #pragma once
 
 #include <array>
@@ -49,7 +49,7 @@ class PrefixIndex {
   void clear();
 
   std::int64_t size() const noexcept { return map_.size(); }
-  bool contains(std::int32_t block) const { return map_.find(at(block).hash) == block; }
+  bool contains(std::int32_t block) const { return map_.find(slot(at(block).hash)) == block; }
   const Hash128& hash(std::int32_t block) const { return at(block).hash; }
   std::vector<PrefixEvent> drain_events();
 
@@ -61,7 +61,7 @@ class PrefixIndex {
 
   const Description& at(std::int32_t block) const { return descriptions_[static_cast<std::size_t>(block)]; }
   std::span<const std::int32_t> tokens_of(std::int32_t block) const;
-  Hash128 finish(SipHash128& state) const;
+  Hash128 slot(const Hash128& hash) const;  // the part that is looked up; the whole is compared
   void note(PrefixEvent::Kind kind, std::int32_t block);
 
   std::int32_t block_size_;

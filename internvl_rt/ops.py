@@ -47,6 +47,23 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Whose tokens a step computes, and where their keys and values are: a ragged batch of S sequences.
+
+    The sequences with one new token come first; all integer tensors are int32.
+    """
+
+    query_start_S1: Tensor  # first row of each sequence, and T
+    seq_len_S: Tensor  # tokens of each sequence with this step's
+    block_table_SN: Tensor  # -1 beyond a sequence's blocks
+    num_decodes: int  # how many sequences have one new token
+    max_query_len: int  # most new tokens of a sequence
+    # How attention of the first num_decodes sequences is split (see csrc/paged_kv_cache.h); None where nobody asks:
+    split_start_S1: Tensor | None = None
+    split_W3: Tensor | None = None
+
+
 def bias_of(part: Linear | Norm) -> Tensor:
     """Of a part that always has one: the patch embedding, and the projector's norm, which is a LayerNorm."""
     bias = part.bias_N if isinstance(part, Linear) else part.bias_D
@@ -76,7 +93,7 @@ class Ops:
     place_visual_tokens(x_TD, visual_XD, row_X), in place
     norm_qkv_rope_kv(x_TD, norm, qkv, q_norm or None, k_norm or None,
                      position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T) -> q_THC; writes k and v
-    paged_attention(q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, query_start_S1, seq_len_S) -> y_THC
+    paged_attention(q_THC, k_cache_BGPC, v_cache_BGPC, batch) -> y_THC
     norm_linear(x, norm, linear) -> y
     norm_linear_swiglu(x_TD, norm, gate_up) -> y_TF
     linear_residual(y, linear, x_TD) -> new x_TD
@@ -95,7 +112,7 @@ class Ops:
     norm_qkv_rope_kv: Callable[
         [Tensor, Norm, Linear, Norm | None, Norm | None, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
     norm_linear: Callable[[Tensor, Norm, Linear], Tensor]
     norm_linear_swiglu: Callable[[Tensor, Norm, Linear], Tensor]
     linear_residual: Callable[[Tensor, Linear, Tensor], Tensor]
@@ -159,7 +176,9 @@ TORCH = Ops(
     unshuffle_norm=_unshuffle_norm,
     place_visual_tokens=place_visual_tokens_reference,
     norm_qkv_rope_kv=_norm_qkv_rope_kv,
-    paged_attention=paged_attention_reference,
+    paged_attention=lambda q, k_cache, v_cache, batch: paged_attention_reference(
+        q, k_cache, v_cache, batch.block_table_SN, batch.query_start_S1, batch.seq_len_S
+    ),
     norm_linear=lambda x, norm, linear: _linear(_norm(x, norm), linear),
     norm_linear_swiglu=lambda x, norm, gate_up: swiglu_reference(_linear(_norm(x, norm), gate_up)),
     linear_residual=lambda y, linear, x: linear_residual_reference(y, linear.weight_NK, linear.bias_N, x, None),

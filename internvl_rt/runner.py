@@ -44,8 +44,10 @@ class Runner:
                 chunk.sequence.num_computed = chunk.stop
             self._synchronize()
             self._cache.publish([(chunk.sequence.seq_id, chunk.stop) for chunk in chunks])
-        finally:
-            self._cache.blocks.complete(step.number)
+        except BaseException:
+            self._cache.blocks.complete(step.number, failed=True)
+            raise
+        self._cache.blocks.complete(step.number)
         done_s = time.perf_counter()
         return StepResult(list(zip(sampled, token_ids, strict=True)), encoded_s - start_s, done_s - encoded_s)
 

@@ -60,7 +60,7 @@ class Scheduler:
                 break
             self._running.append(self._waiting.popleft())
             take(self._running[-1])
-        return chunks
+        return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)  # attention takes single tokens apart
 
     def _admit(self, sequence: Sequence) -> bool:
         """Takes blocks for the whole sequence; what the cache holds of its prompt need not be computed."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kv_cache import KVCache
+from internvl_rt.ops import Batch
 from internvl_rt.sequence import Sequence
 
 
@@ -33,9 +34,7 @@ class StepInputs:
     token_id_T: Tensor  # int64; any id at rows that visual tokens overwrite
     position_T: Tensor  # float32 rotary positions, fractions allowed
     slot_T: Tensor  # int32, place of each token's key and value in the pool
-    query_start_S1: Tensor  # int32, first row of each sequence, and T
-    seq_len_S: Tensor  # int32, tokens of each sequence with this step's
-    block_table_SN: Tensor  # int32, -1 beyond a sequence's blocks
+    batch: Batch
     logit_row_R: Tensor  # int64, rows whose logits are wanted
     visual_XD: Tensor | None  # visual tokens of this step, or None
     visual_row_X: Tensor  # int64, the rows they overwrite
@@ -44,9 +43,10 @@ class StepInputs:
 def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> StepInputs:
     """The inputs of `chunks`; appends their tokens to the cache's sequences and makes the block copies that this needs.
 
-    Every picture that a chunk touches must be encoded (`Sequence.visual`).
+    Chunks of one token come first. Every picture that a chunk touches must be encoded (`Sequence.visual`).
     """
     counts = [chunk.stop - chunk.start for chunk in chunks]
+    assert all(count == 1 for count in counts[: counts.count(1)]), "chunks of one token come first"
     seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
     num_new_S = np.array(counts, np.int32)
     for chunk in chunks:
@@ -85,9 +85,13 @@ def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> St
         token_id_T=to_device(np.array(token_ids, np.int64)),
         position_T=to_device(np.concatenate(positions)),
         slot_T=to_device(slot_T),
-        query_start_S1=to_device(query_start_S1),
-        seq_len_S=to_device(seq_len_S),
-        block_table_SN=to_device(block_table_SN),
+        batch=Batch(
+            query_start_S1=to_device(query_start_S1),
+            seq_len_S=to_device(seq_len_S),
+            block_table_SN=to_device(block_table_SN),
+            num_decodes=counts.count(1),
+            max_query_len=max(counts),
+        ),
         logit_row_R=to_device(np.array(logit_rows, np.int64)),
         visual_XD=torch.cat(visual) if visual else None,
         visual_row_X=to_device(np.concatenate(visual_rows) if visual_rows else np.empty(0, np.int64)),

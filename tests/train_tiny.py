@@ -29,7 +29,7 @@ from internvl_rt.image import ImageOptions, tile_image
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.kv_cache import LayerCache
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.ops import TORCH, Linear
+from internvl_rt.ops import TORCH, Batch, Linear
 from internvl_rt.position import STRIDES, build_positions
 from internvl_rt.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.step import StepInputs
@@ -129,9 +129,7 @@ def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[
                 left -= 1
 
 
-def attend_densely(
-    q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, table_SN: Tensor, start_S1: Tensor, seq_len_S: Tensor
-) -> Tensor:
+def attend_densely(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, batch: Batch) -> Tensor:
     """`paged_attention` where block s of the cache is all of sequence s, padded at its end."""
     num_sequences, _, seq_len, head_dim = k_cache_BGPC.shape
     q_SHLC = q_THC.view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
@@ -173,12 +171,11 @@ def measure_loss(
     visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
+        number=0,
         token_id_T=token_id_T,
         position_T=torch.from_numpy(positions.ravel()),
         slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),
-        query_start_S1=unused,
-        seq_len_S=unused,
-        block_table_SN=unused,
+        batch=Batch(unused, unused, unused, num_decodes=0, max_query_len=seq_len),
         logit_row_R=answer_rows - 1,
         visual_XD=visual_XD,
         visual_row_X=torch.from_numpy(np.concatenate(visual)),

@@ -60,7 +60,7 @@ def run_decoder(
             v_cache,
             step.slot_T,
         )
-        y_THC = ops.paged_attention(q_THC, k_cache, v_cache, step.block_table_SN, step.query_start_S1, step.seq_len_S)
+        y_THC = ops.paged_attention(q_THC, k_cache, v_cache, step.batch)
         x_TD = ops.linear_residual(y_THC.flatten(1), layer.o, x_TD)
         y_TF = ops.norm_linear_swiglu(x_TD, layer.norm2, layer.gate_up)
         x_TD = ops.linear_residual(y_TF, layer.down, x_TD)

@@ -1,0 +1,323 @@
+"""Random operations on PagedKVCache and on the model of it, compared after each one.
+
+Whoever drives it supplies the random numbers: hypothesis, which shrinks what fails (machine.py), or a plain generator,
+which is fast (soak.py). A pool of numbers stands in for keys and values (device.py): wrong sharing, a block that is
+handed out too early, or a copy that is missing shows as a wrong number.
+"""
+
+from typing import Any
+
+from internvl_rt._C import PagedKVCache
+from paged_kv_cache.buffers import POISON, check_split_plan, int32, step_buffers
+from paged_kv_cache.device import Device
+from paged_kv_cache.draws import Draw, Draws
+from paged_kv_cache.mirror import Mirror
+from paged_kv_cache.model import TO_DEVICE, TO_HOST, RefusedError
+
+
+class Driver(Draws):
+    def __init__(self, draw: Draw) -> None:
+        super().__init__(draw)
+        model = self.model
+        self.events = self.integer(0, 1) == 1
+        options = {"watermark_blocks": model.watermark_blocks, "events": self.events}
+        arguments = (model.num_blocks, model.block_size)
+        self.cache = PagedKVCache(*arguments, num_host_blocks=model.num_host_blocks, **options)
+        self.calls: list[tuple[Any, ...]] = [("PagedKVCache", *arguments, model.num_host_blocks, options)]
+        self.device = Device(*arguments, model.num_host_blocks)
+        self.host_block: dict[int, int] = {}  # by ticket
+        self.text: dict[int, int] = {}  # by sequence
+        self.mirror = Mirror()
+
+    # --- both sides
+
+    def both(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Calls the method of both, lists as arrays; the results must be equal, or both refuse (None)."""
+        self.calls.append((name, *arguments, options))
+        arrays = [int32(a) if isinstance(a, list) else a for a in arguments]
+        try:
+            expected = getattr(self.model, name)(*arguments, **options)
+        except RefusedError as refused:
+            self.check_refused(name, *arrays, **options)
+            self.calls.append(("refused", str(refused)))
+            return None
+        result = getattr(self.cache, name)(*arrays, **options)
+        assert result == expected, f"{name}: expected {expected}, got {result}"
+        return result
+
+    def check_refused(self, name: str, *arguments: Any, **options: Any) -> None:
+        try:
+            getattr(self.cache, name)(*arguments, **options)
+        except ValueError:
+            return
+        raise AssertionError(f"{name} was not refused")
+
+    def history(self) -> str:
+        text = "\n".join(" ".join(map(str, call)) for call in self.calls)
+        return text.replace(str(bytes(32)), "bytes(32)")
+
+    def check(self) -> None:
+        self.cache.check_invariants()
+        expected, got = self.model.stats(), self.cache.stats()
+        assert got == expected, {key: (got[key], expected[key]) for key in expected if got[key] != expected[key]}
+        assert self.cache.num_available_blocks == self.model.num_available()
+        assert self.cache.num_sequences == len(self.model.sequences)
+        assert all(self.cache.length(seq_id) == s.length for seq_id, s in self.model.sequences.items())
+        if len(self.model.events) >= self.model.num_blocks:  # before the cache gives up on recording them one by one
+            self.drain_events()
+
+    # --- operations
+
+    def match(self) -> None:
+        self.both("match", *self.draw_prompt()[1:])
+
+    def admit(self) -> None:
+        text, *prompt = self.draw_prompt()
+        seq_id, num_reserved = self.draw_new_id(), self.pick([0, 0, len(prompt[0]), len(prompt[0]) + 3])
+        num_reserved = -1 if self.rarely() and self.rarely() else num_reserved
+        if self.both("admit", seq_id, *prompt, num_reserved=num_reserved) is not None:
+            self.text[seq_id] = text
+
+    def choose_ids(self, seq_ids: list[int]) -> None:
+        """The ids of all tokens that have slots now; the cache learns them later."""
+        for seq_id in seq_ids:
+            s = self.model.sequences[seq_id]
+            start, count = len(s.token_ids), s.length - len(s.token_ids)
+            ids = self.text_ids(self.text[seq_id], start, count)
+            if ids and self.rarely():
+                ids[0] = self.integer(2, 3)
+            self.model.choose_ids(s, ids)
+
+    def append(self) -> None:
+        seq_id = self.draw_sequence()
+        length = self.model.sequences[seq_id].length if seq_id in self.model.sequences else 0
+        num_tokens = self.beside_boundary(length, 2) if self.integer(0, 1) else self.integer(0, 2)
+        num_tokens = -1 if self.rarely() and self.rarely() else num_tokens
+        if self.both("append", seq_id, num_tokens):
+            self.choose_ids([seq_id])
+
+    def append_batch(self) -> None:
+        seq_ids = self.draw_resident()
+        counts = [self.draw_count(seq_id) for seq_id in seq_ids]
+        if self.both("append_batch", seq_ids, counts):
+            self.choose_ids(seq_ids)
+
+    def extend(self) -> None:
+        seq_id = self.draw_sequence()
+        if seq_id not in self.model.sequences:
+            return self.both("extend", seq_id, [1])
+        s = self.model.sequences[seq_id]
+        ids = s.token_ids[s.num_known :]
+        ids = ids[: self.integer(0, len(ids))] if self.rarely() else ids
+        if len(ids) + s.num_known == len(s.token_ids) and self.rarely():
+            ids = [*ids, 1]
+        self.both("extend", seq_id, ids)
+
+    def extend_batch(self) -> None:
+        sequences = self.model.sequences
+        chosen = [seq_id for seq_id, s in sequences.items() if s.num_known < len(s.token_ids)]
+        self.both("extend_batch", chosen, [sequences[i].token_ids[sequences[i].num_known] for i in chosen])
+
+    def publish(self) -> None:
+        seq_ids = self.draw_resident()
+        limits = [min(self.model.sequences[i].num_in_steps, self.model.sequences[i].num_known) for i in seq_ids]
+        self.both("publish", seq_ids, [n + self.pick([0, 0, 0, 0, -1, 1]) if self.rarely() else n for n in limits])
+
+    def fork(self, seq_id: int | None = None) -> int:
+        seq_id, new_seq_id = self.draw_sequence() if seq_id is None else seq_id, self.draw_new_id()
+        self.both("fork", seq_id, new_seq_id)
+        self.text.setdefault(new_seq_id, self.integer(0, 2))
+        return new_seq_id
+
+    def branch(self) -> None:
+        """Forks of forks that go on at once, before the copies are made."""
+        seq_id = self.draw_sequence()
+        for _ in range(self.integer(1, 3)):
+            seq_id = self.fork(seq_id)
+            if self.both("append", seq_id, self.integer(0, 2)):
+                self.choose_ids([seq_id])
+
+    def rollback(self) -> None:
+        seq_id = self.draw_sequence()
+        length = self.model.sequences[seq_id].length if seq_id in self.model.sequences else 0
+        most = min(length, self.model.block_size + 2)
+        self.both("rollback", seq_id, self.pick([-1, length + 1]) if self.rarely() else self.integer(0, most))
+
+    def release(self) -> None:
+        self.both("release", self.draw_sequence())
+
+    def swap_out(self) -> None:
+        self.both("swap_out", self.draw_sequence())
+
+    def swap_in(self) -> None:
+        swapped = [seq_id for seq_id, s in self.model.sequences.items() if s.swapped]
+        if not swapped and not self.rarely():
+            return self.swap_out()
+        self.both("swap_in", self.pick(swapped) if swapped and not self.rarely() else self.draw_id())
+
+    def take_copies(self) -> None:
+        self.calls.append(("take_copies",))
+        got = self.cache.take_copies().tolist()
+        expected = self.model.take_copies()
+        live = {ticket for s in self.model.sequences.values() if s.swapped for ticket in s.table}
+        live |= {ticket for _, ticket in self.model.host_waiting}
+        for (kind, _, ticket), copy in zip(expected, got, strict=False):
+            if kind == TO_HOST:  # which host block is the cache's choice, among those that nobody uses
+                self.host_block[ticket] = copy[2]
+        self.host_block = {t: block for t, block in self.host_block.items() if t in live}
+        chosen = [self.host_block[ticket] for ticket in live if ticket in self.host_block]
+        assert len(set(chosen)) == len(chosen), "a host block has two owners"
+        assert all(0 <= block < self.model.num_host_blocks for block in chosen)
+        on_host = {TO_HOST: 2, TO_DEVICE: 1}  # which of (kind, source, destination) is a ticket
+        for copy in expected:
+            if copy[0] in on_host:
+                copy[on_host[copy[0]]] = self.host_block[copy[on_host[copy[0]]]]
+        assert got == expected, f"take_copies: expected {expected}, got {got}"
+        self.device.copy(got)
+
+    def step(self) -> None:
+        seq_ids = self.draw_resident()
+        counts = [self.num_uncomputed(seq_id) for seq_id in seq_ids]
+        if self.rarely():
+            counts = [self.integer(0, self.model.sequences[seq_id].length) for seq_id in seq_ids]
+        self.launch(seq_ids, counts)
+
+    def num_uncomputed(self, seq_id: int) -> int:
+        return self.model.sequences[seq_id].length - self.model.sequences[seq_id].num_in_steps
+
+    def launch(self, seq_ids: list[int], counts: list[int], fails: bool = False) -> None:
+        model, rows = self.model, [self.model.sequences[seq_id] for seq_id in seq_ids]
+        num_blocks = [model.blocks_for(s.length) for s in rows]
+        num_decodes = counts.count(1)
+        num_items = max(0, num_decodes + self.integer(-1, 6)) if self.integer(0, 1) else None
+        num_rows = len(rows) + self.integer(0, 1)
+        width = max(num_blocks, default=0) + self.integer(0, 1)
+        out = step_buffers(num_rows, width, sum(counts) + self.integer(0, 1), num_items)
+        self.calls.append(("fill_step", seq_ids, counts, {"num_items": num_items}))
+        if model.copies or (num_items is not None and num_items < num_decodes):
+            self.check_refused("fill_step", int32(seq_ids), int32(counts), **out)
+            assert all((buffer == POISON).all() for buffer in out.values())
+            if num_items is not None and num_items < num_decodes:
+                return
+            self.take_copies()
+        assert self.cache.fill_step(int32(seq_ids), int32(counts), **out) == model.fill_step(seq_ids, counts)
+
+        spare = num_rows - len(rows)
+        got = {name: buffer.tolist() for name, buffer in out.items()}
+        starts = [sum(counts[:row]) for row in range(len(rows) + 1)]
+        assert got["query_start_S1"] == starts + starts[-1:] * spare
+        assert got["seq_len_S"] == [s.length for s in rows] + [0] * spare
+        tables = [s.table[:n] + [-1] * (width - n) for s, n in zip(rows, num_blocks, strict=True)]
+        assert got["block_table_SN"] == tables + [[-1] * width] * spare
+        size = model.block_size
+        slots = [
+            s.table[t // size] * size + t % size
+            for s, n in zip(rows, counts, strict=True)
+            for t in range(s.length - n, s.length)
+        ]
+        assert got["slot_T"] == slots + [-1] * (len(got["slot_T"]) - len(slots))
+        if num_items is not None:
+            split = [n if count == 1 else 0 for n, count in zip(num_blocks, counts, strict=True)]
+            check_split_plan(got["split_start_S1"], got["split_W3"], split + [0] * spare)
+        if fails:
+            return
+        new = [c for s, n in zip(rows, counts, strict=True) for c in s.contents[s.length - n + 1 : s.length + 1]]
+        self.device.write(slots, new)
+        self.device.check(model)
+
+    def failing_step(self) -> None:
+        """Nothing is written. Whoever holds a token of the step is released, so that none of them is ever matched."""
+        if not self.rarely():
+            return
+        seq_ids = self.draw_resident()[:2]
+        rows = [self.model.sequences[seq_id] for seq_id in seq_ids]
+        first = [s.num_in_steps // self.model.block_size for s in rows]
+        touched = {b for s, i in zip(rows, first, strict=True) for b in s.table[i : self.model.blocks_for(s.length)]}
+        self.take_copies()
+        before = self.model.latest
+        self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids], fails=True)
+        if self.model.latest == before:
+            return
+        if self.integer(0, 1):
+            self.both("publish", seq_ids, [min(s.num_in_steps, s.num_known) for s in rows])
+        if seq_ids and self.integer(0, 1):
+            self.both("swap_out", self.pick(seq_ids))
+        holders = [i for i, s in self.model.sequences.items() if not s.swapped and touched & set(s.table)]
+        for seq_id in {*seq_ids, *holders}:
+            self.both("release", seq_id)
+        self.both("complete", self.model.latest, failed=True)
+
+    def serve(self) -> None:
+        """What an engine does in one step: the way to deep states."""
+        seq_ids = self.draw_resident()
+        counts = [self.draw_count(seq_id) for seq_id in seq_ids]
+        if not self.both("append_batch", seq_ids, counts):
+            return self.both("release", self.pick(seq_ids))
+        self.choose_ids(seq_ids)
+        self.take_copies()
+        self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids])
+        for seq_id in seq_ids:
+            s = self.model.sequences[seq_id]
+            self.both("extend", seq_id, s.token_ids[s.num_known :])
+        limits = [min(self.model.sequences[i].num_in_steps, self.model.sequences[i].num_known) for i in seq_ids]
+        self.both("publish", seq_ids, limits)
+
+    def complete(self) -> None:
+        self.both("complete", self.integer(self.model.completed, self.model.latest), failed=self.rarely())
+
+    def complete_all(self) -> None:
+        self.both("complete", self.model.latest)
+
+    def reset(self) -> None:
+        if self.rarely():
+            self.both("reset")
+
+    def drain_events(self) -> None:
+        got = [(*event[:3], event[3].tolist()) for event in self.cache.drain_events()]
+        expected, self.model.events = self.model.events, []
+        if self.events:
+            self.mirror.replay(expected, got)
+            assert self.mirror.contents() == set(self.model.published.values())
+        else:
+            assert got == []
+
+    def misuse(self) -> None:
+        """What must be refused whatever the state is."""
+        some = sorted(self.model.sequences)[:1]
+        resident = [i for i, s in self.model.sequences.items() if not s.swapped]
+        unknown = 77
+        picture = (0, 1, bytes(32))
+        self.pick(
+            [
+                lambda: self.both("append_batch", [*some, unknown], [0] * (len(some) + 1)),
+                lambda: self.both("append_batch", [*some, *some, unknown], [0] * (2 * len(some) + 1)),
+                lambda: self.both("append_batch", some, [1] * (len(some) + 1)),
+                lambda: self.both("append_batch", resident[:2], [1, -1][-len(resident[:2]) :] if resident else [1]),
+                lambda: self.both("extend_batch", [*some, unknown], [1] * (len(some) + 1)),
+                lambda: self.both("publish", [*resident, unknown], [0] * (len(resident) + 1)),
+                lambda: self.both("complete", self.model.latest + 1),
+                lambda: self.both("complete", self.model.completed - 1),
+                lambda: self.both("swap_in", resident[0] if resident else unknown),
+                lambda: self.both("admit", 2**31, [1]),
+                lambda: self.both("admit", 9, [1], (picture, picture)),
+                lambda: self.both("admit", 9, [1, 1], ((1, 2, bytes(32)),)),
+                lambda: self.both("match", [1], ((0, 0, bytes(32)),)),
+                lambda: self.both("match", [1], ((0, 1, bytes(31)),)),
+                lambda: self.both("fork", some[0] if some else unknown, some[0] if some else 9),
+            ]
+        )()
+
+
+OPERATIONS = [  # as often as they are drawn
+    *["serve"] * 9,
+    *["admit"] * 4,
+    *["append", "append_batch", "extend", "extend_batch", "publish", "step", "failing_step", "take_copies"],
+    *["append", "complete", "complete", "complete_all", "fork", "branch", "rollback", "release", "swap_out", "swap_in"],
+    *["match", "reset", "drain_events", "misuse"],
+]
+
+
+def perform(driver: Driver, operation: str) -> None:
+    nothing_here = not driver.model.sequences and not driver.rarely()
+    getattr(driver, "admit" if nothing_here else operation)()
+    driver.check()

@@ -1,0 +1,354 @@
+"""What PagedKVCache must do, as plainly as it can be said: lists and dicts, and whatever is cheap is looked up anew."""
+
+from collections import Counter
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+
+from paged_kv_cache.contents import Contents, PictureSpan, Sequence
+
+DEVICE_COPY, TO_HOST, TO_DEVICE = 0, 1, 2
+
+
+class RefusedError(Exception):
+    """The cache must raise ValueError here, and nothing may change."""
+
+
+@dataclass
+class Publication:
+    fence: int
+    block: int
+    content: int
+    parent: int
+    token_ids: list[int]
+
+
+class Model:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0, watermark_blocks: int = 0) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_host_blocks, self.watermark_blocks = num_host_blocks, watermark_blocks
+        self.all_contents = Contents()
+        self.sequences: dict[int, Sequence] = {}
+        self.fresh = list(range(num_blocks))[::-1]  # the next one last
+        self.cached: list[int] = []  # the next one to be evicted first
+        self.waiting: list[tuple[int, int | None]] = []  # fence and block; None: somebody took the block meanwhile
+        self.published: dict[int, int] = {}  # block -> content of its last token
+        self.pending: list[Publication] = []
+        self.copied_until: Counter[int] = Counter()  # block -> the step that makes the copies from or to it
+        self.busy_until: Counter[int] = Counter()  # block -> the latest step that uses it
+        self.copies: list[list[int]] = []
+        self.host_waiting: list[tuple[int, int]] = []
+        self.num_tickets = 0
+        self.latest = self.completed = 0
+        self.counts: Counter[str] = Counter()
+        self.events: list[tuple[str, int, int, list[int]]] = []
+
+    # --- looking things up
+
+    def find(self, seq_id: int, resident: bool = True) -> Sequence:
+        if seq_id not in self.sequences:
+            raise RefusedError(f"sequence {seq_id} is not admitted")
+        if resident and self.sequences[seq_id].swapped:
+            raise RefusedError(f"sequence {seq_id} is swapped out")
+        return self.sequences[seq_id]
+
+    def find_batch(self, seq_ids: list[int], values: list[int], resident: bool = True) -> list[Sequence]:
+        if len(seq_ids) != len(values):
+            raise RefusedError("sizes differ")
+        if len(set(seq_ids)) != len(seq_ids):
+            raise RefusedError("a sequence is listed twice")
+        return [self.find(seq_id, resident) for seq_id in seq_ids]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def resident(self) -> list[Sequence]:
+        return [s for s in self.sequences.values() if not s.swapped]
+
+    def references(self, block: int) -> int:
+        return sum(block in s.table for s in self.resident())
+
+    def writable(self, block: int) -> bool:
+        is_private = block not in self.published and all(p.block != block for p in self.pending)
+        return is_private and self.references(block) == 1
+
+    def num_available(self) -> int:
+        return len(self.fresh) + len(self.cached)
+
+    def num_host_free(self) -> int:
+        num_used = sum(len(s.table) for s in self.sequences.values() if s.swapped)
+        return self.num_host_blocks - num_used - len(self.host_waiting)
+
+    def deferred(self) -> list[int]:
+        return [block for _, block in self.waiting if block is not None]
+
+    def stats(self) -> dict[str, int]:
+        used = {block for s in self.resident() for block in s.table}
+        everywhere = [*self.fresh, *self.cached, *self.deferred(), *used]
+        assert sorted(everywhere) == list(range(self.num_blocks)), "the model itself lost a block"
+        return {
+            "num_blocks": self.num_blocks,
+            "num_fresh": len(self.fresh),
+            "num_cached": len(self.cached),
+            "num_used": len(used),
+            "num_deferred": len(self.deferred()),
+            "num_host_blocks": self.num_host_blocks,
+            "num_host_free": self.num_host_free(),
+            "num_sequences": len(self.sequences),
+            **{name: self.counts[name] for name in ("queried_tokens", "hit_tokens")},
+            **{name: self.counts[name] for name in ("num_evictions", "num_device_copies")},
+        }
+
+    # --- blocks come and go
+
+    def allocate(self) -> int:
+        block = (self.fresh or self.cached[:1])[-1]
+        assert self.busy_until[block] <= self.completed, "a step or a copy may still use the block"
+        if self.fresh:
+            return self.fresh.pop()
+        self.cached.pop(0)
+        self.events.append(("removed", self.published.pop(block), 0, []))
+        self.counts["num_evictions"] += 1
+        return block
+
+    def take(self, block: int) -> None:
+        """Before a further sequence's table gets a block that can be matched."""
+        if block in self.cached:
+            self.cached.remove(block)
+        self.waiting = [(fence, None if waits == block else waits) for fence, waits in self.waiting]
+
+    def drop(self, block: int, fence: int) -> None:
+        """After a table lost the block."""
+        if self.references(block) == 0:
+            self.waiting.append((max(fence, self.copied_until[block]), block))
+            self.settle()
+
+    def settle(self) -> None:
+        """All that the completed steps held back."""
+        while self.pending and self.pending[0].fence <= self.completed:
+            done = self.pending.pop(0)
+            if done.content not in self.published.values():
+                self.published[done.block] = done.content
+                self.events.append(("stored", done.content, done.parent, done.token_ids))
+        while self.waiting and self.waiting[0][0] <= self.completed:
+            _, block = self.waiting.pop(0)
+            if block is not None:
+                (self.cached if block in self.published else self.fresh).append(block)
+        self.host_waiting = [(fence, ticket) for fence, ticket in self.host_waiting if fence > self.completed]
+
+    def copy(self, kind: int, source: int, destination: int) -> None:
+        if kind == DEVICE_COPY:
+            self.counts["num_device_copies"] += 1
+            source = next((s for k, s, d in self.copies if k == DEVICE_COPY and d == source), source)
+        for block in ([source] if kind != TO_DEVICE else []) + ([destination] if kind != TO_HOST else []):
+            self.copied_until[block] = self.busy_until[block] = self.latest + 1
+        self.copies.append([kind, source, destination])
+
+    def choose_ids(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """The ids of the tokens behind those chosen so far, whether or not the cache knows them yet."""
+        for token_id in token_ids:
+            picture = sequence.pictures.get(len(sequence.token_ids))
+            sequence.contents.append(self.all_contents.after(sequence.contents[-1], token_id, picture))
+            sequence.token_ids.append(token_id)
+
+    # --- the interface of PagedKVCache
+
+    def prompt(self, token_ids: list[int], pictures: Listing[PictureSpan], identity: bytes | None) -> Sequence:
+        end = 0
+        for start, num_tokens, digest in pictures:
+            if start < end or num_tokens < 1 or start + num_tokens > len(token_ids) or len(digest) != 32:
+                raise RefusedError("malformed pictures")
+            end = start + num_tokens
+        begins = {start: (num_tokens, digest) for start, num_tokens, digest in pictures}
+        sequence = Sequence(identity, begins, [], len(token_ids), [self.all_contents.root(identity)])
+        self.choose_ids(sequence, token_ids)
+        return sequence
+
+    def matched_blocks(self, prompt: Sequence) -> list[int]:
+        holder = {content: block for block, content in self.published.items()}
+        blocks: list[int] = []
+        for end in range(self.block_size, len(prompt.token_ids), self.block_size):
+            if prompt.contents[end] not in holder:
+                break
+            blocks.append(holder[prompt.contents[end]])
+        return blocks
+
+    def match(self, token_ids: list[int], pictures: Listing[PictureSpan] = (), identity: bytes | None = b"") -> int:
+        return len(self.matched_blocks(self.prompt(token_ids, pictures, identity))) * self.block_size
+
+    def admit(
+        self,
+        seq_id: int,
+        token_ids: list[int],
+        pictures: Listing[PictureSpan] = (),
+        identity: bytes | None = b"",
+        num_reserved: int = 0,
+    ) -> int | None:
+        if seq_id in self.sequences or not 0 <= seq_id < 2**31 or num_reserved < 0:
+            raise RefusedError("seq_id or num_reserved")
+        sequence = self.prompt(token_ids, pictures, identity)
+        matched = self.matched_blocks(sequence)
+        length = len(matched) * self.block_size
+        num_new = self.blocks_for(max(length, num_reserved)) - len(matched)
+        num_kept_free = self.watermark_blocks if self.sequences else 0
+        if num_new > self.num_available() - len(set(matched) & set(self.cached)) - num_kept_free:
+            return None
+        for block in matched:
+            self.take(block)
+        sequence.table = matched + [self.allocate() for _ in range(num_new)]
+        sequence.length = sequence.num_in_steps = length
+        sequence.num_published = len(matched)
+        self.sequences[seq_id] = sequence
+        if identity is not None:
+            self.counts["queried_tokens"] += len(token_ids)
+            self.counts["hit_tokens"] += length
+        return length
+
+    def touched(self, sequence: Sequence, num_tokens: int) -> range:
+        """The blocks, by their place in the table, that the next tokens go to."""
+        end = self.blocks_for(sequence.length + num_tokens)
+        return range(sequence.length // self.block_size, end) if num_tokens else range(0)
+
+    def num_needed(self, sequence: Sequence, num_tokens: int) -> int:
+        places = self.touched(sequence, num_tokens)
+        return sum(i >= len(sequence.table) or not self.writable(sequence.table[i]) for i in places)
+
+    def append(self, seq_id: int, num_tokens: int) -> bool:
+        return self.append_to([self.find(seq_id)], [num_tokens])
+
+    def append_batch(self, seq_ids: list[int], num_tokens: list[int]) -> bool:
+        return self.append_to(self.find_batch(seq_ids, num_tokens), num_tokens)
+
+    def append_to(self, sequences: list[Sequence], num_tokens: list[int]) -> bool:
+        if any(count < 0 for count in num_tokens):
+            raise RefusedError("num_tokens")
+        if sum(map(self.num_needed, sequences, num_tokens)) > self.num_available():
+            return False
+        for sequence, count in zip(sequences, num_tokens, strict=True):
+            for i in self.touched(sequence, count):
+                if i >= len(sequence.table):
+                    sequence.table.append(self.allocate())
+                elif not self.writable(sequence.table[i]):
+                    old, sequence.table[i] = sequence.table[i], self.allocate()
+                    if i * self.block_size < sequence.length:
+                        self.copy(DEVICE_COPY, old, sequence.table[i])
+                    self.drop(old, self.latest + 1)
+            sequence.length += count
+        return True
+
+    def extend(self, seq_id: int, token_ids: list[int]) -> None:
+        sequence = self.find(seq_id, resident=False)
+        chosen = sequence.token_ids[sequence.num_known :]
+        assert chosen[: len(token_ids)] == token_ids[: len(chosen)], "the driver reveals other ids than it chose"
+        self.choose_ids(sequence, token_ids[len(chosen) :])
+        sequence.num_known += len(token_ids)
+
+    def extend_batch(self, seq_ids: list[int], token_ids: list[int]) -> None:
+        self.find_batch(seq_ids, token_ids, resident=False)
+        for seq_id, token_id in zip(seq_ids, token_ids, strict=True):
+            self.extend(seq_id, [token_id])
+
+    def publish(self, seq_ids: list[int], num_tokens: list[int]) -> None:
+        sequences = self.find_batch(seq_ids, num_tokens)
+        for sequence, count in zip(sequences, num_tokens, strict=True):
+            if not 0 <= count <= min(sequence.num_in_steps, sequence.num_known):
+                raise RefusedError("num_tokens")
+        size = self.block_size
+        for sequence, count in zip(sequences, num_tokens, strict=True):
+            if sequence.identity is None:
+                continue
+            for i in range(sequence.num_published, count // size):
+                block = sequence.table[i]
+                if block not in self.published and all(p.block != block for p in self.pending):
+                    ids = sequence.token_ids[i * size : (i + 1) * size]
+                    content, parent = sequence.contents[(i + 1) * size], sequence.contents[i * size]
+                    self.pending.append(Publication(self.latest, block, content, parent, ids))
+            sequence.num_published = max(sequence.num_published, count // size)
+        self.settle()
+
+    def fork(self, seq_id: int, new_seq_id: int) -> None:
+        old = self.find(seq_id)
+        if new_seq_id in self.sequences or not 0 <= new_seq_id < 2**31:
+            raise RefusedError("new_seq_id")
+        new = Sequence(old.identity, old.pictures, list(old.token_ids), old.num_known, list(old.contents))
+        new.length, new.num_in_steps, new.num_published = old.length, old.num_in_steps, old.num_published
+        new.table = old.table[: self.blocks_for(old.length)]
+        self.sequences[new_seq_id] = new
+
+    def rollback(self, seq_id: int, num_tokens: int) -> None:
+        sequence = self.find(seq_id)
+        if not 0 <= num_tokens <= sequence.length:
+            raise RefusedError("num_tokens")
+        sequence.length -= num_tokens
+        sequence.num_known = min(sequence.num_known, sequence.length)
+        sequence.num_in_steps = min(sequence.num_in_steps, sequence.length)
+        sequence.num_published = min(sequence.num_published, sequence.length // self.block_size)
+        del sequence.token_ids[sequence.length :], sequence.contents[sequence.length + 1 :]
+
+    def release(self, seq_id: int) -> None:
+        sequence = self.find(seq_id, resident=False)
+        if sequence.swapped:
+            self.host_waiting += [(self.latest + 1, ticket) for ticket in sequence.table]
+        del self.sequences[seq_id]
+        for block in [] if sequence.swapped else reversed(sequence.table):
+            self.drop(block, self.latest)
+
+    def swap_out(self, seq_id: int) -> bool:
+        sequence = self.find(seq_id)
+        num_live = self.blocks_for(sequence.length)
+        if num_live > self.num_host_free():
+            return False
+        device_blocks, tickets = sequence.table, list(range(self.num_tickets, self.num_tickets + num_live))
+        self.num_tickets += num_live
+        sequence.table, sequence.swapped = tickets, True
+        for block, ticket in zip(device_blocks, tickets, strict=False):
+            self.copy(TO_HOST, block, ticket)
+        for block in reversed(device_blocks):
+            self.drop(block, self.latest + 1)
+        return True
+
+    def swap_in(self, seq_id: int) -> bool:
+        sequence = self.find(seq_id, resident=False)
+        if not sequence.swapped:
+            raise RefusedError("not swapped out")
+        if len(sequence.table) > self.num_available():
+            return False
+        tickets, sequence.table = sequence.table, [self.allocate() for _ in sequence.table]
+        sequence.swapped, sequence.num_published = False, 0
+        for ticket, block in zip(tickets, sequence.table, strict=True):
+            self.copy(TO_DEVICE, ticket, block)
+        self.host_waiting += [(self.latest + 1, ticket) for ticket in tickets]
+        return True
+
+    def fill_step(self, seq_ids: list[int], num_new_tokens: list[int]) -> int:
+        sequences = self.find_batch(seq_ids, num_new_tokens)
+        if self.copies:
+            raise RefusedError("copies are waiting")
+        if any(not 0 <= count <= s.length for s, count in zip(sequences, num_new_tokens, strict=True)):
+            raise RefusedError("num_new_tokens")
+        for sequence, count in zip(sequences, num_new_tokens, strict=True):
+            if sequence.length - count <= sequence.num_in_steps:
+                sequence.num_in_steps = sequence.length
+        self.latest += 1
+        for block in {block for s in sequences for block in s.table}:
+            self.busy_until[block] = self.latest
+        return self.latest
+
+    def complete(self, step: int, failed: bool = False) -> None:
+        if not self.completed <= step <= self.latest:
+            raise RefusedError("step")
+        if failed:
+            self.pending = [p for p in self.pending if p.fence > step]
+        self.completed = step
+        self.settle()
+
+    def take_copies(self) -> list[list[int]]:
+        copies, self.copies = self.copies, []
+        return copies
+
+    def reset(self) -> None:
+        self.published, self.pending = {}, []
+        self.fresh += self.cached
+        self.cached = []
+        for sequence in self.sequences.values():
+            sequence.num_published = 0
+        self.events = [("cleared", 0, 0, [])]
