@@ -1,0 +1,143 @@
+"""Breaks one guard of csrc/ at a time and shows that the soak notices: python tests/paged_kv_cache/mutate.py
+
+Every mutation is built in a folder of its own. Prints a table in Markdown (the one in csrc/README.md), and exits with 1
+when a mutation survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pybind11
+
+import internvl_rt
+
+ROOT = Path(__file__).parent.parent.parent
+SOAK = Path(__file__).parent / "soak.py"
+
+
+class Mutation(NamedTuple):
+    guard: str  # what is broken, for the table
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = [
+    Mutation(
+        "a fork takes no reference to the shared blocks",
+        "paged_kv_cache.cpp",
+        "    pool_.ref(block);\n    child.blocks.push_back(block);",
+        "    child.blocks.push_back(block);",
+    ),
+    Mutation(
+        "a matched block keeps its place on the list of free blocks",
+        "paged_kv_cache.cpp",
+        "    pool_.ref(block);\n    sequence.blocks.push_back(block);",
+        "    ++pool_[block].references;\n    sequence.blocks.push_back(block);",
+    ),
+    Mutation(
+        "released blocks return before their step is complete",
+        "paged_kv_cache_step.cpp",
+        "frees_.push(std::max(fence, pool_[block].busy_until), version_of(block));",
+        "frees_.push(0, version_of(block));",
+    ),
+    Mutation(
+        "blocks are matched before their step is complete",
+        "paged_kv_cache.cpp",
+        "publications_.push(num_steps_, version_of(block));",
+        "publications_.push(0, version_of(block));",
+    ),
+    Mutation(
+        "a shared last block is written, not copied",
+        "paged_kv_cache.cpp",
+        "    if (pool_.writable(block)) continue;",
+        "    if (pool_[block].content == Content::kPrivate) continue;",
+    ),
+    Mutation(
+        "a published block is written after a rollback",
+        "block_pool.h",
+        "return (*this)[block].references == 1 && (*this)[block].content == Content::kPrivate;",
+        "return (*this)[block].references == 1;",
+    ),
+    Mutation(
+        "a fork leaves its parent in the belief that its last block is its own",
+        "paged_kv_cache.cpp",
+        "  parent.room = 0;  // the last block is shared now\n",
+        "",
+    ),
+    Mutation(
+        "an evicted block stays in the index",
+        "paged_kv_cache_step.cpp",
+        "    index_.erase(evicted);\n",
+        "",
+    ),
+    Mutation(
+        "pictures do not count in a block's digest",
+        "prefix_index.cpp",
+        "  for (; picture != pictures.end() && picture->start < end; ++picture) {",
+        "  for (; picture != picture; ++picture) {",
+    ),
+    Mutation(
+        "a full hit leaves no token to compute",
+        "paged_kv_cache.cpp",
+        "std::max<std::int64_t>(std::ssize(prompt.token_ids) - 1, 0) / block_size()",
+        "std::ssize(prompt.token_ids) / block_size()",
+    ),
+    Mutation(
+        "a failed admission keeps its sequence",
+        "paged_kv_cache.cpp",
+        "  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) return std::nullopt;\n",
+        "  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) {\n"
+        "    start(seq_id, 0, [](Sequence&) {});\n    return std::nullopt;\n  }\n",
+    ),
+]
+
+
+def build(sources: Path, package: Path) -> None:
+    """The extension of `sources`, in a copy of the package's other files by link."""
+    package.mkdir()
+    for file in Path(internvl_rt.__file__).parent.iterdir():
+        if not file.name.startswith(("_C.cpython", "__pycache__")):
+            (package / file.name).symlink_to(file)
+    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([*command, *sorted(sources.glob("*.cpp")), "-o", target], check=True)
+
+
+def survives(mutation: Mutation | None, steps: int) -> tuple[bool, str]:
+    """Whether the soak passes, and its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder) / "csrc"
+        shutil.copytree(ROOT / "csrc", sources)
+        if mutation:
+            file = sources / mutation.file
+            text = file.read_text()
+            assert text.count(mutation.before) == 1, f"{mutation.guard}: the code has changed"
+            file.write_text(text.replace(mutation.before, mutation.after))
+        build(sources, Path(folder) / "internvl_rt")
+        command = [sys.executable, SOAK, "--steps", str(steps), "--seed", "1"]
+        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True)
+        return run.returncode == 0, (run.stdout + run.stderr).strip().splitlines()[-1]
+
+
+def main() -> int:
+    sound, line = survives(None, 20_000)
+    assert sound, f"the soak fails without a mutation: {line}"
+    print("| broken guard | file | what the soak says |\n| --- | --- | --- |")
+    survivors = 0
+    for mutation in MUTATIONS:
+        passed, line = survives(mutation, 50_000)
+        survivors += passed
+        print(f"| {mutation.guard} | `{mutation.file}` | {'**survived**' if passed else line[:110]} |", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
