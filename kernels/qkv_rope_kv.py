@@ -4,13 +4,21 @@
     rotate(x)   = (x1 cos - x2 sin, x2 cos + x1 sin)            x1, x2: first and second half of a head's channels
 
 Qwen3 normalises q and k by RMS per head before the rotation. The rotation runs in float32.
-Slot s of the pool is place s % P of block s // P. Source of the positions: V2PE, arXiv 2412.09616.
+Slot s of the pool is place s % P of block s // P. A row with slot -1 only fills up the batch of a captured graph: its k
+and v are written nowhere, its q is zero. Source of the positions: V2PE, arXiv 2412.09616.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._rope import norm_heads, rope_row
 from internvl_rt.kernels.rms_norm import rms_norm_reference
+
+HEAD_DIMS = (16, 32, 64, 128)  # a half must be a power of two and hold 16 bytes
 
 
 def _rotate(x_THC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
@@ -33,18 +41,258 @@ def qkv_rope_kv_reference(
     """Rotated queries [T, H, C] of packed rows (H q heads | G k heads | G v heads); writes k and v to the cache.
 
     `position_T` must be float32: half precision cannot tell neighbouring positions apart. `inv_freq_C` is [C / 2].
+    Among float64 (of tests) the two may be float64 as well; their product is one of float32 all the same.
     """
-    if position_T.dtype != torch.float32:
+    if position_T.dtype != torch.float32 and not position_T.dtype == qkv_TK.dtype == torch.float64:
         raise ValueError(f"position_T must be float32, got {position_T.dtype}")
     _, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
-    heads = qkv_TK.view(len(qkv_TK), -1, head_dim)
+    heads = qkv_TK.unflatten(1, (-1, head_dim))
     num_heads = heads.shape[1] - 2 * num_kv_heads
     q_THC, k_TGC, v_TGC = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     if q_norm_C is not None and k_norm_C is not None:
         q_THC, k_TGC = rms_norm_reference(q_THC, q_norm_C, eps), rms_norm_reference(k_TGC, k_norm_C, eps)
-    angle_T1C = (position_T[:, None] * inv_freq_C)[:, None]
+    angle_T1C = (position_T.float()[:, None] * inv_freq_C.float())[:, None]
     cos_T1C, sin_T1C = angle_T1C.cos(), angle_T1C.sin()
-    block_T, offset_T = slot_T.long() // block_size, slot_T.long() % block_size
-    k_cache_BGPC[block_T, :, offset_T] = _rotate(k_TGC, cos_T1C, sin_T1C)
-    v_cache_BGPC[block_T, :, offset_T] = v_TGC
-    return _rotate(q_THC, cos_T1C, sin_T1C)
+    if not slot_T.is_meta:  # shapes alone do not say which rows have a slot
+        has_slot_T = slot_T >= 0
+        slot = slot_T[has_slot_T].long()
+        k_cache_BGPC[slot // block_size, :, slot % block_size] = _rotate(k_TGC, cos_T1C, sin_T1C)[has_slot_T]
+        v_cache_BGPC[slot // block_size, :, slot % block_size] = v_TGC[has_slot_T]
+    return _rotate(q_THC, cos_T1C, sin_T1C).masked_fill_(slot_T[:, None, None] < 0, 0)
+
+
+@triton.jit(do_not_specialize=["H", "G", "num_slots"])  # one kernel for all models of a head dim
+def _qkv_rope_kv_kernel(
+    qkv, q_norm, k_norm, position, inv_freq, k_cache, v_cache, slot, q, H, G, num_slots, eps,
+    qkv_stride, q_stride, q_head_stride, block_stride, group_stride, place_stride,
+    P: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H of a token's q and k heads, or of its v heads, which are copied.
+
+    The halves of a head are blocks of their own, so that a channel and its partner lie in the same thread.
+    """
+    HALF: tl.constexpr = C // 2
+    token = tl.program_id(0).to(tl.int64)
+    turned_blocks = tl.cdiv(H + G, BLOCK_H)
+    is_v = tl.program_id(1) >= turned_blocks
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head += tl.where(is_v, H + G - turned_blocks * BLOCK_H, 0)
+    inside = head < tl.where(is_v, H + 2 * G, H + G)
+    channel = tl.arange(0, HALF)[None, :]
+    source = qkv + token * qkv_stride + (head * C)[:, None] + channel
+    first = tl.load(source, mask=inside[:, None], other=0.0)
+    second = tl.load(source + HALF, mask=inside[:, None], other=0.0)
+
+    place = tl.load(slot + token).to(tl.int64)
+    has_slot = (place >= 0) & (place < num_slots)
+    in_cache = place // P * block_stride + place % P * place_stride
+    if is_v:
+        target = (v_cache + in_cache + (head - H - G).to(tl.int64) * group_stride)[:, None] + channel
+        inside &= has_slot
+    else:
+        x1, x2 = first.to(tl.float32), second.to(tl.float32)
+        if q_norm is not None:
+            x1, x2 = norm_heads(x1, x2, tl.where(head < H, q_norm, k_norm)[:, None] + channel, C, eps)
+        y1, y2 = rope_row(x1, x2, tl.load(position + token), inv_freq, channel)
+        first = tl.where(has_slot, y1, 0.0).to(first.dtype)
+        second = tl.where(has_slot, y2, 0.0).to(second.dtype)
+        in_q = token * q_stride + head.to(tl.int64) * q_head_stride
+        in_k = in_cache + (head - H).to(tl.int64) * group_stride
+        target = tl.where(head < H, q + in_q, k_cache + in_k)[:, None] + channel
+        inside &= (head < H) | has_slot
+    tl.store(target, first, mask=inside[:, None])
+    tl.store(target + HALF, second, mask=inside[:, None])
+
+
+def plan_qkv_rope_kv(
+    qkv_TK: Tensor,
+    q_norm_C: Tensor | None,
+    k_norm_C: Tensor | None,
+    eps: float,
+    position_T: Tensor,
+    inv_freq_C: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    slot_T: Tensor,
+    *,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
+    turned_heads = out.shape[1] + num_kv_heads
+    # At most 16 channels of either half a thread: two heads share what the angles cost.
+    block_heads = min(2048 // head_dim, int(triton.next_power_of_2(turned_heads)))
+    norms = {"q_norm": q_norm_C, "k_norm": k_norm_C}
+    return (
+        Launch(
+            _qkv_rope_kv_kernel,
+            (len(out), triton.cdiv(turned_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads), 1),
+            {
+                "qkv": qkv_TK,
+                **{name: norm for name, norm in norms.items() if norm is not None},
+                "position": position_T,
+                "inv_freq": inv_freq_C,
+                "k_cache": k_cache_BGPC,
+                "v_cache": v_cache_BGPC,
+                "slot": slot_T,
+                "q": out,
+                "H": out.shape[1],
+                "G": num_kv_heads,
+                "num_slots": num_blocks * block_size,
+                "eps": eps,
+                "qkv_stride": qkv_TK.stride(0),
+                "q_stride": out.stride(0),
+                "q_head_stride": out.stride(1),
+                "block_stride": k_cache_BGPC.stride(0),
+                "group_stride": k_cache_BGPC.stride(1),
+                "place_stride": k_cache_BGPC.stride(2),
+            },
+            # a norm that is missing is a None at compile time
+            {
+                **{name: None for name, norm in norms.items() if norm is None},
+                "P": block_size,
+                "C": head_dim,
+                "BLOCK_H": block_heads,
+            },
+            num_warps=2,
+        ),
+    )
+
+
+def qkv_rope_kv(
+    qkv_TK: Tensor,
+    q_norm_C: Tensor | None,
+    k_norm_C: Tensor | None,
+    eps: float,
+    position_T: Tensor,
+    inv_freq_C: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    slot_T: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `qkv_rope_kv_reference`, of rows at any stride, with distinct slots (int32) and caches of the same strides.
+
+    A token whose slot lies beyond the cache is taken for one without: the slots are on the GPU, where nobody can raise.
+    Raises ValueError naming the argument that does not fit.
+    """
+    dtype, device = qkv_TK.dtype, qkv_TK.device
+    require(dtype in SPEC.tolerances, "qkv_TK", f"one of {list(SPEC.tolerances)}", dtype)
+    require(k_cache_BGPC.ndim == 4, "k_cache_BGPC", "shape [B, G, P, C]", tuple(k_cache_BGPC.shape))
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
+    require(head_dim in HEAD_DIMS, "k_cache_BGPC", f"a head dim of {HEAD_DIMS}", head_dim)
+    require(num_kv_heads > 0 and block_size > 0, "k_cache_BGPC", "heads and places", tuple(k_cache_BGPC.shape))
+    require(num_blocks * block_size < 2**31, "k_cache_BGPC", "slots that int32 holds", num_blocks * block_size)
+    require_tensor("k_cache_BGPC", k_cache_BGPC, tuple(k_cache_BGPC.shape), dtype, device)
+    require_tensor("v_cache_BGPC", v_cache_BGPC, tuple(k_cache_BGPC.shape), dtype, device)
+    strides = k_cache_BGPC.stride()
+    require(v_cache_BGPC.stride() == strides, "v_cache_BGPC", f"strides {strides}", v_cache_BGPC.stride())
+    require(qkv_TK.ndim == 2, "qkv_TK", "rows [T, K]", tuple(qkv_TK.shape))
+    num_tokens, width = qkv_TK.shape
+    num_heads = width // head_dim - 2 * num_kv_heads
+    fits = width % head_dim == 0 and num_heads > 0 and num_heads % num_kv_heads == 0
+    require(fits, "qkv_TK", f"(H + 2 * {num_kv_heads}) * {head_dim} columns, H a multiple of {num_kv_heads}", width)
+    require_tensor("qkv_TK", qkv_TK, (num_tokens, width), dtype, device)
+    require((q_norm_C is None) == (k_norm_C is None), "k_norm_C", "both norms or neither", k_norm_C)
+    for name, norm_C in (("q_norm_C", q_norm_C), ("k_norm_C", k_norm_C)):
+        if norm_C is not None:
+            require_tensor(name, norm_C, (head_dim,), dtype, device)
+    require_tensor("position_T", position_T, (num_tokens,), torch.float32, device)
+    require_tensor("inv_freq_C", inv_freq_C, (head_dim // 2,), torch.float32, device)
+    require_tensor("slot_T", slot_T, (num_tokens,), torch.int32, device)
+    if out is None:
+        out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
+    require_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
+    inputs = (qkv_TK, q_norm_C, k_norm_C, eps, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
+    run(plan_qkv_rope_kv(*inputs, out=out, target=target_of(device)))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | None]:
+    """Tokens on random slots of a cache with a block to spare, whose every value would show a stray write.
+
+    `far` positions are one unit in the last place apart; `unslotted` tokens in the middle have slot -1; `padding` are
+    NaN columns behind each row, `cache_padding` channels behind each place.
+    """
+    tokens, heads, groups, channels, block_size = (case[letter] for letter in "THGCP")
+    width, padding = (heads + 2 * groups) * channels, case.sizes.get("padding", 0)
+    qkv = torch.randn(tokens, width + padding, dtype=torch.float32, device=device)
+    qkv *= case.sizes.get("factor", 1.0)
+    qkv[:, width:] = torch.nan
+    norms = [1.0 + 0.5 * torch.rand(channels, dtype=torch.float32, device=device).to(dtype) for _ in "qk"]
+    q_norm, k_norm = norms if case.sizes.get("norms") else (None, None)
+    num_blocks = tokens // block_size + 2
+    shape = (2, num_blocks, groups, block_size, channels + case.sizes.get("cache_padding", 0))
+    caches = torch.randn(shape, dtype=torch.float32, device=device).to(dtype)[..., :channels]
+    slot = torch.randperm(num_blocks * block_size, device=device)[:tokens].int()
+    unslotted = case.sizes.get("unslotted", 0)
+    slot[(tokens - unslotted) // 2 :][:unslotted] = -1
+    steps = torch.arange(tokens, dtype=torch.float32, device=device)
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    return {
+        "qkv_TK": qkv.to(dtype)[:, :width],
+        "q_norm_C": q_norm,
+        "k_norm_C": k_norm,
+        "eps": 1e-6,
+        "position_T": 45000 + (1 + steps) / 256 if case.sizes.get("far") else 1.25 * steps,
+        "inv_freq_C": 1e6**-exponent,
+        "k_cache_BGPC": caches[0],
+        "v_cache_BGPC": caches[1],
+        "slot_T": slot,
+    }
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    tokens, heads, groups, channels = (case[letter] for letter in "THGC")
+    row_bytes = 2 * (heads + 2 * groups) * channels * dtype.itemsize + 8
+    return Cost(bytes=tokens * row_bytes + 2 * channels, flops=3 * tokens * (heads + groups) * channels)
+
+
+def _case(name: str, tokens: int, heads: int, groups: int, channels: int, block_size: int = 16, **more: object) -> Case:
+    return Case(name, {"T": tokens, "H": heads, "G": groups, "C": channels, "P": block_size, **more})
+
+
+SPEC = KernelSpec(
+    name="qkv_rope_kv",
+    reference=qkv_rope_kv_reference,
+    plan=plan_qkv_rope_kv,
+    launcher=qkv_rope_kv,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=(
+        *(_case(f"channels_{channels}", 5, 4, 2, channels) for channels in HEAD_DIMS),
+        *(_case(f"tokens_{tokens}", tokens, 2, 1, 32) for tokens in (0, 1, 15, 16, 17)),
+        *(_case(f"heads_{heads}_{groups}", 2, heads, groups, 64) for heads, groups in ((1, 1), (14, 2), (9, 9))),
+        _case("more_heads_than_a_block", 2, 28, 4, 128, 64),
+        *(_case(f"blocks_of_{block_size}", 9, 2, 2, 16, block_size) for block_size in (1, 5, 64)),
+        *(_case(f"far_{channels}", 6, 2, 1, channels, far=True) for channels in (64, 128)),
+        _case("graph_padding", 9, 4, 2, 32, unslotted=4),
+        _case("graph_padding_alone", 3, 4, 2, 32, unslotted=3),
+        _case("strided", 5, 4, 2, 32, padding=24, cache_padding=8),
+        _case("unaligned", 5, 4, 2, 32, padding=3, cache_padding=1),
+        *(_case(f"norms_{channels}", 4, 4, 2, channels, norms=True) for channels in HEAD_DIMS),
+        _case("norms_huge", 3, 2, 2, 64, norms=True, factor=1e4, padding=8, far=True),  # squares beyond float16
+        _case("norms_zero", 3, 2, 2, 64, norms=True, factor=0.0, unslotted=1),
+    ),
+    model_cases=tuple(
+        _case(f"{name}_{tokens}_tokens", tokens, heads, groups, channels, 64, norms=norms)
+        for name, heads, groups, channels, norms in (
+            ("1b", 14, 2, 64, False),
+            ("2b", 12, 2, 128, False),
+            ("8b", 28, 4, 128, False),
+            ("9b", 32, 2, 128, False),
+            ("14b_and_38b", 40, 8, 128, False),
+            ("78b", 64, 8, 128, False),
+            ("3_5_8b", 32, 8, 128, True),
+        )
+        for tokens in (1, 64, 3392)  # a decode step alone and of a batch, and the prompt of 13 tiles
+    ),
+    tolerances={
+        torch.float32: Tolerance(2e-6, 2e-6, 3e-7, "sine and cosine are right to 1.2e-7, pairs up to 6 wide"),
+        # With norms, quotient and product are rounded too; both channels of a pair, up to 6 wide, hand that on.
+        torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "values are rounded to 11 bits, up to three times"),
+        torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "values are rounded to 8 bits, up to three times"),
+    },
+    in_place=("k_cache_BGPC", "v_cache_BGPC"),
+)
