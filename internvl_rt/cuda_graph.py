@@ -62,6 +62,10 @@ def cuda_capture(device: torch.device) -> Capture:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(compute: Callable[[], Tensor]) -> Replay:
+        with torch.cuda.device(device):
+            return capture_here(compute)
+
+    def capture_here(compute: Callable[[], Tensor]) -> Replay:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             compute()  # compiles what is not compiled yet, which a capture cannot

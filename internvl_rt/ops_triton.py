@@ -10,6 +10,7 @@ from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residu
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
 from internvl_rt.kernels.place_visual_tokens import place_visual_tokens
+from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv
 from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
 from internvl_rt.kernels.swiglu import swiglu
@@ -52,7 +53,24 @@ def _unshuffle_norm(x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, versi
     return unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
 
 
-# The decoder's attention, rotary and projections are still torch's; its norms and gates are kernels.
+def _norm_qkv_rope_kv(
+    x_TD: Tensor,
+    norm: Norm,
+    qkv: Linear,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    position_T: Tensor,
+    inv_freq_C: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    slot_T: Tensor,
+) -> Tensor:
+    qkv_TK = _linear(_norm(x_TD, norm), qkv)
+    weights = qk_weights(q_norm, k_norm)
+    return qkv_rope_kv(qkv_TK, *weights, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
+
+
+# The decoder's attention is still torch's.
 TRITON = replace(
     TORCH,
     name="triton",
@@ -65,6 +83,7 @@ TRITON = replace(
     linear_residual_norm=_linear_residual_norm,
     unshuffle_norm=_unshuffle_norm,
     place_visual_tokens=place_visual_tokens,
+    norm_qkv_rope_kv=_norm_qkv_rope_kv,
     norm_linear=lambda x, norm, part: _linear(_norm(x, norm), part),
     norm_linear_swiglu=lambda x, norm, gate_up: swiglu(_linear(_norm(x, norm), gate_up)),
     linear_residual=lambda y, part, x: linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x),

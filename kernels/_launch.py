@@ -1,9 +1,9 @@
 """One kernel launch as a value, the target it is planned for, and the one place that launches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -58,22 +58,32 @@ def options_of(launch: Launch) -> dict[str, Any]:
 
 def run(launches: tuple[Launch, ...]) -> None:
     for launch in launches:
-        if launch.descriptors:
-            copy_context().run(_run_with_scratch, launch)  # so that nobody else's allocator is replaced
+        device = _device_of(launch)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+                _run(launch, device)
         else:
-            _run(launch)
+            _run(launch, device)
 
 
-def _run(launch: Launch) -> None:
-    if 0 not in launch.grid:
-        launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options_of(launch))
+def _device_of(launch: Launch) -> torch.device:
+    return next(value.device for value in launch.args.values() if isinstance(value, torch.Tensor))
 
 
-def _run_with_scratch(launch: Launch) -> None:
+def _run(launch: Launch, device: torch.device) -> None:
+    if 0 in launch.grid:
+        return
+    start = partial(launch.kernel[launch.grid], **launch.args, **launch.constexprs, **options_of(launch))
+    if launch.descriptors:
+        copy_context().run(_with_scratch, start, device)  # so that nobody else's allocator is replaced
+    else:
+        start()
+
+
+def _with_scratch(start: Callable[[], object], device: torch.device) -> None:
     """Triton asks its allocator, a context variable, for the descriptors' memory at every launch."""
-    device = next(value.device for value in launch.args.values() if isinstance(value, torch.Tensor))
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    _run(launch)
+    start()
 
 
 @cache

@@ -115,18 +115,19 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = "constexpr"
             continue
         value = launch.args[name]
+        specialise = not launch.kernel.params[index].do_not_specialize
         divisible = True
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible = (value.storage_offset() * value.itemsize) % 16 == 0
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
-        elif value == 1:
+        elif value == 1 and specialise:
             signature[name], constexprs[name], divisible = "constexpr", 1, False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
-        if divisible:
+        if divisible and specialise:
             attrs[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constexprs, attrs)
 
