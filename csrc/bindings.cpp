@@ -185,5 +185,6 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("num_available_blocks", &PagedKVCache::num_available_blocks)
       .def_property_readonly("num_blocks", &PagedKVCache::num_blocks)
       .def_property_readonly("block_size", &PagedKVCache::block_size)
-      .def_property_readonly("num_sequences", &PagedKVCache::num_sequences);
+      .def_property_readonly("num_sequences", &PagedKVCache::num_sequences)
+      .def_property_readonly("num_steps", &PagedKVCache::num_steps);
 }

@@ -231,6 +231,8 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
 
 void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
+  frees_.reserve(std::ssize(sequence.blocks));  // what can fail comes first
+  host_frees_.reserve(std::ssize(sequence.blocks));
   // Back to front: the tail is evicted before the head, and the next sequence gets fresh blocks in this one's order.
   for (const std::int32_t block : sequence.blocks | std::views::reverse) {
     if (sequence.swapped) {
@@ -246,6 +248,7 @@ bool PagedKVCache::swap_out(std::int64_t seq_id) {
   Sequence& sequence = find_resident(seq_id);
   const std::int64_t num_live = blocks_for(sequence.length);
   if (num_live > host_pool_.num_available()) return false;
+  frees_.reserve(std::ssize(sequence.blocks));
   for (std::int64_t i = std::ssize(sequence.blocks) - 1; i >= num_live; --i)
     unref(sequence.blocks[as_size(i)], num_steps_ + 1);
   sequence.blocks.resize(as_size(num_live));
@@ -266,6 +269,7 @@ bool PagedKVCache::swap_in(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
   CHECK_ARGUMENT(sequence.swapped, "sequence ", seq_id, " is not swapped out");
   if (std::ssize(sequence.blocks) > pool_.num_available()) return false;
+  host_frees_.reserve(std::ssize(sequence.blocks));
   for (std::int32_t& block : sequence.blocks) {
     const std::int32_t host_block = std::exchange(block, allocate());
     copy(CopyKind::kToDevice, host_block, block);

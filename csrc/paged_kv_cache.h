@@ -129,6 +129,7 @@ class PagedKVCache {
   std::int32_t num_blocks() const noexcept { return pool_.num_blocks(); }
   std::int32_t block_size() const noexcept { return options_.block_size; }
   std::int64_t num_sequences() const noexcept { return ids_.size(); }
+  std::int64_t num_steps() const noexcept { return num_steps_; }  // the number of the latest
 
   // Recomputes all bookkeeping from scratch; for tests and debugging. O(num_blocks + tokens).
   void check_invariants() const;

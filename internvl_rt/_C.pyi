@@ -4,7 +4,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-PictureSpan = tuple[int, int, bytes]  # first token, number of tokens, 32-byte digest
+_PictureSpan = tuple[int, int, bytes]  # first token, number of tokens, 32-byte digest
 
 class PagedKVCache:
     def __init__(
@@ -18,13 +18,13 @@ class PagedKVCache:
         hash_bits: int = 128,
     ) -> None: ...
     def match(
-        self, token_ids: NDArray[np.int32], pictures: Sequence[PictureSpan] = (), identity: bytes | None = b""
+        self, token_ids: NDArray[np.int32], pictures: Sequence[_PictureSpan] = (), identity: bytes | None = b""
     ) -> int: ...
     def admit(
         self,
         seq_id: int,
         token_ids: NDArray[np.int32],
-        pictures: Sequence[PictureSpan] = (),
+        pictures: Sequence[_PictureSpan] = (),
         identity: bytes | None = b"",
         *,
         num_reserved: int = 0,
@@ -67,3 +67,5 @@ class PagedKVCache:
     def block_size(self) -> int: ...
     @property
     def num_sequences(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...

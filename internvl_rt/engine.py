@@ -4,6 +4,7 @@ import itertools
 import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint import open_checkpoint, resolve_model
 from internvl_rt.config import ModelConfig, load_config
-from internvl_rt.cuda_graph import TileGraphs
+from internvl_rt.cuda_graph import DecodeGraphs, TileGraphs
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.image import OpenImage
 from internvl_rt.kernels._launch import target_of
@@ -61,11 +62,20 @@ class Engine:
         self.model, self.cache, self.memory = model, cache, memory
         self.max_model_len = max_model_len
         scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
-        graphs = None
+        graphs: tuple[TileGraphs, DecodeGraphs] | tuple[()] = ()
         if model.device.type == "cuda" and model.ops is TRITON:
             with torch.inference_mode():
-                graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device)
-        self._loop = StepLoop(scheduler, Runner(model, cache, graphs))
+                graphs = (
+                    TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device),
+                    DecodeGraphs(
+                        partial(model.run_step, caches=cache.layers),
+                        cache,
+                        model.device,
+                        max_num_seqs=max_num_seqs,
+                        max_model_len=max_model_len,
+                    ),
+                )
+        self._loop = StepLoop(scheduler, Runner(model, cache, *graphs))
         identity: dict[str, str | int] = {
             "model": repr(model.config),
             "dtype": str(model.dtype),
@@ -149,7 +159,14 @@ class Engine:
             max_tiles_per_pass=MAX_TILES_PER_PASS,
         )
         num_blocks = memory.num_blocks
-        cache = KVCache(config.decoder, num_blocks=num_blocks, block_size=block_size, dtype=chosen, device=target)
+        cache = KVCache(
+            config.decoder,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=chosen,
+            device=target,
+            num_sms=target_of(target).num_sms if ops is TRITON else 0,
+        )
         return cls(
             InternVL(config, weights, ops),
             tokenizer,

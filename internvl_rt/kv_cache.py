@@ -44,15 +44,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         num_host_blocks: int = 0,
+        num_sms: int = 0,
     ) -> None:
         """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
-        num_host_blocks: room in the host's memory for sequences that are swapped out.
+        num_host_blocks: room in the host's memory for sequences that are swapped out. num_sms: of a device whose decode
+        attention wants a split plan, else 0.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-        self.block_size = block_size
+        self.block_size, self.num_kv_heads, self.num_sms = block_size, config.num_kv_heads, num_sms
         self.blocks = PagedKVCache(num_blocks, block_size, num_host_blocks=num_host_blocks)
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
@@ -83,6 +85,10 @@ class KVCache:
         """Lets others reuse the first tokens of sequences, given as (seq_id, number of tokens), once the step ends."""
         ids_and_counts = np.array(final, np.int32).reshape(-1, 2)
         self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
+
+    def end_step(self, *, failed: bool = False) -> None:
+        """The latest step has ended on the device; if it failed, nothing that it wrote will be reused."""
+        self.blocks.complete(self.blocks.num_steps, failed=failed)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.

@@ -1,22 +1,24 @@
 """The table of Triton kernels: `Ops` for CUDA devices (and, slowly, for Triton's interpreter)."""
 
-from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from internvl_rt.kernels.add_norm import add_norm
+from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
 from internvl_rt.kernels.place_visual_tokens import place_visual_tokens
+from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv
 from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.ops import TORCH, Linear, Norm, bias_of, qk_weights
+from internvl_rt.ops import Batch, Linear, Norm, Ops, bias_of, qk_weights
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
@@ -70,9 +72,21 @@ def _norm_qkv_rope_kv(
     return qkv_rope_kv(qkv_TK, *weights, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
 
 
-# The decoder's attention is still torch's.
-TRITON = replace(
-    TORCH,
+def _paged_attention(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, batch: Batch) -> Tensor:
+    """Sequences with one new token by the split kernel, the others behind them by the causal one."""
+    y_THC, n = torch.empty_like(q_THC), batch.num_decodes
+    if n > 0:
+        assert batch.split_start_S1 is not None, "a cache for these kernels plans the splits"
+        assert batch.split_W3 is not None, "a cache for these kernels plans the splits"
+        decodes = batch.block_table_SN[:n], batch.seq_len_S[:n], batch.split_start_S1[: n + 1], batch.split_W3
+        decode_attention(q_THC[:n], k_cache_BGPC, v_cache_BGPC, *decodes, out=y_THC[:n])
+    if n < len(batch.seq_len_S):
+        chunks = batch.block_table_SN[n:], batch.query_start_S1[n:], batch.seq_len_S[n:]
+        prefill_attention(q_THC, k_cache_BGPC, v_cache_BGPC, *chunks, batch.max_query_len, out=y_THC)
+    return y_THC
+
+
+TRITON = Ops(
     name="triton",
     resize_tiles=resize_tiles,
     patch_embed=_patch_embed,
@@ -84,6 +98,7 @@ TRITON = replace(
     unshuffle_norm=_unshuffle_norm,
     place_visual_tokens=place_visual_tokens,
     norm_qkv_rope_kv=_norm_qkv_rope_kv,
+    paged_attention=_paged_attention,
     norm_linear=lambda x, norm, part: _linear(_norm(x, norm), part),
     norm_linear_swiglu=lambda x, norm, gate_up: swiglu(_linear(_norm(x, norm), gate_up)),
     linear_residual=lambda y, part, x: linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x),

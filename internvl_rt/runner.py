@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internvl_rt.cuda_graph import TileGraphs
+from internvl_rt.cuda_graph import DecodeGraphs, TileGraphs
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.sampler import sample
@@ -23,9 +23,16 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, model: InternVL, cache: KVCache, graphs: TileGraphs | None = None) -> None:
-        """graphs: of `model.encode_tiles`, for uint8 tiles; without them every pass runs kernel by kernel."""
-        self._model, self._cache, self._graphs = model, cache, graphs
+    def __init__(
+        self,
+        model: InternVL,
+        cache: KVCache,
+        tile_graphs: TileGraphs | None = None,
+        decode_graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """Graphs of `model.encode_tiles` and `model.run_step`; without them everything runs kernel by kernel."""
+        self._model, self._cache = model, cache
+        self._tile_graphs, self._decode_graphs = tile_graphs, decode_graphs
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
@@ -35,9 +42,8 @@ class Runner:
             self._encode_pictures(chunk)
         self._synchronize()
         encoded_s = time.perf_counter()
-        step = build_step(chunks, self._cache, self._model.device)
         try:
-            logits_RV = self._model.run_step(step, self._cache.layers)
+            logits_RV = self._compute(chunks)
             sampled = [chunk for chunk in chunks if chunk.samples]
             token_ids = sample(logits_RV, [chunk.sequence for chunk in sampled]) if sampled else []
             for chunk in chunks:
@@ -45,11 +51,17 @@ class Runner:
             self._synchronize()
             self._cache.publish([(chunk.sequence.seq_id, chunk.stop) for chunk in chunks])
         except BaseException:
-            self._cache.blocks.complete(step.number, failed=True)
+            self._cache.end_step(failed=True)
             raise
-        self._cache.blocks.complete(step.number)
+        self._cache.end_step()
         done_s = time.perf_counter()
         return StepResult(list(zip(sampled, token_ids, strict=True)), encoded_s - start_s, done_s - encoded_s)
+
+    def _compute(self, chunks: list[Chunk]) -> Tensor:
+        """Logits [R, V] of the chunks that reach their sequence's end."""
+        if self._decode_graphs is not None and self._decode_graphs.takes(chunks):
+            return self._decode_graphs.run(chunks)
+        return self._model.run_step(build_step(chunks, self._cache, self._model.device), self._cache.layers)
 
     def _encode_pictures(self, chunk: Chunk) -> None:
         """A picture is encoded when the first chunk touches it and dropped when a chunk starts behind it."""
@@ -64,8 +76,8 @@ class Runner:
                 sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        if self._graphs is not None and tiles.dtype == torch.uint8:
-            return self._graphs.encode(tiles)
+        if self._tile_graphs is not None and tiles.dtype == torch.uint8:
+            return self._tile_graphs.encode(tiles)
         return self._model.encode_tiles(tiles.to(self._model.device))
 
     def _synchronize(self) -> None:

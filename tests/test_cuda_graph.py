@@ -1,10 +1,13 @@
-"""Vision passes from graphs: which one runs, what it reads, whose memory the result is."""
+"""Passes and steps from graphs: which one runs, what it reads, whose memory the result is."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from internvl_rt.cuda_graph import BUCKETS, Replay, TileGraphs
+from internvl_rt import Engine, SamplingParams
+from internvl_rt.cuda_graph import TILE_BUCKETS, DecodeGraphs, Replay, TileGraphs, decode_buckets
 
 SIDE = 4
 
@@ -64,7 +67,7 @@ def test_a_result_outlives_the_next_replay() -> None:
 
 
 def test_the_default_buckets_hold_every_picture_of_the_official_grid_exactly() -> None:
-    assert set(range(1, 14)) <= set(BUCKETS)
+    assert set(range(1, 14)) <= set(TILE_BUCKETS)
 
 
 @pytest.mark.gpu
@@ -82,3 +85,31 @@ def test_replay_equals_eager_bit_for_bit() -> None:
         padded = torch.zeros(4 if num_tiles == 3 else num_tiles, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
         padded[:num_tiles] = tiles
         assert torch.equal(graphs.encode(tiles), compute(padded)[:num_tiles])
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20])]
+)
+def test_decode_buckets_end_with_the_most_sequences(most: int, expected: list[int]) -> None:
+    assert decode_buckets(most) == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps(backend: str) -> None:
+    """Batches between buckets, sequences that come and go; the replays really run, prefills do not."""
+    questions = ["Hello", "Read the digits.", "And now?"]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 6, 4)]
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64, backend=backend) as engine:
+        expected = [reply.token_ids for reply in engine.generate(conversations, params)]
+        recorder = Recorder()
+        compute = partial(engine.model.run_step, caches=engine.cache.layers)
+        graphs = DecodeGraphs(
+            compute, engine.cache, torch.device("cpu"), max_num_seqs=4, max_model_len=64, capture=recorder
+        )
+        assert recorder.captured == [4, 2, 1]
+        engine._loop._runner._decode_graphs = graphs
+        assert [reply.token_ids for reply in engine.generate(conversations, params)] == expected
+        assert recorder.replayed == [4, 4, 2, 1, 1]
+        engine.cache.blocks.check_invariants()

@@ -111,15 +111,24 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
 
 
 def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
+    """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
     picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Read the digits."}]
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    replies = []
+    task = "Look at the picture and answer with digits only, nothing else. "
+    contents = [
+        [{"type": "image", "image": picture}, {"type": "text", "text": task + end}] for end in ("Read!", "Count!")
+    ]
+    conversations = [[{"role": "user", "content": content}] for content in (*contents, "Hello")]
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    answers = []
     for backend in ("torch", "triton"):
-        with Engine.from_pretrained("tiny", device=str(DEVICE), dtype="float32", backend=backend) as engine:
+        options = {"device": str(DEVICE), "dtype": "float32", "block_size": 16, "max_tokens_per_step": 40}
+        with Engine.from_pretrained("tiny", backend=backend, **options) as engine:
             assert engine.model.ops.name == backend
-            replies.append(engine.chat([{"role": "user", "content": content}], params).token_ids)
-    assert replies[0] == replies[1]
+            first = engine.chat(conversations[0], params)
+            together = engine.generate(conversations, params)
+            assert together[1].usage.cached_tokens > first.usage.image_tokens
+            answers.append([reply.token_ids for reply in (first, *together)])
+    assert answers[0] == answers[1]
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:

@@ -171,7 +171,6 @@ def measure_loss(
     visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
-        number=0,
         token_id_T=token_id_T,
         position_T=torch.from_numpy(positions.ravel()),
         slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),

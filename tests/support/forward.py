@@ -63,6 +63,7 @@ def all_logits(
         block_size=block_size,
         dtype=model.dtype,
         device=model.device,
+        num_sms=8 if model.ops.name == "triton" else 0,
     )
     assert cache.admit(sequence) == 0
     logits = []

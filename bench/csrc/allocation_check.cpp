@@ -1,0 +1,330 @@
+// In the steady state the bookkeeping must not touch the heap: a lock or a page fault there would stall every request.
+//
+// The warm-up fills every entry, ring and scratch vector to the most that the following operations can ask for. Then
+// come random operations, each with the counters of operator new and delete read before and after it.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/paged_kv_cache.h"
+#include "kv_cache_bench.h"
+
+namespace {
+
+std::int64_t num_heap_calls = 0;
+
+void* counted_malloc(std::size_t size) {
+  ++num_heap_calls;
+  if (void* memory = std::malloc(std::max<std::size_t>(size, 1))) return memory;
+  throw std::bad_alloc();
+}
+
+void* counted_malloc(std::size_t size, std::align_val_t alignment) {
+  ++num_heap_calls;
+  const auto unit = static_cast<std::size_t>(alignment);
+  if (void* memory = std::aligned_alloc(unit, (size + unit - 1) / unit * unit)) return memory;
+  throw std::bad_alloc();
+}
+
+void counted_free(void* memory) noexcept {
+  ++num_heap_calls;
+  std::free(memory);
+}
+
+}  // namespace
+
+// The forms that are not here (arrays, nothrow) call these.
+void* operator new(std::size_t size) { return counted_malloc(size); }
+void* operator new(std::size_t size, std::align_val_t alignment) { return counted_malloc(size, alignment); }
+void operator delete(void* memory) noexcept { counted_free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { counted_free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { counted_free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { counted_free(memory); }
+
+namespace internvl_rt::bench {
+namespace {
+
+constexpr std::int32_t kBlockSize = 16;
+constexpr std::int32_t kMaxLength = 512;  // tokens of a sequence
+constexpr std::int32_t kBlocksEach = kMaxLength / kBlockSize;
+constexpr std::int32_t kMaxSequences = 16;
+constexpr std::int32_t kNumBlocks = 400;  // too few for all sequences at full length, so that there is no space at times
+constexpr std::int32_t kMaxPictures = 4;
+constexpr std::int32_t kNumFamilies = 4;  // prompts of a family begin alike
+
+using Ints = std::vector<std::int32_t>;
+
+std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
+
+struct Mirror {  // what the caller of the cache knows of a sequence
+  std::int32_t seq_id = -1;
+  std::int32_t length = 0, computed = 0, known = 0;
+  bool swapped = false;
+};
+
+class Steady {
+ public:
+  explicit Steady(std::uint32_t seed) : random_(seed) {
+    for (Ints& family : families_) {
+      family.resize(kMaxLength);
+      for (std::int32_t& id : family) id = draw(0, 99);
+    }
+    prompt_.reserve(kMaxLength);
+    pictures_.reserve(kMaxPictures);
+    for (Ints* rows : {&seq_ids_, &num_tokens_, &sampled_}) rows->reserve(kMaxSequences);
+  }
+
+  void warm_up() {
+    // One block for each of many sequences at once, then few of them at full length: every ring sees the whole pool.
+    for (std::int32_t round = 0; round < kMaxSequences; ++round) {
+      const std::int32_t num_long = kNumBlocks / kBlocksEach;
+      for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // the long ones start in another entry each round
+        const bool is_long = (i + round) % kMaxSequences < num_long;
+        start(i, is_long ? kMaxLength : 0, is_long ? kMaxLength : 0);
+      }
+      for (Mirror& s : sequences_) {
+        if (s.known == 0) continue;
+        cache_.append(s.seq_id, s.known - s.length);
+        s.length = s.known;
+      }
+      step();
+      collect(false);
+      for (const Mirror& s : sequences_) num_tokens_.push_back(std::min(s.computed, s.known));
+      cache_.publish(seq_ids_, num_tokens_);
+      for (Mirror& s : sequences_) s.swapped = cache_.swap_out(s.seq_id);
+      cache_.take_copies();
+      complete(0);
+      for (std::int32_t family = 0; family < kNumFamilies; ++family) cache_.match(describe(family, kMaxLength));
+      step();
+      complete(0);
+      for (Mirror& s : sequences_) s.swapped = !cache_.swap_in(s.seq_id);
+      cache_.take_copies();
+      for (Mirror& s : sequences_) {
+        cache_.release(s.seq_id);
+        s.seq_id = -1;
+      }
+      step();
+      complete(0);
+    }
+    warm_ = true;
+  }
+
+  // The name of the operation.
+  const char* one() {
+    const std::int32_t kind = draw(0, 99);
+    Mirror& s = sequences_[as_size(draw(0, kMaxSequences - 1))];
+    if (s.seq_id < 0) {
+      admit(s);
+      return "admit";
+    }
+    if (s.swapped) {
+      if (kind < 20) {
+        counted([&] { cache_.release(s.seq_id); });
+        s.seq_id = -1;
+        return "release (swapped out)";
+      }
+      counted([&] { s.swapped = !cache_.swap_in(s.seq_id); });
+      return "swap_in";
+    }
+    if (kind < 20) return append_batch();
+    if (kind < 30) return append(s);
+    if (kind < 55) {
+      take_copies();
+      step();
+      return "take_copies and fill_step";
+    }
+    if (kind < 70) {
+      complete(draw(0, 3), draw(0, 15) == 0);
+      return "complete";
+    }
+    if (kind < 80) return publish();
+    if (kind < 85) return fork(s);
+    if (kind < 89) return rollback(s);
+    if (kind < 92) {
+      take_copies();  // so that the list of copies stays as short as in the warm-up
+      counted([&] { s.swapped = cache_.swap_out(s.seq_id); });
+      return "swap_out";
+    }
+    if (kind < 99) {
+      counted([&] { cache_.release(s.seq_id); });
+      s.seq_id = -1;
+      return "release";
+    }
+    counted([&] { cache_.reset(); });
+    return "reset";
+  }
+
+  std::int64_t num_counted() const { return num_counted_; }
+  CacheStats stats() const { return cache_.stats(); }
+  void check_invariants() const { cache_.check_invariants(); }
+
+ private:
+  std::int32_t draw(std::int32_t low, std::int32_t high) {
+    return low + static_cast<std::int32_t>(random_() % static_cast<std::uint32_t>(high - low + 1));
+  }
+  template <class Operation>
+  void counted(Operation operation) {
+    const std::int64_t before = num_heap_calls;
+    operation();
+    num_counted_ += num_heap_calls - before;
+  }
+
+  // A prompt that begins like its family, with as many pictures as fit.
+  Prompt describe(std::int32_t family, std::int32_t length) {
+    prompt_.assign(families_[as_size(family)].begin(), families_[as_size(family)].begin() + length);
+    if (warm_ && length > 0 && draw(0, 1) == 0) prompt_[as_size(draw(0, length - 1))] = 100;
+    pictures_.clear();
+    for (std::int32_t i = 0; i < kMaxPictures && 24 * (i + 1) <= length; ++i) {
+      Picture& picture = pictures_.emplace_back(Picture{24 * i, 20, {}});
+      picture.digest.fill(static_cast<std::uint8_t>(family));
+    }
+    return {.token_ids = prompt_, .pictures = pictures_, .identity = {{}}};
+  }
+  bool start(std::int32_t place, std::int32_t length, std::int32_t num_reserved) {
+    const Prompt prompt = describe(place % kNumFamilies, length);
+    std::optional<std::int64_t> cached;
+    counted([&] { cached = cache_.admit(next_id_, prompt, num_reserved); });
+    if (!cached) return false;
+    sequences_[as_size(place)] = {next_id_++, static_cast<std::int32_t>(*cached), static_cast<std::int32_t>(*cached),
+                                  length, false};
+    return true;
+  }
+  void admit(Mirror& s) {
+    const std::int32_t length = draw(0, kMaxLength);
+    start(static_cast<std::int32_t>(&s - sequences_.data()), length, draw(0, 1) * length);
+  }
+
+  // The sequences that are here, into seq_ids_.
+  void collect(bool with_room) {
+    seq_ids_.clear();
+    num_tokens_.clear();
+    sampled_.clear();
+    for (const Mirror& s : sequences_)
+      if (s.seq_id >= 0 && !s.swapped && (!with_room || (s.length < kMaxLength && draw(0, 3) > 0)))
+        seq_ids_.push_back(s.seq_id);
+  }
+  Mirror& of(std::int32_t seq_id) { return *std::ranges::find(sequences_, seq_id, &Mirror::seq_id); }
+
+  // One token each, sampled now.
+  const char* append_batch() {
+    collect(true);
+    num_tokens_.assign(seq_ids_.size(), 1);
+    bool appended = false;
+    counted([&] { appended = cache_.append_batch(seq_ids_, num_tokens_); });
+    if (!appended) return "append_batch";
+    for (const std::int32_t seq_id : seq_ids_) ++of(seq_id).length;
+    std::erase_if(seq_ids_, [&](std::int32_t seq_id) { return of(seq_id).known >= of(seq_id).length; });
+    sampled_.assign(seq_ids_.size(), 5);
+    counted([&] { cache_.extend_batch(seq_ids_, sampled_); });
+    for (const std::int32_t seq_id : seq_ids_) ++of(seq_id).known;
+    return "append_batch and extend_batch";
+  }
+  // A chunk of the prompt, or some tokens beyond it.
+  const char* append(Mirror& s) {
+    const std::int32_t num_tokens = draw(0, kMaxLength - s.length);
+    bool appended = false;
+    counted([&] { appended = cache_.append(s.seq_id, num_tokens); });
+    if (!appended) return "append";
+    s.length += num_tokens;
+    if (s.known >= s.length) return "append";
+    const auto missing = std::span<const std::int32_t>(families_[0]).first(as_size(s.length - s.known));
+    counted([&] { cache_.extend(s.seq_id, missing); });
+    s.known = s.length;
+    return "append and extend";
+  }
+  void step() {
+    collect(false);
+    for (const std::int32_t seq_id : seq_ids_) {
+      Mirror& s = of(seq_id);
+      num_tokens_.push_back(s.length - s.computed);
+      s.computed = s.length;
+    }
+    counted([&] {
+      last_step_ = cache_.fill_step({.seq_ids = seq_ids_,
+                                     .num_new_tokens = num_tokens_,
+                                     .query_start_S1 = query_start_S1_,
+                                     .seq_len_S = seq_len_S_,
+                                     .block_table_SN = block_table_SN_,
+                                     .table_width = kBlocksEach,
+                                     .slot_T = slot_T_,
+                                     .split_start_S1 = split_start_S1_,
+                                     .split_W3 = split_W3_});
+    });
+  }
+  // Steps end some steps after they were filled.
+  void complete(std::int64_t lag, bool failed = false) {
+    completed_ = std::max(completed_, last_step_ - lag);
+    counted([&] { cache_.complete(completed_, failed); });
+  }
+  const char* publish() {
+    collect(false);
+    for (const std::int32_t seq_id : seq_ids_) num_tokens_.push_back(std::min(of(seq_id).computed, of(seq_id).known));
+    counted([&] { cache_.publish(seq_ids_, num_tokens_); });
+    return "publish";
+  }
+  void take_copies() {
+    counted([&] { cache_.take_copies(); });
+  }
+  const char* fork(const Mirror& s) {
+    const auto place = std::ranges::find(sequences_, -1, &Mirror::seq_id);
+    if (place == sequences_.end()) return "nothing";
+    counted([&] { cache_.fork(s.seq_id, next_id_); });
+    *place = s;
+    place->seq_id = next_id_++;
+    return "fork";
+  }
+  const char* rollback(Mirror& s) {
+    const std::int32_t num_tokens = draw(0, s.length);
+    counted([&] { cache_.rollback(s.seq_id, num_tokens); });
+    s.length -= num_tokens;
+    s.computed = std::min(s.computed, s.length);
+    s.known = std::min(s.known, s.length);
+    return "rollback";
+  }
+
+  PagedKVCache cache_{{.num_blocks = kNumBlocks, .block_size = kBlockSize, .num_host_blocks = kNumBlocks}};
+  std::mt19937 random_;
+  std::array<Ints, kNumFamilies> families_;
+  std::array<Mirror, kMaxSequences> sequences_;
+  Ints prompt_, seq_ids_, num_tokens_, sampled_;
+  std::vector<Picture> pictures_;
+  Ints query_start_S1_ = Ints(kMaxSequences + 1), seq_len_S_ = Ints(kMaxSequences);
+  Ints block_table_SN_ = Ints(kMaxSequences * kBlocksEach), slot_T_ = Ints(kMaxSequences * kMaxLength);
+  Ints split_start_S1_ = Ints(kMaxSequences + 1), split_W3_ = Ints(3 * 4 * kMaxSequences);
+  std::int32_t next_id_ = 0;
+  std::int64_t last_step_ = 0, completed_ = 0, num_counted_ = 0;
+  bool warm_ = false;
+};
+
+}  // namespace
+
+bool check_allocations(std::uint32_t seed, std::int64_t num_operations) {
+  Steady steady(seed);
+  steady.warm_up();
+  const std::int64_t warm = steady.num_counted();
+  for (std::int64_t i = 0; i < num_operations; ++i) {
+    const char* name = steady.one();
+    if (i % 1024 == 0) steady.check_invariants();
+    if (const std::int64_t num_calls = steady.num_counted() - warm; num_calls > 0) {
+      std::fprintf(stderr, "%s: %lld call(s) of operator new or delete, in operation %lld of seed %u\n", name,
+                   static_cast<long long>(num_calls), static_cast<long long>(i), seed);
+      return false;
+    }
+  }
+  steady.check_invariants();
+  const CacheStats stats = steady.stats();
+  std::printf("{\"operations\": %lld, \"heap_calls\": 0, \"warm_up_heap_calls\": %lld, \"hit_tokens\": %lld, "
+              "\"evictions\": %lld, \"device_copies\": %lld}\n",
+              static_cast<long long>(num_operations), static_cast<long long>(warm),
+              static_cast<long long>(stats.hit_tokens), static_cast<long long>(stats.num_evictions),
+              static_cast<long long>(stats.num_device_copies));
+  return true;
+}
+
+}  // namespace internvl_rt::bench
