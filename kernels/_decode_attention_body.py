@@ -1,0 +1,156 @@
+"""The jitted body of decode_attention.
+
+A program reads one item of the split plan, a run of a sequence's blocks, for one kv head and all query heads that share
+it: every key and value is read once. Keys come in pieces of BLOCK by pipelined copies of 16 bytes a thread, which fill
+what lies beyond the sequence with zeros: there memory holds anything, NaN too. The copy engine (TMA) cannot do that,
+and its descriptors would have to be made by every program before its first load, which for items of four blocks costs
+more than the loads.
+"""
+
+import triton
+import triton.language as tl
+
+ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to what matrix units take
+
+
+@triton.jit
+def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """The online softmax's state after the keys and values of one more piece.
+
+    The maximum is common to all keys, the sums stay apart by key of a piece: adding them up would make all warps wait.
+    """
+    if SWAP:
+        score = tl.where(inside[:, None], tl.dot(k, q_RC.T, input_precision=PRECISION), float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=0) * scale_log2)
+        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[None, :])
+        acc = tl.dot(v.T, p.to(v.dtype), acc * shrink[None, :], input_precision=PRECISION)
+        total = total * shrink[None, :] + p
+    else:
+        score = tl.where(inside[None, :], tl.dot(q_RC, k.T, input_precision=PRECISION), float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
+        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[:, None])
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink[:, None] + p
+    return new_top, total, acc
+
+
+@triton.jit
+def table_blocks(table, start, stop, P: tl.constexpr, BLOCK: tl.constexpr):
+    """The block in which the piece at `start` lies, or that of each of its keys; nothing is read from `stop` on."""
+    if P % BLOCK == 0:
+        blocks = tl.load(table + start // P, mask=start < stop, other=0)
+    else:
+        key = start + tl.arange(0, BLOCK)
+        blocks = tl.load(table + key // P, mask=key < stop, other=0)
+    return blocks.to(tl.int64)
+
+
+@triton.jit
+def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the rows of the piece at `start` in a cache of one head; `blocks` are those of `table_blocks`."""
+    lane = tl.arange(0, BLOCK)
+    if P % BLOCK == 0:  # a run of slots: all but `lane * slot_stride` is the same for all threads
+        return head_cache + blocks * block_stride + start % P * slot_stride + lane * slot_stride
+    else:
+        return head_cache + blocks * block_stride + (start + lane) % P * slot_stride
+
+
+@triton.jit
+def _combine(partial_acc, partial_stats, first_split, end_split, head, group, C: tl.constexpr):
+    """Value [ROWS, C] and sum [ROWS] of all splits of a row, added in the splits' order, several at a time."""
+    BATCH: tl.constexpr = 256 // C
+    query, channel = tl.arange(0, ROWS), tl.arange(0, C)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc_RC = tl.zeros([ROWS, C], tl.float32)
+    for start in range(first_split, end_split, BATCH):
+        split = start + tl.arange(0, BATCH)
+        inside = split < end_split
+        at = split * tl.num_programs(1) + head
+        stats = partial_stats + at[:, None] * (2 * ROWS) + query[None, :]
+        split_top = tl.load(stats, mask=inside[:, None], other=float("-inf"))
+        split_total = tl.load(stats + ROWS, mask=inside[:, None], other=0.0)
+        values = partial_acc + (at[:, None, None] * ROWS + query[None, :, None]) * C + channel[None, None, :]
+        held = inside[:, None, None] & (query < group)[None, :, None]
+        split_acc = tl.load(values, mask=held, other=0.0)
+        new_top = tl.maximum(top, tl.max(split_top, axis=0))
+        shrink, share = tl.exp2(top - new_top), tl.exp2(split_top - new_top[None, :])
+        total = total * shrink + tl.sum(split_total * share, axis=0)
+        acc_RC = acc_RC * shrink[:, None] + tl.sum(split_acc * share[:, :, None], axis=0)
+        top = new_top
+    return acc_RC, total
+
+
+@triton.jit(do_not_specialize=["group", "num_rows"])  # one kernel for any batch and model of these channels
+def decode_attention_kernel(
+    q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
+    q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows, scale_log2,
+    P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """SWAP: S^T = K q^T and O^T = V^T P^T, so that the tall side of both products is that of the keys or channels, and
+    16 query rows are enough for matrix units that work on 64 rows at least (sm_90, sm_100).
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    query, channel = tl.arange(0, ROWS), tl.arange(0, C)
+    real = query[:, None] < group
+    offset_RC = (head * group + query)[:, None] * C + channel[None, :]
+    y_stride = tl.num_programs(1).to(tl.int64) * group * C
+    if PDL:  # nothing is read or written before the kernel before this one has ended
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    row = tl.load(split_items + 3 * item)
+    first_block = tl.load(split_items + 3 * item + 1)
+    end_block = tl.load(split_items + 3 * item + 2)
+    # There are at least as many items as rows: program i also answers for row i, should that have no split at all.
+    no_split = tl.load(split_start + item, mask=item < num_rows, other=0)
+    if no_split == tl.load(split_start + item + 1, mask=item < num_rows, other=1):
+        zeros_RC = tl.zeros([ROWS, C], y.dtype.element_ty)
+        tl.store(y + item.to(tl.int64) * y_stride + offset_RC, zeros_RC, mask=real)
+
+    if row >= 0:
+        num_splits = tl.load(split_start + row + 1) - tl.load(split_start + row)
+        begin = first_block * P
+        stop = tl.minimum(end_block * P, tl.load(seq_len + row))
+        table = block_table + row.to(tl.int64) * table_stride
+        k_head = k_cache + head.to(tl.int64) * head_stride
+        v_head = v_cache + head.to(tl.int64) * head_stride
+        q_RC = tl.load(q + row.to(tl.int64) * q_stride + offset_RC, mask=real, other=0.0)
+
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK, ROWS] if SWAP else [ROWS, BLOCK], tl.float32)
+        acc = tl.zeros([C, ROWS] if SWAP else [ROWS, C], tl.float32)
+        blocks = table_blocks(table, begin, stop, P, BLOCK)
+        for start in range(begin, stop, BLOCK):
+            inside = start + tl.arange(0, BLOCK) < stop
+            k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK)
+            v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK)
+            k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+            v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+            blocks = table_blocks(table, start + BLOCK, stop, P, BLOCK)  # ahead, so that no copy waits for it
+            top, total, acc = _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP, PRECISION)
+
+        acc_RC = acc.T if SWAP else acc
+        total = tl.sum(total, axis=0 if SWAP else 1)
+        finished = num_splits == 1
+        if num_splits > 1:
+            at = item * tl.num_programs(1) + head
+            tl.store(partial_acc + (at * ROWS + query)[:, None] * C + channel[None, :], acc_RC, mask=real)
+            tl.store(partial_stats + at * (2 * ROWS) + query, top)
+            tl.store(partial_stats + at * (2 * ROWS) + ROWS + query, total)
+            # The barrier orders the partial results of all threads before the one thread's atomic, whose release makes
+            # them visible to whoever sees the new count; its acquire, and the barrier behind it, order the reads of
+            # the last program to arrive behind everybody's writes.
+            tl.debug_barrier()
+            counter = counters + row * tl.num_programs(1) + head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+                finished = True
+                first_split = tl.load(split_start + row)
+                acc_RC, total = _combine(
+                    partial_acc, partial_stats, first_split, first_split + num_splits, head, group, C
+                )
+                tl.store(counter, 0)  # for the next call: all programs of this row have been here
+        if finished:
+            out_RC = acc_RC * (1.0 / total)[:, None]
+            tl.store(y + row.to(tl.int64) * y_stride + offset_RC, out_RC.to(y.dtype.element_ty), mask=real)

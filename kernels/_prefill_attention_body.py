@@ -1,0 +1,91 @@
+"""The jitted body of prefill_attention.
+
+A block of queries holds (query, head) pairs of one kv head, heads fastest, so that every key and value that is read
+serves all query heads that share it. The softmax is the online one: a running maximum, sum and weighted value.
+"""
+
+import triton
+import triton.language as tl
+
+from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
+
+
+@triton.jit
+def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constexpr):
+    """The online softmax's state after one more block of keys; `visible` None: every query sees all of them."""
+    score = tl.dot(q, k.T, input_precision=PRECISION)
+    if visible is not None:
+        score = tl.where(visible, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
+    shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["group", "num_lines"])  # one kernel for any model of these channels, any batch and cache
+def prefill_attention_kernel(
+    q, k_cache, v_cache, y, block_table, query_start, seq_len, q_stride, block_stride, head_stride, slot_stride,
+    table_stride, group, num_lines, scale_log2,
+    P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Late queries come first: they see the most keys, and what starts last should be short. Neighbouring programs
+    share a kv head, whose keys and values stay in the L2 cache.
+
+    The keys before the block's first query are visible to all of its queries: whole blocks of them need no mask. The
+    others are read through a mask, as memory beyond the sequence holds anything, NaN too.
+    """
+    head, row = tl.program_id(1), tl.program_id(2)
+    first_row = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - first_row
+    length = tl.load(seq_len + row)
+    block_stride = tl.cast(block_stride, tl.int64)
+    queries = BLOCK_M // group  # of a block
+    first_query = (tl.cdiv(num_queries, queries) - 1 - tl.program_id(0)) * queries
+    if first_query >= 0:
+        pair, channel = tl.arange(0, BLOCK_M), tl.arange(0, C)
+        query = first_query + pair // group
+        real = (pair < queries * group) & (query < num_queries)
+        position = length - num_queries + query
+        whole_end = (length - num_queries + first_query + 1) // BLOCK_N * BLOCK_N
+        end = tl.minimum(length - num_queries + first_query + queries, length)
+
+        table = block_table + row.to(tl.int64) * table_stride
+        k_head = k_cache + head.to(tl.int64) * head_stride
+        v_head = v_cache + head.to(tl.int64) * head_stride
+        pair_row = (first_row + query).to(tl.int64)
+        pair_offset = ((head * group + pair % group) * C)[:, None] + channel[None, :]
+        q_block = tl.load(q + (pair_row * q_stride)[:, None] + pair_offset, mask=real[:, None], other=0.0)
+        if USE_TMA:  # both caches as [B * G * P, C]
+            k_lines = tl.make_tensor_descriptor(k_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
+            v_lines = tl.make_tensor_descriptor(v_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
+
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, C], tl.float32)
+        blocks = table_blocks(table, 0, end, P, BLOCK_N)
+        for start in range(0, whole_end, BLOCK_N):
+            if USE_TMA:
+                line = (blocks.to(tl.int32) * tl.num_programs(1) + head) * P + start % P
+                k = k_lines.load([line, 0])
+                v = v_lines.load([line, 0])
+            else:
+                k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
+                v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
+                k = tl.load(k_rows[:, None] + channel[None, :])
+                v = tl.load(v_rows[:, None] + channel[None, :])
+            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)  # ahead, so that no copy waits for it
+            top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
+        for start in range(whole_end, end, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            inside = key < end
+            k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
+            v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
+            k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+            v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
+            visible = (key[None, :] <= position[:, None]) & inside[None, :]
+            top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
+        out = acc * (1.0 / total)[:, None]
+        y_stride = tl.num_programs(1) * group * C
+        tl.store(y + (pair_row * y_stride)[:, None] + pair_offset, out.to(y.dtype.element_ty), mask=real[:, None])

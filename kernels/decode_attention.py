@@ -1,0 +1,312 @@
+"""Attention of one new token of each sequence over a paged KV cache, its keys split over the chip.
+
+    o[s, h] = softmax(q[s, h] . k[:n, g] / sqrt(C)) v[:n, g]      n = seq_len[s], g = h // (H / G)
+
+What this costs is reading keys and values, so the work is cut by them: the split plan (csrc/paged_kv_cache.h,
+StepBuffers) lists items (row, first block, end block) of about equal size, whatever the lengths are. A program takes an
+item and a kv head; the last to finish of a row and kv head adds up the row's parts, in the plan's order, so the result
+does not depend on which one was last. The grid is fixed by the plan's width, so a CUDA graph serves any lengths.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels.paged_attention import paged_attention_reference
+
+HEAD_DIMS = (16, 32, 64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_GROUP = ROWS.value  # query heads of a kv head
+MODEL_HEADS = {  # query heads, kv heads, channels
+    "1b": (14, 2, 64),
+    "2b": (12, 2, 128),
+    "8b": (28, 4, 128),
+    "9b": (32, 2, 128),
+    "14b": (40, 8, 128),
+    "38b": (40, 8, 128),
+    "78b": (64, 8, 128),
+}
+
+
+def decode_attention_reference(
+    q_SHC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    seq_len_S: Tensor,
+    split_start_S1: Tensor,
+    split_W3: Tensor,
+    counters_SG: Tensor | None = None,
+) -> Tensor:
+    """Attention output [S, H, C]; zeros for rows of length 0, which pad a batch. The plan changes nothing here."""
+    out_SHC = torch.zeros_like(q_SHC)
+    if q_SHC.is_meta:  # lengths are values
+        return out_SHC
+    used = seq_len_S.nonzero().flatten()
+    query_start = torch.arange(len(used) + 1, dtype=torch.int32, device=q_SHC.device)
+    out_SHC[used] = paged_attention_reference(
+        q_SHC[used], k_cache_BGPC, v_cache_BGPC, block_table_SN[used], query_start, seq_len_S[used]
+    )
+    return out_SHC
+
+
+def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
+    """How many items the split plan of a batch should have room for: two programs a multiprocessor, and one a sequence.
+
+    Two are resident at 128 channels and saturate the memory. A row's last split may be short, so rows take up to one
+    item each beyond what an even division of all blocks needs; the first row's is in the division. Items that a plan
+    leaves empty cost next to nothing.
+    """
+    return max(0, num_sequences - 1) + triton.cdiv(2 * num_sms, num_kv_heads)
+
+
+def plan_decode_attention(
+    q_SHC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    seq_len_S: Tensor,
+    split_start_S1: Tensor,
+    split_W3: Tensor,
+    counters_SG: Tensor | None = None,
+    *,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    num_rows, num_heads, head_dim = q_SHC.shape
+    _, num_kv_heads, block_size, _ = k_cache_BGPC.shape
+    num_items, device = split_W3.shape[0], q_SHC.device
+    single = q_SHC.dtype == torch.float32  # for tests
+    block = 32 if single else 64  # 64 keys are what the matrix units of sm_90 take at least
+    stages = 1 if single else 4 if head_dim < 128 else 3
+    pdl = target.capability >= 90 and not target.interpreted
+    if counters_SG is None:
+        counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
+    return (
+        Launch(
+            decode_attention_kernel,
+            (num_items, num_kv_heads, 1),
+            {
+                "q": q_SHC,
+                "k_cache": k_cache_BGPC,
+                "v_cache": v_cache_BGPC,
+                "y": out,
+                "block_table": block_table_SN,
+                "seq_len": seq_len_S,
+                "split_start": split_start_S1,
+                "split_items": split_W3,
+                "counters": counters_SG,
+                "partial_acc": torch.empty(num_items, num_kv_heads, MAX_GROUP, head_dim, device=device),
+                "partial_stats": torch.empty(num_items, num_kv_heads, 2, MAX_GROUP, device=device),
+                "q_stride": q_SHC.stride(0),
+                "block_stride": k_cache_BGPC.stride(0),
+                "head_stride": k_cache_BGPC.stride(1),
+                "slot_stride": k_cache_BGPC.stride(2),
+                "table_stride": block_table_SN.stride(0),
+                "group": num_heads // num_kv_heads,
+                "num_rows": num_rows,
+                "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
+            },
+            {
+                "P": block_size,
+                "C": head_dim,
+                "BLOCK": block,
+                "SWAP": target.capability in (90, 100, 103),
+                "PDL": pdl,
+                "PRECISION": "ieee" if single else None,
+            },
+            num_stages=stages,
+            pdl=pdl,
+            matrix_units=True,
+        ),
+    )
+
+
+def check_queries_and_cache(
+    name: str, q: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, block_table_SN: Tensor, seq_len_S: Tensor
+) -> None:
+    """What decode and prefill ask of their common arguments: raises ValueError naming the one that does not fit."""
+    require(q.dtype in SPEC.tolerances, name, f"one of {list(SPEC.tolerances)}", q.dtype)
+    require(q.ndim == 3, name, "three dimensions", q.ndim)
+    num_heads, head_dim = q.shape[1:]
+    require(head_dim in HEAD_DIMS, name, f"channels of a head one of {HEAD_DIMS}", head_dim)
+    require(q.stride(2) == 1 and q.stride(1) == head_dim, name, "heads side by side", f"strides {q.stride()}")
+    require(k_cache_BGPC.ndim == 4, "k_cache_BGPC", "four dimensions", k_cache_BGPC.ndim)
+    num_blocks, num_kv_heads, block_size, _ = k_cache_BGPC.shape
+    group = num_heads // max(num_kv_heads, 1)
+    fits = 1 <= group <= MAX_GROUP and num_heads == group * num_kv_heads
+    require(fits, "k_cache_BGPC", f"a kv head for each 1 to {MAX_GROUP} of {num_heads} heads", num_kv_heads)
+    require(block_size in BLOCK_SIZES, "k_cache_BGPC", f"slots of a block one of {BLOCK_SIZES}", block_size)
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    require_tensor("k_cache_BGPC", k_cache_BGPC, shape, q.dtype, q.device)
+    require_tensor("v_cache_BGPC", v_cache_BGPC, shape, q.dtype, q.device)
+    strides = k_cache_BGPC.stride()
+    require(v_cache_BGPC.stride() == strides, "v_cache_BGPC", f"strides {strides} of k", v_cache_BGPC.stride())
+    require(block_table_SN.ndim == 2, "block_table_SN", "two dimensions", block_table_SN.ndim)
+    num_rows, width = block_table_SN.shape
+    require_tensor("block_table_SN", block_table_SN, (num_rows, width), torch.int32, q.device)
+    require_index("seq_len_S", seq_len_S, (num_rows,), q.device)
+
+
+def require_index(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    require_tensor(name, tensor, shape, torch.int32, device)
+    require(tensor.is_contiguous(), name, "a contiguous tensor", f"strides {tensor.stride()}")
+
+
+def decode_attention(
+    q_SHC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    seq_len_S: Tensor,
+    split_start_S1: Tensor,
+    split_W3: Tensor,
+    counters_SG: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `decode_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
+
+    The plan splits_W3, split_start_S1 must cover the blocks of every row that has a length, and have W >= S items; rows
+    without an item give zeros. Table entries and slots beyond a length are not used. The same plan gives the same bits.
+    counters_SG [S, G] int32, zeros: which parts have arrived; left as zeros, so that one tensor serves all calls that
+    follow each other on a stream. None: made and zeroed for this call.
+    Raises ValueError naming the argument that does not fit.
+    """
+    check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
+    (num_rows, num_heads, head_dim), device = q_SHC.shape, q_SHC.device
+    require(block_table_SN.shape[0] == num_rows, "block_table_SN", f"{num_rows} rows", block_table_SN.shape[0])
+    require_index("split_start_S1", split_start_S1, (num_rows + 1,), device)
+    require(split_W3.ndim == 2, "split_W3", "two dimensions", split_W3.ndim)
+    require(split_W3.shape[0] >= num_rows, "split_W3", f"at least {num_rows} items", split_W3.shape[0])
+    require_index("split_W3", split_W3, (split_W3.shape[0], 3), device)
+    if counters_SG is not None:
+        require_index("counters_SG", counters_SG, (num_rows, k_cache_BGPC.shape[1]), device)
+    if out is None:
+        out = torch.empty(num_rows, num_heads, head_dim, dtype=q_SHC.dtype, device=device)
+    require_tensor("out", out, (num_rows, num_heads, head_dim), q_SHC.dtype, device)
+    require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
+    plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG)
+    run(plan_decode_attention(q_SHC, k_cache_BGPC, v_cache_BGPC, *plan, out=out, target=target_of(device)))
+    return out
+
+
+def make_paged_cache(
+    case: Case, seq_lens: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and the table: blocks of the pool in any order, NaN wherever no token is, -1 behind each length.
+
+    `shared`: so many leading blocks are the first row's in all rows. `fill` is what the keys are like. `padding` are
+    channels, NaN, that part one slot from the next.
+    """
+    block_size, channels = case["P"], case["C"]
+    counts = [-(-length // block_size) for length in seq_lens]
+    num_blocks = sum(counts) + 2
+    free = iter(torch.randperm(num_blocks).tolist())
+    table_SN = torch.full((len(seq_lens), max(counts, default=0) + 1), -1, dtype=torch.int32)
+    written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
+    for row, length in enumerate(seq_lens):
+        blocks = torch.tensor([next(free) for _ in range(counts[row])], dtype=torch.int64)
+        shared = min(case.sizes.get("shared", 0), counts[row], counts[0]) if row else 0
+        blocks[:shared] = table_SN[0, :shared]
+        table_SN[row, : counts[row]] = blocks
+        written[(blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:length]] = True
+    unused = ~written.view(num_blocks, 1, block_size, 1).to(device)
+
+    shape = (num_blocks, case["G"], block_size, channels + case.sizes.get("padding", 0))
+    k, v = (torch.randn(shape, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    fill = case.sizes.get("fill", "normal")
+    if fill == "equal":  # all scores
+        k.fill_(0.5)
+    elif fill == "one_huge":  # the score of one slot of each block
+        k[:, :, 3 % block_size] *= 500.0
+    elif fill == "huge":
+        k *= 1e4
+    for cache in (k, v):
+        cache.masked_fill_(unused, math.nan)
+        cache[..., channels:] = math.nan
+    return k[..., :channels], v[..., :channels], table_SN.to(device)
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """`split`: at least so many blocks of each item; `spare`: so many more items than the plan needs."""
+    seq_lens, block_size = case["seq_lens"], case["P"]
+    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, NaN beside it
+    q = torch.full((len(seq_lens), heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
+    q[:, : case["H"]] = torch.randn(len(seq_lens), case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
+    k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)
+    starts, items = [0], []
+    for row, length in enumerate(seq_lens):
+        num_blocks = -(-length // block_size)
+        items += [[row, first, min(first + case["split"], num_blocks)] for first in range(0, num_blocks, case["split"])]
+        starts.append(len(items))
+    items += [[-1, -1, -1]] * (max(0, len(seq_lens) - len(items)) + case.sizes.get("spare", 0))
+    return {
+        "q_SHC": q[:, : case["H"]],
+        "k_cache_BGPC": k,
+        "v_cache_BGPC": v,
+        "block_table_SN": table_SN,
+        "seq_len_S": torch.tensor(seq_lens, dtype=torch.int32).to(device),
+        "split_start_S1": torch.tensor(starts, dtype=torch.int32).to(device),
+        "split_W3": torch.tensor(items, dtype=torch.int32).view(-1, 3).to(device),
+    }
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    tokens, rows = sum(case["seq_lens"]), len(case["seq_lens"])
+    elements = 2 * tokens * case["G"] * case["C"] + 2 * rows * case["H"] * case["C"]
+    return Cost(bytes=dtype.itemsize * elements, flops=4 * tokens * case["H"] * case["C"])
+
+
+def _case(
+    name: str, seq_lens: list[int], heads: int = 2, kv_heads: int = 1, channels: int = 16, **more: int | str
+) -> Case:
+    sizes = {"seq_lens": seq_lens, "H": heads, "G": kv_heads, "C": channels, "P": 64, "split": 1}
+    return Case(name, sizes | more)
+
+
+def _model_case(name: str, batch: int, context: int) -> Case:
+    heads, kv_heads, channels = MODEL_HEADS[name]
+    items = num_split_items(batch, kv_heads, num_sms=132)
+    split = max(4, triton.cdiv(batch * context // 64, items))
+    lens = [context] * batch
+    return _case(f"{name}_{batch}_x_{context}", lens, heads, kv_heads, channels, split=split)
+
+
+SPEC = KernelSpec(
+    name="decode_attention",
+    reference=decode_attention_reference,
+    plan=plan_decode_attention,
+    launcher=decode_attention,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=(
+        _case("lengths", [1, 2, 15, 16, 17, 63, 64, 65], split=2, spare=3),
+        _case("longer", [127, 128, 129, 191, 257], split=2),
+        *(_case(f"blocks_of_{size}", [1, size, size + 1, 3 * size - 1, 150], P=size, split=2) for size in BLOCK_SIZES),
+        *(_case(f"channels_{channels}", [193], 2, 1, channels, split=2) for channels in HEAD_DIMS),
+        *(_case(f"group_{group}", [70], 2 * group, 2, 32) for group in (1, 5, 6, 7, 16)),
+        _case("one_split_each", [130, 64, 7], 4, 2, split=99),
+        _case("many_splits", [1170], 7, 1, 64, split=1),
+        _case("empty_rows", [0, 5, 0, 0, 129, 0], 4, 2, 32, spare=2),
+        _case("all_empty", [0, 0], 4, 2, 32),
+        _case("no_rows", []),
+        _case("shared_prefix", [150, 200, 128], 4, 2, 32, shared=2),
+        _case("strided", [150, 3], 4, 2, 32, beside=3, padding=8),
+        _case("unaligned", [150, 3], 4, 2, 32, padding=3),
+        *(_case(fill, [150, 3], 4, 2, 32, fill=fill, split=2) for fill in ("equal", "one_huge", "huge")),
+    ),
+    model_cases=tuple(
+        _model_case(name, batch, context) for name in MODEL_HEADS for context in (2048, 32768) for batch in (1, 8, 64)
+    ),
+    tolerances={
+        torch.float32: Tolerance(2e-5, 2e-5, 2e-6, "sums over keys in pieces, exp2 to 2 units in the last place"),
+        torch.float16: Tolerance(2e-3, 2e-3, 1e-3, "probabilities and output are rounded to 11 bits"),
+        torch.bfloat16: Tolerance(1.6e-2, 1.6e-2, 5e-3, "probabilities and output are rounded to 8 bits"),
+    },
+)

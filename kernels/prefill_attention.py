@@ -1,0 +1,215 @@
+"""Causal attention of a ragged batch of chunks over a paged KV cache.
+
+    o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
+
+t is the query at index p of its sequence: a row's queries are the last of its seq_len tokens, behind whatever prefix is
+cached, and their own keys and values are in the cache already. Rows with one query are served too, but one program then
+reads all of a kv head's keys: decode_attention spreads them over the chip.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
+from internvl_rt.kernels.decode_attention import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    MODEL_HEADS,
+    check_queries_and_cache,
+    make_paged_cache,
+    require_index,
+)
+from internvl_rt.kernels.paged_attention import paged_attention_reference
+
+
+def prefill_attention_reference(
+    q_THC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    query_start_S1: Tensor,
+    seq_len_S: Tensor,
+    max_query_len: int,
+) -> Tensor:
+    """Attention output [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most."""
+    if q_THC.is_meta:  # lengths are values
+        return torch.empty_like(q_THC)
+    return paged_attention_reference(q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, query_start_S1, seq_len_S)
+
+
+def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target: Target) -> tuple[int, int, int, int]:
+    """(query, head) pairs and keys of a block, warps, stages."""
+    _, num_kv_heads, _, head_dim = cache.shape
+    if cache.dtype == torch.float32:  # for tests: no matrix units
+        return 32, 32, 4, 1
+    stages = 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
+    # Small blocks where large ones would leave multiprocessors without work.
+    if triton.cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
+        return 64, 64, 4, stages
+    return 128, 64, 8, stages
+
+
+def plan_prefill_attention(
+    q_THC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    query_start_S1: Tensor,
+    seq_len_S: Tensor,
+    max_query_len: int,
+    *,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    num_heads, head_dim = q_THC.shape[1:]
+    num_blocks, num_kv_heads, block_size, _ = k_cache_BGPC.shape
+    num_rows, group = block_table_SN.shape[0], num_heads // num_kv_heads
+    block_m, block_n, num_warps, num_stages = _tiling(max_query_len, num_rows, k_cache_BGPC, group, target)
+    # The caches as [B * G * P, C], whose boxes of block_n slots must lie in one block; the copy engine takes multiples
+    # of 16 bytes and counts rows in 32 bits.
+    num_lines = num_blocks * num_kv_heads * block_size
+    boxes = block_size % block_n == 0 and k_cache_BGPC.is_contiguous() and 0 < num_lines < 2**31
+    aligned = k_cache_BGPC.data_ptr() % 16 == 0 and v_cache_BGPC.data_ptr() % 16 == 0
+    use_tma = target.capability in (90, 100, 103) and boxes and aligned
+    return (
+        Launch(
+            prefill_attention_kernel,
+            (triton.cdiv(max_query_len, block_m // group), num_kv_heads, num_rows),
+            {
+                "q": q_THC,
+                "k_cache": k_cache_BGPC,
+                "v_cache": v_cache_BGPC,
+                "y": out,
+                "block_table": block_table_SN,
+                "query_start": query_start_S1,
+                "seq_len": seq_len_S,
+                "q_stride": q_THC.stride(0),
+                "block_stride": k_cache_BGPC.stride(0),
+                "head_stride": k_cache_BGPC.stride(1),
+                "slot_stride": k_cache_BGPC.stride(2),
+                "table_stride": block_table_SN.stride(0),
+                "group": group,
+                "num_lines": num_lines,
+                "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
+            },
+            {
+                "P": block_size,
+                "C": head_dim,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "USE_TMA": use_tma,
+                "PRECISION": "ieee" if q_THC.dtype == torch.float32 else None,
+            },
+            num_warps=num_warps,
+            num_stages=num_stages,
+            descriptors=use_tma,
+            matrix_units=True,
+        ),
+    )
+
+
+def prefill_attention(
+    q_THC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    query_start_S1: Tensor,
+    seq_len_S: Tensor,
+    max_query_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `prefill_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
+
+    Rows of q behind the last query, query_start[S], belong to no sequence: those of the result stay as they are. Table
+    entries and slots beyond a length are not used. Queries beyond max_query_len of a row are not computed.
+    Raises ValueError naming the argument that does not fit.
+    """
+    check_queries_and_cache("q_THC", q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
+    num_rows, device = block_table_SN.shape[0], q_THC.device
+    require(num_rows < 2**16, "block_table_SN", "fewer than 65536 rows", num_rows)
+    require_index("query_start_S1", query_start_S1, (num_rows + 1,), device)
+    require(0 <= max_query_len <= len(q_THC), "max_query_len", f"0 to {len(q_THC)} tokens", max_query_len)
+    if out is None:
+        out = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=device)
+    require_tensor("out", out, tuple(q_THC.shape), q_THC.dtype, device)
+    require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
+    rows = (block_table_SN, query_start_S1, seq_len_S, max_query_len)
+    run(plan_prefill_attention(q_THC, k_cache_BGPC, v_cache_BGPC, *rows, out=out, target=target_of(device)))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int]:
+    """`chunks` holds (cached tokens, new tokens) of each row."""
+    new_lens = [new for _, new in case["chunks"]]
+    seq_lens = [cached + new for cached, new in case["chunks"]]
+    starts = [sum(new_lens[:row]) for row in range(len(new_lens) + 1)]
+    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, NaN beside it
+    q = torch.full((starts[-1], heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
+    q[:, : case["H"]] = torch.randn(starts[-1], case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
+    k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)
+    return {
+        "q_THC": q[:, : case["H"]],
+        "k_cache_BGPC": k,
+        "v_cache_BGPC": v,
+        "block_table_SN": table_SN,
+        "query_start_S1": torch.tensor(starts, dtype=torch.int32).to(device),
+        "seq_len_S": torch.tensor(seq_lens, dtype=torch.int32).to(device),
+        "max_query_len": max(new_lens, default=0),
+    }
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    tokens, new = sum(cached + new for cached, new in case["chunks"]), sum(new for _, new in case["chunks"])
+    pairs = sum(new * cached + new * (new + 1) // 2 for cached, new in case["chunks"])
+    elements = 2 * tokens * case["G"] * case["C"] + 2 * new * case["H"] * case["C"]
+    return Cost(bytes=dtype.itemsize * elements, flops=4 * pairs * case["H"] * case["C"])
+
+
+def _case(
+    name: str, *chunks: tuple[int, int], heads: int = 2, kv_heads: int = 1, channels: int = 16, **more: int | str
+) -> Case:
+    return Case(name, {"chunks": chunks, "H": heads, "G": kv_heads, "C": channels, "P": 64} | more)
+
+
+def _model_case(name: str, cached: int, new: int) -> Case:
+    heads, kv_heads, channels = MODEL_HEADS[name]
+    return _case(f"{name}_{new}_behind_{cached}", (cached, new), heads=heads, kv_heads=kv_heads, channels=channels)
+
+
+SPEC = KernelSpec(
+    name="prefill_attention",
+    reference=prefill_attention_reference,
+    plan=plan_prefill_attention,
+    launcher=prefill_attention,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=(
+        _case("lengths", *((0, new) for new in (1, 2, 15, 16, 17, 63, 64, 65))),
+        _case("longer", (0, 127), (0, 129), (0, 0), (0, 130)),
+        _case("behind_a_prefix", (64, 1), (63, 1), (64, 64), (1, 63), (100, 30), (128, 65), (200, 3)),
+        _case("empty_rows", (0, 0), (70, 0), (0, 5), (0, 0), (64, 3), (0, 0)),
+        _case("all_empty", (0, 0), (3, 0)),
+        _case("no_rows"),
+        *(_case(f"blocks_of_{size}", (0, size + 1), (size, size), (150, 20), P=size) for size in BLOCK_SIZES),
+        *(_case(f"channels_{channels}", (70, 70), channels=channels) for channels in HEAD_DIMS),
+        *(_case(f"group_{group}", (60, 40), heads=2 * group, kv_heads=2) for group in (1, 5, 6, 7, 16)),
+        _case("shared_prefix", (128, 22), (128, 3), (192, 8), heads=4, kv_heads=2, shared=2),
+        _case("strided", (70, 20), (0, 3), heads=4, kv_heads=2, beside=3, padding=8),
+        _case("unaligned", (70, 20), (0, 3), heads=4, kv_heads=2, padding=3),
+        *(_case(fill, (70, 40), channels=32, fill=fill) for fill in ("equal", "one_huge", "huge")),
+    ),
+    model_cases=tuple(
+        _model_case(name, cached, new) for name in MODEL_HEADS for cached, new in ((0, 3392), (8192, 512))
+    ),
+    tolerances={
+        torch.float32: Tolerance(2e-5, 2e-5, 2e-6, "sums over keys in blocks, exp2 to 2 units in the last place"),
+        torch.float16: Tolerance(2e-3, 2e-3, 1e-3, "probabilities and output are rounded to 11 bits"),
+        torch.bfloat16: Tolerance(1.6e-2, 1.6e-2, 5e-3, "probabilities and output are rounded to 8 bits"),
+    },
+)
