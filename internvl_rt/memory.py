@@ -31,15 +31,15 @@ class MemoryPlan:
     def render(self) -> str:
         """The plan as a card for people."""
         num_tokens = self.num_blocks * self.block_size
-        cache = f"{_gib(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
+        cache = f"{_size(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
         rows = [
             ("device", self.device),
-            ("weights", _gib(self.weight_bytes)),
-            ("vision workspace", _gib(self.vision_bytes)),
+            ("weights", _size(self.weight_bytes)),
+            ("vision workspace", _size(self.vision_bytes)),
         ]
-        rows += [("step workspace", _gib(self.step_bytes)), ("KV cache", cache)]
+        rows += [("step workspace", _size(self.step_bytes)), ("KV cache", cache)]
         if self.total_bytes is not None:
-            rows.insert(1, ("memory", _gib(self.total_bytes)))
+            rows.insert(1, ("memory", _size(self.total_bytes)))
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
 
 
@@ -108,5 +108,5 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
     return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):,.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):,.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):,.1f} MiB"
