@@ -1,5 +1,6 @@
 """The table of Triton kernels: `Ops` for CUDA devices (and, slowly, for Triton's interpreter)."""
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
+from internvl_rt.kernels.gemv import MAX_ROWS, GemvWorkspace, build_gemv_workspace, gemv
+from internvl_rt.kernels.gemv_qkv import gemv_qkv
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
 from internvl_rt.kernels.place_visual_tokens import place_visual_tokens
@@ -55,6 +58,37 @@ def _unshuffle_norm(x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, versi
     return unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
 
 
+@cache
+def _workspace(device: torch.device) -> GemvWorkspace:
+    """What split products leave for the last of them: one for each device, since steps follow each other."""
+    return build_gemv_workspace(device)
+
+
+def _is_decode(x: Tensor, norm: Norm | None = None) -> bool:
+    """Whether the rows are few enough to be multiplied as fast as the weight is read; an RMSNorm goes in front."""
+    return 0 < len(x) <= MAX_ROWS and (norm is None or norm.bias_D is None)
+
+
+def _norm_linear(x: Tensor, norm: Norm, part: Linear) -> Tensor:
+    if _is_decode(x, norm):
+        return gemv(x, part.weight_NK, part.bias_N, norm.weight_D, norm.eps, workspace=_workspace(x.device))
+    return _linear(_norm(x, norm), part)
+
+
+def _norm_linear_swiglu(x: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
+    if _is_decode(x, norm):
+        weights = gate_up.weight_NK, gate_up.bias_N, norm.weight_D
+        return gemv(x, *weights, norm.eps, activation="swiglu", workspace=_workspace(x.device))
+    return swiglu(_linear(_norm(x, norm), gate_up))
+
+
+def _linear_residual(y: Tensor, part: Linear, x: Tensor) -> Tensor:
+    if _is_decode(y):
+        workspace = _workspace(x.device)
+        return gemv(y, part.weight_NK, part.bias_N, None, 0.0, residual_RN=x, out=x, workspace=workspace)
+    return linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x)
+
+
 def _norm_qkv_rope_kv(
     x_TD: Tensor,
     norm: Norm,
@@ -67,9 +101,13 @@ def _norm_qkv_rope_kv(
     v_cache_BGPC: Tensor,
     slot_T: Tensor,
 ) -> Tensor:
-    qkv_TK = _linear(_norm(x_TD, norm), qkv)
-    weights = qk_weights(q_norm, k_norm)
-    return qkv_rope_kv(qkv_TK, *weights, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
+    where = position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T
+    if q_norm is None and _is_decode(x_TD, norm):
+        head_dim = k_cache_BGPC.shape[3]
+        num_heads = len(qkv.weight_NK) // head_dim - 2 * k_cache_BGPC.shape[1]
+        weights = norm.weight_D, norm.eps, qkv.weight_NK, qkv.bias_N
+        return gemv_qkv(x_TD, *weights, *where, num_heads, workspace=_workspace(x_TD.device))
+    return qkv_rope_kv(_linear(_norm(x_TD, norm), qkv), *qk_weights(q_norm, k_norm), *where)
 
 
 def _paged_attention(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, batch: Batch) -> Tensor:
@@ -99,7 +137,7 @@ TRITON = Ops(
     place_visual_tokens=place_visual_tokens,
     norm_qkv_rope_kv=_norm_qkv_rope_kv,
     paged_attention=_paged_attention,
-    norm_linear=lambda x, norm, part: _linear(_norm(x, norm), part),
-    norm_linear_swiglu=lambda x, norm, gate_up: swiglu(_linear(_norm(x, norm), gate_up)),
-    linear_residual=lambda y, part, x: linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x),
+    norm_linear=_norm_linear,
+    norm_linear_swiglu=_norm_linear_swiglu,
+    linear_residual=_linear_residual,
 )

@@ -2,9 +2,8 @@
 
 A program reads one item of the split plan, a run of a sequence's blocks, for one kv head and all query heads that share
 it: every key and value is read once. Keys come in pieces of BLOCK by pipelined copies of 16 bytes a thread, which fill
-what lies beyond the sequence with zeros: there memory holds anything, NaN too. The copy engine (TMA) cannot do that,
-and its descriptors would have to be made by every program before its first load, which for items of four blocks costs
-more than the loads.
+what lies beyond the sequence with zeros: there memory holds anything, NaN too. The copy engine (TMA) cannot fill, and
+every program would have to make its descriptors before its first load, though an item may be as short as four blocks.
 """
 
 import triton
@@ -81,7 +80,11 @@ def _combine(partial_acc, partial_stats, first_split, end_split, head, group, C:
     return acc_RC, total
 
 
-@triton.jit(do_not_specialize=["group", "num_rows"])  # one kernel for any batch and model of these channels
+# One kernel for any batch and model of these channels, and for index tensors that begin at any element.
+INDICES = ["block_table", "seq_len", "split_start", "split_items", "counters", "table_stride", "group", "num_rows"]
+
+
+@triton.jit(do_not_specialize=INDICES)
 def decode_attention_kernel(
     q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
     q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows, scale_log2,

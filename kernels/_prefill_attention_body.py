@@ -22,7 +22,11 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
     return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["group", "num_lines"])  # one kernel for any model of these channels, any batch and cache
+# One kernel for any batch and model of these channels, and for index tensors that begin at any element.
+INDICES = ["block_table", "query_start", "seq_len", "table_stride", "group", "num_lines"]
+
+
+@triton.jit(do_not_specialize=INDICES)
 def prefill_attention_kernel(
     q, k_cache, v_cache, y, block_table, query_start, seq_len, q_stride, block_stride, head_stride, slot_stride,
     table_stride, group, num_lines, scale_log2,
@@ -46,16 +50,17 @@ def prefill_attention_kernel(
         pair, channel = tl.arange(0, BLOCK_M), tl.arange(0, C)
         query = first_query + pair // group
         real = (pair < queries * group) & (query < num_queries)
-        position = length - num_queries + query
-        whole_end = (length - num_queries + first_query + 1) // BLOCK_N * BLOCK_N
-        end = tl.minimum(length - num_queries + first_query + queries, length)
-
+        first_position = length - num_queries + first_query
+        whole_end = (first_position + 1) // BLOCK_N * BLOCK_N
+        end = tl.minimum(first_position + queries, length)
+        position = tl.minimum(first_position + pair // group, end - 1)  # that of no query too
         table = block_table + row.to(tl.int64) * table_stride
         k_head = k_cache + head.to(tl.int64) * head_stride
         v_head = v_cache + head.to(tl.int64) * head_stride
-        pair_row = (first_row + query).to(tl.int64)
-        pair_offset = ((head * group + pair % group) * C)[:, None] + channel[None, :]
-        q_block = tl.load(q + (pair_row * q_stride)[:, None] + pair_offset, mask=real[:, None], other=0.0)
+        block_row = (first_row + first_query).to(tl.int64)
+        pair_channel = ((head * group + pair % group) * C)[:, None] + channel[None, :]
+        q_rows = q + block_row * q_stride + (pair // group).to(tl.int64) * q_stride
+        q_block = tl.load(q_rows[:, None] + pair_channel, mask=real[:, None], other=0.0)
         if USE_TMA:  # both caches as [B * G * P, C]
             k_lines = tl.make_tensor_descriptor(k_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
             v_lines = tl.make_tensor_descriptor(v_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
@@ -78,14 +83,15 @@ def prefill_attention_kernel(
             top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
         for start in range(whole_end, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            inside = key < end
+            inside = key < end  # from there on memory is not ours to read; what a query sees is less
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
             v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
             k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
             v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
             blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
-            visible = (key[None, :] <= position[:, None]) & inside[None, :]
+            visible = key[None, :] <= position[:, None]
             top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
         out = acc * (1.0 / total)[:, None]
         y_stride = tl.num_programs(1) * group * C
-        tl.store(y + (pair_row * y_stride)[:, None] + pair_offset, out.to(y.dtype.element_ty), mask=real[:, None])
+        y_block = y + block_row * y_stride + ((pair // group * y_stride)[:, None] + pair_channel)
+        tl.store(y_block, out.to(y.dtype.element_ty), mask=real[:, None])

@@ -62,7 +62,7 @@ def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
     item each beyond what an even division of all blocks needs; the first row's is in the division. Items that a plan
     leaves empty cost next to nothing.
     """
-    return max(0, num_sequences - 1) + triton.cdiv(2 * num_sms, num_kv_heads)
+    return max(0, num_sequences - 1) + -(-2 * num_sms // num_kv_heads)
 
 
 def plan_decode_attention(
@@ -84,6 +84,8 @@ def plan_decode_attention(
     single = q_SHC.dtype == torch.float32  # for tests
     block = 32 if single else 64  # 64 keys are what the matrix units of sm_90 take at least
     stages = 1 if single else 4 if head_dim < 128 else 3
+    partial_acc = torch.empty((num_items, num_kv_heads, MAX_GROUP, head_dim), dtype=torch.float32, device=device)
+    partial_stats = torch.empty((num_items, num_kv_heads, 2, MAX_GROUP), dtype=torch.float32, device=device)
     pdl = target.capability >= 90 and not target.interpreted
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
@@ -101,8 +103,8 @@ def plan_decode_attention(
                 "split_start": split_start_S1,
                 "split_items": split_W3,
                 "counters": counters_SG,
-                "partial_acc": torch.empty(num_items, num_kv_heads, MAX_GROUP, head_dim, device=device),
-                "partial_stats": torch.empty(num_items, num_kv_heads, 2, MAX_GROUP, device=device),
+                "partial_acc": partial_acc,
+                "partial_stats": partial_stats,
                 "q_stride": q_SHC.stride(0),
                 "block_stride": k_cache_BGPC.stride(0),
                 "head_stride": k_cache_BGPC.stride(1),
@@ -128,9 +130,18 @@ def plan_decode_attention(
 
 
 def check_queries_and_cache(
-    name: str, q: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, block_table_SN: Tensor, seq_len_S: Tensor
+    name: str,
+    q: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    seq_len_S: Tensor,
+    num_rows: int | None = None,
 ) -> None:
-    """What decode and prefill ask of their common arguments: raises ValueError naming the one that does not fit."""
+    """What decode and prefill ask of their common arguments: raises ValueError naming the one that does not fit.
+
+    num_rows: of the index tensors; None: one for each q.
+    """
     require(q.dtype in SPEC.tolerances, name, f"one of {list(SPEC.tolerances)}", q.dtype)
     require(q.ndim == 3, name, "three dimensions", q.ndim)
     num_heads, head_dim = q.shape[1:]
@@ -146,11 +157,12 @@ def check_queries_and_cache(
     require_tensor("k_cache_BGPC", k_cache_BGPC, shape, q.dtype, q.device)
     require_tensor("v_cache_BGPC", v_cache_BGPC, shape, q.dtype, q.device)
     strides = k_cache_BGPC.stride()
+    require(strides[2] < 2**24, "k_cache_BGPC", "slots fewer than 2**24 elements apart", strides[2])
     require(v_cache_BGPC.stride() == strides, "v_cache_BGPC", f"strides {strides} of k", v_cache_BGPC.stride())
+    rows = q.shape[0] if num_rows is None else num_rows
     require(block_table_SN.ndim == 2, "block_table_SN", "two dimensions", block_table_SN.ndim)
-    num_rows, width = block_table_SN.shape
-    require_tensor("block_table_SN", block_table_SN, (num_rows, width), torch.int32, q.device)
-    require_index("seq_len_S", seq_len_S, (num_rows,), q.device)
+    require_tensor("block_table_SN", block_table_SN, (rows, block_table_SN.shape[1]), torch.int32, q.device)
+    require_index("seq_len_S", seq_len_S, (rows,), q.device)
 
 
 def require_index(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -172,15 +184,15 @@ def decode_attention(
 ) -> Tensor:
     """As `decode_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
 
-    The plan splits_W3, split_start_S1 must cover the blocks of every row that has a length, and have W >= S items; rows
-    without an item give zeros. Table entries and slots beyond a length are not used. The same plan gives the same bits.
-    counters_SG [S, G] int32, zeros: which parts have arrived; left as zeros, so that one tensor serves all calls that
-    follow each other on a stream. None: made and zeroed for this call.
+    split_W3 has items for all blocks of every row that has a length, those of a row in order from split_start[row] to
+    split_start[row + 1], (-1, -1, -1) behind the last, and W >= S. Rows without an item give zeros. Table entries and
+    slots beyond a length are not used. The same plan gives the same bits, another one rounds differently.
+    counters_SG int32, zeros: how many parts have arrived. It is left as zeros, so one tensor serves all calls that
+    follow each other on a stream; None: made and zeroed by every call, which is one more launch.
     Raises ValueError naming the argument that does not fit.
     """
     check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
     (num_rows, num_heads, head_dim), device = q_SHC.shape, q_SHC.device
-    require(block_table_SN.shape[0] == num_rows, "block_table_SN", f"{num_rows} rows", block_table_SN.shape[0])
     require_index("split_start_S1", split_start_S1, (num_rows + 1,), device)
     require(split_W3.ndim == 2, "split_W3", "two dimensions", split_W3.ndim)
     require(split_W3.shape[0] >= num_rows, "split_W3", f"at least {num_rows} items", split_W3.shape[0])
@@ -206,19 +218,23 @@ def make_paged_cache(
     """
     block_size, channels = case["P"], case["C"]
     counts = [-(-length // block_size) for length in seq_lens]
-    num_blocks = sum(counts) + 2
-    free = iter(torch.randperm(num_blocks).tolist())
-    table_SN = torch.full((len(seq_lens), max(counts, default=0) + 1), -1, dtype=torch.int32)
+    num_blocks, table_shape = sum(counts) + 2, (len(seq_lens), max(counts, default=0) + 1)
+    shape = (num_blocks, case["G"], block_size, channels + case.sizes.get("padding", 0))
+    if device.type == "meta":
+        k, v = (torch.empty(shape, dtype=dtype, device=device)[..., :channels] for _ in range(2))
+        return k, v, torch.empty(table_shape, dtype=torch.int32, device=device)
+
+    free = torch.randperm(num_blocks)
+    table_SN = torch.full(table_shape, -1, dtype=torch.int32)
     written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
     for row, length in enumerate(seq_lens):
-        blocks = torch.tensor([next(free) for _ in range(counts[row])], dtype=torch.int64)
+        blocks, free = free[: counts[row]], free[counts[row] :]
         shared = min(case.sizes.get("shared", 0), counts[row], counts[0]) if row else 0
         blocks[:shared] = table_SN[0, :shared]
         table_SN[row, : counts[row]] = blocks
         written[(blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:length]] = True
     unused = ~written.view(num_blocks, 1, block_size, 1).to(device)
 
-    shape = (num_blocks, case["G"], block_size, channels + case.sizes.get("padding", 0))
     k, v = (torch.randn(shape, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     fill = case.sizes.get("fill", "normal")
     if fill == "equal":  # all scores

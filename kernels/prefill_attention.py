@@ -47,11 +47,12 @@ def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target
     _, num_kv_heads, _, head_dim = cache.shape
     if cache.dtype == torch.float32:  # for tests: no matrix units
         return 32, 32, 4, 1
-    stages = 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
+    wide = target.capability in (90, 100, 103)  # matrix units that read keys from shared memory, not from registers
+    block_n = 64 if wide or head_dim < 128 else 32
     # Small blocks where large ones would leave multiprocessors without work.
     if triton.cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
-        return 64, 64, 4, stages
-    return 128, 64, 8, stages
+        return 64, block_n, 4, 3
+    return 128, block_n, 8, 3
 
 
 def plan_prefill_attention(
@@ -126,13 +127,15 @@ def prefill_attention(
 ) -> Tensor:
     """As `prefill_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
 
-    Rows of q behind the last query, query_start[S], belong to no sequence: those of the result stay as they are. Table
-    entries and slots beyond a length are not used. Queries beyond max_query_len of a row are not computed.
+    No row may have more than max_query_len queries: it sizes the grid. What lies before query_start[0] or behind
+    query_start[S] belongs to no sequence here: there the result stays as it is. Table entries and slots beyond a length
+    are not used.
     Raises ValueError naming the argument that does not fit.
     """
-    check_queries_and_cache("q_THC", q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
-    num_rows, device = block_table_SN.shape[0], q_THC.device
-    require(num_rows < 2**16, "block_table_SN", "fewer than 65536 rows", num_rows)
+    require(query_start_S1.ndim == 1, "query_start_S1", "one dimension", query_start_S1.ndim)
+    num_rows, device = query_start_S1.shape[0] - 1, q_THC.device
+    require(0 <= num_rows < 2**16, "query_start_S1", "1 to 65536 elements", num_rows + 1)
+    check_queries_and_cache("q_THC", q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S, num_rows)
     require_index("query_start_S1", query_start_S1, (num_rows + 1,), device)
     require(0 <= max_query_len <= len(q_THC), "max_query_len", f"0 to {len(q_THC)} tokens", max_query_len)
     if out is None:

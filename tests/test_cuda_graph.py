@@ -95,13 +95,12 @@ def test_decode_buckets_end_with_the_most_sequences(most: int, expected: list[in
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps(backend: str) -> None:
+def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
     """Batches between buckets, sequences that come and go; the replays really run, prefills do not."""
     questions = ["Hello", "Read the digits.", "And now?"]
     conversations = [[{"role": "user", "content": question}] for question in questions]
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 6, 4)]
-    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64, backend=backend) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64) as engine:
         expected = [reply.token_ids for reply in engine.generate(conversations, params)]
         recorder = Recorder()
         compute = partial(engine.model.run_step, caches=engine.cache.layers)

@@ -125,14 +125,14 @@ def expected_logits(kind: Kind, name: str, prepared: Prepared, position_T: np.nd
 
 
 def logits_of(engine: Engine, prepared: Prepared, position_T: np.ndarray, chunk_len: int | None = None) -> Tensor:
-    pictures = [picture.tiles() for picture in prepared.pictures]
+    pictures, num_tokens = [picture.tiles() for picture in prepared.pictures], len(prepared.prompt.token_ids)
     return all_logits(
         engine.model,
         prepared.prompt.token_ids,
         torch.cat(pictures) if pictures else None,
         context_id=engine.tokenizer.token_id("<IMG_CONTEXT>"),
         position_T=position_T,
-        chunk_len=chunk_len,
+        chunk_lens=None if chunk_len is None else [*[chunk_len] * (num_tokens // chunk_len), num_tokens % chunk_len],
     )
 
 

@@ -31,10 +31,10 @@ def all_logits(
     *,
     context_id: int,
     position_T: np.ndarray | None = None,
-    chunk_len: int | None = None,
+    chunk_lens: Items[int] | None = None,
     block_size: int = 16,
 ) -> Tensor:
-    """Logits [T, V] of one sequence, computed `chunk_len` tokens at a time (all at once by default).
+    """Logits [T, V] of one sequence, computed in chunks of these lengths (all at once by default).
 
     tiles: of all pictures, in order; their visual tokens take the places of the first `context_id` in `token_ids`.
     position_T: float32 rotary positions, 0, 1, 2, ... by default.
@@ -67,8 +67,10 @@ def all_logits(
     )
     assert cache.admit(sequence) == 0
     logits = []
-    for start in range(0, num_tokens, chunk_len or num_tokens):
-        chunk = Chunk(sequence, start, min(start + (chunk_len or num_tokens), num_tokens))
+    ends = np.cumsum(chunk_lens or [num_tokens]).tolist()
+    assert ends[-1] == num_tokens
+    for start, stop in zip([0, *ends], ends, strict=False):
+        chunk = Chunk(sequence, start, stop)
         step = build_step([chunk], cache, model.device)
         every_row = torch.arange(chunk.stop - chunk.start, device=model.device)
         logits.append(model.run_step(replace(step, logit_row_R=every_row), cache.layers))

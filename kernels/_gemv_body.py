@@ -1,0 +1,278 @@
+"""The jitted bodies of gemv and gemv_qkv: products of a few rows with a weight that is read once, from device memory.
+
+A program owns the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one of its splits.
+On matrix units the next chunk of BLOCK_K is on its way to registers while one is used; elsewhere the compiler saves the
+registers, and there are more programs. The first chunk, and all else that is no other kernel's result, is asked for
+before the program waits for the kernel before it.
+
+RMSNorm is y = rstd * ((x * w_norm) W^T): the row's squares are summed in the same loop, and their factor is applied to
+the sums. Nobody reads x twice, and a split needs its own part of the squares only.
+"""
+
+import triton
+import triton.language as tl
+
+from internvl_rt.kernels._rope import rotate, sin_cos
+
+
+@triton.jit
+def _pairs_of(sums):
+    """Sums of the rows of `_paired_rows` parted: those of the first of each pair, those of the second."""
+    return tl.split(tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _paired_rows(first, distance, BLOCK_N: tl.constexpr):
+    """first, first + distance, first + 1, first + 1 + distance, ..."""
+    place = tl.arange(0, BLOCK_N)
+    return (first + place // 2 + place % 2 * distance).to(tl.int64)
+
+
+@triton.jit
+def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: tl.constexpr):
+    """A chunk of the weight, zeros from `end` on; nobody will read it again. `inside` None: all rows are."""
+    inner = k + tl.arange(0, BLOCK_K)
+    at = weight + weight_row[:, None] * weight_stride + inner[None, :]
+    mask = (k < end) & (inner < K)[None, :]
+    if inside is not None:
+        mask &= inside[:, None]
+    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_rows(x, last_row, k, end, K, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    inner = k + tl.arange(0, BLOCK_K)
+    row = tl.arange(0, ROWS)[:, None]
+    at = x + row.to(tl.int64) * x_stride + inner[None, :]
+    return tl.load(at, mask=(row <= last_row) & (k < end) & (inner < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A copy for each row of x: L1 repeats it for less than it costs to hand it from thread to thread."""
+    return _load_rows(norm_weight, ROWS - 1, k, end, K, 0, ROWS, BLOCK_K)
+
+
+@triton.jit
+def _part_of_k(split_len, K, SPLIT: tl.constexpr):
+    """Where this program's part begins and ends."""
+    if SPLIT:
+        begin = tl.program_id(1) * split_len
+        return begin, tl.minimum(begin + split_len, K)
+    else:
+        return 0, K
+
+
+@triton.jit
+def _row_sums(
+    x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(x * w_norm) W^T and the squares of x, still to be added across threads; `w` and `n` are the first chunks.
+
+    MATRIX: each warp takes a part of a chunk's K and all rows, so that nobody reads an operand twice.
+    Else each thread has 16 bytes of every row of the chunk, and the sums stay in its registers.
+    """
+    BLOCK_N: tl.constexpr = weight_row.shape[0]
+    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # what one load brings a thread
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    v = _load_rows(x, last_row, begin, end, K, x_stride, ROWS, BLOCK_K)
+    sums = tl.zeros((WARPS, ROWS, BLOCK_N) if MATRIX else (ROWS, BLOCK_N, GROUPS), tl.float32)
+    squares = tl.zeros((ROWS, GROUPS) if norm_weight is not None else (ROWS, 1), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        next_w = _load_weight(weight, weight_row, weight_inside, k + BLOCK_K, end, K, weight_stride, BLOCK_K)
+        next_v = _load_rows(x, last_row, k + BLOCK_K, end, K, x_stride, ROWS, BLOCK_K)
+        a = v
+        if norm_weight is not None:
+            next_n = _load_norm(norm_weight, k + BLOCK_K, end, K, ROWS, BLOCK_K)
+            a = v.to(tl.float32)
+            squares += tl.sum(tl.reshape(a * a, (ROWS, GROUPS, GROUP)), axis=2)
+            a *= n.to(tl.float32)
+            n = next_n
+        b = w
+        if MATRIX:
+            if WIDE:
+                b = b.to(tl.float32)
+            a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
+            b = tl.permute(tl.reshape(b, (BLOCK_N, WARPS, BLOCK_K // WARPS)), (1, 2, 0))
+            sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        else:
+            a = tl.reshape(a.to(tl.float32), (ROWS, 1, GROUPS, GROUP))
+            b = tl.reshape(b.to(tl.float32), (1, BLOCK_N, GROUPS, GROUP))
+            sums += tl.sum(a * b, axis=3)
+        w = next_w
+        v = next_v
+    return sums, squares
+
+
+@triton.jit
+def _across_threads(sums, squares, MATRIX: tl.constexpr):
+    """What `_row_sums` left in the threads, as [ROWS, BLOCK_N] and [ROWS]."""
+    return tl.sum(sums, axis=0 if MATRIX else 2), tl.sum(squares, axis=1)
+
+
+@triton.jit
+def _partial_sums(partial, split, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a split of this program's tile leaves its sums [ROWS, BLOCK_N] and squares [ROWS]."""
+    at = partial + (split * tl.num_programs(0) + tl.program_id(0)) * (ROWS * (BLOCK_N + 1))
+    row = tl.arange(0, ROWS)
+    return at + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], at + ROWS * BLOCK_N + row
+
+
+@triton.jit
+def _leave_partial_sums(sums, squares, partial, arrived):
+    """Whether this program is the last of its tile's splits, and finds the sums of all of them in `partial`."""
+    sums_at, squares_at = _partial_sums(partial, tl.program_id(1), sums.shape[0], sums.shape[1])
+    tl.store(sums_at, sums)
+    tl.store(squares_at, squares)
+    # The barrier orders the stores of all threads before the one thread's atomic, whose release makes them visible to
+    # whoever sees the new count; its acquire orders the reads of the last to arrive behind everybody's stores.
+    tl.debug_barrier()
+    return tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
+
+
+@triton.jit
+def _add_partial_sums(partial, arrived, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In the splits' order, whoever arrived last: the same bits every time."""
+    sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for split in range(tl.num_programs(1)):
+        sums_at, squares_at = _partial_sums(partial, split, ROWS, BLOCK_N)
+        sums += tl.load(sums_at, cache_modifier=".cg")  # from L2: other multiprocessors wrote it
+        squares += tl.load(squares_at, cache_modifier=".cg")
+    tl.store(arrived + tl.program_id(0), 0)  # for the next call; all splits have been here
+    return sums, squares
+
+
+@triton.jit(do_not_specialize=["last_row"])  # one kernel for every batch
+def gemv_kernel(
+    x, norm_weight, weight, bias, residual, out, partial, arrived, last_row, N, K, split_len, eps,
+    x_stride, weight_stride, residual_stride, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """N outputs a row; with SWIGLU each from a pair of the weight's rows, N apart."""
+    WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
+    tile = tl.program_id(0)
+    column = tile * WIDTH + tl.arange(0, WIDTH)
+    if SWIGLU:
+        weight_row = _paired_rows(tile * WIDTH, N, BLOCK_N)
+        weight_inside = tile * WIDTH + tl.arange(0, BLOCK_N) // 2 < N
+    else:
+        weight_row = column.to(tl.int64)
+        weight_inside = column < N
+    begin, end = _part_of_k(split_len, K, SPLIT)
+    w = _load_weight(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K)
+    n = None
+    if norm_weight is not None:
+        n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
+    if bias is not None:
+        bias_N = tl.load(bias + column, mask=column < N, other=0.0)
+        if SWIGLU:
+            bias_up = tl.load(bias + N + column, mask=column < N, other=0.0)
+    if PDL:  # the wait alone makes memory visible; who comes next waits in turn for this kernel's end, so it may start
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sums, squares = _row_sums(
+        x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
+        ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+    )  # fmt: skip
+    row = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    inside = (row <= last_row) & (column < N)[None, :]
+    if residual is not None:  # on its way while threads add their sums; during the loop it would take registers
+        r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
+    sums, squares = _across_threads(sums, squares, MATRIX)
+    is_last = True
+    if SPLIT:
+        is_last = _leave_partial_sums(sums, squares, partial, arrived)
+    if is_last:
+        if SPLIT:
+            sums, squares = _add_partial_sums(partial, arrived, ROWS, BLOCK_N)
+        if norm_weight is not None:
+            sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
+        if SWIGLU:
+            gate, up = _pairs_of(sums)
+            if bias is not None:
+                gate += bias_N.to(tl.float32)[None, :]
+                up += bias_up.to(tl.float32)[None, :]
+            y = gate / (1.0 + tl.exp(-gate)) * up
+        else:
+            y = sums
+            if bias is not None:
+                y += bias_N.to(tl.float32)[None, :]
+        if residual is not None:
+            y += r.to(tl.float32)
+        tl.store(out + row * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_halves(base, offset, inside, channel, first, second, HALF: tl.constexpr):
+    at = base + offset[:, None] + channel[None, :]
+    tl.store(at, first.to(base.dtype.element_ty), mask=inside[:, None])
+    tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["last_row", "num_slots"])  # one kernel for every batch and cache
+def gemv_qkv_kernel(
+    x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
+    k_row, v_row, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
+    group_stride, place_stride, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
+
+    The weight's rows are those of queries, from `k_row` on those of keys, and from `v_row` on those of values.
+    """
+    HALF: tl.constexpr = C // 2
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    head_row = tl.program_id(0) // (HALF // PAIRS) * C
+    first_channel = tl.program_id(0) % (HALF // PAIRS) * PAIRS
+    channel = first_channel + tl.arange(0, PAIRS)
+    weight_row = _paired_rows(head_row + first_channel, HALF, BLOCK_N)
+    begin, end = _part_of_k(split_len, K, SPLIT)
+    w = _load_weight(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K)
+    n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
+    if bias is not None:
+        bias_first = tl.load(bias + head_row + channel)
+        bias_second = tl.load(bias + head_row + HALF + channel)
+    if PDL:  # as above
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sums, squares = _row_sums(
+        x, norm_weight, weight, weight_row, None, w, n, last_row, begin, end, K, x_stride, weight_stride,
+        ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+    )  # fmt: skip
+    row = tl.arange(0, ROWS)
+    inside = row <= last_row
+    r_slot = tl.load(slot + row, mask=inside, other=-1)
+    angle = tl.load(position + row, mask=inside, other=0.0)[:, None] * tl.load(inv_freq + channel)[None, :]
+    sums, squares = _across_threads(sums, squares, MATRIX)
+    is_last = True
+    if SPLIT:
+        is_last = _leave_partial_sums(sums, squares, partial, arrived)
+    if is_last:
+        if SPLIT:
+            sums, squares = _add_partial_sums(partial, arrived, ROWS, BLOCK_N)
+        first, second = _pairs_of(sums * (1.0 / tl.sqrt_rn(squares / K + eps))[:, None])
+        if bias is not None:
+            first += bias_first.to(tl.float32)[None, :]
+            second += bias_second.to(tl.float32)[None, :]
+        if head_row < v_row:  # queries and keys are turned
+            sin, cos = sin_cos(angle)
+            first, second = rotate(first, second, sin, cos)
+        has_slot = (r_slot >= 0) & (r_slot < num_slots)
+        place = r_slot.to(tl.int64)
+        in_cache = place // P * block_stride + place % P * place_stride
+        if head_row < k_row:
+            first = tl.where(has_slot[:, None], first, 0.0)
+            second = tl.where(has_slot[:, None], second, 0.0)
+            in_q = row.to(tl.int64) * q_stride + (head_row // C).to(tl.int64) * q_head_stride
+            _store_halves(q, in_q, inside, channel, first, second, HALF)
+        elif head_row < v_row:
+            keys = k_cache + ((head_row - k_row) // C).to(tl.int64) * group_stride
+            _store_halves(keys, in_cache, has_slot, channel, first, second, HALF)
+        else:
+            values = v_cache + ((head_row - v_row) // C).to(tl.int64) * group_stride
+            _store_halves(values, in_cache, has_slot, channel, first, second, HALF)

@@ -1,0 +1,388 @@
+"""Products of the few rows of a decode step with a weight, and what precedes and follows them, as one kernel.
+
+    y = act(norm(x) W^T + b) + residual                norm: RMSNorm or nothing; act: SwiGLU of (gate | up) or nothing
+
+Such a product is as fast as the weight is read: the plan's one concern is that enough bytes are on their way at any
+time. Everything stays in float32 until the result is stored; the reference rounds norm, product and gate besides.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._gemv_body import gemv_kernel
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels.rms_norm import rms_norm_reference
+from internvl_rt.kernels.swiglu import swiglu_reference
+
+Activation = Literal["none", "swiglu"]
+
+MAX_ROWS = 16  # of x; more are a matrix product's business
+# Bandwidth times latency, for a multiprocessor of an H200: 4.3 TB/s * 0.9 us / 132. To be measured.
+BYTES_IN_FLIGHT = 32 * 1024
+TOLERANCES = {
+    torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
+    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
+    torch.float16: Tolerance(1e-3, 2e-3, 6e-4, "operands and result are each rounded to 11 bits"),
+    torch.bfloat16: Tolerance(8e-3, 16e-3, 5e-3, "operands and result are each rounded to 8 bits"),
+}
+LARGE_WEIGHT = 16 * 2**20  # bytes from which device memory, not latency, is what a product waits for
+
+
+@dataclass(frozen=True, slots=True)
+class GemvPlan:
+    """A program takes `block_n` rows of the weight (of a paired product block_n / 2 pairs) and 1 / split_k of K.
+
+    With `matrix`, x is padded to 16 rows for the matrix units; else one or two rows are multiplied by the CUDA cores.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    split_k: int = 1
+    matrix: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.block_n in (4, 8, 16, 32, 64), "plan", "block_n one of 4, 8, 16, 32, 64", self.block_n)
+        require(self.num_warps in (1, 2, 4, 8), "plan", "num_warps one of 1, 2, 4, 8", self.num_warps)
+        per_warp = self.block_k // self.num_warps
+        whole = per_warp * self.num_warps == self.block_k and per_warp.bit_count() == 1
+        require(whole and per_warp >= 16, "plan", "block_k a power of two, 16 or more a warp", self.block_k)
+        require(1 <= self.split_k <= 64, "plan", "split_k from 1 to 64", self.split_k)
+
+
+@dataclass(frozen=True, slots=True)
+class GemvWorkspace:
+    """What the splits of a product leave for the last of them; for one call at a time, so one for each stream."""
+
+    partial: Tensor  # float32
+    arrived: Tensor  # int32, zeros between calls
+
+
+def build_gemv_workspace(device: torch.device) -> GemvWorkspace:
+    """Large enough for every plan that `choose_gemv_plan` makes for `device`."""
+    return _build_workspace(device, 4 * target_of(device).num_sms)
+
+
+def _build_workspace(device: torch.device, programs: int) -> GemvWorkspace:
+    partial = torch.empty(programs * MAX_ROWS * (64 + 1), dtype=torch.float32, device=device)
+    return GemvWorkspace(partial, torch.zeros(programs, dtype=torch.int32, device=device))
+
+
+def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
+    """For x [rows, k] and a weight [n, k]. Rows up to 2, and rows from 3 on, share one plan each.
+
+    One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
+    share K. On matrix units a program reads 16 rows of x beside its rows of the weight; where device memory is the
+    limit these are therefore 64, and few blocks are made enough by splits. Each has four chunks or more, because the
+    exchange of partial sums costs as much as two.
+    """
+    wanted = BYTES_IN_FLIGHT * target.num_sms
+    load = 16 // dtype.itemsize  # elements that a thread loads at once
+    if rows <= 2:
+        block_n = 8 if n >= 8 * 4 * target.num_sms else 4
+        in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps, of every row
+        num_warps = 8 if in_flight < wanted and k > 4 * 32 * load else 4
+        return GemvPlan(block_n, 32 * num_warps * load, num_warps)
+    if n * k * dtype.itemsize >= LARGE_WEIGHT:
+        block_n, block_k, num_warps = 64, 128, 8
+    else:
+        block_n, block_k, num_warps = 16, 64 * load, 8
+    chunks, tiles = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
+    in_flight = tiles * block_n * block_k * dtype.itemsize  # one chunk of every block
+    splits = max(1, min(triton.cdiv(wanted, in_flight), chunks // 4))
+    per_split = triton.cdiv(chunks, splits)
+    return GemvPlan(block_n, block_k, num_warps, triton.cdiv(chunks, per_split), matrix=True)
+
+
+def plan_product(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    num_tiles: int,
+    plan: GemvPlan,
+    workspace: GemvWorkspace | None,
+    target: Target,
+) -> dict[str, Any]:
+    """What all kernels of this kind are launched with; the arguments, and constexprs, of one only are missing."""
+    rows, k = x_RK.shape
+    chunks = triton.cdiv(k, plan.block_k)
+    args: dict[str, Any] = {
+        "x": x_RK,
+        "weight": weight_NK,
+        "last_row": rows - 1,
+        "K": k,
+        "split_len": triton.cdiv(chunks, plan.split_k) * plan.block_k,
+        "eps": eps,
+        "x_stride": x_RK.stride(0),
+        "weight_stride": weight_NK.stride(0),
+    }
+    pdl = target.capability >= 90 and not target.interpreted
+    constexprs: dict[str, Any] = {
+        "ROWS": 16 if plan.matrix else rows,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "WARPS": plan.num_warps,
+        "MATRIX": plan.matrix,
+        # float16 has no room for x times the norm's weight. TF32 keeps as many bits, and float32's range.
+        "WIDE": norm_weight_K is not None and x_RK.dtype == torch.float16,
+        "PRECISION": "ieee" if x_RK.dtype == torch.float32 else "tf32",
+        "SPLIT": plan.split_k > 1,
+        "PDL": pdl,
+    }
+    if norm_weight_K is not None:
+        args["norm_weight"] = norm_weight_K
+    else:
+        constexprs["norm_weight"] = None
+    if plan.split_k > 1:
+        programs = num_tiles * plan.split_k
+        workspace = workspace or _build_workspace(x_RK.device, programs)
+        needed = programs * constexprs["ROWS"] * (plan.block_n + 1)
+        require(workspace.partial.device == x_RK.device, "workspace", f"one on {x_RK.device}", workspace.partial.device)
+        require(workspace.partial.numel() >= needed, "workspace", f"{needed} partial sums", workspace.partial.numel())
+        require(workspace.arrived.numel() >= num_tiles, "workspace", f"{num_tiles} counts", workspace.arrived.numel())
+        args |= {"partial": workspace.partial, "arrived": workspace.arrived}
+    else:
+        constexprs |= {"partial": None, "arrived": None}
+    # Matrix units, but not those of a warpgroup (sm_90) or of tcgen05: these want 64 rows, and sums of one warp's K.
+    return {
+        "grid": (num_tiles if rows else 0, plan.split_k, 1),
+        "args": args,
+        "constexprs": constexprs,
+        "num_warps": plan.num_warps,
+        "num_stages": 1,  # the kernel itself keeps one chunk ahead
+        "pdl": pdl,
+    }
+
+
+def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | None) -> tuple[torch.Size, torch.Size]:
+    """The shapes of x and of the weight, of which `operands` holds x, weight, bias and norm, in this order, by name.
+
+    Raises ValueError naming what does not fit.
+    """
+    (x_name, x), (weight_name, weight), (bias_name, bias), (norm_name, norm) = operands.items()
+    assert x is not None
+    assert weight is not None
+    dtype, device = x.dtype, x.device
+    require(dtype in TOLERANCES, x_name, f"one of {list(TOLERANCES)}", dtype)
+    require(x.ndim == 2, x_name, "two dimensions", tuple(x.shape))
+    require(len(x) <= MAX_ROWS, x_name, f"at most {MAX_ROWS} rows", len(x))
+    require(weight.ndim == 2 and min(weight.shape) > 0, weight_name, "two dimensions, none 0", tuple(weight.shape))
+    n, k = weight.shape
+    require_tensor(x_name, x, (len(x), k), dtype, device)
+    require_tensor(weight_name, weight, (n, k), dtype, device)
+    if bias is not None:
+        require_tensor(bias_name, bias, (n,), dtype, device)
+    if norm is not None:
+        require_tensor(norm_name, norm, (k,), dtype, device)
+    if plan is not None and not plan.matrix:
+        require(len(x) <= 2, "plan", "matrix units for more than 2 rows", plan)
+    return x.shape, weight.shape
+
+
+def gemv_reference(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    *,
+    activation: Activation = "none",
+    residual_RN: Tensor | None = None,
+    plan: GemvPlan | None = None,  # says how, never what
+) -> Tensor:
+    """The weight's rows are (gate | up) of 2F with "swiglu", and the result is [R, F]."""
+    normed_RK = x_RK if norm_weight_K is None else rms_norm_reference(x_RK, norm_weight_K, eps)
+    y_RN = F.linear(normed_RK, weight_NK, bias_N)
+    if activation == "swiglu":
+        y_RN = swiglu_reference(y_RN)
+    return y_RN if residual_RN is None else residual_RN + y_RN
+
+
+def plan_gemv(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    *,
+    activation: Activation = "none",
+    residual_RN: Tensor | None = None,
+    plan: GemvPlan | None = None,
+    workspace: GemvWorkspace | None = None,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    rows, (n, k) = len(x_RK), weight_NK.shape
+    plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target)
+    num_tiles = triton.cdiv(n, plan.block_n)
+    common = plan_product(x_RK, weight_NK, norm_weight_K, eps, num_tiles, plan, workspace, target)
+    optional = {"bias": bias_N, "residual": residual_RN}
+    common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    common["args"] |= {
+        "out": out,
+        "N": out.shape[1],
+        "residual_stride": 0 if residual_RN is None else residual_RN.stride(0),
+        "out_stride": out.stride(0),
+    }
+    common["constexprs"] |= {name: None for name, tensor in optional.items() if tensor is None}
+    common["constexprs"]["SWIGLU"] = activation == "swiglu"
+    return (Launch(gemv_kernel, **common),)
+
+
+def gemv(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    *,
+    activation: Activation = "none",
+    residual_RN: Tensor | None = None,
+    out: Tensor | None = None,
+    plan: GemvPlan | None = None,
+    workspace: GemvWorkspace | None = None,
+) -> Tensor:
+    """As `gemv_reference`, of at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
+
+    The result has the same bits at every call, and a row of 3 to 16 has them whatever the others are. A plan with
+    splits needs a workspace: without one, it is made for this call, which costs a launch more. On sm_90 and later the
+    kernel reads weight, norm and bias before the kernel before it has ended: that one must not write them.
+    Raises ValueError naming the argument that does not fit.
+    """
+    (rows, _), (n, _) = require_operands(
+        {"x_RK": x_RK, "weight_NK": weight_NK, "bias_N": bias_N, "norm_weight_K": norm_weight_K}, plan
+    )
+    require(activation in ("none", "swiglu"), "activation", "'none' or 'swiglu'", repr(activation))
+    if activation == "swiglu":
+        require(n % 2 == 0, "weight_NK", "an even number of rows with 'swiglu'", n)
+    shape = (rows, n // 2 if activation == "swiglu" else n)
+    if residual_RN is not None:
+        require_tensor("residual_RN", residual_RN, shape, x_RK.dtype, x_RK.device)
+    if out is None:
+        out = torch.empty(shape, dtype=x_RK.dtype, device=x_RK.device)
+    require_tensor("out", out, shape, x_RK.dtype, x_RK.device)
+    require(out.numel() == 0 or out.data_ptr() != x_RK.data_ptr(), "out", "memory of its own", "x_RK")
+    if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
+        require(out.stride() == residual_RN.stride(), "out", "all of the residual or memory of its own", "a part of it")
+    target = target_of(x_RK.device)
+    run(
+        plan_gemv(
+            x_RK,
+            weight_NK,
+            bias_N,
+            norm_weight_K,
+            eps,
+            activation=activation,
+            residual_RN=residual_RN,
+            plan=plan,
+            workspace=workspace,
+            out=out,
+            target=target,
+        )
+    )
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """`padding`: columns of NaN that x, weight and residual are cut from; `factor` scales x. `plan`: one by name."""
+    rows, n, k, padding = case["R"], case["N"], case["K"], case.sizes.get("padding", 0)
+    swiglu = case.sizes.get("activation") == "swiglu"
+
+    def matrix(height: int, width: int, factor: float = 1.0) -> Tensor:
+        values = torch.full((height, width + padding), torch.nan, dtype=dtype, device=device)
+        values[:, :width] = factor * torch.randn(height, width, dtype=torch.float32, device=device)
+        return values[:, :width]
+
+    def vector(width: int) -> Tensor:
+        return torch.randn(width, dtype=torch.float32, device=device).to(dtype)
+
+    return {
+        "x_RK": matrix(rows, k, case.sizes.get("factor", 1.0)),
+        "weight_NK": matrix(n, k, k**-0.5),
+        "bias_N": vector(n) if case.sizes.get("bias") else None,
+        "norm_weight_K": vector(k) if case.sizes.get("norm") else None,
+        "eps": 1e-6,
+        "activation": "swiglu" if swiglu else "none",
+        "residual_RN": matrix(rows, n // 2 if swiglu else n) if case.sizes.get("residual") else None,
+        "plan": TEST_PLANS.get(case.sizes.get("plan", "")),
+    }
+
+
+TEST_PLANS = {  # so small that a small case has several chunks, blocks and splits
+    "rows": GemvPlan(4, 64, 2),
+    "matrix": GemvPlan(16, 64, 2, matrix=True),
+    "split": GemvPlan(16, 64, 4, split_k=3, matrix=True),
+    "split_rows": GemvPlan(8, 32, 1, split_k=2),
+}
+_NORM: dict[str, Any] = {"norm": True}
+_SWIGLU: dict[str, Any] = {"norm": True, "activation": "swiglu"}
+_RESIDUAL: dict[str, Any] = {"residual": True}
+
+
+def _cost(case: Case, dtype: torch.dtype) -> Cost:
+    rows, n, k = case["R"], case["N"], case["K"]
+    outputs = n // 2 if case.sizes.get("activation") == "swiglu" else n
+    elements = n * k + rows * (k + outputs * (1 + bool(case.sizes.get("residual"))))
+    return Cost(bytes=dtype.itemsize * elements, flops=2 * rows * n * k)
+
+
+def _test_cases() -> Iterator[Case]:
+    def case(name: str, rows: int, n: int, k: int, **more: object) -> Case:
+        return Case(name, {"R": rows, "N": n, "K": k, **more})
+
+    for rows in (0, 1, 2, 3, 5, 16):
+        yield case(f"rows_{rows}", rows, 40, 72, bias=True, **_NORM)
+        yield case(f"swiglu_{rows}", rows, 48, 64, **_SWIGLU)
+        yield case(f"residual_{rows}", rows, 24, 96, **_RESIDUAL)
+    for plan, rows in (("rows", 1), ("rows", 2), ("matrix", 2), ("matrix", 16), ("split", 5), ("split_rows", 2)):
+        yield case(f"{plan}_{rows}_plain", rows, 33, 300, plan=plan)
+        yield case(f"{plan}_{rows}_norm", rows, 16, 192, plan=plan, bias=True, padding=8, **_NORM)
+        yield case(f"{plan}_{rows}_swiglu", rows, 34, 130, plan=plan, bias=True, padding=3, **_SWIGLU, **_RESIDUAL)
+        yield case(f"{plan}_{rows}_huge", rows, 16, 128, plan=plan, factor=1e4, **_NORM)  # squares beyond float16
+        yield case(f"{plan}_{rows}_tiny", rows, 16, 128, plan=plan, factor=1e-3, **_NORM)  # mean square like eps
+    for rows in (1, 3):
+        yield case(f"one_by_one_{rows}", rows, 1, 1, **_NORM)
+        yield case(f"many_{rows}", rows, 200, 256, **_RESIDUAL)
+        yield case(f"wide_{rows}", rows, 20, 1100, **_NORM)
+        yield case(f"zeros_{rows}", rows, 16, 64, factor=0.0, **_NORM)
+
+
+MODELS = {  # D, F, H, G, C, V
+    "1b": (896, 4864, 14, 2, 64, 151674),
+    "2b": (1536, 8960, 12, 2, 128, 151674),
+    "8b": (3584, 18944, 28, 4, 128, 151674),
+    "9b": (4096, 10240, 32, 2, 128, 128141),
+    "14b": (5120, 13824, 40, 8, 128, 151674),
+    "38b": (5120, 27648, 40, 8, 128, 151674),
+    "78b": (8192, 29568, 64, 8, 128, 151674),
+}
+
+
+def _model_cases() -> Iterator[Case]:
+    for model, (width, mlp, _, _, _, vocabulary) in MODELS.items():
+        for rows in (1, 8, 16):
+            yield Case(f"{model}_o_{rows}", {"R": rows, "N": width, "K": width, **_RESIDUAL})
+            yield Case(f"{model}_gate_up_{rows}", {"R": rows, "N": 2 * mlp, "K": width, **_SWIGLU})
+            yield Case(f"{model}_down_{rows}", {"R": rows, "N": width, "K": mlp, **_RESIDUAL})
+            yield Case(f"{model}_lm_head_{rows}", {"R": rows, "N": vocabulary, "K": width, **_NORM})
+
+
+SPEC = KernelSpec(
+    name="gemv",
+    reference=gemv_reference,
+    plan=plan_gemv,
+    launcher=gemv,
+    make_inputs=_make_inputs,
+    cost=_cost,
+    test_cases=tuple(_test_cases()),
+    model_cases=tuple(_model_cases()),
+    tolerances=TOLERANCES,
+)
