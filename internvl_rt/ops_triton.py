@@ -23,6 +23,8 @@ from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
 from internvl_rt.ops import Batch, Linear, Norm, Ops, bias_of, qk_weights
 
+MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
+
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
     if norm.bias_D is None:
@@ -62,6 +64,12 @@ def _unshuffle_norm(x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, versi
 def _workspace(device: torch.device) -> GemvWorkspace:
     """What split products leave for the last of them: one for each device, since steps follow each other."""
     return build_gemv_workspace(device)
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """How many splits of a row have arrived, for decode attention: zeros, which every call leaves as zeros."""
+    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 def _is_decode(x: Tensor, norm: Norm | None = None) -> bool:
@@ -117,7 +125,10 @@ def _paged_attention(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, 
         assert batch.split_start_S1 is not None, "a cache for these kernels plans the splits"
         assert batch.split_W3 is not None, "a cache for these kernels plans the splits"
         decodes = batch.block_table_SN[:n], batch.seq_len_S[:n], batch.split_start_S1[: n + 1], batch.split_W3
-        decode_attention(q_THC[:n], k_cache_BGPC, v_cache_BGPC, *decodes, out=y_THC[:n])
+        num_counters, shape_SG = n * k_cache_BGPC.shape[1], (n, k_cache_BGPC.shape[1])
+        fits = num_counters <= MAX_COUNTERS  # else the call makes its own
+        counters_SG = _counters(q_THC.device)[:num_counters].view(shape_SG) if fits else None
+        decode_attention(q_THC[:n], k_cache_BGPC, v_cache_BGPC, *decodes, counters_SG, out=y_THC[:n])
     if n < len(batch.seq_len_S):
         chunks = batch.block_table_SN[n:], batch.query_start_S1[n:], batch.seq_len_S[n:]
         prefill_attention(q_THC, k_cache_BGPC, v_cache_BGPC, *chunks, batch.max_query_len, out=y_THC)
