@@ -182,25 +182,36 @@ class Engine:
         )
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: Delta | None = None
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
     ) -> Reply:
         """Answers the last user message of a conversation.
 
         messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of parts
         `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or uint8 array or
         tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`. A conversation is sent whole each time.
-        v2pe_delta overrides the engine's. Raises RequestError or MediaError, and then nothing has changed.
+        v2pe_delta overrides the engine's. cache_salt: only requests of equal salt share prefixes, so that no tenant can
+        learn from its timings what another has asked. Raises RequestError or MediaError, and then nothing has changed.
         """
-        return self.generate([messages], params, v2pe_delta=v2pe_delta)[0]
+        return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt)[0]
 
     def stream(
-        self, messages: Messages, params: SamplingParams | None = None, *, v2pe_delta: Delta | None = None
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[Piece]:
         """As `chat`, piece by piece as the text becomes certain; the last piece has the whole reply.
 
         Errors in the request are raised by this call; closing the iterator cancels the request.
         """
-        return self._stream(self._preparer.prepare(messages, v2pe_delta), params or SamplingParams())
+        return self._stream(self._preparer.prepare(messages, v2pe_delta, cache_salt), params or SamplingParams())
 
     def generate(
         self,
@@ -208,6 +219,7 @@ class Engine:
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
         v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
     ) -> list[Reply]:
         """Answers many conversations in one continuous batch; `params` is for all, or one for each.
 
@@ -220,7 +232,7 @@ class Engine:
         def prepared() -> Iterator[Prepared]:
             for index, messages in enumerate(batch):
                 try:
-                    yield self._preparer.prepare(messages, v2pe_delta)
+                    yield self._preparer.prepare(messages, v2pe_delta, cache_salt)
                 except InternVLError as error:
                     raise error if len(batch) == 1 else type(error)(f"request {index}: {error}") from error
 

@@ -72,8 +72,12 @@ class Preparer:
         if v2pe_delta != "auto":
             parse_delta(v2pe_delta)
 
-    def prepare(self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None) -> Prepared:
+    def prepare(
+        self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None, cache_salt: str | None = None
+    ) -> Prepared:
         """Reads, tiles and renders a conversation. Raises RequestError or MediaError."""
+        if not isinstance(cache_salt, str | None):
+            raise RequestError(f"cache_salt must be a string or None, got {cache_salt!r}")
         start_s = time.perf_counter()
         parsed = parse_messages(messages)
         images: list[OpenImage] = []
@@ -92,7 +96,7 @@ class Preparer:
             system=self._config.system_message,
             number_images=self._config.format == "original",
         )
-        prepared = self._prepare(turns, [self._tiles_of(image) for image in images], v2pe_delta)
+        prepared = self._prepare(turns, [self._tiles_of(image) for image in images], v2pe_delta, cache_salt)
         tile_start_s = time.perf_counter()
         num_cached = self._num_cached(prepared)
         for picture in prepared.pictures:
@@ -108,7 +112,13 @@ class Preparer:
     def _tiles_of(self, image: OpenImage) -> "_Tiles":
         return _Tiles(image.digest, image.num_tiles, cache(lambda: self._cut(image)))
 
-    def _prepare(self, turns: Items[Turn], pictures: Items["_Tiles"], v2pe_delta: Delta | None) -> Prepared:
+    def _prepare(
+        self,
+        turns: Items[Turn],
+        pictures: Items["_Tiles"],
+        v2pe_delta: Delta | None,
+        cache_salt: str | None = None,
+    ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
         prompt = build_prompt(turns, self._tokenizer, counts)
@@ -135,7 +145,9 @@ class Preparer:
             ),
             position_T=position_T,
             next_position=next_position,
-            identity=None if self._identity is None else build_identity(**self._identity, v2pe_stride=stride),
+            identity=None
+            if self._identity is None
+            else build_identity(**self._identity, v2pe_stride=stride, cache_salt=cache_salt),
             start_s=start_s,
             media_s=0.0,
             tile_s=0.0,

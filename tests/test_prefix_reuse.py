@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_rt import Engine, MediaError, SamplingParams
+from internvl_rt import Engine, MediaError, RequestError, SamplingParams
 from internvl_rt import image as image_module
+from internvl_rt.kv_cache import build_identity
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 BLOCK = 16
@@ -100,6 +101,28 @@ def test_another_delta_is_another_prompt(engine, forgetful):
     assert finer.usage.cached_tokens == 0
     expected = forgetful.chat(ask("Read the digits.", png(6)), PARAMS, v2pe_delta=0.25)
     assert finer.token_ids == expected.token_ids
+
+
+def test_only_requests_of_equal_salt_share_prefixes(engine):
+    for salt in (None, "a", "b", ""):
+        assert engine.chat(ask("Read the digits.", png(16)), PARAMS, cache_salt=salt).usage.cached_tokens == 0
+        assert engine.chat(ask("Read the digits.", png(16)), PARAMS, cache_salt=salt).usage.cached_tokens > 0
+    with pytest.raises(RequestError, match="cache_salt must be a string or None, got 7"):
+        engine.chat(ask("Hello"), PARAMS, cache_salt=7)
+
+
+def test_identities_differ_in_every_part_and_in_how_the_parts_are_cut():
+    parts = [
+        {"a": "1", "b": "2"},
+        {"a": "12", "b": ""},
+        {"a": 1, "b": "2"},
+        {"a": "1"},
+        {"a": None, "b": "2"},
+        {"ab": "12"},
+    ]
+    identities = {build_identity(**each) for each in parts}
+    assert len(identities) == len(parts)
+    assert build_identity(a="1", b="2") == build_identity(b="2", a="1")
 
 
 def test_without_a_prefix_cache_nothing_is_shared(forgetful):
