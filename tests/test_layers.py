@@ -34,6 +34,8 @@ MODULES = [
     "kernels.gemv",
     "kernels.gemv_qkv",
     "kernels.copy_blocks",
+    "kernels._sample_body",
+    "kernels.sample",
     "kernels._vit_attention_body",
     "kernels.vit_attention",
     "kernels.paged_attention",

@@ -1,0 +1,317 @@
+"""Logits to tokens: penalties, temperature, top_k, top_p, min_p, and one draw per row by inverse CDF.
+
+    x = penalised logits;  w = floor(2^42 * 2^(-(max x - x) * log2(e) / temperature))      the softmax, in integers
+    kept = the first top_k tokens by x (ties by index), of those the first that reach top_p of their weight,
+           and of those the ones with w >= min_p * 2^42
+    token = the first kept one, in that order, whose running weight exceeds u * (weight of all kept)
+
+The weights are integers and their float32 steps are rounded once each, so sums do not depend on an order and kernel and
+reference agree to the bit on every machine. They are the softmax as well as float32 has it: within a part in 2^24 for
+every half octave below the largest, and what is 2^43 times less likely than that is never drawn. u is the first number
+of `numpy.random.Philox(key=seed, counter=counter)`, which the sampler on the CPU uses too.
+
+Two kernels read the row: one finds the largest logits, one adds up the weights and draws. A row is shared by up to 8
+programs, because one multiprocessor alone takes 5 us to read 0.6 MB from L2; the last of them to arrive draws. There is
+no sort: the second kernel lists the largest thousand tokens or so, and thresholds are found by bisection in that list.
+Where it does not reach far enough (a draw from far down a flat row, a large top_k), some eight passes over the row by
+the drawing program alone, each about 30 us, find the part of the order that matters. Estimated for 16 rows on an H200:
+a greedy row 3 us, a drawn one 12 to 15 us, of which the bisections, one multiprocessor a row, are half.
+"""
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._sample_body import draw_kernel, row_peaks_kernel
+
+MAX_VOCAB = 2**18  # so that a row's weights, 2^42 at most each, sum to less than 2^60 or are it
+GROUPS = 128  # groups of tokens of a slice whose largest logits decide what is listed
+EXACT = Tolerance(0, 0, 0, "the result is an integer, from integers")
+
+
+def sample_reference(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    penalty_R3: Tensor,
+    listed_start_R1: Tensor,
+    listed_id: Tensor,
+    listed_count: Tensor,
+    seed_R: Tensor,
+    counter_R: Tensor,
+) -> Tensor:
+    """int64 [R]. The largest logit (of equal ones the first) at temperature 0, and where it is NaN or infinite.
+
+    A row of `penalty_R3` is the penalties for repetition, presence and frequency, which `SamplingParams` describes.
+    The tokens that row r has generated so far are listed_id[listed_start_R1[r] : listed_start_R1[r + 1]], each once,
+    with how often in `listed_count`; a negative count forbids a token. `seed_R` holds the bits of 64-bit seeds.
+    """
+    token_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
+    if logits_RV.is_meta:
+        return token_R
+    for row, logits_V in enumerate(logits_RV):
+        listed = slice(int(listed_start_R1[row]), int(listed_start_R1[row + 1]))
+        x_V = _penalised(logits_V.float(), listed_id[listed].long(), listed_count[listed], penalty_R3[row])
+        if temperature_R[row] == 0 or not x_V.max().isfinite():
+            token_R[row] = x_V.argmax()
+            continue
+        id_K, weight_K = kept_reference(
+            x_V, float(temperature_R[row]), int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row])
+        )
+        token_R[row] = id_K[draw_reference(weight_K.cumsum(0), int(seed_R[row]), int(counter_R[row]))]
+    return token_R
+
+
+def _penalised(x_V: Tensor, id_K: Tensor, count_K: Tensor, penalty_3: Tensor) -> Tensor:
+    repetition, presence, frequency = penalty_3.float()  # tensors: CUDA would multiply by the reciprocal of a number
+    seen_K = x_V[id_K]
+    seen_K = torch.where(seen_K > 0, seen_K / repetition, seen_K * repetition) - presence - frequency * count_K
+    return x_V.index_copy(0, id_K, seen_K.masked_fill(count_K < 0, -torch.inf))
+
+
+def kept_reference(x_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    """The ids of the tokens that may be drawn, largest first, and their weights."""
+    x_V, id_V = torch.sort(x_V, descending=True, stable=True)
+    weight_V = weight_reference(x_V, temperature)
+    weight_V = weight_V[:top_k] if top_k else weight_V
+    limit = max(1, -(-int(top_p * 2**62) * int(weight_V.sum()) >> 62))  # rounded up
+    kept = (weight_V.cumsum(0) - weight_V < limit) & (weight_V >= int(np.ceil(min_p * 2**42))) & (weight_V > 0)
+    return id_V[: len(kept)][kept], weight_V[kept]
+
+
+def draw_reference(total_K: Tensor, seed: int, counter: int) -> int:
+    """Which of the kept tokens is drawn, from the sums of the weights up to each."""
+    word = np.random.Philox(key=seed % 2**64, counter=counter).random_raw()
+    target = (word >> 11) * int(total_K[-1]) >> 53  # u has 53 bits
+    return int(torch.searchsorted(total_K, target, right=True))
+
+
+def weight_reference(x_V: Tensor, temperature: float) -> Tensor:
+    """Integer weights [V], 2^42 for the largest of the float32 `x_V`."""
+    rate = torch.tensor(1.4426950408889634) / torch.tensor(temperature)  # float32
+    octaves_V = ((x_V.max() - x_V) * rate.clamp_max(3e38)).clamp_max(43.0)
+    fixed_V = (octaves_V * 2**24).long()
+    f_V = fixed_V & (2**24 - 1)
+    q_V = torch.full_like(f_V, 0x72C75)  # 2^-f as a polynomial that is exact at 0 and off by 2^-27 at most elsewhere
+    for coefficient in (0x53A2D4, 0x273E53D, 0xE34B488, 0x3D7F5BFB, 0xB1721652):
+        q_V = coefficient - (f_V * q_V >> 24)
+    return 2**31 - (f_V * q_V >> 25) << 11 >> (fixed_V >> 24)
+
+
+def plan_sample(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    penalty_R3: Tensor,
+    listed_start_R1: Tensor,
+    listed_id: Tensor,
+    listed_count: Tensor,
+    seed_R: Tensor,
+    counter_R: Tensor,
+    *,
+    out: Tensor,
+    target: Target,
+) -> tuple[Launch, ...]:
+    rows, vocab = logits_RV.shape
+    device = logits_RV.device
+    size = triton.next_power_of_2(vocab)
+    # A row costs the same however many there are: 16 rows fill 128 multiprocessors, 64 rows leave 4 blocks on each.
+    slices = min(8, max(1, size // 512))
+    block = min(2048, max(GROUPS, size // slices // 4))  # more takes more registers than 16 warps have
+    penalised = listed_id.numel() > 0
+    x_RV = torch.empty(rows, -(-vocab // 4) * 4, device=device)[:, :vocab] if penalised else logits_RV
+    shared = {
+        "best": torch.empty(rows, slices, dtype=torch.int64, device=device),
+        "peaks": torch.empty(rows, slices, GROUPS, dtype=torch.int32, device=device),
+        "arrived": torch.empty(rows, dtype=torch.int32, device=device),
+        "V": vocab,
+        "slice_len": triton.cdiv(vocab, slices),
+    }
+    list_len = min(2048, max(128, size // 4))
+    lists = torch.empty(2, rows, slices, list_len, dtype=torch.int32, device=device)
+    return (
+        Launch(
+            row_peaks_kernel,
+            (rows * slices, 1, 1),
+            {
+                "logits": logits_RV,
+                "copy": x_RV,
+                "listed_start": listed_start_R1,
+                "listed_id": listed_id,
+                "listed_count": listed_count,
+                "penalty": penalty_R3,
+                "logits_stride": logits_RV.stride(0),
+                "copy_stride": x_RV.stride(0),
+                **shared,
+            },
+            {"SLICES": slices, "GROUPS": GROUPS, "BLOCK": 2 * block, "PENALISED": penalised},
+            num_warps=max(4, block // 128),
+            wide_loads=False,  # rows of 151,674 float32 begin and end at multiples of 8 bytes, of 92,553 at any 4
+        ),
+        Launch(
+            draw_kernel,
+            (rows * slices, 1, 1),
+            {
+                "x": x_RV,
+                "y": out,
+                "kept_mass": torch.empty(rows, dtype=torch.int64, device=device),
+                "totals": torch.empty(rows, slices, 2, dtype=torch.int64, device=device),
+                "list_key": lists[0],
+                "list_id": lists[1],
+                "temperature": temperature_R,
+                "top_k": top_k_R,
+                "top_p": top_p_R,
+                "min_p": min_p_R,
+                "seed": seed_R,
+                "counter": counter_R,
+                "x_stride": x_RV.stride(0),
+                **shared,
+            },
+            {"SLICES": slices, "GROUPS": GROUPS, "LIST": list_len, "BLOCK": block},
+            num_warps=max(4, block // 128),
+            wide_loads=False,  # as above; and the weights' arithmetic, not the loads, takes the time
+        ),
+    )
+
+
+def sample(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    penalty_R3: Tensor,
+    listed_start_R1: Tensor,
+    listed_id: Tensor,
+    listed_count: Tensor,
+    seed_R: Tensor,
+    counter_R: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `sample_reference`, to the bit; V at most MAX_VOCAB. Ids outside the vocabulary in a list are ignored.
+
+    Temperature, top_p, min_p and the penalties are float32; top_k (0: all) and the lists int32; seed and counter
+    int64. Their values are on the device and not looked at here: within the ranges of `SamplingParams`.
+    Raises ValueError naming the argument that does not fit.
+    """
+    require(logits_RV.dtype in SPEC.tolerances, "logits_RV", f"one of {list(SPEC.tolerances)}", logits_RV.dtype)
+    require(logits_RV.ndim == 2, "logits_RV", "rows [R, V]", tuple(logits_RV.shape))
+    rows, vocab = logits_RV.shape
+    device = logits_RV.device
+    require(1 <= vocab <= MAX_VOCAB, "logits_RV", f"a vocabulary from 1 to {MAX_VOCAB}", vocab)
+    require_tensor("logits_RV", logits_RV, (rows, vocab), logits_RV.dtype, device)
+    for name, tensor, shape, dtype in (
+        ("temperature_R", temperature_R, (rows,), torch.float32),
+        ("top_k_R", top_k_R, (rows,), torch.int32),
+        ("top_p_R", top_p_R, (rows,), torch.float32),
+        ("min_p_R", min_p_R, (rows,), torch.float32),
+        ("penalty_R3", penalty_R3, (rows, 3), torch.float32),
+        ("listed_start_R1", listed_start_R1, (rows + 1,), torch.int32),
+        ("listed_id", listed_id, (listed_id.numel(),), torch.int32),
+        ("listed_count", listed_count, (listed_id.numel(),), torch.int32),
+        ("seed_R", seed_R, (rows,), torch.int64),
+        ("counter_R", counter_R, (rows,), torch.int64),
+    ):
+        require_tensor(name, tensor, shape, dtype, device)
+    if out is None:
+        out = torch.empty(rows, dtype=torch.int64, device=device)
+    require(penalty_R3.is_contiguous(), "penalty_R3", "a contiguous tensor", f"strides {penalty_R3.stride()}")
+    require_tensor("out", out, (rows,), torch.int64, device)
+    filters = (temperature_R, top_k_R, top_p_R, min_p_R)
+    penalties = (penalty_R3, listed_start_R1, listed_id, listed_count)
+    run(plan_sample(logits_RV, *filters, *penalties, seed_R, counter_R, out=out, target=target_of(device)))
+    return out
+
+
+# temperature, top_k, top_p, min_p, repetition, presence, frequency
+GREEDY, PLAIN = (0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)
+MIXED = (
+    PLAIN,
+    GREEDY,
+    (0.7, 5, 1.0, 0.0, 1.3, 0.0, 0.0),
+    (1.0, 0, 0.9, 0.0, 1.0, 0.5, 0.25),
+    (1.5, 40, 0.8, 0.05, 0.8, -0.5, 0.1),
+    (1.0, 0, 1e-6, 0.0, 1.0, 0.0, 0.0),
+    (100.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0),
+    (100.0, 10**6, 0.99, 0.2, 1.0, 0.0, 0.0),
+    (0.01, 1, 1.0, 1.0, 1.0, 0.0, 0.0),
+    (1e-30, 3, 0.5, 0.0, 1.0, 0.0, 0.0),
+)
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Row r takes the parameters r of `parameters`, round and round; four rows list 1, 2, 3, 0 times `listed` tokens.
+
+    `fill` is what the rows are like; `padding` are columns of a wider tensor that the rows are cut from, full of NaN.
+    """
+    rows, vocab = case["R"], case["V"]
+    logits = 3 * torch.randn(rows, vocab + case.sizes.get("padding", 0), device=device)
+    fill = case.sizes.get("fill", "normal")
+    if fill == "ties":
+        logits = logits.round()
+    elif fill == "constant":
+        logits = torch.full_like(logits, -2.5)
+    elif fill == "huge":
+        logits = 1e4 * logits
+    elif fill == "sparse":  # all but one in eight forbidden, in row 0 all
+        logits[:, torch.arange(logits.shape[1], device=device) % 8 != 5] = -torch.inf
+        logits[:1] = -torch.inf
+    elif fill == "broken":
+        logits[:, vocab // 2] = torch.inf
+        logits[1::2, vocab // 3 :: 7] = torch.nan
+    logits[:, vocab:] = torch.nan
+    parameters = torch.tensor([case["parameters"][row % len(case["parameters"])] for row in range(rows)]).view(rows, 7)
+    temperature_R, top_k_R, top_p_R, min_p_R = (column.clone() for column in parameters[:, :4].to(device).unbind(1))
+    listed = [min(vocab, case.sizes.get("listed", 0) * ((row + 1) % 4)) for row in range(rows)]
+    ids = [torch.randperm(vocab)[:count] for count in listed]
+    listed_id = torch.cat([torch.zeros(0), *ids]).to(device, torch.int32)
+    return {
+        "logits_RV": logits.to(dtype)[:, :vocab],
+        "temperature_R": temperature_R,
+        "top_k_R": top_k_R.int(),
+        "top_p_R": top_p_R,
+        "min_p_R": min_p_R,
+        "penalty_R3": parameters[:, 4:].to(device).clone(memory_format=torch.contiguous_format),
+        "listed_start_R1": torch.tensor([0, *np.cumsum(listed)], dtype=torch.int32, device=device),
+        "listed_id": listed_id,
+        "listed_count": torch.randint(-1, 4, listed_id.shape, dtype=torch.int32, device=device),
+        "seed_R": torch.randint(-(2**63), 2**63 - 1, (rows,), device=device),
+        "counter_R": torch.randint(0, 1000, (rows,), device=device),
+    }
+
+
+SPEC = KernelSpec(
+    name="sample",
+    reference=sample_reference,
+    plan=plan_sample,
+    launcher=sample,
+    make_inputs=_make_inputs,
+    cost=lambda case, dtype: Cost(dtype.itemsize * case["R"] * case["V"], flops=3 * case["R"] * case["V"]),
+    test_cases=(
+        *(Case(f"vocab_{vocab}", {"R": 10, "V": vocab, "parameters": MIXED}) for vocab in (17, 1000)),
+        *(Case(f"vocab_{vocab}_row", {"R": 1, "V": vocab, "parameters": (PLAIN,)}) for vocab in (1, 2, 127, 128, 129)),
+        Case("slices", {"R": 5, "V": 3001, "parameters": MIXED}),
+        Case("no_rows", {"R": 0, "V": 64, "parameters": MIXED}),
+        Case("strided", {"R": 3, "V": 100, "parameters": MIXED, "padding": 28}),
+        Case("penalties", {"R": 6, "V": 600, "parameters": MIXED[1:], "listed": 40}),
+        *(Case(fill, {"R": 6, "V": 203, "parameters": MIXED, "fill": fill}) for fill in ("ties", "huge", "sparse")),
+        Case("broken", {"R": 2, "V": 50, "parameters": (PLAIN,), "fill": "broken"}),
+        Case("more_ties_than_listed", {"R": 4, "V": 700, "parameters": (GREEDY, *MIXED[3:6]), "fill": "constant"}),
+    ),
+    model_cases=tuple(
+        Case(f"vocab_{vocab}_{rows}_rows{'_penalised' * bool(listed)}", sizes)
+        for vocab in (151674, 92553)
+        for rows in (1, 16, 64)
+        for listed in (0, 20)
+        for sizes in ({"R": rows, "V": vocab, "parameters": MIXED, "listed": listed},)
+    ),
+    tolerances={torch.float32: EXACT, torch.float16: EXACT, torch.bfloat16: EXACT},
+)
