@@ -15,7 +15,7 @@ from torch import Tensor
 
 from internvl_rt import sampler
 from internvl_rt.kernels._contract import Case
-from internvl_rt.kernels._launch import run, target_of
+from internvl_rt.kernels._launch import Launch, run, target_of
 from internvl_rt.kernels._sample_body import key_value, order_key, philox_word, token_weight
 from internvl_rt.kernels.sample import (
     MIXED,
@@ -57,11 +57,17 @@ def listed(*rows: dict[int, int]) -> dict[str, Tensor]:
     return {"listed_start_R1": start, "listed_id": ids, "listed_count": counts}
 
 
-def drawn_and_kept(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The kernel's tokens, and the mass that each row kept."""
+def launched(inputs: dict[str, Any]) -> tuple[Tensor, list[Launch]]:
+    """The kernel's tokens, and the launches that made them, for a look at their scratch tensors."""
     out = torch.empty(len(inputs["logits_RV"]), dtype=torch.int64, device=DEVICE)
     launches = plan_sample(**inputs, out=out, target=target_of(DEVICE))
     run(launches)
+    return out, launches
+
+
+def drawn_and_kept(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The kernel's tokens, and the mass that each row kept."""
+    out, launches = launched(inputs)
     return out, launches[1].args["kept_mass"]
 
 
@@ -82,11 +88,9 @@ def test_uniform_numbers_are_those_of_the_cpu_sampler() -> None:
 
 
 @triton.jit
-def _weights_kernel(x, y, key, peak, rate, N: tl.constexpr):
+def _weights_kernel(x, y, peak, rate, N: tl.constexpr):
     index = tl.arange(0, N)
-    values = tl.load(x + index)
-    tl.store(y + index, token_weight(values, tl.load(peak), tl.load(rate)))
-    tl.store(key + index, order_key(values))
+    tl.store(y + index, token_weight(tl.load(x + index), tl.load(peak), tl.load(rate)))
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 0.3, 1.0, 7.0, 100.0])
@@ -95,8 +99,7 @@ def test_weights_are_the_references_bit_for_bit(temperature: float) -> None:
     peak = x.max()
     rate = (torch.tensor(1.4426950408889634) / torch.tensor(temperature)).clamp_max(3e38)
     weights = torch.empty(4096, dtype=torch.int64, device=DEVICE)
-    keys = torch.empty(4096, dtype=torch.int32, device=DEVICE)
-    _weights_kernel[(1,)](x.to(DEVICE), weights, keys, peak[None].to(DEVICE), rate[None].to(DEVICE), 4096)
+    _weights_kernel[(1,)](x.to(DEVICE), weights, peak[None].to(DEVICE), rate[None].to(DEVICE), 4096)
     assert torch.equal(weights.cpu(), weight_reference(x, temperature))
 
 
@@ -197,10 +200,7 @@ def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) ->
 def test_thresholds_at_the_end_of_the_list(by: str) -> None:
     """The first list's last token, its neighbours before and behind: by one token, and by one unit of mass."""
     x_V = torch.randn(1100) * 0.5
-    inputs = inputs_of(x_V[None], PLAIN)
-    out = torch.empty(1, dtype=torch.int64, device=DEVICE)
-    launches = plan_sample(**inputs, out=out, target=target_of(DEVICE))
-    run(launches)
+    _, launches = launched(inputs_of(x_V[None], PLAIN))
     num_listed = int(launches[1].args["totals"][..., 1].sum())
     assert 100 < num_listed <= launches[1].constexprs["LIST"]
     if by == "tokens":
@@ -311,9 +311,7 @@ def test_penalties_are_the_cpu_samplers_bit_for_bit() -> None:
     generated = [np.random.default_rng(row).integers(0, 90, 60).tolist() for row in range(3)]
     lists = listed(*({token: row.count(token) for token in row} for row in generated))
     inputs = inputs_of(logits, *((*PLAIN[:4], *penalty) for penalty in penalties), **lists)
-    out = torch.empty(3, dtype=torch.int64, device=DEVICE)
-    launches = plan_sample(**inputs, out=out, target=target_of(DEVICE))
-    run(launches)
+    _, launches = launched(inputs)
     for x_V, row, (repetition, presence, frequency) in zip(logits, generated, penalties, strict=True):
         params = SamplingParams(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
         sampler._penalise(x_V, row, params)
