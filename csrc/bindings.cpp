@@ -38,7 +38,8 @@ std::span<std::int32_t> output(const char* name, py::array& array, py::ssize_t n
 
 // A prompt whose memory belongs to Python, or to this object.
 struct PromptArgument {
-  PromptArgument(const py::array& token_ids, const py::iterable& picture_list, const std::optional<py::bytes>& identity) {
+  PromptArgument(const py::array& token_ids, const py::iterable& picture_list, const std::optional<py::bytes>& identity,
+                 std::optional<std::int64_t> max_cached) {
     for (const py::handle item : picture_list) {
       const auto [start, num_tokens, digest] = item.cast<std::tuple<std::int32_t, std::int32_t, std::string_view>>();
       Picture& picture = pictures.emplace_back(Picture{start, num_tokens, {}});
@@ -48,6 +49,7 @@ struct PromptArgument {
     }
     prompt.token_ids = input("token_ids", token_ids);
     prompt.pictures = pictures;
+    if (max_cached) prompt.max_cached = *max_cached;
     if (!identity) return;
     const std::string_view bytes = *identity;
     prompt.identity = std::span(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
@@ -57,14 +59,14 @@ struct PromptArgument {
 };
 
 std::int64_t match(const PagedKVCache& cache, const py::array& token_ids, const py::iterable& pictures,
-                   const std::optional<py::bytes>& identity) {
-  return cache.match(PromptArgument(token_ids, pictures, identity).prompt);
+                   const std::optional<py::bytes>& identity, std::optional<std::int64_t> max_cached) {
+  return cache.match(PromptArgument(token_ids, pictures, identity, max_cached).prompt);
 }
 
 std::optional<std::int64_t> admit(PagedKVCache& cache, std::int64_t seq_id, const py::array& token_ids,
                                   const py::iterable& pictures, const std::optional<py::bytes>& identity,
-                                  std::int64_t num_reserved) {
-  return cache.admit(seq_id, PromptArgument(token_ids, pictures, identity).prompt, num_reserved);
+                                  std::int64_t num_reserved, std::optional<std::int64_t> max_cached) {
+  return cache.admit(seq_id, PromptArgument(token_ids, pictures, identity, max_cached).prompt, num_reserved);
 }
 
 std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::array& num_new_tokens,
@@ -144,9 +146,10 @@ PYBIND11_MODULE(_C, module) {
            }),
            "num_blocks"_a, "block_size"_a, py::kw_only(), "num_host_blocks"_a = 0, "watermark_blocks"_a = 0,
            "events"_a = false, "hash_bits"_a = 128)
-      .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes())
+      .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
+           "max_cached"_a = py::none())
       .def("admit", &admit, "seq_id"_a, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(),
-           py::kw_only(), "num_reserved"_a = 0)
+           py::kw_only(), "num_reserved"_a = 0, "max_cached"_a = py::none())
       .def("append", &PagedKVCache::append, "seq_id"_a, "num_tokens"_a)
       .def("append_batch",
            [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {

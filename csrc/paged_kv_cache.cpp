@@ -52,7 +52,8 @@ std::int64_t PagedKVCache::match(const Prompt& prompt) const {
   matched_digests_.clear();
   if (!prompt.identity) return 0;
   matched_digests_.push_back(index_.root(*prompt.identity));
-  const std::int64_t num_full = std::max<std::int64_t>(std::ssize(prompt.token_ids) - 1, 0) / block_size();
+  const std::int64_t most = std::min(std::ssize(prompt.token_ids) - 1, prompt.max_cached);
+  const std::int64_t num_full = std::max<std::int64_t>(most, 0) / block_size();
   for (std::int64_t index = 0; index < num_full; ++index) {
     const auto token_ids = prompt.token_ids.subspan(as_size(index * block_size()), as_size(block_size()));
     const Hash128 hash = index_.digest(matched_digests_.back(), index, token_ids, prompt.pictures);
@@ -331,6 +332,7 @@ void PagedKVCache::check_new(std::int64_t seq_id) const {
 void PagedKVCache::check_prompt(const Prompt& prompt) const {
   CHECK_ARGUMENT(std::ssize(prompt.token_ids) <= kMaxInt32, "token_ids: expected at most ", kMaxInt32, ", got ",
                  prompt.token_ids.size());
+  check_count("max_cached", prompt.max_cached);
   std::int64_t end = 0;
   for (const Picture& picture : prompt.pictures) {
     CHECK_ARGUMENT(picture.num_tokens >= 1, "pictures: expected at least 1 token each, got ", picture.num_tokens);

@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
@@ -44,6 +45,9 @@ struct Prompt {
   // All else that the keys and values depend on (model, dtypes, rotary rule, adapter, tenant), as one string in which
   // no two different values look the same. Without it the sequence neither matches nor publishes.
   std::optional<std::span<const std::uint8_t>> identity;
+  // At most so many leading tokens are taken from the cache: whoever wants the logits of a prompt's tokens has to compute
+  // them from the first wanted one on. By default all but the last one.
+  std::int64_t max_cached = std::numeric_limits<std::int64_t>::max();
 };
 
 // One step's buffers. Rows beyond seq_ids.size() are padding: length 0, no new tokens, table -1.
@@ -80,8 +84,8 @@ class PagedKVCache {
  public:
   explicit PagedKVCache(const CacheOptions& options);
 
-  // Tokens of the longest published prefix: a multiple of the block size, at most the prompt's length - 1, so that a
-  // token is left to compute. O(matched blocks).
+  // Tokens of the longest published prefix in whole blocks: at most the prompt's length - 1, so that a token is left to
+  // compute, and at most max_cached. O(matched blocks).
   std::int64_t match(const Prompt& prompt) const;
   // Starts a sequence whose first tokens, as many as match() says, are in the cache already; returns that number, which
   // is the sequence's length. Room for num_reserved tokens in all is taken at once. nullopt: no space above the
@@ -98,7 +102,8 @@ class PagedKVCache {
   // The first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the latest step
   // is complete. They must have been in a step, with known ids. Where equal content is published already, that stays.
   void publish(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
-  // A second sequence with the same tokens; all blocks are shared, reserved room is not. O(blocks).
+  // A second sequence with the same tokens, known ids and published prefix; all live blocks are shared, reserved room is
+  // not. The parent's latest step may still run: what either appends is copied and written in a later one. O(blocks).
   void fork(std::int64_t seq_id, std::int64_t new_seq_id);
   // Forgets the last num_tokens tokens and every known id behind them; their room stays reserved.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
@@ -113,7 +118,7 @@ class PagedKVCache {
   // O(rows * N + tokens); no memory allocation in the steady state.
   std::int64_t fill_step(const StepBuffers& step);
   // All steps up to this one have ended on the device. `failed`: not well, so that nothing which waited for them to be
-  // published ever will be; the sequences in them are the caller's to release.
+  // published ever will be; the sequences in them, and what was forked from these since, are the caller's to release.
   void complete(std::int64_t step, bool failed = false);
   // The copies that append, swap_out and swap_in asked for since the last call; valid until the next of them.
   std::span<const BlockCopy> take_copies();

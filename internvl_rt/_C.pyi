@@ -18,7 +18,12 @@ class PagedKVCache:
         hash_bits: int = 128,
     ) -> None: ...
     def match(
-        self, token_ids: NDArray[np.int32], pictures: Sequence[_PictureSpan] = (), identity: bytes | None = b""
+        self,
+        token_ids: NDArray[np.int32],
+        pictures: Sequence[_PictureSpan] = (),
+        identity: bytes | None = b"",
+        *,
+        max_cached: int | None = None,
     ) -> int: ...
     def admit(
         self,
@@ -28,6 +33,7 @@ class PagedKVCache:
         identity: bytes | None = b"",
         *,
         num_reserved: int = 0,
+        max_cached: int | None = None,
     ) -> int | None: ...
     def append(self, seq_id: int, num_tokens: int) -> bool: ...
     def append_batch(self, seq_ids: NDArray[np.int32], num_tokens: NDArray[np.int32]) -> bool: ...

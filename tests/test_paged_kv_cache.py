@@ -51,9 +51,9 @@ def run_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int) -> list[int]
     return [block for block in out["block_table_SN"][0].tolist() if block >= 0]
 
 
-def serve(cache: PagedKVCache, seq_id: int, token_ids: np.ndarray, *prompt: Any) -> int | None:
+def serve(cache: PagedKVCache, seq_id: int, token_ids: np.ndarray, *prompt: Any, **options: Any) -> int | None:
     """Computes, publishes and releases a prompt; returns how many of its tokens were in the cache already."""
-    num_hits = cache.admit(seq_id, token_ids, *prompt)
+    num_hits = cache.admit(seq_id, token_ids, *prompt, **options)
     if num_hits is None or not cache.append(seq_id, len(token_ids) - num_hits):
         return None
     run_step(cache, seq_id, len(token_ids) - num_hits)
@@ -71,6 +71,17 @@ def test_a_prompt_that_was_served_is_found_but_for_its_last_token() -> None:
     assert serve(cache, 0, token_ids) == 0
     assert [cache.match(token_ids[:length]) for length in (0, 3, 4, 5, 7, 8)] == [0, 0, 0, 4, 4, 4]
     assert cache.match(np.arange(9, dtype=np.int32)) == 8
+
+
+@pytest.mark.parametrize("max_cached", [None, 2**63 - 1, 9, 8, 7, 4, 3, 0])
+def test_the_cache_serves_whole_blocks_of_at_most_max_cached_tokens(max_cached: int | None) -> None:
+    cache = PagedKVCache(16, 4)
+    token_ids = np.arange(9, dtype=np.int32)
+    serve(cache, 0, token_ids)
+    expected = 8 if max_cached is None else min(8, max_cached // 4 * 4)
+    assert cache.match(token_ids, max_cached=max_cached) == expected
+    assert serve(cache, 1, token_ids, max_cached=max_cached) == expected
+    assert (cache.match(token_ids), cache.stats()["num_cached"]) == (8, 2)  # computed again, and not kept twice
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_a_pool_that_cannot_be_indexed_is_refused(
         ({"seq_id": 2**31}, "seq_id: expected 0 to 2147483647, got 2147483648"),
         ({"seq_id": 5}, "sequence 5 is already admitted"),
         ({"num_reserved": -1}, "num_reserved: expected at least 0, got -1"),
+        ({"max_cached": -1}, "max_cached: expected at least 0, got -1"),
+        ({"max_cached": -(2**63), "identity": None}, "max_cached: expected at least 0, got -9223372036854775808"),
         ({"token_ids": np.zeros(9, np.int64)}, "token_ids: expected dtype int32, got int64"),
         ({"token_ids": np.zeros((3, 3), np.int32)}, "token_ids: expected 1 dimension(s), got 2"),
         ({"token_ids": np.zeros(18, np.int32)[::2]}, "token_ids: expected a C-contiguous array, got a strided one"),
@@ -69,6 +71,11 @@ def test_admit_names_the_wrong_argument_and_changes_nothing(change: dict[str, An
     with pytest.raises(ValueError, match=re.escape(message)):
         cache.admit(**arguments)
     assert cache.stats() == before
+
+
+def test_match_refuses_a_negative_max_cached() -> None:
+    with pytest.raises(ValueError, match="max_cached: expected at least 0, got -1"):
+        PagedKVCache(4, 16).match(int32(1), max_cached=-1)
 
 
 @pytest.mark.parametrize(

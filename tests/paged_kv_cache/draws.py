@@ -5,6 +5,8 @@ from typing import Any, Protocol
 from paged_kv_cache.contents import PictureSpan
 from paged_kv_cache.model import Model
 
+Prompt = tuple[list[int], tuple[PictureSpan, ...], bytes | None]  # token ids, pictures, identity
+
 MAX_SEQUENCES = 6
 
 
@@ -18,6 +20,7 @@ class Draws:
         num_blocks, size = self.pick([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24]), self.pick([1, 2, 3, 16])
         self.model = Model(num_blocks, size, self.integer(0, 8), self.integer(0, min(2, num_blocks - 1)))
         self.deck = self.draw_deck()
+        self.text: dict[int, int] = {}  # by sequence: what it goes on with
 
     def integer(self, low: int, high: int) -> int:
         return self.draw.integer(low, high)
@@ -45,7 +48,10 @@ class Draws:
     def text_ids(self, text: int, start: int, count: int) -> list[int]:
         return [(0, t % 2, t // 3 % 2)[text] for t in range(start, start + count)]
 
-    def draw_prompt(self) -> tuple[int, list[int], tuple[PictureSpan, ...], bytes | None]:
+    def draw_prompt(self) -> tuple[int, Prompt]:
+        """And the text that it is taken from."""
+        if self.model.sequences and self.integer(0, 2) == 0:
+            return self.draw_repeated_prompt()
         text, end = self.pick([0, 0, 1, 2]), 0
         pictures: list[PictureSpan] = []
         token_ids = self.text_ids(text, 0, self.beside_boundary(0, min(4, self.model.num_blocks + 1)))
@@ -56,7 +62,23 @@ class Draws:
             if start + num_tokens <= len(token_ids):
                 pictures.append((start, num_tokens, digest))
                 end = start + num_tokens
-        return text, token_ids, tuple(pictures), self.pick([*[b""] * 5, b"a", b"b", None])
+        return text, (token_ids, tuple(pictures), self.pick([*[b""] * 5, b"a", b"b", None]))
+
+    def draw_repeated_prompt(self) -> tuple[int, Prompt]:
+        """All that a sequence holds so far, and a token more: what a conversation's next turn begins with."""
+        seq_id = self.pick(sorted(self.model.sequences))
+        s = self.model.sequences[seq_id]
+        token_ids = [*s.token_ids, self.integer(0, 1)]
+        spans = ((start, *picture) for start, picture in s.pictures.items())
+        pictures = tuple(p for p in spans if p[0] + p[1] <= len(token_ids))  # a rollback may have cut the others
+        return self.text[seq_id], (token_ids, pictures, s.identity)
+
+    def draw_max_cached(self, prompt: Prompt) -> int | None:
+        """Mostly beside a block boundary in what would match without it."""
+        if self.rarely() and self.rarely():
+            return -1
+        bound = self.beside_boundary(0, self.model.match(*prompt) // self.model.block_size)
+        return self.pick([None, None, bound, bound, bound, len(prompt[0]), 2**63 - 1])
 
     def draw_sequence(self) -> int:
         return self.pick(sorted(self.model.sequences)) if self.model.sequences and not self.rarely() else self.draw_id()

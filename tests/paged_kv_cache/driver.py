@@ -26,7 +26,6 @@ class Driver(Draws):
         self.calls: list[tuple[Any, ...]] = [("PagedKVCache", *arguments, model.num_host_blocks, options)]
         self.device = Device(*arguments, model.num_host_blocks)
         self.host_block: dict[int, int] = {}  # by ticket
-        self.text: dict[int, int] = {}  # by sequence
         self.mirror = Mirror()
 
     # --- both sides
@@ -69,13 +68,15 @@ class Driver(Draws):
     # --- operations
 
     def match(self) -> None:
-        self.both("match", *self.draw_prompt()[1:])
+        _, prompt = self.draw_prompt()
+        self.both("match", *prompt, max_cached=self.draw_max_cached(prompt))
 
     def admit(self) -> None:
-        text, *prompt = self.draw_prompt()
+        text, prompt = self.draw_prompt()
         seq_id, num_reserved = self.draw_new_id(), self.pick([0, 0, len(prompt[0]), len(prompt[0]) + 3])
         num_reserved = -1 if self.rarely() and self.rarely() else num_reserved
-        if self.both("admit", seq_id, *prompt, num_reserved=num_reserved) is not None:
+        max_cached = self.draw_max_cached(prompt)
+        if self.both("admit", seq_id, *prompt, num_reserved=num_reserved, max_cached=max_cached) is not None:
             self.text[seq_id] = text
 
     def choose_ids(self, seq_ids: list[int]) -> None:
@@ -130,12 +131,32 @@ class Driver(Draws):
         return new_seq_id
 
     def branch(self) -> None:
-        """Forks of forks that go on at once, before the copies are made."""
-        seq_id = self.draw_sequence()
+        """Forks, and forks of forks, that go on at once, before the copies are made."""
+        family = [self.draw_sequence()]
         for _ in range(self.integer(1, 3)):
-            seq_id = self.fork(seq_id)
-            if self.both("append", seq_id, self.integer(0, 2)):
-                self.choose_ids([seq_id])
+            family.append(self.fork(self.pick(family)))
+            if self.both("append", family[-1], self.integer(0, 2)):
+                self.choose_ids(family[-1:])
+
+    def answer_several_times(self) -> None:
+        """Forks while the step of a prompt's last tokens runs, some of which end at once; the others go on together."""
+        parent = self.draw_sequence()
+        if parent not in self.model.sequences or self.model.sequences[parent].swapped:
+            return self.both("fork", parent, parent)
+        s = self.model.sequences[parent]
+        if not self.compute([parent], [max(0, len(s.token_ids) - s.length)]):
+            return
+        if published := self.integer(0, 1):
+            self.publish_computed([parent])
+        family = {parent, *(self.fork(parent) for _ in range(self.integer(1, 3)))}
+        if not published:
+            self.publish_computed([parent])
+        if self.integer(0, 1):
+            self.both("release", self.pick(sorted(family)))
+        self.complete()
+        resident = [i for i in sorted(family & self.model.sequences.keys()) if not self.model.sequences[i].swapped]
+        if self.compute(resident, [self.pick([1, 1, self.draw_count(i)]) for i in resident]):
+            self.publish_computed(resident)
 
     def rollback(self) -> None:
         seq_id = self.draw_sequence()
@@ -241,6 +262,8 @@ class Driver(Draws):
         if self.integer(0, 1):
             self.both("publish", seq_ids, [min(s.num_in_steps, s.num_known) for s in rows])
         if seq_ids and self.integer(0, 1):
+            self.fork(self.pick(seq_ids))
+        if seq_ids and self.integer(0, 1):
             self.both("swap_out", self.pick(seq_ids))
         holders = [i for i, s in self.model.sequences.items() if not s.swapped and touched & set(s.table)]
         for seq_id in {*seq_ids, *holders}:
@@ -250,12 +273,20 @@ class Driver(Draws):
     def serve(self) -> None:
         """What an engine does in one step: the way to deep states."""
         seq_ids = self.draw_resident()
-        counts = [self.draw_count(seq_id) for seq_id in seq_ids]
+        if self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids]):
+            self.publish_computed(seq_ids)
+
+    def compute(self, seq_ids: list[int], counts: list[int]) -> bool:
+        """Appends and starts the step; without the room, one of the sequences makes some."""
         if not self.both("append_batch", seq_ids, counts):
-            return self.both("release", self.pick(seq_ids))
+            self.both("release", self.pick(seq_ids))
+            return False
         self.choose_ids(seq_ids)
         self.take_copies()
         self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids])
+        return True
+
+    def publish_computed(self, seq_ids: list[int]) -> None:
         for seq_id in seq_ids:
             s = self.model.sequences[seq_id]
             self.both("extend", seq_id, s.token_ids[s.num_known :])
@@ -303,13 +334,15 @@ class Driver(Draws):
                 lambda: self.both("admit", 9, [1, 1], ((1, 2, bytes(32)),)),
                 lambda: self.both("match", [1], ((0, 0, bytes(32)),)),
                 lambda: self.both("match", [1], ((0, 1, bytes(31)),)),
+                lambda: self.both("match", [1], max_cached=-1),
                 lambda: self.both("fork", some[0] if some else unknown, some[0] if some else 9),
             ]
         )()
 
 
 OPERATIONS = [  # as often as they are drawn
-    *["serve"] * 9,
+    *["serve"] * 8,
+    "answer_several_times",
     *["admit"] * 4,
     *["append", "append_batch", "extend", "extend_batch", "publish", "step", "failing_step", "take_copies"],
     *["append", "complete", "complete", "complete_all", "fork", "branch", "rollback", "release", "swap_out", "swap_in"],

@@ -163,17 +163,25 @@ class Model:
         self.choose_ids(sequence, token_ids)
         return sequence
 
-    def matched_blocks(self, prompt: Sequence) -> list[int]:
+    def matched_blocks(self, prompt: Sequence, max_cached: int | None) -> list[int]:
+        if max_cached is not None and max_cached < 0:
+            raise RefusedError("max_cached")
         holder = {content: block for block, content in self.published.items()}
         blocks: list[int] = []
         for end in range(self.block_size, len(prompt.token_ids), self.block_size):
-            if prompt.contents[end] not in holder:
+            if prompt.contents[end] not in holder or (max_cached is not None and end > max_cached):
                 break
             blocks.append(holder[prompt.contents[end]])
         return blocks
 
-    def match(self, token_ids: list[int], pictures: Listing[PictureSpan] = (), identity: bytes | None = b"") -> int:
-        return len(self.matched_blocks(self.prompt(token_ids, pictures, identity))) * self.block_size
+    def match(
+        self,
+        token_ids: list[int],
+        pictures: Listing[PictureSpan] = (),
+        identity: bytes | None = b"",
+        max_cached: int | None = None,
+    ) -> int:
+        return len(self.matched_blocks(self.prompt(token_ids, pictures, identity), max_cached)) * self.block_size
 
     def admit(
         self,
@@ -182,11 +190,12 @@ class Model:
         pictures: Listing[PictureSpan] = (),
         identity: bytes | None = b"",
         num_reserved: int = 0,
+        max_cached: int | None = None,
     ) -> int | None:
         if seq_id in self.sequences or not 0 <= seq_id < 2**31 or num_reserved < 0:
             raise RefusedError("seq_id or num_reserved")
         sequence = self.prompt(token_ids, pictures, identity)
-        matched = self.matched_blocks(sequence)
+        matched = self.matched_blocks(sequence, max_cached)
         length = len(matched) * self.block_size
         num_new = self.blocks_for(max(length, num_reserved)) - len(matched)
         num_kept_free = self.watermark_blocks if self.sequences else 0

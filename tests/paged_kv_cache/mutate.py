@@ -86,8 +86,14 @@ MUTATIONS = [
     Mutation(
         "a full hit leaves no token to compute",
         "paged_kv_cache.cpp",
-        "std::max<std::int64_t>(std::ssize(prompt.token_ids) - 1, 0) / block_size()",
-        "std::ssize(prompt.token_ids) / block_size()",
+        "std::min(std::ssize(prompt.token_ids) - 1, prompt.max_cached)",
+        "std::min(std::ssize(prompt.token_ids), prompt.max_cached)",
+    ),
+    Mutation(
+        "max_cached does not bound a match",
+        "paged_kv_cache.cpp",
+        "std::min(std::ssize(prompt.token_ids) - 1, prompt.max_cached)",
+        "std::ssize(prompt.token_ids) - 1",
     ),
     Mutation(
         "a failed admission keeps its sequence",
