@@ -3,19 +3,22 @@
     x = penalised logits;  w = floor(2^42 * 2^(-(max x - x) * log2(e) / temperature))      the softmax, in integers
     kept = the first top_k tokens by x (ties by index), of those the first that reach top_p of their weight,
            and of those the ones with w >= min_p * 2^42
-    token = the first kept one, in that order, whose running weight exceeds u * (weight of all kept)
+    token = the first kept one by id whose running weight exceeds u * (weight of all kept)
 
 The weights are integers and their float32 steps are rounded once each, so sums do not depend on an order and kernel and
 reference agree to the bit on every machine. They are the softmax as well as float32 has it: within a part in 2^24 for
 every half octave below the largest, and what is 2^43 times less likely than that is never drawn. u is the first number
-of `numpy.random.Philox(key=seed, counter=counter)`, which the sampler on the CPU uses too.
+of `numpy.random.Philox(key=seed, counter=counter)`. The draw runs by id and not by size because logits carry rounding
+noise, of another batch or another chunking: two near ties that swap places change a draw by size, but not one by id.
 
 Two kernels read the row: one finds the largest logits, one adds up the weights and draws. A row is shared by up to 8
-programs, because one multiprocessor alone takes 5 us to read 0.6 MB from L2; the last of them to arrive draws. There is
-no sort: the second kernel lists the largest thousand tokens or so, and thresholds are found by bisection in that list.
-Where it does not reach far enough (a draw from far down a flat row, a large top_k), some eight passes over the row by
-the drawing program alone, each about 30 us, find the part of the order that matters. Estimated for 16 rows on an H200:
-a greedy row 3 us, a drawn one 12 to 15 us, of which the bisections, one multiprocessor a row, are half.
+programs, because one multiprocessor alone takes 5 us to read 0.6 MB from L2; the last of them to arrive draws: the
+weights are summed by spans of some hundred tokens, so it looks for the span, and then in it. There is no sort: for
+top_k and top_p the second kernel lists the largest thousand tokens or so as well, and finds the last that is kept by
+bisection in that list. Where it does not reach far enough (a flat row, a large top_k), some eight passes over the row
+by the drawing program alone, each about 30 us, find the part of the order that matters. Estimated for 16 rows on an
+H200: a greedy row 3 us, a plain one 8 to 10 us, one with top_k or top_p 15 to 18 us, with both 19 to 22 us, where each
+bisection, one multiprocessor a row, takes 4.
 """
 
 import numpy as np
@@ -27,7 +30,7 @@ from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, req
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
 from internvl_rt.kernels._sample_body import draw_kernel, row_peaks_kernel
 
-MAX_VOCAB = 2**18  # so that a row's weights, 2^42 at most each, sum to less than 2^60 or are it
+MAX_VOCAB = 2**18  # ids beside 32 bits of a key; a row's weights, 2^42 at most each, sum to 2^60 at most
 GROUPS = 128  # groups of tokens of a slice whose largest logits decide what is listed
 EXACT = Tolerance(0, 0, 0, "the result is an integer, from integers")
 
@@ -51,12 +54,13 @@ def sample_reference(
     The tokens that row r has generated so far are listed_id[listed_start_R1[r] : listed_start_R1[r + 1]], each once,
     with how often in `listed_count`; a negative count forbids a token. `seed_R` holds the bits of 64-bit seeds.
     """
-    token_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
+    token_R = logits_RV.argmax(1)
     if logits_RV.is_meta:
         return token_R
-    for row, logits_V in enumerate(logits_RV):
+    others_R = (temperature_R != 0) | (listed_start_R1.diff() > 0)
+    for row in others_R.nonzero().flatten().tolist():
         listed = slice(int(listed_start_R1[row]), int(listed_start_R1[row + 1]))
-        x_V = _penalised(logits_V.float(), listed_id[listed].long(), listed_count[listed], penalty_R3[row])
+        x_V = _penalised(logits_RV[row].float(), listed_id[listed].long(), listed_count[listed], penalty_R3[row])
         if temperature_R[row] == 0 or not x_V.max().isfinite():
             token_R[row] = x_V.argmax()
             continue
@@ -75,13 +79,14 @@ def _penalised(x_V: Tensor, id_K: Tensor, count_K: Tensor, penalty_3: Tensor) ->
 
 
 def kept_reference(x_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
-    """The ids of the tokens that may be drawn, largest first, and their weights."""
+    """The ids of the tokens that may be drawn, in their order, and their weights."""
     x_V, id_V = torch.sort(x_V, descending=True, stable=True)
     weight_V = weight_reference(x_V, temperature)
     weight_V = weight_V[:top_k] if top_k else weight_V
     limit = max(1, -(-int(top_p * 2**62) * int(weight_V.sum()) >> 62))  # rounded up
     kept = (weight_V.cumsum(0) - weight_V < limit) & (weight_V >= int(np.ceil(min_p * 2**42))) & (weight_V > 0)
-    return id_V[: len(kept)][kept], weight_V[kept]
+    id_K, order_K = id_V[: len(kept)][kept].sort()
+    return id_K, weight_V[kept][order_K]
 
 
 def draw_reference(total_K: Tensor, seed: int, counter: int) -> int:
@@ -132,10 +137,9 @@ def plan_sample(
         "peaks": torch.empty(rows, slices, GROUPS, dtype=torch.int32, device=device),
         "arrived": torch.empty(rows, dtype=torch.int32, device=device),
         "V": vocab,
-        "slice_len": triton.cdiv(vocab, slices),
+        "slice_len": triton.cdiv(vocab, slices * block) * block,
     }
     list_len = min(2048, max(128, size // 4))
-    lists = torch.empty(2, rows, slices, list_len, dtype=torch.int32, device=device)
     return (
         Launch(
             row_peaks_kernel,
@@ -162,9 +166,10 @@ def plan_sample(
                 "x": x_RV,
                 "y": out,
                 "kept_mass": torch.empty(rows, dtype=torch.int64, device=device),
-                "totals": torch.empty(rows, slices, 2, dtype=torch.int64, device=device),
-                "list_key": lists[0],
-                "list_id": lists[1],
+                "spans": torch.empty(rows, list_len, dtype=torch.int64, device=device),
+                "lengths": torch.empty(rows, slices, dtype=torch.int32, device=device),
+                # of each slice, and of all
+                "lists": torch.empty(rows, slices + 1, list_len, dtype=torch.int32, device=device),
                 "temperature": temperature_R,
                 "top_k": top_k_R,
                 "top_p": top_p_R,
@@ -174,7 +179,7 @@ def plan_sample(
                 "x_stride": x_RV.stride(0),
                 **shared,
             },
-            {"SLICES": slices, "GROUPS": GROUPS, "LIST": list_len, "BLOCK": block},
+            {"SLICES": slices, "GROUPS": GROUPS, "LIST": list_len, "SPAN": max(16, size // list_len), "BLOCK": block},
             num_warps=max(4, block // 128),
             wide_loads=False,  # as above; and the weights' arithmetic, not the loads, takes the time
         ),

@@ -66,10 +66,6 @@ RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # what must hold of ever
 }
 
 KNOWN = {  # (triton, operation, target, rule): why it may be broken there
-    ("3.6.0", "sample", 90, "nothing spills"): "bisections of the draw, by its older ptxas",
-    ("3.6.0", "sample", 100, "nothing spills"): "bisections of the draw, by its older ptxas",
-    ("3.6.0", "sample", 120, "nothing spills"): "bisections of the draw, by its older ptxas",
-    ("3.9.0", "sample", 80, "nothing spills"): "rows with penalties; the pinned version has none",
     ("3.9.0", "prefill_attention", 100, "nothing spills"): "10 accesses with 64 channels; the pinned version has none",
     ("3.9.0", "gemv_qkv", 90, "nothing spills"): "the 9B's single row; the pinned version has none",
     ("3.6.0", "prefill_attention", 100, "nothing spills"): "8 bytes with 64 channels, by its older ptxas",

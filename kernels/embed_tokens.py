@@ -1,0 +1,117 @@
+"""Token ids to rows of the embedding, those that the step before drew included: x[t] = embedding[id of t]."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+
+BLOCK = 1024  # columns of one program: 8 values of each of 128 threads
+
+
+def embed_tokens_reference(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor) -> Tensor:
+    """x [T, D]. A token id (int32) of -1 - r stands for `drawn_R[r]` (int64), of which there is one at least."""
+    drawn_T = drawn_R[(-1 - token_id_T).clamp_min(0)]
+    return embedding_VD[torch.where(token_id_T < 0, drawn_T, token_id_T)]
+
+
+@triton.jit(do_not_specialize=["R"])  # R changes with the batch: one kernel for all
+def _embed_tokens_kernel(token_id, drawn, embedding, y, y_stride, embedding_stride, R, V, D, BLOCK: tl.constexpr):
+    num_blocks = tl.cdiv(D, BLOCK)
+    token = tl.program_id(0) // num_blocks
+    column = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    known = tl.load(token_id + token)
+    index = -1 - known
+    is_drawn = (index >= 0) & (index < R)
+    row = tl.where(known < 0, tl.load(drawn + index, mask=is_drawn, other=-1), known.to(tl.int64))
+    inside = column < D
+    values = tl.load(embedding + row * embedding_stride + column, mask=inside & (row >= 0) & (row < V), other=0.0)
+    tl.store(y + token.to(tl.int64) * y_stride + column, values, mask=inside)
+
+
+def plan_embed_tokens(
+    token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, out: Tensor, target: Target
+) -> tuple[Launch, ...]:
+    vocab, width = embedding_VD.shape
+    return (
+        Launch(
+            _embed_tokens_kernel,
+            (len(token_id_T) * triton.cdiv(width, BLOCK), 1, 1),
+            {
+                "token_id": token_id_T,
+                "drawn": drawn_R,
+                "embedding": embedding_VD,
+                "y": out,
+                "y_stride": out.stride(0),
+                "embedding_stride": embedding_VD.stride(0),
+                "R": len(drawn_R),
+                "V": vocab,
+                "D": width,
+            },
+            {"BLOCK": BLOCK},
+        ),
+    )
+
+
+def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As `embed_tokens_reference`, but a token whose id lies outside [0, V), or whose r outside `drawn_R`, gets zeros:
+    the ids are on the GPU, where nobody can raise.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    dtypes = list(SPEC.tolerances)
+    require(embedding_VD.dtype in dtypes, "embedding_VD", f"one of {dtypes}", embedding_VD.dtype)
+    require(embedding_VD.ndim == 2, "embedding_VD", "rows [V, D]", tuple(embedding_VD.shape))
+    require(token_id_T.ndim == 1, "token_id_T", "ids [T]", tuple(token_id_T.shape))
+    require(drawn_R.ndim == 1, "drawn_R", "ids [R]", tuple(drawn_R.shape))
+    device, shape = embedding_VD.device, (len(token_id_T), embedding_VD.shape[1])
+    require_tensor("embedding_VD", embedding_VD, tuple(embedding_VD.shape), embedding_VD.dtype, device)
+    require_tensor("token_id_T", token_id_T, shape[:1], torch.int32, device)
+    require_tensor("drawn_R", drawn_R, (len(drawn_R),), torch.int64, device)
+    if out is None:
+        out = torch.empty(shape, dtype=embedding_VD.dtype, device=device)
+    require_tensor("out", out, shape, embedding_VD.dtype, device)
+    require(shape[0] <= 1 or out.stride(0) >= shape[1], "out", "rows that do not overlap", f"strides {out.stride()}")
+    run(plan_embed_tokens(token_id_T, drawn_R, embedding_VD, out=out, target=target_of(device)))
+    return out
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every third token was drawn, R of them round and round; `padding` are columns behind the embedding's."""
+    tokens, drawn, vocab, width = case["T"], case["R"], case["V"], case["D"]
+    embedding = torch.randn(vocab, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
+    known_T = torch.randint(0, vocab, (tokens,), dtype=torch.int32, device=device)
+    number_T = torch.arange(tokens, dtype=torch.int32, device=device)
+    return {
+        "token_id_T": torch.where(number_T % 3 == 0, -1 - number_T % drawn, known_T),
+        "drawn_R": torch.randint(0, vocab, (drawn,), device=device),
+        "embedding_VD": embedding.to(dtype)[:, :width],
+    }
+
+
+SPEC = KernelSpec(
+    name="embed_tokens",
+    reference=embed_tokens_reference,
+    plan=plan_embed_tokens,
+    launcher=embed_tokens,
+    make_inputs=_make_inputs,
+    cost=lambda case, dtype: Cost(bytes=case["T"] * (2 * dtype.itemsize * case["D"] + 4), flops=0),
+    test_cases=(
+        *(
+            Case(f"width_{width}", {"T": 9, "R": 4, "V": 50, "D": width})
+            for width in (1, 15, 16, 1023, 1024, 1025, 3584)
+        ),
+        Case("no_tokens", {"T": 0, "R": 4, "V": 50, "D": 16}),
+        Case("one_of_one", {"T": 1, "R": 1, "V": 1, "D": 16}),
+        Case("strided", {"T": 9, "R": 3, "V": 50, "D": 100, "padding": 28}),
+    ),
+    model_cases=tuple(
+        Case(f"width_{width}_{tokens}_tokens", {"T": tokens, "R": 64, "V": 151674, "D": width})
+        for width in (896, 1536, 3584, 4096, 5120, 8192)
+        for tokens in (1, 64, 8192)
+    ),
+    tolerances={dtype: Tolerance(0.0, 0.0, 0.0, "a copy") for dtype in (torch.float32, torch.float16, torch.bfloat16)},
+    exact=True,
+)
