@@ -74,7 +74,7 @@ $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
 # Warnings of the C++ compiler are errors here, but not for somebody who only installs.
 $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
-	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,test]'
+	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,test]'
 	@touch $(VENV)/done-package $@
 
 # Without dependencies: the package holds the model file that is wanted, and depends on a runtime for it that is not.

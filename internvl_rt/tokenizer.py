@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,14 @@ _UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # what "surrogate
 class TextStream:
     """Text of one growing sequence; the pieces joined are exactly `Tokenizer.decode` of all its ids."""
 
-    def __init__(self, token_bytes: Mapping[int, bytes], skipped: Collection[int], *, pieces: bool) -> None:
+    def __init__(
+        self, token_bytes: Mapping[int, bytes], skipped: Collection[int], whole: dict[int, str], *, pieces: bool
+    ) -> None:
+        """whole: keeps the texts of tokens that are whole characters, for all streams of a tokenizer."""
         self._token_bytes = token_bytes
         self._skipped = skipped
+        self._whole = whole
+        self._is_between = not pieces  # no incomplete character is held, and nothing special begins the text
         self._pieces = pieces
         self._at_start = pieces
         # A broken character is one U+FFFD with byte-level BPE, and one for each of its bytes with sentencepiece.
@@ -49,10 +54,17 @@ class TextStream:
         """The text that `token_id` completes; "" while a character is incomplete, for skipped and for unknown ids."""
         if token_id in self._skipped:
             return ""
+        if self._is_between and (text := self._whole.get(token_id)) is not None:
+            return text
         data = self._token_bytes.get(token_id, b"")
         if self._at_start and data:
             data, self._at_start = data.removeprefix(b" "), False
-        return self._text(data)
+            return self._text(data)
+        was_between, text = self._is_between, self._text(data)
+        self._is_between = not self._at_start and not self._decoder.getstate()[0]
+        if was_between and self._is_between:
+            self._whole[token_id] = text
+        return text
 
     def flush(self) -> str:
         """The rest: the bytes of an incomplete character become U+FFFD."""
@@ -71,14 +83,15 @@ class Tokenizer:
     find_token_id: Callable[[str], int | None]
     _encode_plain: Callable[[str], list[int]]
     _encode_all: Callable[[str], list[int]]
-    _token_bytes: Mapping[int, bytes]
-    _special_ids: frozenset[int]
-    _pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
+    token_bytes: Mapping[int, bytes]
+    special_ids: frozenset[int]
+    pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
+    _whole: dict[int, str] = field(default_factory=dict)  # texts of tokens that are whole characters, as they come up
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included; the model's embedding may have more rows."""
-        return len(self._token_bytes)
+        return len(self.token_bytes)
 
     def token_id(self, token: str) -> int:
         """The id of one token, given as the vocabulary spells it. Raises CheckpointError if there is none."""
@@ -108,7 +121,8 @@ class Tokenizer:
 
     def stream(self, *, skip_specials: bool = True) -> TextStream:
         """A fresh decoder for a sequence whose ids come one by one."""
-        return TextStream(self._token_bytes, self._special_ids if skip_specials else (), pieces=self._pieces)
+        skipped = self.special_ids if skip_specials else ()
+        return TextStream(self.token_bytes, skipped, self._whole, pieces=self.pieces)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -183,9 +197,9 @@ def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
         find_token_id=everything.token_to_id,
         _encode_plain=lambda text: plain.encode(text).ids,
         _encode_all=lambda text: everything.encode(text).ids,
-        _token_bytes=token_bytes | {token_id: token.content.encode() for token_id, token in added.items()},
-        _special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
-        _pieces=not byte_level,
+        token_bytes=token_bytes | {token_id: token.content.encode() for token_id, token in added.items()},
+        special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
+        pieces=not byte_level,
     )
 
 
@@ -254,9 +268,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         find_token_id=find_token_id,
         _encode_plain=_splitting(visible, encode_plain),
         _encode_all=_splitting(added, model.encode),
-        _token_bytes=token_bytes | {token_id: token.encode() for token, token_id in added.items()},
-        _special_ids=special_ids,
-        _pieces=True,
+        token_bytes=token_bytes | {token_id: token.encode() for token, token_id in added.items()},
+        special_ids=special_ids,
+        pieces=True,
     )
 
 
