@@ -13,29 +13,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internvl_rt.async_engine import AsyncEngine
     from internvl_rt.engine import Engine
-    from internvl_rt.errors import CheckpointError, ConfigError, InternVLError, MediaError, RequestError
-    from internvl_rt.reply import Piece, Reply, Timings, Usage
-    from internvl_rt.sequence import SamplingParams
+    from internvl_rt.errors import (
+        CheckpointError,
+        ConfigError,
+        EngineDeadError,
+        InternVLError,
+        MediaError,
+        QueueFullError,
+        RequestError,
+    )
+    from internvl_rt.reply import Choice, Piece, Reply, Score, Timings, Usage
+    from internvl_rt.runner import TokenLogprob
+    from internvl_rt.sampling_params import SamplingParams
 
 _HOMES = {
+    "AsyncEngine": "async_engine",
     "Engine": "engine",
-    "SamplingParams": "sequence",
-    **dict.fromkeys(("Piece", "Reply", "Timings", "Usage"), "reply"),
-    **dict.fromkeys(("CheckpointError", "ConfigError", "InternVLError", "MediaError", "RequestError"), "errors"),
+    "SamplingParams": "sampling_params",
+    **dict.fromkeys(("Choice", "Piece", "Reply", "Score", "Timings", "Usage"), "reply"),
+    **dict.fromkeys(
+        (
+            "CheckpointError",
+            "ConfigError",
+            "EngineDeadError",
+            "InternVLError",
+            "MediaError",
+            "QueueFullError",
+            "RequestError",
+        ),
+        "errors",
+    ),
+    "TokenLogprob": "runner",
 }
 
 __all__ = [
+    "AsyncEngine",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "Engine",
+    "EngineDeadError",
     "InternVLError",
     "MediaError",
     "Piece",
+    "QueueFullError",
     "Reply",
     "RequestError",
     "SamplingParams",
+    "Score",
     "Timings",
+    "TokenLogprob",
     "Usage",
 ]
 

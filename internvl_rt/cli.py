@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from internvl_rt.engine import Engine
     from internvl_rt.reply import Reply
     from internvl_rt.request import Delta
-    from internvl_rt.sequence import SamplingParams
+    from internvl_rt.sampling_params import SamplingParams
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130
 
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     chat.add_argument("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
     chat.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps all tokens (default: %(default)s)")
+    chat.add_argument("--ignore-eos", action="store_true", help="answer on to --max-tokens, for measurements")
     chat.add_argument("--seed", metavar="N", type=int, help="makes sampling reproducible")
     chat.add_argument("--max-tiles", metavar="N", type=int, help="tiles per picture, without the thumbnail")
     chat.add_argument(
@@ -113,10 +114,15 @@ def _delta(text: str) -> "Delta":
 
 def _chat(args: argparse.Namespace) -> int:
     from internvl_rt.engine import Engine
-    from internvl_rt.sequence import SamplingParams
+    from internvl_rt.sampling_params import SamplingParams
 
     params = SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
     )
     for file in [*args.image, *args.video]:
         _check_file(file)
@@ -188,11 +194,11 @@ def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingP
     print()
     assert piece.reply is not None, "a stream ends with its reply"
     if timings:
-        usage, t = piece.reply.usage, piece.reply.timings
+        usage = piece.reply.usage
         print(
-            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered; "
-            f"media {t.media_s:.3f} s, tile {t.tile_s:.3f} s, vision {t.vision_s:.3f} s, prefill {t.prefill_s:.3f} s, "
-            f"first token {t.first_token_s:.3f} s, {t.per_token_s * 1e3:.1f} ms per token, total {t.total_s:.3f} s",
+            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered",
+            piece.reply.timings.render(engine.roof),
+            sep="\n",
             file=sys.stderr,
         )
     return piece.reply

@@ -28,7 +28,7 @@ from internvl_rt.image import ImageOptions, ImageSource, tile_image
 from internvl_rt.image import load_image as read_image
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.prompt import tiles_per_image, turns_from_question
-from internvl_rt.sequence import SamplingParams
+from internvl_rt.sampling_params import SamplingParams
 from internvl_rt.tokenizer import Tokenizer
 from internvl_rt.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.video import load_video as read_video

@@ -4,34 +4,39 @@ import itertools
 import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from internvl_rt.checkpoint import open_checkpoint, resolve_model
-from internvl_rt.config import ModelConfig, load_config
-from internvl_rt.cuda_graph import DecodeGraphs, TileGraphs
+from internvl_rt.answer import Answer, Request
 from internvl_rt.errors import InternVLError, RequestError
-from internvl_rt.image import OpenImage
-from internvl_rt.kernels._launch import target_of
-from internvl_rt.kv_cache import BLOCK_SIZES, KVCache
-from internvl_rt.loop import Request, StepLoop
-from internvl_rt.memory import MemoryPlan, plan_memory
-from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.ops import TORCH, Ops
+from internvl_rt.image import ImageSource, OpenImage
+from internvl_rt.kv_cache import KVCache
+from internvl_rt.loading import load_parts
+from internvl_rt.loop import StepLoop
+from internvl_rt.memory import MemoryPlan
+from internvl_rt.model.internvl import InternVL
 from internvl_rt.ops_triton import TRITON
+from internvl_rt.options import DEFAULT_VISUAL_CACHE_BYTES, EngineOptions
 from internvl_rt.prompt import Turn
-from internvl_rt.reply import AnswerText, Piece, Reply
+from internvl_rt.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.request import Delta, Prepared, Preparer
-from internvl_rt.runner import MAX_TILES_PER_PASS, Runner
+from internvl_rt.runner import Runner
 from internvl_rt.sampler import derive_seed
+from internvl_rt.sampling_params import SamplingParams
 from internvl_rt.scheduler import Scheduler
-from internvl_rt.sequence import SamplingParams
-from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import load_weights
+from internvl_rt.tokenizer import Tokenizer
+from internvl_rt.trace import Trace
+from internvl_rt.visual_cache import VisualCache
+from internvl_rt.work import roof_of
+
+MAX_TILES_PER_STEP = 32  # encoded in front of a step: as many as the tokens of a full step have
+
+SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
 Messages = Items[dict[str, Any]]
 
@@ -44,38 +49,35 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: InternVL,
-        tokenizer: Tokenizer,
-        cache: KVCache,
-        memory: MemoryPlan,
-        *,
-        max_model_len: int,
-        max_num_seqs: int,
-        max_tokens_per_step: int,
-        prefix_cache: bool,
-        v2pe_delta: Delta,
-        max_tiles: int | None,
-        seed: int | None,
+        self, model: InternVL, tokenizer: Tokenizer, cache: KVCache, memory: MemoryPlan, options: EngineOptions
     ) -> None:
         self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
-        self.model, self.cache, self.memory = model, cache, memory
-        self.max_model_len = max_model_len
-        scheduler = Scheduler(cache, max_num_seqs=max_num_seqs, max_tokens_per_step=max_tokens_per_step)
-        graphs: tuple[TileGraphs, DecodeGraphs] | tuple[()] = ()
-        if model.device.type == "cuda" and model.ops is TRITON:
-            with torch.inference_mode():
-                graphs = (
-                    TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device),
-                    DecodeGraphs(
-                        partial(model.run_step, caches=cache.layers),
-                        cache,
-                        model.device,
-                        max_num_seqs=max_num_seqs,
-                        max_model_len=max_model_len,
-                    ),
-                )
-        self._loop = StepLoop(scheduler, Runner(model, cache, *graphs))
+        self.model, self.cache, self.memory, self.options = model, cache, memory, options
+        self.roof = roof_of(model.device, model.dtype)  # what the device can do at most; None where it is not known
+        self.visual_cache = VisualCache(options.visual_cache_bytes)
+        room = min(model.config.decoder.max_position, cache.blocks.num_blocks * cache.block_size)
+        self.max_model_len = options.max_model_len or room
+        self._scheduler = Scheduler(
+            cache,
+            max_num_seqs=options.max_num_seqs,
+            max_tokens_per_step=options.max_tokens_per_step,
+            max_tiles_per_step=MAX_TILES_PER_STEP,
+        )
+        max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
+        self._runner = Runner(model, cache, self.visual_cache, max_draws=max_draws)
+        on_gpu = model.device.type == "cuda"
+        if on_gpu and model.ops is TRITON:
+            self._runner.capture(
+                max_num_seqs=options.max_num_seqs,
+                max_model_len=self.max_model_len,
+                max_tokens_per_step=options.max_tokens_per_step,
+            )
+        self._loop = StepLoop(
+            self._scheduler,
+            self._runner,
+            max_requests=options.max_num_seqs + options.max_waiting,
+            run_ahead=on_gpu,
+        )
         identity: dict[str, str | int] = {
             "model": repr(model.config),
             "dtype": str(model.dtype),
@@ -84,16 +86,17 @@ class Engine:
         self._preparer = Preparer(
             model.config,
             tokenizer,
-            max_model_len,
-            max_tiles=max_tiles,
-            v2pe_delta=v2pe_delta,
+            self.max_model_len,
+            max_tiles=options.max_tiles,
+            v2pe_delta=options.v2pe_delta,
+            num_draft_tokens=options.num_draft_tokens,
             cut=self._cut,
-            identity=identity if prefix_cache else None,
+            identity=identity if options.prefix_cache else None,
             num_cached=self._loop.num_cached,
+            is_encoded=self.visual_cache.has,
         )
-        self._max_num_seqs = max_num_seqs
-        self._seed = secrets.randbits(64) if seed is None else seed
-        self._numbers = itertools.count()
+        self._seed = secrets.randbits(64) if options.seed is None else options.seed
+        self._request_numbers, self._seq_ids = itertools.count(), itertools.count()
 
     @classmethod
     def from_pretrained(
@@ -108,7 +111,10 @@ class Engine:
         block_size: int = 64,
         max_num_seqs: int = 64,
         max_tokens_per_step: int = 8192,
+        max_waiting: int = 1024,
         prefix_cache: bool = True,
+        visual_cache_bytes: int = DEFAULT_VISUAL_CACHE_BYTES,
+        num_draft_tokens: int = 0,
         v2pe_delta: Delta = 1.0,
         max_tiles: int | None = None,
         seed: int | None = None,
@@ -119,67 +125,35 @@ class Engine:
         device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
         max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
         cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and
-        workspaces leave (`memory` has the plan), and never more than `max_num_seqs` sequences can use. prefix_cache:
-        prompts that begin alike, pictures included, share what was computed of their beginning. v2pe_delta: rotary
-        positions per visual token, a power of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default
-        the model's own (12). seed: makes sampling without a seed of its own reproducible. backend: "triton", the
-        kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
+        workspaces leave (`memory` has the plan), and never more than `max_num_seqs` sequences can use. max_waiting: how
+        many requests may wait for a place among those; more are refused. prefix_cache: prompts that begin alike,
+        pictures included, share what was computed of their beginning. visual_cache_bytes: for visual tokens of
+        pictures that may come again. num_draft_tokens: tokens that are guessed from the text so far and checked
+        together, which changes no answer; 0 guesses nothing. v2pe_delta: rotary positions per visual token, a power
+        of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
+        sampling without a seed of its own reproducible. backend: "triton", the kernels, or "torch", the references
+        they are tested against; "auto" is triton on CUDA.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """
-        counts = {"max_num_seqs": max_num_seqs, "max_tokens_per_step": max_tokens_per_step}
-        counts |= {"max_model_len": 1 if max_model_len is None else max_model_len}
-        for name, value in counts.items():
-            if value < 1:
-                raise RequestError(f"{name} must be at least 1, got {value}")
-        if block_size not in BLOCK_SIZES:
-            raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-        target = _choose_device(device)
-        ops = _choose_ops(backend, target)
-        folder = resolve_model(model, revision=revision)
-        config = load_config(folder)
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size > config.decoder.vocab_size:
-            raise RequestError(
-                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
-                "embeddings; the folder mixes files of different models"
-            )
-        chosen = _choose_dtype(dtype, config, target)
-        weights = load_weights(open_checkpoint(folder), config, dtype=chosen, device=target)
-        memory = plan_memory(
-            config,
-            chosen,
-            target,
-            weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
-            block_size=block_size,
-            kv_cache_bytes=kv_cache_bytes,
-            max_num_seqs=max_num_seqs,
+        options = EngineOptions(
+            device=device,
+            dtype=dtype,
             max_model_len=max_model_len,
-            max_tokens_per_step=max_tokens_per_step,
-            max_tiles_per_pass=MAX_TILES_PER_PASS,
-        )
-        num_blocks = memory.num_blocks
-        cache = KVCache(
-            config.decoder,
-            num_blocks=num_blocks,
+            kv_cache_bytes=kv_cache_bytes,
             block_size=block_size,
-            dtype=chosen,
-            device=target,
-            num_sms=target_of(target).num_sms if ops is TRITON else 0,
-        )
-        return cls(
-            InternVL(config, weights, ops),
-            tokenizer,
-            cache,
-            memory,
-            max_model_len=max_model_len or min(config.decoder.max_position, num_blocks * block_size),
             max_num_seqs=max_num_seqs,
             max_tokens_per_step=max_tokens_per_step,
+            max_waiting=max_waiting,
             prefix_cache=prefix_cache,
+            visual_cache_bytes=visual_cache_bytes,
+            num_draft_tokens=num_draft_tokens,
             v2pe_delta=v2pe_delta,
             max_tiles=max_tiles,
             seed=seed,
+            backend=backend,
         )
+        return cls(*load_parts(model, options, revision=revision), options)
 
     def chat(
         self,
@@ -188,16 +162,20 @@ class Engine:
         *,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
+        timeout_s: float | None = None,
     ) -> Reply:
         """Answers the last user message of a conversation.
 
         messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of parts
         `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or uint8 array or
-        tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`. A conversation is sent whole each time.
-        v2pe_delta overrides the engine's. cache_salt: only requests of equal salt share prefixes, so that no tenant can
-        learn from its timings what another has asked. Raises RequestError or MediaError, and then nothing has changed.
+        tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds", "image_embeds":
+        visual tokens [X, D], as encode_images gives them}`. A conversation is sent whole each time.
+        v2pe_delta overrides the engine's. cache_salt: only requests of equal salt share prefixes and visual tokens, so
+        that no tenant can learn from its timings what another has asked. timeout_s: after so many seconds the answer
+        ends where it is, with finish_reason "timeout".
+        Raises RequestError or MediaError, and then nothing has changed.
         """
-        return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt)[0]
+        return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt, timeout_s=timeout_s)[0]
 
     def stream(
         self,
@@ -206,12 +184,14 @@ class Engine:
         *,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[Piece]:
         """As `chat`, piece by piece as the text becomes certain; the last piece has the whole reply.
 
         Errors in the request are raised by this call; closing the iterator cancels the request.
         """
-        return self._stream(self._preparer.prepare(messages, v2pe_delta, cache_salt), params or SamplingParams())
+        prepared = self._preparer.prepare(messages, v2pe_delta, cache_salt)
+        return self._stream(self.build_request(prepared, params or SamplingParams(), timeout_s))
 
     def generate(
         self,
@@ -220,10 +200,13 @@ class Engine:
         *,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
+        timeout_s: float | None = None,
+        progress: bool = False,
     ) -> list[Reply]:
         """Answers many conversations in one continuous batch; `params` is for all, or one for each.
 
-        The first invalid request raises, naming its index, and cancels the rest.
+        The first invalid request raises, naming its index, and cancels the rest. timeout_s counts for each from when
+        it is prepared. progress: shows a bar on stderr.
         """
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
         if len(each) != len(batch):
@@ -236,24 +219,107 @@ class Engine:
                 except InternVLError as error:
                     raise error if len(batch) == 1 else type(error)(f"request {index}: {error}") from error
 
-        return self.generate_prepared(prepared(), each)
+        return self.generate_prepared(prepared(), each, timeout_s=timeout_s, progress=progress)
+
+    def score(
+        self,
+        messages: Messages,
+        responses: Items[str],
+        *,
+        include_end: bool = False,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Score]:
+        """How likely the model finds each response to a conversation, token by token.
+
+        include_end: the token that ends an answer counts as the response's last. Raises RequestError or MediaError.
+        """
+        scored = self.prepare_scores(messages, responses, include_end, v2pe_delta, cache_salt)
+        replies = self.generate_prepared(iter(scored), [SCORING] * len(scored))
+        return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
+
+    def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
+        """Visual tokens [X, D] of each picture, on the engine's device; `image_embeds` parts take them.
+
+        Raises RequestError or MediaError.
+        """
+        pictures = self._preparer.tiles_of(images)
+        return [self._loop.encode(picture, cache_salt) for picture in pictures]
+
+    def stats(self) -> dict[str, int | float]:
+        """A snapshot of what the engine holds and has done so far; counts, tokens and bytes."""
+        return self._loop.stats()
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Writes what the engine does inside the `with` block to a JSON file for Perfetto or chrome://tracing.
+
+        The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails on the
+        way, as on a full disk, disturbs no request. Raises RequestError: at once where the file cannot be made,
+        otherwise when the block ends.
+        """
+        with Trace(Path(path)) as trace:
+            self._loop.set_trace(trace)
+            try:
+                yield
+            finally:
+                self._loop.set_trace(None)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """A prompt from rendered turns and the tiles of each of their pictures, for `generate_prepared`."""
         return self._preparer.prepare_turns(turns, tiles)
 
-    def generate_prepared(self, prompts: Iterator[Prepared], params: Items[SamplingParams]) -> list[Reply]:
+    def prepare_scores(
+        self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
+    ) -> list[Prepared]:
+        """A prompt for each response, to be run with SCORING, from whose reply `build_score` reads the score."""
+        prompt = self._preparer.prepare(messages, delta, salt)
+        return [self._preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
+
+    def generate_prepared(
+        self,
+        prompts: Iterator[Prepared],
+        params: Items[SamplingParams],
+        *,
+        timeout_s: float | None = None,
+        progress: bool = False,
+    ) -> list[Reply]:
         """As `generate`, from prompts that were prepared elsewhere; they are taken as places become free."""
         requests: list[Request] = []
-        try:
-            for prompt, each in zip(prompts, params, strict=True):
-                while len(running := [request for request in requests if not request.done]) >= self._max_num_seqs:
-                    self._loop.advance(running[0])
-                requests.append(self._submit(prompt, each))
-            return [self._wait(request) for request in requests]
-        finally:
-            for request in requests:
-                self._loop.cancel(request)
+        with tqdm(total=len(params), unit="request", disable=not progress) as bar:
+            try:
+                for prompt, each in zip(prompts, params, strict=True):
+                    while len(running := [r for r in requests if not r.done]) >= self.options.max_num_seqs:
+                        self._loop.advance(running[0])
+                        bar.update(sum(r.done for r in running))
+                    requests.append(self.build_request(prompt, each, timeout_s))
+                    self._loop.submit(requests[-1])
+                for request in requests:
+                    while not request.done:
+                        running = [r for r in requests if not r.done]
+                        self._loop.advance(request)
+                        bar.update(sum(r.done for r in running))
+                    self._loop.take(request)  # raises what made it fail
+            finally:
+                for request in requests:
+                    self._loop.cancel(request)
+        return [request.reply for request in requests if request.reply is not None]
+
+    def build_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
+        """A request that is not submitted yet. Raises RequestError."""
+        if timeout_s is not None and not timeout_s > 0:
+            raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
+        if params.n > self.options.max_num_seqs:
+            raise RequestError(
+                f"n is {params.n}, but at most max_num_seqs = {self.options.max_num_seqs} answers run together; lower "
+                "n or raise max_num_seqs"
+            )
+        number = next(self._request_numbers)
+        seed = params.seed if params.seed is not None else derive_seed(self._seed, number)
+        request = Request(prepared, deadline_s=None if timeout_s is None else prepared.start_s + timeout_s)
+        for index, sequence in enumerate(self._preparer.sequences(prepared, params, seed, self._seq_ids)):
+            request.answers.append(Answer(request, index, sequence, AnswerText(self.tokenizer.stream(), params)))
+        return request
 
     def close(self) -> None:
         """Cancels what runs and refuses everything after; the memory goes with the last reference to the engine."""
@@ -273,62 +339,18 @@ class Engine:
         size = self.config.vision.image_size
         return self.model.ops.resize_tiles(pixels, *image.grid, size, image.thumbnail)
 
-    def _stream(self, prepared: Prepared, params: SamplingParams) -> Iterator[Piece]:
-        request = self._submit(prepared, params)
+    def _stream(self, request: Request) -> Iterator[Piece]:
+        self._loop.submit(request)
         try:
-            while request.reply is None:
-                text = self._loop.advance(request)
-                if text and request.reply is None:
-                    yield Piece(text)
-            yield Piece(text, request.reply)
+            reply = None
+            while reply is None:
+                fresh = self._loop.advance(request)
+                reply = request.reply
+                yield from pieces_of(fresh, reply)
         finally:
             self._loop.cancel(request)
 
-    def _submit(self, prepared: Prepared, params: SamplingParams) -> Request:
-        number = next(self._numbers)
-        seed = params.seed if params.seed is not None else derive_seed(self._seed, number)
-        sequence = self._preparer.sequence(number, prepared, params, seed)
-        request = Request(sequence, AnswerText(self.tokenizer.stream(), params), prepared)
-        self._loop.submit(request)
-        return request
 
-    def _wait(self, request: Request) -> Reply:
-        while request.reply is None:
-            self._loop.advance(request)
-        return request.reply
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
-
-
-def _choose_ops(backend: str, device: torch.device) -> Ops:
-    if backend not in ("auto", "triton", "torch"):
-        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return TORCH
-    try:
-        target_of(device)
-    except ValueError as error:
-        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
-    return TRITON
-
-
-def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        dtype = config.dtype if device.type == "cuda" else "float32"
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    for name, value in known.items():
-        if dtype in (name, value):
-            return value
-    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
+def build_score(prepared: Prepared, reply: Reply) -> Score:
+    assert reply.prompt_logprobs is not None, "run with SCORING"
+    return Score(reply.prompt_logprobs[prepared.score_from :])

@@ -1,7 +1,7 @@
 """The errors a user can cause; everything else that escapes the package is a bug.
 
 Each message says what was wrong, what was expected, what was given and what to do, in one line.
-All of them are `ValueError`s, so a caller that does not care which one it is catches that.
+All that a request can cause are `ValueError`s, so a caller that does not care which one it is catches that.
 """
 
 
@@ -23,3 +23,11 @@ class MediaError(InternVLError, ValueError):
 
 class RequestError(InternVLError, ValueError):
     """A request's messages or parameters are invalid, or do not fit the engine."""
+
+
+class QueueFullError(RequestError):
+    """The engine has as many requests in flight as it takes; a later try may succeed."""
+
+
+class EngineDeadError(InternVLError, RuntimeError):
+    """The thread that ran the engine's steps has died; `__cause__` says of what."""

@@ -5,6 +5,7 @@ are the same; the kernels find a sequence's tokens through its row of the block 
 `block * block_size + offset`.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,10 +18,14 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.config import DecoderConfig
 from internvl_rt.errors import RequestError
+from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.sequence import Picture, Sequence
 
+CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]  # pool, source blocks, destination blocks
+
 BLOCK_SIZES = (16, 32, 64, 128)
-TO_HOST, TO_DEVICE = 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them; 0 stays on the device
+ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
+WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
 IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
 
 
@@ -45,17 +50,22 @@ class KVCache:
         device: torch.device,
         num_host_blocks: int = 0,
         num_sms: int = 0,
+        copy_blocks: CopyBlocks = copy_blocks_reference,
     ) -> None:
         """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
         num_host_blocks: room in the host's memory for sequences that are swapped out. num_sms: of a device whose decode
-        attention wants a split plan, else 0.
+        attention wants a split plan, else 0. copy_blocks: how blocks are copied on the device.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
         self.block_size, self.num_kv_heads, self.num_sms = block_size, config.num_kv_heads, num_sms
-        self.blocks = PagedKVCache(num_blocks, block_size, num_host_blocks=num_host_blocks)
+        watermark_blocks = num_blocks // WATERMARK
+        self._copy = copy_blocks
+        self.blocks = PagedKVCache(
+            num_blocks, block_size, num_host_blocks=num_host_blocks, watermark_blocks=watermark_blocks
+        )
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
         self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
@@ -69,7 +79,7 @@ class KVCache:
         return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
 
     def admit(self, sequence: Sequence) -> int | None:
-        """Takes blocks for the whole sequence, answer included.
+        """Takes blocks for the tokens that a sequence has.
 
         Returns how many leading tokens are cached, or None for no room, and then nothing has changed.
         """
@@ -78,17 +88,33 @@ class KVCache:
             np.array(sequence.token_ids, np.int32),
             _spans(sequence.pictures),
             sequence.identity,
-            num_reserved=sequence.max_len,
+            num_reserved=len(sequence.token_ids),
+            max_cached=None if sequence.score_from is None else sequence.score_from - 1,
         )
 
-    def publish(self, final: Items[tuple[int, int]]) -> None:
-        """Lets others reuse the first tokens of sequences, given as (seq_id, number of tokens), once the step ends."""
-        ids_and_counts = np.array(final, np.int32).reshape(-1, 2)
+    def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
+        """Slots for each sequence's next tokens; False for no room, and then nothing has changed."""
+        return self.blocks.append_batch(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+
+    def publish(self, final: Items[tuple[Sequence, int]]) -> None:
+        """Lets others reuse the first tokens of sequences, given with how many, once the steps under way have ended.
+
+        Their ids must be known, and they must have been computed.
+        """
+        if not final:
+            return
+        for sequence, num_tokens in final:
+            if num_tokens > sequence.num_told:  # the ids of the prompt are known since admission
+                self.blocks.extend(
+                    sequence.seq_id, np.array(sequence.token_ids[sequence.num_told : num_tokens], np.int32)
+                )
+                sequence.num_told = num_tokens
+        ids_and_counts = np.array([(sequence.seq_id, num_tokens) for sequence, num_tokens in final], np.int32)
         self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
 
-    def end_step(self, *, failed: bool = False) -> None:
-        """The latest step has ended on the device; if it failed, nothing that it wrote will be reused."""
-        self.blocks.complete(self.blocks.num_steps, failed=failed)
+    def end_step(self, step: int, *, failed: bool = False) -> None:
+        """All steps up to this one have ended on the device; if it failed, nothing that it wrote will be reused."""
+        self.blocks.complete(step, failed=failed)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
@@ -97,6 +123,10 @@ class KVCache:
         """
         for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
             _, source, destination = torch.tensor(list(run), dtype=torch.int64).unbind(1)
+            if kind == ON_DEVICE:
+                device = self._device_pool.device
+                self._copy(self._device_pool, source.to(device), destination.to(device))
+                continue
             pools = (self._device_pool, self._host_pool)
             from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
             blocks = from_pool[:, :, source.to(from_pool.device)]

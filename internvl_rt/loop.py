@@ -1,153 +1,238 @@
-"""Requests in flight: one step loop that whoever waits drives, and what each request gets from it."""
+"""The step loop, which whoever waits drives, or one thread for all; and what each request gets from it."""
 
 import threading
-import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
 
-from internvl_rt.errors import RequestError
-from internvl_rt.reply import AnswerText, Reply, Timings, Usage
+from torch import Tensor
+
+from internvl_rt.answer import Request
+from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
+from internvl_rt.in_flight import InFlight
 from internvl_rt.request import Prepared
-from internvl_rt.runner import Runner
+from internvl_rt.runner import Runner, Running
 from internvl_rt.scheduler import Scheduler
-from internvl_rt.sequence import FinishReason, Sequence
-from internvl_rt.step import Chunk
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A sequence with what its caller waits for."""
-
-    sequence: Sequence
-    answer: AnswerText
-    prepared: Prepared
-    vision_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    first_token_s: float = 0.0
-    fresh: str = ""  # visible text that nobody has taken yet
-    reply: Reply | None = None
-    error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.reply is not None or self.error is not None
+from internvl_rt.sequence import Picture
+from internvl_rt.step import Chunk, plan_step
+from internvl_rt.trace import Trace
 
 
 class StepLoop:
-    """Owns the requests in flight. Any thread may call any method; steps exclude each other."""
+    """Owns the requests in flight. Any thread may call any method; steps exclude each other.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    `check`, `num_cached`, `stats`, and `cancel` where a thread is appointed, wait for no step: an event loop may call
+    them.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, *, max_requests: int, run_ahead: bool) -> None:
+        """max_requests: how many may be in flight, those that wait included. run_ahead: whether a step is launched
+        before the one before it has ended, as a GPU wants it.
+        """
         self._scheduler, self._runner = scheduler, runner
-        self._requests: dict[int, Request] = {}
+        self._max_requests, self._run_ahead = max_requests, run_ahead
+        self._in_flight = InFlight(scheduler)
+        self._running: deque[Running] = deque()
+        self._cancelled: deque[Request] = deque()
         self._lock = threading.RLock()
+        # Held while waiting for the lock. Without it a thread that steps again and again has it again before those who
+        # wait have woken: for hundreds of steps when eight others submit.
+        self._door = threading.Lock()
+        self._ring: Callable[[], None] | None = None  # wakes the thread that runs all steps, if one is appointed
+        self._death: BaseException | None = None  # what ended it
         self._closed = False
+        self._num_steps = 0
+
+    def appoint(self, ring: Callable[[], None]) -> None:
+        """From now on one thread calls `step` and nobody else; `ring`, in any thread, tells it that there is work."""
+        with self._door, self._lock:
+            self.check()
+            if self._ring is not None:
+                raise RequestError("this engine has an AsyncEngine already; use that one, or load the model again")
+            self._ring = ring
+
+    def check(self) -> None:
+        """Raises what keeps every request out."""
+        if self._death is not None:
+            raise _dead(self._death)
+        if self._closed:
+            raise RequestError("the engine is closed")
 
     def submit(self, request: Request) -> None:
-        with self._lock:
-            if self._closed:
-                raise RequestError("the engine is closed")
-            self._requests[request.sequence.seq_id] = request
-            self._scheduler.add(request.sequence)
+        with self._door, self._lock:
+            self.check()
+            if self._ring is not None and request.notify is None:
+                raise RequestError(
+                    "an AsyncEngine runs the steps of this engine; call its methods, from an event loop in any thread, "
+                    "or load the model again"
+                )
+            if len(self._in_flight) >= self._max_requests:
+                raise QueueFullError(
+                    f"{len(self._in_flight)} requests are in flight, which is the limit; try again later, or raise "
+                    "max_num_seqs or max_waiting"
+                )
+            self._in_flight.add(request)
+        if self._ring is not None:
+            self._ring()
 
-    def advance(self, request: Request) -> str:
-        """Runs one step unless `request` is done; returns its text that became visible since the last call.
+    def advance(self, request: Request) -> list[tuple[int, str]]:
+        """Runs one step unless `request` is done; returns what became visible of its answers since the last call.
 
         Raises what made the request fail.
         """
+        self._let_others_in()
         with self._lock:
             if not request.done:
                 self._step()
-            if request.error is not None:
-                raise request.error
-            text, request.fresh = request.fresh, ""
-            return text
+            return self.take(request)
+
+    def take(self, request: Request) -> list[tuple[int, str]]:
+        """What became visible of its answers since the last call, by index. Raises what made the request fail.
+
+        For `notify`, which is called between two steps, and for a request that is done.
+        """
+        if request.error is not None:
+            raise request.error
+        for answer in request.answers:
+            if answer.sequence.finish_reason is None:  # else all of it was read
+                answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
+        fresh = [(answer.index, answer.fresh) for answer in request.answers if answer.fresh]
+        for answer in request.answers:
+            answer.fresh = ""
+        return fresh
 
     def num_cached(self, prepared: Prepared) -> int:
-        """How many leading tokens of the prompt the cache holds right now."""
-        with self._lock:
-            return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
+        """How many leading tokens of the prompt the cache holds right now; one call into C++, which nothing divides."""
+        return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request that is not done and returns its blocks."""
-        with self._lock:
-            if not request.done:
-                self._fail(request, RequestError("the request was cancelled"))
+        """Ends a request that is not done and returns its blocks, at the latest before the next step."""
+        if request.done:
+            return
+        self._cancelled.append(request)
+        if self._ring is not None:
+            self._ring()
+            return
+        with self._door, self._lock:
+            self._end_cancelled()
+            if not self._in_flight:  # nobody would drive what is under way, which holds blocks
+                self._collect_down_to(0)
+
+    def die(self, cause: BaseException) -> None:
+        """The thread that ran the steps has come to its end: everybody who waits learns why, and nobody is let in.
+
+        The books are not touched, since nothing is known of them.
+        """
+        with self._door, self._lock:
+            self._death = cause
+            self._running.clear()
+            self._cancelled.clear()
+            self._in_flight.abandon(lambda: _dead(cause))
 
     def close(self) -> None:
-        with self._lock:
+        with self._door, self._lock:
             self._closed = True
-            for request in list(self._requests.values()):
-                self._fail(request, RequestError("the engine was closed"))
+            self._in_flight.fail_all(lambda: RequestError("the engine was closed"), "cancelled")
+            self._collect_down_to(0)
 
-    def _step(self) -> None:
-        chunks = self._scheduler.schedule()
-        assert chunks, "a step without work: an unfinished sequence can always run"
+    def encode(self, picture: Picture, salt: str | None) -> Tensor:
+        """Visual tokens [X, D] of a picture."""
+        with self._door, self._lock:
+            self.check()
+            return self._runner.visual_of(picture, salt)
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts, tokens and bytes; what has no other unit counts events since the start."""
+        return {
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting,
+            "steps": self._num_steps,
+            "generated_tokens": self._in_flight.num_generated,
+            "preemptions": self._scheduler.num_preemptions,
+            **{f"requests_{outcome}": count for outcome, count in sorted(dict(self._in_flight.finished).items())},
+            **self._runner.stats(),
+        }
+
+    def set_trace(self, trace: Trace | None) -> None:
+        """Writes to `trace` what ends from now on, until None is set: steps, and requests, which may have begun before.
+
+        Requests in flight are written when it is taken away. Raises RequestError if there is another one.
+        """
+        with self._door, self._lock:
+            if trace is not None and self._in_flight.trace is not None:
+                raise RequestError("this engine writes a trace already, and only one at a time; end that one first")
+            if trace is None and self._in_flight.trace is not None:
+                self._in_flight.trace_unfinished()
+            self._in_flight.trace = trace
+
+    def step(self) -> bool:
+        """Runs one step, if there is anything to do; whether there was."""
+        self._let_others_in()
+        with self._lock:
+            return self._step()
+
+    def _let_others_in(self) -> None:
+        with self._door:  # whoever has it waits for the lock
+            pass
+
+    def _step(self) -> bool:
+        self._end_cancelled()
+        self._in_flight.end_late()
+        if not self._in_flight:
+            self._collect_down_to(0)
+            return False
+        chunks = self._scheduler.schedule(in_flight=bool(self._running))
+        if chunks:
+            self._launch(chunks)
+        else:
+            assert self._running, "a step without work: an unfinished sequence can always run"
+        self._collect_down_to(1 if chunks and self._run_ahead else 0)
+        if not self._in_flight:
+            self._collect_down_to(0)
+        return True
+
+    def _collect_down_to(self, most: int) -> None:
+        """Waits until at most so many steps are under way."""
+        while len(self._running) > most:
+            self._collect(self._running.popleft())
+
+    def _launch(self, chunks: list[Chunk]) -> None:
+        step = plan_step(chunks)
         try:
-            result = self._runner.run(chunks)
+            running = self._runner.launch(step)
         except BaseException as error:  # the chunks' cache contents are unknown now, so their requests end here
-            for chunk in chunks:
-                self._fail(self._requests[chunk.sequence.seq_id], error)
+            self._collect_down_to(0)
+            self._runner.fail()
+            self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
             if not isinstance(error, Exception):  # an interrupt is for this thread; an error for those who wait
                 raise
             return
-        for chunk in chunks:
-            self._charge(self._requests[chunk.sequence.seq_id], chunk, result.vision_s, result.decoder_s)
-        for chunk, token_id in result.tokens:
-            self._accept(self._requests[chunk.sequence.seq_id], token_id)
+        for row in reversed(range(len(step.draws))):
+            sequence, _, place = step.draws[row]
+            if place == sequence.num_tokens - sequence.num_prompt:  # not one behind a guess
+                sequence.draw_row = row
+                sequence.num_tokens += 1
+        self._scheduler.launched(chunks)
+        self._running.append(running)
+        self._num_steps += 1
 
-    def _charge(self, request: Request, chunk: Chunk, vision_s: float, decoder_s: float) -> None:
-        if chunk.start < request.sequence.num_prompt:
-            request.vision_s += vision_s
-            request.prefill_s += decoder_s
-        else:
-            request.decode_s += vision_s + decoder_s
+    def _collect(self, running: Running) -> None:
+        """Waits for a step and hands out what it drew."""
+        result = self._runner.collect(running)
+        if self._in_flight.trace is not None:
+            self._in_flight.trace.step(running, result, self.stats())
+        self._in_flight.collect(running, result)
 
-    def _accept(self, request: Request, token_id: int) -> None:
-        """Appends a drawn token and ends the request if it was the last."""
-        sequence = request.sequence
-        sequence.token_ids.append(token_id)
-        if sequence.num_generated == 1:
-            request.first_token_s = time.perf_counter() - request.prepared.start_s
-        if token_id in sequence.stop_ids:
-            self._finish(request, "stop")
-            return
-        request.fresh += request.answer.push(token_id)
-        if request.answer.stopped:
-            self._finish(request, "stop")
-        elif sequence.num_generated == sequence.max_tokens:
-            self._finish(request, "length")
+    def _end_cancelled(self) -> None:
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            if not request.done:
+                self._in_flight.fail(request, RequestError("the request was cancelled"), "cancelled")
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.fresh += request.answer.finish()
-        sequence, prepared = request.sequence, request.prepared
-        sequence.finish_reason = reason
-        request.reply = Reply(
-            text=request.answer.text,
-            token_ids=sequence.generated_ids,
-            finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=sequence.num_prompt,
-                image_tokens=sum(picture.span.num_tokens for picture in sequence.pictures),
-                completion_tokens=sequence.num_generated,
-                cached_tokens=sequence.num_cached,
-            ),
-            timings=Timings(
-                media_s=prepared.media_s,
-                tile_s=prepared.tile_s,
-                vision_s=request.vision_s,
-                prefill_s=request.prefill_s,
-                decode_s=request.decode_s,
-                first_token_s=request.first_token_s,
-                total_s=time.perf_counter() - prepared.start_s,
-                num_decoded=sequence.num_generated - 1,
-            ),
-        )
-        self._forget(request)
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        request.error = error
-        self._forget(request)
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.sequence.seq_id]
-        self._scheduler.remove(request.sequence)
+def _dead(cause: BaseException) -> EngineDeadError:
+    error = EngineDeadError(
+        f"the thread that ran the engine's steps was ended by {cause!r}, and what it ran is lost; send the request "
+        "again, to a new engine if this one refuses it"
+    )
+    error.__cause__ = cause
+    return error

@@ -20,6 +20,7 @@ class MemoryPlan:
     weight_bytes: int
     vision_bytes: int
     step_bytes: int
+    visual_cache_bytes: int
     block_size: int  # tokens
     num_blocks: int
     block_bytes: int
@@ -37,7 +38,8 @@ class MemoryPlan:
             ("weights", _size(self.weight_bytes)),
             ("vision workspace", _size(self.vision_bytes)),
         ]
-        rows += [("step workspace", _size(self.step_bytes)), ("KV cache", cache)]
+        rows += [("step workspace", _size(self.step_bytes))]
+        rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
         if self.total_bytes is not None:
             rows.insert(1, ("memory", _size(self.total_bytes)))
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
@@ -49,6 +51,7 @@ def plan_memory(
     device: torch.device,
     *,
     weight_bytes: int,
+    visual_cache_bytes: int,
     block_size: int,
     kv_cache_bytes: int | None,
     max_num_seqs: int,
@@ -65,7 +68,7 @@ def plan_memory(
     total_bytes = None
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes
+        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - visual_cache_bytes
     else:
         left = DEFAULT_CPU_CACHE_BYTES
     num_blocks = plan_num_blocks(
@@ -82,6 +85,7 @@ def plan_memory(
         weight_bytes=weight_bytes,
         vision_bytes=vision_bytes,
         step_bytes=step_bytes,
+        visual_cache_bytes=visual_cache_bytes,
         block_size=block_size,
         num_blocks=num_blocks,
         block_bytes=kv_bytes_per_token(config.decoder, dtype) * block_size,

@@ -12,11 +12,13 @@ Dimension letters: `kernels/_contract.py`. `TRITON` may write into `x` where a n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import Tensor
 
+from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.gemm_epilogue import linear_gelu_reference, linear_reference, linear_residual_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.paged_attention import paged_attention_reference
@@ -25,6 +27,7 @@ from internvl_rt.kernels.place_visual_tokens import place_visual_tokens_referenc
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference
 from internvl_rt.kernels.resize_tiles import resize_tiles_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
+from internvl_rt.kernels.sample import sample_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
@@ -64,6 +67,27 @@ class Batch:
     split_W3: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one token is drawn from each of R rows of logits; see `kernels/sample.py` for what the values mean."""
+
+    seed_R: Tensor
+    counter_R: Tensor
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    min_p_R: Tensor
+    penalty_R3: Tensor
+    listed_start_R1: Tensor
+    listed_id: Tensor
+    listed_count: Tensor
+
+
+def sampling_arguments(sampling: Sampling) -> dict[str, Tensor]:
+    """By name, as the kernel and its reference take them."""
+    return {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+
+
 def bias_of(part: Linear | Norm) -> Tensor:
     """Of a part that always has one: the patch embedding, and the projector's norm, which is a LayerNorm."""
     bias = part.bias_N if isinstance(part, Linear) else part.bias_D
@@ -90,6 +114,7 @@ class Ops:
     linear_gelu(x, linear) -> y
     linear_residual_norm(y_RK, linear, x_RE, scale_E, norm or None) -> new x_RE, n_RE; without a norm n_RE is x_RE
     unshuffle_norm(x_RE, num_tiles, norm, factor, version) -> y_IMK
+    embed_tokens(token_id_T, drawn_R, embedding_VD) -> x_TD
     place_visual_tokens(x_TD, visual_XD, row_X), in place
     norm_qkv_rope_kv(x_TD, norm, qkv, q_norm or None, k_norm or None,
                      position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T) -> q_THC; writes k and v
@@ -97,6 +122,8 @@ class Ops:
     norm_linear(x, norm, linear) -> y
     norm_linear_swiglu(x_TD, norm, gate_up) -> y_TF
     linear_residual(y, linear, x_TD) -> new x_TD
+    sample(logits_RV, sampling, token_id_R); writes the last
+    copy_blocks(pool_LKBGPC, source_N, destination_N), in place
     """
 
     name: str
@@ -108,6 +135,7 @@ class Ops:
     linear_gelu: Callable[[Tensor, Linear], Tensor]
     linear_residual_norm: Callable[[Tensor, Linear, Tensor, Tensor, Norm | None], tuple[Tensor, Tensor]]
     unshuffle_norm: Callable[[Tensor, int, Norm, int, Literal["v1", "v2"]], Tensor]
+    embed_tokens: Callable[[Tensor, Tensor, Tensor], Tensor]
     place_visual_tokens: Callable[[Tensor, Tensor, Tensor], None]
     norm_qkv_rope_kv: Callable[
         [Tensor, Norm, Linear, Norm | None, Norm | None, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
@@ -116,6 +144,8 @@ class Ops:
     norm_linear: Callable[[Tensor, Norm, Linear], Tensor]
     norm_linear_swiglu: Callable[[Tensor, Norm, Linear], Tensor]
     linear_residual: Callable[[Tensor, Linear, Tensor], Tensor]
+    sample: Callable[[Tensor, Sampling, Tensor], None]
+    copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
@@ -164,6 +194,10 @@ def _norm_qkv_rope_kv(
     return qkv_rope_kv_reference(qkv_TK, *weights, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
 
 
+def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
+    token_id_R.copy_(sample_reference(logits_RV, **sampling_arguments(sampling)))
+
+
 TORCH = Ops(
     name="torch",
     resize_tiles=resize_tiles_reference,
@@ -174,6 +208,7 @@ TORCH = Ops(
     linear_gelu=lambda x, linear: linear_gelu_reference(x, linear.weight_NK, linear.bias_N),
     linear_residual_norm=_linear_residual_norm,
     unshuffle_norm=_unshuffle_norm,
+    embed_tokens=embed_tokens_reference,
     place_visual_tokens=place_visual_tokens_reference,
     norm_qkv_rope_kv=_norm_qkv_rope_kv,
     paged_attention=lambda q, k_cache, v_cache, batch: paged_attention_reference(
@@ -182,4 +217,6 @@ TORCH = Ops(
     norm_linear=lambda x, norm, linear: _linear(_norm(x, norm), linear),
     norm_linear_swiglu=lambda x, norm, gate_up: swiglu_reference(_linear(_norm(x, norm), gate_up)),
     linear_residual=lambda y, linear, x: linear_residual_reference(y, linear.weight_NK, linear.bias_N, x, None),
+    sample=_sample,
+    copy_blocks=copy_blocks_reference,
 )

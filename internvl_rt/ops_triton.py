@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels.add_norm import add_norm
+from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
+from internvl_rt.kernels.embed_tokens import embed_tokens
 from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
 from internvl_rt.kernels.gemv import MAX_ROWS, GemvWorkspace, build_gemv_workspace, gemv
 from internvl_rt.kernels.gemv_qkv import gemv_qkv
@@ -18,10 +20,11 @@ from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv
 from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
+from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.ops import Batch, Linear, Norm, Ops, bias_of, qk_weights
+from internvl_rt.ops import Batch, Linear, Norm, Ops, Sampling, bias_of, qk_weights, sampling_arguments
 
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
@@ -135,6 +138,10 @@ def _paged_attention(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, 
     return y_THC
 
 
+def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
+    sample(logits_RV, **sampling_arguments(sampling), out=token_id_R)
+
+
 TRITON = Ops(
     name="triton",
     resize_tiles=resize_tiles,
@@ -145,10 +152,13 @@ TRITON = Ops(
     linear_gelu=lambda x, part: linear_gelu(x, part.weight_NK, part.bias_N),
     linear_residual_norm=_linear_residual_norm,
     unshuffle_norm=_unshuffle_norm,
+    embed_tokens=embed_tokens,
     place_visual_tokens=place_visual_tokens,
     norm_qkv_rope_kv=_norm_qkv_rope_kv,
     paged_attention=_paged_attention,
     norm_linear=_norm_linear,
     norm_linear_swiglu=_norm_linear_swiglu,
     linear_residual=_linear_residual,
+    sample=_sample,
+    copy_blocks=copy_blocks,
 )

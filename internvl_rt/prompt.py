@@ -110,9 +110,9 @@ def _render(turns: Sequence[Turn]) -> Iterator[str | ImageMarker | _Token]:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A picture or a video as the request gives it, not yet loaded."""
+    """A picture, a video or a picture's visual tokens as the request gives them, not yet looked at."""
 
-    kind: Literal["image", "video"]
+    kind: Literal["image", "video", "image_embeds"]
     source: Any
 
 
@@ -126,8 +126,9 @@ def parse_messages(messages: object) -> tuple[Message, ...]:
     """Checks a conversation in OpenAI's form; nothing is loaded.
 
     Each message is {"role", "content"}, its content a string or a list of {"type": "text", "text": str}, {"type":
-    "image", "image": ...}, {"type": "video", "video": ...} and {"type": "image_url", "image_url": {"url": str}}. Only
-    the first message may be a system message, only user messages hold media, and the last one is a user's.
+    "image", "image": ...}, {"type": "video", "video": ...}, {"type": "image_embeds", "image_embeds": ...} and {"type":
+    "image_url", "image_url": {"url": str}}. Only the first message may be a system message, only user messages hold
+    media, and the last one is a user's.
     Raises RequestError that names the place, such as messages[1].content[0].
     """
     items = _list_of(messages, "messages", "message")
@@ -163,10 +164,10 @@ def _parse_message(value: object, where: str) -> Message:
 
 def _parse_part(value: object, where: str) -> str | Media:
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind not in ("text", "image", "video", "image_url"):
+    if kind not in ("text", "image", "video", "image_url", "image_embeds"):
         raise RequestError(
-            f"{where}: expected an object whose type is text, image, video or image_url, got {_shown(value)}; "
-            "send the content as one of these"
+            f"{where}: expected an object whose type is text, image, video, image_url or image_embeds, got "
+            f"{_shown(value)}; send the content as one of these"
         )
     content = _object_with(value, {"type", kind}, where)[kind]
     if kind == "text":
@@ -220,12 +221,12 @@ def turns_from_messages(
     image_number = 0
     turns = [] if system is None or messages[0].role == "system" else [Turn("system", (system,))]
     for message in messages:
-        several = sum(isinstance(part, Media) and part.kind == "image" for part in message.parts) > 1
+        several = sum(isinstance(part, Media) and part.kind != "video" for part in message.parts) > 1
         parts: list[str | ImageMarker] = []
         for part in message.parts:
             if isinstance(part, str):
                 parts.append(part)
-            elif part.kind == "image":
+            elif part.kind != "video":
                 image_number += 1
                 parts += [f"Image-{image_number}: " if several and number_images else "", IMAGE, "\n"]
             else:

@@ -1,25 +1,64 @@
-"""Runs chunks on the device: encodes the pictures they touch, computes the step, draws the next tokens."""
+"""Runs steps on the device: encodes the pictures they touch, computes their tokens, draws the next ones.
+
+A step is launched and collected later, so that on a GPU the next one can be launched while it runs. What it draws stays
+on the device, where the next step finds it, and comes to the host beside.
+"""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.cuda_graph import DecodeGraphs, TileGraphs
+from internvl_rt.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.sampler import sample
-from internvl_rt.step import Chunk, build_step
+from internvl_rt.sampler import Sampler, forbid
+from internvl_rt.sequence import Picture
+from internvl_rt.step import Chunk, Step, build_step
+from internvl_rt.step_graph import PREFILL_BUCKETS, DecodeGraphs, PrefillGraphs
+from internvl_rt.visual_cache import VisualCache
+from internvl_rt.work import Work, decoder_work, vision_work
 
 MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture has at most 13 by default
+SCORED_PER_PASS = 256  # rows whose logits exist at a time when a prompt is scored: 155 MB of float32 at 152k tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability by the model itself, before penalties and temperature; and the likeliest tokens."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # token ids with their log-probabilities, the likeliest first
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    tokens: list[tuple[Chunk, int]]  # the chunks that reached their sequence's end, each with its next token
+    token_ids: list[int]  # one for each draw of the step
+    logprobs: list[TokenLogprob | None]  # of the drawn tokens, where wanted
+    scores: list[list[TokenLogprob]]  # one list for each of the step's scores
     vision_s: float
     decoder_s: float  # decoder and sampling
+    num_tiles: int  # that were encoded
+    vision_work: Work
+    decoder_work: Work
+
+
+@dataclass(slots=True)
+class Running:
+    """A step under way. Tensors are on the host, and filled when `done` has passed."""
+
+    step: Step
+    number: int  # as the cache counts steps
+    start: "Moment"
+    encoded: "Moment"
+    done: "Moment"
+    num_tiles: int
+    token_id_R: Tensor
+    drawn: "_Logprobs | None"
+    scores: list["_Logprobs"] = field(default_factory=list)
 
 
 class Runner:
@@ -27,41 +66,176 @@ class Runner:
         self,
         model: InternVL,
         cache: KVCache,
-        tile_graphs: TileGraphs | None = None,
-        decode_graphs: DecodeGraphs | None = None,
+        visual_cache: VisualCache,
+        *,
+        max_draws: int,
     ) -> None:
-        """Graphs of `model.encode_tiles` and `model.run_step`; without them everything runs kernel by kernel."""
-        self._model, self._cache = model, cache
-        self._tile_graphs, self._decode_graphs = tile_graphs, decode_graphs
+        """max_draws: most that a step can draw. Everything runs kernel by kernel until `capture` is called."""
+        self._model, self._cache, self._visual_cache = model, cache, visual_cache
+        self._tile_graphs: TileGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        self._sampler = Sampler(model.device)
+        self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
+        self.num_encoded_tiles = 0
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        """Computes the chunks and advances their sequences' `num_computed`; drawing a token appends nothing."""
-        start_s = time.perf_counter()
-        for chunk in chunks:
-            self._encode_pictures(chunk)
-        self._synchronize()
-        encoded_s = time.perf_counter()
-        try:
-            logits_RV = self._compute(chunks)
-            sampled = [chunk for chunk in chunks if chunk.samples]
-            token_ids = sample(logits_RV, [chunk.sequence for chunk in sampled]) if sampled else []
-            for chunk in chunks:
-                chunk.sequence.num_computed = chunk.stop
-            self._synchronize()
-            self._cache.publish([(chunk.sequence.seq_id, chunk.stop) for chunk in chunks])
-        except BaseException:
-            self._cache.end_step(failed=True)
-            raise
-        self._cache.end_step()
-        done_s = time.perf_counter()
-        return StepResult(list(zip(sampled, token_ids, strict=True)), encoded_s - start_s, done_s - encoded_s)
+    def capture(
+        self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
+    ) -> None:
+        """From now on passes of the vision tower, decode steps and short prefills run from CUDA graphs."""
+        model, cache = self._model, self._cache
+        capture = capture or cuda_capture(model.device)
+        self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
+        self._decode_graphs = DecodeGraphs(
+            lambda inputs: model.logits(model.run_step(inputs, cache.layers)),
+            cache,
+            self._drawn_R,
+            capture,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        num_tokens = min(max_tokens_per_step, max(PREFILL_BUCKETS))
+        x_TD = torch.zeros(num_tokens, model.config.decoder.hidden_size, dtype=model.dtype, device=model.device)
+        self._prefill_graphs = PrefillGraphs(
+            lambda inputs, x_TD: model.run_layers(inputs, x_TD, cache.layers),
+            cache,
+            self._drawn_R,
+            x_TD,
+            capture,
+            max_model_len=max_model_len,
+        )
 
-    def _compute(self, chunks: list[Chunk]) -> Tensor:
-        """Logits [R, V] of the chunks that reach their sequence's end."""
-        if self._decode_graphs is not None and self._decode_graphs.takes(chunks):
-            return self._decode_graphs.run(chunks)
-        return self._model.run_step(build_step(chunks, self._cache, self._model.device), self._cache.layers)
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Running:
+        """Starts a step; returns before a GPU has ended it. Nothing is appended to the sequences."""
+        start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
+        if step.has_prompts:
+            for chunk in step.chunks:
+                self._encode_pictures(chunk)
+        encoded = Moment(self._model.device)
+        logits_RV, scores = self._compute(step)
+        token_id_R, drawn = self._draw(step, logits_RV)
+        return Running(
+            step=step,
+            number=self._cache.blocks.num_steps,
+            start=start,
+            encoded=encoded,
+            token_id_R=token_id_R,
+            drawn=drawn,
+            scores=scores,
+            done=Moment(self._model.device),
+            num_tiles=self.num_encoded_tiles - num_encoded_tiles,
+        )
+
+    def collect(self, running: Running) -> StepResult:
+        """Waits for a step to end."""
+        running.done.wait()
+        self._cache.end_step(running.number)
+        token_ids: list[int] = running.token_id_R.tolist()
+        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
+        if running.drawn is not None:
+            wanted = [draw.sequence.params.logprobs for draw in running.step.draws]
+            rows = [row for row, count in enumerate(wanted) if count is not None]
+            tops = [count for count in wanted if count is not None]
+            for row, logprob in zip(rows, running.drawn.read(tops), strict=True):
+                logprobs[row] = logprob
+        config, dtype, chunks = self._model.config, self._model.dtype, running.step.chunks
+        return StepResult(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            scores=self._read_scores(running),
+            vision_s=running.start.seconds_until(running.encoded),
+            decoder_s=running.encoded.seconds_until(running.done),
+            num_tiles=running.num_tiles,
+            vision_work=vision_work(config, dtype, running.num_tiles),
+            decoder_work=decoder_work(
+                config.decoder,
+                dtype,
+                running.step.counts,
+                [chunk.stop for chunk in chunks],
+                len(running.step.logit_rows),
+            ),
+        )
+
+    def fail(self) -> None:
+        """A launch has failed, and no other step is under way: nothing that it wrote will be reused."""
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        self._cache.end_step(self._cache.blocks.num_steps, failed=True)
+
+    def stats(self) -> dict[str, int | float]:
+        """What the caches hold and have saved; tokens and bytes."""
+        books, visual = self._cache.blocks.stats(), self._visual_cache
+        return {
+            "kv_blocks": books["num_blocks"],
+            "kv_blocks_used": books["num_used"] + books["num_deferred"],
+            "kv_blocks_cached": books["num_cached"],
+            "prefix_queried_tokens": books["queried_tokens"],
+            "prefix_hit_tokens": books["hit_tokens"],
+            "visual_cache_bytes": visual.num_bytes,
+            "visual_cache_queries": visual.num_queries,
+            "visual_cache_hits": visual.num_hits,
+            "encoded_tiles": self.num_encoded_tiles,
+        }
+
+    def _compute(self, step: Step) -> tuple[Tensor, list["_Logprobs"]]:
+        """Logits of the draws, and how likely the scored tokens are."""
+        if self._decode_graphs is not None and self._decode_graphs.takes(step):
+            return self._decode_graphs.run(step), []
+        model = self._model
+        if self._prefill_graphs is not None and self._prefill_graphs.takes(step):
+            x_RD = self._prefill_graphs.run(step, model.embed)
+        else:
+            x_RD = model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
+        logits_RV = model.logits(x_RD[: step.num_draw_rows])
+        scored = [token for score in step.scores for token in score.sequence.token_ids[score.first : score.last + 1]]
+        num_top = max((score.sequence.params.prompt_logprobs or 0 for score in step.scores), default=0)
+        scores = []
+        for first in range(0, len(scored), SCORED_PER_PASS):
+            rows = slice(step.num_draw_rows + first, step.num_draw_rows + first + SCORED_PER_PASS)
+            targets = torch.tensor(scored[first : first + SCORED_PER_PASS]).to(model.device)
+            scores.append(_Logprobs(model.logits(x_RD[rows]), targets, num_top))
+        return logits_RV, scores
+
+    def _draw(self, step: Step, logits_RV: Tensor) -> tuple[Tensor, "_Logprobs | None"]:
+        """Draws tokens into `drawn_R`; returns them on the host, and how likely those are who want to know."""
+        draws = step.draws
+        if not draws:
+            return torch.empty(0, dtype=torch.int64), None
+        wanted: list[int] = []
+        raw_RV = None
+        if not step.is_plain:
+            logits_RV = self._rows(logits_RV, [draw.row for draw in draws])
+            wanted = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
+            raw_RV = self._rows(logits_RV, wanted)  # before anything is forbidden
+            masks = {row: draw.sequence.mask_W for row, draw in enumerate(draws) if draw.sequence.mask_W is not None}
+            if masks:
+                forbid(logits_RV, list(masks), np.stack(list(masks.values())))
+        token_id_R = self._drawn_R[: len(draws)]
+        self._model.ops.sample(logits_RV, self._sampler.build(draws), token_id_R)
+        drawn = None
+        if wanted and raw_RV is not None:
+            num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
+            drawn = _Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
+        return _to_host(token_id_R), drawn
+
+    def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
+        """A copy of some rows."""
+        return tensor[torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True)]
+
+    def _read_scores(self, running: Running) -> list[list[TokenLogprob]]:
+        tops = [
+            score.sequence.params.prompt_logprobs or 0 for score in running.step.scores for _ in range(score.num_tokens)
+        ]
+        flat: list[TokenLogprob] = []
+        for part in running.scores:
+            flat += part.read(tops[len(flat) : len(flat) + part.num_tokens])
+        found, first = [], 0
+        for score in running.step.scores:
+            found.append(flat[first : first + score.num_tokens])
+            first += score.num_tokens
+        return found
 
     def _encode_pictures(self, chunk: Chunk) -> None:
         """A picture is encoded when the first chunk touches it and dropped when a chunk starts behind it."""
@@ -71,15 +245,76 @@ class Runner:
             del sequence.visual[index]
         for index in touched:
             if index not in sequence.visual:
-                tiles = torch.split(sequence.pictures[index].tiles(), MAX_TILES_PER_PASS)
-                visual_IMD = [self._encode(part) for part in tiles]
-                sequence.visual[index] = torch.cat(visual_IMD).flatten(0, 1)
+                sequence.visual[index] = self.visual_of(sequence.pictures[index], sequence.salt)
+
+    @torch.inference_mode()
+    def visual_of(self, picture: Picture, salt: str | None) -> Tensor:
+        """Visual tokens [X, D] of a picture: given with it, kept from an earlier time, or computed."""
+        if picture.visual_XD is not None:
+            return picture.visual_XD.to(self._model.device, self._model.dtype)
+        visual_XD = self._visual_cache.get(picture.digest, salt)
+        if visual_XD is None:
+            visual_XD = self._encode(picture.tiles())
+            self._visual_cache.put(picture.digest, salt, visual_XD)
+        return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        if self._tile_graphs is not None and tiles.dtype == torch.uint8:
-            return self._tile_graphs.encode(tiles)
-        return self._model.encode_tiles(tiles.to(self._model.device))
+        """Visual tokens [X, D] of one picture's tiles."""
+        self.num_encoded_tiles += len(tiles)
+        parts = []
+        for part in torch.split(tiles, MAX_TILES_PER_PASS):
+            if self._tile_graphs is not None and part.dtype == torch.uint8:
+                parts.append(self._tile_graphs.encode(part))
+            else:
+                parts.append(self._model.encode_tiles(part.to(self._model.device)))
+        return torch.cat(parts).flatten(0, 1)
 
-    def _synchronize(self) -> None:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+
+class _Logprobs:
+    """Log-probabilities of target tokens and of the likeliest ones, on their way to the host."""
+
+    def __init__(self, logits_RV: Tensor, target_R: Tensor, num_top: int) -> None:
+        logits_RV = logits_RV.float()
+        total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+        top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
+        self.num_tokens = len(target_R)
+        self._target_R = _to_host(target_R)
+        self._logprob_R = _to_host((logits_RV.gather(1, target_R[:, None]) - total_R1)[:, 0])
+        self._top_id_RK, self._top_logprob_RK = _to_host(top.indices), _to_host(top.values - total_R1)
+
+    def read(self, num_top_R: list[int]) -> list[TokenLogprob]:
+        """With so many of the likeliest for each token."""
+        columns = (self._target_R, self._logprob_R, self._top_id_RK, self._top_logprob_RK)
+        return [
+            TokenLogprob(token_id, logprob, tuple(zip(ids[:count], logprobs[:count], strict=True)))
+            for token_id, logprob, ids, logprobs, count in zip(*(c.tolist() for c in columns), num_top_R, strict=True)
+        ]
+
+
+class Moment:
+    """A point on the device's timeline, which on a CPU is the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host_s = time.perf_counter()  # when the host asked for it
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_until(self, later: "Moment") -> float:
+        """Both have passed."""
+        if self._event is None or later._event is None:
+            return later.host_s - self.host_s
+        return float(self._event.elapsed_time(later._event)) / 1e3
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is there when the device has come so far."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

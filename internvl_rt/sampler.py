@@ -1,62 +1,108 @@
-"""Logits to token ids. A row's result depends on its own logits, parameters and seed, never on its neighbours."""
+"""What is drawn in a step, as arrays for the device. A draw depends on its logits, parameters, seed and index alone."""
+
+from collections import Counter
+from collections.abc import Sequence as Items
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.sequence import SamplingParams, Sequence
+from internvl_rt.ops import Sampling
+from internvl_rt.sequence import Sequence
+from internvl_rt.step import Draw
+
+_NAMES = (
+    "seed_R",
+    "counter_R",
+    "temperature_R",
+    "top_k_R",
+    "top_p_R",
+    "min_p_R",
+    "penalty_R3",
+    "listed_start_R1",
+    "listed_id",
+    "listed_count",
+)
+WORDS_PER_ROW = 11  # seed and counter two each, temperature, top_k, top_p, min_p, three penalties
 
 
-def sample(logits_RV: Tensor, sequences: list[Sequence]) -> list[int]:
-    """One token id per row; `sequences[r]` says how row r is drawn."""
-    logits_RV = logits_RV.float()
-    greedy: list[int] = logits_RV.argmax(-1).tolist()
-    return [
-        token if _is_plain_greedy(sequence) else _sample_row(logits_RV[row].clone(), sequence)
-        for row, (token, sequence) in enumerate(zip(greedy, sequences, strict=True))
-    ]
+class Sampler:
+    """Builds the arguments of `Ops.sample`; one copy brings them to the device.
+
+    In a decode step they are those of the step before but for the counters, so they are kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sequences: list[Sequence] = []  # whose arguments `_flat` holds
+        self._flat = np.empty(0, np.int32)
+
+    def build(self, draws: Items[Draw]) -> Sampling:
+        """One row for each draw."""
+        sequences = [draw.sequence for draw in draws]
+        lists = [_listed(draw) if draw.sequence.lists_tokens else {} for draw in draws]
+        num_rows, num_listed = len(draws), sum(map(len, lists))
+        if num_listed or sequences != self._sequences:
+            self._flat = np.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, np.int32)
+            _fill(_views(self._flat, num_rows, num_listed, np.int64, np.float32), sequences, lists)
+            self._sequences = [] if num_listed else sequences
+        flat = torch.empty(len(self._flat), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        flat.numpy()[:] = self._flat
+        views = _views(flat, num_rows, num_listed, torch.int64, torch.float32)
+        views["counter_R"].numpy()[:] = [draw.place for draw in draws]
+        if self._device.type != "cpu":
+            on_device = flat.to(self._device, non_blocking=True)
+            views = _views(on_device, num_rows, num_listed, torch.int64, torch.float32)
+        return Sampling(**views)
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
-    p = sequence.params
-    unchanged = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
-    return p.temperature == 0 and unchanged and sequence.num_generated >= p.min_tokens
+def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) -> dict[str, Any]:
+    """The arrays inside `flat`, of numpy or torch, whose wider types are given. Those of 64 bits first: aligned."""
+    sizes = [2 * num_rows] * 2 + [num_rows] * 4 + [3 * num_rows, num_rows + 1, num_listed, num_listed]
+    is_tensor = isinstance(flat, Tensor)  # of which every slice takes a microsecond
+    parts: Any = torch.split(flat, sizes) if is_tensor else np.split(flat, list(accumulate(sizes))[:-1])
+    found = dict(zip(_NAMES, parts, strict=True))
+    for name in ("seed_R", "counter_R"):
+        found[name] = found[name].view(int64)
+    for name in ("temperature_R", "top_p_R", "min_p_R", "penalty_R3"):
+        found[name] = found[name].view(float32)
+    found["penalty_R3"] = found["penalty_R3"].reshape(num_rows, 3)
+    return found
 
 
-def _sample_row(logits_V: Tensor, sequence: Sequence) -> int:
-    params = sequence.params
-    _penalise(logits_V, sequence.generated_ids, params)
-    if sequence.num_generated < params.min_tokens and sequence.stop_ids:
-        logits_V[list(sequence.stop_ids)] = -torch.inf
-    if params.temperature == 0:
-        return int(logits_V.argmax())
-    # float64 and a stable sort: which tokens are kept does not hinge on rounding, ties go to the lower id
-    probs_V, id_V = torch.sort(torch.softmax(logits_V.double() / params.temperature, -1), descending=True, stable=True)
-    kept = min(params.top_k or len(probs_V), len(probs_V))
-    probs_V = probs_V[:kept] / probs_V[:kept].sum()
-    before_V = probs_V.cumsum(-1) - probs_V
-    probs_V = probs_V[(before_V < params.top_p) & (probs_V >= params.min_p * probs_V[0])]
-    total_V = probs_V.cumsum(-1)
-    place = torch.searchsorted(total_V, _uniform(sequence.seed, sequence.num_generated) * total_V[-1], right=True)
-    return int(id_V[min(int(place), len(probs_V) - 1)])
+def _fill(out: dict[str, np.ndarray], sequences: Items[Sequence], lists: list[dict[int, int]]) -> None:
+    """All but the counters."""
+    params = [sequence.params for sequence in sequences]
+    out["seed_R"].view(np.uint64)[:] = [sequence.seed for sequence in sequences]
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        out[f"{name}_R"][:] = [getattr(each, name) for each in params]
+    out["penalty_R3"][:] = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+    out["listed_start_R1"][:] = [0, *accumulate(map(len, lists))]
+    out["listed_id"][:] = [token_id for each in lists for token_id in each]
+    out["listed_count"][:] = [count for each in lists for count in each.values()]
 
 
-def _penalise(logits_V: Tensor, generated_ids: list[int], params: SamplingParams) -> None:
-    if not generated_ids:
-        return
-    token_ids, counts = np.unique(np.array(generated_ids), return_counts=True)
-    index = torch.from_numpy(token_ids).to(logits_V.device)
-    count = torch.from_numpy(counts).to(logits_V)
-    seen = logits_V[index]
-    seen = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-    logits_V[index] = seen - params.presence_penalty - params.frequency_penalty * count
+def _listed(draw: Draw) -> dict[int, int]:
+    """Tokens that penalties act on, with how often each was generated; -1 forbids one."""
+    sequence = draw.sequence
+    listed: dict[int, int] = Counter(sequence.generated_ids) if sequence.params.has_penalties else {}
+    is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # nothing is left but to stop
+    if draw.place < sequence.params.min_tokens and not is_complete:
+        listed |= dict.fromkeys(sequence.stop_ids, -1)
+    return listed
 
 
-def _uniform(seed: int, index: int) -> float:
-    """The draw for the index-th token of a seed, in [0, 1): counter-based, so it needs no state."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=index)).random())
+def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:
+    """Makes tokens impossible in some rows of logits: those whose bit, t % 32 of word t // 32, is not set."""
+    mask = torch.from_numpy(mask_RW).to(logits_RV.device, non_blocking=True)
+    bits = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
+    allowed = (mask[:, :, None] >> bits & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    index = torch.tensor(rows).to(logits_RV.device, non_blocking=True)
+    logits_RV[index] = logits_RV[index].masked_fill(~allowed, -torch.inf)
 
 
-def derive_seed(engine_seed: int, request_number: int) -> int:
-    """The seed of a request that brings none."""
-    return int(np.random.SeedSequence((engine_seed, request_number)).generate_state(1, np.uint64)[0])
+def derive_seed(seed: int, number: int) -> int:
+    """The seed of the request `number` of an engine, or of the answer `number` of a request."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])

@@ -1,87 +1,39 @@
-"""One request's tokens on their way through the engine: prompt, pictures, positions, progress."""
+"""One answer's tokens on their way through the engine: prompt, pictures, positions, progress."""
 
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_rt.errors import RequestError
+from internvl_rt.grammar import Matcher
 from internvl_rt.prompt import VisualSpan
+from internvl_rt.sampling_params import SamplingParams
+from internvl_rt.speculation import PromptLookup
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How an answer is drawn and when it ends.
-
-    Temperature 0, the default, is greedy. The filters act in the order penalties, temperature, top_k, top_p, min_p.
-    Penalties look at generated tokens only: the official code generates from embeddings, where no prompt ids exist.
-    `seed` makes a draw reproducible whatever else runs; without it the engine's own seed decides.
-    """
-
-    max_tokens: int = 1024
-    min_tokens: int = 0  # no stop token before this many
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: str | Items[str] = ()  # the answer ends before the first of these strings
-    stop_token_ids: Items[int] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        def check(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise RequestError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
-        def integer(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        check("max_tokens", integer(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1")
-        within = integer(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens
-        check("min_tokens", within, f"an integer from 0 to max_tokens ({self.max_tokens})")
-        check("temperature", number(self.temperature) and 0 <= self.temperature <= 100, "a number from 0 to 100")
-        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
-        check("top_k", integer(self.top_k) and self.top_k >= 0, "an integer of at least 0 (0 keeps all)")
-        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        positive = number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100
-        check("repetition_penalty", positive, "a number above 0 and at most 100")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            check(name, number(value) and -100 <= value <= 100, "a number from -100 to 100")
-        check("seed", self.seed is None or (integer(self.seed) and 0 <= self.seed < 2**64), "None or a 64-bit integer")
-        strings = all(isinstance(text, str) and text for text in self.stop_strings)
-        check("stop", strings and len(self.stop_strings) <= 64, "at most 64 non-empty strings")
-        check("stop_token_ids", all(integer(token) for token in self.stop_token_ids), "a sequence of token ids")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+FinishReason = Literal["stop", "length", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture's place in the prompt and its tiles, thumbnail last."""
+    """One picture's place in the prompt and what stands there: tiles, thumbnail last, or finished visual tokens."""
 
     span: VisualSpan
-    digest: bytes  # 32 bytes: pictures of equal digest have equal tiles
+    digest: bytes  # 32 bytes: pictures of equal digest have equal visual tokens
+    num_tiles: int
     tiles: Callable[[], Tensor]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
+    visual_XD: Tensor | None = None  # there already: the tiles are not asked for
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A running request. `num_computed <= len(token_ids)`: the rest is what the next steps compute."""
+    """A running answer. Steps compute its tokens in order; each that reaches the last one draws the next.
+
+    A drawn token may still be on the device while the next step, which computes it, is launched: it counts in
+    `num_tokens`, but `token_ids` has it only later. Counts are plain fields, since a step looks at each of them often.
+    """
 
     seq_id: int
     token_ids: list[int]  # the prompt, then what was generated
@@ -89,31 +41,49 @@ class Sequence:
     next_position: int  # of the first generated token; each later one adds 1
     pictures: tuple[Picture, ...]
     params: SamplingParams
-    max_tokens: int  # params.max_tokens, cut to the room in the context window
+    max_tokens: int  # params.max_tokens, cut to the room in the context window; 0: only the prompt is computed
     stop_ids: frozenset[int]
     seed: int
     identity: bytes | None = None  # what else its keys and values depend on; None: shares no prefix with others
+    salt: str | None = None  # only requests of equal salt share visual tokens
+    matcher: Matcher | None = None  # of the grammar that the answer follows, where the answer is
+    mask_W: NDArray[np.int32] | None = None  # the tokens that the grammar allows next, a bit each
+    score_from: int | None = None  # log-probabilities are wanted from this token of the prompt on
+    siblings: list["Sequence"] = field(default_factory=list)  # fork off when the prompt is computed
+    drafter: PromptLookup | None = None  # guesses next tokens, which a step then checks together
     num_prompt: int = field(init=False)
-    num_computed: int = 0
-    num_cached: int = 0  # tokens whose keys and values were in the cache when it was admitted
+    num_tokens: int = field(init=False)  # prompt and all that was drawn
+    is_plain: bool = field(init=False)  # a drawn token has to be looked at only by its id
+    lists_tokens: bool = field(init=False)  # penalties or min_tokens act on some tokens
+    needs_tokens: bool = field(init=False)  # its earlier tokens must be known to draw the next: it never runs ahead
+    num_computed: int = 0  # tokens that steps have computed or are computing
+    draw_row: int = 0  # of the token that was not read yet, among those that the latest step drew
+    num_told: int = 0  # ids that the cache's books know
+    num_published_blocks: int = 0  # that others may reuse
+    num_cached: int = 0  # tokens whose keys and values were in the cache when it was first admitted
+    num_overtaken: int = 0  # how often others were admitted although this one came first
+    was_admitted: bool = False
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.token_ids)
+        self.num_prompt = self.num_tokens = len(self.token_ids)
+        asks_more = self.params.stop or self.params.logprobs is not None or self.matcher is not None
+        self.is_plain = not asks_more
+        self.lists_tokens = self.params.has_penalties or self.params.min_tokens > 0
+        self.needs_tokens = self.matcher is not None or self.drafter is not None or self.params.has_penalties
 
     @property
     def generated_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
 
     @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+    def num_unread(self) -> int:
+        return self.num_tokens - len(self.token_ids)
 
     @property
-    def max_len(self) -> int:
-        """Tokens that the cache may have to hold."""
-        return self.num_prompt + self.max_tokens
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """float32 rotary positions of tokens [start, stop)."""
@@ -124,5 +94,7 @@ class Sequence:
 
     def pictures_within(self, start: int, stop: int) -> list[int]:
         """Indices of the pictures with a visual token in [start, stop)."""
+        if start >= self.num_prompt:
+            return []
         spans = (picture.span for picture in self.pictures)
         return [i for i, span in enumerate(spans) if span.start < stop and span.start + span.num_tokens > start]

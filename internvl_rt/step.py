@@ -3,10 +3,12 @@
 All numbers that the host decides lie in one flat int32 array, so that one copy brings a step to the device.
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,35 +21,115 @@ from internvl_rt.ops import Batch
 from internvl_rt.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens [start, stop) of a sequence, computed in one step."""
+class Chunk(NamedTuple):
+    """Tokens [start, stop) of a sequence, computed in one step; the last `drafts` of them are guesses."""
 
     sequence: Sequence
     start: int
     stop: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
 
+
+class Draw(NamedTuple):
+    """A token to be drawn for a sequence, from a row of the step's logits."""
+
+    sequence: Sequence
+    row: int
+    place: int  # how many tokens the sequence has generated before it
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Tokens [first, last] of a prompt whose log-probabilities are wanted; their logits are rows of the step's."""
+
+    sequence: Sequence
+    first: int
+    last: int
+
     @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's last token, so that the next one can be drawn."""
-        return self.stop == len(self.sequence.token_ids)
+    def num_tokens(self) -> int:
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What runs together and what is drawn from it: decided once, before anything moves on."""
+
+    chunks: tuple[Chunk, ...]  # those of one token first
+    counts: tuple[int, ...]  # tokens of each chunk
+    num_tokens: int
+    draws: tuple[Draw, ...]
+    scores: tuple[Score, ...]
+    # Of the chunks' tokens, one after another, those whose logits are wanted: for the draws, then for the scores.
+    logit_rows: tuple[int, ...]
+    num_draw_rows: int
+    has_prompts: bool  # some of a prompt is computed
+    is_plain: bool  # one draw from each row, none with a grammar or log-probabilities
+
+
+def plan_step(chunks: Items[Chunk]) -> Step:
+    """A chunk that reaches its sequence's last token draws the next, one behind each guess besides.
+
+    Siblings that wait for their prompt draw from the same row.
+    """
+    draws: list[Draw] = []
+    scores: list[Score] = []
+    draw_rows: list[int] = []
+    score_rows: list[int] = []
+    counts: list[int] = []
+    first_row = 0
+    has_prompts, is_plain = False, True
+    for sequence, start, stop, drafts in chunks:
+        if start < sequence.num_prompt:
+            has_prompts = True
+        if sequence.score_from is not None and start < sequence.num_prompt:
+            first, last = max(sequence.score_from, start + 1), min(stop, sequence.num_prompt - 1)
+            if first <= last:
+                scores.append(Score(sequence, first, last))
+                score_rows += range(first_row + first - 1 - start, first_row + last - start)
+        counts.append(stop - start)
+        first_row += stop - start
+        if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
+            continue
+        is_plain = is_plain and sequence.is_plain and not sequence.siblings
+        place = sequence.num_tokens - sequence.num_prompt
+        if not drafts and not sequence.siblings:
+            draws.append(Draw(sequence, len(draw_rows), place))
+            draw_rows.append(first_row - 1)
+            continue
+        for ahead in range(len(drafts) + 1):
+            draws.append(Draw(sequence, len(draw_rows), place + ahead))
+            draws += [Draw(sibling, len(draw_rows), 0) for sibling in sequence.siblings]
+            draw_rows.append(first_row - len(drafts) - 1 + ahead)
+    return Step(
+        chunks=tuple(chunks),
+        counts=tuple(counts),
+        num_tokens=first_row,
+        draws=tuple(draws),
+        scores=tuple(scores),
+        logit_rows=(*draw_rows, *score_rows),
+        num_draw_rows=len(draw_rows),
+        has_prompts=has_prompts,
+        is_plain=is_plain,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """A ragged batch: the new tokens of S sequences, one after another; prefill chunks and decodes alike."""
 
-    token_id_T: Tensor  # int32; any id at rows that visual tokens overwrite
+    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
+    drawn_R: Tensor  # int64, the tokens that the step before drew
     position_T: Tensor  # float32 rotary positions, fractions allowed
     slot_T: Tensor  # int32, place of each token's key and value in the pool
     batch: Batch
-    logit_row_R: Tensor  # int64, rows whose logits are wanted
-    visual_XD: Tensor | None  # visual tokens of this step, or None
-    visual_row_X: Tensor  # int64, the rows they overwrite
+    logit_row_R: Tensor | None  # int64, rows whose logits are wanted, of the last layer's output; None: all of them
+    visual_XD: Tensor | None = None  # visual tokens of this step,
+    visual_row_X: Tensor | None = None  # int64, and the rows they overwrite
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,65 +141,79 @@ class StepShape:
     table_width: int
     num_items: int  # of the split plan; 0: none is wanted
 
-    def _fields(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        per_token, starts = (self.num_tokens,), (self.num_rows + 1,)
-        yield from (("token_id_T", per_token), ("position_T", per_token), ("slot_T", per_token))
-        yield from (("query_start_S1", starts), ("seq_len_S", (self.num_rows,)))
-        yield "block_table_SN", (self.num_rows, self.table_width)
-        if self.num_items:
-            yield from (("split_start_S1", starts), ("split_W3", (self.num_items, 3)))
-
     @property
     def size(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape in self._fields())
+        return _layout(self)[-1][2]
 
     def views(self, flat: Any, float32: Any) -> dict[str, Any]:
         """The arrays inside `flat`, int32 [size] of numpy or torch, whose float32 is given; positions are floats."""
-        found, start = {}, 0
-        for name, shape in self._fields():
-            size = int(np.prod(shape))
-            found[name] = flat[start : start + size].reshape(shape)
-            start += size
+        layout = _layout(self)
+        if isinstance(flat, Tensor):  # every slice of a tensor takes a microsecond
+            sizes = [stop - start for _, start, stop, _ in layout]
+            parts: Any = torch.split(flat[: layout[-1][2]], sizes)
+        else:
+            parts = [flat[start:stop] for _, start, stop, _ in layout]
+        found = {
+            name: part if len(shape) == 1 else part.reshape(shape)
+            for (name, _, _, shape), part in zip(layout, parts, strict=True)
+        }
         found["position_T"] = found["position_T"].view(float32)
         return found
 
 
-def shape_of(chunks: Items[Chunk], cache: KVCache) -> StepShape:
-    """What a step of these chunks needs, without padding."""
+@lru_cache(maxsize=4096)
+def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
+    """Name, start, stop and shape of each array."""
+    per_token, starts = (shape.num_tokens,), (shape.num_rows + 1,)
+    arrays: dict[str, tuple[int, ...]] = {"token_id_T": per_token, "position_T": per_token, "slot_T": per_token}
+    arrays |= {"query_start_S1": starts, "seq_len_S": (shape.num_rows,)}
+    arrays |= {"block_table_SN": (shape.num_rows, shape.table_width)}
+    if shape.num_items:
+        arrays |= {"split_start_S1": starts, "split_W3": (shape.num_items, 3)}
+    stops = list(accumulate(prod(sizes) for sizes in arrays.values()))
+    return [(name, stop - prod(sizes), stop, sizes) for (name, sizes), stop in zip(arrays.items(), stops, strict=True)]
+
+
+def shape_of(step: Step, cache: KVCache) -> StepShape:
+    """What a step needs, without padding."""
+    num_rows = len(step.chunks)
     return StepShape(
-        num_tokens=sum(chunk.num_tokens for chunk in chunks),
-        num_rows=len(chunks),
-        table_width=max(-(-chunk.stop // cache.block_size) for chunk in chunks),
-        num_items=num_split_items(len(chunks), cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0,
+        num_tokens=step.num_tokens,
+        num_rows=num_rows,
+        table_width=-(-max([chunk.stop for chunk in step.chunks]) // cache.block_size),
+        num_items=num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0,
     )
 
 
-def fill_step(chunks: Items[Chunk], cache: KVCache, shape: StepShape, flat: NDArray[np.int32]) -> None:
-    """Writes the step into `flat`.
+def fill_step(step: Step, cache: KVCache, shape: StepShape, flat: NDArray[np.int32]) -> None:
+    """Writes a step into `flat`, and makes the block copies that it needs.
 
-    Appends the chunks' tokens to the cache's sequences and makes the block copies that this needs. Chunks of one token
-    come first.
+    The cache has slots for the chunks' tokens already. Chunks of one token come first.
     """
-    counts = [chunk.num_tokens for chunk in chunks]
-    assert all(count == 1 for count in counts[: counts.count(1)]), "chunks of one token come first"
-    blocks, out = cache.blocks, shape.views(flat, np.float32)
-    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
-    num_new_S = np.array(counts, np.int32)
-    for chunk in chunks:
-        if chunk.stop > chunk.sequence.num_prompt:  # the prompt's ids are known since admission
-            generated = chunk.sequence.token_ids[max(chunk.start, chunk.sequence.num_prompt) : chunk.stop]
-            blocks.extend(chunk.sequence.seq_id, np.array(generated, np.int32))
-    assert blocks.append_batch(seq_id_S, num_new_S), "admission reserves room for a whole sequence"
-    cache.copy_blocks(blocks.take_copies())
+    chunks, counts = step.chunks, step.counts
+    num_decodes = counts.count(1)
+    assert counts[:num_decodes] == (1,) * num_decodes, "chunks of one token come first"
+    out = shape.views(flat, np.float32)
     token_id_T, position_T = out.pop("token_id_T"), out.pop("position_T")
-    row = 0
-    for chunk, count in zip(chunks, counts, strict=True):
-        token_id_T[row : row + count] = chunk.sequence.token_ids[chunk.start : chunk.stop]
+    token_ids: list[int] = []
+    positions: list[float] = []
+    for sequence, index, _, _ in chunks[:num_decodes]:
+        known, ahead = sequence.token_ids, index - sequence.num_prompt
+        token_ids.append(known[index] if index < len(known) else -1 - sequence.draw_row)
+        positions.append(sequence.next_position + ahead if ahead >= 0 else sequence.position_T[index])
+    token_id_T[:num_decodes], position_T[:num_decodes] = token_ids, positions
+    row = num_decodes
+    for chunk, count in zip(chunks[num_decodes:], counts[num_decodes:], strict=True):
+        known = chunk.sequence.token_ids[chunk.start : chunk.stop]
+        unread = [-1 - chunk.sequence.draw_row] * (count - len(known) - len(chunk.drafts))
+        token_id_T[row : row + count] = [*known, *unread, *chunk.drafts]
         position_T[row : row + count] = chunk.sequence.positions(chunk.start, chunk.stop)
         row += count
     token_id_T[row:] = 0
     position_T[row:] = 0
-    blocks.fill_step(seq_id_S, num_new_S, **out)
+    cache.copy_blocks(cache.blocks.take_copies())
+    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
+    cache.blocks.fill_step(seq_id_S, np.array(counts, np.int32), **out)
 
 
 def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len: int, **rest: Any) -> StepInputs:
@@ -127,33 +223,42 @@ def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len
     return StepInputs(**per_token, batch=Batch(**found, num_decodes=num_decodes, max_query_len=max_query_len), **rest)
 
 
-def build_step(chunks: Items[Chunk], cache: KVCache, device: torch.device) -> StepInputs:
-    """The inputs of `chunks`; every picture that a chunk touches must be encoded (`Sequence.visual`)."""
-    shape = shape_of(chunks, cache)
-    flat = torch.empty(shape.size, dtype=torch.int32, pin_memory=device.type == "cuda")
-    fill_step(chunks, cache, shape, flat.numpy())
+def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
+    """Of StepInputs: the rows whose logits are wanted, visual tokens, and the rows where these go.
 
+    Every picture that a chunk touches must be encoded (`Sequence.visual`).
+    """
     visual: list[Tensor] = []
     visual_rows: list[np.ndarray] = []
-    logit_rows: list[int] = []
-    first_row = 0
-    for chunk in chunks:
-        sequence = chunk.sequence
-        for index in sequence.pictures_within(chunk.start, chunk.stop):
-            span = sequence.pictures[index].span
-            first = max(chunk.start, span.start)
-            last = min(chunk.stop, span.start + span.num_tokens)
-            visual.append(sequence.visual[index][first - span.start : last - span.start])
-            visual_rows.append(np.arange(first, last) - chunk.start + first_row)
-        first_row += chunk.num_tokens
-        if chunk.samples:
-            logit_rows.append(first_row - 1)
+    num_tokens = 0
+    for sequence, start, stop, _ in step.chunks if step.has_prompts else ():
+        if sequence.visual:
+            for index in sequence.pictures_within(start, stop):
+                span = sequence.pictures[index].span
+                first, last = max(start, span.start), min(stop, span.start + span.num_tokens)
+                visual.append(sequence.visual[index][first - span.start : last - span.start])
+                visual_rows.append(np.arange(first, last) - start + num_tokens)
+        num_tokens += stop - start
+    found: dict[str, Any] = {"logit_row_R": None}
+    if len(step.logit_rows) != step.num_tokens or step.scores:
+        found["logit_row_R"] = torch.tensor(step.logit_rows, dtype=torch.int64).to(device)
+    if visual:
+        found["visual_XD"] = torch.cat(visual)
+        found["visual_row_X"] = torch.from_numpy(np.concatenate(visual_rows)).to(device)
+    return found
+
+
+def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
+    """The inputs of a step, without padding; pictures as for `picked_rows`."""
+    device = drawn_R.device
+    shape = shape_of(step, cache)
+    flat = torch.empty(shape.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    fill_step(step, cache, shape, flat.numpy())
     return wrap_step(
         shape,
         flat.to(device, non_blocking=True),
-        num_decodes=sum(chunk.num_tokens == 1 for chunk in chunks),
-        max_query_len=max(chunk.num_tokens for chunk in chunks),
-        logit_row_R=torch.tensor(logit_rows, dtype=torch.int64).to(device),
-        visual_XD=torch.cat(visual) if visual else None,
-        visual_row_X=torch.from_numpy(np.concatenate(visual_rows) if visual_rows else np.empty(0, np.int64)).to(device),
+        num_decodes=step.counts.count(1),
+        max_query_len=max(step.counts),
+        drawn_R=drawn_R,
+        **picked_rows(step, device),
     )

@@ -1,13 +1,16 @@
 """Passes and steps from graphs: which one runs, what it reads, whose memory the result is."""
 
-from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.cuda_graph import TILE_BUCKETS, DecodeGraphs, Replay, TileGraphs, decode_buckets
+from internvl_rt.cuda_graph import TILE_BUCKETS, TileGraphs, cuda_capture
+from internvl_rt.step_graph import PREFILL_BUCKETS, decode_buckets
+from support.recorder import Recorder
 
 SIDE = 4
 
@@ -17,27 +20,9 @@ def encode(tiles: Tensor) -> Tensor:
     return tiles.float().flatten(1)[:, :6].view(-1, 2, 3) * 2
 
 
-class Recorder:
-    """Captures without a GPU: a replay computes again into the first result, as a graph does."""
-
-    def __init__(self) -> None:
-        self.captured: list[int] = []
-        self.replayed: list[int] = []
-
-    def __call__(self, compute):
-        result = compute()
-        self.captured.append(len(result))
-
-        def run() -> None:
-            self.replayed.append(len(result))
-            result.copy_(compute())
-
-        return Replay(run, result)
-
-
 def build(buckets=(1, 2, 4)):
     recorder = Recorder()
-    return TileGraphs(encode, SIDE, torch.device("cpu"), buckets=buckets, capture=recorder), recorder
+    return TileGraphs(encode, SIDE, torch.device("cpu"), recorder, buckets), recorder
 
 
 def draw(num_tiles: int) -> Tensor:
@@ -79,7 +64,7 @@ def test_replay_equals_eager_bit_for_bit() -> None:
     def compute(tiles: Tensor) -> Tensor:
         return torch.nn.functional.gelu(tiles.flatten(1).bfloat16() @ weight)[:, None]
 
-    graphs = TileGraphs(compute, SIDE, device, buckets=(1, 2, 4))
+    graphs = TileGraphs(compute, SIDE, device, cuda_capture(device), (1, 2, 4))
     for num_tiles in (1, 2, 3, 4) * 250:
         tiles = draw(num_tiles)
         padded = torch.zeros(4 if num_tiles == 3 else num_tiles, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
@@ -94,21 +79,45 @@ def test_decode_buckets_end_with_the_most_sequences(most: int, expected: list[in
     assert decode_buckets(most) == expected
 
 
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("Hello", "Read the digits.", "And now?")]
+
+
 @torch.inference_mode()
 def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
-    """Batches between buckets, sequences that come and go; the replays really run, prefills do not."""
-    questions = ["Hello", "Read the digits.", "And now?"]
-    conversations = [[{"role": "user", "content": question}] for question in questions]
+    """Batches between buckets, sequences that come and go; the replays really run."""
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 6, 4)]
     with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64) as engine:
-        expected = [reply.token_ids for reply in engine.generate(conversations, params)]
+        expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)]
         recorder = Recorder()
-        compute = partial(engine.model.run_step, caches=engine.cache.layers)
-        graphs = DecodeGraphs(
-            compute, engine.cache, torch.device("cpu"), max_num_seqs=4, max_model_len=64, capture=recorder
-        )
-        assert recorder.captured == [4, 2, 1]
-        engine._loop._runner._decode_graphs = graphs
-        assert [reply.token_ids for reply in engine.generate(conversations, params)] == expected
+        engine._runner.capture(max_num_seqs=4, max_model_len=64, max_tokens_per_step=1, capture=recorder)
+        assert recorder.captured[len(TILE_BUCKETS) :] == [4, 2, 1], "no prefill of a single token"
+        assert [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)] == expected
         assert recorder.replayed == [4, 4, 2, 1, 1]
         engine.cache.blocks.check_invariants()
+
+
+@torch.inference_mode()
+def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
+    """Pictures, several sequences in a step, prompts beyond the largest bucket, and prompts in chunks."""
+    sample = Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples" / "4719.png"
+    content = [{"type": "image", "image": str(sample)}, {"type": "text", "text": "Read the digits."}]
+    conversations = [*CONVERSATIONS, [{"role": "user", "content": content}], [{"role": "user", "content": "a" * 900}]]
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1)
+    for budget in (8192, 40):
+        options = {"max_model_len": 2048, "prefix_cache": False, "max_tokens_per_step": budget}
+        with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
+            expected = engine.generate(conversations, params)
+            recorder = Recorder()
+            engine._runner.capture(max_num_seqs=4, max_model_len=2048, max_tokens_per_step=200, capture=recorder)
+            replies = engine.generate(conversations[:4], params) + engine.generate(conversations[4:], params)
+            assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
+            for reply, eager in zip(replies, expected, strict=True):
+                logprobs = [[token.logprob for token in each.logprobs] for each in (reply, eager)]
+                assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+            used = set(recorder.replayed) & set(PREFILL_BUCKETS)
+            assert used == ({128} if budget == 8192 else {64}), "four prompts together, then one that is too long"
+
+
+def test_prefill_buckets_waste_little() -> None:
+    sizes = sorted(PREFILL_BUCKETS)
+    assert max((large - small) / large for small, large in pairwise(sizes[2:])) <= 0.25

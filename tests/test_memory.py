@@ -13,6 +13,7 @@ GIB = 1 << 30
 def plan(name="InternVL3-1B", **changes):
     options = {
         "weight_bytes": 2 * GIB,
+        "visual_cache_bytes": 256 << 20,
         "block_size": 64,
         "kv_cache_bytes": GIB,
         "max_num_seqs": 64,

@@ -34,7 +34,8 @@ def count_calls(monkeypatch, owner, name):
 
 
 def open_engine(**options):
-    return Engine.from_pretrained("tiny", device="cpu", block_size=BLOCK, **options)
+    options = {"block_size": BLOCK, "visual_cache_bytes": 0, **options}  # what is reused comes from the prefixes
+    return Engine.from_pretrained("tiny", device="cpu", **options)
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_rt import RequestError, SamplingParams
-from internvl_rt.sampler import sample
+from internvl_rt import SamplingParams
+from internvl_rt.ops import TORCH
+from internvl_rt.sampler import Sampler, derive_seed, forbid
 from internvl_rt.sequence import Sequence
+from internvl_rt.step import Draw
 
 VOCAB = 50
+CPU = torch.device("cpu")
 
 
 def sequence(params=None, *, generated=(), seed=7, stop_ids=(), **fields):
@@ -27,7 +30,15 @@ def sequence(params=None, *, generated=(), seed=7, stop_ids=(), **fields):
         seed=seed,
     )
     made.token_ids += generated
+    made.num_tokens += len(generated)
     return made
+
+
+def sample(logits_RV, sequences):
+    draws = [Draw(sequence, row, sequence.num_generated) for row, sequence in enumerate(sequences)]
+    token_id_R = torch.empty(len(draws), dtype=torch.int64)
+    TORCH.sample(logits_RV, Sampler(CPU).build(draws), token_id_R)
+    return token_id_R.tolist()
 
 
 @pytest.fixture
@@ -116,27 +127,49 @@ def test_no_stop_token_before_min_tokens(logits_V):
     assert sample(logits_V[None], [sequence(params, generated=[5, 5], stop_ids=[best])]) == [best]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_tokens": 0},
-        {"max_tokens": True},
-        {"temperature": -0.1},
-        {"temperature": math.nan},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"min_p": 1.5},
-        {"repetition_penalty": 0.0},
-        {"seed": -1},
-        {"min_tokens": 2000},
-        {"stop_token_ids": ["a"]},
-    ],
-)
-def test_values_outside_their_range_are_refused_by_name(fields):
-    with pytest.raises(RequestError, match=next(iter(fields))):
-        SamplingParams(**fields)
+def test_a_draw_ahead_is_the_one_that_its_place_gives(logits_V):
+    """As behind a guess: the same sequence, an index further on."""
+    params = SamplingParams(temperature=1.0)
+    ahead = Sampler(CPU).build([Draw(sequence(params), 0, 3)])
+    there = Sampler(CPU).build([Draw(sequence(params, generated=[1, 1, 1]), 0, 3)])
+    assert ahead.counter_R.tolist() == there.counter_R.tolist() == [3]
+    assert ahead.seed_R.tolist() == there.seed_R.tolist() == [7]
 
 
-def test_unknown_parameters_are_refused():
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)
+def test_seeds_of_64_bits_arrive_whole():
+    seeds = [0, 1, 2**63, 2**64 - 1]
+    sampling = Sampler(CPU).build([Draw(sequence(seed=seed), 0, 0) for seed in seeds])
+    assert sampling.seed_R.numpy().view(np.uint64).tolist() == seeds
+
+
+def test_derived_seeds_differ():
+    seeds = {derive_seed(seed, number) for seed in (0, 1, 2**64 - 1) for number in range(100)}
+    assert len(seeds) == 300
+
+
+def test_forbidden_tokens_are_minus_infinity_and_the_others_untouched():
+    logits_RV = torch.randn(3, 70)
+    allowed = [{0, 31, 32, 69}, {5}]
+    mask_RW = np.zeros((2, 3), np.uint32)
+    for row, ids in enumerate(allowed):
+        for token_id in ids:
+            mask_RW[row, token_id // 32] |= np.uint32(1) << np.uint32(token_id % 32)
+    changed = logits_RV.clone()
+    forbid(changed, [2, 0], mask_RW.view(np.int32))
+    for row, ids in ((2, allowed[0]), (1, set(range(70))), (0, allowed[1])):
+        kept = set(torch.nonzero(changed[row] == logits_RV[row]).flatten().tolist())
+        assert kept == ids
+        assert (changed[row][[i for i in range(70) if i not in ids]] == -torch.inf).all()
+
+
+def test_arguments_that_are_kept_are_those_that_would_be_built():
+    """Steps of the same sequences, with others, with lists that come and go; earlier results stay as they were."""
+    plain = [sequence(temperature=0.5 + seed, top_k=seed, seed=seed) for seed in range(3)]
+    patient = sequence(min_tokens=2, stop_ids=[4])
+    sampler, built = Sampler(CPU), []
+    for index, sequences in enumerate([plain, plain, plain[:2], [*plain, patient], [*plain, patient], plain, plain]):
+        draws = [Draw(each, row, index) for row, each in enumerate(sequences)]
+        built.append((sampler.build(draws), Sampler(CPU).build(draws)))
+    for kept, fresh in built:
+        for name in kept.__slots__:
+            assert torch.equal(getattr(kept, name), getattr(fresh, name)), name

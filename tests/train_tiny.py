@@ -172,6 +172,7 @@ def measure_loss(
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
         token_id_T=token_id_T,
+        drawn_R=torch.zeros(1, dtype=torch.int64),
         position_T=torch.from_numpy(positions.ravel()),
         slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),
         batch=Batch(unused, unused, unused, num_decodes=0, max_query_len=seq_len),
@@ -182,7 +183,7 @@ def measure_loss(
     c = model.config.decoder
     shape_BGPC = (num_sequences, c.num_kv_heads, seq_len, c.head_dim)
     caches = tuple(LayerCache(torch.zeros(shape_BGPC), torch.zeros(shape_BGPC)) for _ in range(c.num_layers))
-    answer_loss = F.cross_entropy(model.run_step(step, caches), token_id_T[answer_rows])
+    answer_loss = F.cross_entropy(model.logits(model.run_step(step, caches)), token_id_T[answer_rows])
     return answer_loss, measure_seen(visual_XD, head, visible_XK)
 
 

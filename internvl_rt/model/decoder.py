@@ -37,7 +37,7 @@ def rotary_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
     return 1.0 / config.rope_theta**exponent
 
 
-def run_decoder(
+def run_layers(
     ops: Ops,
     weights: DecoderWeights,
     inv_freq_C: Tensor,
@@ -45,7 +45,7 @@ def run_decoder(
     step: StepInputs,
     x_TD: Tensor,
 ) -> Tensor:
-    """Logits [R, V] of the step's `logit_row_R`; the keys and values of every token are left in the cache."""
+    """What the last layer leaves; the keys and values of every token are left in the cache."""
     for layer, cache in zip(weights.layers, caches, strict=True):
         k_cache, v_cache = cache.k_cache_BGPC, cache.v_cache_BGPC
         q_THC = ops.norm_qkv_rope_kv(
@@ -64,4 +64,4 @@ def run_decoder(
         x_TD = ops.linear_residual(y_THC.flatten(1), layer.o, x_TD)
         y_TF = ops.norm_linear_swiglu(x_TD, layer.norm2, layer.gate_up)
         x_TD = ops.linear_residual(y_TF, layer.down, x_TD)
-    return ops.norm_linear(x_TD[step.logit_row_R], weights.norm, weights.lm_head)
+    return x_TD

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from internvl_rt.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.kv_cache import LayerCache
-from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_decoder
+from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 from internvl_rt.ops import Linear, Norm, Ops
@@ -47,12 +47,25 @@ class InternVL:
             self.ops, self.weights.projector, x_RE, len(tiles), self.config.downsample, self.config.unshuffle
         )
 
-    def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
-        """Logits [R, V] of one step: prefill chunks and decodes together."""
-        x_TD = self.weights.decoder.embedding_VD[step.token_id_T]
-        if step.visual_XD is not None:
+    def embed(self, step: StepInputs) -> Tensor:
+        """x_TD of a step's tokens, the visual ones in their places."""
+        x_TD = self.ops.embed_tokens(step.token_id_T, step.drawn_R, self.weights.decoder.embedding_VD)
+        if step.visual_XD is not None and step.visual_row_X is not None:
             self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
-        return run_decoder(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
+        return x_TD
+
+    def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
+        """What the decoder's last layer leaves of x_TD, in its memory or not; all keys and values are in the cache."""
+        return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
+
+    def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
+        """The decoder's x_RD, of the rows whose logits are wanted: prefill chunks and decodes together."""
+        x_TD = self.run_layers(step, self.embed(step), caches)
+        return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """Logits [R, V] of what `run_step` returns."""
+        return self.ops.norm_linear(x_RD, self.weights.decoder.norm, self.weights.decoder.lm_head)
 
 
 def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:

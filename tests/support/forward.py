@@ -11,8 +11,9 @@ from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.vision import encode_tiles
 from internvl_rt.prompt import VisualSpan
-from internvl_rt.sequence import Picture, SamplingParams, Sequence
-from internvl_rt.step import Chunk, build_step
+from internvl_rt.sampling_params import SamplingParams
+from internvl_rt.sequence import Picture, Sequence
+from internvl_rt.step import Chunk, build_step, plan_step
 
 
 @torch.inference_mode()
@@ -49,7 +50,7 @@ def all_logits(
         position_T=np.arange(num_tokens, dtype=np.float32) if position_T is None else position_T,
         next_position=0,
         pictures=tuple(
-            Picture(span, bytes(32), lambda part=part: part) for span, part in zip(spans, parts, strict=True)
+            Picture(span, bytes(32), len(part), lambda part=part: part) for span, part in zip(spans, parts, strict=True)
         ),
         params=SamplingParams(),
         max_tokens=1,
@@ -70,10 +71,12 @@ def all_logits(
     ends = np.cumsum(chunk_lens or [num_tokens]).tolist()
     assert ends[-1] == num_tokens
     for start, stop in zip([0, *ends], ends, strict=False):
-        chunk = Chunk(sequence, start, stop)
-        step = build_step([chunk], cache, model.device)
-        every_row = torch.arange(chunk.stop - chunk.start, device=model.device)
-        logits.append(model.run_step(replace(step, logit_row_R=every_row), cache.layers))
+        assert cache.append([sequence.seq_id], [stop - start])
+        nothing_drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
+        step = build_step(plan_step([Chunk(sequence, start, stop)]), cache, nothing_drawn)
+        every_row = torch.arange(stop - start, device=model.device)
+        x_TD = model.run_step(replace(step, logit_row_R=every_row), cache.layers)
+        logits.append(model.logits(x_TD))
     return torch.cat(logits)
 
 

@@ -1,0 +1,96 @@
+"""A checkpoint to what an engine runs: model, tokenizer, and a KV cache in the memory that is left."""
+
+from pathlib import Path
+
+import torch
+
+from internvl_rt.checkpoint import open_checkpoint, resolve_model
+from internvl_rt.config import ModelConfig, load_config
+from internvl_rt.errors import RequestError
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.kv_cache import KVCache
+from internvl_rt.memory import MemoryPlan, plan_memory
+from internvl_rt.model.internvl import InternVL, named_parameters
+from internvl_rt.ops import TORCH, Ops
+from internvl_rt.ops_triton import TRITON
+from internvl_rt.options import EngineOptions
+from internvl_rt.runner import MAX_TILES_PER_PASS
+from internvl_rt.tokenizer import Tokenizer, load_tokenizer
+from internvl_rt.weights import load_weights
+
+
+def load_parts(
+    model: str | Path, options: EngineOptions, *, revision: str | None = None
+) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
+    """Raises ConfigError, CheckpointError or RequestError."""
+    target = _choose_device(options.device)
+    ops = _choose_ops(options.backend, target)
+    folder = resolve_model(model, revision=revision)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise RequestError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
+            "embeddings; the folder mixes files of different models"
+        )
+    chosen = _choose_dtype(options.dtype, config, target)
+    weights = load_weights(open_checkpoint(folder), config, dtype=chosen, device=target)
+    memory = plan_memory(
+        config,
+        chosen,
+        target,
+        weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
+        visual_cache_bytes=options.visual_cache_bytes,
+        block_size=options.block_size,
+        kv_cache_bytes=options.kv_cache_bytes,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+        max_tokens_per_step=options.max_tokens_per_step,
+        max_tiles_per_pass=MAX_TILES_PER_PASS,
+    )
+    cache = KVCache(
+        config.decoder,
+        num_blocks=memory.num_blocks,
+        block_size=options.block_size,
+        dtype=chosen,
+        device=target,
+        num_sms=target_of(target).num_sms if ops is TRITON else 0,
+        copy_blocks=ops.copy_blocks,
+    )
+    return InternVL(config, weights, ops), tokenizer, cache, memory
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _choose_ops(backend: str, device: torch.device) -> Ops:
+    if backend not in ("auto", "triton", "torch"):
+        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return TORCH
+    try:
+        target_of(device)
+    except ValueError as error:
+        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
+    return TRITON
+
+
+def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        dtype = config.dtype if device.type == "cuda" else "float32"
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, value in known.items():
+        if dtype in (name, value):
+            return value
+    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")

@@ -1,0 +1,32 @@
+"""Prompt-lookup speculation: what followed the last few tokens earlier in the text may follow them again.
+
+A step computes the guessed tokens together with the last one and draws a token behind each; those drawn behind a wrong
+guess are thrown away. A draw depends on its logits and its place alone, so the answer is the one without speculation.
+"""
+
+NGRAM = 3
+
+
+class PromptLookup:
+    """Finds where a sequence's last `NGRAM` tokens stood before. Keeps up with it token by token."""
+
+    def __init__(self, num_drafts: int) -> None:
+        """num_drafts: most tokens to guess at a time."""
+        self._num_drafts = num_drafts
+        self._end_of: dict[tuple[int, ...], int] = {}  # n-gram -> index behind its latest place
+        self._num_seen = 0
+
+    def draft(self, token_ids: list[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `token_ids`, which only grows from call to call."""
+        last = len(token_ids)
+        # The n-gram that ends the text is left out: it would only find itself.
+        for end in range(max(self._num_seen + 1, NGRAM), last):
+            self._end_of[tuple(token_ids[end - NGRAM : end])] = end
+        self._num_seen = max(self._num_seen, last - 1)
+        start = self._end_of.get(tuple(token_ids[-NGRAM:])) if last >= NGRAM else None
+        if start is None:
+            return []
+        drafts: list[int] = []
+        for index in range(start, start + min(most, self._num_drafts)):  # beyond the end a repetition goes on
+            drafts.append(token_ids[index] if index < last else drafts[index - last])
+        return drafts

@@ -1,0 +1,175 @@
+"""CUDA graphs of the decoder's steps: decode steps whole, prefills of few tokens layer by layer.
+
+A graph is captured for one shape; a step runs in the next larger one, with padding behind it: rows of length 0, tokens
+without a slot. Graphs read a step's numbers from one buffer on the device.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_rt.cuda_graph import Capture, Replay
+from internvl_rt.kernels.decode_attention import num_split_items
+from internvl_rt.kv_cache import KVCache
+from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
+
+PREFILL_ROWS = 8  # sequences of a prefill from a graph, decodes among them included
+# Beyond these a step takes the GPU longer than its launches take the CPU.
+PREFILL_BUCKETS = (*range(64, 512, 64), *range(512, 2049, 128))
+
+
+class _Buffer:
+    """Where graphs find a step's numbers.
+
+    The host fills one of several staging buffers, so that it never writes what a copy may still read.
+    """
+
+    NUM_STAGES = 4
+
+    def __init__(self, cache: KVCache, shapes: Iterable[StepShape], device: torch.device) -> None:
+        self._cache = cache
+        size = max(shape.size for shape in shapes)
+        self.flat = torch.zeros(size, dtype=torch.int32, device=device)
+        stages = torch.empty(self.NUM_STAGES, size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._stages, self._copied = list(stages), [_Event(device) for _ in stages]
+        self._next = 0
+
+    def pad(self, shape: StepShape) -> None:
+        """Fills it with a step without sequences, for a capture."""
+        self.flat[: shape.size] = torch.from_numpy(_padding(shape))
+
+    def fill(self, step: Step, shape: StepShape) -> None:
+        stage, copied = self._stages[self._next], self._copied[self._next]
+        self._next = (self._next + 1) % self.NUM_STAGES
+        copied.wait()
+        staged = stage[: shape.size]
+        fill_step(step, self._cache, shape, staged.numpy())
+        self.flat[: shape.size].copy_(staged, non_blocking=True)
+        copied.record()
+
+
+class DecodeGraphs:
+    """Runs steps in which every sequence has one new token from graphs, one for each number of sequences.
+
+    `compute` takes a step's inputs to logits [S, V]; `drawn_R` is where it finds what the step before drew.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[StepInputs], Tensor],
+        cache: KVCache,
+        drawn_R: Tensor,
+        capture: Capture,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        width = -(-max_model_len // cache.block_size)
+        shapes = [StepShape(n, n, width, _num_items(cache, n)) for n in reversed(decode_buckets(max_num_seqs))]
+        self._buffer = _Buffer(cache, shapes, drawn_R.device)
+        self._buckets: dict[int, tuple[StepShape, Replay]] = {}
+        for shape in shapes:
+            self._buffer.pad(shape)
+            flat, rows = self._buffer.flat, shape.num_rows
+            inputs = wrap_step(shape, flat, num_decodes=rows, max_query_len=1, drawn_R=drawn_R, logit_row_R=None)
+            self._buckets[rows] = shape, capture(partial(compute, inputs))
+
+    def takes(self, step: Step) -> bool:
+        """Whether a step can run here: sequences that compute their last token, none of a prompt, and draw one."""
+        num_rows = len(step.chunks)
+        return not step.has_prompts and len(step.draws) == step.num_tokens == num_rows <= max(self._buckets)
+
+    def run(self, step: Step) -> Tensor:
+        """Logits [S, V], which the next call overwrites."""
+        num_rows = len(step.chunks)
+        shape, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_rows)]
+        self._buffer.fill(step, shape)
+        replay.run()
+        return replay.result[:num_rows]
+
+
+class PrefillGraphs:
+    """Runs the layers of other steps of few tokens from graphs, one for each number of tokens.
+
+    `compute` takes a step's inputs and x_TD to what the last layer leaves. Embeddings before it, with visual tokens at
+    changing places, and logits behind it are a few launches of their own. All sequences are treated as prefills, of
+    one token too.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[StepInputs, Tensor], Tensor],
+        cache: KVCache,
+        drawn_R: Tensor,
+        x_TD: Tensor,
+        capture: Capture,
+        *,
+        max_model_len: int,
+        buckets: Sequence[int] = PREFILL_BUCKETS,
+    ) -> None:
+        """x_TD: memory for the tokens of a step; buckets above their number are left out."""
+        width = -(-max_model_len // cache.block_size)
+        sizes = sorted((n for n in buckets if n <= len(x_TD)), reverse=True)
+        shapes = [StepShape(n, min(PREFILL_ROWS, n), width, num_items=0) for n in sizes]
+        self._buffer = _Buffer(cache, shapes, x_TD.device) if shapes else None
+        self._x_TD = x_TD
+        self._buckets: dict[int, tuple[StepShape, StepInputs, Replay]] = {}
+        for shape in shapes:
+            assert self._buffer is not None, "there are shapes"
+            self._buffer.pad(shape)
+            tokens, flat = shape.num_tokens, self._buffer.flat
+            inputs = wrap_step(shape, flat, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R, logit_row_R=None)
+            self._buckets[tokens] = shape, inputs, capture(partial(compute, inputs, x_TD[:tokens]))
+
+    def takes(self, step: Step) -> bool:
+        return step.num_tokens <= max(self._buckets, default=0) and len(step.chunks) <= PREFILL_ROWS
+
+    def run(self, step: Step, embed: Callable[[StepInputs], Tensor]) -> Tensor:
+        """x_RD of the rows whose logits are wanted, which the next call may overwrite."""
+        num_tokens = step.num_tokens
+        shape, inputs, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_tokens)]
+        assert self._buffer is not None, "there are buckets"
+        self._buffer.fill(step, shape)
+        picked = picked_rows(step, self._x_TD.device)
+        self._x_TD[: shape.num_tokens] = embed(replace(inputs, **picked))
+        replay.run()
+        row_R = picked["logit_row_R"]
+        return replay.result[:num_tokens] if row_R is None else replay.result[row_R]
+
+
+def decode_buckets(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, ... and `max_num_seqs`, ascending."""
+    return sorted({n for n in (1, 2, 4, *range(8, max_num_seqs, 8)) if n < max_num_seqs} | {max_num_seqs})
+
+
+def _num_items(cache: KVCache, num_rows: int) -> int:
+    return num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0
+
+
+def _padding(shape: StepShape) -> NDArray[np.int32]:
+    """A step without sequences: lengths 0, no slots, nothing to split."""
+    flat = np.zeros(shape.size, np.int32)
+    found = shape.views(flat, np.float32)
+    for name in found.keys() & {"slot_T", "block_table_SN", "split_W3"}:
+        found[name][...] = -1
+    return flat
+
+
+class _Event:
+    """A CUDA event that has nothing to wait for until it is recorded; on the CPU copies are made at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()

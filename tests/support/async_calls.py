@@ -1,0 +1,69 @@
+"""Callers of the asynchronous interface, for its tests."""
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from internvl_rt import Engine, Piece, SamplingParams
+
+PATIENCE_S = 20.0  # what hangs fails; nothing takes a tenth of it
+SHORT = SamplingParams(max_tokens=10, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=100_000, ignore_eos=True)
+
+T = TypeVar("T")
+
+
+def ask(text: str, *images: object) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def load(**options: Any) -> Engine:
+    return Engine.from_pretrained("tiny", device="cpu", **options)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """In an event loop of its own, in which no task may be left."""
+
+    async def within_patience() -> T:
+        result = await asyncio.wait_for(coroutine, PATIENCE_S)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return result
+
+    return asyncio.run(within_patience())
+
+
+async def collect(stream: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in stream]
+
+
+async def begin(stream: AsyncIterator[Piece]) -> Piece:
+    """Until its request runs."""
+    return await asyncio.wait_for(anext(stream), PATIENCE_S)
+
+
+async def until_idle(engine: Engine) -> None:
+    """Until nothing runs, and then nothing may be held."""
+    deadline_s = time.perf_counter() + PATIENCE_S
+    while any(engine.stats()[name] for name in ("running", "waiting", "kv_blocks_used")):
+        assert time.perf_counter() < deadline_s, engine.stats()
+        await asyncio.sleep(0.001)
+    blocks = engine.cache.blocks
+    blocks.check_invariants()
+    assert (blocks.num_sequences, blocks.num_available_blocks) == (0, blocks.num_blocks)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("internvl_rt")]
+
+
+def check_nothing_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    """No thread, and nothing that asyncio complains of when it is collected."""
+    gc.collect()
+    assert not threads()
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]

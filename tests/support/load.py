@@ -1,0 +1,192 @@
+"""Many requests of every kind at once, with faults: what the load test and the soak put an engine under."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from internvl_rt import Engine, MediaError, Reply, SamplingParams
+
+SAMPLES = sorted((Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
+# What no answer may depend on, switched off: the engine that says what each request gets alone.
+ALONE = {"prefix_cache": False, "visual_cache_bytes": 0, "max_num_seqs": 4, "block_size": 16, "max_model_len": 640}
+MAX_OPEN = 24
+
+
+class Fault(RuntimeError):
+    """Thrown into operations on purpose."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A request that comes again and again."""
+
+    messages: list[dict[str, Any]]
+    params: SamplingParams
+    broken: bool = False  # its picture cannot be decoded
+
+
+def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
+    """Text, one and several pictures, frames, earlier turns; one to four answers, greedy or drawn with a seed."""
+    rng = random.Random(seed)
+    kinds = []
+    for index in range(number):
+        pictures = [rng.choice(SAMPLES) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture.read_bytes()} for picture in pictures]
+        question = rng.choice(["Read the digits.", "How many digits are there?", "Hello", "Read! " * 12])
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        if rng.random() < 0.3:
+            messages += [{"role": "assistant", "content": "4719"}, {"role": "user", "content": "And now?"}]
+        options: dict[str, Any] = {"max_tokens": rng.choice([1, 3, 9, 20, 60]), "ignore_eos": rng.random() < 0.7}
+        options |= {"n": rng.choice([1, 1, 1, 2, 4])}
+        if sampled and rng.random() < 0.5:
+            options |= {
+                "temperature": rng.choice([0.7, 2.0]),
+                "seed": index,
+                "top_k": rng.choice([2, 5]),
+                "top_p": 0.95,
+            }
+        if rng.random() < 0.2:
+            options |= {"repetition_penalty": 1.3, "min_tokens": 1}
+        if rng.random() < 0.2:
+            options |= {"logprobs": 2}
+        kinds.append(Kind(messages, SamplingParams(**options)))
+    return kinds
+
+
+def build_broken_kind() -> Kind:
+    data = SAMPLES[0].read_bytes()
+    content = [{"type": "image", "image": data[: len(data) // 2]}, {"type": "text", "text": "Read the digits."}]
+    return Kind([{"role": "user", "content": content}], SamplingParams(max_tokens=4), broken=True)
+
+
+def answers_of(reply: Reply) -> list[tuple[list[int], str]]:
+    return [(choice.token_ids, choice.finish_reason) for choice in reply.choices]
+
+
+def expected_answers(kinds: list[Kind]) -> list[list[tuple[list[int], str]]]:
+    """What each gets when nothing else runs and nothing is reused."""
+    with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
+        return [[] if kind.broken else answers_of(engine.chat(kind.messages, kind.params)) for kind in kinds]
+
+
+@dataclass
+class Outcome:
+    finished: int = 0
+    cancelled: int = 0
+    refused: int = 0  # broken pictures
+    faulted: int = 0  # in a step that a fault ended
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Open:
+    index: int
+    stream: Iterator[Any]
+    texts: dict[int, str] = field(default_factory=dict)
+
+
+def run_load(
+    engine: Engine,
+    kinds: list[Kind],
+    expected: list[list[tuple[list[int], str]]],
+    *,
+    num_requests: int,
+    seed: int,
+    cancel: float = 0.1,
+    arm_fault: Callable[[random.Random], None] | None = None,
+) -> Outcome:
+    """Opens streams at random, advances a random one at a time, closes some early; compares every reply.
+
+    arm_fault: called now and then; may make the next operations fail.
+    """
+    rng = random.Random(seed)
+    outcome = Outcome()
+    streams: list[_Open] = []
+    started = 0
+    while started < num_requests or streams:
+        if started < num_requests and len(streams) < MAX_OPEN and (not streams or rng.random() < 0.4):
+            index = rng.randrange(len(kinds))
+            started += 1
+            try:
+                streams.append(_Open(index, engine.stream(kinds[index].messages, kinds[index].params)))
+            except MediaError:
+                outcome.refused += 1
+                assert kinds[index].broken
+            continue
+        if arm_fault is not None and rng.random() < 0.01:
+            arm_fault(rng)
+        chosen = rng.choice(streams)
+        if rng.random() < cancel / 10:
+            chosen.stream.close()
+            outcome.cancelled += 1
+            streams.remove(chosen)
+            continue
+        try:
+            piece = next(chosen.stream)
+        except Fault:
+            outcome.faulted += 1
+            streams.remove(chosen)
+            continue
+        chosen.texts[piece.choice] = chosen.texts.get(piece.choice, "") + piece.text
+        if piece.reply is None:
+            continue
+        streams.remove(chosen)
+        outcome.finished += 1
+        if answers_of(piece.reply) != expected[chosen.index]:
+            outcome.wrong.append(f"kind {chosen.index}: {answers_of(piece.reply)}, alone {expected[chosen.index]}")
+        texts = [chosen.texts.get(choice, "") for choice in range(len(piece.reply.choices))]
+        if texts != [choice.text for choice in piece.reply.choices]:
+            outcome.wrong.append(f"kind {chosen.index}: the pieces do not add up to the texts")
+    return outcome
+
+
+def check_nothing_is_left(engine: Engine) -> None:
+    """No request, sequence or block; the caches' own counts add up."""
+    blocks, stats = engine.cache.blocks, engine.stats()
+    blocks.check_invariants()
+    assert blocks.num_sequences == 0
+    assert stats["kv_blocks_used"] == stats["running"] == stats["waiting"] == 0
+    assert blocks.num_available_blocks == blocks.num_blocks
+    assert stats["visual_cache_bytes"] <= engine.options.visual_cache_bytes
+
+
+@contextmanager
+def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
+    """Gives what arms a fault: the next vision pass, step, or draw throws, before or after its work."""
+    armed: list[str] = []
+    model = engine.model
+    originals = {name: getattr(model, name) for name in ("encode_tiles", "run_step", "logits")}
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if name in armed:
+                armed.remove(name)
+                if np.random.default_rng(len(armed)).random() < 0.5:
+                    originals[name](*args)
+                raise Fault(name)
+            return originals[name](*args)
+
+        return call
+
+    for name in originals:
+        setattr(model, name, wrap(name))
+    try:
+        yield lambda rng: armed.append(rng.choice(list(originals)))
+    finally:
+        for name in originals:
+            delattr(model, name)
+
+
+def tiny_pool_bytes(num_blocks: int, block_size: int = 16) -> int:
+    """Of a cache of so many blocks for the tiny checkpoint."""
+    with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
+        return num_blocks * block_size * (engine.memory.block_bytes // engine.memory.block_size)
+
+
+torch.set_num_threads(1)

@@ -1,0 +1,25 @@
+"""CUDA graphs without a GPU."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from internvl_rt.cuda_graph import Replay
+
+
+class Recorder:
+    """Captures without a GPU: a replay computes again into the first result, as a graph does."""
+
+    def __init__(self) -> None:
+        self.captured: list[int] = []
+        self.replayed: list[int] = []
+
+    def __call__(self, compute: Callable[[], Tensor]) -> Replay:
+        result = compute()
+        self.captured.append(len(result))
+
+        def run() -> None:
+            self.replayed.append(len(result))
+            result.copy_(compute())
+
+        return Replay(run, result)
