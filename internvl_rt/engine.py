@@ -286,22 +286,28 @@ class Engine:
     ) -> list[Reply]:
         """As `generate`, from prompts that were prepared elsewhere; they are taken as places become free."""
         requests: list[Request] = []
+        unfinished: list[Request] = []
         with tqdm(total=len(params), unit="request", disable=not progress) as bar:
+
+            def advance() -> None:
+                self._loop.advance(unfinished[0])
+                left = [request for request in unfinished if not request.done]
+                bar.update(len(unfinished) - len(left))
+                unfinished[:] = left
+
             try:
                 for prompt, each in zip(prompts, params, strict=True):
-                    while len(running := [r for r in requests if not r.done]) >= self.options.max_num_seqs:
-                        self._loop.advance(running[0])
-                        bar.update(sum(r.done for r in running))
+                    while len(unfinished) >= self.options.max_num_seqs:
+                        advance()
                     requests.append(self.build_request(prompt, each, timeout_s))
                     self._loop.submit(requests[-1])
+                    unfinished.append(requests[-1])
+                while unfinished:
+                    advance()
                 for request in requests:
-                    while not request.done:
-                        running = [r for r in requests if not r.done]
-                        self._loop.advance(request)
-                        bar.update(sum(r.done for r in running))
                     self._loop.take(request)  # raises what made it fail
             finally:
-                for request in requests:
+                for request in unfinished:
                     self._loop.cancel(request)
         return [request.reply for request in requests if request.reply is not None]
 

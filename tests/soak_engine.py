@@ -34,8 +34,8 @@ HANGS_AFTER_S = 120  # a round takes some ten seconds
 def draw_options(rng: random.Random, block_bytes: int) -> dict[str, Any]:
     return {
         "block_size": 16,
-        "max_model_len": 480,
-        "kv_cache_bytes": rng.choice([30, 45, 90, 400]) * block_bytes,
+        "max_model_len": 640,
+        "kv_cache_bytes": rng.choice([42, 60, 120, 400]) * block_bytes,
         "max_num_seqs": rng.choice([4, 8, 16]),
         "max_tokens_per_step": rng.choice([20, 64, 8192]),
         "prefix_cache": rng.random() < 0.7,

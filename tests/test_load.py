@@ -19,7 +19,7 @@ from support.recorder import Recorder
 
 NUM_KINDS = 40
 # A pool for about four of the prompts, so that somebody gives way all the time.
-SMALL = {"max_model_len": 480, "block_size": 16}
+SMALL = {"max_model_len": 640, "block_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def expected(kinds):
 
 @pytest.fixture(scope="module")
 def small_pool():
-    return SMALL | {"kv_cache_bytes": tiny_pool_bytes(30)}
+    return SMALL | {"kv_cache_bytes": tiny_pool_bytes(42)}
 
 
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["", "ahead"])
@@ -76,7 +76,7 @@ def test_requests_get_the_same_from_graphs(kinds, expected, small_pool):
     """Graphs without a GPU: the shapes, the padding and the buffers of CUDA graphs, computed again at each replay."""
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, max_num_seqs=8) as engine:
         recorder = Recorder()
-        engine._runner.capture(max_num_seqs=8, max_model_len=480, max_tokens_per_step=300, capture=recorder)
+        engine._runner.capture(max_num_seqs=8, max_model_len=640, max_tokens_per_step=300, capture=recorder)
         engine._loop._run_ahead = True
         outcome = run_load(engine, kinds, expected, num_requests=60, seed=4)
         assert not outcome.wrong, outcome.wrong[0]

@@ -1,5 +1,6 @@
 """Many requests of every kind at once, with faults: what the load test and the soak put an engine under."""
 
+import io
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 
@@ -38,6 +40,8 @@ def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
     for index in range(number):
         pictures = [rng.choice(SAMPLES) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture.read_bytes()} for picture in pictures]
+        if index % 10 == 9:
+            parts = [{"type": "video", "video": build_video(index)}]
         question = rng.choice(["Read the digits.", "How many digits are there?", "Hello", "Read! " * 12])
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         if rng.random() < 0.3:
@@ -45,18 +49,27 @@ def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
         options: dict[str, Any] = {"max_tokens": rng.choice([1, 3, 9, 20, 60]), "ignore_eos": rng.random() < 0.7}
         options |= {"n": rng.choice([1, 1, 1, 2, 4])}
         if sampled and rng.random() < 0.5:
-            options |= {
-                "temperature": rng.choice([0.7, 2.0]),
-                "seed": index,
-                "top_k": rng.choice([2, 5]),
-                "top_p": 0.95,
-            }
+            options |= {"temperature": rng.choice([0.7, 3.0]), "seed": index, "top_p": rng.choice([1.0, 0.9])}
         if rng.random() < 0.2:
             options |= {"repetition_penalty": 1.3, "min_tokens": 1}
         if rng.random() < 0.2:
             options |= {"logprobs": 2}
         kinds.append(Kind(messages, SamplingParams(**options)))
     return kinds
+
+
+def build_video(seed: int) -> bytes:
+    """A second of noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=8)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in noise:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()
 
 
 def build_broken_kind() -> Kind:
