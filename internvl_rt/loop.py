@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -201,10 +201,7 @@ class StepLoop:
             running = self._runner.launch(step)
         except BaseException as error:  # the chunks' cache contents are unknown now, so their requests end here
             self._collect_down_to(0)
-            self._runner.fail()
-            self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
-            if not isinstance(error, Exception):  # an interrupt is for this thread; an error for those who wait
-                raise
+            self._end_step_of(chunks, error)
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, place = step.draws[row]
@@ -215,9 +212,21 @@ class StepLoop:
         self._running.append(running)
         self._num_steps += 1
 
+    def _end_step_of(self, chunks: Iterable[Chunk], error: BaseException) -> None:
+        """A step has failed. An interrupt is for this thread, an error for those who wait."""
+        self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
+        self._collect_down_to(0)
+        self._runner.fail()
+        if not isinstance(error, Exception):
+            raise error
+
     def _collect(self, running: Running) -> None:
         """Waits for a step and hands out what it drew."""
-        result = self._runner.collect(running)
+        try:
+            result = self._runner.collect(running)
+        except BaseException as error:  # what it drew is lost, to those too that another step computes meanwhile
+            self._end_step_of(running.step.chunks, error)
+            return
         if self._in_flight.trace is not None:
             self._in_flight.trace.step(running, result, self.stats())
         self._in_flight.collect(running, result)

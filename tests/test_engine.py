@@ -142,6 +142,24 @@ def test_failure_in_a_step_ends_its_requests_and_nothing_else(engine, alone, mon
     assert engine.chat(CONVERSATIONS[0], GREEDY).token_ids == alone[0].token_ids
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("device fault"), KeyboardInterrupt()])
+def test_a_step_whose_tokens_are_lost_ends_its_requests_and_nothing_else(engine, alone, monkeypatch, error, run_ahead):
+    original, calls = engine._runner.collect, []
+
+    def fail_third(running):
+        calls.append(running)
+        if len(calls) == 3:
+            raise error
+        return original(running)
+
+    monkeypatch.setattr(engine._loop, "_run_ahead", run_ahead)
+    monkeypatch.setattr(engine._runner, "collect", fail_third)
+    with pytest.raises(type(error)):
+        engine.chat(CONVERSATIONS[0], GREEDY)
+    assert engine.chat(CONVERSATIONS[0], GREEDY).token_ids == alone[0].token_ids
+
+
 def test_bad_request_in_a_batch_names_its_index_and_leaves_the_engine_usable(engine, alone):
     with pytest.raises(MediaError, match=r"request 1: .*no-such\.png"):
         engine.generate([CONVERSATIONS[0], ask("What?", "no-such.png")], GREEDY)
