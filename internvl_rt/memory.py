@@ -6,6 +6,7 @@ import torch
 
 from internvl_rt.config import DecoderConfig, ModelConfig
 from internvl_rt.kv_cache import kv_bytes_per_token, plan_num_blocks
+from internvl_rt.step_graph import PREFILL_BUCKETS
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
 RESERVE = 0.05  # of a GPU's free memory: library workspaces, fragmentation, sampling
@@ -20,6 +21,7 @@ class MemoryPlan:
     weight_bytes: int
     vision_bytes: int
     step_bytes: int
+    graph_bytes: int  # what CUDA graphs of steps keep to themselves
     visual_cache_bytes: int
     block_size: int  # tokens
     num_blocks: int
@@ -39,6 +41,8 @@ class MemoryPlan:
             ("vision workspace", _size(self.vision_bytes)),
         ]
         rows += [("step workspace", _size(self.step_bytes))]
+        if self.graph_bytes:
+            rows.append(("CUDA graphs", _size(self.graph_bytes)))
         rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
         if self.total_bytes is not None:
             rows.insert(1, ("memory", _size(self.total_bytes)))
@@ -65,10 +69,12 @@ def plan_memory(
     """
     vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
-    total_bytes = None
+    total_bytes, graph_bytes = None, 0
     if device.type == "cuda":
+        captured = min(max_tokens_per_step, max(PREFILL_BUCKETS))
+        graph_bytes = step_workspace_bytes(config.decoder, dtype, captured, max_num_seqs)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - visual_cache_bytes
+        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - visual_cache_bytes
     else:
         left = DEFAULT_CPU_CACHE_BYTES
     num_blocks = plan_num_blocks(
@@ -85,6 +91,7 @@ def plan_memory(
         weight_bytes=weight_bytes,
         vision_bytes=vision_bytes,
         step_bytes=step_bytes,
+        graph_bytes=graph_bytes,
         visual_cache_bytes=visual_cache_bytes,
         block_size=block_size,
         num_blocks=num_blocks,

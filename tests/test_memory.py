@@ -62,6 +62,19 @@ def test_the_card_names_every_part():
         assert part in card
 
 
+def test_on_a_gpu_the_cache_takes_what_everything_else_leaves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
+    config = load_config(KNOWN_MODELS["InternVL3-1B"])
+    options = {"weight_bytes": 2 * GIB, "visual_cache_bytes": GIB, "block_size": 64, "kv_cache_bytes": None}
+    options |= {"max_num_seqs": 1024, "max_model_len": None, "max_tokens_per_step": 8192, "max_tiles_per_pass": 16}
+    memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), **options)
+    others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
+    assert min(memory.graph_bytes, memory.step_bytes - memory.graph_bytes) > 0
+    left = int(20 * GIB * 0.95) - others
+    assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
+    assert "CUDA graphs" in memory.render()
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_a_vision_pass_stays_within_its_workspace():
