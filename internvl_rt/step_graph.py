@@ -18,7 +18,9 @@ from internvl_rt.kernels.decode_attention import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
 
-PREFILL_ROWS = 8  # sequences of a prefill from a graph, decodes among them included
+# Sequences of a prefill from a graph, decodes among them included: one, which is what a lone user waits for, or a few;
+# attention starts programs for every row and all the tokens of the bucket, and those of empty rows take time to end.
+PREFILL_ROWS = (1, 8)
 # Beyond these a step takes the GPU longer than its launches take the CPU.
 PREFILL_BUCKETS = (*range(64, 512, 64), *range(512, 2049, 128))
 
@@ -94,7 +96,7 @@ class DecodeGraphs:
 
 
 class PrefillGraphs:
-    """Runs the layers of other steps of few tokens from graphs, one for each number of tokens.
+    """Runs the layers of other steps of few tokens from graphs, one for each number of sequences and of tokens.
 
     `compute` takes a step's inputs and x_TD to what the last layer leaves. Embeddings before it, with visual tokens at
     changing places, and logits behind it are a few launches of their own. All sequences are treated as prefills, of
@@ -115,24 +117,27 @@ class PrefillGraphs:
         """x_TD: memory for the tokens of a step; buckets above their number are left out."""
         width = -(-max_model_len // cache.block_size)
         sizes = sorted((n for n in buckets if n <= len(x_TD)), reverse=True)
-        shapes = [StepShape(n, min(PREFILL_ROWS, n), width, num_items=0) for n in sizes]
+        shapes = [StepShape(n, rows, width, num_items=0) for n in sizes for rows in sorted(PREFILL_ROWS, reverse=True)]
         self._buffer = _Buffer(cache, shapes, x_TD.device) if shapes else None
         self._x_TD = x_TD
-        self._buckets: dict[int, tuple[StepShape, StepInputs, Replay]] = {}
-        for shape in shapes:
+        self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by rows and tokens
+        self._shapes = {(shape.num_rows, shape.num_tokens): shape for shape in shapes}
+        for place, shape in self._shapes.items():
             assert self._buffer is not None, "there are shapes"
             self._buffer.pad(shape)
             tokens, flat = shape.num_tokens, self._buffer.flat
             inputs = wrap_step(shape, flat, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R, logit_row_R=None)
-            self._buckets[tokens] = shape, inputs, capture(partial(compute, inputs, x_TD[:tokens]))
+            self._buckets[place] = inputs, capture(partial(compute, inputs, x_TD[:tokens]))
 
     def takes(self, step: Step) -> bool:
-        return step.num_tokens <= max(self._buckets, default=0) and len(step.chunks) <= PREFILL_ROWS
+        rows, tokens = max(self._buckets, default=(0, 0))
+        return len(step.chunks) <= rows and step.num_tokens <= tokens
 
     def run(self, step: Step, embed: Callable[[StepInputs], Tensor]) -> Tensor:
         """x_RD of the rows whose logits are wanted, which the next call may overwrite."""
-        num_tokens = step.num_tokens
-        shape, inputs, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_tokens)]
+        num_rows, num_tokens = len(step.chunks), step.num_tokens
+        place = min(p for p in self._buckets if p[0] >= num_rows and p[1] >= num_tokens)
+        shape, (inputs, replay) = self._shapes[place], self._buckets[place]
         assert self._buffer is not None, "there are buckets"
         self._buffer.fill(step, shape)
         picked = picked_rows(step, self._x_TD.device)
