@@ -116,6 +116,16 @@ class KVCache:
         """All steps up to this one have ended on the device; if it failed, nothing that it wrote will be reused."""
         self.blocks.complete(step, failed=failed)
 
+    def end_all_steps(self) -> None:
+        """After a failure: no step is under way, and what waits for the next one, as copied blocks do, waits no more.
+
+        Nothing that the failed step wrote will be reused.
+        """
+        self.copy_blocks(self.blocks.take_copies())
+        none, zero = np.empty(0, np.int32), np.zeros(1, np.int32)
+        step = self.blocks.fill_step(none, none, zero, none, np.empty((0, 1), np.int32), none)
+        self.end_step(step, failed=True)
+
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
 

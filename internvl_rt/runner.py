@@ -162,7 +162,7 @@ class Runner:
         """A launch has failed, and no other step is under way: nothing that it wrote will be reused."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-        self._cache.end_step(self._cache.blocks.num_steps, failed=True)
+        self._cache.end_all_steps()
 
     def stats(self) -> dict[str, int | float]:
         """What the caches hold and have saved; tokens and bytes."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt import Engine, RequestError, SamplingParams, runner
 from internvl_rt import image as image_module
 from internvl_rt.errors import QueueFullError
 from internvl_rt.grammar import Matcher
@@ -67,6 +67,23 @@ def test_several_answers_share_one_prompt(engine, monkeypatch):
     assert len({tuple(choice.token_ids) for choice in reply.choices}) > 1
     assert reply.usage.completion_tokens == 32
     assert engine.cache.blocks.stats()["num_device_copies"] >= 3, "the prompt's last block is copied on write"
+
+
+def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, monkeypatch):
+    """The answers' first tokens copy the prompt's last block; copied blocks wait for the step that makes the copies."""
+    original, calls = runner.build_step, []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return original(*args)
+
+    monkeypatch.setattr(runner, "build_step", fail_second)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.chat(ask("Read the digits."), replace(DRAWN, n=3))
+    stats = engine.cache.blocks.stats()
+    assert stats["num_deferred"] == 0
 
 
 def test_each_answer_is_the_one_that_its_seed_gives_alone(engine):
