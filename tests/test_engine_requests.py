@@ -249,11 +249,11 @@ def test_speculation_changes_no_answer_and_takes_fewer_steps():
 
 def test_an_answer_that_takes_too_long_ends_where_it_is(engine, monkeypatch):
     original = engine.model.run_step
-    monkeypatch.setattr(engine.model, "run_step", lambda *args: time.sleep(0.02) or original(*args))
-    reply = engine.chat(ask("Hello"), SamplingParams(max_tokens=500, ignore_eos=True), timeout_s=0.2)
+    monkeypatch.setattr(engine.model, "run_step", lambda *args: time.sleep(0.05) or original(*args))
+    reply = engine.chat(ask("Hello"), SamplingParams(max_tokens=500, ignore_eos=True), timeout_s=1.0)
     assert reply.finish_reason == "timeout"
     assert 0 < len(reply.token_ids) < 30
-    assert reply.timings.total_s < 1
+    assert 1 <= reply.timings.total_s < 10
     with pytest.raises(RequestError, match="timeout_s must be above 0"):
         engine.chat(ask("Hello"), timeout_s=0)
 
