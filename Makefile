@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-real audit tiny clean
+.PHONY: help chat test lint types pytest test-real audit gpu tiny clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
@@ -49,6 +49,11 @@ audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton 
 	    --table bench/results/compiled-triton-$$version.md || exit 1; \
 	done
 
+# No environment of our own: the machine's Python has a torch that fits its GPU.
+gpu:  ## on a GPU machine: tests, then measures, with the torch that PYTHON=python3 has; options in GPU_ARGS=
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PYTHON) bench/gpu.py $(GPU_ARGS)
+
 tiny: $(VENV)/done-test  ## trains the checkpoint in the package again
 	$(BIN)/python tests/train_tiny.py --out internvl_rt/tiny
 
@@ -74,7 +79,7 @@ $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
 # Warnings of the C++ compiler are errors here, but not for somebody who only installs.
 $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
-	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,test]'
+	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,bench,test]'
 	@touch $(VENV)/done-package $@
 
 # Without dependencies: the package holds the model file that is wanted, and depends on a runtime for it that is not.

@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | info | write-random`. Heavy imports wait until a command needs them."""
+"""The command line: `internvl-rt chat | info | bench | write-random`. Heavy imports wait until a command needs them."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvl_rt.bench.arguments import add_bench
 from internvl_rt.errors import InternVLError
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or a known name such as InternVL3-8B")
     info.add_argument("--json", action="store_true", help="one JSON document, for programs")
+
+    add_bench(commands)
 
     random = commands.add_parser(
         "write-random",

@@ -122,6 +122,9 @@ class Engine:
     ) -> "Engine":
         """Loads a checkpoint: a folder, a hub id, or "tiny", the one in the package.
 
+        "random:InternVL3-8B", or "random:" before the path of a config.json, makes random weights of that shape where
+        they are to be, without a file: for benchmarks.
+
         device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
         max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
         cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and
@@ -131,8 +134,8 @@ class Engine:
         pictures that may come again. num_draft_tokens: tokens that are guessed from the text so far and checked
         together, which changes no answer; 0 guesses nothing. v2pe_delta: rotary positions per visual token, a power
         of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
-        sampling without a seed of its own reproducible. backend: "triton", the kernels, or "torch", the references
-        they are tested against; "auto" is triton on CUDA.
+        sampling without a seed of its own reproducible, and chooses random weights (0 if None). backend: "triton", the
+        kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """

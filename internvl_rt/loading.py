@@ -1,19 +1,21 @@
 """A checkpoint to what an engine runs: model, tokenizer, and a KV cache in the memory that is left."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from internvl_rt.checkpoint import open_checkpoint, resolve_model
 from internvl_rt.config import ModelConfig, load_config
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.memory import MemoryPlan, plan_memory
-from internvl_rt.model.internvl import InternVL, named_parameters
+from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.ops import TORCH, Ops
 from internvl_rt.ops_triton import TRITON
 from internvl_rt.options import EngineOptions
+from internvl_rt.random_checkpoint import RANDOM_PREFIX, random_config, random_tokenizer, random_weights
 from internvl_rt.runner import MAX_TILES_PER_PASS
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.weights import load_weights
@@ -23,18 +25,11 @@ def load_parts(
     model: str | Path, options: EngineOptions, *, revision: str | None = None
 ) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
     """Raises ConfigError, CheckpointError or RequestError."""
-    target = _choose_device(options.device)
+    target = choose_device(options.device)
     ops = _choose_ops(options.backend, target)
-    folder = resolve_model(model, revision=revision)
-    config = load_config(folder)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.decoder.vocab_size:
-        raise RequestError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
-            "embeddings; the folder mixes files of different models"
-        )
-    chosen = _choose_dtype(options.dtype, config, target)
-    weights = load_weights(open_checkpoint(folder), config, dtype=chosen, device=target)
+    config, tokenizer, load = _open(model, revision, options.seed or 0)
+    chosen = choose_dtype(options.dtype, config, target)
+    weights = load(chosen, target)
     memory = plan_memory(
         config,
         chosen,
@@ -60,7 +55,32 @@ def load_parts(
     return InternVL(config, weights, ops), tokenizer, cache, memory
 
 
-def _choose_device(device: str) -> torch.device:
+def _open(
+    model: str | Path, revision: str | None, seed: int
+) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
+    """All but the weights, and what makes those; seed: of random ones."""
+    if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
+        if revision is not None:
+            raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
+        config = random_config(model.removeprefix(RANDOM_PREFIX))
+        tokenizer = random_tokenizer(config)
+        return config, tokenizer, lambda dtype, device: random_weights(config, dtype=dtype, device=device, seed=seed)
+    folder = resolve_model(model, revision=revision)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise RequestError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
+            "embeddings; the folder mixes files of different models"
+        )
+    return (
+        config,
+        tokenizer,
+        lambda dtype, device: load_weights(open_checkpoint(folder), config, dtype=dtype, device=device),
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """For "auto" CUDA where there is a GPU. Raises RequestError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -86,7 +106,8 @@ def _choose_ops(backend: str, device: torch.device) -> Ops:
     return TRITON
 
 
-def _choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """For "auto" the checkpoint's on CUDA, float32 on the CPU. Raises RequestError."""
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

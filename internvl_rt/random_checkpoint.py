@@ -1,4 +1,4 @@
-"""Random checkpoints of any model's real shape, in the official format, for benchmarks and tests."""
+"""Random weights of any model's real shape, for benchmarks and tests: as a checkpoint, or straight into memory."""
 
 import json
 import math
@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint import write_tensors
-from internvl_rt.config import KNOWN_MODELS, parse_config
+from internvl_rt.config import KNOWN_MODELS, ModelConfig, parse_config
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.json_section import Section, read_json
+from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
+from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.weights import DIALECTS, FLOATS, Placement, plan_placements
+
+RANDOM_PREFIX = "random:"  # of a model's name, where an engine is to make its weights itself
 
 _ADDED_FROM = 151643  # the official id of the first added token
 _QWEN_SPECIAL = [
@@ -52,9 +56,7 @@ def write_random_checkpoint(
     """
     assert dtype in FLOATS, dtype
     top = _find(model)
-    config = parse_config(top)
-    if config.format != "original":
-        raise ConfigError(f"{top.file} is of the -hf format, expected the original one; give an original config.json")
+    config = _parse(top)
     internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
     plan = plan_placements(config, DIALECTS["internlm2" if internlm2 else "original"])
     folder = Path(folder).resolve()
@@ -79,6 +81,38 @@ def write_random_checkpoint(
         unfinished.replace(folder)
 
 
+def random_config(model: str | Path) -> ModelConfig:
+    """Of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
+    return _parse(_find(model))
+
+
+def random_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The one that `write_random_checkpoint` writes. Raises ConfigError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_tokenizer(Path(scratch), config.decoder.vocab_size)
+        return load_tokenizer(Path(scratch))
+
+
+def random_weights(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> ModelWeights:
+    """Weights made where they are to be, without a file or a copy, distributed as `write_random_checkpoint` says.
+
+    A parameter depends on `seed`, its path, the dtype and the kind of device.
+    """
+    weights = build_weights(config, dtype=dtype, device=device)
+    for path, parameter in named_parameters(weights).items():
+        _fill(parameter, path, f"{seed} {path}")
+    return weights
+
+
+def _parse(top: Section) -> ModelConfig:
+    config = parse_config(top)
+    if config.format != "original":
+        raise ConfigError(f"{top.file} is of the -hf format, expected the original one; give an original config.json")
+    return config
+
+
 def _find(model: str | Path | Mapping[str, Any]) -> Section:
     if isinstance(model, Mapping):
         return Section(Path("config.json"), "", model)
@@ -89,10 +123,14 @@ def _find(model: str | Path | Mapping[str, Any]) -> Section:
 
 
 def _random_tensor(seed: int, name: str, place: Placement, dtype: torch.dtype) -> Tensor:
-    digest = blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    tensor = torch.empty(place.shape, dtype=dtype)
-    match place.parameter.rpartition(".")[2]:
+    return _fill(torch.empty(place.shape, dtype=dtype), place.parameter, f"{seed} {name}")
+
+
+def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
+    """Fills the memory of a parameter, or of some of its rows, with numbers that depend on `key`."""
+    digest = blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest, "little"))
+    match parameter.rpartition(".")[2]:
         case "weight_D":  # of a norm
             return tensor.fill_(1)
         case "scale1_E" | "scale2_E":

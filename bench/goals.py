@@ -1,0 +1,137 @@
+"""The goals that were set for an H200 before anything had run on one, and what a result file says of each."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from document import rows_of
+
+Document = Mapping[str, Any]
+Row = dict[str, Any]
+Measure = Callable[[Document], float | None]
+DEVICE = "H200"
+NORMS = ("layer_norm/*", "rms_norm/*", "add_norm/*")
+LARGE_BYTES = 64e6  # a smaller norm measures the caches and its launch
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`measure` gives the worst of what the goal speaks of, or None where it was not measured."""
+
+    text: str
+    unit: str
+    limit: float
+    at_least: bool
+    measure: Measure
+
+    def verdict(self, document: Document) -> tuple[float | None, str]:
+        """What was measured, if anything, and the word for it."""
+        found = document["environment"]
+        value = self.measure(document) if found["device_kind"] == "cuda" else None
+        if value is None:
+            return None, "not measured"
+        if DEVICE not in found["device"]:
+            return value, "on another device"
+        held = value >= self.limit if self.at_least else value <= self.limit
+        return value, "held" if held else "missed"
+
+
+def matching(
+    document: Document, kind: str, patterns: tuple[str, ...], fields: Mapping[str, object], *, baselines: bool = False
+) -> Iterator[Row]:
+    for row in rows_of(document, kind):
+        named = any(fnmatchcase(str(row.get("name", "")), pattern) for pattern in patterns)
+        if named and ("baseline" in row) == baselines and all(row.get(key) == value for key, value in fields.items()):
+            yield row
+
+
+def least(kind: str, field: str, *patterns: str, scale: float = 1, **fields: object) -> Measure:
+    def measure(document: Document) -> float | None:
+        rows = matching(document, kind, patterns, fields)
+        return min((scale * row[field] for row in rows if field in row), default=None)
+
+    return measure
+
+
+def most(kind: str, field: str, *patterns: str, scale: float = 1, **fields: object) -> Measure:
+    def measure(document: Document) -> float | None:
+        rows = matching(document, kind, patterns, fields)
+        return max((scale * row[field] for row in rows if field in row), default=None)
+
+    return measure
+
+
+def lead(pattern: str) -> Measure:
+    """How many times faster than the fastest of its baselines, in the case where that is least."""
+
+    def measure(document: Document) -> float | None:
+        leads = []
+        for row in matching(document, "kernels", (pattern,), {}):
+            others = matching(document, "kernels", (row["name"],), {}, baselines=True)
+            times = [other["median_us"] for other in others if "median_us" in other and "partial" not in other]
+            best = min(times, default=None)
+            if best is not None and "median_us" in row:
+                leads.append(best / row["median_us"])
+        return min(leads, default=None)
+
+    return measure
+
+
+def _large_norms(document: Document) -> float | None:
+    rows = [row for row in matching(document, "kernels", NORMS, {}) if row.get("bytes", 0) >= LARGE_BYTES]
+    return min((row["roof_percent"] for row in rows if "roof_percent" in row), default=None)
+
+
+def _time_per_token_lead(model: str) -> Measure:
+    def measure(document: Document) -> float | None:
+        rows = [row for row in rows_of(document, "compare_transformers") if row.get("model") == model]
+        times = {row.get("side"): row["per_token_s"] for row in rows if "per_token_s" in row}
+        return times["theirs"] / times["ours"] if {"ours", "theirs"} <= times.keys() else None
+
+    return measure
+
+
+GOALS = (
+    Goal(
+        "ViT attention, 64 channels, 13 tiles", "TFLOP/s", 400, True,
+        least("kernels", "tflops", "vit_attention/vit_300m_13_tiles/bfloat16"),
+    ),
+    Goal(
+        "ViT attention, 128 channels, 13 tiles", "TFLOP/s", 450, True,
+        least("kernels", "tflops", "vit_attention/vit_6b_13_tiles/bfloat16"),
+    ),
+    Goal("ViT attention, 13 tiles, against torch's best SDPA", "x", 1, True, lead("vit_attention/*_13_tiles/bfloat16")),
+    Goal("norms of 64 MB and more, of the measured roof", "%", 88, True, _large_norms),
+    Goal(
+        "InternViT-300M, 13 tiles", "ms", 19, False,
+        most("vision", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, tiles=13),
+    ),
+    Goal(
+        "InternViT-300M, 1 tile", "ms", 1.9, False,
+        most("vision", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, tiles=1),
+    ),
+    Goal(
+        "InternViT-6B, 13 tiles", "ms", 300, False,
+        most("vision", "median_us", "*InternVL3-38B/*/bfloat16", "*InternVL3-78B/*/bfloat16", scale=1e-3, tiles=13),
+    ),
+    Goal(
+        "decode step of the 1B, batch 1, context 2k", "ms", 0.45, False,
+        most("decode", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, batch=1, context_tokens=2048),
+    ),
+    Goal(
+        "decode step of the 8B, batch 1, context 2k", "ms", 4.2, False,
+        most("decode", "median_us", "*InternVL3-8B/*/bfloat16", scale=1e-3, batch=1, context_tokens=2048),
+    ),
+    Goal(
+        "decode attention, 64 sequences of 32k, of the measured roof", "%", 80, True,
+        least("kernels", "roof_percent", "decode_attention/*_64_x_32768/bfloat16"),
+    ),
+    Goal(
+        "prefill of 3,392 tokens on the 8B", "ms", 85, False,
+        most("prefill", "prefill_median_us", "*InternVL3-8B/*/bfloat16", scale=1e-3, prompt_tokens=3392),
+    ),
+    Goal("sampling, 16 rows", "us", 12, False, most("kernels", "median_us", "sample/*_16_rows*/bfloat16")),
+    Goal("time per token of the 1B against transformers", "x", 3, True, _time_per_token_lead("InternVL3-1B")),
+    Goal("time per token of the 8B against transformers", "x", 1.5, True, _time_per_token_lead("InternVL3-8B")),
+)  # fmt: skip

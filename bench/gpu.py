@@ -1,0 +1,251 @@
+"""Everything that a GPU machine is needed for, in one command: is it right, how fast is the device, how fast are we.
+
+    make gpu                                             # builds with the machine's own torch, then runs this
+    python bench/gpu.py [--budget-s 540] [--parts tests,roofline] [--out bench/results]
+    python bench/gpu.py --cpu --out FOLDER               # the same sequence at small settings: shows that it works
+
+Parts run one after the other, each as a process of its own with a share of the time; what one does not use goes to
+those behind it. A part that fails or runs out of time leaves the others alone, but nothing is timed after a failure in
+correctness. The results (`<out>/<device>/<date>.json`, `.md`, `.log`) are written after every part, so a run that is
+killed leaves what it had. The exit code is 0, or 1 if a part failed or correctness is not proven, or 2 where there is
+no CUDA device.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any
+
+from document import DocumentError, check, save
+from parts import ROOT, NotRunError, Output, Part, build_parts, choose
+
+LEAST_S = 5.0  # Python alone needs as much
+GRACE_S = 10.0  # between the request to stop and the end
+MARGIN = 0.8  # of a part's time is its own budget; the rest is for starting Python and loading
+
+
+def environment_of(part: Part, *, cpu: bool) -> dict[str, str]:
+    """What is measured is this checkout, whatever is installed."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **hidden}
+    return {**os.environ, **own, **dict(part.environment)}
+
+
+def run(command: list[str], box_s: float, environment: dict[str, str], log: IO[bytes]) -> Output:
+    """Runs it for at most `box_s`, then asks it to stop as Ctrl-C would, then ends it and its children."""
+    lines: list[str] = []
+
+    def tee(pipe: IO[bytes]) -> None:
+        for line in pipe:
+            log.write(line)
+            log.flush()
+            lines.append(line.decode("utf-8", "replace").rstrip("\n"))
+
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    reader = Thread(target=tee, args=(process.stdout,), daemon=True)
+    reader.start()
+    stopped = False
+    try:
+        process.wait(box_s)
+    except subprocess.TimeoutExpired:
+        stopped = True
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()
+    return Output(lines, process.returncode, stopped)
+
+
+def run_part(part: Part, box_s: float, environment: dict[str, Any], log: IO[bytes], *, cpu: bool) -> dict[str, Any]:
+    """The part's entry in the results; never raises for what the command did."""
+    if not part.command:
+        return {"status": "not run", "reason": part.absent}
+    command = [word.replace("{budget_s}", f"{MARGIN * box_s:.0f}") for word in part.command]
+    shown = shlex.join(["python" if word == sys.executable else word for word in command])
+    log.write(f"\n=== {part.name}: {shown}\n".encode())
+    log.flush()
+    start = time.monotonic()
+    output = run(command, box_s, environment_of(part, cpu=cpu), log)
+    entry: dict[str, Any] = {"command": shown, "box_s": round(box_s, 1), "wall_s": round(time.monotonic() - start, 1)}
+    entry["exit_code"] = output.exit_code
+    problem = ""
+    try:
+        entry["document"] = check(part.read(output, environment, shown), {"$ref": "#/$defs/document"})
+    except NotRunError as error:
+        return {"status": "not run", "reason": str(error), **entry}
+    except DocumentError as error:
+        problem = f"its last line is no result: {error}"
+    counts = [row.get(key, 0) for row in entry.get("document", {}).get("rows", []) for key in BAD]
+    if any(counts):
+        return {"status": "failed", "reason": ", ".join(_bad(entry["document"]["rows"])), **entry}
+    if output.stopped:
+        return {"status": "stopped", "reason": f"its time was up; {problem or 'what it had is here'}", **entry}
+    wrong = [str(row["name"]) for row in entry.get("document", {}).get("rows", []) if "problem" in row]
+    if wrong:
+        return {"status": "failed", "reason": f"{len(wrong)} wrong or failing, {wrong[0]} the first", **entry}
+    if output.exit_code != 0:
+        return {"status": "failed", "reason": f"exit code {output.exit_code}" + (problem and f"; {problem}"), **entry}
+    return {"status": "failed", "reason": problem, **entry} if problem else {"status": "done", **entry}
+
+
+BAD = ("failed", "errors", "memory_errors")  # what a row of tests counts that must be 0
+
+
+def _bad(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row[key]} {key.replace('_', ' ')}" for row in rows for key in BAD if row.get(key)]
+
+
+class Run:
+    """One run's results, on disk after every part."""
+
+    def __init__(self, parts: tuple[Part, ...], chosen: set[str], budget_s: float, *, cpu: bool) -> None:
+        self.parts, self.chosen, self.budget_s, self.cpu = parts, chosen, budget_s, cpu
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.environment: dict[str, Any] = {}
+        self.path: Path | None = None
+
+    def run(self, out: Path) -> None:
+        """All parts; raises SystemExit where there is nothing to run on."""
+        end = time.monotonic() + self.budget_s
+        draft = out / f"running-{os.getpid()}.log"
+        out.mkdir(parents=True, exist_ok=True)
+        with draft.open("ab") as log:
+            for index, part in enumerate(self.parts):
+                why = self._why_not(part) or (end - time.monotonic() < LEAST_S and "no time was left") or ""
+                if why:
+                    self.entries[part.name] = {"status": "not run", "reason": why}
+                else:
+                    shares = sum(each.share for each in self.parts[index:] if each.name in self.chosen and each.command)
+                    box_s = (end - time.monotonic()) * part.share / max(shares, part.share)
+                    if part.command:
+                        print(f"{part.name}: at most {box_s:.0f} s", flush=True)
+                    self.entries[part.name] = run_part(part, box_s, self.environment, log, cpu=self.cpu)
+                entry = self.entries[part.name]
+                self._say(part, entry)
+                if part.name == "build":
+                    self._place(out, entry, draft)
+                self.write()
+
+    def exit_code(self) -> int:
+        unproven = {part.name for part in self.parts if part.proves and self.entries[part.name]["status"] == "stopped"}
+        failed = [name for name, entry in self.entries.items() if entry["status"] == "failed" or name in unproven]
+        return int(bool(failed))
+
+    def write(self, *, plots: bool = False) -> None:
+        """The document, and the page of it by a process of its own: whatever happens there, the numbers are safe."""
+        if self.path is None:
+            return
+        whole = {"schema": 1, "environment": self.environment, "budget_s": self.budget_s, "parts": self.entries}
+        save(whole, self.path)
+        command = [sys.executable, str(Path(__file__).parent / "report.py"), str(self.path)]
+        subprocess.run(command if plots else [*command, "--no-plots"], check=False, stdout=subprocess.DEVNULL)
+
+    def _why_not(self, part: Part) -> str:
+        if part.name not in self.chosen:
+            return "not asked for"
+        broken = [name for name in self._correctness() if self.entries[name]["status"] == "failed"]
+        return f"correctness failed in {broken[0]}" if broken and not part.proves else ""
+
+    def _correctness(self) -> list[str]:
+        return [part.name for part in self.parts if part.proves and part.name in self.entries]
+
+    def _place(self, out: Path, entry: dict[str, Any], draft: Path) -> None:
+        if entry["status"] != "done":
+            print(draft.read_text(encoding="utf-8", errors="replace")[-4000:])
+            raise SystemExit(f"the package cannot be used here: {entry['reason']}; the log is {draft}")
+        self.environment = entry["document"]["environment"]
+        if self.environment["device_kind"] != "cuda" and not self.cpu:
+            draft.unlink()
+            print(
+                "error: no CUDA device: expected a machine where torch.cuda.is_available() is true, got a CPU;"
+                " to see that everything runs, without results: python bench/gpu.py --cpu --out FOLDER",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
+        slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
+        self.path = out / slug / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft.rename(self.path.with_suffix(".log"))  # the open file moves along
+
+    @staticmethod
+    def _say(part: Part, entry: dict[str, Any]) -> None:
+        took = f", {entry['wall_s']:.0f} s" if "wall_s" in entry else ""
+        print(f"{part.name}: {entry['status']}{took}{': ' * ('reason' in entry)}{entry.get('reason', '')}", flush=True)
+
+
+def check_build() -> None:
+    """The part `build`: everything imports, the compiled part too, and the device computes."""
+    import torch
+    from timing import result_document
+
+    import internvl_rt._C
+    import internvl_rt.engine
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(64, 64, device=device)
+    row: dict[str, str | float] = {
+        "rms_of_a_product": float((x @ x).square().mean().sqrt()),
+        "compiled": internvl_rt._C.__file__ or "",
+    }
+    print(json.dumps(result_document("build", [row], device)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget-s", type=float, default=540, help="for everything (default: %(default)s)")
+    parser.add_argument("--parts", default="", help="groups or names, separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results)")
+    parser.add_argument("--cpu", action="store_true", help="small settings on the CPU; needs --out")
+    parser.add_argument("--select", help="of the kernels' contract only the tests that pytest's -k takes")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.check:
+        check_build()
+        return 0
+    if args.cpu and args.out is None:
+        parser.error("--cpu: expected --out FOLDER as well, because bench/results is for measurements")
+    if args.budget_s <= 0:
+        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
+    select = args.select or ("rms_norm or swiglu" if args.cpu else None)
+    parts = build_parts(cpu=args.cpu, select=select)
+    try:
+        chosen = choose(parts, [name for name in args.parts.split(",") if name])
+    except ValueError as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
+    run = Run(parts, chosen, args.budget_s, cpu=args.cpu)
+    try:
+        run.run(args.out or Path(__file__).parent / "results")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        run.write(plots=True)
+    assert run.path
+    page = run.path.with_suffix(".md")
+    if page.exists():
+        print("\n" + page.read_text(encoding="utf-8").partition("## Machine")[0] + str(page))
+    return run.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

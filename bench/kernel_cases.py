@@ -1,0 +1,241 @@
+"""Which kernels are measured, at which sizes and in which order, on which inputs, and whether they are right."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from internvl_rt.kernels.gemv import MODELS, build_gemv_workspace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.specs import discover_specs
+
+DECODE_ROWS, PREFILL_ROWS = 64, 3392  # rows of a large decode step, and of the prompt of 13 tiles
+ROTATED_BYTES = 256 * 2**20  # sets of inputs together: at least twice the L2 of any GPU
+MAX_SETS = 64
+MAX_SET_BYTES = 4 * 2**30  # of all sets, where each holds much that the operation does not read
+DOUBLE_BYTES = 2**30  # larger inputs are compared in float32: in float64 they would take too long and too much memory
+TAIL = 8  # deviations that one element of many millions may be away
+POISON = 0x5A
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An operation at a size and in a dtype."""
+
+    spec: KernelSpec
+    case: Case
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name}/{self.case.name}/{dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How far a result is from the reference; `problem` is empty where that is near enough."""
+
+    rms_error: float
+    problem: str = ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
+    """Most important first. Real sizes on a GPU; elsewhere the small cases of tests. `quick`: one of each operation."""
+    specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
+    real = device.type == "cuda"
+    works = [work for spec in specs.values() for work in (real_work(spec) if real else small_work(spec))]
+    works.sort(key=importance if real else lambda work: work.spec.name)  # the sort is stable
+    if not quick:
+        return works
+    best = (lambda work: -importance(work)) if real else (lambda work: work.spec.cost(work.case, work.dtype).bytes)
+    return [max((work for work in works if work.spec is spec), key=best) for spec in specs.values()]
+
+
+def real_work(spec: KernelSpec) -> list[Work]:
+    preferred = torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
+    cases = (*spec.model_cases, *engine_products()) if spec.name == "gemm_epilogue" else spec.model_cases
+    return [Work(spec, case, preferred) for case in cases]
+
+
+def small_work(spec: KernelSpec) -> list[Work]:
+    """The small cases that have something to do."""
+    preferred = torch.float32 if torch.float32 in spec.tolerances else next(iter(spec.tolerances))
+    works = [Work(spec, case, preferred) for case in spec.test_cases]
+    return [work for work in works if not _is_empty(work)]
+
+
+def _is_empty(work: Work) -> bool:
+    inputs = make_meta_inputs(work)
+    return any(
+        isinstance(value, Tensor) and value.numel() == 0 for name, value in inputs.items() if "listed" not in name
+    )
+
+
+def engine_products() -> Iterator[Case]:
+    """What the engine leaves to `gemm_epilogue` besides: in a tower the products before `add_norm`; in a decoder those
+    of a prompt, and of a step of more rows than `gemv` takes."""
+    for tower, width, mlp in (("300m", 1024, 4096), ("6b", 3200, 12800)):
+        for tiles in (1, 4, 13):
+            for name, k in (("out", width), ("fc2", mlp)):
+                sizes = {"R": 1025 * tiles, "N": width, "K": k, "epilogue": "none", "bias": False}
+                yield Case(f"{tower}_{name}_alone_{tiles}_tiles", sizes)
+    for model, (width, mlp, heads, groups, channels, vocabulary) in MODELS.items():
+        plain: dict[str, Any] = {"epilogue": "none", "bias": False}
+        residual = {"epilogue": "residual", "bias": False, "scale": False}
+        for rows in (DECODE_ROWS, PREFILL_ROWS):
+            products: list[tuple[str, int, int, dict[str, Any]]] = [
+                ("qkv", (heads + 2 * groups) * channels, width, {**plain, "bias": model != "9b"}),
+                ("o", width, heads * channels, residual),
+                ("gate_up", 2 * mlp, width, plain),
+                ("down", width, mlp, residual),
+            ]
+            if rows == DECODE_ROWS:  # of a prompt, one row is needed
+                products.append(("lm_head", vocabulary, width, plain))
+            for name, n, k, how in products:
+                yield Case(f"{model}_{name}_{rows}_rows", {"R": rows, "N": n, "K": k, **how})
+
+
+def importance(work: Work) -> int:
+    """Smaller comes first, so that a limit of time cuts off what matters least."""
+    op, case = work.spec.name, work.case
+    named = case.name.split("_")
+    first_models = bool({"1b", "8b"} & set(named)) or case.sizes.get("D", case.sizes.get("F")) in (
+        896,
+        3584,
+        4864,
+        18944,
+    )
+    vision = any(part in case.name for part in ("vit_300m", "300m_", "projector_300m", "photo_12"))
+    tiled = case.name.endswith(("wide", "square", "low", "pointers"))  # plans that nobody chose yet: tune.py's business
+    if op in ("gemv", "gemv_qkv", "decode_attention") and first_models:
+        batch = case.sizes.get("R", len(case.sizes.get("seq_lens", ())))
+        context = max(case.sizes.get("seq_lens", (0,)))
+        return 0 if batch == 1 and context <= 2048 else 1 if batch <= 8 else 4
+    if op == "sample" and case.name in ("vocab_151674_1_rows", "vocab_151674_16_rows"):
+        return 1
+    if vision and "13" in named and not tiled:
+        return 2
+    if first_models and not tiled and (op == "prefill_attention" or str(PREFILL_ROWS) in named):
+        return 3
+    if (vision or first_models or {"6b", "13"} <= set(named)) and not tiled:
+        return 4
+    return 6 if tiled else 5
+
+
+def make_meta_inputs(work: Work) -> dict[str, Any]:
+    return work.spec.make_inputs(work.case, work.dtype, torch.device("meta"))
+
+
+def make_rotated_inputs(work: Work, device: torch.device) -> list[dict[str, Any]]:
+    """Sets of random inputs; on a GPU so many that one after the other finds nothing of its own in the L2."""
+    torch.manual_seed(0)
+    first = work.spec.make_inputs(work.case, work.dtype, device)
+    if device.type != "cuda":
+        return [first]
+    touched = max(1, work.spec.cost(work.case, work.dtype).bytes)
+    held = max(1, sum(value.nbytes for value in first.values() if isinstance(value, Tensor)))
+    count = min(MAX_SETS, -(-ROTATED_BYTES // touched), max(1, MAX_SET_BYTES // held))
+    return [first, *(work.spec.make_inputs(work.case, work.dtype, device) for _ in range(count - 1))]
+
+
+@cache
+def _gemv_workspace(device: torch.device) -> Any:
+    return build_gemv_workspace(device)
+
+
+def given_by_engine(spec: KernelSpec, inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the engine keeps between launches, and a launcher without it would make every time."""
+    if device.type != "cuda":
+        return {}
+    if spec.name in ("gemv", "gemv_qkv"):
+        return {"workspace": _gemv_workspace(device)}
+    if spec.name == "decode_attention":
+        shape = len(inputs["q_SHC"]), inputs["k_cache_BGPC"].shape[1]
+        return {"counters_SG": torch.zeros(shape, dtype=torch.int32, device=device)}
+    return {}
+
+
+def build_launch(work: Work, inputs: dict[str, Any], out: Tensor | None, device: torch.device) -> partial[Any]:
+    """A call of the kernel as the engine makes it."""
+    given = given_by_engine(work.spec, inputs, device)
+    return partial(work.spec.launcher, **{**inputs, **given}, **({} if out is None else {"out": out}))
+
+
+def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The result in high precision, and what the operation writes in place; `inputs` stay as they are."""
+    held = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+    wide = torch.float64 if held <= DOUBLE_BYTES else torch.float32
+
+    def prepared(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype == work.dtype and value.is_floating_point():
+            return value.to(wide, copy=True)
+        return value.clone() if name in work.spec.in_place else value
+
+    copies = {name: prepared(name, value) for name, value in inputs.items()}
+    expected: Tensor | None = work.spec.reference(**copies)
+    return expected, {name: copies[name] for name in work.spec.in_place}
+
+
+def poisoned_like(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a kernel's result goes: what it leaves out shows."""
+    if expected.dtype.is_floating_point:
+        return torch.full(expected.shape, math.nan, dtype=dtype, device=expected.device)
+    return torch.full(expected.shape, POISON, dtype=expected.dtype, device=expected.device)
+
+
+def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tuple[Verdict, Tensor | None]:
+    """The kernel against its reference, once, and the reference's result. `inputs` are given back as they were."""
+    expected, expected_in_place = run_reference(work, inputs)
+    before = {name: inputs[name].clone() for name in work.spec.in_place}
+    out = None if expected is None else poisoned_like(expected, work.dtype)
+    build_launch(work, inputs, out, device)()
+    pairs = [(name, inputs[name], expected_in_place[name]) for name in work.spec.in_place]
+    if out is not None and expected is not None:
+        pairs.insert(0, ("the result", out, expected))
+    tolerance = work.spec.tolerances[work.dtype]
+    verdicts = [compare(name, y, want, tolerance, exact=work.spec.exact) for name, y, want in pairs]
+    for name, value in before.items():
+        inputs[name].copy_(value)
+    return next((verdict for verdict in verdicts if verdict.problem), verdicts[0]), expected
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Of the root mean square, of any dtypes."""
+    wide = expected.dtype if expected.dtype.is_floating_point else torch.float32
+    return float((actual.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
+
+
+def compare(name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance, *, exact: bool = False) -> Verdict:
+    """By the operation's tolerance, integers exactly; NaN and infinity never pass.
+
+    The tolerance for single elements was set on small cases. Real ones have 10^8 elements and longer sums, so an
+    element may besides be off by TAIL times the root mean square that is allowed on average.
+    """
+    if exact or not expected.dtype.is_floating_point:
+        wanted = expected.to(actual.dtype)
+        num_wrong = int((actual != wanted).sum())
+        return Verdict(0.0 if not num_wrong else math.inf, f"{name}: {num_wrong} elements differ" if num_wrong else "")
+    error = (actual.to(expected.dtype) - expected).abs_()
+    norm = float(expected.norm())
+    rms_error = float(error.norm()) / max(norm, 1e-30)
+    slack = tolerance.atol + TAIL * tolerance.rms * norm / max(1, expected.numel()) ** 0.5
+    worst = float(error.sub_(tolerance.rtol * expected.abs()).max()) - slack
+    if not math.isfinite(rms_error) or not math.isfinite(worst):
+        return Verdict(math.inf, f"{name}: not finite where the reference is")
+    if rms_error > tolerance.rms:
+        return Verdict(rms_error, f"{name}: rms error {rms_error:.2g}, at most {tolerance.rms:.2g} expected")
+    if worst > 0:
+        return Verdict(rms_error, f"{name}: an element is off by {worst:.2g} more than the tolerance")
+    return Verdict(rms_error)

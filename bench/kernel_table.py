@@ -1,0 +1,301 @@
+"""Every kernel at real sizes: time, rates, share of the measured roof, and what a user would run instead.
+
+    python bench/kernel_table.py [--only OP]... [--budget-s 240] [--quick] [--json FILE] [--device cpu]
+
+The roof is measured in the same run: the time that the bytes take at the rate of a large copy, or the operations at
+that of a large product, whichever is longer. An operation that hardly writes can be somewhat faster than a copy, and so
+pass 100 %. `copy us` is what a copy of as many bytes took: what comes near it waits for latency, not for bandwidth.
+
+Each kernel is compared with its reference before it is timed. One that is wrong, or fails, has a row without a time,
+and the exit code is 1. The most important cases come first; those that the time does not reach are named.
+
+Without a GPU the references run, on small cases: that shows that the bench works, and says nothing about kernels. They
+are checked too where TRITON_INTERPRET=1 lets them run.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from kernel_baselines import Alternative, alternatives, forget_compiled
+from kernel_cases import (
+    Work,
+    build_launch,
+    check_kernel,
+    dtype_name,
+    make_rotated_inputs,
+    plan_work,
+    poisoned_like,
+    relative_error,
+)
+from roofline import measure_roofline
+from timing import Timing, result_document, time_variants
+
+from internvl_rt.kernels._contract import Cost
+from support.specs import discover_specs
+
+Row = dict[str, Any]
+BUDGET_S = {"cuda": 0.06, "cpu": 0.02}  # of a variant's samples
+SLOW_START_S = 25.0  # that one alternative may take to compile
+SLOW_START_SHARE = 0.25  # of the budget, for all of them
+NEAR = 0.05  # relative RMS difference: enough to see that an alternative computes the same thing
+PARTIAL = "cublas alone"  # does less than the kernel
+TIMED = "what is asked for"  # to the timer, which may have to name it
+
+
+@dataclass(slots=True)
+class Limits:
+    """When to stop, and how much may still be spent on compiling alternatives."""
+
+    end: float  # by time.monotonic()
+    slow_start_s: float
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.end
+
+
+@dataclass(slots=True)
+class Table:
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    num_problems: int = 0
+
+
+def roof_us(cost: Cost, dtype: torch.dtype, roofline: Mapping[str, Any]) -> tuple[float, str]:
+    """The least time, and what limits it."""
+    by_bytes = cost.bytes / max(roofline["copy_gb_s"].values()) / 1e3
+    rate = roofline["tflops"].get(dtype_name(dtype))
+    by_flops = cost.flops / rate / 1e6 if rate else 0.0
+    return (by_flops, "compute") if by_flops > by_bytes else (by_bytes, "bandwidth")
+
+
+def copy_us(num_bytes: int, roofline: Mapping[str, Any]) -> float:
+    """What a copy that moves so many bytes takes, by those that were measured."""
+    sizes = sorted((int(size), rate) for size, rate in roofline["copy_gb_s"].items())
+    largest, rate = sizes[-1]
+    if num_bytes >= largest:
+        return num_bytes / rate / 1e3
+    return float(np.interp(num_bytes, [size for size, _ in sizes], [size / each / 1e3 for size, each in sizes]))
+
+
+def build_row(work: Work, timing: Timing, roofline: Mapping[str, Any], **more: Any) -> Row:
+    cost = work.spec.cost(work.case, work.dtype)
+    roof, kind = roof_us(cost, work.dtype, roofline)
+    row: Row = {
+        "name": work.name,
+        "median_us": timing.median_us,
+        "low_us": timing.low_us,
+        "high_us": timing.high_us,
+        "num_samples": timing.num_samples,
+        "graphed": timing.graphed,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "gb_s": cost.bytes / timing.median_us / 1e3,
+        "tflops": cost.flops / timing.median_us / 1e6,
+        "roof_us": roof,
+        "roof_percent": 100 * roof / timing.median_us,
+        "roof_kind": kind,
+        "copy_us": copy_us(cost.bytes, roofline),
+    }
+    if timing.sm_clock_mhz is not None:
+        row["sm_clock_mhz"] = timing.sm_clock_mhz
+    return row | more
+
+
+def measure_reference(work: Work, device: torch.device, roofline: Mapping[str, Any]) -> list[Row]:
+    """Without a GPU; the kernel itself is checked if Triton interprets it, and never timed."""
+    inputs = make_rotated_inputs(work, device)[0]
+    more: Row = {"baseline": "reference"}
+    if triton.knobs.runtime.interpret:
+        verdict, _ = check_kernel(work, inputs, device)
+        if verdict.problem:
+            return [{"name": work.name, "problem": f"wrong: {verdict.problem}"}]
+        more["rms_error"] = verdict.rms_error
+    timing = time_variants({TIMED: partial(work.spec.reference, **inputs)}, device, budget_s=BUDGET_S["cpu"])[TIMED]
+    return [build_row(work, timing, roofline, **more)]
+
+
+def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> list[Row]:
+    """A row of the kernel, then one of each alternative that takes these inputs and computes the same."""
+    sets = make_rotated_inputs(work, device)
+    verdict, expected = check_kernel(work, sets[0], device)
+    if verdict.problem:
+        return [{"name": work.name, "problem": f"wrong: {verdict.problem}"}]
+    outs = [None if expected is None else poisoned_like(expected, work.dtype) for _ in sets]
+    variants: dict[str, list[Callable[[], Any]]] = {
+        TIMED: [build_launch(work, inputs, out, device) for inputs, out in zip(sets, outs, strict=True)]
+    }
+    before = {name: sets[0][name].clone() for name in work.spec.in_place}
+    for alternative in alternatives(work.spec.name):
+        try:
+            variants[alternative.name] = prepare_alternative(alternative, sets, expected, limits)
+        except Exception as error:  # of any library; what cannot be run is absent, and this says why
+            print(f"  {work.name}: not {alternative.name}: {first_line(error)}", file=sys.stderr)
+        for name, value in before.items():
+            sets[0][name].copy_(value)
+    del expected, before
+    timings = time_variants(variants, device, budget_s=BUDGET_S["cuda"] * len(variants))
+    rows = [build_row(work, timings.pop(TIMED), roofline, rms_error=verdict.rms_error)]
+    for name, timing in timings.items():
+        rows.append(build_row(work, timing, roofline, baseline=name, **{"partial": True} if name == PARTIAL else {}))
+    return rows
+
+
+def prepare_alternative(
+    alternative: Alternative, sets: list[dict[str, Any]], expected: torch.Tensor | None, limits: Limits
+) -> list[Callable[[], Any]]:
+    """Its call for each set of inputs; raises what it raises, ValueError where it computes something else."""
+    start = time.monotonic()
+    if alternative.slow_start and limits.slow_start_s <= 0:
+        raise TimeoutError("no time is left for compiling")
+    try:
+        with time_limit(SLOW_START_S if alternative.slow_start else 0):
+            if alternative.slow_start:
+                forget_compiled()
+            run, as_reference = alternative.prepare(sets[0])
+            result = run()
+    finally:
+        if alternative.slow_start:
+            limits.slow_start_s -= time.monotonic() - start
+    if expected is not None and as_reference is not None:
+        error = relative_error(as_reference(result), expected)
+        if not error <= NEAR:
+            raise ValueError(f"its result differs by {error:.2g}")
+    return [run, *(alternative.prepare(inputs)[0] for inputs in sets[1:])]
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, as soon as Python runs again; 0: no limit."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def measure_all(works: Sequence[Work], device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> Table:
+    """Until the time is up, or Ctrl-C; what was measured by then is kept."""
+    table = Table()
+    try:
+        for work in works:
+            if limits.is_over:
+                break
+            rows = measure(work, device, roofline, limits)
+            table.rows += rows
+            table.num_problems += sum("problem" in row for row in rows)
+            if rows:
+                print(render(rows), flush=True)
+            if device.type == "cuda" and not is_alive(device):
+                print("the device takes no more work: what is left is left out", file=sys.stderr)
+                break
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    measured = {row["name"] for row in table.rows}
+    table.left_out = [work.name for work in works if work.name not in measured]
+    return table
+
+
+def measure(work: Work, device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> list[Row]:
+    """Never raises for what a kernel does: the others are to be measured all the same. No rows: it does not fit."""
+    try:
+        with torch.inference_mode():
+            if device.type == "cuda":
+                return measure_kernel(work, device, roofline, limits)
+            return measure_reference(work, device, roofline)
+    except torch.OutOfMemoryError as error:
+        print(f"  {work.name}: left out: {first_line(error)}", file=sys.stderr)
+        return []
+    except Exception as error:
+        return [{"name": work.name, "problem": f"failed: {first_line(error)}"}]
+
+
+def is_alive(device: torch.device) -> bool:
+    """After an illegal access, every further call fails."""
+    try:
+        torch.cuda.synchronize(device)
+        if torch.cuda.memory_reserved(device) > torch.cuda.get_device_properties(device).total_memory // 2:
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+HEAD = (
+    f"{'operation/case/dtype':<58} {'us':>9} {'low':>9} {'high':>9} {'GB/s':>7} {'TFLOP/s':>8} {'roof':>6}"
+    f" {'copy us':>8}  alternatives, and how many times as long"
+)
+
+
+def render(rows: Sequence[Row]) -> str:
+    """A line of a case."""
+    first, *others = rows
+    if "problem" in first:
+        return f"{first['name']:<58} {first['problem']}"
+    times = "  ".join(f"{row['baseline']} {row['median_us'] / first['median_us']:.2f}" for row in others)
+    what = f"({first['baseline']}) " if "baseline" in first else ""
+    return (
+        f"{first['name']:<58} {first['median_us']:9.2f} {first['low_us']:9.2f} {first['high_us']:9.2f}"
+        f" {first['gb_s']:7.0f} {first['tflops']:8.2f} {first['roof_percent']:5.1f}% {first['copy_us']:8.2f}"
+        f"  {what}{times}"
+    )
+
+
+def furthest(rows: Sequence[Row]) -> str:
+    """Where most is to be gained."""
+    own = [row for row in rows if "roof_percent" in row and "baseline" not in row]
+    if not own:
+        return "no kernel was timed"
+    row = min(own, key=lambda each: each["roof_percent"])
+    return f"furthest from its roof ({row['roof_kind']}): {row['name']}, {row['roof_percent']:.1f}%"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], choices=sorted(discover_specs()), metavar="OP")
+    parser.add_argument("--budget-s", type=float, default=240, help="for everything (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one case of each operation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.budget_s <= 0:
+        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
+    limits = Limits(time.monotonic() + args.budget_s, 0 if args.quick else SLOW_START_SHARE * args.budget_s)
+    roofline = measure_roofline(args.device, quick=True)
+    print(HEAD)
+    table = measure_all(plan_work(args.device, args.only, quick=args.quick), args.device, roofline, limits)
+    print(furthest(table.rows))
+    if table.left_out:
+        print(f"left out, {len(table.left_out)}, for want of time or memory: {', '.join(table.left_out)}")
+    document = result_document("kernels", table.rows, args.device) | {"left_out": table.left_out}
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(json.dumps(document, allow_nan=False))
+    return int(table.num_problems > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Runs one bench: the model's static card, the sweep, and the record of it as the last line."""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from internvl_rt.bench import decode, prefill, serve, vision
+from internvl_rt.bench.record import Column, Pace, Record, peak, table
+from internvl_rt.card import model_card, render_card
+from internvl_rt.checkpoint import find_config
+from internvl_rt.config import ModelConfig
+from internvl_rt.engine import Engine
+from internvl_rt.kv_cache import kv_bytes_per_token
+from internvl_rt.loading import choose_device, choose_dtype
+from internvl_rt.options import EngineOptions
+from internvl_rt.random_checkpoint import RANDOM_PREFIX, random_config
+from internvl_rt.work import data_sheet_roof, decoder_work, roof_of, vision_work
+
+PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "vision": vision.COLUMNS,
+    "prefill": prefill.COLUMNS,
+    "decode": decode.COLUMNS,
+    "serve": serve.COLUMNS,
+}
+SHEET = "NVIDIA H200"  # whose floors are computed where this device's data sheet is not known
+
+
+def run(args: argparse.Namespace) -> int:
+    """Arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt."""
+    device = choose_device(args.device)
+    if args.model.startswith(RANDOM_PREFIX):
+        config, name = random_config(args.model.removeprefix(RANDOM_PREFIX)), args.model
+    else:
+        config, name = find_config(args.model)
+    dtype = choose_dtype(args.dtype, config, device)
+    kind = str(dtype).removeprefix("torch.")
+    card = model_card(config, name)
+    print(render_card(card), flush=True)
+    print_floors(args.part, config, dtype, device)
+    prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
+    record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part])
+    with record:
+        start_s = time.perf_counter()
+        options = _engine_options(args, config)
+        with Engine.from_pretrained(
+            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **options
+        ) as engine:
+            load_s = time.perf_counter() - start_s
+            table({"loaded in": f"{load_s:.1f} s"})
+            record.note(
+                "load",
+                {
+                    "model": name,
+                    "dtype": kind,
+                    "load_s": load_s,
+                    "weight_bytes": engine.memory.weight_bytes,
+                    "kv_bytes_per_token": kv_bytes_per_token(config.decoder, dtype),
+                    "kv_cache_bytes": engine.memory.cache_bytes,
+                    "tokens_per_tile": config.tokens_per_tile,
+                    **peak(device),
+                },
+            )
+            _sweep(args, engine, record)
+    return 0
+
+
+def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """The least time that the work of some passes takes: computed, not measured."""
+    roof = roof_of(device, dtype) or data_sheet_roof(SHEET, dtype)
+    assert roof is not None, "its data sheet is known"
+    decoder = config.decoder
+
+    def decode_ms(batch: int, context: int) -> float:
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [1] * batch, [context] * batch, batch))
+
+    def prefill_ms(num_tokens: int) -> float:
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [num_tokens], [num_tokens], 1))
+
+    found = {
+        "vision": [(f"{n} tiles", 1e3 * roof.floor_s(vision_work(config, dtype, n))) for n in (1, 7, 13)],
+        "prefill": [(f"{n:,} tokens", prefill_ms(n)) for n in (128, 2048, 8192)],
+        "decode": [(f"batch {n}, {c:,} tokens", decode_ms(n, c)) for n, c in ((1, 2048), (64, 2048), (1, 32000))],
+    }
+    rows = {"floors": f"computed from {roof.name}"}
+    for name in found if part == "serve" else [part]:
+        rows[f"  {name}"] = ", ".join(f"{case}: {floor_ms:.3g} ms" for case, floor_ms in found[name])
+    table(rows)
+
+
+def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """What each bench needs room for; what would be reused is not kept, but where reuse is measured."""
+    window = config.decoder.max_position
+    if args.part == "serve":
+        return {"max_num_seqs": args.max_num_seqs}
+    alone: dict[str, Any] = {"prefix_cache": False, "visual_cache_bytes": 0, "max_num_seqs": 1}
+    if args.part == "vision":
+        return alone | {"max_model_len": min(window, 1024)}
+    if args.part == "prefill":
+        lengths = [num for _, num, _ in prefill.prompt_lengths(args.tokens, args.tiles, config.tokens_per_tile)]
+        return alone | {"max_model_len": min(window, 1 + max(lengths))}
+    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().max_tokens_per_step, window)
+    return alone | {"max_num_seqs": max(args.batch), "max_model_len": length}
+
+
+def _decode_cases(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The short contexts first: they take the least time."""
+    return [(batch, context) for context in sorted(args.context) for batch in args.batch]
+
+
+def _sweep(args: argparse.Namespace, engine: Engine, record: Record) -> None:
+    pace = QUICK_PACE if args.quick else PACE
+    match args.part:
+        case "vision":
+            vision.sweep_vision(engine, record, args.tiles, pace, args.seed)
+        case "prefill":
+            prefill.sweep_prefill(engine, record, args.tokens, args.tiles, pace, args.seed)
+        case "decode":
+            decode.sweep_decode(engine, record, _decode_cases(args), args.tokens, args.seed)
+        case _:
+            serve.sweep_serve(engine, record, args.rates, args.seconds, args.seed)

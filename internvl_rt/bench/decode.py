@@ -1,0 +1,127 @@
+"""`internvl-rt bench decode`: the time of a step in which every sequence gets one token.
+
+Measured from step to step on the host, as whoever waits for the tokens sees it. Each sequence has a prompt of its own
+that was really computed, so that no keys and values are shared and none are constant.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from internvl_rt.answer import Request
+from internvl_rt.bench.prompts import Prompter
+from internvl_rt.bench.record import Column, Record, peak, reset_peak, shares, spread
+from internvl_rt.engine import Engine
+from internvl_rt.sampling_params import SamplingParams
+from internvl_rt.work import Work, decoder_work
+
+COLUMNS = (
+    Column("ms/token", "median_us", 1e-3),
+    Column("p90 ms", "high_us", 1e-3),
+    Column("p99 ms", "p99_us", 1e-3),
+    Column("tokens/s", "tokens_per_s"),
+    Column("GB/s", "gb_s"),
+    Column("% of bandwidth", "sheet_bandwidth_percent"),
+    Column("GB peak", "peak_memory_bytes", 1e-9),
+)
+WARM_STEPS = 4
+
+
+def room_for(batch: int, context: int, num_steps: int, max_tokens_per_step: int) -> int:
+    """Tokens that a sequence may draw before the last step that is timed.
+
+    Those whose prompts are computed first go on drawing while the others' are: one token a step, and a step of prompts
+    is at least half full.
+    """
+    return num_steps + WARM_STEPS + 4 + 2 * -(-batch * context // max_tokens_per_step)
+
+
+def longest(cases: Iterable[tuple[int, int]], num_steps: int, max_tokens_per_step: int, window: int) -> int:
+    """What `max_model_len` has to be for the cases (batch, context), as far as the window allows them."""
+    lengths = [context + room_for(batch, context, num_steps, max_tokens_per_step) for batch, context in cases]
+    return max((length for length in lengths if length <= window), default=window)
+
+
+def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]], num_steps: int, seed: int) -> None:
+    """cases: batch and context, the tokens of each sequence when the first one is drawn."""
+    prompter = Prompter(engine, seed)
+    blocks, block_size = engine.cache.blocks.num_blocks, engine.cache.block_size
+    for batch, context in cases:
+        case = f"{batch}x{context}"
+        length = context + room_for(batch, context, num_steps, engine.options.max_tokens_per_step)
+        if length > engine.max_model_len:
+            record.leave_out(case, f"{length} tokens are more than a sequence may have, {engine.max_model_len}")
+            continue
+        if (needed := batch * -(-length // block_size)) > blocks:
+            record.leave_out(case, f"needs {needed} blocks of KV cache, but {blocks} fit the memory")
+            continue
+        if not record.may_start(case):
+            continue
+        reset_peak(engine.device)
+        try:
+            seconds, work = _time_steps(engine, record, batch, context, num_steps, prompter)
+        except _NoTimeError:
+            record.leave_out(case, "the budget was spent while its prompts were computed")
+            continue
+        mean_s = sum(seconds) / len(seconds)
+        record.add(
+            case,
+            {
+                "measures": "time per token",
+                "batch": batch,
+                "context_tokens": context,
+                **spread(seconds),
+                "num_samples": len(seconds),
+                "tokens_per_s": batch / mean_s,
+                **shares(work, float(np.median(seconds)), engine.roof),
+                **peak(engine.device),
+            },
+        )
+
+
+class _NoTimeError(Exception):
+    pass
+
+
+def _time_steps(
+    engine: Engine, record: Record, batch: int, context: int, num_steps: int, prompter: Prompter
+) -> tuple[list[float], Work]:
+    """Seconds of each step, and the work of the one in the middle."""
+    params = SamplingParams(max_tokens=engine.max_model_len, ignore_eos=True)  # cut to the room
+    requests = [engine.build_request(prompter.prompt(context), params) for _ in range(batch)]
+    loop, last = engine._loop, requests[-1]
+    try:
+        for request in requests:
+            loop.submit(request)
+        while not all(request.first_token_s for request in requests):
+            loop.advance(last)
+            _check(requests)
+            if record.is_spent():
+                raise _NoTimeError
+        for _ in range(WARM_STEPS):
+            loop.advance(last)
+        sequences = [request.answers[0].sequence for request in requests]
+        before = [sequence.num_tokens for sequence in sequences]
+        times = [time.perf_counter()]
+        for _ in range(num_steps):
+            loop.advance(last)
+            times.append(time.perf_counter())
+        _check(requests)
+        grown = {sequence.num_tokens - num for sequence, num in zip(sequences, before, strict=True)}
+        assert grown == {num_steps}, "each step draws a token of every sequence"
+    finally:
+        for request in requests:
+            loop.cancel(request)
+    lens = [num + num_steps // 2 for num in before]
+    work = decoder_work(engine.config.decoder, engine.model.dtype, [1] * batch, lens, batch)
+    return [end - start for start, end in pairwise(times)], work
+
+
+def _check(requests: Iterable[Request]) -> None:
+    """All are still there, or the steps were not of the batch that they are said to be."""
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+        assert not request.done, "there is room for all tokens that are drawn"

@@ -1,0 +1,49 @@
+"""Prompts of exactly so many tokens, made of random ids: what is in them changes no time, only their lengths do."""
+
+import time
+
+import numpy as np
+import torch
+
+from internvl_rt.engine import Engine
+from internvl_rt.prompt import Prompt, VisualSpan
+from internvl_rt.request import Prepared
+from internvl_rt.sequence import Picture
+
+
+class Prompter:
+    """Draws prompts and pictures for an engine. None shares a prefix or visual tokens with another."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self._config, self._device = engine.config, engine.device
+        tokenizer = engine.tokenizer
+        self._plain = np.array(sorted(tokenizer.token_bytes.keys() - tokenizer.special_ids))
+        self._context_id = tokenizer.token_id("<IMG_CONTEXT>")
+        self._rng = np.random.default_rng(seed)
+
+    def picture(self, num_tiles: int) -> Picture:
+        """Behind the first token of a prompt; uint8 tiles [I, S, S, 3] of noise that lie on the engine's device.
+
+        Not zeros: products of zeros run faster than others.
+        """
+        side = self._config.vision.image_size
+        noise = self._rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8)
+        tiles = torch.from_numpy(noise).to(self._device)
+        span = VisualSpan(1, num_tiles * self._config.tokens_per_tile)
+        return Picture(span, self._rng.bytes(32), num_tiles, lambda: tiles)
+
+    def prompt(self, num_tokens: int, picture: Picture | None = None) -> Prepared:
+        """num_tokens: in all, those of the picture included."""
+        ids = self._rng.choice(self._plain, num_tokens)
+        pictures = () if picture is None else (picture,)
+        for span in (each.span for each in pictures):
+            ids[span.start : span.start + span.num_tokens] = self._context_id
+        return Prepared(
+            prompt=Prompt(tuple(ids.tolist()), tuple(each.span for each in pictures), ""),
+            pictures=pictures,
+            position_T=np.arange(num_tokens, dtype=np.float32),
+            next_position=num_tokens,
+            identity=None,
+            salt=None,
+            start_s=time.perf_counter(),
+        )

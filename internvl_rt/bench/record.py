@@ -1,0 +1,225 @@
+"""What a bench says: a table line for each row as it is measured, and one line of JSON at the end, whatever happened.
+
+Rows are flat: numbers with their unit in the name, and strings. What was not measured is absent; a case that was left
+out is a row that says why. Floors and shares named `sheet_` are computed from the device's data sheet.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+
+from internvl_rt.work import Roof, Work
+
+Row = dict[str, int | float | str]
+
+_ROOT = Path(__file__).parents[2]  # of the repository, where the package lies in one
+
+
+class Column(NamedTuple):
+    """Of the table: a row's value, shown times `scale`."""
+
+    label: str
+    key: str
+    scale: float = 1.0
+
+
+class Pace(NamedTuple):
+    """How often a case is repeated: for so long, within limits."""
+
+    seconds: float
+    least: int
+    most: int
+
+    def repeats(self, each_s: float) -> int:
+        return min(self.most, max(self.least, int(self.seconds / max(each_s, 1e-9))))
+
+
+class Record:
+    """The rows of one command. Inside `with`, they are kept whatever ends the block."""
+
+    def __init__(
+        self,
+        part: str,
+        prefix: str,
+        suffix: str,
+        device: torch.device,
+        budget_s: float | None,
+        columns: Sequence[Column],
+    ) -> None:
+        """Rows are named `<prefix>/<case>/<suffix>`. budget_s: but for the first, no case starts later than this."""
+        self.part = part
+        self.rows: list[Row] = []
+        self.num_measured = 0
+        self._prefix, self._suffix, self._device, self._columns = prefix, suffix, device, columns
+        self._budget_s, self._start_s = budget_s, time.perf_counter()
+
+    def add(self, case: str, row: Row) -> None:
+        self._append(case, row)
+        self.num_measured += 1
+        if self.num_measured == 1:
+            _say(f"{self.part:<16}" + "".join(f"  {column.label:>9}" for column in self._columns))
+        cells = [_shown(row[c.key], c.scale) if c.key in row else "-" for c in self._columns]
+        _say(
+            f"{case:<16}"
+            + "".join(f"  {cell:>{max(len(c.label), 9)}}" for c, cell in zip(self._columns, cells, strict=True))
+        )
+
+    def note(self, case: str, row: Row) -> None:
+        """A row that is not in the table."""
+        self._append(case, row)
+
+    def leave_out(self, case: str, why: str) -> None:
+        self._append(case, {"left_out": why})
+        _say(f"{case:<16}  left out: {why}")
+
+    def may_start(self, case: str, needs_s: float = 0.0) -> bool:
+        """Whether there is time for a case, which the first one always has; others are noted as left out."""
+        if not self.is_spent(needs_s):
+            return True
+        self.leave_out(case, f"{self._spent_s:.0f} s of the budget of {self._budget_s:g} s were spent")
+        return False
+
+    def is_spent(self, needs_s: float = 0.0) -> bool:
+        """Whether there is a result and no time for more."""
+        return self.num_measured > 0 and self._budget_s is not None and self._spent_s + needs_s > self._budget_s
+
+    @property
+    def _spent_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.leave_out("the rest", "interrupted")
+        elif error is not None:
+            self.leave_out("the rest", f"failed: {(str(error).splitlines() or [repr(error)])[0]}")
+        document = {
+            "part": self.part,
+            "schema": 1,
+            "rows": self.rows,
+            "environment": environment(self._device),
+            "command": shlex.join(["internvl-rt", *sys.argv[1:]]),
+        }
+        _say(json.dumps(document, allow_nan=False))
+
+    def _append(self, case: str, row: Row) -> None:
+        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        self.rows.append({"name": f"{self._prefix}/{case}/{self._suffix}", **rounded})
+
+
+def spread(seconds: Sequence[float], prefix: str = "") -> Row:
+    """Percentiles of samples in microseconds: `median_us`, and the 10th, 90th and 99th."""
+    low, median, high, last = np.percentile(np.asarray(seconds) * 1e6, (10, 50, 90, 99)).tolist()
+    return {f"{prefix}median_us": median, f"{prefix}low_us": low, f"{prefix}high_us": high, f"{prefix}p99_us": last}
+
+
+def shares(work: Work, seconds: float, roof: Roof | None) -> Row:
+    """What was achieved, and how much of what the data sheet promises; of no known device only the first."""
+    row: Row = {
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "tflops": work.flops / seconds / 1e12,
+        "gb_s": work.bytes / seconds / 1e9,
+    }
+    if roof is not None:
+        row |= {
+            "sheet_floor_us": roof.floor_s(work) * 1e6,
+            "sheet_floor_percent": 100 * roof.floor_s(work) / seconds,
+            "sheet_bandwidth_percent": 100 * work.bytes / seconds / roof.bytes_per_s,
+            "sheet_peak_percent": 100 * work.flops / seconds / roof.flops_per_s,
+        }
+    return row
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> Row:
+    """Most memory so far: of the device since `reset_peak`, or of the process since its start where it is the host."""
+    if device.type == "cuda":
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),  # with the private pools of CUDA graphs
+        }
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    (kib,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
+    return {"peak_memory_bytes": int(kib) * 1024}
+
+
+def environment(device: torch.device) -> dict[str, int | str | None]:
+    """Where and when something was measured; None for what is not known or does not apply."""
+    found: dict[str, int | str | None] = {"device": _cpu_name(), "device_kind": device.type, "num_sms": None}
+    found |= {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    found |= {"driver": None, "sm_clock_mhz": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"device": properties.name, "num_sms": properties.multi_processor_count}
+        found |= {"memory_bytes": properties.total_memory}
+        found |= {"driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
+        with suppress(
+            Exception
+        ):  # NVML's own kinds: its Python package is missing, or the machine does not let it look
+            found |= {"sm_clock_mhz": torch.cuda.clock_rate(device)}
+    commit = None
+    if (_ROOT / ".git").exists():  # else the package was installed, maybe below a repository of something else
+        git = ("git", "--no-optional-locks", "-C", str(_ROOT))  # without locks, so that nobody else's git waits
+        commit = _output_of(*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+    return found | {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "commit": commit or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _output_of(*command: str) -> str | None:
+    """The first line that a program prints; None where it is not there, fails, or takes long."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.partition("\n")[0].strip() or None
+    return None
+
+
+def table(rows: Mapping[str, str]) -> None:
+    """Prints labelled lines."""
+    for label, text in rows.items():
+        _say(f"{label:<24} {text}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _shown(value: Any, scale: float) -> str:
+    if isinstance(value, str):
+        return value
+    scaled = value * scale
+    return f"{scaled:,.0f}" if abs(scaled) >= 1000 or scaled == int(scaled) else f"{scaled:.4g}"

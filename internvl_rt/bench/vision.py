@@ -1,0 +1,67 @@
+"""`internvl-rt bench vision`: passes of vision tower and projector over one picture's tiles."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from internvl_rt.bench.prompts import Prompter
+from internvl_rt.bench.record import Column, Pace, Record, peak, reset_peak, shares, spread
+from internvl_rt.engine import Engine
+from internvl_rt.runner import MAX_TILES_PER_PASS, Moment
+from internvl_rt.work import vision_work
+
+COLUMNS = (
+    Column("ms", "median_us", 1e-3),
+    Column("p90 ms", "high_us", 1e-3),
+    Column("tiles/s", "tiles_per_s"),
+    Column("TFLOP/s", "tflops"),
+    Column("% of sheet", "sheet_floor_percent"),
+    Column("GB peak", "peak_memory_bytes", 1e-9),
+)
+
+
+def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pace, seed: int) -> None:
+    """The engine keeps no visual tokens, so that each pass is computed."""
+    prompter = Prompter(engine, seed)
+    for num_tiles in tiles:
+        case = f"{num_tiles}_tiles"
+        if num_tiles > MAX_TILES_PER_PASS:
+            record.leave_out(case, f"a pass has at most {MAX_TILES_PER_PASS} tiles")
+            continue
+        if not record.may_start(case):
+            continue
+        reset_peak(engine.device)
+        encode = partial(engine._runner.visual_of, prompter.picture(num_tiles), None)
+        seconds = _time_passes(encode, engine.device, pace)
+        work = vision_work(engine.config, engine.model.dtype, num_tiles)
+        median_s = float(np.median(seconds))
+        record.add(
+            case,
+            {
+                "measures": "pass",
+                "tiles": num_tiles,
+                **spread(seconds),
+                "num_samples": len(seconds),
+                "tiles_per_s": num_tiles / median_s,
+                **shares(work, median_s, engine.roof),
+                **peak(engine.device),
+            },
+        )
+
+
+def _time_passes(run: Callable[[], object], device: torch.device, pace: Pace) -> list[float]:
+    """Seconds of each pass, on the device's clock: one behind the other, so that a GPU never waits for the host."""
+
+    def passes(number: int) -> list[float]:
+        moments = [Moment(device)]
+        for _ in range(number):
+            run()
+            moments.append(Moment(device))
+        moments[-1].wait()
+        return [before.seconds_until(after) for before, after in pairwise(moments)]
+
+    warm_s = min(passes(2))
+    return passes(1 + pace.repeats(warm_s))[1:]  # the first waited for the host
