@@ -47,13 +47,9 @@ def render(document: Document, pictures: Sequence[Path] = ()) -> str:
         rows = part.get("document", {}).get("rows", [])
         if rows and name != "build":
             lines += [f"## {TITLES.get(name, name)}", "", *_sentences(document, part)]
-            if name == "kernels":
-                lines += [
-                    "By operation, the case furthest from its roof:",
-                    "",
-                    *_table(by_operation(rows, measured_roof(document))),
-                    "",
-                ]
+            furthest = by_operation(rows, measured_roof(document)) if name == "kernels" else []
+            if furthest:
+                lines += ["By operation, the case furthest from its roof:", "", *_table(furthest), ""]
             lines += [*_table(rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 
