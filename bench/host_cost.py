@@ -21,7 +21,7 @@ from internvl_rt import Engine, SamplingParams, in_flight, loop, runner
 from internvl_rt.runner import Runner
 from internvl_rt.scheduler import Scheduler
 
-GOAL_US = 300.0  # at 64 sequences on a 2-core virtual machine; vLLM's bookkeeping alone takes 470 there
+GOAL_US = 300.0  # at 64 sequences, on a 2-core virtual machine
 WARM_UP = 50
 
 
