@@ -186,10 +186,10 @@ class AnswerText:
         pending = self._pending + text
         hold = 0
         if self._stops and self._num_tokens >= self._min_tokens:
-            found = [place for stop in self._stops if (place := pending.find(stop)) >= 0]
-            if found:
+            found = [(place + len(stop), place) for stop in self._stops if (place := pending.find(stop)) >= 0]
+            if found:  # the one that ended first counts, so that nothing depends on how tokens cut the text
                 self.stopped = final = True
-                pending = pending[: min(found)]
+                pending = pending[: min(found)[1]]
             elif not final:
                 hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
         ready = pending[: len(pending) - hold].rstrip()

@@ -34,7 +34,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     n: int = 1  # answers to the same prompt, which is computed once; each draws with a seed of its own
     seed: int | None = None
-    stop: str | Items[str] = ()  # the answer ends before the first of these strings
+    stop: str | Items[str] = ()  # the answer ends before the first of these strings to be complete
     stop_token_ids: Items[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # of each generated token, and of so many of the likeliest in its place

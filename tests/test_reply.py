@@ -1,7 +1,7 @@
 """AnswerText: what becomes visible when, for stop strings, whitespace and the end of an answer."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from internvl_rt import SamplingParams
@@ -65,12 +65,14 @@ def test_stop_string_before_min_tokens_is_text():
     assert visible_pieces(["x.", "y", ".z"], stop=".", min_tokens=3)[1].text == "x.y"
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=1000)
+@example(["ab", "b"], ["b", "abb"])  # the shorter one has ended before the longer one can
+@example(["abb"], ["b", "abb"])
 @given(st.lists(st.text("ab \n", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):
     whole = "".join(pieces)
-    places = [whole.find(stop) for stop in stops if stop in whole]
-    expected = whole[: min(places)] if places else whole
+    ends_and_starts = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
+    expected = whole[: min(ends_and_starts)[1]] if ends_and_starts else whole
     assert visible_pieces(pieces, stop=stops)[1].text == expected.strip()
 
 
