@@ -44,8 +44,8 @@ Messages = Items[dict[str, Any]]
 class Engine:
     """A model in memory that answers requests. Build one with `from_pretrained`.
 
-    Methods may be called from several threads; whichever thread waits drives the shared step loop. All greedy and
-    seeded output is independent of what else runs.
+    Methods may be called from several threads; whichever thread waits drives the shared step loop. What else
+    runs changes greedy and seeded output by no more than rounding: products of other batch sizes sum in other orders.
     """
 
     def __init__(
