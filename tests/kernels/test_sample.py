@@ -14,6 +14,7 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import Launch, run, target_of
 from internvl_rt.kernels.sample import (
+    GREEDY,
     MIXED,
     PLAIN,
     SPEC,
@@ -268,6 +269,13 @@ def test_a_row_is_drawn_alike_in_any_batch() -> None:
     lengths = np.cumsum([0, *map(len, lists)])
     picked["listed_start_R1"] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     assert torch.equal(sample(**picked), together[order])
+
+
+def test_rows_of_the_official_vocabulary_are_the_references() -> None:
+    parameters = (PLAIN, (0.8, 50, 0.9, 0.05, 1.2, 0.0, 0.0), GREEDY)
+    case = Case("", {"R": 3, "V": 151_674, "parameters": parameters, "listed": 5})
+    inputs = SPEC.make_inputs(case, torch.float32, DEVICE)
+    assert torch.equal(sample(**inputs), sample_reference(**inputs))
 
 
 def test_ids_outside_the_vocabulary_are_ignored() -> None:
