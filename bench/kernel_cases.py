@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
-from internvl_rt.kernels.gemv import MODELS, build_gemv_workspace
+from internvl_rt.kernels._gemv_plan import build_gemv_workspace
+from internvl_rt.kernels.gemv import MODELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.specs import discover_specs

@@ -13,8 +13,8 @@ from kernel_cases import Work, compare, importance, make_rotated_inputs, poisone
 from kernel_table import first_line
 from timing import Timing, time_variants
 
+from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
 from internvl_rt.kernels._launch import run, target_of
-from internvl_rt.kernels.gemv import GemvPlan, GemvWorkspace, choose_gemv_plan
 from support.specs import discover_specs
 
 RECOMMENDED = ("gemv", "gemv_qkv", "decode_attention", "vit_attention", "prefill_attention")

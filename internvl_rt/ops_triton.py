@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvWorkspace, build_gemv_workspace
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.embed_tokens import embed_tokens
 from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
-from internvl_rt.kernels.gemv import MAX_ROWS, GemvWorkspace, build_gemv_workspace, gemv
+from internvl_rt.kernels.gemv import gemv
 from internvl_rt.kernels.gemv_qkv import gemv_qkv
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed

@@ -99,24 +99,28 @@ def decode_attention_kernel(
     real = query[:, None] < group
     offset_RC = (head * group + query)[:, None] * C + channel[None, :]
     y_stride = tl.num_programs(1).to(tl.int64) * group * C
-    if PDL:  # nothing is read or written before the kernel before this one has ended
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
+    # The plan and the tables of a step are older than the kernel before this one, so they are read while it still runs.
     row = tl.load(split_items + 3 * item)
     first_block = tl.load(split_items + 3 * item + 1)
     end_block = tl.load(split_items + 3 * item + 2)
     # There are at least as many items as rows: program i also answers for row i, should that have no split at all.
     no_split = tl.load(split_start + item, mask=item < num_rows, other=0)
-    if no_split == tl.load(split_start + item + 1, mask=item < num_rows, other=1):
+    no_split_end = tl.load(split_start + item + 1, mask=item < num_rows, other=1)
+    first_split = tl.load(split_start + row, mask=row >= 0, other=0)
+    num_splits = tl.load(split_start + row + 1, mask=row >= 0, other=0) - first_split
+    begin = first_block * P
+    stop = tl.minimum(end_block * P, tl.load(seq_len + row, mask=row >= 0, other=0))
+    table = block_table + row.to(tl.int64) * table_stride
+    blocks = table_blocks(table, begin, stop, P, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    if no_split == no_split_end:
         zeros_RC = tl.zeros([ROWS, C], y.dtype.element_ty)
         tl.store(y + item.to(tl.int64) * y_stride + offset_RC, zeros_RC, mask=real)
 
     if row >= 0:
-        num_splits = tl.load(split_start + row + 1) - tl.load(split_start + row)
-        begin = first_block * P
-        stop = tl.minimum(end_block * P, tl.load(seq_len + row))
-        table = block_table + row.to(tl.int64) * table_stride
         k_head = k_cache + head.to(tl.int64) * head_stride
         v_head = v_cache + head.to(tl.int64) * head_stride
         q_RC = tl.load(q + row.to(tl.int64) * q_stride + offset_RC, mask=real, other=0.0)
@@ -124,7 +128,6 @@ def decode_attention_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK, ROWS] if SWAP else [ROWS, BLOCK], tl.float32)
         acc = tl.zeros([C, ROWS] if SWAP else [ROWS, C], tl.float32)
-        blocks = table_blocks(table, begin, stop, P, BLOCK)
         for start in range(begin, stop, BLOCK):
             inside = start + tl.arange(0, BLOCK) < stop
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK)
@@ -149,7 +152,6 @@ def decode_attention_kernel(
             counter = counters + row * tl.num_programs(1) + head
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 finished = True
-                first_split = tl.load(split_start + row)
                 acc_RC, total = _combine(
                     partial_acc, partial_stats, first_split, first_split + num_splits, head, group, C
                 )

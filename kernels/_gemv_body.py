@@ -213,30 +213,31 @@ def _store_halves(base, offset, inside, channel, first, second, HALF: tl.constex
     tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["last_row", "num_slots"])  # one kernel for every batch and cache
+@triton.jit(do_not_specialize=["last_row", "k_head", "v_head", "num_slots"])  # one kernel for every batch and cache
 def gemv_qkv_kernel(
     x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
-    k_row, v_row, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
+    k_head, v_head, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
     group_stride, place_stride, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
 
-    The weight's rows are those of queries, from `k_row` on those of keys, and from `v_row` on those of values.
+    Heads are those of queries, from `k_head` on those of keys, and from `v_head` on those of values.
     """
     HALF: tl.constexpr = C // 2
     PAIRS: tl.constexpr = BLOCK_N // 2
-    head_row = tl.program_id(0) // (HALF // PAIRS) * C
+    head = tl.program_id(0) // (HALF // PAIRS)
     first_channel = tl.program_id(0) % (HALF // PAIRS) * PAIRS
     channel = first_channel + tl.arange(0, PAIRS)
-    weight_row = _paired_rows(head_row + first_channel, HALF, BLOCK_N)
+    weight_row = _paired_rows(0, HALF, BLOCK_N)
+    weight += (head * C + first_channel).to(tl.int64) * weight_stride
     begin, end = _part_of_k(split_len, K, SPLIT)
     w = _load_weight(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K)
     n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
     if bias is not None:
-        bias_first = tl.load(bias + head_row + channel)
-        bias_second = tl.load(bias + head_row + HALF + channel)
+        bias_first = tl.load(bias + head * C + channel)
+        bias_second = tl.load(bias + head * C + HALF + channel)
     if PDL:  # as above
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -259,20 +260,20 @@ def gemv_qkv_kernel(
         if bias is not None:
             first += bias_first.to(tl.float32)[None, :]
             second += bias_second.to(tl.float32)[None, :]
-        if head_row < v_row:  # queries and keys are turned
+        if head < v_head:  # queries and keys are turned
             sin, cos = sin_cos(angle)
             first, second = rotate(first, second, sin, cos)
         has_slot = (r_slot >= 0) & (r_slot < num_slots)
         place = r_slot.to(tl.int64)
         in_cache = place // P * block_stride + place % P * place_stride
-        if head_row < k_row:
+        if head < k_head:
             first = tl.where(has_slot[:, None], first, 0.0)
             second = tl.where(has_slot[:, None], second, 0.0)
-            in_q = row.to(tl.int64) * q_stride + (head_row // C).to(tl.int64) * q_head_stride
+            in_q = row.to(tl.int64) * q_stride + head.to(tl.int64) * q_head_stride
             _store_halves(q, in_q, inside, channel, first, second, HALF)
-        elif head_row < v_row:
-            keys = k_cache + ((head_row - k_row) // C).to(tl.int64) * group_stride
+        elif head < v_head:
+            keys = k_cache + (head - k_head).to(tl.int64) * group_stride
             _store_halves(keys, in_cache, has_slot, channel, first, second, HALF)
         else:
-            values = v_cache + ((head_row - v_row) // C).to(tl.int64) * group_stride
+            values = v_cache + (head - v_head).to(tl.int64) * group_stride
             _store_halves(values, in_cache, has_slot, channel, first, second, HALF)

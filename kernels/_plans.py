@@ -67,16 +67,11 @@ def tilings(target: Target) -> dict[str, GemmPlan]:
         square = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=4, num_stages=3, use_tma=True)
         low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=4, use_tma=True)
         pointers = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3)
-    elif target.shared_bytes > 128 * 1024:
-        wide = GemmPlan("fused", 128, 256, 32, group_m=8, num_warps=8, num_stages=4)
+    else:
+        deep = 4 if target.shared_bytes > 128 * 1024 else 3  # stages that fit
+        wide = GemmPlan("fused", 128, 256, 32, group_m=8, num_warps=8, num_stages=deep)
         square = pointers = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3)
-        low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=4)
-    else:  # 99 KiB
-        tma = target.capability >= 90
-        wide = GemmPlan("fused", 128, 256, 32, group_m=8, num_warps=8, num_stages=3, use_tma=tma)
-        square = GemmPlan("fused", 128, 128, 32, group_m=8, num_warps=8, num_stages=4, use_tma=tma)
-        low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=3, use_tma=tma)
-        pointers = GemmPlan("fused", 128, 128, 32, group_m=8, num_warps=8, num_stages=4)
+        low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=deep)
     return {"wide": wide, "square": square, "low": low, "pointers": pointers}
 
 

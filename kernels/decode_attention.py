@@ -189,6 +189,8 @@ def decode_attention(
     slots beyond a length are not used. The same plan gives the same bits, another one rounds differently.
     counters_SG int32, zeros: how many parts have arrived. It is left as zeros, so one tensor serves all calls that
     follow each other on a stream; None: made and zeroed by every call, which is one more launch.
+    Table, lengths and items are read while the kernel launched before this one still runs (from sm_90 on): a kernel
+    that writes them must not be that one.
     Raises ValueError naming the argument that does not fit.
     """
     check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)

@@ -7,7 +7,6 @@ time. Everything stays in float32 until the result is stored; the reference roun
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,88 +16,19 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._gemv_body import gemv_kernel
+from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, GemvWorkspace, build_gemv_workspace, choose_gemv_plan
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 
 Activation = Literal["none", "swiglu"]
 
-MAX_ROWS = 16  # of x; more are a matrix product's business
-# Bandwidth times latency, for a multiprocessor of an H200: 4.3 TB/s * 0.9 us / 132. To be measured.
-BYTES_IN_FLIGHT = 32 * 1024
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
     # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
     torch.float16: Tolerance(1e-3, 2e-3, 6e-4, "operands and result are each rounded to 11 bits"),
     torch.bfloat16: Tolerance(8e-3, 16e-3, 5e-3, "operands and result are each rounded to 8 bits"),
 }
-LARGE_WEIGHT = 16 * 2**20  # bytes from which device memory, not latency, is what a product waits for
-
-
-@dataclass(frozen=True, slots=True)
-class GemvPlan:
-    """A program takes `block_n` rows of the weight (of a paired product block_n / 2 pairs) and 1 / split_k of K.
-
-    With `matrix`, x is padded to 16 rows for the matrix units; else one or two rows are multiplied by the CUDA cores.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    split_k: int = 1
-    matrix: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.block_n in (4, 8, 16, 32, 64), "plan", "block_n one of 4, 8, 16, 32, 64", self.block_n)
-        require(self.num_warps in (1, 2, 4, 8), "plan", "num_warps one of 1, 2, 4, 8", self.num_warps)
-        per_warp = self.block_k // self.num_warps
-        whole = per_warp * self.num_warps == self.block_k and per_warp.bit_count() == 1
-        require(whole and per_warp >= 16, "plan", "block_k a power of two, 16 or more a warp", self.block_k)
-        require(1 <= self.split_k <= 64, "plan", "split_k from 1 to 64", self.split_k)
-
-
-@dataclass(frozen=True, slots=True)
-class GemvWorkspace:
-    """What the splits of a product leave for the last of them; for one call at a time, so one for each stream."""
-
-    partial: Tensor  # float32
-    arrived: Tensor  # int32, zeros between calls
-
-
-def build_gemv_workspace(device: torch.device) -> GemvWorkspace:
-    """Large enough for every plan that `choose_gemv_plan` makes for `device`."""
-    return _build_workspace(device, 4 * target_of(device).num_sms)
-
-
-def _build_workspace(device: torch.device, programs: int) -> GemvWorkspace:
-    partial = torch.empty(programs * MAX_ROWS * (64 + 1), dtype=torch.float32, device=device)
-    return GemvWorkspace(partial, torch.zeros(programs, dtype=torch.int32, device=device))
-
-
-def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """For x [rows, k] and a weight [n, k]. Rows up to 2, and rows from 3 on, share one plan each.
-
-    One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
-    share K. On matrix units a program reads 16 rows of x beside its rows of the weight; where device memory is the
-    limit these are therefore 64, and few blocks are made enough by splits. Each has four chunks or more, because the
-    exchange of partial sums costs as much as two.
-    """
-    wanted = BYTES_IN_FLIGHT * target.num_sms
-    load = 16 // dtype.itemsize  # elements that a thread loads at once
-    if rows <= 2:
-        block_n = 8 if n >= 8 * 4 * target.num_sms else 4
-        in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps, of every row
-        num_warps = 8 if in_flight < wanted and k > 4 * 32 * load else 4
-        return GemvPlan(block_n, 32 * num_warps * load, num_warps)
-    if n * k * dtype.itemsize >= LARGE_WEIGHT:
-        block_n, block_k, num_warps = 64, 128, 8
-    else:
-        block_n, block_k, num_warps = 16, 64 * load, 8
-    chunks, tiles = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
-    in_flight = tiles * block_n * block_k * dtype.itemsize  # one chunk of every block
-    splits = max(1, min(triton.cdiv(wanted, in_flight), chunks // 4))
-    per_split = triton.cdiv(chunks, splits)
-    return GemvPlan(block_n, block_k, num_warps, triton.cdiv(chunks, per_split), matrix=True)
 
 
 def plan_product(
@@ -143,7 +73,7 @@ def plan_product(
         constexprs["norm_weight"] = None
     if plan.split_k > 1:
         programs = num_tiles * plan.split_k
-        workspace = workspace or _build_workspace(x_RK.device, programs)
+        workspace = workspace or build_gemv_workspace(x_RK.device, programs)
         needed = programs * constexprs["ROWS"] * (plan.block_n + 1)
         require(workspace.partial.device == x_RK.device, "workspace", f"one on {x_RK.device}", workspace.partial.device)
         require(workspace.partial.numel() >= needed, "workspace", f"{needed} partial sums", workspace.partial.numel())
@@ -368,7 +298,7 @@ MODELS = {  # D, F, H, G, C, V
 
 def _model_cases() -> Iterator[Case]:
     for model, (width, mlp, _, _, _, vocabulary) in MODELS.items():
-        for rows in (1, 8, 16):
+        for rows in (1, 2, 8, 16):
             yield Case(f"{model}_o_{rows}", {"R": rows, "N": width, "K": width, **_RESIDUAL})
             yield Case(f"{model}_gate_up_{rows}", {"R": rows, "N": 2 * mlp, "K": width, **_SWIGLU})
             yield Case(f"{model}_down_{rows}", {"R": rows, "N": width, "K": mlp, **_RESIDUAL})

@@ -16,16 +16,9 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._gemv_body import gemv_qkv_kernel
+from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
-from internvl_rt.kernels.gemv import (
-    MODELS,
-    TEST_PLANS,
-    GemvPlan,
-    GemvWorkspace,
-    choose_gemv_plan,
-    plan_product,
-    require_operands,
-)
+from internvl_rt.kernels.gemv import MODELS, TEST_PLANS, plan_product, require_operands
 from internvl_rt.kernels.qkv_rope_kv import HEAD_DIMS, qkv_rope_kv_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 
@@ -83,8 +76,8 @@ def plan_gemv_qkv(
         "v_cache": v_cache_BGPC,
         "slot": slot_T,
         "q": out,
-        "k_row": num_heads * head_dim,
-        "v_row": (num_heads + num_kv_heads) * head_dim,
+        "k_head": num_heads,
+        "v_head": num_heads + num_kv_heads,
         "num_slots": num_blocks * block_size,
         "q_stride": out.stride(0),
         "q_head_stride": out.stride(1),
@@ -215,7 +208,7 @@ def _test_cases() -> Iterator[Case]:
 
 def _model_cases() -> Iterator[Case]:
     for model, (width, _, heads, groups, channels, _) in MODELS.items():
-        for rows in (1, 8, 16):
+        for rows in (1, 2, 8, 16):
             sizes = {"R": rows, "D": width, "H": heads, "G": groups, "C": channels, "P": 64, "bias": model != "9b"}
             yield Case(f"{model}_{rows}", sizes)
 

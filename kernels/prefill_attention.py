@@ -52,7 +52,9 @@ def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target
     # Small blocks where large ones would leave multiprocessors without work.
     if triton.cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
         return 64, block_n, 4, 3
-    return 128, block_n, 8, 3
+    # tcgen05 gives each thread of four warps a whole row of the scores; 128 channels would leave it too few registers.
+    num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8
+    return 128, block_n, num_warps, 3
 
 
 def plan_prefill_attention(

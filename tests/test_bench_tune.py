@@ -37,9 +37,9 @@ from tune import (  # noqa: E402
     write_table,
 )
 
+from internvl_rt.kernels._gemv_plan import GemvPlan, choose_gemv_plan  # noqa: E402
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
 from internvl_rt.kernels._plans import CUBLAS, FOLDER, GemmPlan, check_plan, choose_plan, load_table  # noqa: E402
-from internvl_rt.kernels.gemv import GemvPlan, choose_gemv_plan  # noqa: E402
 from support.specs import discover_specs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,6 +32,7 @@ MODULES = [
     "kernels._rope",
     "kernels.qkv_rope_kv",
     "kernels._gemv_body",
+    "kernels._gemv_plan",
     "kernels.gemv",
     "kernels.gemv_qkv",
     "kernels.copy_blocks",

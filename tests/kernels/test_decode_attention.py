@@ -26,6 +26,7 @@ from internvl_rt.kernels.decode_attention import (
     num_split_items,
     plan_decode_attention,
 )
+from support.instruction_order import instructions_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, CHANNELS, BLOCK = 6, 2, 16, 16
@@ -240,6 +241,20 @@ def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(block_si
     for name in ("k_cache_BGPC", "v_cache_BGPC"):
         inputs[name] = far_blocks(inputs[name], tmp_path / name)
     assert torch.equal(decode_attention(**inputs), expected)
+
+
+def test_the_plan_is_read_before_the_wait_and_all_else_after_it() -> None:
+    """In the machine code."""
+    for (_, _, capability), names in instructions_of(
+        [("decode_attention", case, cap) for case in ("1b_1_x_2048", "8b_8_x_2048") for cap in (80, 90, 120)]
+    ).items():
+        if capability == 80:
+            assert not {"ACQBULK", "PREEXIT"} & set(names)
+            continue
+        before, after = names[: names.index("ACQBULK")], names[names.index("ACQBULK") :]
+        assert set(before) == {"LDG"}
+        assert len(before) == 9  # an item's three numbers, two splits' ends, two of the row's, its length and a block
+        assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
 
 
 # With programs that really run at once

@@ -65,19 +65,6 @@ RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # what must hold of ever
     ),
 }
 
-KNOWN = {  # (triton, operation, target, rule): why it may be broken there
-    ("3.9.0", "prefill_attention", 100, "nothing spills"): "10 accesses with 64 channels; the pinned version has none",
-    ("3.9.0", "gemv_qkv", 90, "nothing spills"): "the 9B's single row; the pinned version has none",
-    ("3.6.0", "prefill_attention", 100, "nothing spills"): "8 bytes with 64 channels, by its older ptxas",
-    ("3.6.0", "gemv_qkv", 100, "nothing spills"): "the 14B's single row, by its older ptxas",
-    (
-        "3.6.0",
-        "gemm_epilogue",
-        120,
-        "nothing spills",
-    ): "8 to 16 bytes of stack by its older ptxas; no table chooses these",
-}
-
 
 def label(row: dict[str, Any]) -> str:
     return f"{row['kernel']} ({row['operation']}/{row['case']}) for sm_{row['target']}"
@@ -87,11 +74,8 @@ def breaches(rows: list[dict[str, Any]]) -> list[str]:
     """What breaks a rule, in words."""
     failed = [f"{label(row)} is not built: {row['error']}" for row in rows if "error" in row]
     built = [row for row in rows if "error" not in row]
-    broken = [(rule, row) for rule, holds in RULES.items() for row in built if not holds(row)]
     return failed + [
-        f"{label(row)}: not so that {rule}"
-        for rule, row in broken
-        if (triton.__version__, row["operation"], row["target"], rule) not in KNOWN
+        f"{label(row)}: not so that {rule}" for rule, holds in RULES.items() for row in built if not holds(row)
     ]
 
 
@@ -101,10 +85,6 @@ def render_table(rows: list[dict[str, Any]]) -> str:
     columns += ["instructions", *(name for name in INSTRUCTIONS if any(row.get(name) for row in rows))]
     lines = [f"# Kernels as built by triton {triton.__version__}", ""]
     lines += ["Compiled without a GPU by `make audit`; instruction counts are of the SASS. Nothing here was run.", ""]
-    known = [(key, why) for key, why in KNOWN.items() if key[0] == triton.__version__]
-    lines += [
-        f"Known: {operation} on sm_{target}, {rule}: not so; {why}.\n" for (_, operation, target, rule), why in known
-    ]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(name, "failed")) for name in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,50 @@
+"""In which order built kernels read, write, wait and multiply: instructions of the SASS, no GPU is needed.
+
+Builds in a process of its own, because the tests' process runs Triton's interpreter.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT)\b"  # ACQBULK: gdc_wait; PREEXIT: gdc_launch_dependents
+Job = tuple[str, str, int]  # an operation, a model case of it, an architecture
+
+
+def instructions_of(jobs: list[Job]) -> dict[Job, list[str]]:
+    """Those of `NAMES`, in their order, of each job's first launch in bfloat16."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(jobs)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)
+    return dict(zip(jobs, json.loads(output.stdout), strict=True))
+
+
+def _build(operation: str, case_name: str, capability: int) -> list[str]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    sys.path.insert(0, str(TESTS))
+    from internvl_rt.kernels._launch import TARGETS, options_of
+    from support.compile_audit import launches_of, source_of
+    from support.specs import discover_specs
+
+    spec = discover_specs()[operation]
+    case = next(case for case in spec.model_cases if case.name == case_name)
+    launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[0]
+    built = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=options_of(launch))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return re.findall(NAMES, sass)
+
+
+if __name__ == "__main__":
+    print(json.dumps([_build(*job) for job in json.loads(sys.argv[1])]))
