@@ -36,7 +36,8 @@ class Output:
 class Part:
     """`{budget_s}` in a command stands for the seconds that it may take; no command means that there is none here.
 
-    `read` makes a document of the output. It raises DocumentError, which fails the part, or NotRunError.
+    `asked`: it runs only if it is asked for by name. `read` makes a document of the output. It raises DocumentError,
+    which fails the part, or NotRunError.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     command: tuple[str, ...]
     absent: str = ""  # why there is no command
     proves: bool = False  # whether a failure leaves nothing worth timing
+    asked: bool = False
     read: Callable[[Output, Mapping[str, Any], str], dict[str, Any]] = lambda output, *_: parse_last_line(output.lines)
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -109,7 +111,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     budget = ("--budget-s", "{budget_s}")
     quick = ("--quick",) if cpu else ()
     small = "tiny" if cpu else "random:InternVL3-1B"
-    large = "" if cpu else "random:InternVL3-8B"
+    large, giant = ("", "") if cpu else ("random:InternVL3-8B", "random:InternVL3-38B")
 
     def script(name: str, *options: str) -> tuple[str, ...]:
         return (python, f"bench/{name}.py", *options)
@@ -124,6 +126,10 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     )
     comparison = ("--quick",) if cpu else ("--device=cuda", "--dtype=bfloat16", "--tiles=13", "--tokens=64")
     has_transformers = importlib.util.find_spec("transformers") is not None
+
+    def compare(*options: str) -> tuple[str, ...]:
+        return script("compare_transformers", *comparison, *options) if has_transformers else ()
+
     return (
         Part("build", "build", 60, script("gpu", "--check"), proves=True),
         Part("contract", "tests", 200, (*pytest, *workers, contract, *chosen), proves=True, read=read_tests),
@@ -144,11 +150,16 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         Part("prefill_8b", "prefill", 40, bench("prefill", large), absent=no_device),
         Part("kernels", "kernels", 90, script("kernel_table", *budget, *quick)),
         Part(
-            "compare_transformers", "compare_transformers", 60,
-            script("compare_transformers", *comparison) if has_transformers else (),
+            "compare_transformers", "compare_transformers", 60, compare(),
             absent="no package transformers", read=read_comparison,
         ),
         Part("serve_1b", "serve", 40, bench("serve", small)),
+        Part("vision_6b", "vision", 120, bench("vision", giant), absent=no_device, asked=True),
+        Part(
+            "compare_transformers_8b", "compare_transformers", 400,
+            () if cpu else compare("--model=InternVL3-8B", "--rounds=1"),  # writes 33 GB of weights first
+            absent=no_device or "no package transformers", read=read_comparison, asked=True,
+        ),
     )  # fmt: skip
 
 
@@ -159,4 +170,7 @@ def choose(parts: Sequence[Part], asked: Sequence[str]) -> set[str]:
     if unknown:
         listed = ", ".join(dict.fromkeys(part.group for part in parts))
         raise ValueError(f"--parts: expected some of {listed}, or single ones such as decode_1b, got {unknown[0]!r}")
-    return {part.name for part in parts if not asked or {part.name, part.group} & {*asked, "build"}}
+    wanted = {*asked, "build"}
+    return {
+        part.name for part in parts if part.name in wanted or (not part.asked and (not asked or part.group in wanted))
+    }
