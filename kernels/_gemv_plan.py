@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from internvl_rt.kernels._contract import require
-from internvl_rt.kernels._launch import Target, target_of
+from internvl_rt.kernels._launch import Target, cdiv, target_of
 
 MAX_ROWS = 16  # of x; more are a matrix product's business
 # Bandwidth times latency, for a multiprocessor of an H200: 4.3 TB/s * 0.9 us / 132. To be measured.
@@ -82,12 +81,12 @@ def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Targ
         block_n, block_k, num_warps = 64, 128, 8
     else:
         block_n, block_k, num_warps = 16, 64 * load, 8
-    chunks, tiles = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
+    chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
 
     def chunks_in_turn(splits: int) -> int:
-        rounds = triton.cdiv(tiles * splits, RESIDENT * target.num_sms)
-        return int(rounds * (triton.cdiv(chunks, splits) + (EXCHANGE_CHUNKS if splits > 1 else 0)))
+        rounds = cdiv(tiles * splits, RESIDENT * target.num_sms)
+        return rounds * (cdiv(chunks, splits) + (EXCHANGE_CHUNKS if splits > 1 else 0))
 
     most = max(1, min(chunks, MAX_SPLIT_PROGRAMS * target.num_sms // tiles, MAX_SPLITS))
-    per_split = triton.cdiv(chunks, min(range(1, most + 1), key=chunks_in_turn))
-    return GemvPlan(block_n, block_k, num_warps, triton.cdiv(chunks, per_split), matrix=True)
+    per_split = cdiv(chunks, min(range(1, most + 1), key=chunks_in_turn))
+    return GemvPlan(block_n, block_k, num_warps, cdiv(chunks, per_split), matrix=True)

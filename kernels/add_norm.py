@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, target_of
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, layer_norm_reference, layer_norm_row, row_warps
 from internvl_rt.kernels.rms_norm import rms_norm_reference, rms_norm_row
 
@@ -90,7 +90,7 @@ def plan_add_norm(
                 **{name: vector for name, vector in vectors.items() if vector is not None},
             },
             # a vector that is missing is a None at compile time
-            {"BLOCK": triton.next_power_of_2(width), **{name: None for name in vectors if vectors[name] is None}},
+            {"BLOCK": next_power_of_2(width), **{name: None for name in vectors if vectors[name] is None}},
             num_warps=row_warps(width),
         ),
     )
@@ -111,7 +111,7 @@ def add_norm(
 
     Raises ValueError naming the argument that does not fit.
     """
-    require(x_RD.dtype in SPEC.tolerances, "x_RD", f"one of {list(SPEC.tolerances)}", x_RD.dtype)
+    require_one_of("x_RD", x_RD.dtype, SPEC.tolerances)
     require(x_RD.ndim == 2, "x_RD", "rows [R, D]", tuple(x_RD.shape))
     rows, width = x_RD.shape
     require(1 <= width <= MAX_WIDTH, "x_RD", f"a width from 1 to {MAX_WIDTH}", width)

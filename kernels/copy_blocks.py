@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 CHUNK_BYTES = 8192  # of one program: four times 16 bytes of each of 128 threads
 ID_DTYPES = (torch.int32, torch.int64)
@@ -57,7 +57,7 @@ def plan_copy_blocks(
     return (
         Launch(
             _copy_blocks_kernel,
-            (len(source_N), num_layers * num_kinds, triton.cdiv(size, chunk)),
+            (len(source_N), num_layers * num_kinds, cdiv(size, chunk)),
             {
                 "pool": words,
                 "source": source_N,
@@ -94,7 +94,7 @@ def copy_blocks(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) ->
     require(layers <= MAX_GRID, "pool_LKBGPC", f"layers * 2 of at most {MAX_GRID}", layers)
     for name, ids in (("source_N", source_N), ("destination_N", destination_N)):
         require(ids.ndim == 1, name, "indices [N]", tuple(ids.shape))
-        require(ids.dtype in ID_DTYPES, name, f"one of {ID_DTYPES}", ids.dtype)
+        require_one_of(name, ids.dtype, ID_DTYPES)
         require_tensor(name, ids, tuple(source_N.shape), ids.dtype, pool.device)
     run(plan_copy_blocks(pool, source_N, destination_N, target=target_of(pool.device)))
 

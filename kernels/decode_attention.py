@@ -11,12 +11,11 @@ does not depend on which one was last. The grid is fixed by the plan's width, so
 import math
 
 import torch
-import triton
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -142,7 +141,7 @@ def check_queries_and_cache(
 
     num_rows: of the index tensors; None: one for each q.
     """
-    require(q.dtype in SPEC.tolerances, name, f"one of {list(SPEC.tolerances)}", q.dtype)
+    require_one_of(name, q.dtype, SPEC.tolerances)
     require(q.ndim == 3, name, "three dimensions", q.ndim)
     num_heads, head_dim = q.shape[1:]
     require(head_dim in HEAD_DIMS, name, f"channels of a head one of {HEAD_DIMS}", head_dim)
@@ -291,7 +290,7 @@ def _case(
 def _model_case(name: str, batch: int, context: int) -> Case:
     heads, kv_heads, channels = MODEL_HEADS[name]
     items = num_split_items(batch, kv_heads, num_sms=132)
-    split = max(4, triton.cdiv(batch * context // 64, items))
+    split = max(4, cdiv(batch * context // 64, items))
     lens = [context] * batch
     return _case(f"{name}_{batch}_x_{context}", lens, heads, kv_heads, channels, split=split)
 

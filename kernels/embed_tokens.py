@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 BLOCK = 1024  # columns of one program: 8 values of each of 128 threads
 
@@ -38,7 +38,7 @@ def plan_embed_tokens(
     return (
         Launch(
             _embed_tokens_kernel,
-            (len(token_id_T) * triton.cdiv(width, BLOCK), 1, 1),
+            (len(token_id_T) * cdiv(width, BLOCK), 1, 1),
             {
                 "token_id": token_id_T,
                 "drawn": drawn_R,
@@ -62,7 +62,7 @@ def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, o
     Raises ValueError naming the argument that does not fit.
     """
     dtypes = list(SPEC.tolerances)
-    require(embedding_VD.dtype in dtypes, "embedding_VD", f"one of {dtypes}", embedding_VD.dtype)
+    require_one_of("embedding_VD", embedding_VD.dtype, dtypes)
     require(embedding_VD.ndim == 2, "embedding_VD", "rows [V, D]", tuple(embedding_VD.shape))
     require(token_id_T.ndim == 1, "token_id_T", "ids [T]", tuple(token_id_T.shape))
     require(drawn_R.ndim == 1, "drawn_R", "ids [R]", tuple(drawn_R.shape))

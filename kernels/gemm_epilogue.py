@@ -20,12 +20,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
+from internvl_rt.kernels._contract import (
+    Case,
+    Cost,
+    KernelSpec,
+    Tolerance,
+    require,
+    require_one_of,
+    require_tensor,
+    rows_of,
+)
 from internvl_rt.kernels._gemm_epilogue_body import epilogue_kernel, fused_kernel
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
 from internvl_rt.kernels._plans import EPILOGUES, GemmPlan, Plan, resolve_plan
 
 Activation = Literal["none", "gelu"]
@@ -108,10 +116,10 @@ def plan_gemm_epilogue(
             return ()
         product_RN = out_RN if product is None else product
         args |= {"product": product_RN, "product_stride": product_RN.stride(0)}
-        block_n = min(1024, int(triton.next_power_of_2(n)))
+        block_n = min(1024, next_power_of_2(n))
         constexprs |= {"BLOCK_M": 4096 // block_n, "BLOCK_N": block_n}  # 16 elements a thread
         launch = partial(Launch, epilogue_kernel, num_warps=8)
-        grid = triton.cdiv(num_rows, constexprs["BLOCK_M"]) * triton.cdiv(n, block_n)
+        grid = cdiv(num_rows, constexprs["BLOCK_M"]) * cdiv(n, block_n)
     else:
         use_tma = chosen.use_tma and all(_tma_can_read(matrix, target) for matrix in (x_RK, weight_NK))
         optional["bias"] = bias_N
@@ -129,7 +137,7 @@ def plan_gemm_epilogue(
             matrix_units=True,
             wide_loads=not use_tma,  # what TMA reads goes through no load instruction
         )
-        grid = triton.cdiv(num_rows, chosen.block_m) * triton.cdiv(n, chosen.block_n)
+        grid = cdiv(num_rows, chosen.block_m) * cdiv(n, chosen.block_n)
         if use_tma:  # as many programs as run at once make their descriptors, each for all of its blocks
             resident = min(2, max(1, target.shared_bytes // chosen.shared_bytes(x.itemsize)))
             grid = min(grid, resident * target.num_sms)
@@ -172,7 +180,7 @@ def gemm_epilogue(
     `out` [T, N]; rows outside of 0 ... T - 1 are skipped, for the device alone knows them. `out` is none of the other
     arguments. Raises ValueError naming the argument that does not fit.
     """
-    require(x.dtype in SPEC.tolerances, "x", f"one of {list(SPEC.tolerances)}", x.dtype)
+    require_one_of("x", x.dtype, SPEC.tolerances)
     require(weight_NK.ndim == 2 and min(weight_NK.shape) > 0, "weight_NK", "shape (N, K)", tuple(weight_NK.shape))
     (n, k), device = weight_NK.shape, x.device
     require_tensor("x", x, (*x.shape[:-1], k), x.dtype, device)

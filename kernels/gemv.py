@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._gemv_body import gemv_kernel
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, GemvWorkspace, build_gemv_workspace, choose_gemv_plan
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 
@@ -43,13 +42,13 @@ def plan_product(
 ) -> dict[str, Any]:
     """What all kernels of this kind are launched with; the arguments, and constexprs, of one only are missing."""
     rows, k = x_RK.shape
-    chunks = triton.cdiv(k, plan.block_k)
+    chunks = cdiv(k, plan.block_k)
     args: dict[str, Any] = {
         "x": x_RK,
         "weight": weight_NK,
         "last_row": rows - 1,
         "K": k,
-        "split_len": triton.cdiv(chunks, plan.split_k) * plan.block_k,
+        "split_len": cdiv(chunks, plan.split_k) * plan.block_k,
         "eps": eps,
         "x_stride": x_RK.stride(0),
         "weight_stride": weight_NK.stride(0),
@@ -101,7 +100,7 @@ def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | Non
     assert x is not None
     assert weight is not None
     dtype, device = x.dtype, x.device
-    require(dtype in TOLERANCES, x_name, f"one of {list(TOLERANCES)}", dtype)
+    require_one_of(x_name, dtype, TOLERANCES)
     require(x.ndim == 2, x_name, "two dimensions", tuple(x.shape))
     require(len(x) <= MAX_ROWS, x_name, f"at most {MAX_ROWS} rows", len(x))
     require(weight.ndim == 2 and min(weight.shape) > 0, weight_name, "two dimensions, none 0", tuple(weight.shape))
@@ -152,7 +151,7 @@ def plan_gemv(
 ) -> tuple[Launch, ...]:
     rows, (n, k) = len(x_RK), weight_NK.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target)
-    num_tiles = triton.cdiv(n, plan.block_n)
+    num_tiles = cdiv(n, plan.block_n)
     common = plan_product(x_RK, weight_NK, norm_weight_K, eps, num_tiles, plan, workspace, target)
     optional = {"bias": bias_N, "residual": residual_RN}
     common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._gemv_body import gemv_qkv_kernel
 from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.gemv import MODELS, TEST_PLANS, plan_product, require_operands
 from internvl_rt.kernels.qkv_rope_kv import HEAD_DIMS, qkv_rope_kv_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
@@ -67,7 +66,7 @@ def plan_gemv_qkv(
     rows, (n, k) = len(x_RD), weight_KD.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target)
     plan = replace(plan, block_n=min(plan.block_n, head_dim))
-    num_tiles = triton.cdiv(n, plan.block_n)
+    num_tiles = cdiv(n, plan.block_n)
     common = plan_product(x_RD, weight_KD, norm_weight_D, eps, num_tiles, plan, workspace, target)
     common["args"] |= {
         "position": position_T,

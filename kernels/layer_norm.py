@@ -10,8 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import (
+    Case,
+    Cost,
+    KernelSpec,
+    Tolerance,
+    require,
+    require_one_of,
+    require_tensor,
+    rows_of,
+)
+from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, target_of
 
 MAX_WIDTH = 16384  # a row is held in the registers of one block
 
@@ -42,7 +51,7 @@ def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D, BLOCK: tl
 
 def row_warps(width: int) -> int:
     """Warps for one row held in registers: at most 32 values a thread, at least 8 (16 bytes of bf16)."""
-    return min(16, max(1, int(triton.next_power_of_2(width)) // 512))
+    return min(16, max(1, next_power_of_2(width) // 512))
 
 
 def plan_layer_norm(
@@ -64,7 +73,7 @@ def plan_layer_norm(
                 "eps": eps,
                 "D": width,
             },
-            {"BLOCK": triton.next_power_of_2(width)},
+            {"BLOCK": next_power_of_2(width)},
             num_warps=row_warps(width),
         ),
     )
@@ -76,7 +85,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: 
     Raises ValueError naming the argument that does not fit.
     """
     width = x.shape[-1]
-    require(x.dtype in SPEC.tolerances, "x", f"one of {list(SPEC.tolerances)}", x.dtype)
+    require_one_of("x", x.dtype, SPEC.tolerances)
     require(1 <= width <= MAX_WIDTH, "x", f"a width from 1 to {MAX_WIDTH}", width)
     require_tensor("x", x, tuple(x.shape), x.dtype, x.device)
     require_tensor("weight_D", weight_D, (width,), x.dtype, x.device)

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,7 +129,7 @@ def plan_patch_embed(
     grid = tiles.shape[2] // patch  # a side, in both layouts
     num_rows, num_patches = len(out), len(tiles) * grid**2
     block_k = 64 if weight_EK.itemsize == 2 else 32
-    patches_RK = weight_EK.new_empty(num_patches, triton.cdiv(depth, block_k) * block_k)
+    patches_RK = weight_EK.new_empty(num_patches, cdiv(depth, block_k) * block_k)
     normalise, pixel_strides = None, ("tile_stride", "channel_stride", "row_stride", "column_stride")
     if tiles.dtype == torch.uint8:
         scales = [1 / (255 * std) for std in IMAGENET_STD]
@@ -138,7 +138,7 @@ def plan_patch_embed(
     return (
         Launch(
             _patches_kernel,
-            (triton.cdiv(num_patches, 16), triton.cdiv(patches_RK.shape[1], 128), 1),
+            (cdiv(num_patches, 16), cdiv(patches_RK.shape[1], 128), 1),
             {
                 "tiles": tiles,
                 "patches": patches_RK,
@@ -151,7 +151,7 @@ def plan_patch_embed(
         ),
         Launch(
             _patch_embed_kernel,
-            (triton.cdiv(num_rows, 128), triton.cdiv(width, 128), 1),
+            (cdiv(num_rows, 128), cdiv(width, 128), 1),
             {
                 "patches": patches_RK,
                 "weight": weight_EK,
@@ -195,7 +195,7 @@ def patch_embed(
     Raises ValueError naming the argument that does not fit.
     """
     dtype, device = weight_EK.dtype, weight_EK.device
-    require(dtype in SPEC.tolerances, "weight_EK", f"one of {list(SPEC.tolerances)}", dtype)
+    require_one_of("weight_EK", dtype, SPEC.tolerances)
     require(weight_EK.ndim == 2, "weight_EK", "shape [E, K]", tuple(weight_EK.shape))
     width, depth = weight_EK.shape
     patch = math.isqrt(depth // CHANNELS)
@@ -203,7 +203,7 @@ def patch_embed(
     require(width >= 1 and square, "weight_EK", "shape [E, 3 * patch * patch]", (width, depth))
     require_tensor("weight_EK", weight_EK, (width, depth), dtype, device)
 
-    require(tiles.dtype in TILE_DTYPES, "tiles", f"one of {list(TILE_DTYPES)}", tiles.dtype)
+    require_one_of("tiles", tiles.dtype, TILE_DTYPES)
     require(tiles.device == device, "tiles", f"a tensor on {device}", f"one on {tiles.device}")
     layout = "[I, S, S, 3]" if tiles.dtype == torch.uint8 else "[I, 3, S, S]"
     require(tiles.ndim == 4, "tiles", f"shape {layout}", tuple(tiles.shape))

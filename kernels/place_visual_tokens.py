@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 BLOCK = 1024  # columns of one program: 8 values of each of 128 threads
 
@@ -32,7 +32,7 @@ def plan_place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor, *, 
     return (
         Launch(
             _place_visual_tokens_kernel,
-            (num_visual * triton.cdiv(width, BLOCK), 1, 1),
+            (num_visual * cdiv(width, BLOCK), 1, 1),
             {
                 "x": x_TD,
                 "visual": visual_XD,
@@ -54,8 +54,8 @@ def place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
     Raises ValueError naming the argument that does not fit.
     """
     dtypes = list(SPEC.tolerances)
-    require(x_TD.dtype in dtypes, "x_TD", f"one of {dtypes}", x_TD.dtype)
-    require(visual_XD.dtype in dtypes, "visual_XD", f"one of {dtypes}", visual_XD.dtype)
+    require_one_of("x_TD", x_TD.dtype, dtypes)
+    require_one_of("visual_XD", visual_XD.dtype, dtypes)
     require(x_TD.ndim == 2, "x_TD", "rows [T, D]", tuple(x_TD.shape))
     require(row_X.ndim == 1, "row_X", "indices [X]", tuple(row_X.shape))
     (rows, width), num_visual = x_TD.shape, len(row_X)

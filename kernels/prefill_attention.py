@@ -10,11 +10,10 @@ reads all of a kv head's keys: decode_attention spreads them over the chip.
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
 from internvl_rt.kernels.decode_attention import (
     BLOCK_SIZES,
@@ -50,7 +49,7 @@ def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target
     wide = target.capability in (90, 100, 103)  # matrix units that read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32
     # Small blocks where large ones would leave multiprocessors without work.
-    if triton.cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
+    if cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
         return 64, block_n, 4, 3
     # tcgen05 gives each thread of four warps a whole row of the scores; 128 channels would leave it too few registers.
     num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8
@@ -82,7 +81,7 @@ def plan_prefill_attention(
     return (
         Launch(
             prefill_attention_kernel,
-            (triton.cdiv(max_query_len, block_m // group), num_kv_heads, num_rows),
+            (cdiv(max_query_len, block_m // group), num_kv_heads, num_rows),
             {
                 "q": q_THC,
                 "k_cache": k_cache_BGPC,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
 from internvl_rt.kernels._rope import norm_heads, rope_row
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 
@@ -121,12 +121,12 @@ def plan_qkv_rope_kv(
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     turned_heads = out.shape[1] + num_kv_heads
     # At most 16 channels of either half a thread: two heads share what the angles cost.
-    block_heads = min(2048 // head_dim, int(triton.next_power_of_2(turned_heads)))
+    block_heads = min(2048 // head_dim, next_power_of_2(turned_heads))
     norms = {"q_norm": q_norm_C, "k_norm": k_norm_C}
     return (
         Launch(
             _qkv_rope_kv_kernel,
-            (len(out), triton.cdiv(turned_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads), 1),
+            (len(out), cdiv(turned_heads, block_heads) + cdiv(num_kv_heads, block_heads), 1),
             {
                 "qkv": qkv_TK,
                 **{name: norm for name, norm in norms.items() if norm is not None},
@@ -178,7 +178,7 @@ def qkv_rope_kv(
     Raises ValueError naming the argument that does not fit.
     """
     dtype, device = qkv_TK.dtype, qkv_TK.device
-    require(dtype in SPEC.tolerances, "qkv_TK", f"one of {list(SPEC.tolerances)}", dtype)
+    require_one_of("qkv_TK", dtype, SPEC.tolerances)
     require(k_cache_BGPC.ndim == 4, "k_cache_BGPC", "shape [B, G, P, C]", tuple(k_cache_BGPC.shape))
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     require(head_dim in HEAD_DIMS, "k_cache_BGPC", f"a head dim of {HEAD_DIMS}", head_dim)

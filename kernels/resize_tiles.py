@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 FRACTION_BITS = 22  # 8 bits of pixel and 2 of headroom (weights are negative too, and sums pass 1) make 32
 CACHED_TABLES = 32  # of one axis each; a 4000 x 3000 photograph's take 0.5 MB, the largest of 448-pixel tiles 7 MB
@@ -161,7 +161,7 @@ def plan_resize_tiles(
     return (
         Launch(
             _resize_columns_kernel,
-            (triton.cdiv(height, 8), triton.cdiv(canvas_width * 3, 256), 1),
+            (cdiv(height, 8), cdiv(canvas_width * 3, 256), 1),
             {
                 "image": image_HW3,
                 "canvas": canvas,
@@ -175,7 +175,7 @@ def plan_resize_tiles(
         ),
         Launch(
             _resize_lines_kernel,
-            (len(out), triton.cdiv(size, 16), triton.cdiv(size * 3, 128)),
+            (len(out), cdiv(size, 16), cdiv(size * 3, 128)),
             {
                 "canvas": canvas,
                 "tiles": out,

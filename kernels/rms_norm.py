@@ -9,8 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import (
+    Case,
+    Cost,
+    KernelSpec,
+    Tolerance,
+    require,
+    require_one_of,
+    require_tensor,
+    rows_of,
+)
+from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, target_of
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, row_warps
 
 
@@ -53,7 +62,7 @@ def plan_rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor, targe
                 "eps": eps,
                 "D": width,
             },
-            {"BLOCK": triton.next_power_of_2(width)},
+            {"BLOCK": next_power_of_2(width)},
             num_warps=row_warps(width),
         ),
     )
@@ -65,7 +74,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = No
     Raises ValueError naming the argument that does not fit.
     """
     width = x.shape[-1]
-    require(x.dtype in SPEC.tolerances, "x", f"one of {list(SPEC.tolerances)}", x.dtype)
+    require_one_of("x", x.dtype, SPEC.tolerances)
     require(1 <= width <= MAX_WIDTH, "x", f"a width from 1 to {MAX_WIDTH}", width)
     require_tensor("x", x, tuple(x.shape), x.dtype, x.device)
     require_tensor("weight_D", weight_D, (width,), x.dtype, x.device)

@@ -23,11 +23,10 @@ bisection, one multiprocessor a row, takes 4.
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
 from internvl_rt.kernels._sample_body import draw_kernel, row_peaks_kernel
 
 MAX_VOCAB = 2**18  # ids beside 32 bits of a key; a row's weights, 2^42 at most each, sum to 2^60 at most
@@ -126,18 +125,18 @@ def plan_sample(
 ) -> tuple[Launch, ...]:
     rows, vocab = logits_RV.shape
     device = logits_RV.device
-    size = triton.next_power_of_2(vocab)
+    size = next_power_of_2(vocab)
     # A row costs the same however many there are: 16 rows fill 128 multiprocessors, 64 rows leave 4 blocks on each.
     slices = min(8, max(1, size // 512))
     block = min(2048, max(GROUPS, size // slices // 4))  # more takes more registers than 16 warps have
     penalised = listed_id.numel() > 0
     x_RV = torch.empty(rows, -(-vocab // 4) * 4, device=device)[:, :vocab] if penalised else logits_RV
-    shared = {
+    shared: dict[str, Tensor | int] = {
         "best": torch.empty(rows, slices, dtype=torch.int64, device=device),
         "peaks": torch.empty(rows, slices, GROUPS, dtype=torch.int32, device=device),
         "arrived": torch.empty(rows, dtype=torch.int32, device=device),
         "V": vocab,
-        "slice_len": triton.cdiv(vocab, slices * block) * block,
+        "slice_len": cdiv(vocab, slices * block) * block,
     }
     list_len = min(2048, max(128, size // 4))
     return (
@@ -207,7 +206,7 @@ def sample(
     int64. Their values are on the device and not looked at here: within the ranges of `SamplingParams`.
     Raises ValueError naming the argument that does not fit.
     """
-    require(logits_RV.dtype in SPEC.tolerances, "logits_RV", f"one of {list(SPEC.tolerances)}", logits_RV.dtype)
+    require_one_of("logits_RV", logits_RV.dtype, SPEC.tolerances)
     require(logits_RV.ndim == 2, "logits_RV", "rows [R, V]", tuple(logits_RV.shape))
     rows, vocab = logits_RV.shape
     device = logits_RV.device

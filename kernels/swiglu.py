@@ -9,8 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import (
+    Case,
+    Cost,
+    KernelSpec,
+    Tolerance,
+    require,
+    require_one_of,
+    require_tensor,
+    rows_of,
+)
+from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
 BLOCK = 1024  # columns of one program: 8 values of each of 128 threads, from either half
 
@@ -39,7 +48,7 @@ def plan_swiglu(gate_up_T2F: Tensor, *, out: Tensor, target: Target) -> tuple[La
     return (
         Launch(
             _swiglu_kernel,
-            (rows * triton.cdiv(width, BLOCK), 1, 1),  # one dimension: the second holds 65535 only
+            (rows * cdiv(width, BLOCK), 1, 1),  # one dimension: the second holds 65535 only
             {
                 "gate_up": x_RK,
                 "y": out_RF,
@@ -58,7 +67,7 @@ def swiglu(gate_up_T2F: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises ValueError naming the argument that does not fit.
     """
     x = gate_up_T2F
-    require(x.dtype in SPEC.tolerances, "gate_up_T2F", f"one of {list(SPEC.tolerances)}", x.dtype)
+    require_one_of("gate_up_T2F", x.dtype, SPEC.tolerances)
     require(x.shape[-1] > 0 and x.shape[-1] % 2 == 0, "gate_up_T2F", "an even width of 2 or more", x.shape[-1])
     require_tensor("gate_up_T2F", x, tuple(x.shape), x.dtype, x.device)
     shape = (*x.shape[:-1], x.shape[-1] // 2)

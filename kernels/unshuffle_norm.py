@@ -14,8 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor, rows_of
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import (
+    Case,
+    Cost,
+    KernelSpec,
+    Tolerance,
+    require,
+    require_one_of,
+    require_tensor,
+    rows_of,
+)
+from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, target_of
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, layer_norm_reference, layer_norm_row, row_warps
 
 FACTORS = (1, 2, 4)
@@ -105,7 +114,7 @@ def plan_unshuffle_norm(
                 "E": x_RE.shape[1],
                 "FACTOR": factor,
                 "TRANSPOSED": version == "v1",
-                "BLOCK": triton.next_power_of_2(width),
+                "BLOCK": next_power_of_2(width),
             },
             num_warps=row_warps(width),
         ),
@@ -127,9 +136,9 @@ def unshuffle_norm(
 
     Raises ValueError naming the argument that does not fit.
     """
-    require(x_RE.dtype in SPEC.tolerances, "x_RE", f"one of {list(SPEC.tolerances)}", x_RE.dtype)
+    require_one_of("x_RE", x_RE.dtype, SPEC.tolerances)
     require(x_RE.ndim == 2, "x_RE", "rows [R, E]", tuple(x_RE.shape))
-    require(factor in FACTORS, "factor", f"one of {FACTORS}", factor)
+    require_one_of("factor", factor, FACTORS)
     require(version in ("v1", "v2"), "version", "v1 or v2", version)
     rows, channels = x_RE.shape
     width = factor * factor * channels

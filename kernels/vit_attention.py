@@ -11,11 +11,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
+from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
 from internvl_rt.kernels._vit_attention_body import inverse_rms_kernel, vit_attention_kernel
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, row_warps
 from internvl_rt.kernels.rms_norm import rms_norm_reference
@@ -81,14 +80,14 @@ def plan_vit_attention(
                 inverse_rms_kernel,
                 (num_rows, 2, 1),
                 {"qkv": qkv_RK, "inverse_rms": inverse_rms_2R, "qkv_stride": qkv_RK.stride(0), "eps": eps},
-                {"E": width, "BLOCK": triton.next_power_of_2(width)},
+                {"E": width, "BLOCK": next_power_of_2(width)},
                 num_warps=row_warps(width),
             )
         )
     launches.append(
         Launch(
             vit_attention_kernel,
-            (num_tiles * num_heads * (triton.cdiv(num_patches, block_m) + 1), 1, 1),
+            (num_tiles * num_heads * (cdiv(num_patches, block_m) + 1), 1, 1),
             {
                 "qkv": qkv_RK,
                 "y": out,
@@ -134,9 +133,9 @@ def vit_attention(
 
     Raises ValueError naming the argument that does not fit.
     """
-    require(qkv_RK.dtype in SPEC.tolerances, "qkv_RK", f"one of {list(SPEC.tolerances)}", qkv_RK.dtype)
+    require_one_of("qkv_RK", qkv_RK.dtype, SPEC.tolerances)
     require(qkv_RK.ndim == 2, "qkv_RK", "two dimensions", qkv_RK.ndim)
-    require(head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}", head_dim)
+    require_one_of("head_dim", head_dim, HEAD_DIMS)
     num_rows, width = qkv_RK.shape[0], qkv_RK.shape[1] // 3
     require(width > 0 and qkv_RK.shape[1] % (3 * head_dim) == 0, "qkv_RK", f"3 * H * {head_dim} columns", qkv_RK.shape)
     require_tensor("qkv_RK", qkv_RK, (num_rows, 3 * width), qkv_RK.dtype, qkv_RK.device)

@@ -116,7 +116,7 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ),
     ("unshuffle_norm", "num_tiles", lambda _: 0, "x_RE: expected 0 tiles .*, got 15 rows"),
     ("unshuffle_norm", "num_tiles", lambda _: -1, "expected 0 or more, got -1"),
-    ("unshuffle_norm", "factor", lambda _: 3, r"expected one of \(1, 2, 4\), got 3"),
+    ("unshuffle_norm", "factor", lambda _: 3, r"expected one of \[1, 2, 4\], got 3"),
     ("unshuffle_norm", "version", lambda _: "v3", "expected v1 or v2, got v3"),
     ("place_visual_tokens", "x_TD", lambda t: t[None], r"expected rows \[T, D\], got \(1, 3, 24\)"),
     ("place_visual_tokens", "x_TD", lambda t: t[:1].expand(3, 24), "expected rows that do not overlap, got strides"),

@@ -96,24 +96,23 @@ def source_of(launch: Launch) -> ASTSource:
     constexprs: dict[str, Any] = dict(launch.constexprs)
     attrs: dict[tuple[int], list[list[Any]]] = {}
     for index, name in enumerate(launch.kernel.arg_names):
+        specialise = name in launch.constexprs or not launch.kernel.params[index].do_not_specialize
+        divisible = False
+        value = launch.args.get(name)
         if name in launch.constexprs:
             signature[name] = "constexpr"
-            continue
-        value = launch.args[name]
-        specialise = not launch.kernel.params[index].do_not_specialize
-        divisible = True
-        if isinstance(value, torch.Tensor):
+        elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible = (value.storage_offset() * value.itemsize) % 16 == 0
         elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
+            signature[name], specialise = "fp32", False
         elif value == 1 and specialise:
-            signature[name], constexprs[name], divisible = "constexpr", 1, False
+            signature[name], constexprs[name] = "constexpr", 1
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
-        if divisible and specialise:
-            attrs[(index,)] = [["tt.divisibility", 16]]
+        if specialise:
+            attrs[(index,)] = [["tt.divisibility", 16]] if divisible else []
     return ASTSource(launch.kernel, signature, constexprs, attrs)
 
 

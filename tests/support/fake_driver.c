@@ -1,0 +1,65 @@
+/* A stand-in for libcuda.so.1 in which nothing runs: it notes what it is asked to launch.
+ *
+ * Triton's launcher is compiled against the driver's interface and called with real arguments. What a kernel is
+ * launched with is then known without a GPU: whether the launcher takes the arguments at all, grid, threads, shared
+ * memory and attributes. One line for each launch goes to the file that FAKE_DRIVER_LOG names.
+ */
+#include <cuda.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+CUresult cuGetErrorString(CUresult error, const char **text) { (void)error; *text = "an error of the stand-in"; return 0; }
+CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return 0; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return 0; }
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return 0; }
+CUresult cuCtxSetCurrent(CUcontext context) { (void)context; return 0; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { (void)device; *context = (CUcontext)1; return 0; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { (void)limit; *value = 0; return 0; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { (void)limit; (void)value; return 0; }
+
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { /* an H200's */
+  (void)device;
+  *value = attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 * 1024
+         : attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT              ? 132
+                                                                              : 1;
+  return 0;
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { (void)image; *module = (CUmodule)1; return 0; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  (void)module;
+  *function = (CUfunction)strdup(name);
+  return 0;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  (void)function;
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return 0;
+}
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  (void)function; (void)attribute; (void)value;
+  return 0;
+}
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { (void)function; (void)config; return 0; }
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  (void)attribute;
+  *(CUdeviceptr *)data = pointer;
+  return 0;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
+  int pdl = 0;
+  (void)params; (void)extra;
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+      pdl = config->attrs[i].value.programmaticStreamSerializationAllowed;
+  const char *path = getenv("FAKE_DRIVER_LOG");
+  if (!path) return CUDA_SUCCESS; /* so that launches can be timed */
+  FILE *log = fopen(path, "a");
+  if (!log) return CUDA_ERROR_FILE_NOT_FOUND;
+  fprintf(log, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"shared_bytes\": %u, \"pdl\": %s}\n",
+          (const char *)function, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
+          config->sharedMemBytes, pdl ? "true" : "false");
+  return fclose(log) ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
+}

@@ -1,0 +1,53 @@
+"""Launching on a machine without a GPU: Triton's own launcher, and a stand-in for the driver under it.
+
+What is launched must run in a process of its own: the tests' process runs Triton's interpreter, and a library path is
+read when a process begins.
+"""
+
+import os
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.nvidia.driver import CudaDriver
+
+from internvl_rt.kernels._launch import TARGETS
+from support.specs import discover_specs
+
+TARGET = TARGETS[90]
+
+
+class FakeDriver(CudaDriver):
+    """Of an H200, as far as anybody asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.get_device_capability = lambda *_: (9, 0)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda *_: 0
+
+
+def fake_environment(folder: Path) -> dict[str, str]:
+    """The environment of a process that finds the stand-in, which is built in `folder`, as its libcuda.so.1."""
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library = folder / "libcuda.so.1"
+    compiler = [*os.environ.get("CC", "cc").split(), "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run([*compiler, f"-I{include}", f"-Wl,-soname,{library.name}", "-o", library, source], check=True)
+    (folder / "libcuda.so").symlink_to(library.name)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
+    return {**environment, "TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+def use_fake_driver() -> None:
+    """From here on every operation takes tensors on the CPU for the GPU's, and computes nothing."""
+    triton.runtime.driver.set_active(FakeDriver())
+
+    def target_of(device: torch.device) -> object:
+        return TARGET
+
+    for name in discover_specs():
+        import_module(f"internvl_rt.kernels.{name}").target_of = target_of
