@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from internvl_rt.kernels._launch import run
 from support.fake_driver import TARGET, fake_environment, use_fake_driver
-from support.specs import discover_specs, smallest_call
+from support.specs import arguments_of, discover_specs, smallest_model_case
 
 ROUNDS, CALLS = 5, 200
 
@@ -43,7 +43,7 @@ def measure(names: list[str]) -> None:
     use_fake_driver()
     print(f"{'operation':22}{'launches':>9}{'whole, us':>11}{'checks':>8}{'plan':>8}{'launcher':>10}")
     for name, spec in discover_specs().items():
-        _, _, arguments = smallest_call(spec, torch.device("cpu"))
+        arguments = arguments_of(spec, *smallest_model_case(spec), torch.device("cpu"))
         if name == "gemm_epilogue" or (names and name not in names):
             continue
         launches = spec.plan(**arguments, target=TARGET)

@@ -1,6 +1,7 @@
 """What the driver is asked for when operations are launched as on a GPU: by Triton's own launcher, on a stand-in."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,32 @@ import pytest
 from support.fake_driver import fake_environment
 from support.specs import discover_specs
 
+Rows = list[dict[str, Any]]
+
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("driver")
-    environment = {**fake_environment(folder), "FAKE_DRIVER_LOG": str(folder / "log")}
-    command = [sys.executable, Path(__file__).parent / "support" / "fake_launches.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return {**fake_environment(folder), "FAKE_DRIVER_LOG": str(folder / "log")}
 
 
-def test_every_operation_is_launched_as_planned(launches: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def launches(environment: dict[str, str]) -> Rows:
+    return finish(start(environment, "models"))
+
+
+def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__).parent / "support" / "fake_launches.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> Rows:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_every_operation_is_launched_as_planned(launches: Rows) -> None:
     assert {launch["operation"] for launch in launches} == set(discover_specs())
     for launch in launches:
         assert {name: launch["asked"][name] for name in launch["plan"]} == launch["plan"], launch
@@ -30,9 +45,20 @@ def test_every_operation_is_launched_as_planned(launches: list[dict[str, Any]]) 
         assert launch["launches"] == sum(other["operation"] == launch["operation"] for other in launches)
 
 
-def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: list[dict[str, Any]]) -> None:
+def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) -> None:
     """Specialised alike: for what is a constant, and for what is known to be a multiple of 16."""
     assert not [launch for launch in launches if not launch["audited"]]
+
+
+def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
+    """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
+    parts = os.cpu_count() or 1
+    quiet = {name: value for name, value in environment.items() if name != "FAKE_DRIVER_LOG"}
+    processes = [start(quiet, "contract", str(part), str(parts)) for part in range(parts)]
+    found = [row for process in processes for row in finish(process)]
+    assert not [row for row in found if "error" in row]
+    calls = sum(len(spec.test_cases) * len(spec.tolerances) for spec in discover_specs().values())
+    assert sum(row["calls"] for row in found) == calls > 1000
 
 
 @pytest.mark.parametrize(("operation", "exit_code"), [("swiglu", 0), ("swigul", 2)])

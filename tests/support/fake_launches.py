@@ -1,11 +1,15 @@
-"""Launches every operation as on a GPU, and prints what was planned and what the driver was asked for, as JSON.
+"""Launches operations as on a GPU, in the environment that `fake_driver.fake_environment` makes.
 
-Run by tests/test_launches.py in the environment that `fake_driver.fake_environment` makes, with FAKE_DRIVER_LOG.
+    python tests/support/fake_launches.py models            a case of every operation: what was planned, what asked for
+    python tests/support/fake_launches.py contract I OF     the I-th of so many parts of the contract: what fails
+
+Prints JSON, an object a line. FAKE_DRIVER_LOG is where the stand-in notes what it is asked for.
 """
 
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ from internvl_rt.kernels._contract import KernelSpec
 from internvl_rt.kernels._launch import Launch, options_of
 from support.compile_audit import launches_of, source_of
 from support.fake_driver import TARGET, use_fake_driver
-from support.specs import discover_specs, smallest_call
+from support.specs import arguments_of, discover_specs, smallest_model_case
+
+CPU = torch.device("cpu")
 
 
 def hash_of(launch: Launch) -> str:
@@ -28,25 +34,46 @@ def hash_of(launch: Launch) -> str:
     return digest
 
 
-def launch_all(spec: KernelSpec, log: Path) -> list[dict[str, Any]]:
-    """By the public function."""
-    case, dtype, arguments = smallest_call(spec, torch.device("cpu"))
+def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
+    """An object for each launch that was planned."""
+    case, dtype = smallest_model_case(spec)
     log.write_text("")
-    spec.launcher(**arguments)
+    spec.launcher(**arguments_of(spec, case, dtype, CPU))
     asked = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = []
     for index, launch in enumerate(launches_of(spec, case, dtype, TARGET)):
         built = launch.kernel.device_caches[0][0].values()
         plan = {"kernel": launch.kernel.__name__, "grid": list(launch.grid), "threads": 32 * launch.num_warps}
-        row = {"operation": spec.name, "case": case.name, "plan": plan | {"pdl": launch.pdl}, "launches": len(asked)}
-        row["asked"] = asked[index] if index < len(asked) else None
-        row["audited"] = hash_of(launch) in {kernel.hash for kernel in built}
-        rows.append(row)
-    return rows
+        yield {
+            "operation": spec.name,
+            "case": case.name,
+            "plan": plan | {"pdl": launch.pdl},
+            "asked": asked[index] if index < len(asked) else None,
+            "launches": len(asked),
+            "audited": hash_of(launch) in {kernel.hash for kernel in built},
+        }
+
+
+def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
+    """An object for each call that raises, and one with the number of all calls."""
+    calls = [(s, case, dtype) for s in discover_specs().values() for case in s.test_cases for dtype in s.tolerances]
+    mine = calls[part::parts]
+    for spec, case, dtype in mine:
+        try:
+            spec.launcher(**arguments_of(spec, case, dtype, CPU))
+        except Exception as error:
+            yield {"call": f"{spec.name}/{case.name}/{dtype}", "error": f"{type(error).__name__}: {str(error)[-1000:]}"}
+    yield {"calls": len(mine)}
+
+
+def rows(what: str, *numbers: str) -> Iterator[dict[str, Any]]:
+    if what == "contract":
+        yield from launch_contract(*map(int, numbers))
+    else:
+        for spec in discover_specs().values():
+            yield from launch_model_case(spec, Path(os.environ["FAKE_DRIVER_LOG"]))
 
 
 if __name__ == "__main__":
     use_fake_driver()
-    for each in discover_specs().values():
-        for row in launch_all(each, Path(os.environ["FAKE_DRIVER_LOG"])):
-            print(json.dumps(row), flush=True)
+    for row in rows(*sys.argv[1:]):
+        print(json.dumps(row), flush=True)

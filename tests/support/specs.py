@@ -18,10 +18,14 @@ def discover_specs() -> dict[str, KernelSpec]:
     return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
 
 
-def smallest_call(spec: KernelSpec, device: torch.device) -> tuple[Case, torch.dtype, dict[str, Any]]:
-    """The model case that moves the fewest bytes, in bfloat16 where that is there, and the launcher's arguments."""
-    dtype = torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
-    case = min(spec.model_cases, key=lambda case: spec.cost(case, dtype).bytes)
+def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a launcher is called with, `out` among it where the operation has a result."""
     expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
     outputs = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=device)}
-    return case, dtype, {**spec.make_inputs(case, dtype, device), **outputs}
+    return {**spec.make_inputs(case, dtype, device), **outputs}
+
+
+def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:
+    """That which moves the fewest bytes, in bfloat16 where that is there."""
+    dtype = torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
+    return min(spec.model_cases, key=lambda case: spec.cost(case, dtype).bytes), dtype
