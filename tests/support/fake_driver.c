@@ -13,6 +13,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) { (void)error; *tex
 CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return 0; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return 0; }
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return 0; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return 0; }
 CUresult cuCtxSetCurrent(CUcontext context) { (void)context; return 0; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { (void)device; *context = (CUcontext)1; return 0; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { (void)limit; *value = 0; return 0; }
@@ -30,6 +31,12 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) { (void)image; *m
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   (void)module;
   *function = (CUfunction)strdup(name);
+  return 0;
+}
+CUresult cuModuleUnload(CUmodule module) { (void)module; return 0; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  (void)stream;
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return 0;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
