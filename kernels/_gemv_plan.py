@@ -68,8 +68,8 @@ def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Targ
 
     One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
     share K. On matrix units a program reads 16 rows of x beside its rows of the weight; where device memory is the
-    limit these are therefore 64, and blocks are few. As many splits are made of them as end first: what runs at once
-    should fill the chip, and what is left over for another round leaves most of it idle.
+    limit these are therefore 64, and blocks are few. K is split into as many parts as let the last program end first:
+    those that run at once should fill the chip, and a last round of a few leaves most of it idle.
     """
     load = 16 // dtype.itemsize  # elements that a thread loads at once
     if rows <= 2:
