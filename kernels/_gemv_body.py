@@ -213,7 +213,8 @@ def _store_halves(base, offset, inside, channel, first, second, HALF: tl.constex
     tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["last_row", "k_head", "v_head", "num_slots"])  # one kernel for every batch and cache
+# One kernel for every batch and cache, and for index tensors that begin at any element.
+@triton.jit(do_not_specialize=["last_row", "k_head", "v_head", "num_slots", "position", "slot"])
 def gemv_qkv_kernel(
     x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
     k_head, v_head, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,

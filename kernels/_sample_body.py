@@ -49,7 +49,8 @@ def _penalise(x, listed_id, listed_count, first, last, begin, end, penalty, BLOC
         tl.store(x + token, tl.where(count < 0, float("-inf"), new), mask=mine)
 
 
-@triton.jit
+# One kernel for parameters that begin at any element: where they do changes with the number of rows.
+@triton.jit(do_not_specialize=["listed_start", "listed_id", "listed_count", "penalty"])
 def row_peaks_kernel(
     logits,
     copy,
@@ -264,7 +265,7 @@ def _find(weight, target):
     return tl.sum(passed.to(tl.int32), axis=0), tl.max(tl.where(passed, running, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "seed", "counter"])  # as above
 def draw_kernel(
     x,
     y,

@@ -24,7 +24,7 @@ def copy_blocks_reference(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: 
     pool_LKBGPC[:, :, destination_N.long()] = pool_LKBGPC[:, :, source_N.long()]
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "source", "destination"])
 def _copy_blocks_kernel(
     pool, source, destination, layer_stride, kind_stride, block_stride, num_blocks, num_kinds, SIZE,
     CHUNK: tl.constexpr,

@@ -17,7 +17,8 @@ def embed_tokens_reference(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Te
     return embedding_VD[torch.where(token_id_T < 0, drawn_T, token_id_T)]
 
 
-@triton.jit(do_not_specialize=["R"])  # R changes with the batch: one kernel for all
+# R changes with the batch, and where the ids begin with the step: one kernel for all.
+@triton.jit(do_not_specialize=["R", "token_id", "drawn"])
 def _embed_tokens_kernel(token_id, drawn, embedding, y, y_stride, embedding_stride, R, V, D, BLOCK: tl.constexpr):
     num_blocks = tl.cdiv(D, BLOCK)
     token = tl.program_id(0) // num_blocks

@@ -16,7 +16,8 @@ def place_visual_tokens_reference(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor
     x_TD[row_X] = visual_XD.to(x_TD.dtype)
 
 
-@triton.jit(do_not_specialize=["T"])  # T changes with every step: one kernel for all
+# T changes with every step, and where the rows begin: one kernel for all.
+@triton.jit(do_not_specialize=["T", "row"])
 def _place_visual_tokens_kernel(x, visual, row, x_stride, visual_stride, T, D, BLOCK: tl.constexpr):
     num_blocks = tl.cdiv(D, BLOCK)
     token = tl.program_id(0) // num_blocks

@@ -61,7 +61,8 @@ def qkv_rope_kv_reference(
     return _rotate(q_THC, cos_T1C, sin_T1C).masked_fill_(slot_T[:, None, None] < 0, 0)
 
 
-@triton.jit(do_not_specialize=["H", "G", "num_slots"])  # one kernel for all models of a head dim
+# One kernel for all models of a head dim, and for index tensors that begin at any element.
+@triton.jit(do_not_specialize=["H", "G", "num_slots", "position", "slot"])
 def _qkv_rope_kv_kernel(
     qkv, q_norm, k_norm, position, inv_freq, k_cache, v_cache, slot, q, H, G, num_slots, eps,
     qkv_stride, q_stride, q_head_stride, block_stride, group_stride, place_stride,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,26 @@ def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str,
     assert not [row for row in found if "error" in row]
     calls = sum(len(spec.test_cases) * len(spec.tolerances) for spec in discover_specs().values())
     assert sum(row["calls"] for row in found) == calls > 1000
+
+
+VARIANTS = {  # of a kernel, where there is more than one
+    "gemv_kernel": 9,  # one row, two, up to 16, of three products
+    "gemv_qkv_kernel": 3,  # one row, two, up to 16
+    "epilogue_kernel": 3,  # of three products
+    "prefill_attention_kernel": 2,  # blocks of 64 and of 128 rows
+    "row_peaks_kernel": 2,  # with and without penalties
+    "draw_kernel": 2,  # as above
+}
+
+
+def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
+    """Neither where a tensor begins nor how many rows there are is a reason for another: it takes about a second."""
+    quiet = {name: value for name, value in environment.items() if name != "FAKE_DRIVER_LOG"}
+    built = finish(start(quiet, "engine"))
+    assert not [row for row in built if row["late"]]
+    counts = Counter(row["kernel"] for row in built)
+    assert len(counts) > 15
+    assert {name: count for name, count in counts.items() if count > 1} == VARIANTS
 
 
 @pytest.mark.parametrize(("operation", "exit_code"), [("swiglu", 0), ("swigul", 2)])

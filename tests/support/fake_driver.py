@@ -6,14 +6,16 @@ read when a process begins.
 
 import os
 import subprocess
-from importlib import import_module
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.nvidia.driver import CudaDriver
 
-from internvl_rt.kernels._launch import TARGETS
+from internvl_rt.kernels._launch import TARGETS, target_of
 from support.specs import discover_specs
 
 TARGET = TARGETS[90]
@@ -45,9 +47,19 @@ def fake_environment(folder: Path) -> dict[str, str]:
 def use_fake_driver() -> None:
     """From here on every operation takes tensors on the CPU for the GPU's, and computes nothing."""
     triton.runtime.driver.set_active(FakeDriver())
+    discover_specs()
+    real = target_of
+    for module in list(sys.modules.values()):
+        if getattr(module, "target_of", None) is real:
+            module.target_of = lambda device: TARGET
 
-    def target_of(device: torch.device) -> object:
-        return TARGET
 
-    for name in discover_specs():
-        import_module(f"internvl_rt.kernels.{name}").target_of = target_of
+def zero_new_memory() -> None:
+    """So that what nobody computes is 0, and not an index that leads anywhere."""
+    empty = torch.empty
+
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        tensor: Tensor = empty(*args, **kwargs)
+        return tensor if tensor.is_meta else tensor.zero_()
+
+    torch.empty = zeros

@@ -2,12 +2,14 @@
 
     python tests/support/fake_launches.py models            a case of every operation: what was planned, what asked for
     python tests/support/fake_launches.py contract I OF     the I-th of so many parts of the contract: what fails
+    python tests/support/fake_launches.py engine            requests of every kind: what was built for them, and when
 
 Prints JSON, an object a line. FAKE_DRIVER_LOG is where the stand-in notes what it is asked for.
 """
 
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import internvl_rt
+from internvl_rt import Engine, SamplingParams
 from internvl_rt.kernels._contract import KernelSpec
 from internvl_rt.kernels._launch import Launch, options_of
 from support.compile_audit import launches_of, source_of
-from support.fake_driver import TARGET, use_fake_driver
+from support.fake_driver import TARGET, use_fake_driver, zero_new_memory
 from support.specs import arguments_of, discover_specs, smallest_model_case
 
 CPU = torch.device("cpu")
+SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
 
 
 def hash_of(launch: Launch) -> str:
@@ -65,9 +70,48 @@ def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
     yield {"calls": len(mine)}
 
 
+def serve() -> Iterator[dict[str, Any]]:
+    """An object for each kernel that an engine built: its name, and whether that was after all kinds of requests.
+
+    The answers are nonsense, as nothing is computed.
+    """
+    built: list[dict[str, Any]] = []
+    late = False
+
+    def note(*, fn: Any, **_: Any) -> None:
+        built.append({"kernel": fn.name.rpartition(".")[2], "late": late})
+
+    def ask(count: int, words: int, params: SamplingParams) -> None:
+        image = {"type": "image", "image": str(SAMPLE)}
+        texts = [{"type": "text", "text": "a " * rng.randint(1, words)} for _ in range(count)]
+        engine.generate([[{"role": "user", "content": [image, text]}] for text in texts], params)
+
+    zero_new_memory()
+    triton.knobs.runtime.jit_post_compile_hook = note
+    rng = random.Random(0)
+    engine = Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16", backend="triton")
+    for count in (1, 2, 3, 20):  # one row, two, up to 16, more
+        ask(count, 100, SamplingParams(max_tokens=3))
+    ask(20, 400, SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.1))
+    late = True
+    for _ in range(30):
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 5),
+            temperature=rng.choice((0.0, 0.7)),
+            top_k=rng.choice((0, 5)),
+            top_p=rng.choice((1.0, 0.9)),
+            repetition_penalty=rng.choice((1.0, 1.2)),
+            seed=rng.randint(0, 9),
+        )
+        ask(rng.choice((1, 1, 2, 3, 5, 9, 21)), rng.choice((5, 50, 500)), params)
+    yield from built
+
+
 def rows(what: str, *numbers: str) -> Iterator[dict[str, Any]]:
     if what == "contract":
         yield from launch_contract(*map(int, numbers))
+    elif what == "engine":
+        yield from serve()
     else:
         for spec in discover_specs().values():
             yield from launch_model_case(spec, Path(os.environ["FAKE_DRIVER_LOG"]))
