@@ -15,7 +15,9 @@ from torch import Tensor
 
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
+from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
+from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 
 COMPILED = ("layer_norm", "rms_norm", "add_norm", "unshuffle_norm", "swiglu", "qkv_rope_kv")
@@ -63,10 +65,6 @@ def forget_compiled() -> None:
 # Norms and element-wise operations
 
 
-def _layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
-
-
 def _add_norm(
     x_RD: Tensor,
     y_RD: Tensor,
@@ -80,12 +78,7 @@ def _add_norm(
     x_RD.add_(update if scale_D is None else scale_D * update)
     if norm_bias_D is None:
         return rms_norm(x_RD, weight_D, eps)
-    return _layer_norm(x_RD, weight_D, norm_bias_D, eps)
-
-
-def _swiglu(gate_up_T2F: Tensor) -> Tensor:
-    gate, up = gate_up_T2F.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return layer_norm_reference(x_RD, weight_D, norm_bias_D, eps)
 
 
 def _rotate_and_write(
@@ -157,7 +150,7 @@ def _gemv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
         x, norm = i["x_RK"], i["norm_weight_K"]
         y = F.linear(x if norm is None else rms_norm(x, norm, i["eps"]), i["weight_NK"], i["bias_N"])
         if i["activation"] == "swiglu":
-            y = _swiglu(y)
+            y = swiglu_reference(y)
         return y if i["residual_RN"] is None else i["residual_RN"] + y
 
     return run, same
@@ -270,11 +263,11 @@ def _flashinfer(op: str, i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 EAGER: dict[str, Prepare] = {
-    "layer_norm": _plain(_layer_norm),
+    "layer_norm": _plain(layer_norm_reference),
     "rms_norm": _plain(rms_norm),
     "add_norm": _plain(_add_norm),
     "unshuffle_norm": _plain(unshuffle_norm_reference),
-    "swiglu": _plain(_swiglu),
+    "swiglu": _plain(swiglu_reference),
     "qkv_rope_kv": _qkv_rope_kv,
     "gemm_epilogue": _gemm_epilogue,
     "gemv": _gemv,

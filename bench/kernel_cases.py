@@ -16,7 +16,7 @@ from internvl_rt.kernels._gemv_plan import build_gemv_workspace
 from internvl_rt.kernels.gemv import MODELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.specs import discover_specs
+from support.specs import discover_specs, preferred_dtype
 
 DECODE_ROWS, PREFILL_ROWS = 64, 3392  # rows of a large decode step, and of the prompt of 13 tiles
 ROTATED_BYTES = 256 * 2**20  # sets of inputs together: at least twice the L2 of any GPU
@@ -65,9 +65,8 @@ def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = F
 
 
 def real_work(spec: KernelSpec) -> list[Work]:
-    preferred = torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
     cases = (*spec.model_cases, *engine_products()) if spec.name == "gemm_epilogue" else spec.model_cases
-    return [Work(spec, case, preferred) for case in cases]
+    return [Work(spec, case, preferred_dtype(spec)) for case in cases]
 
 
 def small_work(spec: KernelSpec) -> list[Work]:

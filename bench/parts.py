@@ -157,7 +157,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         Part("vision_6b", "vision", 120, bench("vision", giant), absent=no_device, asked=True),
         Part(
             "compare_transformers_8b", "compare_transformers", 400,
-            () if cpu else compare("--model=InternVL3-8B", "--rounds=1"),  # writes 33 GB of weights first
+            () if cpu else compare("--model=InternVL3-8B", "--rounds=1"),  # writes 32 GB of weights first
             absent=no_device or "no package transformers", read=read_comparison, asked=True,
         ),
     )  # fmt: skip

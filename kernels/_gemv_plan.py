@@ -16,8 +16,9 @@ MAX_ROWS = 16  # of x; more are a matrix product's business
 # Bandwidth times latency, for a multiprocessor of an H200: 4.3 TB/s * 0.9 us / 132. To be measured.
 BYTES_IN_FLIGHT = 32 * 1024
 LARGE_WEIGHT = 16 * 2**20  # bytes from which device memory, not latency, is what a product waits for
-# On matrix units a multiprocessor holds two programs of 8 warps, by their registers. Each has one chunk on its way at a
-# time, so a chunk takes a program about one latency of the memory, and the exchange of partial sums about two.
+# On matrix units a multiprocessor holds two programs of 8 warps, by their registers; one of the small q, k, v products,
+# which are a single round. Each has one chunk on its way at a time, so a chunk takes a program about one latency of the
+# memory, and the exchange of partial sums about two.
 RESIDENT = 2
 EXCHANGE_CHUNKS = 2
 MAX_SPLIT_PROGRAMS = 4  # of a product with splits, for each multiprocessor: the workspace has room for so many

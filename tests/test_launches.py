@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +19,44 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("driver")
-    return {**fake_environment(folder), "FAKE_DRIVER_LOG": str(folder / "log")}
+    return fake_environment(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
-def launches(environment: dict[str, str]) -> Rows:
-    return finish(start(environment, "models"))
+def launches(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    log = tmp_path_factory.mktemp("launches") / "log"
+    return launch({**environment, "FAKE_DRIVER_LOG": str(log)}, "models")
 
 
-def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(__file__).parent / "support" / "fake_launches.py"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> Rows:
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors[-4000:]
-    return [json.loads(line) for line in output.splitlines()]
+def launch(environment: dict[str, str], *arguments: object) -> Rows:
+    command = [sys.executable, Path(__file__).parent / "support" / "fake_launches.py", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_every_operation_is_launched_as_planned(launches: Rows) -> None:
-    assert {launch["operation"] for launch in launches} == set(discover_specs())
-    for launch in launches:
-        assert {name: launch["asked"][name] for name in launch["plan"]} == launch["plan"], launch
-        assert launch["asked"]["shared_bytes"] <= 227 * 1024
-        assert launch["launches"] == sum(other["operation"] == launch["operation"] for other in launches)
+    assert {row["operation"] for row in launches} == set(discover_specs())
+    for row in launches:
+        assert {name: row["asked"][name] for name in row["plan"]} == row["plan"], row
+        assert row["asked"]["shared_bytes"] <= 227 * 1024
+        assert row["launches"] == sum(other["operation"] == row["operation"] for other in launches)
 
 
 def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) -> None:
     """Specialised alike: for what is a constant, and for what is known to be a multiple of 16."""
-    assert not [launch for launch in launches if not launch["audited"]]
+    assert not [row for row in launches if not row["audited"]]
 
 
 def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
     """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
     parts = os.cpu_count() or 1
-    quiet = {name: value for name, value in environment.items() if name != "FAKE_DRIVER_LOG"}
-    processes = [start(quiet, "contract", str(part), str(parts)) for part in range(parts)]
-    found = [row for process in processes for row in finish(process)]
+    with ThreadPoolExecutor(parts) as pool:
+        found = [
+            row
+            for rows in pool.map(lambda part: launch(environment, "contract", part, parts), range(parts))
+            for row in rows
+        ]
     assert not [row for row in found if "error" in row]
     calls = sum(len(spec.test_cases) * len(spec.tolerances) for spec in discover_specs().values())
     assert sum(row["calls"] for row in found) == calls > 1000
@@ -73,9 +73,8 @@ VARIANTS = {  # of a kernel, where there is more than one
 
 
 def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
-    """Neither where a tensor begins nor how many rows there are is a reason for another: it takes about a second."""
-    quiet = {name: value for name, value in environment.items() if name != "FAKE_DRIVER_LOG"}
-    built = finish(start(quiet, "engine"))
+    """Where a tensor begins and how many rows there are is no reason for another, which a request would wait for."""
+    built = launch(environment, "engine")
     assert not [row for row in built if row["late"]]
     counts = Counter(row["kernel"] for row in built)
     assert len(counts) > 15

@@ -110,6 +110,20 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
+    """The prefix ends in the middle of a picture; decodes follow where there are chunks of one token."""
+    model = build_model(decoder=decoder)
+    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
+    other = [*token_ids[:-2], 1, 2]
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    expected = all_logits(model, token_ids, tiles, context_id=47)
+    actual = all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens, after=other)
+    assert_near(actual, expected[16:])  # one block of the cache
+
+
 def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
     """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
     picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of
-from support.specs import discover_specs
+from support.specs import arguments_of, discover_specs, preferred_dtype
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -116,16 +116,21 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constexprs, attrs)
 
 
-def inspect(cubin: bytes) -> dict[str, int]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def build(launch: Launch, capability: int) -> CompiledKernel:
+    return triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=options_of(launch))
+
+
+def dump(cubin: bytes, flag: str) -> str:
+    """What cuobjdump prints."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
-        def dump(flag: str) -> str:
-            return subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True).stdout
 
-        usage, sass = dump("--dump-resource-usage"), dump("--dump-sass")
+def inspect(cubin: bytes) -> dict[str, int]:
+    usage, sass = dump(cubin, "--dump-resource-usage"), dump(cubin, "--dump-sass")
     found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     assert found, f"cuobjdump prints no resource usage: {usage!r}"
     code = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s", line)]
@@ -135,7 +140,6 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, index: int) -> dict[str, Any]:
     launch = launches_of(spec, case, dtype, target)[index]
-    options = options_of(launch)
     row: dict[str, Any] = {
         "operation": spec.name,
         "kernel": launch.kernel.__name__,
@@ -143,12 +147,12 @@ def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Targe
         "dtype": str(dtype).removeprefix("torch."),
         "target": target.capability,
         "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
-        **options,
+        **options_of(launch),
         "matrix_units": launch.matrix_units,
         "wide_loads": launch.wide_loads,
     }
     try:
-        built = triton.compile(source_of(launch), target=GPUTarget("cuda", target.capability, 32), options=options)
+        built = build(launch, target.capability)
     except Exception as error:  # a row of the table, which the test shows
         return {**row, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
     shared = {"shared_bytes": built.metadata.shared, "final_warps": built.metadata.num_warps}
@@ -156,10 +160,7 @@ def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Targe
 
 
 def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> tuple[Launch, ...]:
-    inputs = spec.make_inputs(case, dtype, torch.device("meta"))
-    expected = spec.reference(**inputs)
-    outputs = {} if expected is None else {"out": torch.empty_like(expected)}
-    return spec.plan(**inputs, **outputs, target=target)
+    return spec.plan(**arguments_of(spec, case, dtype, torch.device("meta")), target=target)
 
 
 def jobs(only: str | None) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
@@ -168,15 +169,14 @@ def jobs(only: str | None) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
     for name, spec in discover_specs().items():
         if only not in (None, name):
             continue
-        dtypes = [torch.bfloat16] if torch.bfloat16 in spec.tolerances else [next(iter(spec.tolerances))]
+        dtype = preferred_dtype(spec)
         for case in spec.model_cases:
-            for dtype in dtypes:
-                for target in TARGETS.values():
-                    for index, launch in enumerate(launches_of(spec, case, dtype, target)):
-                        key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
-                        if key not in seen:
-                            seen.add(key)
-                            yield name, case.name, dtype, target.capability, index
+            for target in TARGETS.values():
+                for index, launch in enumerate(launches_of(spec, case, dtype, target)):
+                    key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
+                    if key not in seen:
+                        seen.add(key)
+                        yield name, case.name, dtype, target.capability, index
 
 
 def run_job(job: tuple[str, str, torch.dtype, int, int]) -> dict[str, Any]:

@@ -17,26 +17,17 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.kernels._contract import KernelSpec
-from internvl_rt.kernels._launch import Launch, options_of
-from support.compile_audit import launches_of, source_of
+from support.compile_audit import build, launches_of
 from support.fake_driver import TARGET, use_fake_driver, zero_new_memory
 from support.specs import arguments_of, discover_specs, smallest_model_case
 
 CPU = torch.device("cpu")
 SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
-
-
-def hash_of(launch: Launch) -> str:
-    """Of the kernel that the audit builds."""
-    target = GPUTarget("cuda", TARGET.capability, 32)
-    digest: str = triton.compile(source_of(launch), target=target, options=options_of(launch)).hash
-    return digest
 
 
 def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
@@ -54,7 +45,7 @@ def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
             "plan": plan | {"pdl": launch.pdl},
             "asked": asked[index] if index < len(asked) else None,
             "launches": len(asked),
-            "audited": hash_of(launch) in {kernel.hash for kernel in built},
+            "audited": build(launch, TARGET.capability).hash in {kernel.hash for kernel in built},
         }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -34,20 +35,53 @@ def all_logits(
     position_T: np.ndarray | None = None,
     chunk_lens: Items[int] | None = None,
     block_size: int = 16,
+    after: Items[int] = (),
 ) -> Tensor:
     """Logits [T, V] of one sequence, computed in chunks of these lengths (all at once by default).
 
     tiles: of all pictures, in order; their visual tokens take the places of the first `context_id` in `token_ids`.
     position_T: float32 rotary positions, 0, 1, 2, ... by default.
+    after: another sequence with the same pictures, computed in the same cache before; what both begin with is read from
+    there, and has no logits.
     """
-    num_tokens = len(token_ids)
+    cache = KVCache(
+        model.config.decoder,
+        num_blocks=(len(after) + len(token_ids)) // block_size + 2,
+        block_size=block_size,
+        dtype=model.dtype,
+        device=model.device,
+        num_sms=8 if model.ops.name == "triton" else 0,
+    )
+    if after:
+        first = _build_sequence(model, 0, after, tiles, context_id, None)
+        assert cache.admit(first) == 0
+        _compute(model, cache, first, [0, len(after)])
+        cache.publish([(first, len(after))])
+        cache.end_step(cache.blocks.num_steps)
+    sequence = _build_sequence(model, 1, token_ids, tiles, context_id, position_T)
+    num_cached = cache.admit(sequence)
+    assert num_cached is not None
+    assert (num_cached > 0) == bool(after)
+    places = [num_cached, *(num_cached + np.cumsum(chunk_lens or [len(token_ids) - num_cached])).tolist()]
+    assert places[-1] == len(token_ids)
+    return _compute(model, cache, sequence, places)
+
+
+def _build_sequence(
+    model: InternVL,
+    seq_id: int,
+    token_ids: Items[int],
+    tiles: Tensor | None,
+    context_id: int,
+    position_T: np.ndarray | None,
+) -> Sequence:
     spans = _find_spans(token_ids, context_id, 0 if tiles is None else len(tiles) * model.config.tokens_per_tile)
     counts = [span.num_tokens // model.config.tokens_per_tile for span in spans]
     parts = [] if tiles is None else list(torch.split(tiles, counts))
     sequence = Sequence(
-        seq_id=0,
+        seq_id=seq_id,
         token_ids=list(token_ids),
-        position_T=np.arange(num_tokens, dtype=np.float32) if position_T is None else position_T,
+        position_T=np.arange(len(token_ids), dtype=np.float32) if position_T is None else position_T,
         next_position=0,
         pictures=tuple(
             Picture(span, bytes(32), len(part), lambda part=part: part) for span, part in zip(spans, parts, strict=True)
@@ -56,21 +90,16 @@ def all_logits(
         max_tokens=1,
         stop_ids=frozenset(),
         seed=0,
+        identity=bytes(32),
     )
     sequence.visual = {index: model.encode_tiles(part).flatten(0, 1) for index, part in enumerate(parts)}
-    cache = KVCache(
-        model.config.decoder,
-        num_blocks=num_tokens // block_size + 1,
-        block_size=block_size,
-        dtype=model.dtype,
-        device=model.device,
-        num_sms=8 if model.ops.name == "triton" else 0,
-    )
-    assert cache.admit(sequence) == 0
+    return sequence
+
+
+def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[int]) -> Tensor:
+    """Logits of the tokens from the first place to the last, a step from each to the next."""
     logits = []
-    ends = np.cumsum(chunk_lens or [num_tokens]).tolist()
-    assert ends[-1] == num_tokens
-    for start, stop in zip([0, *ends], ends, strict=False):
+    for start, stop in pairwise(places):
         assert cache.append([sequence.seq_id], [stop - start])
         nothing_drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
         step = build_step(plan_step([Chunk(sequence, start, stop)]), cache, nothing_drawn)

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
@@ -25,25 +24,17 @@ def instructions_of(jobs: list[Job]) -> dict[Job, list[str]]:
 
 
 def _build(operation: str, case_name: str, capability: int) -> list[str]:
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     sys.path.insert(0, str(TESTS))
-    from internvl_rt.kernels._launch import TARGETS, options_of
-    from support.compile_audit import launches_of, source_of
+    import torch
+
+    from internvl_rt.kernels._launch import TARGETS
+    from support.compile_audit import build, dump, launches_of
     from support.specs import discover_specs
 
     spec = discover_specs()[operation]
     case = next(case for case in spec.model_cases if case.name == case_name)
     launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[0]
-    built = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=options_of(launch))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        sass = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return re.findall(NAMES, sass)
+    return re.findall(NAMES, dump(build(launch, capability).asm["cubin"], "--dump-sass"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ def discover_specs() -> dict[str, KernelSpec]:
     return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
 
 
+def preferred_dtype(spec: KernelSpec) -> torch.dtype:
+    """bfloat16, or the first of an operation that does without."""
+    return torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
+
+
 def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What a launcher is called with, `out` among it where the operation has a result."""
     expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
@@ -26,6 +31,6 @@ def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch
 
 
 def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:
-    """That which moves the fewest bytes, in bfloat16 where that is there."""
-    dtype = torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
+    """That which moves the fewest bytes."""
+    dtype = preferred_dtype(spec)
     return min(spec.model_cases, key=lambda case: spec.cost(case, dtype).bytes), dtype
