@@ -54,6 +54,12 @@ def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
+def _rounded_to_tf32(x):
+    """The nearest float32 of 10 bits behind the point: matrix units drop the others, which would draw sums to zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _part_of_k(split_len, K, SPLIT: tl.constexpr):
     """Where this program's part begins and ends."""
     if SPLIT:
@@ -93,6 +99,7 @@ def _row_sums(
         b = w
         if MATRIX:
             if WIDE:
+                a = _rounded_to_tf32(a)
                 b = b.to(tl.float32)
             a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
             b = tl.permute(tl.reshape(b, (BLOCK_N, WARPS, BLOCK_K // WARPS)), (1, 2, 0))

@@ -25,8 +25,8 @@ Activation = Literal["none", "swiglu"]
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
     # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
-    torch.float16: Tolerance(1e-3, 2e-3, 6e-4, "operands and result are each rounded to 11 bits"),
-    torch.bfloat16: Tolerance(8e-3, 16e-3, 5e-3, "operands and result are each rounded to 8 bits"),
+    torch.float16: Tolerance(1e-3, 2e-3, 1e-3, "operands and result are each rounded to 11 bits; SwiGLU doubles it"),
+    torch.bfloat16: Tolerance(8e-3, 16e-3, 7e-3, "operands and result are each rounded to 8 bits; SwiGLU doubles it"),
 }
 
 
