@@ -1,25 +1,31 @@
-"""Everything that a GPU machine is needed for, in one command: is it right, how fast is the device, how fast are we.
+"""Everything that a GPU machine is needed for: is it right, how fast is the device, how fast are we.
 
-    make gpu                                             # builds with the machine's own torch, then runs this
-    python bench/gpu.py [--budget-s 540] [--parts tests,roofline] [--out bench/results]
+    python bench/gpu.py [--parts first] [--out bench/results] [--budget-s 490] [--commit HASH]
+    python bench/gpu.py --plan                           # what each of the three calls runs, and for how long
     python bench/gpu.py --cpu --out FOLDER               # the same sequence at small settings: shows that it works
 
+A machine with torch, triton, pytest, pybind11 and a C++ compiler is enough: what is not installed yet is built first.
+The parts make three calls, `first`, `second` and `third`, each of less than ten minutes.
+
 Parts run one after the other, each as a process of its own with a share of the time; what one does not use goes to
-those behind it. A part that fails or runs out of time leaves the others alone, but nothing is timed after a failure in
-correctness. The results (`<out>/<device>/<date>.json`, `.md`, `.log`) are written after every part, so a run that is
-killed leaves what it had. The exit code is 0, or 1 if a part failed or correctness is not proven, or 2 where there is
-no CUDA device.
+those behind it. A part that fails or runs out of time costs only itself. Whatever is timed is marked "proven" or
+"unproven", by what the tests of this run said of the operations behind it (proof.py). The results
+(`<out>/<device>/<date>.json`, `.md`, `.log`) are written after every part, so a run that is killed leaves what it had.
+The exit code is 0, or 1 if a part failed or correctness is not proven, or 2 where there is no CUDA device.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +33,8 @@ from threading import Thread
 from typing import IO, Any
 
 from document import DocumentError, check, save
-from parts import ROOT, NotRunError, Output, Part, build_parts, choose
+from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
+from proof import BAD, mark
 
 LEAST_S = 5.0  # Python alone needs as much
 GRACE_S = 10.0  # between the request to stop and the end
@@ -80,7 +87,7 @@ def run_part(part: Part, box_s: float, environment: dict[str, Any], log: IO[byte
     if not part.command:
         return {"status": "not run", "reason": part.absent}
     command = [word.replace("{budget_s}", f"{MARGIN * box_s:.0f}") for word in part.command]
-    shown = shlex.join(["python" if word == sys.executable else word for word in command])
+    shown = _shown_command(command)
     log.write(f"\n=== {part.name}: {shown}\n".encode())
     log.flush()
     start = time.monotonic()
@@ -107,18 +114,24 @@ def run_part(part: Part, box_s: float, environment: dict[str, Any], log: IO[byte
     return {"status": "failed", "reason": problem, **entry} if problem else {"status": "done", **entry}
 
 
-BAD = ("failed", "errors", "memory_errors")  # what a row of tests counts that must be 0
-
-
 def _bad(rows: list[dict[str, Any]]) -> list[str]:
-    return [f"{row[key]} {key.replace('_', ' ')}" for row in rows for key in BAD if row.get(key)]
+    """By operation or file, where rows have names."""
+    return [
+        f"{row['name'] + ': ' if 'name' in row else ''}{row[key]} {key.replace('_', ' ')}"
+        for row in rows
+        for key in BAD
+        if row.get(key)
+    ]
 
 
 class Run:
     """One run's results, on disk after every part."""
 
-    def __init__(self, parts: tuple[Part, ...], chosen: set[str], budget_s: float, *, cpu: bool) -> None:
-        self.parts, self.chosen, self.budget_s, self.cpu = parts, chosen, budget_s, cpu
+    def __init__(
+        self, parts: tuple[Part, ...], chosen: set[str], budget_s: float, *, cpu: bool, commit: str | None = None
+    ) -> None:
+        """commit: of a checkout that does not say it itself."""
+        self.parts, self.chosen, self.budget_s, self.cpu, self.commit = parts, chosen, budget_s, cpu, commit
         self.entries: dict[str, dict[str, Any]] = {}
         self.environment: dict[str, Any] = {}
         self.path: Path | None = None
@@ -130,7 +143,8 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         with draft.open("ab") as log:
             for index, part in enumerate(self.parts):
-                why = self._why_not(part) or (end - time.monotonic() < LEAST_S and "no time was left") or ""
+                why = "" if part.name in self.chosen else "not asked for"
+                why = why or (end - time.monotonic() < LEAST_S and "no time was left") or ""
                 if why:
                     self.entries[part.name] = {"status": "not run", "reason": why}
                 else:
@@ -143,6 +157,8 @@ class Run:
                 self._say(part, entry)
                 if part.name == "build":
                     self._place(out, entry, draft)
+                if "document" in entry:
+                    self._complete(part, entry["document"])
                 self.write()
 
     def exit_code(self) -> int:
@@ -159,20 +175,23 @@ class Run:
         command = [sys.executable, str(Path(__file__).parent / "report.py"), str(self.path)]
         subprocess.run(command if plots else [*command, "--no-plots"], check=False, stdout=subprocess.DEVNULL)
 
-    def _why_not(self, part: Part) -> str:
-        if part.name not in self.chosen:
-            return "not asked for"
-        broken = [name for name in self._correctness() if self.entries[name]["status"] == "failed"]
-        return f"correctness failed in {broken[0]}" if broken and not part.proves else ""
-
-    def _correctness(self) -> list[str]:
-        return [part.name for part in self.parts if part.proves and part.name in self.entries]
+    def _complete(self, part: Part, document: dict[str, Any]) -> None:
+        """Adds what the command could not know: the commit, and whether what it timed is right."""
+        if self.commit and document["environment"]["commit"] == "unknown":
+            document["environment"]["commit"] = self.commit
+        if part.times:
+            mark(document["rows"], part.uses, self.entries, whole_model=bool(part.uses))
+        if part.leaves and self.path is not None:
+            for file in ROOT.glob(part.leaves):
+                shutil.copy(file, self.path.with_name(f"{self.path.stem}-{file.name}"))
 
     def _place(self, out: Path, entry: dict[str, Any], draft: Path) -> None:
         if entry["status"] != "done":
             print(draft.read_text(encoding="utf-8", errors="replace")[-4000:])
             raise SystemExit(f"the package cannot be used here: {entry['reason']}; the log is {draft}")
         self.environment = entry["document"]["environment"]
+        if self.commit and self.environment["commit"] == "unknown":
+            self.environment["commit"] = self.commit
         if self.environment["device_kind"] != "cuda" and not self.cpu:
             draft.unlink()
             print(
@@ -193,7 +212,14 @@ class Run:
 
 
 def check_build() -> None:
-    """The part `build`: everything imports, the compiled part too, and the device computes."""
+    """The part `build`: everything imports, the compiled part too, and the device computes. Builds what is missing."""
+    try:
+        importlib.import_module("internvl_rt._C")
+        importlib.metadata.version("internvl-rt")
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        install = ("install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
+        subprocess.run([sys.executable, "-m", "pip", *install, "--editable", str(ROOT)], check=True, stdout=sys.stderr)
+        importlib.invalidate_caches()
     import torch
     from timing import result_document
 
@@ -209,17 +235,41 @@ def check_build() -> None:
     print(json.dumps(result_document("build", [row], device)))
 
 
+def render_plan(parts: tuple[Part, ...], budget_s: float) -> str:
+    """Order, shares of the time and commands of the three calls."""
+    lines = []
+    for call in CALLS:
+        chosen = choose(parts, [call])
+        own = [part for part in parts if part.name in chosen and part.command]
+        scale = budget_s / sum(part.share for part in own)
+        lines.append(f"{call}: python bench/gpu.py --parts {call} --budget-s {budget_s:g}")
+        lines += [f"  {part.name:<22}{scale * part.share:5.0f} s   {_shown_command(part.command)}" for part in own]
+    asked = [part.name for part in parts if not part.calls]
+    return "\n".join([*lines, f"only if asked for: {', '.join(asked)}"])
+
+
+def _shown_command(command: Sequence[str]) -> str:
+    return shlex.join(["python" if word == sys.executable else word for word in command])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-s", type=float, default=540, help="for everything (default: %(default)s)")
-    parser.add_argument("--parts", default="", help="groups or names, separated by commas (default: all)")
+    parser.add_argument("--budget-s", type=float, default=490, help="for everything (default: %(default)s)")
+    parser.add_argument(
+        "--parts", default=CALLS[0], help="calls, groups or names, separated by commas (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results)")
+    parser.add_argument("--commit", help="what is measured, for a checkout without git")
+    parser.add_argument("--plan", action="store_true", help="show what each call runs, and end")
     parser.add_argument("--cpu", action="store_true", help="small settings on the CPU; needs --out")
     parser.add_argument("--select", help="of the kernels' contract only the tests that pytest's -k takes")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.check:
         check_build()
+        return 0
+    if args.plan:
+        print(render_plan(build_parts(cpu=args.cpu, select=args.select), args.budget_s))
         return 0
     if args.cpu and args.out is None:
         parser.error("--cpu: expected --out FOLDER as well, because bench/results is for measurements")
@@ -232,7 +282,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
-    run = Run(parts, chosen, args.budget_s, cpu=args.cpu)
+    run = Run(parts, chosen, args.budget_s, cpu=args.cpu, commit=args.commit)
     try:
         run.run(args.out or Path(__file__).parent / "results")
     except KeyboardInterrupt:

@@ -53,15 +53,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
-    """Most important first. Real sizes on a GPU; elsewhere the small cases of tests. `quick`: one of each operation."""
+    """One case of each operation, then the most important first; real sizes on a GPU, elsewhere small ones of tests.
+
+    `quick`: no more than one of each.
+    """
     specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
     real = device.type == "cuda"
     works = [work for spec in specs.values() for work in (real_work(spec) if real else small_work(spec))]
     works.sort(key=importance if real else lambda work: work.spec.name)  # the sort is stable
-    if not quick:
-        return works
     best = (lambda work: -importance(work)) if real else (lambda work: work.spec.cost(work.case, work.dtype).bytes)
-    return [max((work for work in works if work.spec is spec), key=best) for spec in specs.values()]
+    one_each = [max((work for work in works if work.spec is spec), key=best) for spec in specs.values()]
+    return one_each if quick else [*one_each, *(work for work in works if work not in one_each)]
 
 
 def real_work(spec: KernelSpec) -> list[Work]:

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from document import DocumentError, parse, parse_last_line
+from proof import AGREEMENT, CONTRACT, DECODER, VISION
 
 ROOT = Path(__file__).parent.parent
 SANITIZER_ERRORS = 86  # the exit code that we ask it for
 SANITIZER_HOMES = "/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
-SANITIZED = "rms_norm or gemv or qkv_rope_kv or vit_attention or decode_attention or copy_blocks"
+# Real cases in bfloat16: several rounds of the loop over keys, the copy engine, splits and what joins them.
+SANITIZED = (
+    "rms_norm/width_896 or add_norm/strided or gemv/split_5_swiglu or gemv/matrix_16_norm or gemv/split_rows"
+    " or gemv_qkv/split or qkv_rope_kv or vit_attention or decode_attention/many_splits"
+    " or decode_attention/shared_prefix or decode_attention/blocks_of_64 or prefill_attention or gemm_epilogue/residual"
+    " or gemm_epilogue/rows or copy_blocks/several"
+)
+CALLS = ("first", "second", "third")  # what runs together in ten minutes, in this order on a new machine
+CONTRACT_FILE = "tests/kernels/test_contract.py"
+ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # for workers, each of which would take all cores for its references
 Rows = list[dict[str, Any]]
 
 
@@ -36,17 +46,21 @@ class Output:
 class Part:
     """`{budget_s}` in a command stands for the seconds that it may take; no command means that there is none here.
 
-    `asked`: it runs only if it is asked for by name. `read` makes a document of the output. It raises DocumentError,
-    which fails the part, or NotRunError.
+    `calls`: of CALLS, those that it is part of; without any it runs only if it is asked for by name. `uses`: the
+    operations behind a whole model's times; rows without them are each of one operation. `read` makes a document of
+    the output. It raises DocumentError, which fails the part, or NotRunError.
     """
 
     name: str
     group: str
-    share: float
+    share: float  # seconds that it is expected to take; what is left of the budget is shared out by them
     command: tuple[str, ...]
+    calls: tuple[str, ...] = CALLS
     absent: str = ""  # why there is no command
-    proves: bool = False  # whether a failure leaves nothing worth timing
-    asked: bool = False
+    proves: bool = False  # whether it says if something is right
+    times: bool = True  # whether its rows are times of the project's own, which may be proven or not
+    uses: frozenset[str] = frozenset()
+    leaves: str = ""  # files in the repository that it writes, a pattern: kept beside the results
     read: Callable[[Output, Mapping[str, Any], str], dict[str, Any]] = lambda output, *_: parse_last_line(output.lines)
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -55,16 +69,41 @@ def document(part: str, rows: Rows, environment: Mapping[str, Any], command: str
     return {"part": part, "schema": 1, "rows": rows, "environment": dict(environment), "command": command}
 
 
+# `PASSED tests/x.py::test_it[case]`, behind a worker's name; without workers the word comes last.
+RESULT = re.compile(
+    r"(?:^|\s)(?P<before>PASSED|FAILED|ERROR)\s+(?P<id>tests/\S+::.+?)\s*$"
+    r"|^(?P<id2>tests/\S+::.+?)\s+(?P<after>PASSED|FAILED|ERROR)\b"
+)
+COUNTED = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors"}
+
+
 def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """From pytest's last summary, such as `3 failed, 120 passed, 2 warnings in 12.1s`."""
-    summaries = [line for line in output.lines if re.search(r"\d+ (passed|failed|errors?)\b.* in [\d.]+s", line)]
-    found = re.findall(r"(\d+) (passed|failed|error)", summaries[-1] if summaries else "")
-    counts = {word: int(number) for number, word in found}
-    if not counts and not output.stopped:
+    """From what `pytest -v` prints of each test: a row for each operation, or for each file where there is none.
+
+    So a run that is stopped tells what it had. `first` is the first that failed.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    seen: set[tuple[str, str]] = set()  # the summary at the end names those that failed again
+    for line in output.lines:
+        match = RESULT.search(line)
+        if match is None:
+            continue
+        node, word = match["id"] or match["id2"], match["before"] or match["after"]
+        node = node.partition(" - ")[0]
+        if (node, word) in seen:
+            continue
+        seen.add((node, word))
+        test = node.partition("::")[2]
+        within = test.partition("[")[2].removesuffix("]")
+        is_contract = "test_contract.py" in node and within
+        name = within.partition("/")[0] if is_contract else Path(node.partition("::")[0]).stem
+        row = rows.setdefault(name, {"name": name, "passed": 0, "failed": 0, "errors": 0})
+        row[COUNTED[word]] += 1
+        if word != "PASSED":
+            row.setdefault("first", within.partition("/")[2] or test if is_contract else test)
+    if not rows and not output.stopped:
         raise DocumentError(f"no test ran (exit code {output.exit_code})")
-    names = {"passed": "passed", "failed": "failed", "errors": "error"}
-    row = {name: counts.get(word, 0) for name, word in names.items()}
-    return document("tests", [row], environment, command)
+    return document("tests", sorted(rows.values(), key=lambda row: row["name"]), environment, command)
 
 
 def read_sanitizer(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -92,8 +131,8 @@ def read_comparison(output: Output, environment: Mapping[str, Any], command: str
 
 
 def gpu_test_files() -> list[str]:
-    """Those with a test marked `gpu`: collecting only them needs fewer packages than collecting all."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    """Those with a test marked `gpu`, but whole models': collecting only them needs fewer packages than all."""
+    files = sorted(set((ROOT / "tests").rglob("test_*.py")) - {ROOT / "tests" / "test_model_agreement.py"})
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -101,8 +140,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     """All parts in order. `select` is pytest's -k for the contract; on the CPU, everything small."""
     python = sys.executable
     # A warning of a library that is newer or older than the pinned one is no mistake of a kernel.
-    pytest = (python, "-m", "pytest", "--quiet", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
-    contract = "tests/kernels/test_contract.py"
+    pytest = (python, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
     chosen = ("-k", select) if select else ()
     # Most of the time is compiling; each worker has a context on the GPU.
     workers = ("-n", str(min(12, os.cpu_count() or 1))) if not cpu and importlib.util.find_spec("xdist") else ()
@@ -112,6 +150,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     quick = ("--quick",) if cpu else ()
     small = "tiny" if cpu else "random:InternVL3-1B"
     large, giant = ("", "") if cpu else ("random:InternVL3-8B", "random:InternVL3-38B")
+    first, second, third = CALLS
 
     def script(name: str, *options: str) -> tuple[str, ...]:
         return (python, f"bench/{name}.py", *options)
@@ -122,7 +161,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     sanitize = (
         *(sanitizer or "", "--tool", "memcheck", "--report-api-errors", "no"),
         *("--error-exitcode", str(SANITIZER_ERRORS), *pytest, "-p", "no:xdist"),
-        *(contract, "-k", f"test_a_launcher_allocates_its_own_output and ({SANITIZED})"),
+        *(CONTRACT_FILE, "-k", f"bfloat16 and ({SANITIZED})"),
     )
     comparison = ("--quick",) if cpu else ("--device=cuda", "--dtype=bfloat16", "--tiles=13", "--tokens=64")
     has_transformers = importlib.util.find_spec("transformers") is not None
@@ -130,47 +169,62 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     def compare(*options: str) -> tuple[str, ...]:
         return script("compare_transformers", *comparison, *options) if has_transformers else ()
 
+    both = VISION | DECODER
     return (
-        Part("build", "build", 60, script("gpu", "--check"), proves=True),
-        Part("contract", "tests", 200, (*pytest, *workers, contract, *chosen), proves=True, read=read_tests),
+        Part("build", "build", 30, script("gpu", "--check"), proves=True, times=False),
         Part(
-            "gpu_tests", "tests", 60, () if cpu else (*pytest, "-m", "gpu", *gpu_test_files()),
-            absent=no_device, proves=True, read=read_tests,
+            CONTRACT, "tests", 75, (*pytest, *workers, CONTRACT_FILE, *chosen),
+            proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
+        ),
+        Part(
+            AGREEMENT, "tests", 60, () if cpu else (*pytest, "-m", "gpu", "tests/test_model_agreement.py"),
+            absent=no_device, proves=True, times=False, read=read_tests,
+        ),
+        Part(
+            "gpu_tests", "tests", 30, () if cpu else (*pytest, "-m", "gpu", *gpu_test_files()),
+            calls=(first,), absent=no_device, proves=True, times=False, read=read_tests,
         ),
         Part(
             "sanitizer", "tests", 60, sanitize if sanitizer and not cpu else (),
-            absent=no_device or "no compute-sanitizer", proves=True, read=read_sanitizer,
+            calls=(second,), absent=no_device or "no compute-sanitizer", proves=True, times=False,
+            read=read_sanitizer,
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide what is outside
         ),
-        Part("roofline", "roofline", 25, script("roofline", *quick)),
-        Part("decode_1b", "decode", 45, bench("decode", small)),
-        Part("decode_8b", "decode", 60, bench("decode", large), absent=no_device),
-        Part("vision_1b", "vision", 35, bench("vision", small)),
-        Part("prefill_1b", "prefill", 30, bench("prefill", small)),
-        Part("prefill_8b", "prefill", 40, bench("prefill", large), absent=no_device),
-        Part("kernels", "kernels", 90, script("kernel_table", *budget, *quick)),
+        Part("roofline", "roofline", 15, script("roofline", *quick), times=False),
         Part(
-            "compare_transformers", "compare_transformers", 60, compare(),
-            absent="no package transformers", read=read_comparison,
+            "tune", "tune", 200, () if cpu else script("tune", *budget, "--only=gemm_epilogue", "--only=vit_attention"),
+            calls=(second,), absent=no_device, leaves="kernels/plans/*.json",
         ),
-        Part("serve_1b", "serve", 40, bench("serve", small)),
-        Part("vision_6b", "vision", 120, bench("vision", giant), absent=no_device, asked=True),
+        Part("decode_1b", "decode", 35, bench("decode", small), calls=(first,), uses=DECODER),
+        Part("decode_8b", "decode", 45, bench("decode", large), calls=(first,), absent=no_device, uses=DECODER),
+        Part("vision_1b", "vision", 30, bench("vision", small), calls=(first, second), uses=VISION),
+        Part("prefill_1b", "prefill", 25, bench("prefill", small), calls=(first,), uses=both),
+        Part("prefill_8b", "prefill", 35, bench("prefill", large), calls=(first,), absent=no_device, uses=both),
+        Part("kernels", "kernels", 90, script("kernel_table", *budget, "--no-compile", *quick), calls=(first, third)),
+        Part(
+            "compare_transformers", "compare_transformers", 100, compare(),
+            calls=(third,), absent="no package transformers", read=read_comparison, uses=both,
+        ),
+        Part("serve_1b", "serve", 60, bench("serve", small), calls=(third,), uses=both),
+        Part("vision_6b", "vision", 120, bench("vision", giant), calls=(), absent=no_device, uses=VISION),
         Part(
             "compare_transformers_8b", "compare_transformers", 400,
             () if cpu else compare("--model=InternVL3-8B", "--rounds=1"),  # writes 32 GB of weights first
-            absent=no_device or "no package transformers", read=read_comparison, asked=True,
+            calls=(), absent=no_device or "no package transformers", read=read_comparison, uses=both,
         ),
     )  # fmt: skip
 
 
 def choose(parts: Sequence[Part], asked: Sequence[str]) -> set[str]:
-    """Names of the parts that `asked` names or whose groups it names; the check is always one of them."""
-    known = {part.name for part in parts} | {part.group for part in parts}
+    """Names of the parts that `asked` names, by themselves, by group or by call; the build is always one of them."""
+    known = {part.name for part in parts} | {part.group for part in parts} | set(CALLS)
     unknown = sorted(set(asked) - known)
     if unknown:
-        listed = ", ".join(dict.fromkeys(part.group for part in parts))
+        listed = ", ".join(dict.fromkeys((*CALLS, *(part.group for part in parts))))
         raise ValueError(f"--parts: expected some of {listed}, or single ones such as decode_1b, got {unknown[0]!r}")
     wanted = {*asked, "build"}
     return {
-        part.name for part in parts if part.name in wanted or (not part.asked and (not asked or part.group in wanted))
+        part.name
+        for part in parts
+        if part.name in wanted or wanted & set(part.calls) or (part.calls and part.group in wanted)
     }

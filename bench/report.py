@@ -14,18 +14,22 @@ from typing import Any
 
 from document import DocumentError, load, rows_of
 from goals import GOALS
+from proof import AGREEMENT, CONTRACT, unproven_operations
 from roofs import Roof, measured_roof
 
 Document = Mapping[str, Any]
 Row = dict[str, Any]
 LAUNCHES_NEAR = 2.0  # graph nodes: an operation whose roof is below so many is bound by its launch
+TESTS = (CONTRACT, AGREEMENT, "gpu_tests", "sanitizer")
+NO_DOUBT = ("not asked for", "no CUDA device")  # reasons why tests did not run that say nothing of what is timed
 ALT = {
     "roofline": "every kernel under the measured roof",
     "batch": "time per token against batch",
     "prompt": "vision against tiles, time to the first token against prompt tokens",
 }
 TITLES = {
-    "build": "Build", "contract": "Kernels against their references", "gpu_tests": "Tests marked `gpu`",
+    "build": "Build", "contract": "Kernels against their references",
+    "model_agreement": "Whole models against references", "gpu_tests": "Tests marked `gpu`", "tune": "Tuning",
     "sanitizer": "compute-sanitizer", "roofline": "Roofline", "decode_1b": "Decode, 1B", "decode_8b": "Decode, 8B",
     "vision_1b": "Vision, 1B", "prefill_1b": "Prefill, 1B", "prefill_8b": "Prefill, 8B", "kernels": "Kernels",
     "compare_transformers": "Against transformers", "serve_1b": "Serving, 1B",
@@ -56,17 +60,26 @@ def render(document: Document, pictures: Sequence[Path] = ()) -> str:
 
 def _summary(document: Document) -> Iterable[str]:
     """What somebody wants to know who reads no further."""
-    tests = [(name, part) for name, part in document["parts"].items() if name in ("contract", "gpu_tests", "sanitizer")]
-    broken = [name for name, part in tests if part["status"] == "failed"]
-    unproven = [name for name, part in tests if part["status"] != "done"]
-    if broken:
-        yield f"**Correctness failed in {', '.join(broken)}: nothing was timed.**"
-    elif unproven or not tests:
-        missing = ", ".join(unproven) or "all tests"
-        yield f"**Correctness is not proven in full: {missing} did not run to the end (see *What ran*).**"
+    parts = document["parts"]
+    passed = sum(row.get("passed", 0) for row in rows_of(document, "tests"))
+    doubts = [
+        f"{name} ({part['status']}{': ' * ('reason' in part)}{part.get('reason', '')})"
+        for name, part in parts.items()
+        if name in TESTS and part["status"] != "done" and part.get("reason") not in NO_DOUBT
+    ]
+    unproven = unproven_operations(parts)
+    if not doubts and not unproven:
+        yield f"Proven: {passed:,} tests passed, and whatever is timed below is marked so."
     else:
-        passed = sum(row.get("passed", 0) for row in rows_of(document, "tests"))
-        yield f"Correct: {passed:,} tests passed before anything was timed."
+        yield f"**Not all is proven: {'; '.join(doubts) or 'no tests ran'}.** {passed:,} tests passed."
+        yield ""
+        listed = "; ".join(f"`{name}` ({why})" if name else f"all ({why})" for name, why in unproven.items())
+        yield f"Unproven operations: {listed or 'none'}. What uses them is timed all the same, and marked."
+    stopped = [name for name, part in parts.items() if part["status"] in ("failed", "stopped") and name not in TESTS]
+    if stopped:
+        yield ""
+        listed = "; ".join(f"{name} ({parts[name]['status']}: {parts[name].get('reason', '')})" for name in stopped)
+        yield f"Parts that failed or ran out of time: {listed}."
     sentence = furthest(rows_of(document, "kernels"), measured_roof(document))
     if sentence:
         yield ""
