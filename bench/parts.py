@@ -171,7 +171,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
 
     both = VISION | DECODER
     return (
-        Part("build", "build", 30, script("gpu", "--check"), proves=True, times=False),
+        Part("build", "build", 120, script("gpu", "--check"), proves=True, times=False),
         Part(
             CONTRACT, "tests", 75, (*pytest, *workers, CONTRACT_FILE, *chosen),
             proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
