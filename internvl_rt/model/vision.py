@@ -36,10 +36,11 @@ def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: 
     x_RE = ops.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
     n_RE = ops.norm(x_RE, weights.layers[0].norm1)
     for layer, next_layer in zip_longest(weights.layers, weights.layers[1:]):
-        qkv_RK = ops.linear(n_RE, layer.qkv)
-        y_RE = ops.vit_attention(qkv_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
-        x_RE, n_RE = ops.linear_residual_norm(y_RE, layer.proj, x_RE, layer.scale1_E, layer.norm2)
-        y_RF = ops.linear_gelu(n_RE, layer.fc1)
+        # One name for what passes from move to move: a second would keep its memory to the end of the layer.
+        y_RK = ops.linear(n_RE, layer.qkv)
+        y_RK = ops.vit_attention(y_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
+        x_RE, n_RE = ops.linear_residual_norm(y_RK, layer.proj, x_RE, layer.scale1_E, layer.norm2)
+        y_RK = ops.linear_gelu(n_RE, layer.fc1)
         next_norm = next_layer.norm1 if next_layer else None
-        x_RE, n_RE = ops.linear_residual_norm(y_RF, layer.fc2, x_RE, layer.scale2_E, next_norm)
+        x_RE, n_RE = ops.linear_residual_norm(y_RK, layer.fc2, x_RE, layer.scale2_E, next_norm)
     return x_RE

@@ -51,12 +51,18 @@ def tower_cosine(model: InternVL, reference: InternVL, tiles: Tensor) -> float:
 
 
 @torch.inference_mode()
-def top1_agreement(model: InternVL, reference: InternVL, token_ids: list[int], margin: float) -> tuple[float, int]:
-    """Share of the tokens whose likeliest next one is the reference's, where that leads by the margin; and how many."""
+def logits_of(model: InternVL, token_ids: list[int]) -> Tensor:
+    """float32 logits [T, V] behind every token of a text."""
     context_id = model.config.decoder.vocab_size  # no token: there are no pictures
-    logits, ref = (
-        all_logits(each, token_ids, None, context_id=context_id, block_size=64) for each in (model, reference)
-    )
-    best = ref.topk(2, dim=-1)
+    return all_logits(model, token_ids, None, context_id=context_id, block_size=64).float()
+
+
+def rms_error(logits_TV: Tensor, reference_TV: Tensor) -> float:
+    return float((logits_TV - reference_TV).square().mean().sqrt())
+
+
+def top1_agreement(logits_TV: Tensor, reference_TV: Tensor, margin: float) -> tuple[float, int]:
+    """Share of the tokens whose likeliest next one is the reference's, where that leads by the margin; and how many."""
+    best = reference_TV.topk(2, dim=-1)
     sure = best.values[:, 0] - best.values[:, 1] > margin
-    return float((logits.argmax(-1) == best.indices[:, 0])[sure].float().mean()), int(sure.sum())
+    return float((logits_TV.argmax(-1) == best.indices[:, 0])[sure].float().mean()), int(sure.sum())
