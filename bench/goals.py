@@ -1,4 +1,8 @@
-"""The goals that were set for an H200 before anything had run on one, and what a result file says of each."""
+"""The goals that were set for an H200 before anything had run on one, and what a result file says of each.
+
+Those of an H100 follow from them: the same where arithmetic is the limit; a step of the 8B, which waits for memory, by
+the ratio of the data sheets' bandwidths, 4.8 over 3.35; one of the 1B, which does so for half of its time, by half.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,20 +14,24 @@ from document import rows_of
 Document = Mapping[str, Any]
 Row = dict[str, Any]
 Measure = Callable[[Document], float | None]
-DEVICE = "H200"
+CARDS = ("H100", "H200")  # as they stand in the devices' names
 NORMS = ("layer_norm/*", "rms_norm/*", "add_norm/*")
 LARGE_BYTES = 64e6  # a smaller norm measures the caches and its launch
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`measure` gives the worst of what the goal speaks of, or None where it was not measured."""
+    """`measure` gives the worst of what the goal speaks of, or None where it was not measured. `limits`: of CARDS."""
 
     text: str
     unit: str
-    limit: float
+    limits: tuple[float, float]
     at_least: bool
     measure: Measure
+
+    def limit(self, device: str) -> float:
+        """Of the card whose name this is; of an H200 where it is another."""
+        return self.limits[0 if CARDS[0] in device else 1]
 
     def verdict(self, document: Document) -> tuple[float | None, str]:
         """What was measured, if anything, and the word for it."""
@@ -31,9 +39,10 @@ class Goal:
         value = self.measure(document) if found["device_kind"] == "cuda" else None
         if value is None:
             return None, "not measured"
-        if DEVICE not in found["device"]:
+        if not any(card in found["device"] for card in CARDS):
             return value, "on another device"
-        held = value >= self.limit if self.at_least else value <= self.limit
+        limit = self.limit(found["device"])
+        held = value >= limit if self.at_least else value <= limit
         return value, "held" if held else "missed"
 
 
@@ -94,54 +103,57 @@ def _lead_over_transformers(model: str, field: str) -> Measure:
 
 GOALS = (
     Goal(
-        "ViT attention, 64 channels, 13 tiles", "TFLOP/s", 400, True,
+        "ViT attention, 64 channels, 13 tiles", "TFLOP/s", (400, 400), True,
         least("kernels", "tflops", "vit_attention/vit_300m_13_tiles/bfloat16"),
     ),
     Goal(
-        "ViT attention, 128 channels, 13 tiles", "TFLOP/s", 450, True,
+        "ViT attention, 128 channels, 13 tiles", "TFLOP/s", (450, 450), True,
         least("kernels", "tflops", "vit_attention/vit_6b_13_tiles/bfloat16"),
     ),
-    Goal("ViT attention, 13 tiles, against torch's best SDPA", "x", 1, True, lead("vit_attention/*_13_tiles/bfloat16")),
-    Goal("norms of 64 MB and more, of the measured roof", "%", 88, True, _large_norms),
     Goal(
-        "InternViT-300M, 13 tiles", "ms", 19, False,
+        "ViT attention, 13 tiles, against torch's best SDPA", "x", (1, 1), True,
+        lead("vit_attention/*_13_tiles/bfloat16"),
+    ),
+    Goal("norms of 64 MB and more, of the measured roof", "%", (88, 88), True, _large_norms),
+    Goal(
+        "InternViT-300M, 13 tiles", "ms", (19, 19), False,
         most("vision", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, tiles=13),
     ),
     Goal(
-        "InternViT-300M, 1 tile", "ms", 1.9, False,
+        "InternViT-300M, 1 tile", "ms", (1.9, 1.9), False,
         most("vision", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, tiles=1),
     ),
     Goal(
-        "InternViT-6B, 13 tiles", "ms", 300, False,
+        "InternViT-6B, 13 tiles", "ms", (300, 300), False,
         most("vision", "median_us", "*InternVL3-38B/*/bfloat16", "*InternVL3-78B/*/bfloat16", scale=1e-3, tiles=13),
     ),
     Goal(
-        "decode step of the 1B, batch 1, context 2k", "ms", 0.45, False,
+        "decode step of the 1B, batch 1, context 2k", "ms", (0.55, 0.45), False,
         most("decode", "median_us", "*InternVL3-1B/*/bfloat16", scale=1e-3, batch=1, context_tokens=2048),
     ),
     Goal(
-        "decode step of the 8B, batch 1, context 2k", "ms", 4.2, False,
+        "decode step of the 8B, batch 1, context 2k", "ms", (6.0, 4.2), False,
         most("decode", "median_us", "*InternVL3-8B/*/bfloat16", scale=1e-3, batch=1, context_tokens=2048),
     ),
     Goal(
-        "decode attention, 64 sequences of 32k, of the measured roof", "%", 80, True,
+        "decode attention, 64 sequences of 32k, of the measured roof", "%", (80, 80), True,
         least("kernels", "roof_percent", "decode_attention/*_64_x_32768/bfloat16"),
     ),
     Goal(
-        "prefill of 3,392 tokens on the 8B", "ms", 85, False,
+        "prefill of 3,392 tokens on the 8B", "ms", (85, 85), False,
         most("prefill", "prefill_median_us", "*InternVL3-8B/*/bfloat16", scale=1e-3, prompt_tokens=3392),
     ),
-    Goal("sampling, 16 rows", "us", 12, False, most("kernels", "median_us", "sample/*_16_rows*/bfloat16")),
+    Goal("sampling, 16 rows", "us", (12, 12), False, most("kernels", "median_us", "sample/*_16_rows*/bfloat16")),
     Goal(
-        "picture to embeddings, 300M, against transformers", "x", 2, True,
+        "picture to embeddings, 300M, against transformers", "x", (2, 2), True,
         _lead_over_transformers("InternVL3-1B", "picture_s"),
     ),
     Goal(
-        "time per token of the 1B against transformers", "x", 3, True,
+        "time per token of the 1B against transformers", "x", (3, 3), True,
         _lead_over_transformers("InternVL3-1B", "per_token_s"),
     ),
     Goal(
-        "time per token of the 8B against transformers", "x", 1.5, True,
+        "time per token of the 8B against transformers", "x", (1.5, 1.5), True,
         _lead_over_transformers("InternVL3-8B", "per_token_s"),
     ),
 )  # fmt: skip

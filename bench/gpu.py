@@ -130,7 +130,7 @@ class Run:
     def __init__(
         self, parts: tuple[Part, ...], chosen: set[str], budget_s: float, *, cpu: bool, commit: str | None = None
     ) -> None:
-        """commit: of a checkout that does not say it itself."""
+        """commit: where the checkout's git does not say what is measured."""
         self.parts, self.chosen, self.budget_s, self.cpu, self.commit = parts, chosen, budget_s, cpu, commit
         self.entries: dict[str, dict[str, Any]] = {}
         self.environment: dict[str, Any] = {}
@@ -177,7 +177,7 @@ class Run:
 
     def _complete(self, part: Part, document: dict[str, Any]) -> None:
         """Adds what the command could not know: the commit, and whether what it timed is right."""
-        if self.commit and document["environment"]["commit"] == "unknown":
+        if self.commit:
             document["environment"]["commit"] = self.commit
         if part.times:
             mark(document["rows"], part.uses, self.entries, whole_model=bool(part.uses))
@@ -190,7 +190,7 @@ class Run:
             print(draft.read_text(encoding="utf-8", errors="replace")[-4000:])
             raise SystemExit(f"the package cannot be used here: {entry['reason']}; the log is {draft}")
         self.environment = entry["document"]["environment"]
-        if self.commit and self.environment["commit"] == "unknown":
+        if self.commit:
             self.environment["commit"] = self.commit
         if self.environment["device_kind"] != "cuda" and not self.cpu:
             draft.unlink()
@@ -259,7 +259,7 @@ def main() -> int:
         "--parts", default=CALLS[0], help="calls, groups or names, separated by commas (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results)")
-    parser.add_argument("--commit", help="what is measured, for a checkout without git")
+    parser.add_argument("--commit", help="what is measured, where git does not say so")
     parser.add_argument("--plan", action="store_true", help="show what each call runs, and end")
     parser.add_argument("--cpu", action="store_true", help="small settings on the CPU; needs --out")
     parser.add_argument("--select", help="of the kernels' contract only the tests that pytest's -k takes")

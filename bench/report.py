@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from document import DocumentError, load, rows_of
-from goals import GOALS
+from goals import CARDS, GOALS
 from proof import AGREEMENT, CONTRACT, unproven_operations
 from roofs import Roof, measured_roof
 
@@ -145,12 +145,13 @@ def _with_roofs(rows: Sequence[Row]) -> list[Row]:
 
 
 def _goals(document: Document) -> list[str]:
-    rows = []
+    rows, device = [], document["environment"]["device"]
+    card = next((card for card in CARDS if card in device), CARDS[-1])
     for goal in GOALS:
         value, verdict = goal.verdict(document)
         measured = "" if value is None else f"{value:,.4g} {goal.unit}"
-        limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit:g} {goal.unit}"
-        rows.append({"goal, on an H200": goal.text, "set": limit, "measured": measured, "": verdict})
+        limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit(device):g} {goal.unit}"
+        rows.append({f"goal, on an {card}": goal.text, "set": limit, "measured": measured, "": verdict})
     return _table(rows)
 
 

@@ -102,7 +102,6 @@ def test_the_checker_knows_every_keyword_of_the_schema() -> None:
 
 def test_the_page_says_which_kernel_is_furthest_from_its_roof_and_why(results: Results) -> None:
     page = report.render(results)
-    assert "Correct: 930 tests passed before anything was timed." in page
     assert (
         "Furthest from its roof: `sample/vocab_151674_16_rows/bfloat16` at 30 % of it. Memory bandwidth bounds" in page
     )
@@ -150,19 +149,34 @@ def test_a_goal_is_neither_held_nor_missed_on_a_device_that_it_was_not_set_for(r
     assert "| missed |" not in page
 
 
-def test_the_page_of_a_failure_begins_with_it(results: Results) -> None:
-    not_run = {"status": "not run", "reason": "correctness failed in contract"}
-    results["parts"] = dict.fromkeys(results["parts"], not_run)
-    failed = part("tests", [{"passed": 898, "failed": 2, "errors": 0}], status="failed", reason="2 failed")
-    results["parts"]["contract"] = failed
+def test_an_h100_has_goals_of_its_own(results: Results) -> None:
+    results["environment"] = environment(device="Imaginary H100")
     page = report.render(results)
-    assert page.splitlines()[2] == "**Correctness failed in contract: nothing was timed.**"
-    assert "**Failed: 2 failed.**" in page
+    assert "| goal, on an H100 |" in page
+    assert "| decode step of the 8B, batch 1, context 2k | at most 6 ms | 4.389 ms | held |" in page
+
+
+def test_a_page_begins_with_what_is_proven(results: Results) -> None:
+    passed = 900 + 5 + 30
+    assert report.render(results).splitlines()[2].startswith(f"Proven: {passed} tests passed")
+
+
+def test_the_page_of_a_failure_begins_with_it(results: Results) -> None:
+    rows = [{"name": "gemv", "passed": 40, "failed": 2, "errors": 0, "first": "rows_1/float16"}]
+    results["parts"]["contract"] = part("tests", rows, status="failed", reason="gemv: 2 failed")
+    results["parts"]["vision_1b"] = {"status": "stopped", "reason": "its time was up"}
+    head = report.render(results).partition("## Goals")[0]
+    assert head.splitlines()[2].startswith("**Not all is proven: contract (failed: gemv: 2 failed).** 75 tests passed.")
+    assert "Unproven operations: `gemv` (2 of 42 tests failed, rows_1/float16 the first)." in head
+    assert "Parts that failed or ran out of time: vision_1b (stopped: its time was up)." in head
+    assert "**Failed: gemv: 2 failed.**" in report.render(results)
 
 
 def test_a_page_without_tests_says_that_nothing_is_proven(results: Results) -> None:
     results["parts"]["contract"] = {"status": "stopped", "reason": "its time was up"}
-    assert "Correctness is not proven in full: contract did not run to the end" in report.render(results)
+    head = report.render(results)
+    assert "**Not all is proven: contract (stopped: its time was up).**" in head
+    assert "Unproven operations: all (contract did not run to its end)." in head
 
 
 def test_text_of_others_cannot_break_a_table(results: Results) -> None:
