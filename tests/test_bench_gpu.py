@@ -70,9 +70,8 @@ def test_the_whole_sequence_runs_on_a_cpu_and_leaves_a_page_with_pictures(tmp_pa
     assert exit_code == 0
     assert {entry["document"]["part"] for entry in results["parts"].values() if "document" in entry} >= set(TIMED)
     assert results["environment"]["device_kind"] == "cpu"
-    assert {
-        entry["document"]["environment"]["commit"] for entry in results["parts"].values() if "document" in entry
-    } == {"0123abcd"}
+    documents = [entry["document"] for entry in results["parts"].values() if "document" in entry]
+    assert {document["environment"]["commit"] for document in documents} == {"0123abcd"}
     (page,) = tmp_path.glob("*/*.md")
     assert "measures nothing" in page.read_text()
     assert len(list(tmp_path.glob("*/*.png"))) == page.read_text().count("![") == 3
