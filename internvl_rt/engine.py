@@ -20,7 +20,6 @@ from internvl_rt.loading import load_parts
 from internvl_rt.loop import StepLoop
 from internvl_rt.memory import MemoryPlan
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.ops_triton import TRITON
 from internvl_rt.options import DEFAULT_VISUAL_CACHE_BYTES, EngineOptions
 from internvl_rt.prompt import Turn
 from internvl_rt.reply import AnswerText, Piece, Reply, Score, pieces_of
@@ -66,7 +65,7 @@ class Engine:
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
         self._runner = Runner(model, cache, self.visual_cache, max_draws=max_draws)
         on_gpu = model.device.type == "cuda"
-        if on_gpu and model.ops is TRITON:
+        if on_gpu and options.cuda_graphs and model.ops.captures_graphs:
             self._runner.capture(
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
@@ -119,23 +118,40 @@ class Engine:
         max_tiles: int | None = None,
         seed: int | None = None,
         backend: str = "auto",
+        cuda_graphs: bool = True,
+        programmatic_launch: bool = True,
     ) -> "Engine":
         """Loads a checkpoint: a folder, a hub id, or "tiny", the one in the package.
 
         "random:InternVL3-8B", or "random:" before the path of a config.json, makes random weights of that shape where
         they are to be, without a file: for benchmarks.
 
-        device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
-        max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
-        cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and
-        workspaces leave (`memory` has the plan), and never more than `max_num_seqs` sequences can use. max_waiting: how
-        many requests may wait for a place among those; more are refused. prefix_cache: prompts that begin alike,
-        pictures included, share what was computed of their beginning. visual_cache_bytes: for visual tokens of
-        pictures that may come again. num_draft_tokens: tokens that are guessed from the text so far and checked
-        together, which changes no answer; 0 guesses nothing. v2pe_delta: rotary positions per visual token, a power
-        of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
-        sampling without a seed of its own reproducible, and chooses random weights (0 if None). backend: "triton", the
-        kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
+        device: "auto" is CUDA where there is a GPU.
+        dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
+        revision: of the hub's repository; by default its newest.
+        max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV cache
+            holds less.
+        kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and workspaces leave
+            (`memory` has the plan), and never more than `max_num_seqs` sequences can use.
+        block_size: tokens of a block of the cache: 16, 32, 64 or 128.
+        max_num_seqs: most sequences that run together.
+        max_tokens_per_step: most tokens that are computed together.
+        max_waiting: how many requests may wait for a place among those that run; more are refused.
+        prefix_cache: prompts that begin alike, pictures included, share what was computed of their beginning.
+        visual_cache_bytes: for visual tokens of pictures that may come again.
+        num_draft_tokens: tokens that are guessed from the text so far and checked together, which changes no answer; 0
+            guesses nothing.
+        v2pe_delta: rotary positions per visual token, a power of two from 1 to 1/256, or "auto".
+        max_tiles: tiles per picture, by default the model's own (12).
+        seed: makes sampling without a seed of its own reproducible, and chooses random weights (0 if None).
+        backend: "triton", the kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
+        cuda_graphs: whether the kernels of a step or of a pass of the vision tower are launched as one graph, on CUDA.
+            Without, every kernel is launched by the CPU, which takes longer, but nothing is captured at the start.
+        programmatic_launch: whether the kernels of a decode step begin before the one before them has ended (from
+            compute capability 9.0 on). Both switches change how fast an answer comes, and not the answer: to turn one
+            off tells whether it is to blame for a fault, and what it is worth.
+
+        While an engine is being built with `cuda_graphs`, no other thread may call `torch.cuda.synchronize`.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """
@@ -155,6 +171,8 @@ class Engine:
             max_tiles=max_tiles,
             seed=seed,
             backend=backend,
+            cuda_graphs=cuda_graphs,
+            programmatic_launch=programmatic_launch,
         )
         return cls(*load_parts(model, options, revision=revision), options)
 
@@ -342,7 +360,7 @@ class Engine:
 
     def _cut(self, image: OpenImage) -> Tensor:
         """A picture's tiles, resized where the model runs; on the CPU Pillow does it, to the same bits."""
-        if self.model.ops is not TRITON:
+        if not self.model.ops.resizes_on_device:
             return torch.from_numpy(image.tiles())
         pixels = torch.from_numpy(image.pixels()).to(self.device)
         size = self.config.vision.image_size

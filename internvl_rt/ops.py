@@ -104,7 +104,11 @@ def qk_weights(q_norm: Norm | None, k_norm: Norm | None) -> tuple[Tensor | None,
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One implementation of every operation.
+    """One implementation of every operation, and what it can do.
+
+    plans_splits: decode attention wants a split plan, which the KV cache makes
+    captures_graphs: nothing waits for the device, so that CUDA graphs can be captured of it
+    resizes_on_device: pictures are cut into tiles where the model runs; else on the CPU, to the same bits
 
     resize_tiles(image_HW3, columns, rows, size, thumbnail) -> tiles
     patch_embed(tiles, patch, class_E, position_UE) -> x_RE, patches first
@@ -119,7 +123,7 @@ class Ops:
     norm_qkv_rope_kv(x_TD, norm, qkv, q_norm or None, k_norm or None,
                      position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T) -> q_THC; writes k and v
     paged_attention(q_THC, k_cache_BGPC, v_cache_BGPC, batch) -> y_THC
-    norm_linear(x, norm, linear) -> y
+    norm_linear(x, norm, linear) -> y, whose rows may lie apart
     norm_linear_swiglu(x_TD, norm, gate_up) -> y_TF
     linear_residual(y, linear, x_TD) -> new x_TD
     sample(logits_RV, sampling, token_id_R); writes the last
@@ -127,6 +131,9 @@ class Ops:
     """
 
     name: str
+    plans_splits: bool
+    captures_graphs: bool
+    resizes_on_device: bool
     resize_tiles: Callable[[Tensor, int, int, int, bool], Tensor]
     patch_embed: Callable[[Tensor, Linear, Tensor, Tensor], Tensor]
     norm: Callable[[Tensor, Norm], Tensor]
@@ -200,6 +207,9 @@ def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
 
 TORCH = Ops(
     name="torch",
+    plans_splits=False,
+    captures_graphs=False,
+    resizes_on_device=False,
     resize_tiles=resize_tiles_reference,
     patch_embed=_patch_embed,
     norm=_norm,

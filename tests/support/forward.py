@@ -50,7 +50,7 @@ def all_logits(
         block_size=block_size,
         dtype=model.dtype,
         device=model.device,
-        num_sms=8 if model.ops.name == "triton" else 0,
+        num_sms=8 if model.ops.plans_splits else 0,
     )
     if after:
         first = _build_sequence(model, 0, after, tiles, context_id, None)
