@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from internvl_rt.answer import Answer, Request
+from internvl_rt.device_stream import Arriving, DeviceStream, to_device
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.image import ImageSource, OpenImage
 from internvl_rt.kv_cache import KVCache
@@ -62,6 +63,7 @@ class Engine:
             max_tokens_per_step=options.max_tokens_per_step,
             max_tiles_per_step=MAX_TILES_PER_STEP,
         )
+        self._uploads = DeviceStream(model.device)  # so that pictures come to the device beside the step in flight
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
         self._runner = Runner(model, cache, self.visual_cache, max_draws=max_draws)
         on_gpu = model.device.type == "cuda"
@@ -90,6 +92,7 @@ class Engine:
             v2pe_delta=options.v2pe_delta,
             num_draft_tokens=options.num_draft_tokens,
             cut=self._cut,
+            send=self._send,
             identity=identity if options.prefix_cache else None,
             num_cached=self._loop.num_cached,
             is_encoded=self.visual_cache.has,
@@ -358,13 +361,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _cut(self, image: OpenImage) -> Tensor:
+    def _cut(self, image: OpenImage) -> Arriving:
         """A picture's tiles, resized where the model runs; on the CPU Pillow does it, to the same bits."""
         if not self.model.ops.resizes_on_device:
-            return torch.from_numpy(image.tiles())
-        pixels = torch.from_numpy(image.pixels()).to(self.device)
-        size = self.config.vision.image_size
-        return self.model.ops.resize_tiles(pixels, *image.grid, size, image.thumbnail)
+            return self._send(torch.from_numpy(image.tiles()))
+        pixels, size = torch.from_numpy(image.pixels()), self.config.vision.image_size
+        with self._uploads.use():
+            tiles = self.model.ops.resize_tiles(to_device(pixels, self.device), *image.grid, size, image.thumbnail)
+            return Arriving.on_current_stream(tiles)
+
+    def _send(self, tensor: Tensor) -> Arriving:
+        """A tensor of the host on its way to the device; one that is on a GPU is what the caller's stream makes it."""
+        if tensor.device.type != "cpu":
+            return Arriving.on_current_stream(tensor)
+        with self._uploads.use():
+            return Arriving.on_current_stream(to_device(tensor, self.device))
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         self._loop.submit(request)

@@ -42,6 +42,7 @@ def load_parts(
         max_model_len=options.max_model_len,
         max_tokens_per_step=options.max_tokens_per_step,
         max_tiles_per_pass=MAX_TILES_PER_PASS,
+        graphs=options.cuda_graphs and ops.captures_graphs,
     )
     cache = KVCache(
         config.decoder,

@@ -25,10 +25,9 @@ from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.ops import Batch, Linear, Norm, Ops, Sampling, bias_of, qk_weights, sampling_arguments
+from internvl_rt.ops import Batch, Linear, Norm, Ops, Sampling, bias_of, padded_rows, qk_weights, sampling_arguments
 
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
-ROW_MULTIPLE = 16  # what Triton knows of a row's stride is whether it is a multiple of 16; 8 would make 16 bytes a load
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
@@ -83,8 +82,9 @@ class _FewRows:
         self._workspaces: dict[torch.device, GemvWorkspace] = {}
         self._counters: dict[torch.device, Tensor] = {}
 
-    def norm_linear(self, x: Tensor, norm: Norm, part: Linear) -> Tensor:
-        out = _padded_rows(len(x), len(part.weight_NK), x)
+    def norm_linear(self, x: Tensor, norm: Norm, part: Linear, out: Tensor | None) -> Tensor:
+        if out is None:
+            out = padded_rows(len(x), len(part.weight_NK), x)
         if _is_decode(x, norm):
             weights = part.weight_NK, part.bias_N, norm.weight_D
             return gemv(x, *weights, norm.eps, out=out, **self._shared(x.device))
@@ -161,12 +161,6 @@ class _FewRows:
 def _is_decode(x: Tensor, norm: Norm | None = None) -> bool:
     """Whether the rows are few enough to be multiplied as fast as the weight is read; an RMSNorm goes in front."""
     return 0 < len(x) <= MAX_ROWS and (norm is None or norm.bias_D is None)
-
-
-def _padded_rows(rows: int, width: int, like: Tensor) -> Tensor:
-    """Memory for [rows, width] in which every row begins at a multiple of ROW_MULTIPLE elements."""
-    stride = -(-width // ROW_MULTIPLE) * ROW_MULTIPLE
-    return torch.empty(rows, stride, dtype=like.dtype, device=like.device)[:, :width]
 
 
 def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
