@@ -5,6 +5,7 @@ graphs of a kind share one memory pool: the largest is captured first and the ot
 at the same time, and a result is dead after the next replay.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -54,23 +55,30 @@ class TileGraphs:
         return replay.result[:num_tiles].clone()
 
 
-def cuda_capture(device: torch.device) -> Capture:
-    """Captures on one stream and into one pool."""
+# torch keeps one state of its random numbers, which every capture begins and ends: captures of a process exclude each
+# other.
+_CAPTURING = threading.Lock()
+
+
+def cuda_capture() -> Capture:
+    """Captures what is launched on the current stream, into one pool. Replays belong on the same stream.
+
+    Other threads may go on working on other streams meanwhile, and allocate. What they must not do is to wait for the
+    whole device, which is why `torch.cuda.graph`, which does that, is not used.
+    """
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with _CAPTURING:
+        torch.cuda.empty_cache()  # a capture cannot ask for what the allocator keeps for others
 
     def capture(compute: Callable[[], Tensor]) -> Replay:
-        with torch.cuda.device(device):
-            return capture_here(compute)
-
-    def capture_here(compute: Callable[[], Tensor]) -> Replay:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            compute()  # compiles what is not compiled yet, which a capture cannot
-        torch.cuda.current_stream(device).wait_stream(stream)
+        compute()  # compiles what is not compiled yet, which a capture cannot
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            result = compute()
+        with _CAPTURING:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = compute()
+            finally:
+                graph.capture_end()
         return Replay(graph.replay, result)
 
     return capture

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from internvl_rt.answer import Answer, Request
+from internvl_rt.device_stream import Arriving, DeviceStream, to_device
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.image import ImageSource, OpenImage
 from internvl_rt.kv_cache import KVCache
@@ -20,7 +21,6 @@ from internvl_rt.loading import load_parts
 from internvl_rt.loop import StepLoop
 from internvl_rt.memory import MemoryPlan
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.ops_triton import TRITON
 from internvl_rt.options import DEFAULT_VISUAL_CACHE_BYTES, EngineOptions
 from internvl_rt.prompt import Turn
 from internvl_rt.reply import AnswerText, Piece, Reply, Score, pieces_of
@@ -63,10 +63,11 @@ class Engine:
             max_tokens_per_step=options.max_tokens_per_step,
             max_tiles_per_step=MAX_TILES_PER_STEP,
         )
+        self._uploads = DeviceStream(model.device)  # so that pictures come to the device beside the step in flight
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
         self._runner = Runner(model, cache, self.visual_cache, max_draws=max_draws)
         on_gpu = model.device.type == "cuda"
-        if on_gpu and model.ops is TRITON:
+        if on_gpu and options.cuda_graphs and model.ops.captures_graphs:
             self._runner.capture(
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
@@ -91,6 +92,7 @@ class Engine:
             v2pe_delta=options.v2pe_delta,
             num_draft_tokens=options.num_draft_tokens,
             cut=self._cut,
+            send=self._send,
             identity=identity if options.prefix_cache else None,
             num_cached=self._loop.num_cached,
             is_encoded=self.visual_cache.has,
@@ -119,23 +121,40 @@ class Engine:
         max_tiles: int | None = None,
         seed: int | None = None,
         backend: str = "auto",
+        cuda_graphs: bool = True,
+        programmatic_launch: bool = True,
     ) -> "Engine":
         """Loads a checkpoint: a folder, a hub id, or "tiny", the one in the package.
 
         "random:InternVL3-8B", or "random:" before the path of a config.json, makes random weights of that shape where
         they are to be, without a file: for benchmarks.
 
-        device: "auto" is CUDA where there is a GPU. dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
-        max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV
-        cache holds less. kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and
-        workspaces leave (`memory` has the plan), and never more than `max_num_seqs` sequences can use. max_waiting: how
-        many requests may wait for a place among those; more are refused. prefix_cache: prompts that begin alike,
-        pictures included, share what was computed of their beginning. visual_cache_bytes: for visual tokens of
-        pictures that may come again. num_draft_tokens: tokens that are guessed from the text so far and checked
-        together, which changes no answer; 0 guesses nothing. v2pe_delta: rotary positions per visual token, a power
-        of two from 1 to 1/256, or "auto". max_tiles: tiles per picture, by default the model's own (12). seed: makes
-        sampling without a seed of its own reproducible, and chooses random weights (0 if None). backend: "triton", the
-        kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
+        device: "auto" is CUDA where there is a GPU.
+        dtype: "auto" is the checkpoint's on CUDA, float32 on the CPU.
+        revision: of the hub's repository; by default its newest.
+        max_model_len: most tokens of prompt and answer together; by default the trained window, or less if the KV cache
+            holds less.
+        kv_cache_bytes: size of the cache; by default 4 GiB on the CPU, on CUDA what weights and workspaces leave
+            (`memory` has the plan), and never more than `max_num_seqs` sequences can use.
+        block_size: tokens of a block of the cache: 16, 32, 64 or 128.
+        max_num_seqs: most sequences that run together.
+        max_tokens_per_step: most tokens that are computed together.
+        max_waiting: how many requests may wait for a place among those that run; more are refused.
+        prefix_cache: prompts that begin alike, pictures included, share what was computed of their beginning.
+        visual_cache_bytes: for visual tokens of pictures that may come again.
+        num_draft_tokens: tokens that are guessed from the text so far and checked together, which changes no answer; 0
+            guesses nothing.
+        v2pe_delta: rotary positions per visual token, a power of two from 1 to 1/256, or "auto".
+        max_tiles: tiles per picture, by default the model's own (12).
+        seed: makes sampling without a seed of its own reproducible, and chooses random weights (0 if None).
+        backend: "triton", the kernels, or "torch", the references they are tested against; "auto" is triton on CUDA.
+        cuda_graphs: whether the kernels of a step or of a pass of the vision tower are launched as one graph, on CUDA.
+            Without, every kernel is launched by the CPU, which takes longer, but nothing is captured at the start.
+        programmatic_launch: whether the kernels of a decode step begin before the one before them has ended (from
+            compute capability 9.0 on). Both switches change how fast an answer comes, and not the answer: to turn one
+            off tells whether it is to blame for a fault, and what it is worth.
+
+        While an engine is being built with `cuda_graphs`, no other thread may call `torch.cuda.synchronize`.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors).
         """
@@ -155,6 +174,8 @@ class Engine:
             max_tiles=max_tiles,
             seed=seed,
             backend=backend,
+            cuda_graphs=cuda_graphs,
+            programmatic_launch=programmatic_launch,
         )
         return cls(*load_parts(model, options, revision=revision), options)
 
@@ -340,13 +361,21 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _cut(self, image: OpenImage) -> Tensor:
+    def _cut(self, image: OpenImage) -> Arriving:
         """A picture's tiles, resized where the model runs; on the CPU Pillow does it, to the same bits."""
-        if self.model.ops is not TRITON:
-            return torch.from_numpy(image.tiles())
-        pixels = torch.from_numpy(image.pixels()).to(self.device)
-        size = self.config.vision.image_size
-        return self.model.ops.resize_tiles(pixels, *image.grid, size, image.thumbnail)
+        if not self.model.ops.resizes_on_device:
+            return self._send(torch.from_numpy(image.tiles()))
+        pixels, size = torch.from_numpy(image.pixels()), self.config.vision.image_size
+        with self._uploads.use():
+            tiles = self.model.ops.resize_tiles(to_device(pixels, self.device), *image.grid, size, image.thumbnail)
+            return Arriving.on_current_stream(tiles)
+
+    def _send(self, tensor: Tensor) -> Arriving:
+        """A tensor of the host on its way to the device; one that is on a GPU is what the caller's stream makes it."""
+        if tensor.device.type != "cpu":
+            return Arriving.on_current_stream(tensor)
+        with self._uploads.use():
+            return Arriving.on_current_stream(to_device(tensor, self.device))
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         self._loop.submit(request)

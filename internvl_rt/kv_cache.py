@@ -17,6 +17,7 @@ from torch import Tensor
 
 from internvl_rt._C import PagedKVCache
 from internvl_rt.config import DecoderConfig
+from internvl_rt.device_stream import to_device
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.sequence import Picture, Sequence
@@ -73,6 +74,7 @@ class KVCache:
         if device.type == "cuda" and num_host_blocks:
             self._host_pool = self._host_pool.pin_memory()
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
+        self.buffers = (self._device_pool,)  # all that `layers` are parts of
 
     def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
         """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
@@ -129,18 +131,19 @@ class KVCache:
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
 
-        Copies of one kind that follow each other are one operation over all layers.
+        Copies on the device that follow each other are one operation over all layers. Nobody waits for any of them.
         """
         for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
-            _, source, destination = torch.tensor(list(run), dtype=torch.int64).unbind(1)
+            pairs = np.array(list(run), np.int64)[:, 1:].T
             if kind == ON_DEVICE:
-                device = self._device_pool.device
-                self._copy(self._device_pool, source.to(device), destination.to(device))
+                source, destination = to_device(torch.from_numpy(pairs.copy()), self._device_pool.device)
+                self._copy(self._device_pool, source, destination)
                 continue
             pools = (self._device_pool, self._host_pool)
             from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
-            blocks = from_pool[:, :, source.to(from_pool.device)]
-            to_pool[:, :, destination.to(to_pool.device)] = blocks.to(to_pool.device)
+            for from_kind, to_kind in zip(from_pool.flatten(0, 1), to_pool.flatten(0, 1), strict=True):
+                for from_block, to_block in pairs.T.tolist():
+                    to_kind[to_block].copy_(from_kind[from_block], non_blocking=True)
 
 
 def build_identity(**parts: str | int | float | bytes | None) -> bytes:

@@ -13,7 +13,7 @@ from internvl_rt.kv_cache import KVCache
 from internvl_rt.memory import MemoryPlan, plan_memory
 from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.ops import TORCH, Ops
-from internvl_rt.ops_triton import TRITON
+from internvl_rt.ops_triton import Switches, triton_ops
 from internvl_rt.options import EngineOptions
 from internvl_rt.random_checkpoint import RANDOM_PREFIX, random_config, random_tokenizer, random_weights
 from internvl_rt.runner import MAX_TILES_PER_PASS
@@ -26,7 +26,7 @@ def load_parts(
 ) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
     """Raises ConfigError, CheckpointError or RequestError."""
     target = choose_device(options.device)
-    ops = _choose_ops(options.backend, target)
+    ops = _choose_ops(options, target)
     config, tokenizer, load = _open(model, revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     weights = load(chosen, target)
@@ -42,6 +42,7 @@ def load_parts(
         max_model_len=options.max_model_len,
         max_tokens_per_step=options.max_tokens_per_step,
         max_tiles_per_pass=MAX_TILES_PER_PASS,
+        graphs=options.cuda_graphs and ops.captures_graphs,
     )
     cache = KVCache(
         config.decoder,
@@ -49,7 +50,7 @@ def load_parts(
         block_size=options.block_size,
         dtype=chosen,
         device=target,
-        num_sms=target_of(target).num_sms if ops is TRITON else 0,
+        num_sms=target_of(target).num_sms if ops.plans_splits else 0,
         copy_blocks=ops.copy_blocks,
     )
     return InternVL(config, weights, ops), tokenizer, cache, memory
@@ -94,7 +95,8 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _choose_ops(backend: str, device: torch.device) -> Ops:
+def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
+    backend = options.backend
     if backend not in ("auto", "triton", "torch"):
         raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
     if backend == "torch" or (backend == "auto" and device.type == "cpu"):
@@ -103,7 +105,7 @@ def _choose_ops(backend: str, device: torch.device) -> Ops:
         target_of(device)
     except ValueError as error:
         raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
-    return TRITON
+    return triton_ops(Switches(programmatic_launch=options.programmatic_launch))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

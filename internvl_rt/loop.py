@@ -135,10 +135,10 @@ class StepLoop:
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture."""
+        """Visual tokens [X, D] of a picture, for the calling thread's stream."""
         with self._door, self._lock:
             self.check()
-            return self._runner.visual_of(picture, salt)
+            return self._runner.encode(picture, salt)
 
     def stats(self) -> dict[str, int | float]:
         """Counts, tokens and bytes; what has no other unit counts events since the start."""

@@ -1,15 +1,20 @@
 """Where a device's memory goes: weights, workspaces of the vision tower and of a step, and the KV cache."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
 
 from internvl_rt.config import DecoderConfig, ModelConfig
+from internvl_rt.cuda_graph import TILE_BUCKETS
 from internvl_rt.kv_cache import kv_bytes_per_token, plan_num_blocks
 from internvl_rt.step_graph import PREFILL_BUCKETS
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
-RESERVE = 0.05  # of a GPU's free memory: library workspaces, fragmentation, sampling
+RESERVE = 0.05  # of a GPU's free memory: fragmentation, sampling, the driver's own
+# torch keeps a workspace of 32 MiB (on sm_90, less elsewhere) for each of cuBLAS and cuBLASLt, and for each thread that
+# multiplies: the one that builds the engine and captures graphs, and the one that runs the steps.
+LIBRARY_BYTES = 2 * 2 * (32 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class MemoryPlan:
     weight_bytes: int
     vision_bytes: int
     step_bytes: int
-    graph_bytes: int  # what CUDA graphs of steps keep to themselves
+    graph_bytes: int  # what CUDA graphs keep to themselves
+    library_bytes: int  # workspaces of cuBLAS
     visual_cache_bytes: int
     block_size: int  # tokens
     num_blocks: int
@@ -43,6 +49,8 @@ class MemoryPlan:
         rows += [("step workspace", _size(self.step_bytes))]
         if self.graph_bytes:
             rows.append(("CUDA graphs", _size(self.graph_bytes)))
+        if self.library_bytes:
+            rows.append(("libraries", _size(self.library_bytes)))
         rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
         if self.total_bytes is not None:
             rows.insert(1, ("memory", _size(self.total_bytes)))
@@ -62,19 +70,24 @@ def plan_memory(
     max_model_len: int | None,
     max_tokens_per_step: int,
     max_tiles_per_pass: int,
+    graphs: bool,
 ) -> MemoryPlan:
     """With the weights on the device: the cache gets `kv_cache_bytes`, or what the workspaces leave.
+
+    graphs: whether CUDA graphs will be captured.
 
     Raises RequestError when not even one sequence of `max_model_len` tokens fits.
     """
     vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
-    total_bytes, graph_bytes = None, 0
+    total_bytes, graph_bytes, library_bytes = None, 0, 0
     if device.type == "cuda":
-        captured = min(max_tokens_per_step, max(PREFILL_BUCKETS))
-        graph_bytes = step_workspace_bytes(config.decoder, dtype, captured, max_num_seqs)
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - visual_cache_bytes
+        library_bytes = LIBRARY_BYTES
+        if graphs:
+            graph_bytes = graphs_bytes(config, dtype, max_tokens_per_step, max_num_seqs, max_tiles_per_pass)
+        free_bytes, total_bytes = _free_bytes(device)
+        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - library_bytes
+        left -= visual_cache_bytes
     else:
         left = DEFAULT_CPU_CACHE_BYTES
     num_blocks = plan_num_blocks(
@@ -92,11 +105,46 @@ def plan_memory(
         vision_bytes=vision_bytes,
         step_bytes=step_bytes,
         graph_bytes=graph_bytes,
+        library_bytes=library_bytes,
         visual_cache_bytes=visual_cache_bytes,
         block_size=block_size,
         num_blocks=num_blocks,
         block_bytes=kv_bytes_per_token(config.decoder, dtype) * block_size,
     )
+
+
+def _free_bytes(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device that can still be allocated, and all that it has.
+
+    torch keeps memory that was freed; what it can give back is free too. An engine that nobody refers to is a cycle,
+    whose memory is freed when the garbage is collected.
+    """
+    gc.collect()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    kept = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
+    return free_bytes + kept - stats.get("inactive_split_bytes.all.current", 0), total_bytes
+
+
+def graphs_bytes(
+    config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int, max_tiles_per_pass: int
+) -> int:
+    """What all CUDA graphs together keep: their common workspace, and inputs and results, which lie at fixed places.
+
+    Every graph of tiles has a result of its own, those of decode steps share theirs, and prefills leave theirs in the
+    place of their input.
+    """
+    decoder, vision = config.decoder, config.vision
+    num_tokens = min(max_tokens_per_step, max(PREFILL_BUCKETS))
+    workspace = max(
+        vision_workspace_bytes(config, dtype, max_tiles_per_pass),
+        step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),
+    )
+    tiles = max(TILE_BUCKETS) * 3 * vision.image_size**2
+    tokens = num_tokens * decoder.hidden_size
+    visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
+    logits = max_num_seqs * decoder.vocab_size
+    return int(workspace + tiles + dtype.itemsize * (tokens + visual + logits))
 
 
 def vision_workspace_bytes(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
@@ -31,6 +32,8 @@ from internvl_rt.kernels.sample import sample_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
+
+ROW_MULTIPLE = 16  # Triton asks of a stride whether it is a multiple of 16; for loads of 16 bytes 8 would be enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,12 @@ def sampling_arguments(sampling: Sampling) -> dict[str, Tensor]:
     return {field.name: getattr(sampling, field.name) for field in fields(sampling)}
 
 
+def padded_rows(num_rows: int, width: int, like: Tensor) -> Tensor:
+    """Memory for rows [num_rows, width], each of which begins at a multiple of ROW_MULTIPLE elements."""
+    stride = -(-width // ROW_MULTIPLE) * ROW_MULTIPLE
+    return torch.empty(num_rows, stride, dtype=like.dtype, device=like.device)[:, :width]
+
+
 def bias_of(part: Linear | Norm) -> Tensor:
     """Of a part that always has one: the patch embedding, and the projector's norm, which is a LayerNorm."""
     bias = part.bias_N if isinstance(part, Linear) else part.bias_D
@@ -104,7 +113,11 @@ def qk_weights(q_norm: Norm | None, k_norm: Norm | None) -> tuple[Tensor | None,
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One implementation of every operation.
+    """One implementation of every operation, and what it can do.
+
+    plans_splits: decode attention wants a split plan, which the KV cache makes
+    captures_graphs: nothing waits for the device, so that CUDA graphs can be captured of it
+    resizes_on_device: pictures are cut into tiles where the model runs; else on the CPU, to the same bits
 
     resize_tiles(image_HW3, columns, rows, size, thumbnail) -> tiles
     patch_embed(tiles, patch, class_E, position_UE) -> x_RE, patches first
@@ -119,7 +132,7 @@ class Ops:
     norm_qkv_rope_kv(x_TD, norm, qkv, q_norm or None, k_norm or None,
                      position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T) -> q_THC; writes k and v
     paged_attention(q_THC, k_cache_BGPC, v_cache_BGPC, batch) -> y_THC
-    norm_linear(x, norm, linear) -> y
+    norm_linear(x, norm, linear, out or None) -> y, which is out where that is given; its rows may lie apart
     norm_linear_swiglu(x_TD, norm, gate_up) -> y_TF
     linear_residual(y, linear, x_TD) -> new x_TD
     sample(logits_RV, sampling, token_id_R); writes the last
@@ -127,6 +140,9 @@ class Ops:
     """
 
     name: str
+    plans_splits: bool
+    captures_graphs: bool
+    resizes_on_device: bool
     resize_tiles: Callable[[Tensor, int, int, int, bool], Tensor]
     patch_embed: Callable[[Tensor, Linear, Tensor, Tensor], Tensor]
     norm: Callable[[Tensor, Norm], Tensor]
@@ -141,7 +157,7 @@ class Ops:
         [Tensor, Norm, Linear, Norm | None, Norm | None, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
-    norm_linear: Callable[[Tensor, Norm, Linear], Tensor]
+    norm_linear: Callable[[Tensor, Norm, Linear, Tensor | None], Tensor]
     norm_linear_swiglu: Callable[[Tensor, Norm, Linear], Tensor]
     linear_residual: Callable[[Tensor, Linear, Tensor], Tensor]
     sample: Callable[[Tensor, Sampling, Tensor], None]
@@ -194,12 +210,20 @@ def _norm_qkv_rope_kv(
     return qkv_rope_kv_reference(qkv_TK, *weights, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
 
 
+def _norm_linear(x: Tensor, norm: Norm, linear: Linear, out: Tensor | None) -> Tensor:
+    y = _linear(_norm(x, norm), linear)
+    return y if out is None else out.copy_(y)
+
+
 def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
     token_id_R.copy_(sample_reference(logits_RV, **sampling_arguments(sampling)))
 
 
 TORCH = Ops(
     name="torch",
+    plans_splits=False,
+    captures_graphs=False,
+    resizes_on_device=False,
     resize_tiles=resize_tiles_reference,
     patch_embed=_patch_embed,
     norm=_norm,
@@ -214,7 +238,7 @@ TORCH = Ops(
     paged_attention=lambda q, k_cache, v_cache, batch: paged_attention_reference(
         q, k_cache, v_cache, batch.block_table_SN, batch.query_start_S1, batch.seq_len_S
     ),
-    norm_linear=lambda x, norm, linear: _linear(_norm(x, norm), linear),
+    norm_linear=_norm_linear,
     norm_linear_swiglu=lambda x, norm, gate_up: swiglu_reference(_linear(_norm(x, norm), gate_up)),
     linear_residual=lambda y, linear, x: linear_residual_reference(y, linear.weight_NK, linear.bias_N, x, None),
     sample=_sample,

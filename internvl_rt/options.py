@@ -31,6 +31,8 @@ class EngineOptions:
     max_tiles: int | None = None
     seed: int | None = None
     backend: str = "auto"
+    cuda_graphs: bool = True
+    programmatic_launch: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_tokens_per_step", "max_model_len"):
@@ -40,6 +42,9 @@ class EngineOptions:
         for name in ("max_waiting", "visual_cache_bytes"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("cuda_graphs", "programmatic_launch"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not 0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
             raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
         if self.block_size not in BLOCK_SIZES:

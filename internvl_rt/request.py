@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.config import ModelConfig
+from internvl_rt.device_stream import Arriving
 from internvl_rt.errors import RequestError
 from internvl_rt.grammar import GrammarCompiler, Matcher
 from internvl_rt.image import ImageOptions, ImageSource, OpenImage, content_digest, open_image
@@ -68,16 +69,19 @@ class Preparer:
         max_tiles: int | None,
         v2pe_delta: Delta,
         num_draft_tokens: int,
-        cut: Callable[[OpenImage], Tensor],
+        cut: Callable[[OpenImage], Arriving],
+        send: Callable[[Tensor], Arriving],
         identity: dict[str, str | int] | None,
         num_cached: Callable[[Prepared], int],
         is_encoded: Callable[[bytes, str | None], bool],
     ) -> None:
-        """cut: decodes a picture and cuts it into tiles. identity: the engine's share of what keys and values depend
-        on; None: no prefix is shared. Pictures among the leading tokens of a prompt that the cache holds (num_cached)
-        need not be decoded, nor those whose visual tokens are kept under their digest and salt (is_encoded).
+        """cut: decodes a picture and cuts it into tiles. send: brings a tensor to the model's device.
+
+        identity: the engine's share of what keys and values depend on; None: no prefix is shared. Pictures among the
+        leading tokens of a prompt that the cache holds (num_cached) need not be decoded, nor those whose visual tokens
+        are kept under their digest and salt (is_encoded).
         """
-        self._cut, self._identity = cut, identity
+        self._cut, self._send, self._identity = cut, send, identity
         self._num_cached, self._is_encoded = num_cached, is_encoded
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         most = config.max_tiles if max_tiles is None else max_tiles
@@ -134,7 +138,7 @@ class Preparer:
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
         """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
-        return self._prepare(turns, [_given_tiles(picture) for picture in tiles], v2pe_delta)
+        return self._prepare(turns, [self._given_tiles(picture) for picture in tiles], v2pe_delta)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """The prompt with an answer behind it, whose tokens' log-probabilities are wanted."""
@@ -289,7 +293,11 @@ class Preparer:
         visual_XD = visual_XD.detach()
         if not visual_XD.isfinite().all():
             raise RequestError("image_embeds: expected finite numbers, got NaN or infinity")
-        return _Source(_digest("visual", visual_XD), shape[0] // per_tile, _no_tiles, visual_XD)
+        return _Source(_digest("visual", visual_XD), shape[0] // per_tile, _no_tiles, self._send(visual_XD))
+
+    def _given_tiles(self, tiles: Tensor) -> "_Source":
+        digest, sent = _digest("tiles", tiles), self._send(tiles)
+        return _Source(digest, len(tiles), lambda: sent)
 
 
 class _Source(NamedTuple):
@@ -297,19 +305,15 @@ class _Source(NamedTuple):
 
     digest: bytes
     num_tiles: int
-    tiles: Callable[[], Tensor]
-    visual_XD: Tensor | None = None
+    tiles: Callable[[], Arriving]
+    visual_XD: Arriving | None = None
 
 
 def _place(sources: Items[_Source], spans: Items[VisualSpan]) -> list[Picture]:
     return [Picture(span, *source) for span, source in zip(spans, sources, strict=True)]
 
 
-def _given_tiles(tiles: Tensor) -> _Source:
-    return _Source(_digest("tiles", tiles), len(tiles), lambda: tiles)
-
-
-def _no_tiles() -> Tensor:
+def _no_tiles() -> Arriving:
     raise AssertionError("a picture with visual tokens of its own is not encoded")
 
 

@@ -1,10 +1,12 @@
 """Runs steps on the device: encodes the pictures they touch, computes their tokens, draws the next ones.
 
 A step is launched and collected later, so that on a GPU the next one can be launched while it runs. What it draws stays
-on the device, where the next step finds it, and comes to the host beside.
+on the device, where the next step finds it, and comes to the host beside. Between the launch of a step and the launch
+of the next nothing waits for the device.
+
+All work goes to one stream, whatever the calling thread's own stream is: steps follow each other whoever runs them.
 """
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.cuda_graph import Capture, TileGraphs, cuda_capture
+from internvl_rt.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.kv_cache import KVCache
-from internvl_rt.model.internvl import InternVL
+from internvl_rt.model.internvl import InternVL, named_parameters
 from internvl_rt.sampler import Sampler, forbid
 from internvl_rt.sequence import Picture
 from internvl_rt.step import Chunk, Step, build_step
@@ -52,9 +55,9 @@ class Running:
 
     step: Step
     number: int  # as the cache counts steps
-    start: "Moment"
-    encoded: "Moment"
-    done: "Moment"
+    start: Moment
+    encoded: Moment
+    done: Moment
     num_tiles: int
     token_id_R: Tensor
     drawn: "_Logprobs | None"
@@ -72,11 +75,14 @@ class Runner:
     ) -> None:
         """max_draws: most that a step can draw. Everything runs kernel by kernel until `capture` is called."""
         self._model, self._cache, self._visual_cache = model, cache, visual_cache
+        self.stream = DeviceStream(model.device)
+        self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
         self._tile_graphs: TileGraphs | None = None
         self._decode_graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         self._sampler = Sampler(model.device)
-        self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
+        with self.stream.use():
+            self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.num_encoded_tiles = 0
 
     @torch.inference_mode()
@@ -84,13 +90,17 @@ class Runner:
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
         """From now on passes of the vision tower, decode steps and short prefills run from CUDA graphs."""
+        with self.stream.use():
+            self._capture(max_num_seqs, max_model_len, max_tokens_per_step, capture or cuda_capture())
+
+    def _capture(self, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture) -> None:
         model, cache = self._model, self._cache
-        capture = capture or cuda_capture(model.device)
         self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
         self._decode_graphs = DecodeGraphs(
-            lambda inputs: model.logits(model.run_step(inputs, cache.layers)),
+            lambda inputs, logits_SV: model.logits(model.run_step(inputs, cache.layers), logits_SV),
             cache,
             self._drawn_R,
+            model.logits_memory(max_num_seqs),
             capture,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -109,6 +119,10 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Running:
         """Starts a step; returns before a GPU has ended it. Nothing is appended to the sequences."""
+        with self.stream.use():
+            return self._launch(step)
+
+    def _launch(self, step: Step) -> Running:
         start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
         if step.has_prompts:
             for chunk in step.chunks:
@@ -160,9 +174,9 @@ class Runner:
 
     def fail(self) -> None:
         """A launch has failed, and no other step is under way: nothing that it wrote will be reused."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-        self._cache.end_all_steps()
+        self.stream.synchronize()
+        with self.stream.use():
+            self._cache.end_all_steps()
 
     def stats(self) -> dict[str, int | float]:
         """What the caches hold and have saved; tokens and bytes."""
@@ -194,7 +208,7 @@ class Runner:
         scores = []
         for first in range(0, len(scored), SCORED_PER_PASS):
             rows = slice(step.num_draw_rows + first, step.num_draw_rows + first + SCORED_PER_PASS)
-            targets = torch.tensor(scored[first : first + SCORED_PER_PASS]).to(model.device)
+            targets = to_device(torch.tensor(scored[first : first + SCORED_PER_PASS]), model.device)
             scores.append(_Logprobs(model.logits(x_RD[rows]), targets, num_top))
         return logits_RV, scores
 
@@ -218,11 +232,11 @@ class Runner:
         if wanted and raw_RV is not None:
             num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
             drawn = _Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
-        return _to_host(token_id_R), drawn
+        return to_host(token_id_R), drawn
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
         """A copy of some rows."""
-        return tensor[torch.tensor(rows, dtype=torch.int64).to(tensor.device, non_blocking=True)]
+        return tensor[to_device(torch.tensor(rows, dtype=torch.int64), tensor.device)]
 
     def _read_scores(self, running: Running) -> list[list[TokenLogprob]]:
         tops = [
@@ -245,28 +259,34 @@ class Runner:
             del sequence.visual[index]
         for index in touched:
             if index not in sequence.visual:
-                sequence.visual[index] = self.visual_of(sequence.pictures[index], sequence.salt)
+                sequence.visual[index] = self._visual_of(sequence.pictures[index], sequence.salt)
 
     @torch.inference_mode()
-    def visual_of(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture: given with it, kept from an earlier time, or computed."""
+    def encode(self, picture: Picture, salt: str | None) -> Tensor:
+        """Visual tokens [X, D] of a picture, for whatever the calling thread's own stream does with them."""
+        with self.stream.use():
+            visual_XD = self._visual_of(picture, salt)
+        return self.stream.hand_over(visual_XD)
+
+    def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
+        """Given with the picture, kept from an earlier time, or computed."""
         if picture.visual_XD is not None:
-            return picture.visual_XD.to(self._model.device, self._model.dtype)
+            return picture.visual_XD.take().to(self._model.device, self._model.dtype)
         visual_XD = self._visual_cache.get(picture.digest, salt)
         if visual_XD is None:
-            visual_XD = self._encode(picture.tiles())
+            visual_XD = self._encode(picture.tiles().take().to(self._model.device))
             self._visual_cache.put(picture.digest, salt, visual_XD)
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        """Visual tokens [X, D] of one picture's tiles."""
+        """Visual tokens [X, D] of one picture's tiles, which are on the device."""
         self.num_encoded_tiles += len(tiles)
         parts = []
         for part in torch.split(tiles, MAX_TILES_PER_PASS):
             if self._tile_graphs is not None and part.dtype == torch.uint8:
                 parts.append(self._tile_graphs.encode(part))
             else:
-                parts.append(self._model.encode_tiles(part.to(self._model.device)))
+                parts.append(self._model.encode_tiles(part))
         return torch.cat(parts).flatten(0, 1)
 
 
@@ -278,9 +298,9 @@ class _Logprobs:
         total_R1 = logits_RV.logsumexp(-1, keepdim=True)
         top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
         self.num_tokens = len(target_R)
-        self._target_R = _to_host(target_R)
-        self._logprob_R = _to_host((logits_RV.gather(1, target_R[:, None]) - total_R1)[:, 0])
-        self._top_id_RK, self._top_logprob_RK = _to_host(top.indices), _to_host(top.values - total_R1)
+        self._target_R = to_host(target_R)
+        self._logprob_R = to_host((logits_RV.gather(1, target_R[:, None]) - total_R1)[:, 0])
+        self._top_id_RK, self._top_logprob_RK = to_host(top.indices), to_host(top.values - total_R1)
 
     def read(self, num_top_R: list[int]) -> list[TokenLogprob]:
         """With so many of the likeliest for each token."""
@@ -289,32 +309,3 @@ class _Logprobs:
             TokenLogprob(token_id, logprob, tuple(zip(ids[:count], logprobs[:count], strict=True)))
             for token_id, logprob, ids, logprobs, count in zip(*(c.tolist() for c in columns), num_top_R, strict=True)
         ]
-
-
-class Moment:
-    """A point on the device's timeline, which on a CPU is the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host_s = time.perf_counter()  # when the host asked for it
-        self._event = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(device))
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def seconds_until(self, later: "Moment") -> float:
-        """Both have passed."""
-        if self._event is None or later._event is None:
-            return later.host_s - self.host_s
-        return float(self._event.elapsed_time(later._event)) / 1e3
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is there when the device has come so far."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

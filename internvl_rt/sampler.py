@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.device_stream import host_memory, to_device
 from internvl_rt.ops import Sampling
 from internvl_rt.sequence import Sequence
 from internvl_rt.step import Draw
@@ -48,7 +49,7 @@ class Sampler:
             self._flat = np.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, np.int32)
             _fill(_views(self._flat, num_rows, num_listed, np.int64, np.float32), sequences, lists)
             self._sequences = [] if num_listed else sequences
-        flat = torch.empty(len(self._flat), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        flat = host_memory(len(self._flat), torch.int32, self._device)
         flat.numpy()[:] = self._flat
         views = _views(flat, num_rows, num_listed, torch.int64, torch.float32)
         views["counter_R"].numpy()[:] = [draw.place for draw in draws]
@@ -96,10 +97,10 @@ def _listed(draw: Draw) -> dict[int, int]:
 
 def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:
     """Makes tokens impossible in some rows of logits: those whose bit, t % 32 of word t // 32, is not set."""
-    mask = torch.from_numpy(mask_RW).to(logits_RV.device, non_blocking=True)
+    mask = to_device(torch.from_numpy(mask_RW), logits_RV.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
     allowed = (mask[:, :, None] >> bits & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
-    index = torch.tensor(rows).to(logits_RV.device, non_blocking=True)
+    index = to_device(torch.tensor(rows), logits_RV.device)
     logits_RV[index] = logits_RV[index].masked_fill(~allowed, -torch.inf)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_rt.device_stream import Arriving
 from internvl_rt.grammar import Matcher
 from internvl_rt.prompt import VisualSpan
 from internvl_rt.sampling_params import SamplingParams
@@ -23,8 +24,8 @@ class Picture:
     span: VisualSpan
     digest: bytes  # 32 bytes: pictures of equal digest have equal visual tokens
     num_tiles: int
-    tiles: Callable[[], Tensor]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
-    visual_XD: Tensor | None = None  # there already: the tiles are not asked for
+    tiles: Callable[[], Arriving]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
+    visual_XD: Arriving | None = None  # there already: the tiles are not asked for
 
 
 @dataclass(slots=True, eq=False)

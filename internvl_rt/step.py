@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_rt.device_stream import host_memory, to_device
 from internvl_rt.kernels.decode_attention import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.ops import Batch
@@ -239,12 +240,17 @@ def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
                 visual.append(sequence.visual[index][first - span.start : last - span.start])
                 visual_rows.append(np.arange(first, last) - start + num_tokens)
         num_tokens += stop - start
+    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scores)
     found: dict[str, Any] = {"logit_row_R": None}
-    if len(step.logit_rows) != step.num_tokens or step.scores:
-        found["logit_row_R"] = torch.tensor(step.logit_rows, dtype=torch.int64).to(device)
+    if not visual and not picks_logits:
+        return found
+    num_rows = len(step.logit_rows) if picks_logits else 0
+    rows = np.concatenate((np.array(step.logit_rows[:num_rows], np.int64), *visual_rows))
+    row_on_device = to_device(torch.from_numpy(rows), device)
+    if picks_logits:
+        found["logit_row_R"] = row_on_device[:num_rows]
     if visual:
-        found["visual_XD"] = torch.cat(visual)
-        found["visual_row_X"] = torch.from_numpy(np.concatenate(visual_rows)).to(device)
+        found |= {"visual_XD": torch.cat(visual), "visual_row_X": row_on_device[num_rows:]}
     return found
 
 
@@ -252,7 +258,7 @@ def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
     """The inputs of a step, without padding; pictures as for `picked_rows`."""
     device = drawn_R.device
     shape = shape_of(step, cache)
-    flat = torch.empty(shape.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    flat = host_memory(shape.size, torch.int32, device)
     fill_step(step, cache, shape, flat.numpy())
     return wrap_step(
         shape,

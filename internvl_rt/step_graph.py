@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.cuda_graph import Capture, Replay
+from internvl_rt.device_stream import Fence, host_memory
 from internvl_rt.kernels.decode_attention import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
@@ -37,8 +38,8 @@ class _Buffer:
         self._cache = cache
         size = max(shape.size for shape in shapes)
         self.flat = torch.zeros(size, dtype=torch.int32, device=device)
-        stages = torch.empty(self.NUM_STAGES, size, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._stages, self._copied = list(stages), [_Event(device) for _ in stages]
+        self._stages = [host_memory(size, torch.int32, device) for _ in range(self.NUM_STAGES)]
+        self._copied = [Fence(device) for _ in self._stages]
         self._next = 0
 
     def pad(self, shape: StepShape) -> None:
@@ -52,20 +53,22 @@ class _Buffer:
         staged = stage[: shape.size]
         fill_step(step, self._cache, shape, staged.numpy())
         self.flat[: shape.size].copy_(staged, non_blocking=True)
-        copied.record()
+        copied.set()
 
 
 class DecodeGraphs:
     """Runs steps in which every sequence has one new token from graphs, one for each number of sequences.
 
-    `compute` takes a step's inputs to logits [S, V]; `drawn_R` is where it finds what the step before drew.
+    `compute` takes a step's inputs to logits, which it leaves in the memory [S, V] that it is given: all graphs share
+    `logits_SV`. `drawn_R` is where it finds what the step before drew.
     """
 
     def __init__(
         self,
-        compute: Callable[[StepInputs], Tensor],
+        compute: Callable[[StepInputs, Tensor], Tensor],
         cache: KVCache,
         drawn_R: Tensor,
+        logits_SV: Tensor,
         capture: Capture,
         *,
         max_num_seqs: int,
@@ -79,7 +82,7 @@ class DecodeGraphs:
             self._buffer.pad(shape)
             flat, rows = self._buffer.flat, shape.num_rows
             inputs = wrap_step(shape, flat, num_decodes=rows, max_query_len=1, drawn_R=drawn_R, logit_row_R=None)
-            self._buckets[rows] = shape, capture(partial(compute, inputs))
+            self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows]))
 
     def takes(self, step: Step) -> bool:
         """Whether a step can run here: sequences that compute their last token, none of a prompt, and draw one."""
@@ -163,18 +166,3 @@ def _padding(shape: StepShape) -> NDArray[np.int32]:
     for name in found.keys() & {"slot_T", "block_table_SN", "split_W3"}:
         found[name][...] = -1
     return flat
-
-
-class _Event:
-    """A CUDA event that has nothing to wait for until it is recorded; on the CPU copies are made at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def record(self) -> None:
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()

@@ -29,6 +29,11 @@ class Target:
     interpreted: bool = False  # Triton's interpreter: float32 and float16 only, no inline assembly, no PDL
 
     @property
+    def has_programmatic_launch(self) -> bool:
+        """Whether a kernel may start before the kernel launched before it has ended (programmatic dependent launch)."""
+        return self.capability >= 90 and not self.interpreted
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory that one block may use."""
         return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}[self.capability] * 1024

@@ -74,6 +74,7 @@ def plan_decode_attention(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
     *,
+    programmatic_launch: bool = True,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
@@ -85,7 +86,7 @@ def plan_decode_attention(
     stages = 1 if single else 4 if head_dim < 128 else 3
     partial_acc = torch.empty((num_items, num_kv_heads, MAX_GROUP, head_dim), dtype=torch.float32, device=device)
     partial_stats = torch.empty((num_items, num_kv_heads, 2, MAX_GROUP), dtype=torch.float32, device=device)
-    pdl = target.capability >= 90 and not target.interpreted
+    pdl = programmatic_launch and target.has_programmatic_launch
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
     return (
@@ -179,6 +180,7 @@ def decode_attention(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
     *,
+    programmatic_launch: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `decode_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
@@ -189,7 +191,7 @@ def decode_attention(
     counters_SG int32, zeros: how many parts have arrived. It is left as zeros, so one tensor serves all calls that
     follow each other on a stream; None: made and zeroed by every call, which is one more launch.
     Table, lengths and items are read while the kernel launched before this one still runs (from sm_90 on): a kernel
-    that writes them must not be that one.
+    that writes them must not be that one. Without `programmatic_launch` nothing is read before that kernel has ended.
     Raises ValueError naming the argument that does not fit.
     """
     check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
@@ -205,7 +207,8 @@ def decode_attention(
     require_tensor("out", out, (num_rows, num_heads, head_dim), q_SHC.dtype, device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
     plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG)
-    run(plan_decode_attention(q_SHC, k_cache_BGPC, v_cache_BGPC, *plan, out=out, target=target_of(device)))
+    operands = (q_SHC, k_cache_BGPC, v_cache_BGPC, *plan)
+    run(plan_decode_attention(*operands, programmatic_launch=programmatic_launch, out=out, target=target_of(device)))
     return out
 
 

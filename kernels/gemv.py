@@ -38,6 +38,7 @@ def plan_product(
     num_tiles: int,
     plan: GemvPlan,
     workspace: GemvWorkspace | None,
+    programmatic_launch: bool,
     target: Target,
 ) -> dict[str, Any]:
     """What all kernels of this kind are launched with; the arguments, and constexprs, of one only are missing."""
@@ -53,7 +54,7 @@ def plan_product(
         "x_stride": x_RK.stride(0),
         "weight_stride": weight_NK.stride(0),
     }
-    pdl = target.capability >= 90 and not target.interpreted
+    pdl = programmatic_launch and target.has_programmatic_launch
     constexprs: dict[str, Any] = {
         "ROWS": 16 if plan.matrix else rows,
         "BLOCK_N": plan.block_n,
@@ -146,13 +147,15 @@ def plan_gemv(
     residual_RN: Tensor | None = None,
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
+    programmatic_launch: bool = True,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
     rows, (n, k) = len(x_RK), weight_NK.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target)
     num_tiles = cdiv(n, plan.block_n)
-    common = plan_product(x_RK, weight_NK, norm_weight_K, eps, num_tiles, plan, workspace, target)
+    how = (num_tiles, plan, workspace, programmatic_launch, target)
+    common = plan_product(x_RK, weight_NK, norm_weight_K, eps, *how)
     optional = {"bias": bias_N, "residual": residual_RN}
     common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     common["args"] |= {
@@ -178,12 +181,14 @@ def gemv(
     out: Tensor | None = None,
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
+    programmatic_launch: bool = True,
 ) -> Tensor:
     """As `gemv_reference`, of at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
 
     The result has the same bits at every call, and a row of 3 to 16 has them whatever the others are. A plan with
     splits needs a workspace: without one, it is made for this call, which costs a launch more. On sm_90 and later the
-    kernel reads weight, norm and bias before the kernel before it has ended: that one must not write them.
+    kernel reads weight, norm and bias before the kernel before it has ended: that one must not write them. Without
+    `programmatic_launch` it waits for that end as kernels commonly do.
     Raises ValueError naming the argument that does not fit.
     """
     (rows, _), (n, _) = require_operands(
@@ -213,6 +218,7 @@ def gemv(
             residual_RN=residual_RN,
             plan=plan,
             workspace=workspace,
+            programmatic_launch=programmatic_launch,
             out=out,
             target=target,
         )

@@ -58,6 +58,7 @@ def plan_gemv_qkv(
     *,
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
+    programmatic_launch: bool = True,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
@@ -67,7 +68,8 @@ def plan_gemv_qkv(
     plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target)
     plan = replace(plan, block_n=min(plan.block_n, head_dim))
     num_tiles = cdiv(n, plan.block_n)
-    common = plan_product(x_RD, weight_KD, norm_weight_D, eps, num_tiles, plan, workspace, target)
+    how = (num_tiles, plan, workspace, programmatic_launch, target)
+    common = plan_product(x_RD, weight_KD, norm_weight_D, eps, *how)
     common["args"] |= {
         "position": position_T,
         "inv_freq": inv_freq_C,
@@ -105,6 +107,7 @@ def gemv_qkv(
     out: Tensor | None = None,
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
+    programmatic_launch: bool = True,
 ) -> Tensor:
     """As `gemv_qkv_reference`, of at most 16 rows; slots (int32) and caches as in `qkv_rope_kv`, the rest as in `gemv`.
 
@@ -136,7 +139,8 @@ def gemv_qkv(
     require_tensor("out", out, shape, dtype, device)
     require(out.numel() == 0 or out.data_ptr() != x_RD.data_ptr(), "out", "memory of its own", "x_RD")
     operands = (x_RD, norm_weight_D, eps, weight_KD, bias_K, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
-    run(plan_gemv_qkv(*operands, num_heads, plan=plan, workspace=workspace, out=out, target=target_of(device)))
+    how: dict[str, Any] = {"plan": plan, "workspace": workspace, "programmatic_launch": programmatic_launch}
+    run(plan_gemv_qkv(*operands, num_heads, **how, out=out, target=target_of(device)))
     return out
 
 

@@ -148,13 +148,22 @@ def _device_tables(size_in: int, sizes_out: tuple[int, ...], device: torch.devic
     return first, counts, device_weights
 
 
+def _tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`_device_tables`, whose memory nobody gets before the current stream has used it."""
+    tables = _device_tables(size_in, sizes_out, device)
+    if device.type == "cuda":
+        for table in tables:
+            table.record_stream(torch.cuda.current_stream(device))
+    return tables
+
+
 def plan_resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor, target: Target
 ) -> tuple[Launch, ...]:
     """Makes, beside the launches, the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
     height, width = image_HW3.shape[:2]
-    tables_x = _device_tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
-    tables_y = _device_tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
+    tables_x = _tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
+    tables_y = _tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
     canvas_width = len(tables_x[0])
     canvas = torch.empty((height, canvas_width * 3), dtype=torch.uint8, device=image_HW3.device)
     across, down = (dict(zip(("first", "count", "weights"), tables, strict=True)) for tables in (tables_x, tables_y))

@@ -93,6 +93,22 @@ def test_a_part_prints_the_card_a_table_and_one_line_of_json(capsys, part):
         assert not [key for key in row if key.startswith("sheet_")], "a CPU has no data sheet here"
 
 
+def test_rows_are_named_after_what_is_turned_off(capsys):
+    off = ["--no-cuda-graphs", "--no-programmatic-launch"]
+    for switches, variant in ((off[:1], "-no_cuda_graphs"), (off, "-no_cuda_graphs-no_programmatic_launch")):
+        _, document = bench(capsys, "decode", "tiny", "--quick", "--batch", "1", *switches)
+        names = [row["name"] for row in document["rows"]]
+        assert names == [f"decode/tiny/{case}{variant}/float32" for case in ("load", "1x256")]
+        assert "cuda_graphs" not in document["rows"][1], "on a CPU there is nothing to turn off"
+
+
+def test_on_a_gpu_every_row_says_which_switches_were_on():
+    switches = {"cuda_graphs": True, "programmatic_launch": False}
+    record = Record("decode", "decode/1b", "bfloat16", torch.device("cuda"), None, (), switches)
+    record.add("1x2048", {"median_us": 1.0})
+    assert record.rows == [{"name": "decode/1b/1x2048-no_programmatic_launch/bfloat16", **switches, "median_us": 1.0}]
+
+
 def test_what_vision_says_fits_together(capsys):
     _, document = bench(capsys, "vision", "tiny", "--quick", "--tiles", "2,17")
     rows = rows_by_case(document)

@@ -1,5 +1,6 @@
 """Passes and steps from graphs: which one runs, what it reads, whose memory the result is."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.cuda_graph import TILE_BUCKETS, TileGraphs, cuda_capture
+from internvl_rt.device_stream import DeviceStream
 from internvl_rt.step_graph import PREFILL_BUCKETS, decode_buckets
 from support.recorder import Recorder
 
@@ -64,7 +66,14 @@ def test_replay_equals_eager_bit_for_bit() -> None:
     def compute(tiles: Tensor) -> Tensor:
         return torch.nn.functional.gelu(tiles.flatten(1).bfloat16() @ weight)[:, None]
 
-    graphs = TileGraphs(compute, SIDE, device, cuda_capture(device), (1, 2, 4))
+    stream = DeviceStream(device)
+    stream.adopt([weight])
+    with stream.use():
+        graphs = TileGraphs(compute, SIDE, device, cuda_capture(), (1, 2, 4))
+        check_replays(graphs, compute, device)
+
+
+def check_replays(graphs: TileGraphs, compute: Callable[[Tensor], Tensor], device: torch.device) -> None:
     for num_tiles in (1, 2, 3, 4) * 250:
         tiles = draw(num_tiles)
         padded = torch.zeros(4 if num_tiles == 3 else num_tiles, SIDE, SIDE, 3, dtype=torch.uint8, device=device)

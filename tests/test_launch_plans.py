@@ -109,7 +109,7 @@ def run_step_of_one_layer(c: DecoderConfig, batch: int) -> None:
     x = TRITON.linear_residual(y_THC.flatten(1), linear(c.hidden_size, q_width), x)
     y_TF = TRITON.norm_linear_swiglu(x, norm, linear(2 * c.intermediate_size, c.hidden_size))
     x = TRITON.linear_residual(y_TF, linear(c.hidden_size, c.intermediate_size), x)
-    TRITON.norm_linear(x, norm, linear(c.vocab_size, c.hidden_size))
+    TRITON.norm_linear(x, norm, linear(c.vocab_size, c.hidden_size), None)
 
 
 def test_every_share_is_of_a_roof(bench: ModuleType) -> None:

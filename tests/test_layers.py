@@ -58,6 +58,7 @@ MODULES = [
     "position",
     "sampling_params",
     "speculation",
+    "device_stream",
     "sequence",
     "visual_cache",
     "kv_cache",

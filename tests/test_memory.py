@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from internvl_rt import Engine, RequestError
+from internvl_rt import memory as memory_module
 from internvl_rt.config import KNOWN_MODELS, load_config
-from internvl_rt.memory import plan_memory, step_workspace_bytes, vision_workspace_bytes
+from internvl_rt.memory import LIBRARY_BYTES, graphs_bytes, plan_memory, step_workspace_bytes, vision_workspace_bytes
 
 GIB = 1 << 30
 
@@ -20,6 +21,7 @@ def plan(name="InternVL3-1B", **changes):
         "max_model_len": None,
         "max_tokens_per_step": 8192,
         "max_tiles_per_pass": 16,
+        "graphs": True,
     }
     config = load_config(KNOWN_MODELS[name])
     return plan_memory(config, torch.bfloat16, torch.device("cpu"), **(options | changes))
@@ -67,12 +69,38 @@ def test_on_a_gpu_the_cache_takes_what_everything_else_leaves(monkeypatch):
     config = load_config(KNOWN_MODELS["InternVL3-1B"])
     options = {"weight_bytes": 2 * GIB, "visual_cache_bytes": GIB, "block_size": 64, "kv_cache_bytes": None}
     options |= {"max_num_seqs": 1024, "max_model_len": None, "max_tokens_per_step": 8192, "max_tiles_per_pass": 16}
-    memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), **options)
-    others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
-    assert min(memory.graph_bytes, memory.step_bytes - memory.graph_bytes) > 0
-    left = int(20 * GIB * 0.95) - others
-    assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
-    assert "CUDA graphs" in memory.render()
+    plans = {}
+    for graphs in (True, False):
+        memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), graphs=graphs, **options)
+        others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
+        left = int(20 * GIB * 0.95) - others - memory.library_bytes
+        assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
+        assert memory.library_bytes == LIBRARY_BYTES > 100e6
+        assert ("CUDA graphs" in memory.render()) == graphs
+        plans[graphs] = memory
+    assert plans[True].graph_bytes > plans[False].graph_bytes == 0
+
+
+def test_memory_that_torch_keeps_but_nobody_uses_is_free(monkeypatch):
+    stats = {"reserved_bytes": 9, "allocated_bytes": 2, "inactive_split_bytes": 3}  # GiB
+    named = {f"{name}.all.current": size * GIB for name, size in stats.items()}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: named)
+    assert memory_module._free_bytes(torch.device("cuda")) == (8 * GIB, 24 * GIB)
+
+
+def test_graphs_keep_the_results_of_every_number_of_tiles():
+    """Of the 38B: visual tokens of 107 tiles in all 14 graphs, and logits of 64 sequences."""
+    config = load_config(KNOWN_MODELS["InternVL3-38B"])
+    sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64, "max_tiles_per_pass": 16}
+    workspace = max(
+        vision_workspace_bytes(config, torch.bfloat16, 16),
+        step_workspace_bytes(config.decoder, torch.bfloat16, 2048, 64),
+    )
+    results = 2 * (107 * 256 * 5120 + 64 * config.decoder.vocab_size)
+    inputs = 16 * 3 * 448**2 + 2 * 2048 * 5120
+    assert graphs_bytes(config, torch.bfloat16, **sizes) == workspace + results + inputs
+    assert 280e6 < results < 310e6
 
 
 @pytest.mark.gpu

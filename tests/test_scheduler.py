@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from internvl_rt.config import DecoderConfig
+from internvl_rt.device_stream import Arriving
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.prompt import VisualSpan
 from internvl_rt.sampling_params import SamplingParams
@@ -36,7 +37,8 @@ ids = itertools.count()
 
 def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None):
     pictures = tuple(
-        Picture(VisualSpan(start, size), bytes(32), num_tiles, lambda: torch.zeros(1, 3, 2, 2)) for start, size in spans
+        Picture(VisualSpan(start, size), bytes(32), num_tiles, lambda: Arriving(torch.zeros(1, 3, 2, 2)))
+        for start, size in spans
     )
     made = [
         Sequence(

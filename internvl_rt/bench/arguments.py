@@ -13,6 +13,11 @@ PARTS = {
     "decode": "the time of each token after the first, by batch and context",
     "serve": "requests that arrive at random, through the asynchronous engine",
 }
+# What can be turned off, to see what it is worth or whether it is to blame: option of the engine, what it does.
+SWITCHES = {
+    "cuda_graphs": "launch kernels one by one, not as CUDA graphs",
+    "programmatic_launch": "start no kernel before the one before it has ended",
+}
 # Of each argument: what it is, and its value without and with --quick.
 SETTINGS: dict[str, dict[str, tuple[str, Any, Any]]] = {
     "vision": {"tiles": ("tiles of a pass", [*range(1, 14)], [1, 3])},
@@ -58,6 +63,9 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
             type=_above_zero(float),
             help="what has not begun after so many seconds is left out",
         )
+        for name, what in SWITCHES.items():
+            flag = f"--no-{name.replace('_', '-')}"
+            parser.add_argument(flag, dest=name, action="store_false", help=f"{what}, on CUDA; rows are named after it")
         parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything works")
     kernels = parts.add_parser("kernels", help="single kernels: a script of the repository")
     kernels.set_defaults(run=_kernels)
@@ -70,6 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         attribute = name.replace("-", "_")
         if getattr(args, attribute) is None:
             setattr(args, attribute, quick_value if args.quick else value)
+    args.switches = {name: getattr(args, name) for name in SWITCHES}
     return run(args)
 
 

@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     print(render_card(card), flush=True)
     print_floors(args.part, config, dtype, device)
     prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
-    record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part])
+    record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part], args.switches)
     with record:
         start_s = time.perf_counter()
         options = _engine_options(args, config)
         with Engine.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **options
+            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **args.switches, **options
         ) as engine:
             load_s = time.perf_counter() - start_s
             table({"loaded in": f"{load_s:.1f} s"})

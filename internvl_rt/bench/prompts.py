@@ -5,6 +5,7 @@ import time
 import numpy as np
 import torch
 
+from internvl_rt.device_stream import Arriving
 from internvl_rt.engine import Engine
 from internvl_rt.prompt import Prompt, VisualSpan
 from internvl_rt.request import Prepared
@@ -30,7 +31,7 @@ class Prompter:
         noise = self._rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8)
         tiles = torch.from_numpy(noise).to(self._device)
         span = VisualSpan(1, num_tiles * self._config.tokens_per_tile)
-        return Picture(span, self._rng.bytes(32), num_tiles, lambda: tiles)
+        return Picture(span, self._rng.bytes(32), num_tiles, lambda: Arriving(tiles))
 
     def prompt(self, num_tokens: int, picture: Picture | None = None) -> Prepared:
         """num_tokens: in all, those of the picture included."""

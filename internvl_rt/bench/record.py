@@ -59,13 +59,20 @@ class Record:
         device: torch.device,
         budget_s: float | None,
         columns: Sequence[Column],
+        switches: Mapping[str, bool] | None = None,
     ) -> None:
-        """Rows are named `<prefix>/<case>/<suffix>`. budget_s: but for the first, no case starts later than this."""
+        """Rows are named `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each that is off.
+
+        budget_s: but for the first, no case starts later than this. switches: of the engine; every row has them where
+        they do something, which is on CUDA.
+        """
         self.part = part
         self.rows: list[Row] = []
         self.num_measured = 0
         self._prefix, self._suffix, self._device, self._columns = prefix, suffix, device, columns
         self._budget_s, self._start_s = budget_s, time.perf_counter()
+        self._switches = dict(switches or {})
+        self._variant = "".join(f"-no_{name}" for name, is_on in self._switches.items() if not is_on)
 
     def add(self, case: str, row: Row) -> None:
         self._append(case, row)
@@ -120,7 +127,8 @@ class Record:
 
     def _append(self, case: str, row: Row) -> None:
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
-        self.rows.append({"name": f"{self._prefix}/{case}/{self._suffix}", **rounded})
+        name = f"{self._prefix}/{case}{self._variant}/{self._suffix}"
+        self.rows.append({"name": name, **(self._switches if self._device.type == "cuda" else {}), **rounded})
 
 
 def spread(seconds: Sequence[float], prefix: str = "") -> Row:

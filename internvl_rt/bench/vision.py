@@ -5,12 +5,12 @@ from functools import partial
 from itertools import pairwise
 
 import numpy as np
-import torch
 
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Column, Pace, Record, peak, reset_peak, shares, spread
+from internvl_rt.device_stream import DeviceStream, Moment
 from internvl_rt.engine import Engine
-from internvl_rt.runner import MAX_TILES_PER_PASS, Moment
+from internvl_rt.runner import MAX_TILES_PER_PASS
 from internvl_rt.work import vision_work
 
 COLUMNS = (
@@ -34,8 +34,8 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
         if not record.may_start(case):
             continue
         reset_peak(engine.device)
-        encode = partial(engine._runner.visual_of, prompter.picture(num_tiles), None)
-        seconds = _time_passes(encode, engine.device, pace)
+        encode = partial(engine._runner.encode, prompter.picture(num_tiles), None)
+        seconds = _time_passes(encode, engine._runner.stream, pace)
         work = vision_work(engine.config, engine.model.dtype, num_tiles)
         median_s = float(np.median(seconds))
         record.add(
@@ -52,14 +52,15 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
         )
 
 
-def _time_passes(run: Callable[[], object], device: torch.device, pace: Pace) -> list[float]:
+def _time_passes(run: Callable[[], object], stream: DeviceStream, pace: Pace) -> list[float]:
     """Seconds of each pass, on the device's clock: one behind the other, so that a GPU never waits for the host."""
 
     def passes(number: int) -> list[float]:
-        moments = [Moment(device)]
-        for _ in range(number):
-            run()
-            moments.append(Moment(device))
+        with stream.use():
+            moments = [Moment(stream.device)]
+            for _ in range(number):
+                run()
+                moments.append(Moment(stream.device))
         moments[-1].wait()
         return [before.seconds_until(after) for before, after in pairwise(moments)]
 

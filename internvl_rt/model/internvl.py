@@ -12,7 +12,7 @@ from internvl_rt.kv_cache import LayerCache
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
-from internvl_rt.ops import Linear, Norm, Ops
+from internvl_rt.ops import Linear, Norm, Ops, padded_rows
 from internvl_rt.step import StepInputs
 
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
@@ -31,6 +31,7 @@ class InternVL:
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
+        self.buffers = (self._inv_freq_C,)  # tensors on the device beside the weights
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +64,14 @@ class InternVL:
         x_TD = self.run_layers(step, self.embed(step), caches)
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
-    def logits(self, x_RD: Tensor) -> Tensor:
-        """Logits [R, V] of what `run_step` returns."""
-        return self.ops.norm_linear(x_RD, self.weights.decoder.norm, self.weights.decoder.lm_head)
+    def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of what `run_step` returns; in `out`, of `logits_memory`, where that is given."""
+        return self.ops.norm_linear(x_RD, self.weights.decoder.norm, self.weights.decoder.lm_head, out)
+
+    def logits_memory(self, num_rows: int) -> Tensor:
+        """Memory for logits [num_rows, V], every row of which is read as fast as can be."""
+        embedding_VD = self.weights.decoder.embedding_VD
+        return padded_rows(num_rows, len(embedding_VD), embedding_VD)
 
 
 def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:

@@ -234,6 +234,11 @@ def test_kernels_start_before_the_last_has_ended_where_they_can(target: Target) 
     )
     assert [launch.pdl for launch in launches] == [expected] * 2
     assert [launch.constexprs["PDL"] for launch in launches] == [expected] * 2
+    launches = (
+        *plan_gemv(**inputs, programmatic_launch=False, out=draw(2, N), target=target),
+        *plan_gemv_qkv(**qkv_inputs, programmatic_launch=False, out=draw(2, 2, 16), target=target),
+    )
+    assert not any(launch.pdl or launch.constexprs["PDL"] for launch in launches)
 
 
 def test_the_first_weights_are_on_their_way_before_the_wait() -> None:

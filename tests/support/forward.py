@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.device_stream import Arriving
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.vision import encode_tiles
@@ -50,7 +51,7 @@ def all_logits(
         block_size=block_size,
         dtype=model.dtype,
         device=model.device,
-        num_sms=8 if model.ops.name == "triton" else 0,
+        num_sms=8 if model.ops.plans_splits else 0,
     )
     if after:
         first = _build_sequence(model, 0, after, tiles, context_id, None)
@@ -84,7 +85,8 @@ def _build_sequence(
         position_T=np.arange(len(token_ids), dtype=np.float32) if position_T is None else position_T,
         next_position=0,
         pictures=tuple(
-            Picture(span, bytes(32), len(part), lambda part=part: part) for span, part in zip(spans, parts, strict=True)
+            Picture(span, bytes(32), len(part), lambda part=part: Arriving(part))
+            for span, part in zip(spans, parts, strict=True)
         ),
         params=SamplingParams(),
         max_tokens=1,

@@ -1,0 +1,157 @@
+"""A stream on which an engine's device does one thing after another, and copies that the host does not wait for.
+
+On the CPU there are no streams: everything is done when it is called, and nothing here has anything to do.
+
+Memory that was allocated on one stream and is used on another must not be given away before that use has ended:
+`record_stream` tells torch's allocator so. Pinned memory comes from torch's host allocator, which gives it away only
+when the copies from and to it have ended.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class DeviceStream:
+    """A stream of a device that no other object of this class has, as long as torch has one left."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = _unused_stream(device)
+            _IN_USE[self._stream.device_index, self._stream.cuda_stream] = self
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """What the calling thread launches inside goes to this stream."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that the calling thread's stream has filled, or is filling, are used on this stream from now on."""
+        if self._stream is None:
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """A tensor of this stream, which the calling thread's stream uses from now on: in order."""
+        if self._stream is not None:
+            caller = torch.cuda.current_stream(self.device)
+            caller.wait_stream(self._stream)
+            tensor.record_stream(caller)
+        return tensor
+
+    def synchronize(self) -> None:
+        """Waits until everything on this stream has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+# torch makes 32 streams and gives them out in turn, again and again. Two engines on one would wait for each other, and
+# what one launches while the other captures a graph would become part of that.
+_NUM_STREAMS = 32
+_IN_USE: "WeakValueDictionary[tuple[int, int], DeviceStream]" = WeakValueDictionary()
+
+
+def _unused_stream(device: torch.device) -> torch.cuda.Stream:
+    for _ in range(_NUM_STREAMS):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if (stream.device_index, stream.cuda_stream) not in _IN_USE:
+            break
+    return stream
+
+
+class Arriving(NamedTuple):
+    """A tensor that a stream may still be filling."""
+
+    tensor: Tensor
+    filled: torch.cuda.Event | None = None  # None: it is there
+
+    @classmethod
+    def on_current_stream(cls, tensor: Tensor) -> "Arriving":
+        """What the current stream fills with what it has been given so far."""
+        if tensor.device.type != "cuda":
+            return cls(tensor)
+        filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        filled.record(torch.cuda.current_stream(tensor.device))
+        return cls(tensor, filled)
+
+    def take(self) -> Tensor:
+        """The tensor, for what the current stream is given from now on."""
+        if self.tensor.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.tensor.device)
+            if self.filled is not None:
+                stream.wait_event(self.filled)
+            self.tensor.record_stream(stream)
+        return self.tensor
+
+
+class Moment:
+    """A point on the timeline of the device's current stream; of a CPU, on the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host_s = time.perf_counter()  # when the host asked for it
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_until(self, later: "Moment") -> float:
+        """Both have passed."""
+        if self._event is None or later._event is None:
+            return later.host_s - self.host_s
+        return float(self._event.elapsed_time(later._event)) / 1e3
+
+
+class Fence:
+    """The last point of the current stream at which it was set; the host may wait until the stream has passed it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def set(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Returns at once where it was never set."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory [size] of the host that is copied to or from the device without waiting."""
+    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on the device, where the current stream finds it; the host goes on without waiting.
+
+    The host may change what it gave, unless that is pinned. Nothing is copied where the device is the CPU.
+    """
+    if device.type != "cuda" or host.device.type != "cpu":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host that is filled when the current stream has come so far."""
+    if tensor.device.type != "cuda":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
