@@ -197,20 +197,40 @@ def poisoned_like(expected: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full(expected.shape, POISON, dtype=expected.dtype, device=expected.device)
 
 
-def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tuple[Verdict, Tensor | None]:
-    """The kernel against its reference, once, and the reference's result. `inputs` are given back as they were."""
-    expected, expected_in_place = run_reference(work, inputs)
-    before = {name: inputs[name].clone() for name in work.spec.in_place}
-    out = None if expected is None else poisoned_like(expected, work.dtype)
-    build_launch(work, inputs, out, device)()
-    pairs = [(name, inputs[name], expected_in_place[name]) for name in work.spec.in_place]
-    if out is not None and expected is not None:
-        pairs.insert(0, ("the result", out, expected))
-    tolerance = work.spec.tolerances[work.dtype]
-    verdicts = [compare(name, y, want, tolerance, exact=work.spec.exact) for name, y, want in pairs]
-    for name, value in before.items():
-        inputs[name].copy_(value)
-    return next((verdict for verdict in verdicts if verdict.problem), verdicts[0]), expected
+class Check:
+    """Of a kernel on one set of inputs: what the reference makes of them, and what they were before anything ran."""
+
+    def __init__(self, work: Work, inputs: dict[str, Any]) -> None:
+        self._work, self._inputs = work, inputs
+        self.expected, self._expected_in_place = run_reference(work, inputs)
+        self._before = {name: inputs[name].clone() for name in work.spec.in_place}
+        self.out = None if self.expected is None else poisoned_like(self.expected, work.dtype)
+
+    def restore(self) -> None:
+        """The inputs as they were, and an output that nothing was written to."""
+        for name, value in self._before.items():
+            self._inputs[name].copy_(value)
+        if self.out is not None:
+            self.out.fill_(math.nan if self.out.dtype.is_floating_point else POISON)
+
+    def verdict(self) -> Verdict:
+        """Of what lies now in the output, and in what the kernel writes in place."""
+        spec = self._work.spec
+        pairs = [(name, self._inputs[name], self._expected_in_place[name]) for name in spec.in_place]
+        if self.out is not None and self.expected is not None:
+            pairs.insert(0, ("the result", self.out, self.expected))
+        tolerance = spec.tolerances[self._work.dtype]
+        verdicts = [compare(name, y, want, tolerance, exact=spec.exact) for name, y, want in pairs]
+        return next((verdict for verdict in verdicts if verdict.problem), verdicts[0])
+
+
+def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tuple[Verdict, Check]:
+    """The kernel against its reference, once. `inputs` are given back as they were."""
+    check = Check(work, inputs)
+    build_launch(work, inputs, check.out, device)()
+    verdict = check.verdict()
+    check.restore()
+    return verdict, check
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -6,8 +6,9 @@ The roof is measured in the same run: the time that the bytes take at the rate o
 that of a large product, whichever is longer. An operation that hardly writes can be somewhat faster than a copy, and so
 pass 100 %. `copy us` is what a copy of as many bytes took: what comes near it waits for latency, not for bandwidth.
 
-Each kernel is compared with its reference before it is timed. One that is wrong, or fails, has a row without a time,
-and the exit code is 1. The most important cases come first; those that the time does not reach are named.
+Each kernel is compared with its reference before it is timed, and so is what its graph leaves behind afterwards. One
+that is wrong, or fails, has a row without a time, and the exit code is 1. The most important cases come first; those
+that the time does not reach are named.
 
 Without a GPU the references run, on small cases: that shows that the bench works, and says nothing about kernels. They
 are checked too where TRITON_INTERPRET=1 lets them run.
@@ -131,23 +132,25 @@ def measure_reference(work: Work, device: torch.device, roofline: Mapping[str, A
 def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> list[Row]:
     """A row of the kernel, then one of each alternative that takes these inputs and computes the same."""
     sets = make_rotated_inputs(work, device)
-    verdict, expected = check_kernel(work, sets[0], device)
+    verdict, check = check_kernel(work, sets[0], device)
     if verdict.problem:
         return [{"name": work.name, "problem": f"wrong: {verdict.problem}"}]
-    outs = [None if expected is None else poisoned_like(expected, work.dtype) for _ in sets]
+    expected = check.expected
+    outs = [check.out, *(None if expected is None else poisoned_like(expected, work.dtype) for _ in sets[1:])]
     variants: dict[str, list[Callable[[], Any]]] = {
         TIMED: [build_launch(work, inputs, out, device) for inputs, out in zip(sets, outs, strict=True)]
     }
-    before = {name: sets[0][name].clone() for name in work.spec.in_place}
     for alternative in alternatives(work.spec.name):
         try:
             variants[alternative.name] = prepare_alternative(alternative, sets, expected, limits)
         except Exception as error:  # of any library; what cannot be run is absent, and this says why
             print(f"  {work.name}: not {alternative.name}: {first_line(error)}", file=sys.stderr)
-        for name, value in before.items():
-            sets[0][name].copy_(value)
-    del expected, before
-    timings = time_variants(variants, device, budget_s=BUDGET_S["cuda"] * len(variants))
+        check.restore()
+    last = {TIMED: check.restore}
+    timings = time_variants(variants, device, budget_s=BUDGET_S["cuda"] * len(variants), before_last=last)
+    again = check.verdict()
+    if again.problem:
+        return [{"name": work.name, "problem": f"wrong when it is replayed: {again.problem}"}]
     rows = [build_row(work, timings.pop(TIMED), roofline, rms_error=verdict.rms_error)]
     for name, timing in timings.items():
         rows.append(build_row(work, timing, roofline, baseline=name, **{"partial": True} if name == PARTIAL else {}))

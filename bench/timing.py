@@ -64,13 +64,20 @@ class _Clock(Protocol):
 
 
 def time_variants(
-    variants: Mapping[str, Calls], device: torch.device, *, budget_s: float = 0.5, cold: bool = True
+    variants: Mapping[str, Calls],
+    device: torch.device,
+    *,
+    budget_s: float = 0.5,
+    cold: bool = True,
+    before_last: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Times by the variants' names.
 
     A variant is a call, or a sequence of calls that do the same on inputs of their own, of which the mean counts.
     budget_s: of all samples together; warm-up and capture come on top, and a slow variant gets MIN_SAMPLES in any case.
     cold: a call finds its inputs outside L2. The CPU's caches are left as the calls leave them either way.
+    before_last: by the name of a variant, what is called after all samples; then what was timed runs once more, the
+    same graph where there is one, and what it leaves behind is the caller's to look at.
 
     What cannot be captured in a graph is timed eagerly: `Timing.graphed` tells, and a line on stderr why. Raises
     ValueError for what is no variant, device or budget; what a variant raises comes through.
@@ -88,6 +95,9 @@ def time_variants(
         works = {name: clock.prepare(name, calls) for name, calls in lists.items()}
         _take_turns(clock, works, WARM_UP_SHARE * budget_s, 1)
         samples = _take_turns(clock, works, budget_s, MIN_SAMPLES)
+        for name, prepare in (before_last or {}).items():
+            prepare()
+            works[name].run()
     sm_clock = sm_clock_mhz(device)
     timings = {}
     for name, times in samples.items():

@@ -17,7 +17,7 @@ from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_
 from internvl_rt.kernels._launch import run, target_of
 from support.specs import discover_specs
 
-RECOMMENDED = ("gemv", "gemv_qkv", "decode_attention", "vit_attention", "prefill_attention")
+RECOMMENDED = ("gemv", "gemv_qkv", "decode_attention", "prefill_attention")
 MOST_IMPORTANT = 4  # classes of importance that are swept
 BUDGET_S = 0.03  # of a plan's samples
 Row = dict[str, Any]
@@ -79,11 +79,14 @@ def sweep_launches(names: Sequence[str], device: torch.device, end: float) -> tu
         if time.monotonic() >= end:
             return rows, [each.name for each in works[index:]]
         try:
-            timings = _time_plans(work, device)
+            timings, wrong = _time_plans(work, device)
         except Exception as error:
             print(f"{work.name}: {first_line(error)}", flush=True)
             rows.append({"name": work.name, "problem": first_line(error)})
             continue
+        for name, problem in wrong.items():
+            print(f"{work.name}: {name} is wrong: {problem}", file=sys.stderr, flush=True)
+            rows.append({"name": work.name, "plan": name, "problem": problem})
         for name, timing in timings.items():
             row = {"name": work.name, "plan": name, "median_us": timing.median_us}
             rows.append({**row, "low_us": timing.low_us, "high_us": timing.high_us})
@@ -102,13 +105,15 @@ def recommend(name: str, timings: dict[str, Timing]) -> str:
     return f"{name}: {best} is {gain:.2f}x as fast, {timings[best].median_us:.2f} us for {chosen.median_us:.2f} us"
 
 
-def _time_plans(work: Work, device: torch.device) -> dict[str, Timing]:
+def _time_plans(work: Work, device: torch.device) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times by the plans' names, and what is wrong with those that computed something else than the reference."""
     sets = make_rotated_inputs(work, device)
     expected, _ = run_reference(work, sets[0])
     assert expected is not None
     outs = [poisoned_like(expected, work.dtype) for _ in sets]
     build = _gemv_calls if work.spec.name.startswith("gemv") else _attention_calls
     variants: dict[str, Calls] = {}
+    wrong: dict[str, str] = {}
     for name, calls in build(work, sets, outs):
         outs[0].fill_(torch.nan)
         try:
@@ -121,7 +126,10 @@ def _time_plans(work: Work, device: torch.device) -> dict[str, Timing]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises if the device takes no more work
             continue
-        if verdict.problem:
+        if not verdict.problem:
+            variants[name] = calls
+        elif name == "chosen":
             raise ValueError(f"{name}: {verdict.problem}")
-        variants[name] = calls
-    return time_variants(variants, device, budget_s=BUDGET_S * len(variants))
+        else:
+            wrong[name] = verdict.problem
+    return time_variants(variants, device, budget_s=BUDGET_S * len(variants)), wrong

@@ -1,18 +1,23 @@
-"""How a matrix product is computed: by tables measured beforehand, never by trying at the first call.
+"""How products and vision attention are computed: by tables measured beforehand, never by trying at the first call.
 
 kernels/plans/sm_90.json and its like:
 
     {"measured": {"date": "...", "gpu": "...", "triton": "...", "torch": "..."},     null: nothing was measured
      "gemm_epilogue": [{"m_max": 1025, "n": 4096, "k": 1024, "epilogue": "gelu",
-                        "plan": {"kind": "fused", "block_m": 128, ...}}, ...]}
+                        "plan": {"kind": "fused", "block_m": 128, ...}}, ...],
+     "vit_attention": [{"tiles_max": 13, "patches": 1024, "heads": 16, "channels": 64,
+                        "plan": {"block_m": 128, ...}}, ...]}
 
 Of the entries with exactly this n, k and epilogue, the one with the smallest m_max that is not below the rows counts.
 Where there is none, or no file for the target, nothing shows that another plan is faster than CUBLAS.
+
+Attention is alike in the number of tiles, but its last entry also counts for more tiles than were measured: they are
+more of the same blocks. Where there is no entry, vit_attention's own default counts.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,16 +51,48 @@ class GemmPlan:
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How vit_attention walks over one tile and head."""
+
+    block_m: int  # queries of a program
+    block_n: int  # keys of a step of its loop
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, channels: int, itemsize: int) -> int:
+        """At least: every stage holds a block of keys and one of values."""
+        return self.num_stages * 2 * self.block_n * channels * itemsize
+
+
 CUBLAS = GemmPlan("cublas")
 Plan = GemmPlan | str | None  # None: what the table says; a name: "cublas" or one of `tilings`
-Table = Mapping[tuple[int, int, str], tuple[tuple[int, GemmPlan], ...]]  # (n, k, epilogue) -> (m_max, plan), ascending
-_ALLOWED: Mapping[str, tuple[object, ...]] = {
+GemmKey = tuple[int, int, str]  # n, k, epilogue
+AttentionKey = tuple[int, int, int]  # patches, heads, channels
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What was measured on a target: by key the plans with the most rows, or tiles, that each is for, ascending."""
+
+    gemm_epilogue: Mapping[GemmKey, tuple[tuple[int, GemmPlan], ...]] = field(default_factory=dict)
+    vit_attention: Mapping[AttentionKey, tuple[tuple[int, AttentionPlan], ...]] = field(default_factory=dict)
+
+
+_Allowed = Mapping[str, tuple[object, ...]]
+_ALLOWED_GEMM: _Allowed = {
     "kind": ("fused",),
     **dict.fromkeys(("block_m", "block_n", "block_k"), (16, 32, 64, 128, 256)),
     "group_m": tuple(range(1, 65)),
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": tuple(range(1, 9)),
     "use_tma": (True, False),
+}
+_ALLOWED_ATTENTION: _Allowed = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (16, 32, 64, 128, 256),
+    "num_warps": (4, 8, 16),
+    "num_stages": tuple(range(1, 6)),
 }
 
 
@@ -81,43 +118,58 @@ def check_plan(plan: GemmPlan, itemsize: int, target: Target) -> None:
         if plan != CUBLAS:
             raise ValueError(f"expected a cublas plan without blocks, got {plan}")
         return
-    for name, allowed in _ALLOWED.items():
+    _check_fields(plan, _ALLOWED_GEMM)
+    _check_shared(plan.shared_bytes(itemsize), target)
+
+
+def check_attention_plan(plan: AttentionPlan, channels: int, itemsize: int, target: Target) -> None:
+    """Raises ValueError for a plan that cannot be built for `target`."""
+    _check_fields(plan, _ALLOWED_ATTENTION)
+    _check_shared(plan.shared_bytes(channels, itemsize), target)
+
+
+def _check_fields(plan: object, allowed_by_name: _Allowed) -> None:
+    for name, allowed in allowed_by_name.items():
         value = getattr(plan, name)
         if not any(type(value) is type(one) and value == one for one in allowed):
             raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-    if plan.shared_bytes(itemsize) > target.shared_bytes:
+
+
+def _check_shared(num_bytes: int, target: Target) -> None:
+    if num_bytes > target.shared_bytes:
         raise ValueError(
-            f"expected at most {target.shared_bytes} bytes of shared memory on sm_{target.capability}, "
-            f"got {plan.shared_bytes(itemsize)}"
+            f"expected at most {target.shared_bytes} bytes of shared memory on sm_{target.capability}, got {num_bytes}"
         )
 
 
-def load_table(path: Path, target: Target) -> Table:
-    """Raises ValueError naming the file, and the entry, for anything but a table that `target` can run."""
-    entry = "the table"
+def load_tables(path: Path, target: Target) -> Tables:
+    """Raises ValueError naming the file, and the entry, for anything but tables that `target` can run."""
+    where = "the tables"
     try:
         values = json.loads(path.read_bytes())
-        _require_keys(values, {"measured", "gemm_epilogue"})
-        if not isinstance(values["gemm_epilogue"], list):
-            raise ValueError(f"gemm_epilogue: expected a list, got {values['gemm_epilogue']!r:.200}")
+        _require_keys(values, {"measured", *(each.name for each in fields(Tables))})
         if values["measured"] is not None:
             _require_keys(values["measured"], MEASURED)
             if not all(isinstance(value, str) for value in values["measured"].values()):
                 raise ValueError(f"measured: expected texts, got {values['measured']!r:.200}")
-        elif values["gemm_epilogue"]:
-            raise ValueError("expected no plans where `measured` is null")
-        found: dict[tuple[int, int, str], dict[int, GemmPlan]] = {}
-        for number, item in enumerate(values["gemm_epilogue"]):
-            entry = f"gemm_epilogue[{number}]"
-            m_max, key, plan = _read_entry(item)
-            check_plan(plan, 2, target)
-            plans = found.setdefault(key, {})
-            if m_max in plans:
-                raise ValueError(f"m_max {m_max} is there twice")
-            plans[m_max] = plan
+        loaded = {}
+        for name, read_entry in (("gemm_epilogue", _read_product), ("vit_attention", _read_attention)):
+            where, entries = "the tables", values[name]
+            if not isinstance(entries, list):
+                raise ValueError(f"{name}: expected a list, got {entries!r:.200}")
+            if entries and values["measured"] is None:
+                raise ValueError("expected no plans where `measured` is null")
+            found: dict[Any, dict[int, Any]] = {}
+            for number, item in enumerate(entries):
+                where = f"{name}[{number}]"
+                key, limit, plan = read_entry(item, target)
+                if limit in found.setdefault(key, {}):
+                    raise ValueError(f"a plan for up to {limit} is there twice")
+                found[key][limit] = plan
+            loaded[name] = {key: tuple(sorted(plans.items(), key=lambda pair: pair[0])) for key, plans in found.items()}
     except ValueError as error:
-        raise ValueError(f"{path}: {entry}: {error}") from error
-    return {key: tuple(sorted(plans.items(), key=lambda pair: pair[0])) for key, plans in found.items()}
+        raise ValueError(f"{path}: {where}: {error}") from error
+    return Tables(**loaded)
 
 
 def _require_keys(values: Any, keys: set[str]) -> None:
@@ -125,29 +177,43 @@ def _require_keys(values: Any, keys: set[str]) -> None:
         raise ValueError(f"expected an object with the keys {sorted(keys)}, got {values!r:.200}")
 
 
-def _read_entry(item: Any) -> tuple[int, tuple[int, int, str], GemmPlan]:
-    _require_keys(item, {"m_max", "n", "k", "epilogue", "plan"})
-    for name in ("m_max", "n", "k"):
+def _require_positive(item: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
         if type(item[name]) is not int or item[name] < 1:
             raise ValueError(f"{name}: expected a positive integer, got {item[name]!r}")
+
+
+def _read_product(item: Any, target: Target) -> tuple[GemmKey, int, GemmPlan]:
+    _require_keys(item, {"m_max", "n", "k", "epilogue", "plan"})
+    _require_positive(item, ("m_max", "n", "k"))
     if item["epilogue"] not in EPILOGUES:
         raise ValueError(f"epilogue: expected one of {EPILOGUES}, got {item['epilogue']!r}")
     if item["plan"] == {"kind": "cublas"}:
         plan = CUBLAS
     else:
-        _require_keys(item["plan"], {field.name for field in fields(GemmPlan)})
+        _require_keys(item["plan"], {each.name for each in fields(GemmPlan)})
         plan = GemmPlan(**item["plan"])
         if plan.kind != "fused":
             raise ValueError(f"kind: expected 'fused' with blocks or 'cublas' alone, got {plan.kind!r}")
-    return item["m_max"], (item["n"], item["k"], item["epilogue"]), plan
+    check_plan(plan, 2, target)
+    return (item["n"], item["k"], item["epilogue"]), item["m_max"], plan
+
+
+def _read_attention(item: Any, target: Target) -> tuple[AttentionKey, int, AttentionPlan]:
+    _require_keys(item, {"tiles_max", "patches", "heads", "channels", "plan"})
+    _require_positive(item, ("tiles_max", "patches", "heads", "channels"))
+    _require_keys(item["plan"], {each.name for each in fields(AttentionPlan)})
+    plan = AttentionPlan(**item["plan"])
+    check_attention_plan(plan, item["channels"], 2, target)
+    return (item["patches"], item["heads"], item["channels"]), item["tiles_max"], plan
 
 
 @cache
-def _table_of(folder: Path, target: Target) -> Table:
+def _tables_of(folder: Path, target: Target) -> Tables:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: the installation lacks its tables of plans; install internvl_rt again")
     path = folder / f"sm_{target.capability}.json"
-    return load_table(path, target) if path.exists() else {}
+    return load_tables(path, target) if path.exists() else Tables()
 
 
 def choose_plan(
@@ -156,8 +222,18 @@ def choose_plan(
     """The measured plan for x [rows, k] times weight [n, k]; CUBLAS where none was measured, and in float32."""
     if dtype.itemsize != 2:  # the tables hold what was measured in bfloat16; float16 costs the same
         return CUBLAS
-    plans = _table_of(folder, target).get((n, k, epilogue), ())
+    plans = _tables_of(folder, target).gemm_epilogue.get((n, k, epilogue), ())
     return next((plan for m_max, plan in plans if rows <= m_max), CUBLAS)
+
+
+def choose_attention_plan(
+    tiles: int, patches: int, heads: int, channels: int, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
+) -> AttentionPlan | None:
+    """The measured plan; None where none was measured, and in float32."""
+    plans = _tables_of(folder, target).vit_attention.get((patches, heads, channels), ())
+    if not plans or dtype.itemsize != 2:
+        return None
+    return next((plan for tiles_max, plan in plans if tiles <= tiles_max), plans[-1][1])
 
 
 def resolve_plan(plan: Plan, rows: int, n: int, k: int, epilogue: str, dtype: torch.dtype, target: Target) -> GemmPlan:

@@ -8,6 +8,7 @@ together, not per head.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
+from internvl_rt.kernels._plans import AttentionPlan, check_attention_plan, choose_attention_plan
 from internvl_rt.kernels._vit_attention_body import inverse_rms_kernel, vit_attention_kernel
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, row_warps
 from internvl_rt.kernels.rms_norm import rms_norm_reference
@@ -23,7 +25,14 @@ HEAD_DIMS = (16, 32, 64, 128)  # blocks are powers of two, and matrix units take
 
 
 def vit_attention_reference(
-    qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm_E: Tensor | None, k_norm_E: Tensor | None, eps: float
+    qkv_RK: Tensor,
+    num_tiles: int,
+    head_dim: int,
+    q_norm_E: Tensor | None,
+    k_norm_E: Tensor | None,
+    eps: float,
+    *,
+    plan: AttentionPlan | None = None,  # says how, never what
 ) -> Tensor:
     """Attention output [R, E] of the packed projection [R, 3E]; R = num_tiles * (L + 1)."""
     q, k, v = qkv_RK.chunk(3, dim=-1)
@@ -41,11 +50,12 @@ def tile_tokens(x_RE: Tensor, num_tiles: int) -> Tensor:
     return torch.cat((patches_ILE, x_RE[num_patch_rows:, None]), dim=1)
 
 
-def _tiling(head_dim: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int]:
-    """Queries and keys of a block, warps, stages. sm_90 runs two blocks of 64 channels on a multiprocessor."""
+def default_plan(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionPlan:
+    """Where nothing was measured. sm_90 runs two blocks of 64 channels on a multiprocessor."""
     if dtype == torch.float32:  # for tests: no matrix units, and more would not fit the registers
-        return 32, 16, 8, 1
-    return 128, 64, 8, 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
+        return AttentionPlan(32, 16, num_warps=8, num_stages=1)
+    num_stages = 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
+    return AttentionPlan(128, 64, num_warps=8, num_stages=num_stages)
 
 
 def plan_vit_attention(
@@ -56,17 +66,22 @@ def plan_vit_attention(
     k_norm_E: Tensor | None,
     eps: float,
     *,
+    plan: AttentionPlan | None = None,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
+    """`plan` None: the measured one, or the default where none was measured."""
     num_rows, width = out.shape
     num_heads = width // head_dim
     num_patches = (num_rows - num_tiles) // max(num_tiles, 1)
-    block_m, block_n, num_warps, num_stages = _tiling(head_dim, qkv_RK.dtype, target)
-    # 32 values of k, and of v, a thread; half where twice the shared memory would halve the blocks of a multiprocessor.
-    class_block = (32 if target.shared_bytes >= 160 * 1024 else 16) * 32 * num_warps // head_dim
+    if plan is None:
+        plan = choose_attention_plan(num_tiles, num_patches, num_heads, head_dim, qkv_RK.dtype, target)
+        plan = plan or default_plan(head_dim, qkv_RK.dtype, target)
+    # 32 values of k, and of v, a thread; half where twice the shared memory would halve the blocks of a multiprocessor,
+    # and half with 16 warps, whose threads have half as many registers.
+    class_block = (32 if target.shared_bytes >= 160 * 1024 else 16) * 32 * min(plan.num_warps, 8) // head_dim
     # Boxes of keys must not cross into another tile's rows; the copy engine takes multiples of 16 bytes.
-    whole_blocks = num_patches > 0 and num_patches % block_n == 0
+    whole_blocks = num_patches > 0 and num_patches % plan.block_n == 0
     aligned = qkv_RK.data_ptr() % 16 == 0 and qkv_RK.stride(0) * qkv_RK.itemsize % 16 == 0
     use_tma = target.capability in (90, 100, 103) and whole_blocks and aligned
 
@@ -87,7 +102,7 @@ def plan_vit_attention(
     launches.append(
         Launch(
             vit_attention_kernel,
-            (num_tiles * num_heads * (cdiv(num_patches, block_m) + 1), 1, 1),
+            (num_tiles * num_heads * (cdiv(num_patches, plan.block_m) + 1), 1, 1),
             {
                 "qkv": qkv_RK,
                 "y": out,
@@ -103,15 +118,15 @@ def plan_vit_attention(
                 "L": num_patches,
                 "H": num_heads,
                 "C": head_dim,
-                "BLOCK_M": block_m,
-                "BLOCK_N": block_n,
+                "BLOCK_M": plan.block_m,
+                "BLOCK_N": plan.block_n,
                 "CLASS_BLOCK": class_block,
-                "CLASS_STAGES": num_stages,
+                "CLASS_STAGES": plan.num_stages,
                 "USE_TMA": use_tma,
                 "PRECISION": "ieee" if qkv_RK.dtype == torch.float32 else None,
             },
-            num_warps=num_warps,
-            num_stages=num_stages,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
             descriptors=use_tma,
             matrix_units=True,
         )
@@ -127,6 +142,7 @@ def vit_attention(
     k_norm_E: Tensor | None,
     eps: float,
     *,
+    plan: AttentionPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `vit_attention_reference`, of rows at any stride; head_dim one of HEAD_DIMS; either both norms or neither.
@@ -150,12 +166,21 @@ def vit_attention(
         out = torch.empty(num_rows, width, dtype=qkv_RK.dtype, device=qkv_RK.device)
     require_tensor("out", out, (num_rows, width), qkv_RK.dtype, qkv_RK.device)
     target = target_of(qkv_RK.device)
-    run(plan_vit_attention(qkv_RK, num_tiles, head_dim, q_norm_E, k_norm_E, eps, out=out, target=target))
+    if plan is not None:
+        try:
+            check_attention_plan(plan, head_dim, qkv_RK.itemsize, target)
+        except ValueError as error:
+            raise ValueError(f"plan: {error}") from None
+    arguments = (qkv_RK, num_tiles, head_dim, q_norm_E, k_norm_E, eps)
+    run(plan_vit_attention(*arguments, plan=plan, out=out, target=target))
     return out
 
 
-def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | float | None]:
-    """`fill` is what q and k are like; `padding` are columns of a wider tensor, NaN, that the rows are cut from."""
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """`fill` is what q and k are like; `padding` are columns of a wider tensor, NaN, that the rows are cut from.
+
+    `plan` holds in 16 bits; in float32 the default counts, since without matrix units its blocks would not fit.
+    """
     tiles, heads, channels = case["I"], case["H"], case["C"]
     rows, width = tiles * (case["L"] + 1), heads * channels
     qkv = torch.randn(rows, 3 * width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
@@ -174,8 +199,14 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     q_norm, k_norm = norms if case.sizes.get("norms") else (None, None)
     qkv = qkv.to(dtype)[:, : 3 * width]
     return {
-        "qkv_RK": qkv, "num_tiles": tiles, "head_dim": channels, "q_norm_E": q_norm, "k_norm_E": k_norm, "eps": 1e-6
-    }  # fmt: skip
+        "qkv_RK": qkv,
+        "num_tiles": tiles,
+        "head_dim": channels,
+        "q_norm_E": q_norm,
+        "k_norm_E": k_norm,
+        "eps": 1e-6,
+        "plan": case.sizes.get("plan") if dtype.itemsize == 2 else None,
+    }
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -186,6 +217,12 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
 def _case(name: str, tiles: int, patches: int, heads: int, channels: int, **more: object) -> Case:
     return Case(name, {"I": tiles, "L": patches, "H": heads, "C": channels, **more})
 
+
+_PLANS = {  # that a table may hold, far from the default
+    "tall": AttentionPlan(256, 64, num_warps=16, num_stages=2),
+    "wide": AttentionPlan(128, 128, num_warps=8, num_stages=2),
+    "deep": AttentionPlan(64, 64, num_warps=4, num_stages=3),
+}
 
 SPEC = KernelSpec(
     name="vit_attention",
@@ -206,6 +243,12 @@ SPEC = KernelSpec(
         *(_case(f"norms_{patches}", 2, patches, 3, 32, norms=True) for patches in (17, 64)),
         _case("norms_huge", 1, 70, 3, 64, norms=True, fill="huge_qk", padding=8),
         _case("norms_no_tiles", 0, 16, 2, 128, norms=True),
+        *(
+            _case(f"plan_{name}_{length}", 1, length, 2, 64, plan=p)
+            for name, p in _PLANS.items()
+            for length in (130, 256)
+        ),
+        *(_case(f"plan_{name}_norms", 1, 256, 1, 128, norms=True, plan=_PLANS[name]) for name in ("tall", "deep")),
     ),
     model_cases=tuple(
         _case(f"{name}_{tiles}_tiles", tiles, 1024, heads, channels, norms=norms)

@@ -172,6 +172,36 @@ def test_a_kernel_that_is_wrong_gets_no_time(launcher: Any, problem: str) -> Non
         assert measure_kernel(work, DEVICE, ROOFLINE, far_away())[0]["problem"].startswith(problem)
 
 
+@pytest.mark.parametrize(
+    ("op", "case", "problem"),
+    [
+        ("swiglu", "width_1024", "wrong when it is replayed: the result: not finite"),
+        ("add_norm", "layer_width_129", "wrong when it is replayed: "),
+    ],
+)
+def test_a_kernel_that_is_right_once_and_wrong_when_replayed_gets_no_time(op: str, case: str, problem: str) -> None:
+    """As one that leaves its counters behind: each later call writes nothing."""
+    real, calls = SPECS[op].launcher, list[int]()
+
+    def right_once(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        return real(*args, **how) if len(calls) == 1 else how["out"]
+
+    rows = measure_kernel(work_of(op, case, launcher=right_once), DEVICE, ROOFLINE, far_away())
+    assert [row.keys() for row in rows] == [{"name", "problem"}]
+    assert rows[0]["problem"].startswith(problem)
+    assert len(calls) > 3
+
+
+@pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.in_place])
+def test_a_kernel_that_writes_in_place_is_right_when_replayed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the samples leave behind in its inputs is put back first."""
+    monkeypatch.setattr(kernel_table, "alternatives", lambda op: [])
+    monkeypatch.setitem(kernel_table.BUDGET_S, "cuda", 1e-4)
+    rows = measure_kernel(work_of(op, SAME[op][0]), DEVICE, ROOFLINE, far_away())
+    assert "problem" not in rows[0]
+
+
 def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     works = [work_of("swiglu", launcher=wrong_scale), work_of("rms_norm", "width_17")]
     monkeypatch.setattr(kernel_table, "plan_work", lambda *_, **__: works)

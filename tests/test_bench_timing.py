@@ -98,6 +98,14 @@ def test_what_a_variant_raises_comes_through() -> None:
         time_variants({"wrong": lambda: 1 / 0}, CPU)
 
 
+def test_what_was_timed_runs_once_more_after_its_preparation() -> None:
+    log: list[str] = []
+    variants = {"a": calls_of(log, "a"), "b": calls_of(log, "b")}
+    time_variants(variants, CPU, budget_s=0.01, before_last={"a": partial(log.append, "prepare")})
+    assert log[-2:] == ["prepare", "a"]
+    assert log.count("prepare") == 1
+
+
 class StandIn:
     """torch.cuda as far as the timer uses it; `log` lists what the device was told to do, `clock_us` is its clock."""
 
@@ -202,6 +210,18 @@ def test_a_cold_sample_is_one_replay_after_a_flush_that_is_not_timed(cuda: Stand
     assert cuda.log[-5:] == ["flush", "event", "a", "b", "event"]
     assert found.median_us == found.low_us == found.high_us == pytest.approx(4.0)
     assert (found.graphed, found.sm_clock_mhz) == (True, 1980)
+
+
+def test_the_last_run_is_a_replay_of_the_graph_that_was_timed(cuda: StandIn) -> None:
+    eager: list[str] = []
+
+    def call() -> None:
+        eager.append("call")
+        cuda.launch("a", 3.0)
+
+    time_variants({"a": call}, CUDA, budget_s=1e-3, before_last={"a": lambda: (eager.clear(), cuda.log.clear())})
+    assert eager == []
+    assert cuda.log == ["a"]
 
 
 def test_a_warm_sample_repeats_a_short_call_and_follows_the_same_work(cuda: StandIn) -> None:

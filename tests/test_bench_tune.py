@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,32 @@ sys.path.insert(0, str(BENCH))
 import tune_plans  # noqa: E402
 from kernel_cases import Work, small_work  # noqa: E402
 from timing import Timing  # noqa: E402
-from tune import (  # noqa: E402
-    DeviceTimer,
-    Sweep,
-    build_entries,
-    candidates,
-    choose,
-    invented_times,
-    measured_on,
-    product_works,
-    sweep_products,
-    write_table,
-)
+from tune import DeviceTimer, Measured, Sweep, choose, entries_of, invented_times, sweep  # noqa: E402
+from tune_candidates import TUNED, Plans, attention_plans, attention_works, product_plans, product_works  # noqa: E402
+from tune_table import attention_entries, measured_on, product_entries, write_table  # noqa: E402
 
 from internvl_rt.kernels._gemv_plan import GemvPlan, choose_gemv_plan  # noqa: E402
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
-from internvl_rt.kernels._plans import CUBLAS, FOLDER, GemmPlan, check_plan, choose_plan, load_table  # noqa: E402
+from internvl_rt.kernels._plans import (  # noqa: E402
+    CUBLAS,
+    FOLDER,
+    AttentionPlan,
+    GemmPlan,
+    Tables,
+    check_attention_plan,
+    check_plan,
+    choose_attention_plan,
+    choose_plan,
+    load_tables,
+)
 from support.specs import discover_specs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECS = discover_specs()
 H200 = TARGETS[90]
-PLANS = candidates(H200)
+PRODUCTS, ATTENTION = TUNED["gemm_epilogue"], TUNED["vit_attention"]
+PLANS = product_plans(H200)
+SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)  # for cases of tests
 WIDE, LOW = PLANS["wide"], PLANS["low"]
 MEASURED = {"date": "2026-01-01", "gpu": "none", "triton": "3.7.1", "torch": "2.13.0"}
 
@@ -76,43 +79,132 @@ def small(op: str, case: str, **changes: Any) -> Work:
     ],
 )
 def test_a_fused_plan_is_chosen_only_beyond_the_noise(timings: dict[str, Timing], name: str) -> None:
-    assert choose(timings) == name
-    assert choose(dict(reversed(timings.items()))) == name
+    assert choose(timings, "cublas") == name
+    assert choose(dict(reversed(timings.items())), "cublas") == name
+
+
+def sweep_with(works: list[Work], timer: Any, tuned: Any = PRODUCTS, seconds: float = 60) -> Sweep:
+    return sweep(tuned, works, H200, timer, time.monotonic() + seconds)
 
 
 def test_a_lucky_sweep_is_not_enough() -> None:
     """The fastest of many noisy plans looks faster than it is: the second run of the two decides."""
     asked: list[list[str]] = []
 
-    def lucky_once(work: Work, plans: Mapping[str, GemmPlan], budget_s: float) -> dict[str, Timing]:
+    def lucky_once(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
         asked.append(list(plans))
-        return {name: timing(80 if name == "low" and len(asked) == 1 else 100) for name in plans}
+        return Measured({name: timing(80 if name == "low" and len(asked) == 1 else 100) for name in plans}, {})
 
     work = product_works()[0]
-    found = sweep_products([work], PLANS, lucky_once, time.monotonic() + 60)
+    found = sweep_with([work], lucky_once)
     assert asked == [list(PLANS), ["cublas", "low"]]
-    assert [*found.chosen.values()] == [{work.case["R"]: CUBLAS}]
+    assert [*found.chosen("cublas").values()] == [{work.case["R"]: CUBLAS}]
     assert [row["plan"] for row in found.rows if row["chosen"]] == ["cublas"]
 
 
-def test_a_plan_that_fails_spoils_nothing_but_its_product() -> None:
+def all_fused_are_fast(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+    return Measured({name: timing(100 if name == baseline else 50) for name in plans}, {})
+
+
+def test_a_work_that_fails_leaves_out_its_key_alone_at_every_size() -> None:
+    works = product_works()
+    broken = PRODUCTS.key(works[0])
+    of_broken = [work for work in works if PRODUCTS.key(work) == broken]
+    others = [work for work in works if PRODUCTS.key(work) != broken][:3]
+    assert len(of_broken) == 3
+
+    def fails_once(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        if work is of_broken[1]:
+            raise RuntimeError("no")
+        return all_fused_are_fast(work, plans, baseline, budget_s)
+
+    found = sweep_with([*of_broken, *others], fails_once)
+    assert [row["name"] for row in found.rows if "problem" in row] == [of_broken[1].name]
+    assert found.chosen("cublas").keys() == {PRODUCTS.key(work) for work in others}
+    entries = entries_of({"gemm_epilogue": found})["gemm_epilogue"]
+    assert {(each["n"], each["k"], each["epilogue"]) for each in entries} == {PRODUCTS.key(work) for work in others}
+
+
+def test_a_plan_that_is_wrong_is_named_and_chosen_at_no_size_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """Found out at the second of three sizes, it is not measured at the third, and the first stays with cuBLAS."""
+    works = product_works()
+    works = [work for work in works if PRODUCTS.key(work) == PRODUCTS.key(works[0])] + [works[1]]
+    fast = next(name for name in sorted(PLANS) if name != "cublas")
+    asked: list[bool] = []
+
+    def wrong_at_the_second(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        asked.append(fast in plans)
+        timings = all_fused_are_fast(work, plans, baseline, budget_s).timings
+        if work is works[1]:
+            timings.pop(fast, None)
+            return Measured(timings, {fast: "rms error 1"} if fast in plans else {})
+        return Measured(timings, {})
+
+    found = sweep_with(works, wrong_at_the_second)
+    assert asked == [True, True, True, False, False, False, True, True]
+    assert [row for row in found.rows if "problem" in row] == [
+        {"name": works[1].name, "plan": fast, "problem": "rms error 1"}
+    ]
+    assert f"{works[1].name}: {fast} is wrong: rms error 1" in capsys.readouterr().err
+    chosen = found.chosen("cublas")
+    assert chosen[PRODUCTS.key(works[0])][works[0].case["R"]] == CUBLAS
+    assert PLANS[fast] not in chosen[PRODUCTS.key(works[0])].values()
+    assert set(chosen[PRODUCTS.key(works[3])].values()) == {PLANS[fast]}
+
+
+def test_works_that_the_time_does_not_reach_are_named_and_get_no_entry() -> None:
+    works = product_works()
+    found = sweep_with(works, invented_times, seconds=-1)
+    assert found == Sweep(left_out=[work.name for work in works])
+    assert entries_of({"gemm_epilogue": found}) == {"gemm_epilogue": [], "vit_attention": []}
+
+
+def test_ctrl_c_keeps_what_was_found() -> None:
     works = product_works()[:3]
 
-    def fails_on_the_second(work: Work, plans: Mapping[str, GemmPlan], budget_s: float) -> dict[str, Timing]:
+    def stopped_at_the_second(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
         if work is works[1]:
-            raise RuntimeError("no")
-        return {name: timing(100 if name == "cublas" else 50) for name in plans}
+            raise KeyboardInterrupt
+        return all_fused_are_fast(work, plans, baseline, budget_s)
 
-    found = sweep_products(works, PLANS, fails_on_the_second, time.monotonic() + 60)
-    assert [row["name"] for row in found.rows if "problem" in row] == [works[1].name]
-    assert sum(map(len, found.chosen.values())) == 2
+    found = sweep_with(works, stopped_at_the_second)
+    assert [*found.chosen("cublas")] == [PRODUCTS.key(works[0])]
+    assert found.left_out == [work.name for work in works[1:]]
 
 
-def test_products_that_the_time_does_not_reach_are_named_and_get_no_entry() -> None:
-    works = product_works()
-    found = sweep_products(works, PLANS, invented_times, time.monotonic() - 1)
-    assert found == Sweep(left_out=[work.name for work in works])
-    assert build_entries(found.chosen) == []
+def test_attention_is_launched_as_it_was_measured(tmp_path: Path) -> None:
+    """At 13 tiles one plan is fastest, at one tile another; the tower of 6B keeps its default."""
+    fast = {13: "128x128, 8 warps, 2 stages", 1: "64x64, 4 warps, 3 stages"}
+
+    def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        best = fast[work.case["I"]] if work.case["C"] == 64 else baseline
+        return Measured({name: timing(50 if name == best else 100) for name in plans}, {})
+
+    entries = entries_of({"vit_attention": sweep_with(attention_works(), timer, ATTENTION)})
+    path = tmp_path / "sm_90.json"
+    write_table(path, entries, MEASURED, H200)
+    assert [(each["tiles_max"], each["channels"]) for each in entries["vit_attention"]] == [(1, 64), (13, 64)]
+
+    def plan(tiles: int, heads: int, channels: int) -> AttentionPlan | None:
+        return choose_attention_plan(tiles, 1024, heads, channels, torch.bfloat16, H200, folder=tmp_path)
+
+    assert [plan(tiles, 16, 64) for tiles in (1, 2, 13, 40)] == [
+        AttentionPlan(64, 64, num_warps=4, num_stages=3),
+        *[AttentionPlan(128, 128, num_warps=8, num_stages=2)] * 3,
+    ]
+    assert plan(13, 25, 128) is None
+
+
+def test_a_default_that_is_the_fastest_for_some_tiles_is_an_entry_there() -> None:
+    default, other = AttentionPlan(128, 64, 8, 3), AttentionPlan(128, 128, 8, 2)
+    key = (1024, 16, 64)
+    listed = attention_entries({key: {1: default, 4: other, 13: default}}, {key: default})
+    assert [(each["tiles_max"], AttentionPlan(**each["plan"])) for each in listed] == [
+        (1, default),
+        (4, other),
+        (13, default),
+    ]
+    assert attention_entries({key: {1: default, 13: default}}, {key: default}) == []
 
 
 def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
@@ -124,9 +216,9 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
         (512, 512, "rows"): {64: CUBLAS},
         (256, 256, "none"): {1: LOW},
     }
-    entries = build_entries(chosen)
-    assert entries == build_entries(dict(reversed(chosen.items())))
-    write_table(tmp_path / "sm_90.json", entries, MEASURED, H200)
+    entries = product_entries(chosen)
+    assert entries == product_entries(dict(reversed(chosen.items())))
+    write_table(tmp_path / "sm_90.json", {"gemm_epilogue": entries, "vit_attention": []}, MEASURED, H200)
 
     def plan(rows: int, n: int, k: int, epilogue: str) -> GemmPlan:
         return choose_plan(rows, n, k, epilogue, torch.bfloat16, H200, folder=tmp_path)
@@ -142,24 +234,34 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "sm_90.json"
-    write_table(path, [], MEASURED, H200)
+    nothing = {"gemm_epilogue": [], "vit_attention": []}
+    write_table(path, nothing, MEASURED, H200)
     before = path.read_bytes()
-    assert load_table(path, H200) == {}
-    too_large = {(64, 64, "none"): {64: replace(WIDE, num_stages=8)}}
+    assert load_tables(path, H200) == Tables()
+    too_large = product_entries({(64, 64, "none"): {64: replace(WIDE, num_stages=8)}})
     with pytest.raises(ValueError, match="shared memory"):
-        write_table(path, build_entries(too_large), MEASURED, H200)
+        write_table(path, {**nothing, "gemm_epilogue": too_large}, MEASURED, H200)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["sm_90.json"]
 
 
 @pytest.mark.parametrize("capability", TARGETS)
 def test_every_candidate_can_be_built_for_its_target(capability: int) -> None:
-    plans = candidates(TARGETS[capability])
+    plans = product_plans(TARGETS[capability])
     assert plans["cublas"] == CUBLAS
     assert len(plans) >= 5
     for plan in plans.values():
         check_plan(plan, 2, TARGETS[capability])
         assert not plan.use_tma or capability >= 90
+    for work in attention_works():
+        found = attention_plans(work, TARGETS[capability])
+        assert next(iter(found)) == "default"
+        assert len(set(found.values())) == len(found) >= 5
+        for plan in found.values():
+            check_attention_plan(plan, work.case["C"], 2, TARGETS[capability])
+    if capability == 90:
+        sizes = {(plan.block_m, plan.block_n) for plan in attention_plans(attention_works()[0], H200).values()}
+        assert sizes == {(m, n) for m in (64, 128, 256) for n in (64, 128)}
 
 
 def test_products_are_those_of_towers_and_decoders_each_once() -> None:
@@ -167,6 +269,13 @@ def test_products_are_those_of_towers_and_decoders_each_once() -> None:
     keys = [(work.case["N"], work.case["K"], work.case["epilogue"], work.case["R"]) for work in works]
     assert len(set(keys)) == len(keys)
     assert {(4096, 1024, "gelu", 13325), (1024, 4096, "none", 13325), (9728, 896, "none", 64)} <= set(keys)
+    assert set(keys[:12]) == {  # what a layer of InternViT-300M runs
+        (n, k, epilogue, 1025 * tiles)
+        for n, k, epilogue in ((3072, 1024, "none"), (4096, 1024, "gelu"), (1024, 1024, "none"), (1024, 4096, "none"))
+        for tiles in (1, 4, 13)
+    }
+    assert keys[12:15] == [(896, 4096, "gelu", 3328), (3584, 4096, "gelu", 3328), (896, 896, "rows", 3328)]
+    assert (9728, 896, "none", 3392) in keys[24:32]
     assert all("implementation" not in work.case.sizes for work in works)
 
 
@@ -189,8 +298,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing() -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["dry_run"] is True
-    assert {row["name"] for row in document["rows"]} == {work.name for work in product_works()}
-    assert {row["plan"] for row in document["rows"]} == PLANS.keys()
+    assert {row["name"] for row in document["rows"]} == {w.name for w in (*product_works(), *attention_works())}
+    plans = {row["plan"] for row in document["rows"] if row["name"].startswith("gemm_epilogue/")}
+    assert plans == PLANS.keys()
     assert {path: path.read_bytes() for path in FOLDER.iterdir()} == before
 
 
@@ -200,22 +310,43 @@ def test_without_a_gpu_nothing_is_tuned() -> None:
     assert "expected a machine with a CUDA device" in done.stderr
 
 
+def wrong_where(work: Work, is_wrong: Any) -> Work:
+    """The same with a launcher that computes something else for some plans."""
+
+    def launcher(x: Tensor, weight_NK: Tensor, bias_N: Tensor, *, out: Tensor, **how: Any) -> Tensor:
+        bias_N = 1.1 * bias_N if is_wrong(how["plan"]) else bias_N
+        return work.spec.launcher(x, weight_NK, bias_N, out=out, **how)
+
+    return replace(work, spec=replace(work.spec, launcher=launcher))
+
+
 def test_plans_are_compared_with_the_reference_before_they_are_timed() -> None:
-    plans = {"cublas": CUBLAS, "fused": GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)}
+    plans = {"cublas": CUBLAS, "fused": SMALL, "pieces": replace(SMALL, block_n=256)}
+    tuned = replace(PRODUCTS, plans=lambda work, target: plans)
     work = small("gemm_epilogue", "gelu_fused")
-    assert DeviceTimer(DEVICE)(work, plans, 0.01).keys() == plans.keys()
+    measured = DeviceTimer(DEVICE)(work, plans, "cublas", 0.01)
+    assert (measured.timings.keys(), measured.wrong) == (plans.keys(), {})
 
-    def wrong(x: Tensor, weight_NK: Tensor, bias_N: Tensor, *, out: Tensor, **how: Any) -> Tensor:
-        return work.spec.launcher(x, weight_NK, bias_N if how["plan"] == CUBLAS else 1.1 * bias_N, out=out, **how)
+    found = sweep_with([wrong_where(work, lambda plan: plan == SMALL)], DeviceTimer(DEVICE), tuned)
+    assert [row["plan"] for row in found.rows if "problem" in row] == ["fused"]
+    assert [row["plan"] for row in found.rows if "median_us" in row] == ["cublas", "pieces"]
+    assert [*found.chosen("cublas")] == [PRODUCTS.key(work)]
 
-    found = sweep_products([small("gemm_epilogue", "gelu_fused", launcher=wrong)], plans, DeviceTimer(DEVICE), 1e12)
+    found = sweep_with([wrong_where(work, lambda plan: plan == CUBLAS)], DeviceTimer(DEVICE), tuned)
     assert [row["problem"].partition(":")[0] for row in found.rows] == ["WrongResultError"]
-    assert found.chosen == {}
+    assert found.chosen("cublas") == {}
+
+
+def test_plans_of_attention_are_compared_too() -> None:
+    plans = {"default": AttentionPlan(32, 16, 8, 1), "other": AttentionPlan(16, 32, 4, 1)}
+    work = small("vit_attention", "several_heads_and_tiles")
+    assert DeviceTimer(DEVICE)(work, plans, "default", 0.01).timings.keys() == plans.keys()
 
 
 def test_a_plan_that_cannot_be_built_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     plans = {"cublas": CUBLAS, "huge": replace(WIDE, num_stages=8)}
-    assert DeviceTimer(DEVICE)(small("gemm_epilogue", "gelu_fused"), plans, 0.01).keys() == {"cublas"}
+    measured = DeviceTimer(DEVICE)(small("gemm_epilogue", "gelu_fused"), plans, "cublas", 0.01)
+    assert (measured.timings.keys(), measured.wrong) == ({"cublas"}, {})
     assert "not huge: ValueError" in capsys.readouterr().err
 
 
@@ -226,8 +357,9 @@ def test_other_launches_of_gemv_and_attention_are_right_too(
     op: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune_plans, "time_variants", lambda variants, *_, **__: dict.fromkeys(variants, timing(1)))
-    timings = tune_plans._time_plans(small(op, case), DEVICE)
+    timings, wrong = tune_plans._time_plans(small(op, case), DEVICE)
     assert "chosen" in timings
+    assert wrong == {}
     assert len(timings) >= 5
 
 

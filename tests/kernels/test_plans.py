@@ -12,22 +12,33 @@ from internvl_rt.kernels._launch import TARGETS
 from internvl_rt.kernels._plans import (
     CUBLAS,
     FOLDER,
+    AttentionPlan,
     GemmPlan,
     check_plan,
+    choose_attention_plan,
     choose_plan,
-    load_table,
+    load_tables,
     resolve_plan,
     tilings,
 )
 
 H200 = TARGETS[90]
 WIDE, SQUARE, LOW = (tilings(H200)[name] for name in ("wide", "square", "low"))
+FLAT, TALL = AttentionPlan(64, 64, 4, 3), AttentionPlan(128, 128, 8, 2)
 MEASURED = {"date": "2026-01-31", "gpu": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0"}
 
 
 def entry(m_max: int, plan: GemmPlan, n: int = 4096, k: int = 1024, epilogue: str = "gelu") -> dict[str, Any]:
     values = {"kind": "cublas"} if plan == CUBLAS else asdict(plan)
     return {"m_max": m_max, "n": n, "k": k, "epilogue": epilogue, "plan": values}
+
+
+def attention(tiles_max: int, plan: AttentionPlan, **changes: Any) -> dict[str, Any]:
+    return {"tiles_max": tiles_max, "patches": 1024, "heads": 16, "channels": 64, "plan": asdict(plan), **changes}
+
+
+def tables(**changes: Any) -> dict[str, Any]:
+    return {"measured": MEASURED, "gemm_epilogue": [], "vit_attention": [], **changes}
 
 
 def write(folder: Path, table: object, name: str = "sm_90.json") -> Path:
@@ -45,7 +56,8 @@ def folder(tmp_path: Path) -> Path:
         entry(2050, CUBLAS),
         entry(1025, WIDE, n=1024, epilogue="residual"),
     ]
-    write(tmp_path, {"measured": MEASURED, "gemm_epilogue": entries})
+    attentions = [attention(13, TALL), attention(1, FLAT)]
+    write(tmp_path, tables(gemm_epilogue=entries, vit_attention=attentions))
     return tmp_path
 
 
@@ -82,6 +94,25 @@ def test_what_was_not_measured_is_left_to_cublas(folder, n, k, epilogue, dtype, 
     assert choose_plan(1025, n, k, epilogue, dtype, TARGETS[capability], folder=folder) == CUBLAS
 
 
+@pytest.mark.parametrize(("tiles", "expected"), [(1, FLAT), (2, TALL), (13, TALL), (14, TALL)])
+def test_more_tiles_than_were_measured_are_more_of_the_same(folder: Path, tiles: int, expected: AttentionPlan) -> None:
+    assert choose_attention_plan(tiles, 1024, 16, 64, torch.bfloat16, H200, folder=folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("patches", "heads", "channels", "dtype", "capability"),
+    [
+        (1023, 16, 64, torch.bfloat16, 90),
+        (1024, 15, 64, torch.bfloat16, 90),
+        (1024, 16, 128, torch.bfloat16, 90),
+        (1024, 16, 64, torch.float32, 90),
+        (1024, 16, 64, torch.bfloat16, 80),
+    ],
+)
+def test_attention_that_was_not_measured_has_no_plan(folder, patches, heads, channels, dtype, capability) -> None:
+    assert choose_attention_plan(1, patches, heads, channels, dtype, TARGETS[capability], folder=folder) is None
+
+
 def test_an_installation_without_its_tables_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="install internvl_rt again"):
         choose_plan(1, 1, 1, "none", torch.bfloat16, H200, folder=tmp_path / "plans")
@@ -91,19 +122,22 @@ def test_the_tables_of_the_package_are_read_for_targets_that_exist() -> None:
     paths = {path.stem: path for path in FOLDER.iterdir()}
     assert "sm_90" in paths
     for name, path in paths.items():
-        load_table(path, TARGETS[int(name.removeprefix("sm_"))])
+        load_tables(path, TARGETS[int(name.removeprefix("sm_"))])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extra": 1}, "the table: expected an object with the keys"),
+        ({"extra": 1}, "the tables: expected an object with the keys"),
         ({"measured": {"date": "today"}}, "expected an object with the keys .'date', 'gpu', 'torch', 'triton'"),
         ({"measured": {**MEASURED, "triton": 3.6}}, "measured: expected texts, got .*3.6"),
         ({"measured": None}, "expected no plans where `measured` is null"),
         ({"gemm_epilogue": 3}, "gemm_epilogue: expected a list, got 3"),
         ({"gemm_epilogue": [None]}, r"gemm_epilogue\[0\]: expected an object"),
-        ({"gemm_epilogue": [entry(64, LOW), entry(64, WIDE)]}, r"gemm_epilogue\[1\]: m_max 64 is there twice"),
+        (
+            {"gemm_epilogue": [entry(64, LOW), entry(64, WIDE)]},
+            r"gemm_epilogue\[1\]: a plan for up to 64 is there twice",
+        ),
         ({"gemm_epilogue": [entry(64, LOW) | {"why": "fast"}]}, "expected an object with the keys"),
         ({"gemm_epilogue": [entry(64, LOW, epilogue="silu")]}, "epilogue: expected one of .* got 'silu'"),
         ({"gemm_epilogue": [entry(0, LOW)]}, "m_max: expected a positive integer, got 0"),
@@ -116,20 +150,35 @@ def test_the_tables_of_the_package_are_read_for_targets_that_exist() -> None:
         ({"gemm_epilogue": [entry(64, replace(LOW, num_warps=4.0))]}, "num_warps: expected one of .* got 4.0"),
         ({"gemm_epilogue": [entry(64, replace(LOW, use_tma=1))]}, "use_tma: expected one of .* got 1"),
         ({"gemm_epilogue": [entry(64, replace(WIDE, num_stages=5))]}, "at most 232448 bytes .* got 245760"),
+        ({"vit_attention": {}}, "vit_attention: expected a list, got {}"),
+        ({"vit_attention": [entry(64, LOW)]}, r"vit_attention\[0\]: expected an object with the keys .'channels', "),
+        ({"vit_attention": [attention(1, FLAT), attention(1, TALL)]}, "a plan for up to 1 is there twice"),
+        ({"vit_attention": [attention(0, FLAT)]}, "tiles_max: expected a positive integer, got 0"),
+        ({"vit_attention": [attention(1, FLAT, heads=16.0)]}, "heads: expected a positive integer, got 16.0"),
+        (
+            {"vit_attention": [attention(1, FLAT) | {"plan": {"block_m": 64}}]},
+            "expected an object with the keys .'block_m'",
+        ),
+        ({"vit_attention": [attention(1, replace(FLAT, block_n=96))]}, "block_n: expected one of .* got 96"),
+        ({"vit_attention": [attention(1, replace(FLAT, num_warps=True))]}, "num_warps: expected one of .* got True"),
+        (
+            {"vit_attention": [attention(1, AttentionPlan(128, 128, 8, 4), channels=128)]},
+            "at most 232448 bytes .* got 262144",
+        ),
     ],
 )
 def test_a_broken_table_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = write(tmp_path, {"measured": MEASURED, "gemm_epilogue": [entry(64, LOW)], **change})
+    path = write(tmp_path, tables(**{"gemm_epilogue": [entry(64, LOW)], **change}))
     with pytest.raises(ValueError, match=message) as caught:
-        load_table(path, H200)
+        load_tables(path, H200)
     assert str(caught.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"measured": null', "\x00"])
 def test_what_is_no_table_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(ValueError, match=r"sm_90\.json: the table: "):
-        load_table(path, H200)
+    with pytest.raises(ValueError, match=r"sm_90\.json: the tables: "):
+        load_tables(path, H200)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

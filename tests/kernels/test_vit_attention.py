@@ -8,6 +8,7 @@ import torch
 
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import TARGETS
+from internvl_rt.kernels._plans import AttentionPlan
 from internvl_rt.kernels.vit_attention import SPEC, plan_vit_attention, vit_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,6 +38,8 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"k_norm_E": None}, "k_norm_E: expected both norms or neither"),
         ({"q_norm_E": torch.ones(CHANNELS)}, "q_norm_E: expected shape .48,., got .16,."),
         ({"k_norm_E": torch.ones(WIDTH, dtype=torch.float16)}, "k_norm_E: expected torch.float32, got torch.float16"),
+        ({"plan": AttentionPlan(128, 48, 8, 2)}, "plan: block_n: expected one of .* got 48"),
+        ({"plan": AttentionPlan(128, 64, 8, 0)}, "plan: num_stages: expected one of .* got 0"),
         ({"out": torch.zeros(ROWS, WIDTH + 1)}, "out: expected shape"),
         ({"out": torch.zeros(WIDTH, ROWS).t()}, "out: expected a contiguous last dimension"),
     ],
@@ -78,6 +81,29 @@ def test_real_models_read_keys_by_the_copy_engine_where_there_is_one(case: Case,
 )
 def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None:
     assert not uses_tma(Case("other", {"I": 2, "H": 16, "C": 64, **sizes}), 90)
+
+
+def test_what_was_measured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tiles, patches, heads and channels; the default otherwise; and a plan that is given counts before both."""
+    asked = []
+
+    def choose(*sizes: Any) -> AttentionPlan | None:
+        asked.append(sizes[:4])
+        return AttentionPlan(64, 128, num_warps=4, num_stages=2) if sizes[0] == 13 else None
+
+    monkeypatch.setattr("internvl_rt.kernels.vit_attention.choose_attention_plan", choose)
+
+    def blocks(case: Case, **given: Any) -> tuple[int, int, int, int, int]:
+        inputs = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta")) | given
+        launch = plan_vit_attention(**inputs, out=torch.empty_like(SPEC.reference(**inputs)), target=TARGETS[90])[-1]
+        constexprs = launch.constexprs
+        return constexprs["BLOCK_M"], constexprs["BLOCK_N"], launch.num_warps, launch.num_stages, launch.grid[0]
+
+    one, many = (next(case for case in SPEC.model_cases if case.name == f"vit_300m_{n}_tiles") for n in (1, 13))
+    assert blocks(many) == (64, 128, 4, 2, 13 * 16 * 17)
+    assert blocks(one) == (128, 64, 8, 3, 16 * 9)
+    assert blocks(many, plan=AttentionPlan(256, 64, 16, 2)) == (256, 64, 16, 2, 13 * 16 * 5)
+    assert asked == [(13, 1024, 16, 64), (1, 1024, 16, 64)]
 
 
 def uses_tma(case: Case, capability: int) -> bool:

@@ -1,0 +1,146 @@
+"""What the tuner measures: for each operation with a table of plans, the cases in their order, and the plans."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from kernel_cases import PREFILL_ROWS, Work, importance, real_work
+
+from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels._launch import Target
+from internvl_rt.kernels._plans import (
+    CUBLAS,
+    AttentionPlan,
+    GemmPlan,
+    check_attention_plan,
+    check_plan,
+    tilings,
+)
+from internvl_rt.kernels.vit_attention import default_plan
+from support.specs import discover_specs
+
+REGISTERS = 65536  # of a multiprocessor; a thread has at most 256 of them
+TILES = (13, 1, 4)  # of a large picture, a small one, and one between: in the order of their importance
+VISION = ("300m_qkv", "300m_fc1", "300m_out_alone", "300m_fc2_alone")  # what a layer of InternViT-300M runs
+PROJECTORS = ("projector_4096_896", "projector_896_rows", "projector_4096_3584", "projector_3584_rows")
+Plans = Mapping[str, Any]  # GemmPlan or AttentionPlan by a name
+Key = tuple[Any, ...]  # as in the table
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """An operation that reads its plan from a table. The plan called `baseline` is what counts without an entry."""
+
+    baseline: str
+    works: Callable[[], list[Work]]  # the most important first
+    plans: Callable[[Work, Target], Plans]
+    key: Callable[[Work], Key]
+    size: Callable[[Work], int]  # rows, or tiles: an entry holds for up to so many
+
+
+def product_works() -> list[Work]:
+    """One of each key and number of rows: first the pass of InternViT-300M, then prompts of the 1B and 8B."""
+    spec = discover_specs()["gemm_epilogue"]
+    found: dict[tuple[Key, int], Work] = {}
+    for work in sorted(_with_other_tiles(real_work(spec)), key=_order):
+        if "implementation" not in work.case.sizes:
+            found.setdefault((product_key(work), work.case["R"]), work)
+    return list(found.values())
+
+
+def _with_other_tiles(works: list[Work]) -> list[Work]:
+    """The cases of 13 tiles with each number of TILES."""
+    added = []
+    for work in works:
+        stem, found, rest = work.case.name.partition("_13_tiles")
+        if found and not rest:
+            for tiles in TILES[1:]:
+                sizes = {**work.case.sizes, "R": work.case["R"] // 13 * tiles}
+                added.append(replace(work, case=Case(f"{stem}_{tiles}_tiles", sizes)))
+    names = {work.case.name for work in works}
+    return [*works, *(work for work in added if work.case.name not in names)]
+
+
+def _order(work: Work) -> tuple[int, int]:
+    name = work.case.name
+    for rank, stems in enumerate((VISION, PROJECTORS)):
+        for place, tiles in enumerate(TILES):
+            if name in {f"{stem}_{tiles}_tiles" for stem in stems}:
+                return rank, place
+    if name.startswith(("1b_", "8b_")) and work.case["R"] == PREFILL_ROWS:
+        return 2, 0
+    return 3, importance(work)
+
+
+def product_key(work: Work) -> Key:
+    return work.case["N"], work.case["K"], work.case["epilogue"]
+
+
+def product_plans(target: Target) -> dict[str, GemmPlan]:
+    """cuBLAS, the named tilings, and their neighbours, as far as `target` can run them in 16 bits."""
+    tma = target.capability >= 90
+    further = {
+        "tall": GemmPlan("fused", 256, 128, 64, group_m=4, num_warps=8, num_stages=4, use_tma=tma),
+        "wide_3": GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=3, use_tma=tma),
+        "square_8": GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=4, use_tma=tma),
+        "square_deep": GemmPlan("fused", 128, 128, 128, group_m=8, num_warps=8, num_stages=3, use_tma=tma),
+        "low_wide": GemmPlan("fused", 64, 256, 64, group_m=8, num_warps=4, num_stages=4, use_tma=tma),
+        "low_deep": GemmPlan("fused", 64, 128, 128, group_m=8, num_warps=4, num_stages=4, use_tma=tma),
+        "small": GemmPlan("fused", 64, 64, 64, group_m=8, num_warps=4, num_stages=5, use_tma=tma),
+    }
+    plans = {"cublas": CUBLAS, **tilings(target), **further}
+    return {name: plan for name, plan in plans.items() if _fits(check_plan, plan, 2, target)}
+
+
+def attention_works() -> list[Work]:
+    """The most important first: many tiles before one, InternViT-300M before the 6B."""
+    return sorted(real_work(discover_specs()["vit_attention"]), key=lambda work: (work.case["C"], -work.case["I"]))
+
+
+def attention_key(work: Work) -> Key:
+    return work.case["L"], work.case["H"], work.case["C"]
+
+
+def attention_plans(work: Work, target: Target) -> dict[str, AttentionPlan]:
+    """The default, and what lies around it, without what would not fit into shared memory or registers.
+
+    A group of four warps multiplies 64 rows at a time. The sums and scores of a thread leave a quarter of its registers
+    for all else; compiled for sm_90, no plan that keeps to this spills.
+    """
+    channels = work.case["C"]
+    plans = {"default": default_plan(channels, work.dtype, target)}
+    for block_m, block_n, num_warps, num_stages in product((64, 128, 256), (64, 128), (4, 8, 16), (2, 3, 4)):
+        plan = AttentionPlan(block_m, block_n, num_warps, num_stages)
+        registers = min(256, REGISTERS // (32 * num_warps))
+        accumulators = block_m * (block_n + channels) // (32 * num_warps)
+        fits = block_m >= 16 * num_warps and 4 * accumulators <= 3 * registers
+        if fits and plan != plans["default"] and _fits(check_attention_plan, plan, channels, 2, target):
+            plans[f"{block_m}x{block_n}, {num_warps} warps, {num_stages} stages"] = plan
+    return plans
+
+
+def _fits(check: Callable[..., None], *arguments: object) -> bool:
+    try:
+        check(*arguments)
+    except ValueError:
+        return False
+    return True
+
+
+TUNED: dict[str, Tuned] = {  # attention comes first: it takes seconds, and products what time there is
+    "vit_attention": Tuned(
+        baseline="default",
+        works=attention_works,
+        plans=attention_plans,
+        key=attention_key,
+        size=lambda work: work.case["I"],
+    ),
+    "gemm_epilogue": Tuned(
+        baseline="cublas",
+        works=product_works,
+        plans=lambda work, target: product_plans(target),
+        key=product_key,
+        size=lambda work: work.case["R"],
+    ),
+}

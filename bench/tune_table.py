@@ -1,0 +1,81 @@
+"""The table of plans that the tuner writes and the kernels load: kernels/plans/sm_90.json and its like."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl_rt.bench.record import environment
+from internvl_rt.kernels._launch import Target
+from internvl_rt.kernels._plans import CUBLAS, AttentionPlan, GemmPlan, load_tables
+
+Entry = dict[str, Any]
+
+
+def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]]) -> list[Entry]:
+    """In order, and as few as say the same; what stays with cuBLAS has none, which is what no entry means.
+
+    A measurement speaks for the rows down to the next smaller that was measured, or to half.
+    """
+    entries = []
+    for (n, k, epilogue), by_rows in sorted(chosen.items()):
+        steps = sorted(by_rows.items())
+        if steps[0][0] > 1:
+            steps.insert(0, (steps[0][0] // 2, CUBLAS))
+        while steps and steps[-1][1] == CUBLAS:
+            steps.pop()
+        for m_max, plan in _last_of_equals(steps):
+            shown = {"kind": "cublas"} if plan == CUBLAS else asdict(plan)
+            entries.append({"m_max": m_max, "n": n, "k": k, "epilogue": epilogue, "plan": shown})
+    return entries
+
+
+def attention_entries(
+    chosen: Mapping[tuple[int, int, int], Mapping[int, AttentionPlan]], defaults: Mapping[tuple[int, int, int], Any]
+) -> list[Entry]:
+    """Alike; a key whose default was the fastest everywhere has no entry."""
+    entries = []
+    for key, by_tiles in sorted(chosen.items()):
+        if set(by_tiles.values()) != {defaults[key]}:
+            sizes = dict(zip(("patches", "heads", "channels"), key, strict=True))
+            for tiles_max, plan in _last_of_equals(sorted(by_tiles.items())):
+                entries.append({"tiles_max": tiles_max, **sizes, "plan": asdict(plan)})
+    return entries
+
+
+def _last_of_equals(steps: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Of neighbours with one plan the last, which holds for those before it."""
+    return [
+        step for index, step in enumerate(steps) if step[1] not in [plan for _, plan in steps[index + 1 : index + 2]]
+    ]
+
+
+def write_table(
+    path: Path, entries: Mapping[str, Sequence[Entry]], measured: Mapping[str, str], target: Target
+) -> None:
+    """Whole or not at all, and only what the kernels can load; raises ValueError for anything else."""
+    lists = {name: ",\n  ".join(json.dumps(entry) for entry in each) for name, each in entries.items()}
+    parts = [f' "{name}": ' + (f"[\n  {lines}\n ]" if lines else "[]") for name, lines in lists.items()]
+    draft = path.with_name(f"{path.name}.new")
+    draft.write_text("{\n" + ",\n".join([f' "measured": {json.dumps(measured)}', *parts]) + "\n}\n", encoding="utf-8")
+    try:
+        load_tables(draft, target)
+    except ValueError:
+        draft.unlink()
+        raise
+    os.replace(draft, path)
+
+
+def measured_on(device: torch.device) -> dict[str, str]:
+    found = environment(device)
+    where = f"{found['device']}, driver {found['driver']}"
+    return {
+        "date": f"{found['date']} at commit {found['commit']}",
+        "gpu": where,
+        "triton": str(found["triton"]),
+        "torch": str(found["torch"]),
+    }
