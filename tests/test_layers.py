@@ -46,6 +46,7 @@ MODULES = [
     "kernels.decode_attention",
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
+    "kernels._check",
     "config",
     "work",
     "ops",
