@@ -1,6 +1,7 @@
 """Single checks of `internvl-rt doctor`: compiler, driver, device, packages, kernels."""
 
 import ctypes
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from internvl_rt.doctor import checks, kernels, machine
+from internvl_rt.doctor import answer, checks, kernels, machine
 from internvl_rt.doctor.finding import Finding, describe
 from internvl_rt.kernels._check import discover_specs
 from internvl_rt.kernels._launch import TARGETS
@@ -126,6 +127,14 @@ def test_of_a_compilers_error_the_last_line_is_shown() -> None:
     assert describe(compilation("at 3:4:\n    x = y\n    ^\nNameError('y')")) == "CompilationError: NameError('y')"
     assert describe(ValueError("first\nsecond")) == "ValueError: first"
     assert describe(KeyError()) == "KeyError"
+
+
+def test_a_wrong_answer_is_shown_beside_the_right_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(answer, "SAMPLE", Path(shutil.copy(answer.SAMPLE, tmp_path / "1066.png")))
+    found = answer.check_answer("torch")
+    assert found.status == "failed"
+    assert "reads '4719' in its sample picture, expected '1066', with backend=\"torch\" in " in found.text
+    assert found.facts["answer"] == "4719"
 
 
 def test_an_error_of_the_device_is_said_to_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
