@@ -76,10 +76,8 @@ def check_driver() -> Finding:
     if library.version is None:
         if driver is None:
             return Finding("ok", "none: there is no NVIDIA driver, so the CPU computes", facts)
-        text = (
-            f"nvidia-smi knows driver {driver}, but its library libcuda.so.1 does not load; in a container: start it "
-        )
-        return Finding("failed", text + "with its GPUs (docker run --gpus all), else install the driver again", facts)
+        text = f"nvidia-smi knows driver {driver}, but its library libcuda.so.1 does not load; start a container with "
+        return Finding("failed", f"{text}its GPUs (docker run --gpus all), elsewhere install the driver again", facts)
     text = f"{driver or 'version unknown (no nvidia-smi)'}, for CUDA up to {library.version}"
     if library.error not in (0, CUDA_NO_DEVICE):
         text += f", does not start: CUDA error {library.error}; see nvidia-smi and the system's log (dmesg)"
@@ -200,9 +198,8 @@ def _compile(compiler: str, include: str) -> str:
     if "Python.h" in done.stderr:
         package = f"python{sysconfig.get_python_version()}-dev (or -devel)"
         return f"Python's headers are not in {include}; install the system's package {package}"
-    return (
-        f"{compiler} fails: {one_line(done.stderr) or f'exit code {done.returncode}'}; install gcc, or name one in CC"
-    )
+    said = one_line(done.stderr) or f"exit code {done.returncode}"
+    return f"{compiler} fails: {said}; install gcc, or name one in CC"
 
 
 def output_of(*command: str) -> str | None:
