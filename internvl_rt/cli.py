@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | info | bench | write-random`. Heavy imports wait until a command needs them."""
+"""The command line: `internvl-rt chat | info | doctor | bench | write-random`. Heavy imports wait for their command."""
 
 import argparse
 import json
@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or a known name such as InternVL3-8B")
     info.add_argument("--json", action="store_true", help="one JSON document, for programs")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what works on this machine, for a bug report",
+        description="Checks versions, device, compiled part, every kernel and one answer, a line each: run it first, "
+        "and put its output into a bug report. Exit code 1 where something failed.",
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="one JSON document, for programs")
 
     add_bench(commands)
 
@@ -215,6 +224,12 @@ def _info(args: argparse.Namespace) -> int:
     card = model_card(config, name)
     print(json.dumps(card, indent=2) if args.json else render_card(card))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from internvl_rt.doctor.command import run
+
+    return run(as_json=args.json)
 
 
 def _write_random(args: argparse.Namespace) -> int:

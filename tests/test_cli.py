@@ -44,7 +44,7 @@ def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
     assert "no command /what" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["write-random"]])
+@pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["doctor"], ["write-random"]])
 def test_help_explains_and_does_not_load_torch(command):
     program = "import sys; from internvl_rt.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     arguments = [sys.executable, "-c", program, *command, "--help"]

@@ -46,6 +46,7 @@ MODULES = [
     "kernels.decode_attention",
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
+    "kernels._check",
     "config",
     "work",
     "ops",
@@ -97,6 +98,13 @@ MODULES = [
     "bench.serve",
     "bench.command",
     "bench.arguments",
+    "doctor.finding",
+    "doctor.machine",
+    "doctor.kernels",
+    "doctor.answer",
+    "doctor.checks",
+    "doctor.process",
+    "doctor.command",
     "cli",
     "__init__",
     "__main__",
@@ -104,7 +112,7 @@ MODULES = [
 
 # Library: the modules that may import it. Everything that is not listed here may be imported anywhere.
 HOMES = {
-    "internvl_rt._C": ["kv_cache"],
+    "internvl_rt._C": ["kv_cache", "doctor.machine"],
     "PIL": ["image", "video"],
     "av": ["video"],
     "huggingface_hub": ["checkpoint"],
@@ -112,7 +120,7 @@ HOMES = {
     "sentencepiece": ["tokenizer"],
     "tokenizers": ["tokenizer"],
     "transformers": [],
-    "triton": [name for name in MODULES if name.startswith("kernels.")],
+    "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
 ENVIRONMENT_HOME = "env"
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}

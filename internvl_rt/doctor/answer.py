@@ -1,0 +1,38 @@
+"""Checks of the whole: which backend an engine chooses here, and what the checkpoint in the package answers."""
+
+from pathlib import Path
+
+from internvl_rt.doctor.finding import Finding
+from internvl_rt.engine import Engine
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.loading import load_parts
+from internvl_rt.options import EngineOptions
+from internvl_rt.sampling_params import SamplingParams
+
+SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # named after the digits that it shows
+
+
+def check_backend() -> Finding:
+    """What `Engine.from_pretrained(model)` computes with where nobody asks for anything else."""
+    model, *_ = load_parts("tiny", EngineOptions(max_num_seqs=1))
+    name, device = model.ops.name, model.device
+    if device.type == "cpu":
+        why = "plain torch, as there is no GPU for the kernels"
+    else:
+        capability = target_of(device).capability
+        why = f"the kernels, as the GPU's compute capability {capability / 10} is 8.0 or newer"
+    return Finding("ok", f'"{name}": {why}', {"backend": name, "device": str(device)})
+
+
+def check_answer(backend: str) -> Finding:
+    parts = [{"type": "image", "image": str(SAMPLE)}, {"type": "text", "text": "Read the digits."}]
+    with Engine.from_pretrained("tiny", backend=backend, max_num_seqs=1) as engine:
+        reply = engine.chat([{"role": "user", "content": parts}], SamplingParams(max_tokens=12))
+        name, dtype = engine.model.ops.name, str(engine.model.dtype).removeprefix("torch.")
+    facts = {"backend": name, "dtype": dtype, "answer": reply.text}
+    how = f'with backend="{name}" in {dtype}'
+    if reply.text == SAMPLE.stem:
+        return Finding("ok", f"the checkpoint in the package reads {reply.text} in its sample picture, {how}", facts)
+    what = f"the checkpoint in the package reads {reply.text!r} in its sample picture, expected {SAMPLE.stem!r}, {how}"
+    other = 'try backend="torch", and report this' if name == "triton" else "report this"
+    return Finding("failed", f"{what}; {other}", facts)

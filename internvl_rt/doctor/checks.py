@@ -1,0 +1,71 @@
+"""The process in which checks run: reads the name of one from stdin, writes what it found to stdout, and so on."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+from internvl_rt.doctor import machine
+from internvl_rt.doctor.finding import Finding, describe
+
+KERNEL = "kernel "  # begins the names of the checks of single operations
+
+
+def _launch() -> Finding:
+    from internvl_rt.doctor.kernels import check_launch
+
+    return check_launch()
+
+
+def _backend() -> Finding:
+    from internvl_rt.doctor.answer import check_backend
+
+    return check_backend()
+
+
+def _answer(backend: str) -> Finding:
+    from internvl_rt.doctor.answer import check_answer
+
+    return check_answer(backend)
+
+
+# Name: the check, and what to do where it raises.
+CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
+    "internvl-rt": (machine.check_package, "install it: pip install internvl-rt, or pip install -e . in a checkout"),
+    "python": (machine.check_python, "use Python 3.11 or newer"),
+    "packages": (machine.check_packages, "install them again: pip install --upgrade internvl-rt"),
+    "driver": (machine.check_driver, "install the NVIDIA driver again"),
+    "torch": (machine.check_torch, "install it again: pip install --force-reinstall torch"),
+    "device": (machine.check_device, "the GPU is broken, in use, or does not fit this torch: see nvidia-smi"),
+    "compiled part": (machine.check_compiled_part, "install the package again"),
+    "triton": (machine.check_triton, "install it again: pip install --force-reinstall triton (Linux only)"),
+    "compiler": (machine.check_compiler, "install gcc, or name one in CC"),
+    "launch": (_launch, 'Triton cannot run its kernels here; backend="torch" computes without them'),
+    "backend": (_backend, "choose another with backend= and device="),
+    "answer": (lambda: _answer("auto"), "report this"),
+    "answer by torch": (lambda: _answer("torch"), "report this"),
+}
+
+
+def run(name: str) -> Finding:
+    """Whatever a check raises becomes a finding."""
+    check, advice = CHECKS.get(name, (lambda: _kernel(name.removeprefix(KERNEL)), "report this"))
+    try:
+        return check()
+    except Exception as error:
+        return Finding("failed", f"{describe(error)}; {advice}")
+
+
+def _kernel(operation: str) -> Finding:
+    from internvl_rt.doctor.kernels import check_operation
+
+    return check_operation(operation)
+
+
+def serve() -> None:
+    """Ends with stdin. What else writes to stdout, as libraries may, goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(asdict(run(line.strip()))), file=answers, flush=True)

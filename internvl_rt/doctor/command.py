@@ -1,0 +1,69 @@
+"""`internvl-rt doctor`: the order of the checks, what each needs, and the report."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+from internvl_rt.doctor.checks import KERNEL
+from internvl_rt.doctor.finding import Finding
+from internvl_rt.doctor.process import CheckProcess
+
+Ask = Callable[[str], Finding]
+
+# Check: those without which it can only fail for their reasons.
+CHECKS: dict[str, tuple[str, ...]] = {
+    "internvl-rt": (),
+    "python": (),
+    "packages": (),
+    "driver": (),
+    "torch": (),
+    "device": ("torch",),
+    "compiled part": (),
+    "triton": (),
+    "compiler": ("torch", "triton"),
+    "backend": ("torch", "device", "triton", "compiled part"),
+    "launch": ("torch", "device", "triton", "compiler", "backend"),
+}
+ENGINE = ("torch", "device", "triton", "compiled part")
+
+
+def diagnose(ask: Ask) -> Iterator[tuple[str, Finding]]:
+    """Every check's name and what it found, as soon as that is known; `ask` runs a check."""
+    found: dict[str, Finding] = {}
+
+    def check(name: str, needs: tuple[str, ...]) -> tuple[str, Finding]:
+        missing = next((need for need in needs if found[need].status == "failed"), None)
+        found[name] = ask(name) if missing is None else Finding("not checked", f"needs {missing}, which failed")
+        return name, found[name]
+
+    for name, needs in CHECKS.items():
+        yield check(name, needs)
+    launch = found["launch"]
+    if launch.status == "ok":
+        for operation in launch.facts["operations"]:
+            yield check(f"{KERNEL}{operation}", ())
+    else:
+        why = launch.text if launch.status == "not checked" else "needs launch, which failed"
+        yield "kernels", Finding("not checked", why)
+    yield check("answer", (*ENGINE, "backend", "compiler", "launch"))
+    if found["device"].facts.get("kind") == "cuda":  # so that a failure tells kernels from the rest
+        yield check("answer by torch", ENGINE)
+
+
+def run(*, as_json: bool) -> int:
+    """Prints a line for each check, or one JSON document; returns the exit code: 1 where any check failed."""
+    process, found = CheckProcess(), {}
+    try:
+        for name, finding in diagnose(process.ask):
+            found[name] = finding
+            if not as_json:
+                print(f"{finding.status:<11}  {name:<26}  {finding.text}", flush=True)
+    finally:
+        process.close()
+    counts = {status: sum(f.status == status for f in found.values()) for status in ("ok", "failed", "not checked")}
+    if as_json:
+        checks = [{"name": name, **asdict(finding)} for name, finding in found.items()]
+        print(json.dumps({"schema": 1, "healthy": not counts["failed"], "checks": checks}, indent=2))
+    else:
+        print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 1 if counts["failed"] else 0

@@ -1,0 +1,89 @@
+"""Checks of the kernels on this device: that one can be launched, and each operation once against its reference."""
+
+from collections.abc import Iterator
+
+import torch
+
+from internvl_rt.doctor.finding import Finding, describe
+from internvl_rt.kernels._check import check_call, discover_specs
+from internvl_rt.kernels._contract import Case, KernelSpec
+from internvl_rt.kernels._launch import Launch, Target, target_of
+
+MAX_CASES = 3  # of one operation, in each dtype
+WITHOUT = 'backend="torch" computes without the kernels'
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_launch() -> Finding:
+    """Triton's own tools: one call is built, launched and waited for, whatever it computes.
+
+    The names of all operations are among the facts, as `operations`.
+    """
+    device, dtype = _device(), torch.float32
+    try:
+        target = target_of(device)
+    except ValueError:
+        if device.type == "cuda":
+            raise
+        return Finding("not checked", "there is no GPU for the kernels to run on")
+    specs = discover_specs()
+    check_call(specs["swiglu"], chosen_cases(specs["swiglu"], dtype, target)[0], dtype, device)
+    how = "Triton builds a kernel and launches it"
+    if target.interpreted:
+        how = "in Triton's interpreter, without bfloat16, which it computes wrong"
+    return Finding("ok", how, {"operations": list(specs)})
+
+
+def check_operation(name: str) -> Finding:
+    """In every dtype that the operation has here; bfloat16 is wrong in Triton's interpreter, and left out there."""
+    spec, device = discover_specs()[name], _device()
+    target = target_of(device)
+    dtypes = [dtype for dtype in spec.tolerances if not (target.interpreted and dtype == torch.bfloat16)]
+    shares: dict[str, float] = {}
+    for dtype in dtypes:
+        kind = str(dtype).removeprefix("torch.")
+        for case in chosen_cases(spec, dtype, target):
+            call = f"{name}/{case.name}/{kind}"
+            try:
+                found = check_call(spec, case, dtype, device)
+            except Exception as error:
+                what = describe(error)
+                if "CUDA error" in what:
+                    what += "; that ends this process, and what follows runs in a new one"
+                return Finding("failed", f"{call} does not run: {what}; {WITHOUT}", {"call": call})
+            if found.share > 1:
+                return Finding("failed", f"{call} is wrong: {found.text}; {WITHOUT}", {"call": call})
+            shares[kind] = max(shares.get(kind, 0.0), found.share)
+    worst = max(shares.values())
+    how = f"within {worst:.0%} of the tolerance" if worst else "equal to the reference"
+    return Finding("ok", f"{', '.join(shares)}: {how}", {"shares": shares})
+
+
+def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[Case]:
+    """The test case that moves the most bytes, and the largest of those that launch another variant of a kernel."""
+    chosen: list[Case] = []
+    seen: set[object] = set()
+    for case in sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True):
+        variants = {_variant(launch) for launch in _planned(spec, case, dtype, target)}
+        if variants - seen and len(chosen) < MAX_CASES:
+            chosen.append(case)
+            seen |= variants
+    return chosen
+
+
+def _planned(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
+    """What a case launches, found out from shapes alone."""
+    meta = torch.device("meta")
+    expected = spec.reference(**spec.make_inputs(case, dtype, meta))
+    out = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=meta)}
+    launches = spec.plan(**spec.make_inputs(case, dtype, meta), **out, target=target)
+    yield from (launch for launch in launches if 0 not in launch.grid)
+
+
+def _variant(launch: Launch) -> object:
+    """The kernel and its switches; sizes of blocks make no other variant."""
+    switches = [(name, value) for name, value in launch.constexprs.items() if isinstance(value, bool | str | None)]
+    return launch.kernel.__name__, tuple(switches)
