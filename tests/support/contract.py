@@ -1,0 +1,109 @@
+"""One run of an operation on one test case: what it wrote beside what the reference says, and how far they are apart."""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from support.cuda_draws import CudaDraws
+
+GUARD = 64  # elements before and behind an output that nobody may write
+
+
+def draw_inputs(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
+    """As a GPU draws them, on any device."""
+    torch.manual_seed(seed)
+    with CudaDraws(seed) if device.type == "cpu" else nullcontext():
+        return spec.make_inputs(case, dtype, device)
+
+
+def clone(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies that keep every stride, so that a view of a larger tensor stays one."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return copy.copy_(value)
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+def upcast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Copies; what is of `dtype`, and floating point, in float64."""
+
+    def one(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.dtype == dtype and dtype.is_floating_point
+        return value.double() if floating else value
+
+    return clone({name: one(value) for name, value in inputs.items()})
+
+
+def poisoned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A tensor of NaN (or 0x5A bytes) and the larger buffer that it lies in."""
+    count = math.prod(shape)
+    poison = math.nan if dtype.is_floating_point else 0x5A
+    buffer = torch.full((GUARD + count + GUARD,), poison, dtype=dtype, device=device)
+    return buffer[GUARD : GUARD + count].view(shape), buffer
+
+
+def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Runs the launcher on `inputs` and the reference on them in float64; gives what each of them wrote, in pairs.
+
+    Fails when the launcher writes what it must not: an argument that is not `in_place`, or memory around its output.
+    """
+    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+    expected_inputs = upcast(inputs, dtype)
+    expected = spec.reference(**expected_inputs)
+    before = clone(inputs)
+    pairs = [(inputs[name], expected_inputs[name]) for name in spec.in_place]
+    if expected is None:
+        spec.launcher(**inputs)
+    else:
+        out_dtype = dtype if expected.dtype.is_floating_point else expected.dtype
+        out, buffer = poisoned(expected.shape, out_dtype, device)
+        guard = buffer.clone()
+        returned = spec.launcher(**inputs, out=out)
+        assert returned.data_ptr() == out.data_ptr()
+        edges = (slice(0, GUARD), slice(len(buffer) - GUARD, len(buffer)))
+        assert all(torch.equal(buffer[edge].view(torch.uint8), guard[edge].view(torch.uint8)) for edge in edges)
+        pairs.append((out, expected))
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name not in spec.in_place:
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=f"{name} was written")
+    return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How much of a tolerance was used, of the elements' limit and of the rms limit; 1 is all of it."""
+
+    element: float
+    rms: float
+    message: str  # the worst element and the rms error
+
+    @property
+    def worst(self) -> float:
+        return max(self.element, self.rms)
+
+
+def shares_of(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Shares:
+    """NaN and infinity use infinitely much, unless expected."""
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return Shares(0.0, 0.0, "no elements")
+    actual64, expected64 = actual.double().cpu(), expected.double().cpu()
+    error = torch.where(actual64 == expected64, 0.0, (actual64 - expected64).abs())
+    limit = tolerance.atol + tolerance.rtol * expected64.abs()
+    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf)
+    worst = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+    rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
+    message = f"worst at {worst}: got {actual64[worst]}, expected {expected64[worst]}; rms error {rms:.3g}"
+    rms_limit = tolerance.rms_limit(expected64)
+    rms_share = 0.0 if rms == 0 else rms / rms_limit if rms_limit else math.inf
+    return Shares(float(share.max()), math.inf if math.isnan(rms_share) else rms_share, message)

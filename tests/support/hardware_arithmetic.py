@@ -1,0 +1,140 @@
+"""Makes Triton's interpreter compute as the matrix units and the bfloat16 instructions of a GPU do.
+
+The interpreter keeps a bfloat16 as the integer of its bits. It adds and multiplies these integers, and it cuts what it
+converts instead of rounding it. Within `hardware_arithmetic` a bfloat16 operation runs in float32 and its result is
+rounded to the nearest bfloat16, ties to even. Three more things are as on a GPU:
+
+- a product of float32 in tf32 uses the upper 19 bits of its operands; the lower 13 are dropped, not rounded;
+- a product of float32 in "ieee" is one chain of fused multiply-adds over K, which is how Triton builds it;
+- a fused multiply-add rounds once.
+
+What stays different: the matrix units add a few products at a time and cut the last bits of the sum (about 2^-24 of the
+largest product), and exponentials, divisions and square roots of a GPU may be off by two units in the last place of
+float32. Both are thousands of times smaller than a rounding to 16 bits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+Array = npt.NDArray[Any]
+NAN = 0x7FFF  # that of NVIDIA's conversion
+
+
+def to_float32(bits: Array) -> Array:
+    """The float32 values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """The bits of the nearest bfloat16 of each value, ties to even."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(NAN), rounded)
+
+
+def cut_to_tf32(values: Array) -> Array:
+    """What a matrix unit sees of float32 operands in tf32."""
+    return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def fused_multiply_add(x: Array, y: Array, z: Array) -> Array:
+    """Float32; a product of two is exact in float64, and the sum loses nothing that float32 would show."""
+    return (x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)).astype(np.float32)
+
+
+def chain_of_products(left: Array, right: Array, sums: Array) -> Array:
+    """sums + left @ right in float32, one fused multiply-add after another, k by k."""
+    sums, left64, right64 = sums.copy(), left.astype(np.float64), right.astype(np.float64)
+    for k in range(left.shape[-1]):
+        product = left64[..., :, k : k + 1] * right64[..., k : k + 1, :]
+        np.add(product, sums, out=sums, dtype=np.float64, casting="same_kind")
+    return sums
+
+
+def _is_bfloat16(*handles: TensorHandle) -> bool:
+    return any(handle.dtype.scalar == tl.bfloat16 for handle in handles)
+
+
+def _values(handle: TensorHandle) -> Array:
+    return to_float32(handle.data) if _is_bfloat16(handle) else handle.data
+
+
+def _handle(values: Array, dtype: tl.dtype) -> TensorHandle:
+    """Truth values, which comparisons give, stay what they are."""
+    if dtype.scalar == tl.bfloat16 and values.dtype != np.bool_:
+        values = to_bfloat16(values)
+    return TensorHandle(values, dtype.scalar)
+
+
+def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, *_: object) -> TensorHandle:
+    values = _values(src)
+    if dst_type.scalar != tl.bfloat16:
+        values = values.astype(interpreter._get_np_dtype(dst_type.scalar))
+    return _handle(values, dst_type)
+
+
+def _elementwise(original: Callable[..., TensorHandle], num_operands: int) -> Callable[..., TensorHandle]:
+    def of_floats(self: InterpreterBuilder, *arguments: Any) -> TensorHandle:
+        operands, op = arguments[:num_operands], arguments[num_operands]
+        if not _is_bfloat16(*operands) or op is np.where:
+            return original(self, *arguments)
+        return _handle(op(*map(_values, operands)), operands[-1].dtype)
+
+    return of_floats
+
+
+def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    return _handle(fused_multiply_add(_values(x), _values(y), _values(z)), z.dtype)
+
+
+def _dot(
+    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision: Any, *_: object
+) -> TensorHandle:
+    left, right, sums = _values(a), _values(b), d.data
+    assert sums.dtype == np.float32, f"sums of a dot: expected float32, got {sums.dtype}"
+    if a.dtype.scalar != tl.float32:
+        return TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums, d.dtype.scalar)
+    if input_precision == interpreter._ir.INPUT_PRECISION.TF32:
+        return TensorHandle(cut_to_tf32(left) @ cut_to_tf32(right) + sums, d.dtype.scalar)
+    assert input_precision == interpreter._ir.INPUT_PRECISION.IEEE, f"precision of a dot: {input_precision}"
+    return TensorHandle(chain_of_products(left, right, sums), d.dtype.scalar)
+
+
+def _check_tensor(original: Callable[..., None]) -> Callable[..., None]:
+    def without_bfloat16(self: ReduceScanOpInterface, input: Any) -> None:
+        original(self, input)
+        assert not _is_bfloat16(*(each.handle for each in input)), "a reduction: expected float32, got bfloat16"
+
+    return without_bfloat16
+
+
+PATCHES: dict[tuple[type, str], Callable[[Any], Any]] = {
+    (InterpreterBuilder, "cast_impl"): lambda original: _cast,
+    (InterpreterBuilder, "create_fp_to_fp"): lambda original: _cast,
+    (InterpreterBuilder, "unary_op"): lambda original: _elementwise(original, 1),
+    (InterpreterBuilder, "binary_op"): lambda original: _elementwise(original, 2),
+    (InterpreterBuilder, "ternary_op"): lambda original: _elementwise(original, 3),
+    (InterpreterBuilder, "create_fma"): lambda original: _fma,
+    (InterpreterBuilder, "create_dot"): lambda original: _dot,
+    (ReduceScanOpInterface, "check_tensor"): _check_tensor,
+}
+
+
+@contextmanager
+def hardware_arithmetic() -> Iterator[None]:
+    """Kernels that run in the interpreter within it compute as described above."""
+    originals = {(owner, name): vars(owner)[name] for owner, name in PATCHES}
+    try:
+        for (owner, name), patch in PATCHES.items():
+            setattr(owner, name, patch(originals[owner, name]))
+        yield
+    finally:
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
