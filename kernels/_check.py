@@ -41,7 +41,8 @@ def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviati
     share = torch.where(share.isnan(), math.inf, share)
     worst = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
     rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
-    rms_share = 0.0 if rms == 0 or math.isnan(rms) else rms / tolerance.rms if tolerance.rms else math.inf
+    limit = tolerance.rms_limit(expected64)
+    rms_share = 0.0 if rms == 0 or math.isnan(rms) else rms / limit if limit else math.inf
     text = f"at {worst} {actual64[worst]:.7g}, expected {expected64[worst]:.7g}; rms error {rms:.2g}"
     return Deviation(max(float(share[worst]), rms_share), text)
 
