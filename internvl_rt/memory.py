@@ -8,7 +8,7 @@ import torch
 from internvl_rt.config import DecoderConfig, ModelConfig
 from internvl_rt.cuda_graph import TILE_BUCKETS
 from internvl_rt.kv_cache import kv_bytes_per_token, plan_num_blocks
-from internvl_rt.step_graph import PREFILL_BUCKETS
+from internvl_rt.step_graph import prefill_buckets
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
 RESERVE = 0.05  # of a GPU's free memory: fragmentation, sampling, the driver's own
@@ -135,7 +135,7 @@ def graphs_bytes(
     place of their input.
     """
     decoder, vision = config.decoder, config.vision
-    num_tokens = min(max_tokens_per_step, max(PREFILL_BUCKETS))
+    num_tokens = max(prefill_buckets(decoder, max_tokens_per_step), default=0)
     workspace = max(
         vision_workspace_bytes(config, dtype, max_tiles_per_pass),
         step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),

@@ -20,7 +20,7 @@ from internvl_rt.model.internvl import InternVL, named_parameters
 from internvl_rt.sampler import Sampler, forbid
 from internvl_rt.sequence import Picture
 from internvl_rt.step import Chunk, Step, build_step
-from internvl_rt.step_graph import PREFILL_BUCKETS, DecodeGraphs, PrefillGraphs
+from internvl_rt.step_graph import DecodeGraphs, PrefillGraphs, prefill_buckets
 from internvl_rt.visual_cache import VisualCache
 from internvl_rt.work import Work, decoder_work, vision_work
 
@@ -105,8 +105,8 @@ class Runner:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
-        num_tokens = min(max_tokens_per_step, max(PREFILL_BUCKETS))
-        x_TD = torch.zeros(num_tokens, model.config.decoder.hidden_size, dtype=model.dtype, device=model.device)
+        config, buckets = model.config.decoder, prefill_buckets(model.config.decoder, max_tokens_per_step)
+        x_TD = torch.zeros(max(buckets, default=0), config.hidden_size, dtype=model.dtype, device=model.device)
         self._prefill_graphs = PrefillGraphs(
             lambda inputs, x_TD: model.run_layers(inputs, x_TD, cache.layers),
             cache,
@@ -114,6 +114,7 @@ class Runner:
             x_TD,
             capture,
             max_model_len=max_model_len,
+            buckets=buckets,
         )
 
     @torch.inference_mode()

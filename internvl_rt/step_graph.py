@@ -13,17 +13,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_rt.config import DecoderConfig
 from internvl_rt.cuda_graph import Capture, Replay
 from internvl_rt.device_stream import Fence, host_memory
 from internvl_rt.kernels.decode_attention import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
+from internvl_rt.work import decoder_work
 
 # Sequences of a prefill from a graph, decodes among them included: one, which is what a lone user waits for, or a few;
 # attention starts programs for every row and all the tokens of the bucket, and those of empty rows take time to end.
 PREFILL_ROWS = (1, 8)
-# Beyond these a step takes the GPU longer than its launches take the CPU.
-PREFILL_BUCKETS = (*range(64, 512, 64), *range(512, 2049, 128))
+PREFILL_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+# Of a layer, from which the GPU takes longer for it than the CPU for its ten launches: 0.7 ms beside an H100.
+FLOPS_OF_LAUNCHES = 450e9
 
 
 class _Buffer:
@@ -115,12 +118,11 @@ class PrefillGraphs:
         capture: Capture,
         *,
         max_model_len: int,
-        buckets: Sequence[int] = PREFILL_BUCKETS,
+        buckets: Sequence[int],
     ) -> None:
-        """x_TD: memory for the tokens of a step; buckets above their number are left out."""
-        width = -(-max_model_len // cache.block_size)
-        sizes = sorted((n for n in buckets if n <= len(x_TD)), reverse=True)
-        shapes = [StepShape(n, rows, width, num_items=0) for n in sizes for rows in sorted(PREFILL_ROWS, reverse=True)]
+        """x_TD: memory for the tokens of the largest of `buckets`, which are ascending."""
+        width, all_rows = -(-max_model_len // cache.block_size), sorted(PREFILL_ROWS, reverse=True)
+        shapes = [StepShape(n, rows, width, num_items=0) for n in reversed(buckets) for rows in all_rows]
         self._buffer = _Buffer(cache, shapes, x_TD.device) if shapes else None
         self._x_TD = x_TD
         self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by rows and tokens
@@ -148,6 +150,15 @@ class PrefillGraphs:
         replay.run()
         row_R = picked["logit_row_R"]
         return replay.result[:num_tokens] if row_R is None else replay.result[row_R]
+
+
+def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
+    """Tokens of the prefills that run from graphs, ascending: up to where the GPU no longer waits for launches."""
+
+    def layer_flops(num_tokens: int) -> float:
+        return decoder_work(config, torch.bfloat16, [num_tokens], [num_tokens], 0).flops / config.num_layers
+
+    return [n for n in PREFILL_TOKENS if n <= max_tokens and layer_flops(n) <= FLOPS_OF_LAUNCHES]
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.cuda_graph import TILE_BUCKETS, TileGraphs, cuda_capture
 from internvl_rt.device_stream import DeviceStream
-from internvl_rt.step_graph import PREFILL_BUCKETS, decode_buckets
+from internvl_rt.random_checkpoint import random_config
+from internvl_rt.step_graph import PREFILL_TOKENS, decode_buckets, prefill_buckets
 from support.recorder import Recorder
 
 SIDE = 4
@@ -123,10 +124,20 @@ def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
             for reply, eager in zip(replies, expected, strict=True):
                 logprobs = [[token.logprob for token in each.logprobs] for each in (reply, eager)]
                 assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
-            used = set(recorder.replayed) & set(PREFILL_BUCKETS)
+            used = set(recorder.replayed) & set(PREFILL_TOKENS)
             assert used == ({128} if budget == 8192 else {64}), "four prompts together, then one that is too long"
 
 
 def test_prefill_buckets_waste_little() -> None:
-    sizes = sorted(PREFILL_BUCKETS)
+    sizes = sorted(PREFILL_TOKENS)
     assert max((large - small) / large for small, large in pairwise(sizes[2:])) <= 0.25
+
+
+def test_prefills_run_from_graphs_as_long_as_the_gpu_would_wait_for_their_launches() -> None:
+    configs = {name: random_config(f"InternVL3-{name}").decoder for name in ("1B", "8B", "78B")}
+    most = {name: max(prefill_buckets(config, 8192)) for name, config in configs.items()}
+    assert most["1B"] >= 3392 + 64, "the prompt of a picture of 13 tiles"
+    assert 512 <= most["8B"] <= 1024
+    assert most["78B"] <= 256
+    assert max(prefill_buckets(configs["1B"], 1000)) == 896
+    assert prefill_buckets(configs["1B"], 63) == []
