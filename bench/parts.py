@@ -155,8 +155,11 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     def script(name: str, *options: str) -> tuple[str, ...]:
         return (python, f"bench/{name}.py", *options)
 
-    def bench(what: str, model: str) -> tuple[str, ...]:
-        return (python, "-m", "internvl_rt", "bench", what, model, *budget, *quick) if model else ()
+    def bench(what: str, model: str, *options: str) -> tuple[str, ...]:
+        return (python, "-m", "internvl_rt", "bench", what, model, *budget, *quick, *options) if model else ()
+
+    def step(*options: str) -> tuple[str, ...]:
+        return () if cpu else script("step_kernels", *options)
 
     sanitize = (
         *(sanitizer or "", "--tool", "memcheck", "--report-api-errors", "no"),
@@ -169,9 +172,18 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     def compare(*options: str) -> tuple[str, ...]:
         return script("compare_transformers", *comparison, *options) if has_transformers else ()
 
+    lone = () if cpu else ("--batch=1", "--context=2048")
     both = VISION | DECODER
     return (
         Part("build", "build", 120, script("gpu", "--check"), proves=True, times=False),
+        Part(
+            "prebuild", "build", 25, () if cpu else script("prebuild", *budget, "--what=models,contract"),
+            absent=no_device, times=False,
+        ),
+        Part(
+            "prebuild_tune", "build", 30, () if cpu else script("prebuild", *budget, "--what=tune"),
+            calls=(second,), absent=no_device, times=False,
+        ),
         Part(
             CONTRACT, "tests", 75, (*pytest, *workers, CONTRACT_FILE, *chosen),
             proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
@@ -196,6 +208,19 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             calls=(second,), absent=no_device, leaves="kernels/plans/*.json",
         ),
         Part("decode_1b", "decode", 35, bench("decode", small), calls=(first,), uses=DECODER),
+        Part(
+            "decode_1b_without_pdl", "decode", 12, bench("decode", small, "--no-programmatic-launch", *lone),
+            calls=(first,), uses=DECODER,
+        ),
+        Part(
+            "decode_1b_without_graphs", "decode", 12, bench("decode", small, "--no-cuda-graphs", *lone),
+            calls=(first,), uses=DECODER,
+        ),
+        Part("step_1b", "step", 15, step(), calls=(first,), absent=no_device, uses=DECODER),
+        Part(
+            "step_1b_without_pdl", "step", 15, step("--no-programmatic-launch"),
+            calls=(first,), absent=no_device, uses=DECODER,
+        ),
         Part("decode_8b", "decode", 45, bench("decode", large), calls=(first,), absent=no_device, uses=DECODER),
         Part("vision_1b", "vision", 30, bench("vision", small), calls=(first, second), uses=VISION),
         Part("prefill_1b", "prefill", 25, bench("prefill", small), calls=(first,), uses=both),

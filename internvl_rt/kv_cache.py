@@ -191,7 +191,8 @@ def plan_num_blocks(
             f"room for {max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
             "raise kv_cache_bytes or lower max_model_len"
         )
-    return min(affordable, max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size))
+    used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
+    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the last is admitted above the watermark too
 
 
 def _ceil_div(tokens: int, block_size: int) -> int:

@@ -80,6 +80,7 @@ def test_bytes_per_token_match_the_published_shapes(
         (6 * 16 * 256 - 1, 3, 17, 5),
         (2 * 16 * 256, 3, 32, 2),
         (16 * 256, 3, None, 1),
+        (1 << 40, 50, 17, 102),  # the hundred that are used, and the watermark above which they are admitted
     ],
 )
 def test_the_plan_takes_what_is_useful_and_affordable(

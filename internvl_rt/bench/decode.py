@@ -14,6 +14,7 @@ from internvl_rt.answer import Request
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Column, Record, peak, reset_peak, shares, spread
 from internvl_rt.engine import Engine
+from internvl_rt.kv_cache import WATERMARK
 from internvl_rt.sampling_params import SamplingParams
 from internvl_rt.work import Work, decoder_work
 
@@ -48,6 +49,7 @@ def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]
     """cases: batch and context, the tokens of each sequence when the first one is drawn."""
     prompter = Prompter(engine, seed)
     blocks, block_size = engine.cache.blocks.num_blocks, engine.cache.block_size
+    blocks -= blocks // WATERMARK  # which the last sequence is not admitted to
     for batch, context in cases:
         case = f"{batch}x{context}"
         length = context + room_for(batch, context, num_steps, engine.options.max_tokens_per_step)
