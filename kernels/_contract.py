@@ -41,9 +41,9 @@ class Cost:
 class Tolerance:
     """How far an output may be from the reference run in float64 on the same (rounded) inputs.
 
-    |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= rms_limit * ||ref||, which catches errors with
-    structure. `rms` is for outputs of many elements. `reason` says where the figures come from. What a kernel uses of
-    them with many seeds: tests/kernels/tolerance_room.py.
+    |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= rms_limit * ||ref||, which catches errors
+    with structure. `rms` is for outputs of many elements. `reason` says where the figures come from;
+    tests/kernels/tolerance_room.py measures how much of them is used.
     """
 
     rtol: float

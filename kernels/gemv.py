@@ -24,9 +24,10 @@ Activation = Literal["none", "swiglu"]
 
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
-    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
-    torch.float16: Tolerance(1e-3, 2e-3, 1e-3, "operands and result are each rounded to 11 bits; SwiGLU doubles it"),
-    torch.bfloat16: Tolerance(8e-3, 16e-3, 7e-3, "operands and result are each rounded to 8 bits; SwiGLU doubles it"),
+    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result. A
+    # sum of such products is wrong by up to 1.6 half units of 1, and SwiGLU multiplies gate's and up's by up to 5.
+    torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "operands and result are each rounded to 11 bits"),
+    torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "operands and result are each rounded to 8 bits"),
 }
 
 

@@ -1,9 +1,9 @@
 """Every kernel against its reference: each SPEC x test case x dtype, from poisoned outputs.
 
-Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), which computes as the hardware does and on the
-hardware's own random numbers (support/hardware_arithmetic.py, support/cuda_draws.py): what fails on a GPU for its
-rounding fails here. The reference runs in float64 on the same rounded inputs. `tolerance_room.py` beside this file does
-the same with many seeds.
+Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), which computes as the hardware does and on
+the hardware's own random numbers (support/hardware_arithmetic.py, support/cuda_draws.py): what a GPU's roundings would
+fail, they fail here. The reference runs in float64 on the same rounded inputs. `tolerance_room.py` beside this file
+takes many seeds.
 """
 
 from collections.abc import Iterator

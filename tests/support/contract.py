@@ -1,4 +1,4 @@
-"""One run of an operation on one test case: what it wrote beside what the reference says, and how far they are apart."""
+"""One run of an operation on a test case: what it wrote beside what the reference says, and how far they are apart."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,31 +53,35 @@ def poisoned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tup
     return buffer[GUARD : GUARD + count].view(shape), buffer
 
 
+def expected_results(spec: KernelSpec, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """What the reference writes, in float64: the arguments that are `in_place`, then the result if there is one."""
+    inputs = upcast(inputs, dtype)
+    result = spec.reference(**inputs)
+    return [inputs[name] for name in spec.in_place] + ([] if result is None else [result])
+
+
 def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Runs the launcher on `inputs` and the reference on them in float64; gives what each of them wrote, in pairs.
+    """Runs the launcher on `inputs`, into poisoned memory; pairs of what it wrote and what the reference says.
 
     Fails when the launcher writes what it must not: an argument that is not `in_place`, or memory around its output.
     """
-    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-    expected_inputs = upcast(inputs, dtype)
-    expected = spec.reference(**expected_inputs)
-    before = clone(inputs)
-    pairs = [(inputs[name], expected_inputs[name]) for name in spec.in_place]
-    if expected is None:
+    expected, before = expected_results(spec, inputs, dtype), clone(inputs)
+    actual = [inputs[name] for name in spec.in_place]
+    if len(expected) == len(actual):
         spec.launcher(**inputs)
     else:
-        out_dtype = dtype if expected.dtype.is_floating_point else expected.dtype
-        out, buffer = poisoned(expected.shape, out_dtype, device)
+        like = expected[-1]
+        out, buffer = poisoned(like.shape, dtype if like.dtype.is_floating_point else like.dtype, like.device)
         guard = buffer.clone()
         returned = spec.launcher(**inputs, out=out)
         assert returned.data_ptr() == out.data_ptr()
         edges = (slice(0, GUARD), slice(len(buffer) - GUARD, len(buffer)))
         assert all(torch.equal(buffer[edge].view(torch.uint8), guard[edge].view(torch.uint8)) for edge in edges)
-        pairs.append((out, expected))
+        actual.append(out)
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name not in spec.in_place:
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=f"{name} was written")
-    return pairs
+    return list(zip(actual, expected, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ def shares_of(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Shares:
     error = torch.where(actual64 == expected64, 0.0, (actual64 - expected64).abs())
     limit = tolerance.atol + tolerance.rtol * expected64.abs()
     share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf)
-    worst = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+    worst = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
     rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
     message = f"worst at {worst}: got {actual64[worst]}, expected {expected64[worst]}; rms error {rms:.3g}"
     rms_limit = tolerance.rms_limit(expected64)

@@ -1,16 +1,17 @@
 """The random numbers that CUDA gives for a seed, without CUDA: what a test case holds on a GPU, it holds here.
 
-torch's generator on a GPU is Philox4x32-10 (Salmon and others 2011, "Parallel random numbers: as easy as 1, 2, 3"): each
-thread has a sequence of its own, and each call begins where the one before it ended. Layout and transformations follow
-ATen/native/cuda/DistributionTemplates.h, Randperm.cu and cuRAND's device functions. Numbers of `rand`, `randint` and
-`randperm` are the same; of `randn`, the logarithm, sine and cosine may differ in the last bit.
+torch's generator on a GPU is Philox4x32-10 (Salmon and others 2011, "Parallel random numbers: as easy as 1, 2, 3").
+Each thread has a sequence of its own, and each call begins where the one before it ended. Layout and transformations
+follow torch 2.11's DistributionTemplates.h and Randperm.cuh, and the manual of cuRAND's device functions.
 
-Not reproduced: keys of `randperm` that are equal (1 call in 10 of the worst size) are left in order, where CUDA shuffles
-them. `randn` of more than 270,336 numbers depends on the number of multiprocessors; here it is that of an H100 or H200.
+`rand`, `randint` and `randperm` give the same numbers; of `randn` the last bit may differ, because logarithm, sine and
+cosine are not CUDA's own. Calls for more than 270,336 numbers depend on the number of multiprocessors; here it is that
+of an H100 or H200. The test marked `gpu` in tests/kernels/test_cuda_draws.py compares with a GPU at hand.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,14 @@ def _uniform(word: Words) -> npt.NDArray[np.float32]:
     return (word.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32)
 
 
-def _normal_pair(first: Words, second: Words) -> tuple[npt.NDArray[np.float32], ...]:
-    """By Box and Muller."""
+def _normals(*words: Words) -> Iterator[npt.NDArray[np.float32]]:
+    """One for each word, by Box and Muller: of a pair of words both give the radius and the angle."""
     turn = np.float64(np.float32(2 * math.pi * 2.0**-32))
-    angle = (second.astype(np.float32).astype(np.float64) * turn + turn / 2).astype(np.float32).astype(np.float64)
-    radius = np.sqrt((-2 * np.log(_uniform(first).astype(np.float64))).astype(np.float32))
-    return tuple((radius * turned(angle)).astype(np.float32) for turned in (np.sin, np.cos))
+    for first, second in (words[:2], words[2:]):
+        angle = (second.astype(np.float32).astype(np.float64) * turn + turn / 2).astype(np.float32).astype(np.float64)
+        radius = np.sqrt((-2 * np.log(_uniform(first).astype(np.float64))).astype(np.float32))
+        yield (radius * np.sin(angle)).astype(np.float32)
+        yield (radius * np.cos(angle)).astype(np.float32)
 
 
 class CudaDraws(TorchFunctionMode):
@@ -75,46 +78,57 @@ class CudaDraws(TorchFunctionMode):
         assert dtype in (torch.float32, torch.int32, torch.int64), f"draws of {dtype}"
         return draw(*args).to(dtype)
 
-    def _draw(self, count: int, transform: Callable[..., Sequence[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
+    def _draw(self, count: int, transform: Callable[..., Iterable[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
         """`transform` makes a few numbers of four words; they go to places a grid apart."""
-        if count == 0:
-            return transform(*np.zeros((4, 1), np.uint64))[0][:0]
         threads = BLOCK * min(MAX_BLOCKS, -(-count // BLOCK))
         thread = np.arange(threads, dtype=np.uint64)
         numbers: list[npt.NDArray[Any]] = []
         while len(numbers) * threads < count:
-            call = np.full(threads, self.offset // 4, np.uint64)
-            numbers += transform(*philox((call & LOW, call >> HALF_WORD, thread, thread * 0), self.seed))
+            numbers += islice(transform(*self._words(thread)), -(-count // threads) - len(numbers))
             self.offset += 4
-        return np.concatenate(numbers)[:count]
+        return np.concatenate(numbers)[:count] if numbers else np.empty(0, np.int64)
+
+    def _words(self, thread: Words) -> tuple[Words, ...]:
+        """The next four words of each thread."""
+        call = np.full(thread.shape, self.offset // 4, np.uint64)
+        return philox((call & LOW, call >> HALF_WORD, thread, thread * np.uint64(0)), self.seed)
 
     def _integers(self, count: int, low: int, high: int) -> npt.NDArray[np.int64]:
         size = high - low
 
-        def of_words(*words: Words) -> list[npt.NDArray[np.int64]]:
+        def of_words(*words: Words) -> Iterator[npt.NDArray[np.int64]]:
             if size >= 2**28:
                 words = (words[0] << HALF_WORD | words[1], words[2] << HALF_WORD | words[3])
-            return [(word % np.uint64(size)).view(np.int64) + np.int64(low) for word in words]
+            return ((word % np.uint64(size)).view(np.int64) + np.int64(low) for word in words)
 
         return self._draw(count, of_words)
 
     def _randn(self, *shape: Any) -> Tensor:
         size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
-        numbers = self._draw(size.numel(), lambda *words: [*_normal_pair(*words[:2]), *_normal_pair(*words[2:])])
-        return torch.from_numpy(numbers).view(size)
+        return torch.from_numpy(self._draw(size.numel(), _normals)).view(size)
 
     def _rand(self, *shape: Any) -> Tensor:
         size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
-        numbers = self._draw(size.numel(), lambda *words: [_uniform(word) for word in words])
+        numbers = self._draw(size.numel(), lambda *words: map(_uniform, words))
         return torch.from_numpy(np.where(numbers == 1, np.float32(0), numbers)).view(size)
 
     def _randint(self, low: int, high: int, size: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(self._integers(math.prod(size), low, high)).view(size)
 
     def _randperm(self, count: int) -> Tensor:
-        """Numbers in the order of random keys, of which the lower bits count."""
-        keys = self._integers(count, -(2**31), 2**31 - 1)
-        bits = math.ceil(math.log2(count - (6 * count**2 + 1) / (12 * math.log(0.9)))) if count else 0
-        assert bits <= 32, f"a permutation of {count}"
-        self.offset += -(-count // 4) * 4  # taken for equal keys
-        return torch.from_numpy(np.argsort(keys & ((1 << bits) - 1), kind="stable"))
+        """Numbers in the order of random keys, of which the lower bits count; numbers of one key are shuffled again."""
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        bits = math.ceil(math.log2(count - (6 * count**2 + 1) / (12 * math.log(0.9))))
+        assert bits < 32, f"a permutation of {count}: keys of {bits} bits"
+        keys = self._integers(count, -(2**31), 2**31 - 1) & ((1 << bits) - 1)
+        order = np.argsort(keys, kind="stable")
+        _, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            assert size <= 5, f"{size} equal keys; a thread draws four words at a time"
+            words = self._words(np.array([start], np.uint64))
+            for last, word in zip(range(size - 1, 0, -1), words, strict=False):
+                other = int(word[0]) % (last + 1)
+                order[[start + last, start + other]] = order[[start + other, start + last]]
+        self.offset += -(-count // 4) * 4
+        return torch.from_numpy(order)

@@ -108,9 +108,9 @@ def _dot(
 
 
 def _check_tensor(original: Callable[..., None]) -> Callable[..., None]:
-    def without_bfloat16(self: ReduceScanOpInterface, input: Any) -> None:
-        original(self, input)
-        assert not _is_bfloat16(*(each.handle for each in input)), "a reduction: expected float32, got bfloat16"
+    def without_bfloat16(self: ReduceScanOpInterface, tensors: Any) -> None:
+        original(self, tensors)
+        assert not _is_bfloat16(*(tensor.handle for tensor in tensors)), "a reduction: expected float32, got bfloat16"
 
     return without_bfloat16
 
