@@ -52,6 +52,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
     """One case of each operation, then the most important first; real sizes on a GPU, elsewhere small ones of tests.
 

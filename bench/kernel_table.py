@@ -36,6 +36,7 @@ from kernel_cases import (
     build_launch,
     check_kernel,
     dtype_name,
+    first_line,
     make_rotated_inputs,
     plan_work,
     poisoned_like,
@@ -194,10 +195,6 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def measure_all(works: Sequence[Work], device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> Table:

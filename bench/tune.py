@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kernel_cases import Work, compare, make_rotated_inputs, poisoned_like, run_reference
-from kernel_table import first_line
+from kernel_cases import Work, compare, first_line, make_rotated_inputs, poisoned_like, run_reference
 from timing import Timing, result_document, time_variants
 from tune_candidates import TUNED, Key, Plans, Tuned
 from tune_plans import RECOMMENDED, sweep_launches

@@ -9,8 +9,16 @@ from itertools import product
 from typing import Any
 
 import torch
-from kernel_cases import Work, compare, importance, make_rotated_inputs, poisoned_like, real_work, run_reference
-from kernel_table import first_line
+from kernel_cases import (
+    Work,
+    compare,
+    first_line,
+    importance,
+    make_rotated_inputs,
+    poisoned_like,
+    real_work,
+    run_reference,
+)
 from timing import Timing, time_variants
 
 from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
