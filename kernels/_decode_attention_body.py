@@ -13,6 +13,19 @@ ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to wha
 
 
 @triton.jit
+def probability(exponent, DTYPE: tl.constexpr):
+    """2 ** exponent, as a factor of a product in DTYPE; at most 1.
+
+    The exponent is a difference that is 0 at most, but hardware rounds only one side of it (score * scale - top is a
+    fused multiply-add, top a rounded product): from scores of 2^26 on it can be several units above 0, and 2 to its
+    power beyond the range of float16.
+    """
+    if DTYPE == tl.float16:
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(exponent)
+
+
+@triton.jit
 def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """The online softmax's state after the keys and values of one more piece.
 
@@ -21,13 +34,13 @@ def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr,
     if SWAP:
         score = tl.where(inside[:, None], tl.dot(k, q_RC.T, input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0) * scale_log2)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[None, :])
+        shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[None, :], v.dtype)
         acc = tl.dot(v.T, p.to(v.dtype), acc * shrink[None, :], input_precision=PRECISION)
         total = total * shrink[None, :] + p
     else:
         score = tl.where(inside[None, :], tl.dot(q_RC, k.T, input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[:, None])
+        shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         total = total * shrink[:, None] + p
     return new_top, total, acc
