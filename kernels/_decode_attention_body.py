@@ -13,6 +13,19 @@ ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to wha
 
 
 @triton.jit
+def probability(exponent, dtype: tl.constexpr):
+    """2 ** exponent, as a factor of a product in `dtype`; at most 1.
+
+    The exponent is a difference that is 0 at most, but hardware rounds only one side of it (score * scale - top is a
+    fused multiply-add, top a rounded product): from scores of 2^26 on it can be several units above 0, and 2 to its
+    power beyond the range of float16.
+    """
+    if dtype == tl.float16:
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(exponent)
+
+
+@triton.jit
 def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """The online softmax's state after the keys and values of one more piece.
 
@@ -21,13 +34,13 @@ def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr,
     if SWAP:
         score = tl.where(inside[:, None], tl.dot(k, q_RC.T, input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0) * scale_log2)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[None, :])
+        shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[None, :], v.dtype)
         acc = tl.dot(v.T, p.to(v.dtype), acc * shrink[None, :], input_precision=PRECISION)
         total = total * shrink[None, :] + p
     else:
         score = tl.where(inside[None, :], tl.dot(q_RC, k.T, input_precision=PRECISION), float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
-        shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[:, None])
+        shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         total = total * shrink[:, None] + p
     return new_top, total, acc
@@ -55,29 +68,50 @@ def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.conste
 
 
 @triton.jit
-def _combine(partial_acc, partial_stats, first_split, end_split, head, group, C: tl.constexpr):
-    """Value [ROWS, C] and sum [ROWS] of all splits of a row, added in the splits' order, several at a time."""
-    BATCH: tl.constexpr = 256 // C
-    query, channel = tl.arange(0, ROWS), tl.arange(0, C)
+def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
+    """Writes the output of the `group` queries that share a kv head: the weighted sum of what a row's splits have left.
+
+    The weights of all parts come first and replace the maxima in memory, so that the sum is loads and products alone: a
+    thread keeps its query and four channels, nothing waits at a barrier, and TOGETHER parts are on their way at once.
+    Everything is added in the splits' order.
+    """
+    TOGETHER: tl.constexpr = 16
+    QUERIES: tl.constexpr = min(512 // C, ROWS)
+    row_query, some = tl.arange(0, ROWS), tl.arange(0, 64)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc_RC = tl.zeros([ROWS, C], tl.float32)
-    for start in range(first_split, end_split, BATCH):
-        split = start + tl.arange(0, BATCH)
-        inside = split < end_split
-        at = split * tl.num_programs(1) + head
-        stats = partial_stats + at[:, None] * (2 * ROWS) + query[None, :]
-        split_top = tl.load(stats, mask=inside[:, None], other=float("-inf"))
-        split_total = tl.load(stats + ROWS, mask=inside[:, None], other=0.0)
-        values = partial_acc + (at[:, None, None] * ROWS + query[None, :, None]) * C + channel[None, None, :]
-        held = inside[:, None, None] & (query < group)[None, :, None]
-        split_acc = tl.load(values, mask=held, other=0.0)
-        new_top = tl.maximum(top, tl.max(split_top, axis=0))
-        shrink, share = tl.exp2(top - new_top), tl.exp2(split_top - new_top[None, :])
-        total = total * shrink + tl.sum(split_total * share, axis=0)
-        acc_RC = acc_RC * shrink[:, None] + tl.sum(split_acc * share[:, :, None], axis=0)
+    for start in range(0, num_splits, 64):
+        stats = stats_parts + (start + some)[:, None] * (2 * ROWS) + row_query[None, :]
+        held = (start + some < num_splits)[:, None]
+        part_top = tl.load(stats, mask=held, other=float("-inf"))
+        part_total = tl.load(stats + ROWS, mask=held, other=0.0)
+        new_top = tl.maximum(top, tl.max(part_top, axis=0))
+        total = total * tl.exp2(top - new_top) + tl.sum(part_total * tl.exp2(part_top - new_top[None, :]), axis=0)
         top = new_top
-    return acc_RC, total
+    scale = 1.0 / total
+    for start in range(0, num_splits, 64):
+        stats = stats_parts + (start + some)[:, None] * (2 * ROWS) + row_query[None, :]
+        held = (start + some < num_splits)[:, None]
+        weight = tl.exp2(tl.load(stats, mask=held, other=float("-inf")) - top[None, :]) * scale[None, :]
+        tl.store(stats, weight, mask=held)
+    tl.debug_barrier()  # the weights are read by other threads than those that wrote them
+
+    channel = tl.arange(0, C)
+    for first_query in range(0, group, QUERIES):
+        query = first_query + tl.arange(0, QUERIES)
+        real = query < group
+        weights = stats_parts + query
+        values = acc_parts + query[:, None] * C + channel[None, :]
+        acc = tl.zeros([QUERIES, C], tl.float32)
+        for start in range(0, num_splits, TOGETHER):
+            for i in tl.static_range(TOGETHER):
+                held = real & (start + i < num_splits)
+                weight = tl.load(weights + i * 2 * ROWS, mask=held, other=0.0)
+                acc += tl.load(values + i * ROWS * C, mask=held[:, None], other=0.0) * weight[:, None]
+            weights += TOGETHER * 2 * ROWS
+            values += TOGETHER * ROWS * C
+        y_rows = y_head + query[:, None] * C + channel[None, :]
+        tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 
 
 # One kernel for any batch and model of these channels, and for index tensors that begin at any element.
@@ -139,23 +173,23 @@ def decode_attention_kernel(
 
         acc_RC = acc.T if SWAP else acc
         total = tl.sum(total, axis=0 if SWAP else 1)
-        finished = num_splits == 1
-        if num_splits > 1:
-            at = item * tl.num_programs(1) + head
-            tl.store(partial_acc + (at * ROWS + query)[:, None] * C + channel[None, :], acc_RC, mask=real)
-            tl.store(partial_stats + at * (2 * ROWS) + query, top)
-            tl.store(partial_stats + at * (2 * ROWS) + ROWS + query, total)
+        y_head = y + row.to(tl.int64) * y_stride + head * group * C
+        if num_splits == 1:
+            out_RC = acc_RC * (1.0 / total)[:, None]
+            tl.store(y_head + query[:, None] * C + channel[None, :], out_RC.to(y.dtype.element_ty), mask=real)
+        else:
+            acc_parts = partial_acc + head * tl.num_programs(0) * ROWS * C  # of this kv head, an item after the other
+            stats_parts = partial_stats + head * tl.num_programs(0) * 2 * ROWS
+            tl.store(acc_parts + (item * ROWS + query)[:, None] * C + channel[None, :], acc_RC, mask=real)
+            tl.store(stats_parts + item * 2 * ROWS + query, top)
+            tl.store(stats_parts + item * 2 * ROWS + ROWS + query, total)
             # The barrier orders the partial results of all threads before the one thread's atomic, whose release makes
             # them visible to whoever sees the new count; its acquire, and the barrier behind it, order the reads of
             # the last program to arrive behind everybody's writes.
             tl.debug_barrier()
             counter = counters + row * tl.num_programs(1) + head
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-                finished = True
-                acc_RC, total = _combine(
-                    partial_acc, partial_stats, first_split, first_split + num_splits, head, group, C
-                )
+                acc_parts += first_split * ROWS * C
+                stats_parts += first_split * 2 * ROWS
+                _combine(y_head, acc_parts, stats_parts, num_splits, group, C)
                 tl.store(counter, 0)  # for the next call: all programs of this row have been here
-        if finished:
-            out_RC = acc_RC * (1.0 / total)[:, None]
-            tl.store(y + row.to(tl.int64) * y_stride + offset_RC, out_RC.to(y.dtype.element_ty), mask=real)

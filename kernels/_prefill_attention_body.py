@@ -7,7 +7,7 @@ serves all query heads that share it. The softmax is the online one: a running m
 import triton
 import triton.language as tl
 
-from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
+from internvl_rt.kernels._decode_attention_body import probability, slot_rows, table_blocks
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
     if visible is not None:
         score = tl.where(visible, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
-    shrink, p = tl.exp2(top - new_top), tl.exp2(score * scale_log2 - new_top[:, None])
+    shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
     total = total * shrink + tl.sum(p, axis=1)
     return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 

@@ -8,6 +8,8 @@ whole blocks. The class token's own query is one more program of each tile and h
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._decode_attention_body import probability
+
 
 @triton.jit
 def inverse_rms_kernel(qkv, inverse_rms, qkv_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr):
@@ -127,10 +129,7 @@ def vit_attention_kernel(
                 score *= tl.load(patch_k_scale + start + key, mask=inside, other=0.0)[None, :]
             score = tl.where(inside[None, :], score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, axis=1) * scale_log2)
-            power = score * scale_log2 - new_top[:, None]
-            if v.dtype == tl.float16:  # product and difference are rounded once: beyond 2^26 they may be large
-                power = tl.minimum(power, 0.0)
-            shrink, p = tl.exp2(top - new_top), tl.exp2(power)
+            shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
             total = total * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top

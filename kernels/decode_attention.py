@@ -84,8 +84,8 @@ def plan_decode_attention(
     single = q_SHC.dtype == torch.float32  # for tests
     block = 32 if single else 64  # 64 keys are what the matrix units of sm_90 take at least
     stages = 1 if single else 4 if head_dim < 128 else 3
-    partial_acc = torch.empty((num_items, num_kv_heads, MAX_GROUP, head_dim), dtype=torch.float32, device=device)
-    partial_stats = torch.empty((num_items, num_kv_heads, 2, MAX_GROUP), dtype=torch.float32, device=device)
+    partial_acc = torch.empty((num_kv_heads, num_items, MAX_GROUP, head_dim), dtype=torch.float32, device=device)
+    partial_stats = torch.empty((num_kv_heads, num_items, 2, MAX_GROUP), dtype=torch.float32, device=device)
     pdl = programmatic_launch and target.has_programmatic_launch
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
