@@ -175,13 +175,13 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     lone = () if cpu else ("--batch=1", "--context=2048")
     both = VISION | DECODER
     return (
-        Part("build", "build", 120, script("gpu", "--check"), proves=True, times=False),
+        Part("build", "build", 70, script("gpu", "--check"), proves=True, times=False),
         Part(
-            "prebuild", "build", 25, () if cpu else script("prebuild", *budget, "--what=models,contract"),
+            "prebuild", "prebuild", 25, () if cpu else script("prebuild", *budget, "--what=models,contract"),
             absent=no_device, times=False,
         ),
         Part(
-            "prebuild_tune", "build", 30, () if cpu else script("prebuild", *budget, "--what=tune"),
+            "prebuild_tune", "prebuild", 30, () if cpu else script("prebuild", *budget, "--what=tune"),
             calls=(second,), absent=no_device, times=False,
         ),
         Part(

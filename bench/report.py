@@ -30,7 +30,10 @@ ALT = {
 TITLES = {
     "build": "Build", "contract": "Kernels against their references",
     "model_agreement": "Whole models against references", "gpu_tests": "Tests marked `gpu`", "tune": "Tuning",
-    "sanitizer": "compute-sanitizer", "roofline": "Roofline", "decode_1b": "Decode, 1B", "decode_8b": "Decode, 8B",
+    "sanitizer": "compute-sanitizer", "roofline": "Roofline", "decode_1b": "Decode, 1B",
+    "decode_1b_without_pdl": "Decode, 1B, without programmatic dependent launch",
+    "decode_1b_without_graphs": "Decode, 1B, without CUDA graphs", "step_1b": "The kernels of a decode step, 1B",
+    "step_1b_without_pdl": "The same without programmatic dependent launch", "decode_8b": "Decode, 8B",
     "vision_1b": "Vision, 1B", "prefill_1b": "Prefill, 1B", "prefill_8b": "Prefill, 8B", "kernels": "Kernels",
     "compare_transformers": "Against transformers", "serve_1b": "Serving, 1B",
 }  # fmt: skip

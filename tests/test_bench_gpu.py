@@ -65,6 +65,7 @@ def test_the_whole_sequence_runs_on_a_cpu_and_leaves_a_page_with_pictures(tmp_pa
     )
     statuses = {name: entry["status"] for name, entry in results["parts"].items()}
     done = {"build", "contract", "roofline", "decode_1b", "vision_1b", "prefill_1b", "kernels", "serve_1b"}
+    done |= {"decode_1b_without_pdl", "decode_1b_without_graphs"}
     assert {name for name, status in statuses.items() if status == "done"} == done, log
     assert {status for name, status in statuses.items() if name not in done} == {"not run"}
     assert exit_code == 0
@@ -279,7 +280,8 @@ def test_a_comparison_that_broke_off_is_no_result() -> None:
 
 def test_parts_are_chosen_by_name_by_group_and_by_call() -> None:
     parts = build_parts(cpu=True, select=None)
-    assert choose(parts, ["decode"]) == {"build", "decode_1b", "decode_8b"}
+    decode = {"decode_1b", "decode_1b_without_pdl", "decode_1b_without_graphs", "decode_8b"}
+    assert choose(parts, ["decode"]) == {"build", *decode}
     assert choose(parts, ["prefill_8b", "roofline"]) == {"build", "prefill_8b", "roofline"}
     assert choose(parts, ["vision"]) == {"build", "vision_1b"}
     assert choose(parts, ["vision_6b"]) == {"build", "vision_6b"}
