@@ -5,11 +5,25 @@ import triton.language as tl
 
 PIECE: tl.constexpr = tl.constexpr(64)  # columns of a block that the epilogue works on at a time
 RSQRT_2: tl.constexpr = tl.constexpr(0.7071067811865476)
+MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
+SERIES: tl.constexpr = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 
 @triton.jit
-def _gelu(t):
-    return 0.5 * t * (1.0 + tl.erf(t * RSQRT_2))
+def _gelu(t, dtype: tl.constexpr):
+    """t * Phi(t), for a result in `dtype`.
+
+    In 16 bits Phi is the approximation 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions": with one
+    exponential it takes half the instructions, which are what such a product waits for; the result is off by 3e-7 at
+    most.
+    """
+    if dtype == tl.float32:
+        return 0.5 * t * (1.0 + tl.erf(t * RSQRT_2))
+    size = tl.abs(t)
+    k = size * SERIES + 1.0
+    k = tl.rsqrt(k * k)  # a division is eight instructions
+    series = ((((1.061405429 * k - 1.453152027) * k + 1.421413741) * k - 0.284496736) * k + 0.254829592) * k
+    return tl.maximum(t, 0.0) - 0.5 * size * series * tl.exp2(t * t * MINUS_HALF_LOG2_E)
 
 
 @triton.jit
@@ -103,7 +117,7 @@ def fused_kernel(
             if bias is not None:
                 y += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
             if GELU:
-                y = _gelu(y)
+                y = _gelu(y, out.dtype.element_ty)
             if scale is not None:
                 y *= tl.load(scale + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
             if residual is not None:
@@ -140,7 +154,7 @@ def epilogue_kernel(
     inside = row_inside[:, None] & column_inside[None, :]
     y = tl.load(product + row[:, None] * product_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        y = _gelu(y)
+        y = _gelu(y, out.dtype.element_ty)
     if scale is not None:
         y *= tl.load(scale + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
