@@ -117,6 +117,8 @@ def attention_plans(work: Work, target: Target) -> dict[str, AttentionPlan]:
         fits = block_m >= 16 * num_warps and 4 * accumulators <= 3 * registers
         if fits and plan != plans["default"] and _fits(check_attention_plan, plan, channels, 2, target):
             plans[f"{block_m}x{block_n}, {num_warps} warps, {num_stages} stages"] = plan
+    if target.capability >= 90:  # has descriptors; of three stages alone, as they make the same difference to all
+        plans |= {f"{name}, host": replace(p, host_descriptor=True) for name, p in plans.items() if p.num_stages == 3}
     return plans
 
 

@@ -59,6 +59,7 @@ class AttentionPlan:
     block_n: int  # keys of a step of its loop
     num_warps: int
     num_stages: int
+    host_descriptor: bool = False  # where boxes of keys can be copied, the host describes them, once for all programs
 
     def shared_bytes(self, channels: int, itemsize: int) -> int:
         """At least: every stage holds a block of keys and one of values."""
@@ -93,6 +94,7 @@ _ALLOWED_ATTENTION: _Allowed = {
     "block_n": (16, 32, 64, 128, 256),
     "num_warps": (4, 8, 16),
     "num_stages": tuple(range(1, 6)),
+    "host_descriptor": (True, False),
 }
 
 

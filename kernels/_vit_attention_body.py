@@ -59,11 +59,13 @@ def _class_query(
 
 @triton.jit(do_not_specialize=["num_rows", "num_patch_rows"])  # one kernel for any number of tiles
 def vit_attention_kernel(
-    qkv, y, inverse_rms, q_norm, k_norm, qkv_stride, y_stride, num_rows, num_patch_rows, scale_log2,
+    qkv, y, descriptor, inverse_rms, q_norm, k_norm, qkv_stride, y_stride, num_rows, num_patch_rows, scale_log2,
     L: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CLASS_BLOCK: tl.constexpr, CLASS_STAGES: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs of one tile and head are neighbours, so that its keys and values stay in the L2 cache.
+
+    `descriptor` is that of qkv's rows if the host made one; else every program makes its own, in scratch memory.
 
     With norms the scores are inverse_rms_q * inverse_rms_k * sum_c q[c] * w_q[c] * w_k[c] * k[c]: what belongs to q and
     both weights goes into the block of q once, what belongs to a row of k into its column of scores. That equals
@@ -102,7 +104,9 @@ def vit_attention_kernel(
         key = tl.arange(0, BLOCK_N)
         real = (query < L) | (L % BLOCK_M == 0)
         q = tl.load(patch_qkv + query[:, None] * qkv_stride + channel[None, :], mask=real[:, None], other=0.0)
-        if USE_TMA:
+        if descriptor is not None:
+            rows = descriptor
+        elif USE_TMA:
             rows = tl.make_tensor_descriptor(qkv, [num_rows, 3 * E], [qkv_stride, 1], [BLOCK_N, C])
         else:
             k_pointers = patch_qkv + E + key[:, None] * qkv_stride + channel[None, :]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
@@ -85,6 +86,10 @@ def plan_vit_attention(
     aligned = qkv_RK.data_ptr() % 16 == 0 and qkv_RK.stride(0) * qkv_RK.itemsize % 16 == 0
     use_tma = target.capability in (90, 100, 103) and whole_blocks and aligned
 
+    descriptors: dict[str, TensorDescriptor] = {}
+    if use_tma and plan.host_descriptor:
+        sizes, strides = [num_rows, 3 * width], [qkv_RK.stride(0), 1]
+        descriptors["descriptor"] = TensorDescriptor(qkv_RK, sizes, strides, [plan.block_n, head_dim])
     launches: list[Launch] = []
     norms: dict[str, Tensor] = {}
     if q_norm_E is not None and k_norm_E is not None:
@@ -106,6 +111,7 @@ def plan_vit_attention(
             {
                 "qkv": qkv_RK,
                 "y": out,
+                **descriptors,
                 **norms,
                 "qkv_stride": qkv_RK.stride(0),
                 "y_stride": out.stride(0),
@@ -114,6 +120,7 @@ def plan_vit_attention(
                 "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
             },
             {
+                **({} if descriptors else {"descriptor": None}),
                 **({} if norms else dict.fromkeys(("inverse_rms", "q_norm", "k_norm"))),
                 "L": num_patches,
                 "H": num_heads,
@@ -127,7 +134,7 @@ def plan_vit_attention(
             },
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
-            descriptors=use_tma,
+            descriptors=use_tma and not descriptors,
             matrix_units=True,
         )
     )
@@ -222,6 +229,7 @@ _PLANS = {  # that a table may hold, far from the default
     "tall": AttentionPlan(256, 64, num_warps=16, num_stages=2),
     "wide": AttentionPlan(128, 128, num_warps=8, num_stages=2),
     "deep": AttentionPlan(64, 64, num_warps=4, num_stages=3),
+    "host": AttentionPlan(128, 64, num_warps=8, num_stages=3, host_descriptor=True),
 }
 
 SPEC = KernelSpec(
@@ -248,7 +256,7 @@ SPEC = KernelSpec(
             for name, p in _PLANS.items()
             for length in (130, 256)
         ),
-        *(_case(f"plan_{name}_norms", 1, 256, 1, 128, norms=True, plan=_PLANS[name]) for name in ("tall", "deep")),
+        *(_case(f"plan_{name}_norms", 1, 256, 1, 128, norms=True, plan=_PLANS[name]) for name in ("tall", "host")),
     ),
     model_cases=tuple(
         _case(f"{name}_{tiles}_tiles", tiles, 1024, heads, channels, norms=norms)

@@ -112,7 +112,7 @@ def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
 
 
 def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, str]) -> None:
-    """By Triton's own keys: a case of every operation of a model, the whole contract in every dtype, plans to tune."""
+    """By Triton's own keys: a case of every operation of a model, all of the contract, the plans to be tuned."""
     assert run_python(environment, ASK) == ""
 
 

@@ -160,6 +160,10 @@ def test_the_tables_of_the_package_are_read_for_targets_that_exist() -> None:
             "expected an object with the keys .'block_m'",
         ),
         ({"vit_attention": [attention(1, replace(FLAT, block_n=96))]}, "block_n: expected one of .* got 96"),
+        (
+            {"vit_attention": [attention(1, replace(FLAT, host_descriptor=1))]},
+            "host_descriptor: expected one of .* got 1",
+        ),
         ({"vit_attention": [attention(1, replace(FLAT, num_warps=True))]}, "num_warps: expected one of .* got True"),
         (
             {"vit_attention": [attention(1, AttentionPlan(128, 128, 8, 4), channels=128)]},

@@ -106,6 +106,22 @@ def test_what_was_measured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(13, 1024, 16, 64), (1, 1024, 16, 64)]
 
 
+@pytest.mark.parametrize(("patches", "padding", "made"), [(1024, 0, True), (1000, 0, False), (1024, 4, False)])
+def test_the_host_makes_a_descriptor_only_where_boxes_fit(patches: int, padding: int, made: bool) -> None:
+    """Then the kernel makes none, and needs no scratch memory."""
+    case = Case("other", {"I": 2, "L": patches, "H": 16, "C": 64, "padding": padding})
+    inputs = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))
+    inputs["plan"] = AttentionPlan(128, 64, num_warps=8, num_stages=3, host_descriptor=True)
+    launch = plan_vit_attention(**inputs, out=torch.empty_like(SPEC.reference(**inputs)), target=TARGETS[90])[-1]
+    assert not launch.descriptors
+    assert ("descriptor" in launch.args) == made
+    if made:
+        descriptor = launch.args["descriptor"]
+        assert descriptor.base is inputs["qkv_RK"]
+        assert (descriptor.shape, descriptor.strides) == ([2 * 1025, 3 * 1024], [3 * 1024, 1])
+        assert descriptor.block_shape == [64, 64]
+
+
 def uses_tma(case: Case, capability: int) -> bool:
     inputs = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))
     out = torch.empty_like(SPEC.reference(**inputs))

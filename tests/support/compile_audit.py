@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_rt.kernels._contract import Case, KernelSpec
@@ -104,6 +105,9 @@ def source_of(launch: Launch) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible = (value.storage_offset() * value.itemsize) % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+            specialise = False
         elif isinstance(value, float):
             signature[name], specialise = "fp32", False
         elif value == 1 and specialise:
