@@ -1,0 +1,177 @@
+"""Engines on the stand-in for CUDA, in the environment that `fake_driver.fake_environment` makes.
+
+    python tests/support/fake_serving.py OPTIONS [MISTAKE]     JSON for the engine; one of MISTAKES, planted beforehand
+
+Prints one JSON object: where the host waited, what was in no order, the number of steps, what was launched and how.
+"""
+
+import json
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import internvl_rt
+from internvl_rt import Engine, RequestError, SamplingParams, device_stream, kv_cache, runner, sampler, step
+from internvl_rt.device_stream import Arriving, DeviceStream
+from internvl_rt.loop import StepLoop
+from internvl_rt.runner import Runner
+from support.fake_cuda import MACHINE, CudaMode, DeviceTensor, use_fake_cuda
+from support.fake_driver import use_fake_driver
+
+SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
+OPTIONS: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "kv_cache_bytes": 4 << 20,
+    "max_num_seqs": 4,
+    "max_model_len": 1024,
+    "max_tokens_per_step": 200,
+}
+
+
+def copy_and_wait(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return host.to(device)
+
+
+def replace_everywhere(name: str, value: object) -> None:
+    for module in (device_stream, kv_cache, runner, sampler, step):
+        if hasattr(module, name):
+            setattr(module, name, value)
+
+
+MISTAKES: dict[str, Callable[[], None]] = {
+    "copies from pageable memory": lambda: replace_everywhere("to_device", copy_and_wait),
+    "results copied to pageable memory": lambda: replace_everywhere("to_host", lambda tensor: tensor.to("cpu")),
+    "no stream of its own": lambda: setattr(DeviceStream, "use", lambda self: torch.cuda.stream(MACHINE.stream)),
+    "pictures not waited for": lambda: setattr(Arriving, "take", lambda self: self.tensor),
+    "results handed over in no order": lambda: setattr(DeviceStream, "hand_over", lambda self, tensor: tensor),
+    "memory used elsewhere forgotten": lambda: setattr(DeviceTensor, "record_stream", lambda self, stream: None),
+    "weights taken in no order": lambda: setattr(DeviceStream, "adopt", lambda self, tensors: None),
+}
+
+
+def watch() -> Counter[str]:
+    """Names the phases of a step, and counts launches, and those with a step under way."""
+    counts: Counter[str] = Counter()
+
+    def during(owner: Any, name: str, phase: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with MACHINE.during(phase):
+                return original(self, *args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    during(StepLoop, "_step", "between launches")
+    during(Runner, "launch", "launch")
+    during(Runner, "collect", "collect")
+    launch = StepLoop._launch
+
+    def counted(self: StepLoop, chunks: Any) -> None:
+        counts["launches"] += 1
+        counts["ahead"] += bool(self._running)
+        launch(self, chunks)
+
+    StepLoop._launch = counted  # type: ignore[method-assign]
+    return counts
+
+
+def ask(engine: Engine, rng: random.Random) -> None:
+    """Requests of every kind, alone and together, from a thread whose stream changes."""
+
+    def message(*parts: dict[str, Any], words: int = 20) -> list[dict[str, Any]]:
+        text = {"type": "text", "text": "a " * rng.randint(1, words)}
+        return [{"role": "user", "content": [*parts, text]}]
+
+    picture = {"type": "image", "image": str(SAMPLE)}
+
+    def noise() -> dict[str, Any]:
+        side = rng.choice((30, 90))
+        pixels = np.random.default_rng(rng.randint(0, 99)).integers(0, 256, (side, 70, 3), dtype=np.uint8)
+        return {"type": "image", "image": pixels}
+
+    some = {"max_tokens": 6, "ignore_eos": True}
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "top_k": 5, "n": 2},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 0.7, "repetition_penalty": 1.1, "min_tokens": 2},
+    ]
+    params = [SamplingParams(**some | kind) for kind in kinds]
+    for each in params:
+        engine.chat(message(picture), each)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        engine.generate([message(noise(), words=200) for _ in range(12)], params * 3)
+        embeds = engine.encode_images([SAMPLE, noise()["image"]])
+        changed = [each * 2 for each in embeds]  # by the caller, on the caller's stream
+        parts = [{"type": "image_embeds", "image_embeds": each} for each in changed]
+        parts.append({"type": "image_embeds", "image_embeds": changed[0].float().cpu()})
+        del changed
+        engine.chat(message(*parts), params[0])
+        del parts, embeds
+        noises = engine.encode_images([noise()["image"] for _ in range(3)], cache_salt="nobody else's")
+        sums = [each.sum() for each in noises]
+        del noises  # while the caller's stream may still read them
+        engine.visual_cache._entries.clear()
+    del sums
+    engine.generate([message(noise(), noise(), words=400) for _ in range(5)], params[0])
+    with suppress(RequestError):  # the same token is drawn each time, since nothing is computed: it breaks the grammar
+        engine.chat(message(), SamplingParams(**some, regex="[0-9]+"))
+
+
+def serve(options: dict[str, Any]) -> None:
+    with Engine.from_pretrained("tiny", **options) as engine:
+        MACHINE.waits.clear()
+        MACHINE.launches.clear()
+        ask(engine, random.Random(0))
+
+
+def serve_while_another_is_built(options: dict[str, Any]) -> None:
+    """One in a thread of its own; the other is built meanwhile, and then both answer in turn."""
+    first = Engine.from_pretrained("tiny", **options)
+    built = threading.Event()
+
+    def go_on() -> None:
+        with CudaMode():
+            rng = random.Random(2)
+            while not built.is_set():
+                ask(first, rng)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        second = Engine.from_pretrained("tiny", **options)
+    finally:
+        built.set()
+        thread.join()
+    for engine in (first, second, first):
+        ask(engine, random.Random(3))
+
+
+if __name__ == "__main__":
+    use_fake_driver()
+    mode = use_fake_cuda()
+    counts = watch()
+    options = OPTIONS | json.loads(sys.argv[1])
+    for mistake in sys.argv[2:]:
+        MISTAKES[mistake]()
+    with mode:
+        serve(options)
+        waits = Counter(f"{wait['what']}, {wait['phase']}" for wait in MACHINE.waits)
+        launches = Counter(launch.kernel.__name__ for launch in MACHINE.launches)
+        early = Counter(launch.kernel.__name__ for launch in MACHINE.launches if launch.pdl)
+        graphs = MACHINE.num_replays
+        if not sys.argv[2:]:
+            serve_while_another_is_built(options)
+    found = {"waits": waits, "races": Counter(MACHINE.races), "steps": counts}
+    print(json.dumps(found | {"launches": launches, "early": early, "replays": graphs}))
