@@ -13,14 +13,14 @@ ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to wha
 
 
 @triton.jit
-def probability(exponent, DTYPE: tl.constexpr):
-    """2 ** exponent, as a factor of a product in DTYPE; at most 1.
+def probability(exponent, dtype: tl.constexpr):
+    """2 ** exponent, as a factor of a product in `dtype`; at most 1.
 
     The exponent is a difference that is 0 at most, but hardware rounds only one side of it (score * scale - top is a
     fused multiply-add, top a rounded product): from scores of 2^26 on it can be several units above 0, and 2 to its
     power beyond the range of float16.
     """
-    if DTYPE == tl.float16:
+    if dtype == tl.float16:
         exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(exponent)
 
@@ -142,10 +142,10 @@ def decode_attention_kernel(
     no_split_end = tl.load(split_start + item + 1, mask=item < num_rows, other=1)
     first_split = tl.load(split_start + row, mask=row >= 0, other=0)
     num_splits = tl.load(split_start + row + 1, mask=row >= 0, other=0) - first_split
-    begin = first_block * P
-    stop = tl.minimum(end_block * P, tl.load(seq_len + row, mask=row >= 0, other=0))
+    begin, planned_stop = first_block * P, end_block * P
+    stop = tl.minimum(planned_stop, tl.load(seq_len + row, mask=row >= 0, other=0))
     table = block_table + row.to(tl.int64) * table_stride
-    blocks = table_blocks(table, begin, stop, P, BLOCK)
+    blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # does not wait for the length
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -18,12 +18,12 @@ from internvl_rt._C import PagedKVCache
 from internvl_rt.config import KNOWN_MODELS
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import run, target_of
+from internvl_rt.kernels._split_plan import num_split_items, plan_splits
 from internvl_rt.kernels.decode_attention import (
     MODEL_HEADS,
     SPEC,
     decode_attention,
     decode_attention_reference,
-    num_split_items,
     plan_decode_attention,
 )
 from support.instruction_order import instructions_of
@@ -118,12 +118,52 @@ def test_the_table_of_heads_is_that_of_the_known_models() -> None:
 # Split plans
 
 
-@given(st.integers(0, 300), st.integers(1, 16), st.integers(1, 200))
+@given(st.integers(0, 300), st.integers(1, 16), st.integers(16, 200))
 def test_a_plan_has_room_for_every_sequence_and_for_two_programs_a_multiprocessor(s: int, g: int, sms: int) -> None:
     items = num_split_items(s, g, sms)
     assert items >= s
-    assert items * g >= 2 * sms
-    assert items <= s + 2 * sms / g + 1
+    at_once = items - max(0, s - 1)
+    assert at_once * g <= 2 * sms < (at_once + 1) * g
+
+
+@given(st.integers(1, 132), st.integers(1, 3000), st.sampled_from([2, 4, 8]))
+def test_programs_of_equal_rows_are_resident_at_once_and_equally_long(rows: int, blocks: int, kv_heads: int) -> None:
+    """Unless there are more rows than that: a program that begins when the others end has the chip to itself."""
+    plan = plan_splits([blocks] * rows, num_split_items(rows, kv_heads, 132))
+    lengths = {stop - first for items in plan for _, first, stop in items[:-1]}
+    assert len(lengths) <= 1
+    if rows * kv_heads <= 264:
+        assert sum(map(len, plan)) * kv_heads <= 264
+    else:
+        assert all(len(items) == 1 for items in plan)
+
+
+def test_one_long_row_among_many_short_ones_is_split() -> None:
+    """There are more rows than programs at once, but nobody may wait for the one."""
+    plan = plan_splits([512] + [32] * 199, num_split_items(200, 4, 132))
+    assert len(plan[0]) > 4
+    assert all(len(items) == 1 for items in plan[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "context", "splits", "length"),
+    [
+        ("1b", 1, 2048, 16, 2),
+        ("8b", 1, 2048, 16, 2),
+        ("1b", 1, 32768, 64, 8),
+        ("8b", 1, 32768, 64, 8),
+        ("8b", 8, 2048, 8, 4),
+        ("8b", 8, 32768, 8, 64),
+        ("8b", 64, 32768, 1, 512),
+        ("78b", 64, 32768, 1, 512),
+    ],
+)
+def test_the_plans_that_are_measured(name: str, batch: int, context: int, splits: int, length: int) -> None:
+    case = next(case for case in SPEC.model_cases if case.name == f"{name}_{batch}_x_{context}")
+    starts = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))["split_start_S1"]
+    assert starts.shape == (batch + 1,)
+    for row, items in enumerate(plan_splits([context // 64] * batch, case["room"])):
+        assert items == [[row, length * i, length * (i + 1)] for i in range(splits)]
 
 
 @pytest.mark.parametrize(("sequences", "kv_heads", "items"), [(0, 4, 66), (1, 4, 66), (1, 8, 33), (64, 2, 195)])
