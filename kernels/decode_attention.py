@@ -305,6 +305,7 @@ SPEC = KernelSpec(
         *(_case(f"group_{group}", [70], 2 * group, 2, 32) for group in (1, 5, 6, 7, 16)),
         _case("one_split_each", [130, 64, 7], 4, 2, split=99),
         _case("many_splits", [1170], 7, 1, 64, split=1),
+        _case("very_many_splits", [1130, 20], 7, 1, 64, P=16, split=1),
         _case("empty_rows", [0, 5, 0, 0, 129, 0], 4, 2, 32, spare=2),
         _case("all_empty", [0, 0], 4, 2, 32),
         _case("no_rows", []),

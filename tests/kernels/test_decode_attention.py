@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.config import KNOWN_MODELS
 from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels._decode_attention_body import probability
 from internvl_rt.kernels._launch import run, target_of
 from internvl_rt.kernels._split_plan import num_split_items, plan_splits
 from internvl_rt.kernels.decode_attention import (
@@ -295,6 +298,32 @@ def test_the_plan_is_read_before_the_wait_and_all_else_after_it() -> None:
         assert set(before) == {"LDG"}
         assert len(before) == 9  # an item's three numbers, two splits' ends, two of the row's, its length and a block
         assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
+
+
+def test_parts_are_added_without_a_barrier_and_several_are_on_their_way() -> None:
+    """In the machine code: behind the count of arrivals, what lies between two jumps back."""
+    cases = [("decode_attention", case, cap) for case in ("1b_1_x_2048", "8b_8_x_2048") for cap in (80, 90, 100, 120)]
+    for found in instructions_of(cases, r"\b(ATOMG|BAR|BRA|LDG\.E\.128|FFMA)").values():
+        loops = " ".join(found[found.index("ATOMG") :]).split("BRA")
+        (adding,) = [loop.split() for loop in loops if loop.count("LDG.E.128") >= 16]
+        assert "BAR" not in adding
+        assert adding.count("LDG.E.128") == 16
+        assert adding.index("FFMA") >= 4, "the first part is added before others are asked for"
+
+
+@triton.jit
+def _probability_kernel(exponent, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, probability(tl.load(exponent + at), out.dtype.element_ty).to(out.dtype.element_ty))
+
+
+def test_a_weight_in_float16_is_at_most_1_and_stays_nan() -> None:
+    """An exponent above 0 is what the rounding of huge scores leaves on hardware."""
+    exponent = torch.tensor([20.0, 0.0, -1.0, -math.inf, math.nan, 128.0, 3.0, -3.0], device=DEVICE)
+    out = torch.empty(8, dtype=torch.float16, device=DEVICE)
+    _probability_kernel[(1,)](exponent, out, 8)
+    expected = torch.tensor([1.0, 1.0, 0.5, 0.0, math.nan, 1.0, 1.0, 0.125], dtype=torch.float16, device=DEVICE)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # With programs that really run at once
