@@ -23,8 +23,8 @@ from internvl_rt.config import KNOWN_MODELS, DecoderConfig, load_config
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec
 from internvl_rt.kernels._gemv_plan import MAX_ROWS
 from internvl_rt.kernels._launch import TARGETS, Launch
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.decode_attention import SPEC as DECODE_ATTENTION
-from internvl_rt.kernels.decode_attention import num_split_items
 from internvl_rt.kernels.embed_tokens import SPEC as EMBED_TOKENS
 from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
 from internvl_rt.kernels.gemv import SPEC as GEMV

@@ -1,5 +1,6 @@
 // The part of PagedKVCache that talks to the device: the buffers of a step, fences, copies; and the check of the whole.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "check.h"
@@ -8,12 +9,20 @@
 namespace internvl_rt {
 namespace {
 
-// A decode split reads at least this many blocks: below, the second kernel pass costs more than it hides.
-constexpr std::int64_t kMinBlocksPerSplit = 4;
+// A row of up to so many blocks is read by one program of decode attention.
+constexpr std::int64_t kMaxUnsplitBlocks = 4;
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Into how many splits a row of so many blocks is cut, given how long they should be for the batch's sake. The last split
+// to finish adds up all of them: below sqrt(blocks / 8) blocks that takes longer than shorter splits save.
+std::int64_t num_splits(std::int64_t num_blocks, std::int64_t longest) {
+  if (num_blocks <= kMaxUnsplitBlocks) return num_blocks > 0 ? 1 : 0;
+  const auto shortest = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(num_blocks) / 8)));
+  return ceil_div(num_blocks, std::max(longest, shortest));
+}
 
 void check_size(const char* name, std::size_t actual, std::size_t expected) {
   CHECK_ARGUMENT(actual == expected, name, ": expected size ", expected, ", got ", actual);
@@ -86,37 +95,48 @@ void PagedKVCache::check_step(const StepBuffers& step) {
                  " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
 }
 
-// As many splits as there are items, all of the same number of blocks: what a multiprocessor reads depends on the work
-// of the whole batch, not on how it is spread over sequences.
+// The rule and its reasons are those of kernels/_split_plan.py: as many splits as programs are resident at once, equally
+// long in a row, and not shorter than pays.
 void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
-  const std::int64_t num_items = std::ssize(step.split_W3) / 3;
-  const auto num_splits_of = [&](std::size_t row, std::int64_t blocks_per_split) {
-    if (row >= batch_.size() || step.num_new_tokens[row] != 1) return std::int64_t{0};
-    return ceil_div(blocks_for(batch_[row]->length), blocks_per_split);
+  const std::size_t num_rows = step.seq_len_S.size();
+  const auto num_blocks_of = [&](std::size_t row) {
+    const bool is_decode = row < batch_.size() && step.num_new_tokens[row] == 1;
+    return is_decode ? blocks_for(batch_[row]->length) : 0;
   };
-  const auto total = [&](std::int64_t blocks_per_split) {
+  const auto total = [&](std::int64_t longest) {
     std::int64_t sum = 0;
-    for (std::size_t row = 0; row < batch_.size(); ++row) sum += num_splits_of(row, blocks_per_split);
+    for (std::size_t row = 0; row < batch_.size(); ++row) sum += num_splits(num_blocks_of(row), longest);
     return sum;
   };
-  const std::int64_t num_blocks = total(1), num_decodes = total(pool_.num_blocks());
-  std::int64_t blocks_per_split = std::max(kMinBlocksPerSplit, ceil_div(num_blocks, std::max<std::int64_t>(num_items, 1)));
-  if (total(blocks_per_split) > num_items) {  // each row's last split may be short: leave room for one a row
-    const std::int64_t spare = num_items - num_decodes;
-    blocks_per_split = spare > 0 ? ceil_div(num_blocks, spare) : pool_.num_blocks();
-  }
-  std::size_t item = 0;
-  for (std::size_t row = 0; row < step.seq_len_S.size(); ++row) {
-    step.split_start_S1[row] = static_cast<std::int32_t>(item);
-    const std::int64_t num_splits = num_splits_of(row, blocks_per_split);
-    for (std::int64_t split = 0; split < num_splits; ++split, ++item) {
-      const std::int64_t end = std::min((split + 1) * blocks_per_split, blocks_for(batch_[row]->length));
-      step.split_W3[3 * item] = static_cast<std::int32_t>(row);
-      step.split_W3[3 * item + 1] = static_cast<std::int32_t>(split * blocks_per_split);
-      step.split_W3[3 * item + 2] = static_cast<std::int32_t>(end);
+  const std::int64_t num_items = std::ssize(step.split_W3) / 3;
+  const std::int64_t resident = std::max<std::int64_t>(1, num_items - std::ssize(step.seq_len_S) + 1);
+  std::int64_t num_blocks = 0;
+  for (std::size_t row = 0; row < batch_.size(); ++row) num_blocks += num_blocks_of(row);
+  const std::int64_t even = std::max<std::int64_t>(1, ceil_div(num_blocks, resident));
+  std::int64_t longest = even;
+  if (total(2 * even) <= resident) {  // the shortest that makes one wave
+    for (std::int64_t end = 2 * even; longest < end;) {
+      const std::int64_t middle = (longest + end) / 2;
+      if (total(middle) <= resident) {
+        end = middle;
+      } else {
+        longest = middle + 1;
+      }
     }
   }
-  step.split_start_S1[step.seq_len_S.size()] = static_cast<std::int32_t>(item);
+  std::size_t item = 0;
+  for (std::size_t row = 0; row < num_rows; ++row) {
+    step.split_start_S1[row] = static_cast<std::int32_t>(item);
+    const std::int64_t row_blocks = num_blocks_of(row);
+    if (row_blocks == 0) continue;
+    const std::int64_t length = ceil_div(row_blocks, num_splits(row_blocks, longest));
+    for (std::int64_t first = 0; first < row_blocks; first += length, ++item) {
+      step.split_W3[3 * item] = static_cast<std::int32_t>(row);
+      step.split_W3[3 * item + 1] = static_cast<std::int32_t>(first);
+      step.split_W3[3 * item + 2] = static_cast<std::int32_t>(std::min(first + length, row_blocks));
+    }
+  }
+  step.split_start_S1[num_rows] = static_cast<std::int32_t>(item);
   std::ranges::fill(step.split_W3.subspan(3 * item), -1);
 }
 

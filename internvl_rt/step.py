@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.device_stream import host_memory, to_device
-from internvl_rt.kernels.decode_attention import num_split_items
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.ops import Batch
 from internvl_rt.sequence import Sequence

@@ -16,7 +16,7 @@ from torch import Tensor
 from internvl_rt.config import DecoderConfig
 from internvl_rt.cuda_graph import Capture, Replay
 from internvl_rt.device_stream import Fence, host_memory
-from internvl_rt.kernels.decode_attention import num_split_items
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
 from internvl_rt.work import decoder_work

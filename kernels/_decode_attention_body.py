@@ -142,10 +142,10 @@ def decode_attention_kernel(
     no_split_end = tl.load(split_start + item + 1, mask=item < num_rows, other=1)
     first_split = tl.load(split_start + row, mask=row >= 0, other=0)
     num_splits = tl.load(split_start + row + 1, mask=row >= 0, other=0) - first_split
-    begin = first_block * P
-    stop = tl.minimum(end_block * P, tl.load(seq_len + row, mask=row >= 0, other=0))
+    begin, planned_stop = first_block * P, end_block * P
+    stop = tl.minimum(planned_stop, tl.load(seq_len + row, mask=row >= 0, other=0))
     table = block_table + row.to(tl.int64) * table_stride
-    blocks = table_blocks(table, begin, stop, P, BLOCK)
+    blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # does not wait for the length
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

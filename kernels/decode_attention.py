@@ -9,13 +9,15 @@ does not depend on which one was last. The grid is fixed by the plan's width, so
 """
 
 import math
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
-from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
+from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._split_plan import num_split_items, plan_splits
 from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -52,16 +54,6 @@ def decode_attention_reference(
         q_SHC[used], k_cache_BGPC, v_cache_BGPC, block_table_SN[used], query_start, seq_len_S[used]
     )
     return out_SHC
-
-
-def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
-    """How many items the split plan of a batch should have room for: two programs a multiprocessor, and one a sequence.
-
-    Two are resident at 128 channels and saturate the memory. A row's last split may be short, so rows take up to one
-    item each beyond what an even division of all blocks needs; the first row's is in the division. Items that a plan
-    leaves empty cost next to nothing.
-    """
-    return max(0, num_sequences - 1) + -(-2 * num_sms // num_kv_heads)
 
 
 def plan_decode_attention(
@@ -254,18 +246,23 @@ def make_paged_cache(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`split`: at least so many blocks of each item; `spare`: so many more items than the plan needs."""
+    """`room`: of the plan, which is then the engine's; or `split`: so many blocks of each item, and `spare` items more
+    than that needs.
+    """
     seq_lens, block_size = case["seq_lens"], case["P"]
     heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, NaN beside it
     q = torch.full((len(seq_lens), heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
     q[:, : case["H"]] = torch.randn(len(seq_lens), case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
     k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)
-    starts, items = [0], []
-    for row, length in enumerate(seq_lens):
-        num_blocks = -(-length // block_size)
-        items += [[row, first, min(first + case["split"], num_blocks)] for first in range(0, num_blocks, case["split"])]
-        starts.append(len(items))
-    items += [[-1, -1, -1]] * (max(0, len(seq_lens) - len(items)) + case.sizes.get("spare", 0))
+    num_blocks = [-(-length // block_size) for length in seq_lens]
+    if "room" in case.sizes:
+        rows = plan_splits(num_blocks, case["room"])
+    else:
+        split = case["split"]
+        rows = [[[row, i, min(i + split, n)] for i in range(0, n, split)] for row, n in enumerate(num_blocks)]
+    starts, items = [0, *accumulate(map(len, rows))], list(chain.from_iterable(rows))
+    spare = max(0, len(seq_lens) - len(items)) + case.sizes.get("spare", 0)
+    items += [[-1, -1, -1]] * (case["room"] - len(items) if "room" in case.sizes else spare)
     return {
         "q_SHC": q[:, : case["H"]],
         "k_cache_BGPC": k,
@@ -292,10 +289,8 @@ def _case(
 
 def _model_case(name: str, batch: int, context: int) -> Case:
     heads, kv_heads, channels = MODEL_HEADS[name]
-    items = num_split_items(batch, kv_heads, num_sms=132)
-    split = max(4, cdiv(batch * context // 64, items))
-    lens = [context] * batch
-    return _case(f"{name}_{batch}_x_{context}", lens, heads, kv_heads, channels, split=split)
+    room = num_split_items(batch, kv_heads, num_sms=132)
+    return _case(f"{name}_{batch}_x_{context}", [context] * batch, heads, kv_heads, channels, room=room)
 
 
 SPEC = KernelSpec(
@@ -313,6 +308,7 @@ SPEC = KernelSpec(
         *(_case(f"group_{group}", [70], 2 * group, 2, 32) for group in (1, 5, 6, 7, 16)),
         _case("one_split_each", [130, 64, 7], 4, 2, split=99),
         _case("many_splits", [1170], 7, 1, 64, split=1),
+        _case("very_many_splits", [1130, 20], 7, 1, 64, P=16, split=1),
         _case("empty_rows", [0, 5, 0, 0, 129, 0], 4, 2, 32, spare=2),
         _case("all_empty", [0, 0], 4, 2, 32),
         _case("no_rows", []),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvl_rt.config import KNOWN_MODELS, DecoderConfig, load_config
 from internvl_rt.kernels._launch import Launch
-from internvl_rt.kernels.decode_attention import num_split_items
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
 from internvl_rt.kernels.sample import SPEC as SAMPLE
 from internvl_rt.model.internvl import build_weights, named_parameters

@@ -42,6 +42,7 @@ MODULES = [
     "kernels._vit_attention_body",
     "kernels.vit_attention",
     "kernels.paged_attention",
+    "kernels._split_plan",
     "kernels._decode_attention_body",
     "kernels.decode_attention",
     "kernels._prefill_attention_body",

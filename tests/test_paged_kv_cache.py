@@ -1,13 +1,16 @@
 """The C++ block bookkeeping: against a naive model under random operations, and its rules one by one."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from internvl_rt._C import PagedKVCache
+from internvl_rt.kernels._split_plan import plan_splits
 from paged_kv_cache.buffers import POISON, check_split_plan, step_buffers
 from paged_kv_cache.contents import Contents
 from paged_kv_cache.machine import PagedKVCacheMachine
@@ -279,7 +282,20 @@ def test_a_split_plan_covers_every_block_once_with_the_items_it_has(lengths: lis
     first, second, third = (-(-length // 2) for length in lengths)
     starts = out["split_start_S1"].tolist()
     check_split_plan(starts, out["split_W3"].tolist(), [first, 0, second, third, 0, 0])
-    assert starts[-1] == num_items or starts[-1] >= min(num_items - 3, (first + second + third) // 4) // 2
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=12), st.integers(0, 3), st.integers(0, 140))
+def test_a_split_plan_is_that_of_the_rule_in_python(num_blocks: list[int], padding: int, more_items: int) -> None:
+    cache = PagedKVCache(sum(num_blocks), 1)
+    for seq_id, length in enumerate(num_blocks):
+        admitted(cache, seq_id, length)
+    num_rows, num_items = len(num_blocks) + padding, len(num_blocks) + more_items
+    out = step_buffers(num_rows, max(num_blocks), len(num_blocks), num_items)
+    cache.fill_step(np.arange(len(num_blocks), dtype=np.int32), np.ones(len(num_blocks), np.int32), **out)
+    starts, items = out["split_start_S1"].tolist(), out["split_W3"].tolist()
+    padded = num_blocks + [0] * padding
+    assert [items[start:stop] for start, stop in pairwise(starts)] == plan_splits(padded, num_items)
+    check_split_plan(starts, items, padded)
 
 
 def test_a_split_plan_with_too_few_items_is_refused_and_nothing_is_written() -> None:

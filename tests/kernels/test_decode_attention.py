@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,13 +19,14 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.config import KNOWN_MODELS
 from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels._decode_attention_body import probability
 from internvl_rt.kernels._launch import run, target_of
+from internvl_rt.kernels._split_plan import num_split_items, plan_splits
 from internvl_rt.kernels.decode_attention import (
     MODEL_HEADS,
     SPEC,
     decode_attention,
     decode_attention_reference,
-    num_split_items,
     plan_decode_attention,
 )
 from support.instruction_order import instructions_of
@@ -118,12 +121,52 @@ def test_the_table_of_heads_is_that_of_the_known_models() -> None:
 # Split plans
 
 
-@given(st.integers(0, 300), st.integers(1, 16), st.integers(1, 200))
+@given(st.integers(0, 300), st.integers(1, 16), st.integers(16, 200))
 def test_a_plan_has_room_for_every_sequence_and_for_two_programs_a_multiprocessor(s: int, g: int, sms: int) -> None:
     items = num_split_items(s, g, sms)
     assert items >= s
-    assert items * g >= 2 * sms
-    assert items <= s + 2 * sms / g + 1
+    at_once = items - max(0, s - 1)
+    assert at_once * g <= 2 * sms < (at_once + 1) * g
+
+
+@given(st.integers(1, 132), st.integers(1, 3000), st.sampled_from([2, 4, 8]))
+def test_programs_of_equal_rows_are_resident_at_once_and_equally_long(rows: int, blocks: int, kv_heads: int) -> None:
+    """Unless there are more rows than that: a program that begins when the others end has the chip to itself."""
+    plan = plan_splits([blocks] * rows, num_split_items(rows, kv_heads, 132))
+    lengths = {stop - first for items in plan for _, first, stop in items[:-1]}
+    assert len(lengths) <= 1
+    if rows * kv_heads <= 264:
+        assert sum(map(len, plan)) * kv_heads <= 264
+    else:
+        assert all(len(items) == 1 for items in plan)
+
+
+def test_one_long_row_among_many_short_ones_is_split() -> None:
+    """There are more rows than programs at once, but nobody may wait for the one."""
+    plan = plan_splits([512] + [32] * 199, num_split_items(200, 4, 132))
+    assert len(plan[0]) > 4
+    assert all(len(items) == 1 for items in plan[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "context", "splits", "length"),
+    [
+        ("1b", 1, 2048, 16, 2),
+        ("8b", 1, 2048, 16, 2),
+        ("1b", 1, 32768, 64, 8),
+        ("8b", 1, 32768, 64, 8),
+        ("8b", 8, 2048, 8, 4),
+        ("8b", 8, 32768, 8, 64),
+        ("8b", 64, 32768, 1, 512),
+        ("78b", 64, 32768, 1, 512),
+    ],
+)
+def test_the_plans_that_are_measured(name: str, batch: int, context: int, splits: int, length: int) -> None:
+    case = next(case for case in SPEC.model_cases if case.name == f"{name}_{batch}_x_{context}")
+    starts = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))["split_start_S1"]
+    assert starts.shape == (batch + 1,)
+    for row, items in enumerate(plan_splits([context // 64] * batch, case["room"])):
+        assert items == [[row, length * i, length * (i + 1)] for i in range(splits)]
 
 
 @pytest.mark.parametrize(("sequences", "kv_heads", "items"), [(0, 4, 66), (1, 4, 66), (1, 8, 33), (64, 2, 195)])
@@ -255,6 +298,32 @@ def test_the_plan_is_read_before_the_wait_and_all_else_after_it() -> None:
         assert set(before) == {"LDG"}
         assert len(before) == 9  # an item's three numbers, two splits' ends, two of the row's, its length and a block
         assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
+
+
+def test_parts_are_added_without_a_barrier_and_several_are_on_their_way() -> None:
+    """In the machine code: behind the count of arrivals, what lies between two jumps back."""
+    cases = [("decode_attention", case, cap) for case in ("1b_1_x_2048", "8b_8_x_2048") for cap in (80, 90, 100, 120)]
+    for found in instructions_of(cases, r"\b(ATOMG|BAR|BRA|LDG\.E\.128|FFMA)").values():
+        loops = " ".join(found[found.index("ATOMG") :]).split("BRA")
+        (adding,) = [loop.split() for loop in loops if loop.count("LDG.E.128") >= 16]
+        assert "BAR" not in adding
+        assert adding.count("LDG.E.128") == 16
+        assert adding.index("FFMA") >= 4, "the first part is added before others are asked for"
+
+
+@triton.jit
+def _probability_kernel(exponent, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, probability(tl.load(exponent + at), out.dtype.element_ty).to(out.dtype.element_ty))
+
+
+def test_a_weight_in_float16_is_at_most_1_and_stays_nan() -> None:
+    """An exponent above 0 is what the rounding of huge scores leaves on hardware."""
+    exponent = torch.tensor([20.0, 0.0, -1.0, -math.inf, math.nan, 128.0, 3.0, -3.0], device=DEVICE)
+    out = torch.empty(8, dtype=torch.float16, device=DEVICE)
+    _probability_kernel[(1,)](exponent, out, 8)
+    expected = torch.tensor([1.0, 1.0, 0.5, 0.0, math.nan, 1.0, 1.0, 0.125], dtype=torch.float16, device=DEVICE)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # With programs that really run at once

@@ -1,11 +1,12 @@
 """The buffers of a step, and what a split plan must look like."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 POISON = -7  # in every buffer before a step, so that an entry which is not written shows
-MIN_BLOCKS_PER_SPLIT = 4
+MAX_UNSPLIT_BLOCKS = 4  # of a row that is never split
 
 
 def int32(values: list[int]) -> np.ndarray:
@@ -28,7 +29,8 @@ def check_split_plan(starts: list[int], items: list[list[int]], num_blocks: list
     """num_blocks: of each row, 0 for those that are not to be split."""
     assert starts[0] == 0
     assert len(starts) == len(num_blocks) + 1
-    sizes = set()
+    resident = max(1, len(items) - len(num_blocks) + 1)
+    even = max(1, math.ceil(sum(num_blocks) / resident))
     for row, end in enumerate(num_blocks):
         splits = items[starts[row] : starts[row + 1]]
         assert [split[0] for split in splits] == [row] * len(splits)
@@ -36,8 +38,12 @@ def check_split_plan(starts: list[int], items: list[list[int]], num_blocks: list
         assert borders[0] == 0
         assert [split[2] for split in splits] == borders[1:]
         lengths = [end - start for _, start, end in splits]
-        sizes |= set(lengths[:-1])
-        assert not lengths or 0 < lengths[-1] <= min(sizes, default=lengths[-1])
-    assert len(sizes) <= 1, "splits of different lengths"
-    assert min(sizes, default=MIN_BLOCKS_PER_SPLIT) >= MIN_BLOCKS_PER_SPLIT
+        if end <= MAX_UNSPLIT_BLOCKS:
+            assert lengths == [end] * bool(end)
+            continue
+        assert len(set(lengths[:-1])) <= 1, "splits of different lengths"
+        assert 0 < lengths[-1] <= lengths[0]
+        shortest = math.ceil(math.sqrt(end / 8))
+        assert lengths[0] <= max(2 * even, shortest), "a split longer than two even ones"
+        assert len(lengths) <= math.ceil(end / shortest), "splits shorter than pays"
     assert all(item == [-1, -1, -1] for item in items[starts[-1] :])

@@ -15,15 +15,15 @@ NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT)\b"  # ACQBULK: gdc
 Job = tuple[str, str, int]  # an operation, a model case of it, an architecture
 
 
-def instructions_of(jobs: list[Job]) -> dict[Job, list[str]]:
-    """Those of `NAMES`, in their order, of each job's first launch in bfloat16."""
+def instructions_of(jobs: list[Job], names: str = NAMES) -> dict[Job, list[str]]:
+    """Those that the pattern `names` finds, in their order, of each job's first launch in bfloat16."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(jobs)]
+    command = [sys.executable, __file__, json.dumps(jobs), names]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)
     return dict(zip(jobs, json.loads(output.stdout), strict=True))
 
 
-def _build(operation: str, case_name: str, capability: int) -> list[str]:
+def _build(operation: str, case_name: str, capability: int, names: str) -> list[str]:
     sys.path.insert(0, str(TESTS))
     import torch
 
@@ -34,8 +34,8 @@ def _build(operation: str, case_name: str, capability: int) -> list[str]:
     spec = discover_specs()[operation]
     case = next(case for case in spec.model_cases if case.name == case_name)
     launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[0]
-    return re.findall(NAMES, dump(build(launch, capability).asm["cubin"], "--dump-sass"))
+    return re.findall(names, dump(build(launch, capability).asm["cubin"], "--dump-sass"))
 
 
 if __name__ == "__main__":
-    print(json.dumps([_build(*job) for job in json.loads(sys.argv[1])]))
+    print(json.dumps([_build(*job, sys.argv[2]) for job in json.loads(sys.argv[1])]))
