@@ -116,7 +116,10 @@ def predict(launch: Launch, case: Case, cost: Cost) -> dict[str, float]:
         stage_bytes = (constexprs["BLOCK_M"] + constexprs["BLOCK_N"]) * constexprs["BLOCK_K"] * itemsize
         in_flight = (launch.num_stages - 1) * stage_bytes
     elif "BLOCK_K" in constexprs:  # gemv, gemv_qkv: a chunk of the weight, the first before the kernel before has ended
-        in_flight = constexprs["BLOCK_N"] * constexprs["BLOCK_K"] * itemsize
+        in_flight = constexprs["BLOCK_N"] * constexprs["BLOCK_K"] * itemsize * max(1, launch.num_stages - 1)
+        if constexprs["STAGES"]:
+            stage_bytes = (constexprs["BLOCK_N"] + constexprs["ROWS"]) * constexprs["BLOCK_K"] * itemsize
+            resident = TARGET.shared_bytes // (launch.num_stages * stage_bytes)
         prefetched, exchanged = launch.pdl, constexprs["SPLIT"]
     elif "SLICES" in constexprs:  # sample: two loads on their way
         in_flight = 2 * constexprs["BLOCK"] * itemsize

@@ -39,6 +39,21 @@ def gemv_plans(rows: int, chosen: GemvPlan) -> dict[str, GemvPlan]:
         for block_n, num_warps, depth in product((4, 8, 16), (2, 4, 8), (1, 2)):
             block_k = 256 * num_warps * depth
             plans[f"{block_n}x{block_k}, {num_warps} warps"] = GemvPlan(block_n, block_k, num_warps)
+    elif chosen.num_stages:
+        splits = sorted({1, max(1, chosen.split_k // 2), chosen.split_k, min(64, 2 * chosen.split_k)})
+        shapes = [(64, 128, 4, 3), (64, 128, 4, 5), (64, 64, 4, 6), (64, 256, 4, 2), (64, 256, 4, 3)]
+        shapes += [
+            (128, 128, 8, 3),
+            (128, 64, 8, 4),
+            (128, 64, 4, 6),
+            (32, 128, 4, 4),
+            (32, 256, 4, 3),
+            (64, 128, 4, 8),
+        ]
+        for (block_n, block_k, num_warps, stages), split_k in product(shapes, splits):
+            name = f"{block_n}x{block_k}, {num_warps} warps, {split_k} splits, {stages} stages"
+            plans[name] = GemvPlan(block_n, block_k, num_warps, split_k, matrix=True, num_stages=stages)
+        plans["registers"] = GemvPlan(64, 128, 8, chosen.split_k, matrix=True)
     else:
         splits = sorted({1, max(1, chosen.split_k // 2), chosen.split_k, min(64, 2 * chosen.split_k)})
         for block_n, block_k, split_k in product((16, 32, 64), (128, 256, 512), splits):

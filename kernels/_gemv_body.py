@@ -1,9 +1,10 @@
 """The jitted bodies of gemv and gemv_qkv: products of a few rows with a weight that is read once, from device memory.
 
 A program owns the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one of its splits.
-On matrix units the next chunk of BLOCK_K is on its way to registers while one is used; elsewhere the compiler saves the
-registers, and there are more programs. The first chunk, and all else that is no other kernel's result, is asked for
-before the program waits for the kernel before it.
+On matrix units the next chunk of BLOCK_K is on its way to registers while one is used; with STAGES several are on their
+way to shared memory (_gemv_pipelined.py); elsewhere the compiler saves the registers, and there are more programs. The
+first chunk, and all else that is no other kernel's result, is asked for before the program waits for the kernel before
+it.
 
 RMSNorm is y = rstd * ((x * w_norm) W^T): the row's squares are summed in the same loop, and their factor is applied to
 the sums. Nobody reads x twice, and a split needs its own part of the squares only.
@@ -12,6 +13,7 @@ the sums. Nobody reads x twice, and a split needs its own part of the squares on
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._gemv_pipelined import pipelined_sums, prefetch_weight, rounded_to_tf32
 from internvl_rt.kernels._rope import rotate, sin_cos
 
 
@@ -54,12 +56,6 @@ def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
-def _rounded_to_tf32(x):
-    """The nearest float32 of 10 bits behind the point: matrix units drop the others, which would draw sums to zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _part_of_k(split_len, K, SPLIT: tl.constexpr):
     """Where this program's part begins and ends."""
     if SPLIT:
@@ -99,7 +95,7 @@ def _row_sums(
         b = w
         if MATRIX:
             if WIDE:
-                a = _rounded_to_tf32(a)
+                a = rounded_to_tf32(a)
                 b = b.to(tl.float32)
             a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
             b = tl.permute(tl.reshape(b, (BLOCK_N, WARPS, BLOCK_K // WARPS)), (1, 2, 0))
@@ -128,11 +124,12 @@ def _partial_sums(partial, split, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _leave_partial_sums(sums, squares, partial, arrived):
+def _leave_partial_sums(sums, squares, partial, arrived, last_row):
     """Whether this program is the last of its tile's splits, and finds the sums of all of them in `partial`."""
     sums_at, squares_at = _partial_sums(partial, tl.program_id(1), sums.shape[0], sums.shape[1])
-    tl.store(sums_at, sums)
-    tl.store(squares_at, squares)
+    inside = tl.arange(0, sums.shape[0]) <= last_row
+    tl.store(sums_at, sums, mask=inside[:, None])
+    tl.store(squares_at, squares, mask=inside)
     # The barrier orders the stores of all threads before the one thread's atomic, whose release makes them visible to
     # whoever sees the new count; its acquire orders the reads of the last to arrive behind everybody's stores.
     tl.debug_barrier()
@@ -140,14 +137,19 @@ def _leave_partial_sums(sums, squares, partial, arrived):
 
 
 @triton.jit
-def _add_partial_sums(partial, arrived, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """In the splits' order, whoever arrived last: the same bits every time."""
+def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """In the splits' order, whoever arrived last: the same bits every time. Four at a time are on their way."""
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
-    for split in range(tl.num_programs(1)):
-        sums_at, squares_at = _partial_sums(partial, split, ROWS, BLOCK_N)
-        sums += tl.load(sums_at, cache_modifier=".cg")  # from L2: other multiprocessors wrote it
-        squares += tl.load(squares_at, cache_modifier=".cg")
+    splits = tl.num_programs(1)
+    row_inside = tl.arange(0, ROWS) <= last_row
+    for first in range(0, splits, 4):
+        for index in tl.static_range(4):
+            sums_at, squares_at = _partial_sums(partial, first + index, ROWS, BLOCK_N)
+            inside = row_inside & (first + index < splits)
+            # From L2: other multiprocessors wrote it.
+            sums += tl.load(sums_at, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+            squares += tl.load(squares_at, mask=inside, other=0.0, cache_modifier=".cg")
     tl.store(arrived + tl.program_id(0), 0)  # for the next call; all splits have been here
     return sums, squares
 
@@ -156,8 +158,8 @@ def _add_partial_sums(partial, arrived, ROWS: tl.constexpr, BLOCK_N: tl.constexp
 def gemv_kernel(
     x, norm_weight, weight, bias, residual, out, partial, arrived, last_row, N, K, split_len, eps,
     x_stride, weight_stride, residual_stride, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """N outputs a row; with SWIGLU each from a pair of the weight's rows, N apart."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
@@ -170,10 +172,15 @@ def gemv_kernel(
         weight_row = column.to(tl.int64)
         weight_inside = column < N
     begin, end = _part_of_k(split_len, K, SPLIT)
-    w = _load_weight(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K)
-    n = None
-    if norm_weight is not None:
-        n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
+    if STAGES:
+        weight_row = tl.where(weight_inside, weight_row, 0)  # what it gives is not stored
+        if PREFETCH:
+            prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
+    else:
+        w = _load_weight(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K)
+        n = None
+        if norm_weight is not None:
+            n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
     if bias is not None:
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
@@ -181,21 +188,28 @@ def gemv_kernel(
     if PDL:  # the wait alone makes memory visible; who comes next waits in turn for this kernel's end, so it may start
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    sums, squares = _row_sums(
-        x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
-        ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
-    )  # fmt: skip
+    if STAGES:
+        sums, squares = pipelined_sums(
+            x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
+            WIDE, PRECISION,
+        )  # fmt: skip
+    else:
+        sums, squares = _row_sums(
+            x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
+            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+        )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
     if residual is not None:  # on its way while threads add their sums; during the loop it would take registers
         r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
-    sums, squares = _across_threads(sums, squares, MATRIX)
+    if not STAGES:
+        sums, squares = _across_threads(sums, squares, MATRIX)
     is_last = True
     if SPLIT:
-        is_last = _leave_partial_sums(sums, squares, partial, arrived)
+        is_last = _leave_partial_sums(sums, squares, partial, arrived, last_row)
     if is_last:
         if SPLIT:
-            sums, squares = _add_partial_sums(partial, arrived, ROWS, BLOCK_N)
+            sums, squares = _add_partial_sums(partial, arrived, last_row, ROWS, BLOCK_N)
         if norm_weight is not None:
             sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
         if SWIGLU:
@@ -226,8 +240,8 @@ def gemv_qkv_kernel(
     x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
     k_head, v_head, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
     group_stride, place_stride, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
 
@@ -241,29 +255,40 @@ def gemv_qkv_kernel(
     weight_row = _paired_rows(0, HALF, BLOCK_N)
     weight += (head * C + first_channel).to(tl.int64) * weight_stride
     begin, end = _part_of_k(split_len, K, SPLIT)
-    w = _load_weight(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K)
-    n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
+    if STAGES:
+        if PREFETCH:
+            prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
+    else:
+        w = _load_weight(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K)
+        n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
     if bias is not None:
         bias_first = tl.load(bias + head * C + channel)
         bias_second = tl.load(bias + head * C + HALF + channel)
     if PDL:  # as above
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    sums, squares = _row_sums(
-        x, norm_weight, weight, weight_row, None, w, n, last_row, begin, end, K, x_stride, weight_stride,
-        ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
-    )  # fmt: skip
+    if STAGES:
+        sums, squares = pipelined_sums(
+            x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
+            WIDE, PRECISION,
+        )  # fmt: skip
+    else:
+        sums, squares = _row_sums(
+            x, norm_weight, weight, weight_row, None, w, n, last_row, begin, end, K, x_stride, weight_stride,
+            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+        )  # fmt: skip
     row = tl.arange(0, ROWS)
     inside = row <= last_row
     r_slot = tl.load(slot + row, mask=inside, other=-1)
     angle = tl.load(position + row, mask=inside, other=0.0)[:, None] * tl.load(inv_freq + channel)[None, :]
-    sums, squares = _across_threads(sums, squares, MATRIX)
+    if not STAGES:
+        sums, squares = _across_threads(sums, squares, MATRIX)
     is_last = True
     if SPLIT:
-        is_last = _leave_partial_sums(sums, squares, partial, arrived)
+        is_last = _leave_partial_sums(sums, squares, partial, arrived, last_row)
     if is_last:
         if SPLIT:
-            sums, squares = _add_partial_sums(partial, arrived, ROWS, BLOCK_N)
+            sums, squares = _add_partial_sums(partial, arrived, last_row, ROWS, BLOCK_N)
         first, second = _pairs_of(sums * (1.0 / tl.sqrt_rn(squares / K + eps))[:, None])
         if bias is not None:
             first += bias_first.to(tl.float32)[None, :]

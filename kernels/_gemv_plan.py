@@ -1,6 +1,6 @@
 """How a product of few rows is parted among programs, and what the parts leave for each other.
 
-The constants are of an H200 and estimated, not measured; bench/tune.py measures the neighbours of every plan.
+The constants are estimated, not measured; bench/tune.py measures the neighbours of every plan.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,11 @@ RESIDENT = 2
 EXCHANGE_CHUNKS = 2
 MAX_SPLIT_PROGRAMS = 4  # of a product with splits, for each multiprocessor: the workspace has room for so many
 MAX_SPLITS = 64
+# Where the weight passes through shared memory: what a multiprocessor's programs may take of it together, and the share
+# of multiprocessors that have to stream for device memory to be the limit.
+STAGED_BYTES = 216 * 1024
+BUSY_SHARE = 0.8
+SMALL_WEIGHT = 7 * 2**20  # bytes, up to which a product is one latency, and an exchange would be two more
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,8 @@ class GemvPlan:
     """A program takes `block_n` rows of the weight (of a paired product block_n / 2 pairs) and 1 / split_k of K.
 
     With `matrix`, x is padded to 16 rows for the matrix units; else one or two rows are multiplied by the CUDA cores.
+    With `num_stages` besides, the weight is their tall operand, and shared memory has room for so many of its chunks;
+    else chunks pass through registers.
     """
 
     block_n: int
@@ -37,14 +44,26 @@ class GemvPlan:
     num_warps: int
     split_k: int = 1
     matrix: bool = False
+    num_stages: int = 0
 
     def __post_init__(self) -> None:
-        require(self.block_n in (4, 8, 16, 32, 64), "plan", "block_n one of 4, 8, 16, 32, 64", self.block_n)
-        require(self.num_warps in (1, 2, 4, 8), "plan", "num_warps one of 1, 2, 4, 8", self.num_warps)
-        per_warp = self.block_k // self.num_warps
-        whole = per_warp * self.num_warps == self.block_k and per_warp.bit_count() == 1
+        require(self.num_stages == 0 or 2 <= self.num_stages <= 8, "plan", "num_stages 0 or 2 to 8", self.num_stages)
+        if self.num_stages:
+            require(self.matrix, "plan", "matrix with num_stages", self.matrix)
+            require(self.block_n in (16, 32, 64, 128), "plan", "block_n one of 16, 32, 64, 128", self.block_n)
+            require(self.num_warps in (4, 8), "plan", "num_warps 4 or 8 with num_stages", self.num_warps)
+        else:
+            require(self.block_n in (4, 8, 16, 32, 64), "plan", "block_n one of 4, 8, 16, 32, 64", self.block_n)
+            require(self.num_warps in (1, 2, 4, 8), "plan", "num_warps one of 1, 2, 4, 8", self.num_warps)
+        per_warp = self.block_k // (1 if self.num_stages else self.num_warps)
+        whole = self.block_k.bit_count() == 1
         require(whole and per_warp >= 16, "plan", "block_k a power of two, 16 or more a warp", self.block_k)
         require(1 <= self.split_k <= MAX_SPLITS, "plan", f"split_k from 1 to {MAX_SPLITS}", self.split_k)
+
+    @property
+    def prefetched(self) -> int:
+        """Elements of each row that are brought to L2 while the kernel before this one ends."""
+        return (1 << ((self.num_stages - 1).bit_length() - 1)) * self.block_k if self.num_stages else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +83,13 @@ def build_gemv_workspace(device: torch.device, programs: int | None = None) -> G
 
 
 @lru_cache(1024)
-def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """For x [rows, k] and a weight [n, k]. Rows up to 2, and rows from 3 on, share one plan each.
+def choose_gemv_plan(
+    rows: int, n: int, k: int, dtype: torch.dtype, target: Target, *, normed: bool = False
+) -> GemvPlan:
+    """For x [rows, k], with a norm or without, and a weight [n, k]. Rows up to 2, and from 3 on, share one plan each.
 
     One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
-    share K. On matrix units a program reads 16 rows of x beside its rows of the weight; where device memory is the
-    limit these are therefore 64, and blocks are few. K is split into as many parts as let the last program end first:
-    those that run at once should fill the chip, and a last round of a few leaves most of it idle.
+    share K.
     """
     load = 16 // dtype.itemsize  # elements that a thread loads at once
     if rows <= 2:
@@ -78,10 +97,26 @@ def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Targ
         in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps, of every row
         num_warps = 8 if in_flight < BYTES_IN_FLIGHT * target.num_sms and k > 4 * 32 * load else 4
         return GemvPlan(block_n, 32 * num_warps * load, num_warps)
+    # float16 with a norm multiplies in tf32, whose operands cannot both be read from shared memory.
+    if target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16):
+        if n * k * dtype.itemsize > SMALL_WEIGHT:
+            return _staged_plan(n, k, dtype, target)
+        if 512 < k <= 1024:  # all of K is asked for at once
+            return GemvPlan(16, 1024, 8, matrix=True)
+    return _matrix_plan(n, k, dtype, target)
+
+
+def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
+    """A program reads 16 rows of x beside its rows of the weight, from registers.
+
+    Where device memory is the limit these are therefore 64, and blocks are few. K is split into as many parts as let
+    the last program end first: those that run at once should fill the chip, and a last round of a few leaves most of it
+    idle.
+    """
     if n * k * dtype.itemsize >= LARGE_WEIGHT:
         block_n, block_k, num_warps = 64, 128, 8
     else:
-        block_n, block_k, num_warps = 16, 64 * load, 8
+        block_n, block_k, num_warps = 16, 64 * (16 // dtype.itemsize), 8
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
 
     def chunks_in_turn(splits: int) -> int:
@@ -91,3 +126,32 @@ def choose_gemv_plan(rows: int, n: int, k: int, dtype: torch.dtype, target: Targ
     most = max(1, min(chunks, MAX_SPLIT_PROGRAMS * target.num_sms // tiles, MAX_SPLITS))
     per_split = cdiv(chunks, min(range(1, most + 1), key=chunks_in_turn))
     return GemvPlan(block_n, block_k, num_warps, cdiv(chunks, per_split), matrix=True)
+
+
+def _staged_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
+    """The weight is the tall operand, and passes through shared memory.
+
+    As few splits as keep most multiprocessors streaming, since an exchange takes its time, and programs that run at
+    once share device memory evenly whether they fill the chip or not. Few programs on a multiprocessor have deep
+    pipelines; many leave no gap where one ends and the next begins. So there are as many as can be, up to three, unless
+    that leaves a last round of a few, which would wait for their own short pipelines.
+    """
+    block_n, block_k = 64, 128
+    chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
+    wanted = min(cdiv(int(BUSY_SHARE * target.num_sms), tiles), chunks, MAX_SPLITS)
+    per_split = cdiv(chunks, wanted)
+    splits = cdiv(chunks, per_split)
+    programs = tiles * splits
+    stage_bytes = (block_n + MAX_ROWS) * block_k * dtype.itemsize
+    saturating = BYTES_IN_FLIGHT * target.num_sms / (block_n * block_k * dtype.itemsize)  # chunks on their way
+
+    def stages(resident: int) -> int:
+        return max(2, min(6, per_split + 1, STAGED_BYTES // resident // stage_bytes))
+
+    def chunk_times(resident: int) -> float:
+        last_round = programs % (resident * target.num_sms)
+        slowest = 1 / (stages(resident) - 1) if last_round else 0.0
+        return (programs - last_round) / saturating + max(last_round / saturating, slowest)
+
+    resident = min(range(min(3, cdiv(programs, target.num_sms)), 0, -1), key=chunk_times)
+    return GemvPlan(block_n, block_k, 4, splits, matrix=True, num_stages=stages(resident))

@@ -62,11 +62,13 @@ def plan_product(
         "BLOCK_K": plan.block_k,
         "WARPS": plan.num_warps,
         "MATRIX": plan.matrix,
+        "STAGES": plan.num_stages,
         # float16 has no room for x times the norm's weight. TF32 keeps as many bits, and float32's range.
         "WIDE": norm_weight_K is not None and x_RK.dtype == torch.float16,
         "PRECISION": "ieee" if x_RK.dtype == torch.float32 else "tf32",
         "SPLIT": plan.split_k > 1,
         "PDL": pdl,
+        "PREFETCH": plan.prefetched if pdl else 0,
     }
     if norm_weight_K is not None:
         args["norm_weight"] = norm_weight_K
@@ -74,7 +76,7 @@ def plan_product(
         constexprs["norm_weight"] = None
     if plan.split_k > 1:
         programs = num_tiles * plan.split_k
-        workspace = workspace or build_gemv_workspace(x_RK.device, programs)
+        workspace = workspace or build_gemv_workspace(x_RK.device, programs * max(1, plan.block_n // 64))
         needed = programs * constexprs["ROWS"] * (plan.block_n + 1)
         require(workspace.partial.device == x_RK.device, "workspace", f"one on {x_RK.device}", workspace.partial.device)
         require(workspace.partial.numel() >= needed, "workspace", f"{needed} partial sums", workspace.partial.numel())
@@ -82,14 +84,15 @@ def plan_product(
         args |= {"partial": workspace.partial, "arrived": workspace.arrived}
     else:
         constexprs |= {"partial": None, "arrived": None}
-    # Matrix units, but not those of a warpgroup (sm_90) or of tcgen05: these want 64 rows, and sums of one warp's K.
     return {
         "grid": (num_tiles if rows else 0, plan.split_k, 1),
         "args": args,
         "constexprs": constexprs,
         "num_warps": plan.num_warps,
-        "num_stages": 1,  # the kernel itself keeps one chunk ahead
+        "num_stages": plan.num_stages or 1,  # without stages the kernel itself keeps one chunk ahead
         "pdl": pdl,
+        # Without stages on those of a warp: a warpgroup's (sm_90) and tcgen05 want 64 rows, and sums of one warp's K.
+        "matrix_units": plan.num_stages > 0 and plan.block_n >= 64 and x_RK.dtype != torch.float32,
     }
 
 
@@ -153,7 +156,7 @@ def plan_gemv(
     target: Target,
 ) -> tuple[Launch, ...]:
     rows, (n, k) = len(x_RK), weight_NK.shape
-    plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target)
+    plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target, normed=norm_weight_K is not None)
     num_tiles = cdiv(n, plan.block_n)
     how = (num_tiles, plan, workspace, programmatic_launch, target)
     common = plan_product(x_RK, weight_NK, norm_weight_K, eps, *how)
@@ -257,6 +260,8 @@ TEST_PLANS = {  # so small that a small case has several chunks, blocks and spli
     "matrix": GemvPlan(16, 64, 2, matrix=True),
     "split": GemvPlan(16, 64, 4, split_k=3, matrix=True),
     "split_rows": GemvPlan(8, 32, 1, split_k=2),
+    "stages": GemvPlan(64, 64, 4, matrix=True, num_stages=3),
+    "split_stages": GemvPlan(16, 32, 4, split_k=3, matrix=True, num_stages=2),
 }
 _NORM: dict[str, Any] = {"norm": True}
 _SWIGLU: dict[str, Any] = {"norm": True, "activation": "swiglu"}
@@ -278,7 +283,8 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"rows_{rows}", rows, 40, 72, bias=True, **_NORM)
         yield case(f"swiglu_{rows}", rows, 48, 64, **_SWIGLU)
         yield case(f"residual_{rows}", rows, 24, 96, **_RESIDUAL)
-    for plan, rows in (("rows", 1), ("rows", 2), ("matrix", 2), ("matrix", 16), ("split", 5), ("split_rows", 2)):
+    on_matrix_units = (("matrix", 2), ("matrix", 16), ("split", 5), ("stages", 2), ("stages", 16), ("split_stages", 5))
+    for plan, rows in (("rows", 1), ("rows", 2), ("split_rows", 2), *on_matrix_units):
         yield case(f"{plan}_{rows}_plain", rows, 33, 300, plan=plan)
         yield case(f"{plan}_{rows}_norm", rows, 16, 192, plan=plan, bias=True, padding=8, **_NORM)
         yield case(f"{plan}_{rows}_swiglu", rows, 34, 130, plan=plan, bias=True, padding=3, **_SWIGLU, **_RESIDUAL)

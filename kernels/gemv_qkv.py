@@ -65,7 +65,7 @@ def plan_gemv_qkv(
     """A block of the weight's rows never reaches beyond a head."""
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     rows, (n, k) = len(x_RD), weight_KD.shape
-    plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target)
+    plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target, normed=True)
     plan = replace(plan, block_n=min(plan.block_n, head_dim))
     num_tiles = cdiv(n, plan.block_n)
     how = (num_tiles, plan, workspace, programmatic_launch, target)
@@ -199,7 +199,8 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"rows_{rows}", rows, 2, 1, 16)
     for channels in HEAD_DIMS:
         yield case(f"channels_{channels}", 3, 1, 1, channels, plan="matrix")
-    for plan, rows in (("rows", 2), ("matrix", 5), ("split", 3)):
+        yield case(f"stages_channels_{channels}", 3, 1, 1, channels, plan="stages")
+    for plan, rows in (("rows", 2), ("matrix", 5), ("split", 3), ("stages", 5), ("split_stages", 3)):
         yield case(f"{plan}_heads", rows, 3, 3, 16, 130, plan=plan)
         yield case(f"{plan}_far", rows, 2, 1, 32, plan=plan, first=45000.0 + 1 / 256, step=1 / 256)
         yield case(f"{plan}_strided", rows, 2, 1, 32, 72, plan=plan, padding=8, bias=False)

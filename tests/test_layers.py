@@ -31,6 +31,7 @@ MODULES = [
     "kernels.place_visual_tokens",
     "kernels._rope",
     "kernels.qkv_rope_kv",
+    "kernels._gemv_pipelined",
     "kernels._gemv_body",
     "kernels._gemv_plan",
     "kernels.gemv",

@@ -1,6 +1,7 @@
 """What the contracts of gemv and gemv_qkv do not say: refusals, equal bits, splits, plans, what precedes the wait."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from internvl_rt.kernels._gemv_plan import (
     MAX_ROWS,
     MAX_SPLIT_PROGRAMS,
     RESIDENT,
+    SMALL_WEIGHT,
     GemvPlan,
     GemvWorkspace,
     build_gemv_workspace,
@@ -31,9 +33,13 @@ PLANS = {
     "split_rows": GemvPlan(8, 32, 1, split_k=2),
     "matrix": GemvPlan(16, 64, 2, matrix=True),
     "split": SPLIT,
+    "stages": GemvPlan(64, 64, 4, matrix=True, num_stages=3),
+    "split_stages": GemvPlan(16, 32, 4, split_k=3, matrix=True, num_stages=2),
 }
+MATRIX = ("matrix", "split", "stages", "split_stages")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 160 products, in another order
 N, K = 40, 160
+PREFETCH = "CCTL.E.PF2"  # an instruction that asks L2 for a line
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +125,11 @@ def test_an_argument_of_gemv_qkv_that_does_not_fit_is_named(message: str, change
         ("plan: expected block_k a power of two", (16, 96, 2)),
         ("plan: expected block_k a power of two", (16, 64, 8)),
         ("plan: expected split_k from 1 to 64", (16, 64, 2, 0)),
+        ("plan: expected num_stages 0 or 2 to 8", (64, 64, 4, 1, True, 1)),
+        ("plan: expected matrix with num_stages", (64, 64, 4, 1, False, 3)),
+        ("plan: expected block_n one of 16, 32, 64, 128", (8, 64, 4, 1, True, 3)),
+        ("plan: expected num_warps 4 or 8", (64, 64, 2, 1, True, 3)),
+        ("plan: expected block_k a power of two", (64, 96, 4, 1, True, 3)),
     ],
 )
 def test_a_plan_that_no_kernel_follows_is_refused(message: str, numbers: tuple[int, ...]) -> None:
@@ -144,11 +155,14 @@ def test_the_residual_may_be_overwritten(plan: GemvPlan) -> None:
     torch.testing.assert_close(residual, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
-def test_a_workspace_serves_call_after_call(splits: int) -> None:
+@pytest.mark.parametrize("stages", [0, 2])
+@pytest.mark.parametrize("splits", [1, 2, 3, 5])
+def test_a_workspace_serves_call_after_call(splits: int, stages: int) -> None:
     """Also when it held NaN, and when it is used by another product in between."""
-    inputs, plan = operands(5), GemvPlan(16, 64, 4, split_k=splits, matrix=True)
-    shared = workspace(2448, 4)
+    inputs, plan = operands(5), GemvPlan(16, 64 // 2, 2, split_k=splits, matrix=True)
+    if stages:
+        plan = replace(plan, num_warps=4, num_stages=stages)
+    shared = workspace(4080, 4)
     first = gemv(**inputs, plan=plan, workspace=shared)
     assert not shared.arrived.any()
     gemv_qkv(**qkv_operands(3, plan=GemvPlan(16, 64, 2, split_k=2, matrix=True)), workspace=shared)
@@ -159,7 +173,7 @@ def test_a_workspace_serves_call_after_call(splits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("plan", [None, PLANS["matrix"], SPLIT], ids=["chosen", "matrix", "split"])
+@pytest.mark.parametrize("plan", [None, *(PLANS[name] for name in MATRIX)], ids=["chosen", *MATRIX])
 def test_a_row_does_not_depend_on_the_rows_beside_it(plan: GemvPlan | None, dtype: torch.dtype) -> None:
     inputs = {name: value.to(dtype) if name != "eps" else value for name, value in operands(16).items()}
     together = gemv(**inputs, plan=plan)
@@ -202,11 +216,18 @@ def test_plans_of_real_models(dtype: torch.dtype, target: Target) -> None:
             chunks, tiles = -(-k // plan.block_k), -(-n // plan.block_n)
             per_split = -(-chunks // plan.split_k)
             assert (plan.split_k - 1) * per_split < chunks  # none is empty
-            if plan.split_k > 1 and per_split > 1:  # they are there to fill the chip, in every round
+            staged = plan.num_stages > 0
+            assert staged == (
+                plan in many and dtype == torch.bfloat16 and target.capability == 90 and 2 * n * k > SMALL_WEIGHT
+            )
+            if staged and plan.split_k > 1:  # in one round, in which nearly every multiprocessor has work
+                assert 0.7 * target.num_sms < tiles * plan.split_k <= 2 * target.num_sms
+            elif plan.split_k > 1 and per_split > 1:  # they are there to fill the chip, in every round
                 share = tiles * plan.split_k / (RESIDENT * target.num_sms)
                 assert share / math.ceil(share) >= 2 / 3
             assert plan.matrix or (plan.split_k == 1 and tiles >= target.num_sms)
-            shared = plan.block_k * (plan.block_n + 16) * dtype.itemsize if plan.matrix else 0
+            chunk = plan.block_k * (plan.block_n + 16) * dtype.itemsize if plan.matrix else 0
+            shared = chunk * max(1, plan.num_stages)
             assert max(shared, plan.num_warps * 16 * plan.block_n * 4) <= target.shared_bytes
             counts.append(tiles * plan.split_k if plan.split_k > 1 else 0)
     assert 0 < max(counts) <= MAX_SPLIT_PROGRAMS * target.num_sms  # what build_gemv_workspace makes room for
@@ -243,16 +264,26 @@ def test_kernels_start_before_the_last_has_ended_where_they_can(target: Target) 
 
 def test_the_first_weights_are_on_their_way_before_the_wait() -> None:
     """In the machine code."""
-    cases = [("gemv", "8b_gate_up_1"), ("gemv", "8b_down_8"), ("gemv_qkv", "1b_1"), ("gemv_qkv", "8b_8")]
-    for (_, case, capability), names in instructions_of([(*case, cap) for case in cases for cap in (80, 90)]).items():
-        if capability == 80:
-            assert not {"ACQBULK", "PREEXIT"} & set(names)
+    cases = [("gemv", "8b_gate_up_1"), ("gemv_qkv", "1b_1"), ("gemv", "1b_o_8"), ("gemv_qkv", "1b_8")]
+    staged = [("gemv", "8b_gate_up_8"), ("gemv", "8b_down_8"), ("gemv_qkv", "8b_8")]
+    for job, names in instructions_of([(*case, cap) for case in cases + staged for cap in (80, 90)]).items():
+        if job[2] == 80:
+            assert not {"ACQBULK", "PREEXIT", PREFETCH} & set(names)
             continue
         before, after = names[: names.index("ACQBULK")], names[names.index("ACQBULK") :]
-        assert before.count("LDG") >= 4
-        assert set(before) == {"LDG"}
-        assert after.index("PREEXIT") < after.index("LDG")
-        assert ("HMMA" in after) == case.endswith("_8")
+        loaded, multiply = ("LDGSTS", "HGMMA") if job[:2] in staged else ("LDG", "HMMA")
+        assert before.count(PREFETCH if job[:2] in staged else "LDG") >= 4
+        assert set(before) <= {"LDG", PREFETCH}
+        assert after.index("PREEXIT") < after.index(loaded)
+        assert (multiply in after) == job[1].endswith("_8")
+
+
+def test_chunks_are_on_their_way_to_shared_memory_while_one_is_multiplied() -> None:
+    """In the machine code, with a norm and without: copies stand before the loop, and in it behind the product."""
+    for names in instructions_of([("gemv", "8b_gate_up_8", 90), ("gemv", "8b_down_8", 90)]).values():
+        first, last = names.index("HGMMA"), len(names) - 1 - names[::-1].index("HGMMA")
+        assert names[:first].count("LDGSTS") >= 2 * 8
+        assert "LDGSTS" in names[last:]
 
 
 def test_every_case_names_a_plan_that_is_there() -> None:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT)\b"  # ACQBULK: gdc_wait; PREEXIT: gdc_launch_dependents
+# ACQBULK: gdc_wait; PREEXIT: gdc_launch_dependents; CCTL.E.PF2: asks L2 for a line
+NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2)\b"
 Job = tuple[str, str, int]  # an operation, a model case of it, an architecture
 
 

@@ -1,0 +1,72 @@
+"""The loop of gemv and gemv_qkv in which the weight is the tall operand and passes through shared memory.
+
+    sums [BLOCK_N, 16] = W [BLOCK_N, K] x^T [K, 16], chunk by chunk of BLOCK_K
+
+The compiler pipelines the loop: while one chunk is multiplied, the copies of the next num_stages - 1 are on their way
+to shared memory, without passing through registers. The matrix units take 64 rows of the weight at a time (wgmma, on
+sm_90) and the 16 rows of x as columns. A norm's weight is multiplied into x's chunk on its way from shared memory to
+shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.constexpr):
+    """Asks L2 for the first LENGTH elements of each row from `begin` on: one request for 64 bytes, a memory access."""
+    STEP: tl.constexpr = 512 // weight.dtype.element_ty.primitive_bitwidth
+    STEPS: tl.constexpr = LENGTH // STEP if LENGTH > STEP else 1
+    inner = tl.maximum(tl.minimum(begin + STEP * tl.arange(0, STEPS), end - 1), 0)
+    at = weight + weight_row[:, None] * weight_stride + inner[None, :]
+    # An instruction without a result; the language wants one.
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """The nearest float32 of 10 bits behind the point: matrix units drop the others, which would draw sums to zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_norm(norm_weight, k, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A copy for each row of x: L1 repeats it for less than it costs to hand it from thread to thread."""
+    inner = k + tl.arange(0, BLOCK_K)
+    at = norm_weight + tl.zeros((ROWS, 1), tl.int32) + inner[None, :]
+    return tl.load(at, mask=(inner < K)[None, :], other=0.0)
+
+
+@triton.jit
+def pipelined_sums(
+    x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(x * w_norm) W^T [ROWS, BLOCK_N], whose every weight_row must exist, and the squares of x [ROWS]."""
+    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # what one load brings a thread
+    row = tl.arange(0, ROWS)
+    weight_at = weight + weight_row[:, None] * weight_stride
+    x_at = x + row[:, None].to(tl.int64) * x_stride
+    sums = tl.zeros((weight_row.shape[0], ROWS), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK_K // GROUP), tl.float32)
+    if norm_weight is not None:
+        n = _load_norm(norm_weight, begin, K, ROWS, BLOCK_K)
+    for k in range(begin, end, BLOCK_K):
+        inner = k + tl.arange(0, BLOCK_K)
+        inside = (inner < K)[None, :]
+        w = tl.load(weight_at + inner[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+        v = tl.load(x_at + inner[None, :], mask=(row <= last_row)[:, None] & inside, other=0.0)
+        if norm_weight is not None:
+            a = v.to(tl.float32)
+            squares += tl.sum(tl.reshape(a * a, (ROWS, BLOCK_K // GROUP, GROUP)), axis=2)
+            a *= n.to(tl.float32)
+            if WIDE:
+                v = rounded_to_tf32(a)
+                w = w.to(tl.float32)
+            else:
+                v = a.to(w.dtype)
+            n = _load_norm(norm_weight, k + BLOCK_K, K, ROWS, BLOCK_K)  # a chunk ahead: it takes no shared memory
+        sums = tl.dot(w, tl.trans(v), sums, input_precision=PRECISION)
+    return tl.trans(sums), tl.sum(squares, axis=1)
