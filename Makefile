@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-real audit gpu tiny clean
+.PHONY: help chat test lint types pytest test-real audit room gpu tiny clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
@@ -48,6 +48,9 @@ audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton 
 	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python tests/support/compile_audit.py \
 	    --table bench/results/compiled-triton-$$version.md || exit 1; \
 	done
+
+room: $(VENV)/done-test  ## how much of its tolerances each kernel uses over 1000 seeds of a GPU's roundings; options in ROOM_ARGS=
+	$(BIN)/python tests/support/tolerance_room.py --processes $$(nproc) $(ROOM_ARGS)
 
 # No environment of our own: the machine's Python has a torch that fits its GPU.
 gpu:  ## on a GPU machine: tests, then measures, with the torch that PYTHON=python3 has; options in GPU_ARGS=

@@ -43,7 +43,7 @@ class Tolerance:
 
     |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= rms_limit * ||ref||, which catches errors
     with structure. `rms` is for outputs of many elements. `reason` says where the figures come from;
-    tests/kernels/tolerance_room.py measures how much of them is used.
+    tests/support/tolerance_room.py measures how much of them is used.
     """
 
     rtol: float

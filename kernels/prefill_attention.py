@@ -212,7 +212,7 @@ SPEC = KernelSpec(
         _model_case(name, cached, new) for name in MODEL_HEADS for cached, new in ((0, 3392), (8192, 512))
     ),
     tolerances={
-        torch.float32: Tolerance(2e-5, 2e-5, 2e-6, "sums over keys in blocks, exp2 to 2 units in the last place"),
+        torch.float32: Tolerance(2e-5, 2e-5, 4e-6, "scores of up to 50 are right to 4e-6, and so are probabilities"),
         torch.float16: Tolerance(2e-3, 2e-3, 1e-3, "probabilities and output are rounded to 11 bits"),
         torch.bfloat16: Tolerance(1.6e-2, 1.6e-2, 5e-3, "probabilities and output are rounded to 8 bits"),
     },

@@ -2,8 +2,7 @@
 
 Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), which computes as the hardware does and on
 the hardware's own random numbers (support/hardware_arithmetic.py, support/cuda_draws.py): what a GPU's roundings would
-fail, they fail here. The reference runs in float64 on the same rounded inputs. `tolerance_room.py` beside this file
-takes many seeds.
+fail, they fail here. The reference runs in float64 on the same rounded inputs. `make room` takes many seeds.
 """
 
 from collections.abc import Iterator

@@ -16,38 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels import _rope
 from internvl_rt.kernels._gemv_plan import choose_gemv_plan
 from internvl_rt.kernels._launch import Target
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from internvl_rt.kernels.rms_norm import rms_norm_reference
-from internvl_rt.kernels.vit_attention import tile_tokens
+from support.emulated_arithmetic import fused_multiply_add, product, rounded, rounded_to_tf32, sin_cos
+from support.emulated_attention import decode_attention, prefill_attention, vit_attention
 
 TARGET = Target(90, 132, interpreted=True)
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As float32 holds it after a rounding to `dtype`."""
-    return x.to(dtype).float()
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """To the nearest; what gemv does to its operands."""
-    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-
-
-def product(x: Tensor, weight: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
-    """start + x weight^T in float32, of operands that are of `dtype`."""
-    x, weight = x.float(), weight.float()
-    if dtype != torch.float32:
-        sums = x @ weight.mT
-        return sums if start is None else sums + start
-    sums = torch.zeros(1) if start is None else start
-    x64, weight64 = x.double(), weight.double()
-    for k in range(x.shape[-1]):
-        sums = (x64[..., :, None, k] * weight64[..., None, :, k] + sums.double()).float()
-    return sums.expand(*x.shape[:-1], weight.shape[-2])
 
 
 def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> list[Tensor]:
@@ -183,29 +160,6 @@ def _gemv(
     return [y.to(x_RK.dtype)]
 
 
-def fused_multiply_add(x: Tensor, y: Tensor | float, z: Tensor | float) -> Tensor:
-    """Float32, rounded once."""
-    x, y, z = (torch.as_tensor(each, dtype=torch.float64) for each in (x, y, z))
-    return (x * y + z).float()
-
-
-def sin_cos(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernels' own, by their own coefficients."""
-    n = (angle * _rope.INVERSE_PI_2.value).round()
-    r = angle
-    for part in (_rope.PI_2_A, _rope.PI_2_B, _rope.PI_2_C, _rope.PI_2_D):
-        r = fused_multiply_add(n, -torch.tensor(part.value), r)
-    z, sine, cosine = r * r, _rope.S2.value, _rope.C2.value
-    for s, c in ((_rope.S1, _rope.C1), (_rope.S0, _rope.C0)):
-        sine, cosine = fused_multiply_add(z, sine, s.value), fused_multiply_add(z, cosine, c.value)
-    sine = fused_multiply_add(sine * z, r, r)
-    cosine = fused_multiply_add(fused_multiply_add(cosine, z, -0.5), z, 1.0)
-    quarter = n.long() & 3
-    odd = quarter % 2 == 1
-    sin, cos = torch.where(odd, cosine, sine), torch.where(odd, sine, cosine)
-    return torch.where(quarter >= 2, -sin, sin), torch.where((quarter == 1) | (quarter == 2), -cos, cos)
-
-
 def _turned(x_RHC: Tensor, position_T: Tensor, inv_freq_C: Tensor) -> Tensor:
     sin, cos = sin_cos((position_T[:, None] * inv_freq_C)[:, None])
     first, second = x_RHC.chunk(2, dim=-1)
@@ -271,141 +225,18 @@ def _qkv_rope_kv(
     return _rotated_and_written(q.float(), k.float(), v, position_T, inv_freq_C, caches, slot_T)
 
 
-def online_softmax(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor | None,
-    scale_log2: float,
-    blocks: Sequence[tuple[int, int]],
-    dtype: torch.dtype,
-    k_scale: Tensor | None = None,
-    state: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum and weighted value of q [..., M, C] over keys [..., N, C], block by block; weights in `dtype`."""
-    top, total, acc = state or (
-        torch.full(q.shape[:-1], -math.inf), torch.zeros(q.shape[:-1]), torch.zeros(*q.shape[:-1], v.shape[-1])
-    )  # fmt: skip
-    for begin, end in blocks:
-        score = product(q, k[..., begin:end, :], dtype)
-        if k_scale is not None:
-            score = score * k_scale[..., None, begin:end]
-        if visible is not None:
-            score = score.masked_fill(~visible[..., begin:end], -math.inf)
-        new_top = torch.maximum(top, score.amax(-1) * scale_log2)
-        shrink, p = (top - new_top).exp2(), (score * scale_log2 - new_top[..., None]).exp2()
-        total = total * shrink + p.sum(-1)
-        acc = product(rounded(p, dtype), v[..., begin:end, :].mT, dtype, acc * shrink[..., None])
-        top = new_top
-    return top, total, acc
-
-
-def _blocks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, end)) for start in range(begin, end, size)]
-
-
-def _vit_attention(
-    qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm_E: Tensor | None, k_norm_E: Tensor | None, eps: float
-) -> list[Tensor]:
-    """The class token's key comes first, in float32; its own query meets no matrix unit."""
-    dtype = qkv_RK.dtype
-    q, k, v = (
-        tile_tokens(part, num_tiles).unflatten(2, (-1, head_dim)).transpose(1, 2).float()
-        for part in qkv_RK.chunk(3, dim=-1)
-    )  # [I, H, U, C], the class token last
-    scale_log2 = math.log2(math.e) / math.sqrt(head_dim)
-    class_q, k_scale = q[:, :, -1:], None
-    if q_norm_E is not None and k_norm_E is not None:
-        inverse = [
-            1 / (part.transpose(1, 2).flatten(2).square().mean(-1) + eps).sqrt()[:, None] for part in (q, k)
-        ]  # [I, 1, U]
-        weight_H1C = (q_norm_E.float() * k_norm_E.float()).view(-1, 1, head_dim)
-        class_q = class_q * weight_H1C * inverse[0][..., -1:, None]
-        q, k_scale = rounded(q * inverse[0][..., None] * weight_H1C, dtype), inverse[1]
-    class_scale = 1.0 if k_scale is None else k_scale[..., -1:]
-    top = (q @ k[:, :, -1:].mT)[..., 0] * (class_scale * scale_log2)
-    state = (top, torch.ones_like(top), v[:, :, -1:].expand_as(q))
-    num_patches = q.shape[2] - 1
-    blocks = _blocks(0, num_patches, 16 if dtype == torch.float32 else 64)
-    _, total, acc = online_softmax(q, k, v, None, scale_log2, blocks, dtype, k_scale, state)
-    score = class_q @ k.mT * (scale_log2 * math.log(2))
-    class_y = (score if k_scale is None else score * k_scale[:, :, None]).softmax(-1) @ v
-    y = torch.cat(((acc * (1 / total)[..., None])[:, :, :-1], class_y), dim=2).transpose(1, 2).flatten(2)
-    return [torch.cat((y[:, :-1].flatten(0, 1), y[:, -1])).to(dtype)]
-
-
-def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int) -> Tensor:
-    """[H, seq_len, C], each kv head as often as query heads share it."""
-    blocks = table_N[: -(-seq_len // cache_BGPC.shape[2])].long()
-    return cache_BGPC[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len].repeat_interleave(group, dim=0).float()
-
-
-def _prefill_attention(
-    q_THC: Tensor,
-    k_cache_BGPC: Tensor,
-    v_cache_BGPC: Tensor,
-    block_table_SN: Tensor,
-    query_start_S1: Tensor,
-    seq_len_S: Tensor,
-    max_query_len: int,
-) -> list[Tensor]:
-    dtype, (_, heads, channels) = q_THC.dtype, q_THC.shape
-    out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
-    starts = query_start_S1.tolist()
-    for row, seq_len in enumerate(seq_len_S.tolist()):
-        first, last = starts[row], starts[row + 1]
-        if first == last:
-            continue
-        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
-        visible = torch.ones(last - first, seq_len, dtype=torch.bool).tril(seq_len - (last - first))
-        blocks = _blocks(0, seq_len, 32 if dtype == torch.float32 else 64)
-        scale = math.log2(math.e) / math.sqrt(channels)
-        q = q_THC[first:last].transpose(0, 1)
-        _, total, acc = online_softmax(q, k, v, visible, scale, blocks, dtype)
-        out[first:last] = (acc * (1 / total)[..., None]).transpose(0, 1).to(dtype)
-    return [out]
-
-
-def _decode_attention(
-    q_SHC: Tensor,
-    k_cache_BGPC: Tensor,
-    v_cache_BGPC: Tensor,
-    block_table_SN: Tensor,
-    seq_len_S: Tensor,
-    split_start_S1: Tensor,
-    split_W3: Tensor,
-) -> list[Tensor]:
-    dtype, (_, heads, channels) = q_SHC.dtype, q_SHC.shape
-    out, group = torch.zeros_like(q_SHC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
-    starts, block_size = split_start_S1.tolist(), k_cache_BGPC.shape[2]
-    scale = math.log2(math.e) / math.sqrt(channels)
-    for row, seq_len in enumerate(seq_len_S.tolist()):
-        if seq_len == 0:
-            continue
-        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
-        parts = []
-        for _, first, end in split_W3[starts[row] : starts[row + 1]].tolist():
-            blocks = _blocks(first * block_size, min(end * block_size, seq_len), 32 if dtype == torch.float32 else 64)
-            parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype))
-        tops, totals, accs = (torch.stack(each) for each in zip(*parts, strict=True))
-        share = (tops - tops.amax(0)).exp2()
-        value = (accs * share[..., None]).sum(0) * (1 / (totals * share).sum(0))[..., None]
-        out[row] = value[:, 0].to(dtype)
-    return [out]
-
-
 EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "add_norm": _add_norm,
-    "decode_attention": _decode_attention,
+    "decode_attention": decode_attention,
     "gemm_epilogue": _gemm_epilogue,
     "gemv": _gemv,
     "gemv_qkv": _gemv_qkv,
     "layer_norm": _layer_norm,
     "patch_embed": _patch_embed,
-    "prefill_attention": _prefill_attention,
+    "prefill_attention": prefill_attention,
     "qkv_rope_kv": _qkv_rope_kv,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "unshuffle_norm": _unshuffle_norm,
-    "vit_attention": _vit_attention,
+    "vit_attention": vit_attention,
 }

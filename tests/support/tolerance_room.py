@@ -1,4 +1,6 @@
-"""How much of its tolerances each operation uses, over many seeds: python tests/kernels/tolerance_room.py --seeds 1000
+"""How much of its tolerances each operation uses, over many seeds.
+
+    python tests/support/tolerance_room.py --seeds 1000 [--operations gemv swiglu] [--dtypes bfloat16] [--interpreter]
 
 Prints, for each operation and data type, the largest share of the elements' limit and of the rms limit that a test
 case used, with the case and the seed, and how many of the runs failed. The random numbers are CUDA's and the roundings
@@ -10,14 +12,14 @@ be made more exact. Exits with 1 when a run failed.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
@@ -58,7 +60,6 @@ HEADER = f"{'operation':28} {'element':>9} {'case, seed':32} {'rms':>9} {'case, 
 
 
 def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, interpreter: bool) -> Room:
-    torch.set_num_threads(1)
     spec, tolerance = SPECS[operation], SPECS[operation].tolerances[dtype]
     element = rms = Used(0.0, "")
     failures = 0
@@ -78,21 +79,29 @@ def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, i
     return Room(element, rms, len(seeds), failures)
 
 
-def room_of(
-    operation: str,
-    cases: Sequence[Case],
-    dtype: torch.dtype,
-    seeds: range,
-    interpreter: bool,
-    pool: ProcessPoolExecutor,
-) -> Room:
-    rooms = list(pool.map(partial(room_of_case, operation, dtype=dtype, seeds=seeds, interpreter=interpreter), cases))
+def room_of(rooms: Sequence[Room]) -> Room:
+    """Of all cases."""
     return Room(
         max((room.element for room in rooms), key=lambda used: used.share),
         max((room.rms for room in rooms), key=lambda used: used.share),
         sum(room.runs for room in rooms),
         sum(room.failures for room in rooms),
     )
+
+
+def report(options: argparse.Namespace, run_all: Callable[..., Iterable[Room]]) -> int:
+    """`run_all` is map, or a map over processes. Prints a row as soon as it is known; returns how many runs failed."""
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    print(HEADER, flush=True)
+    failures = 0
+    for operation in options.operations:
+        cases = [case for case in SPECS[operation].test_cases if case.name.startswith(options.cases)]
+        for name in options.dtypes if cases else ():
+            of_case = partial(room_of_case, operation, dtype=DTYPES[name], seeds=seeds, interpreter=options.interpreter)
+            room = room_of(list(run_all(of_case, cases)))
+            print(room.row(f"{operation} {name}"), flush=True)
+            failures += room.failures
+    return failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,17 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--interpreter", action="store_true", help="the kernels themselves, in Triton's interpreter")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args(arguments)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    failures = 0
-    print(HEADER, flush=True)
-    with ProcessPoolExecutor(options.processes) as pool:
-        for operation in options.operations:
-            cases = [case for case in SPECS[operation].test_cases if case.name.startswith(options.cases)]
-            for name in options.dtypes if cases else ():
-                room = room_of(operation, cases, DTYPES[name], seeds, options.interpreter, pool)
-                print(room.row(f"{operation} {name}"), flush=True)
-                failures += room.failures
-    return int(failures > 0)
+    if options.processes == 1:
+        return int(report(options, map) > 0)
+    with ProcessPoolExecutor(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return int(report(options, pool.map) > 0)
 
 
 if __name__ == "__main__":

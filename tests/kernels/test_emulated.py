@@ -1,0 +1,48 @@
+"""support/emulated.py writes what the kernels write, on every fourth test case of every operation."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from internvl_rt.kernels._contract import Case, KernelSpec
+from support.contract import clone, draw_inputs, run_case, shares_of
+from support.emulated import EMULATED
+from support.hardware_arithmetic import hardware_arithmetic
+from support.specs import discover_specs
+
+CPU = torch.device("cpu")
+RUNS = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}/{case.name}/{str(dtype).removeprefix('torch.')}")
+    for spec in discover_specs().values()
+    if spec.name in EMULATED
+    for number, case in enumerate(spec.test_cases)
+    for dtype in (torch.bfloat16, torch.float16)
+    if number % 8 == (dtype == torch.float16) * 4
+]
+
+
+def test_every_operation_that_rounds_is_emulated() -> None:
+    assert set(EMULATED) == {spec.name for spec in discover_specs().values() if any_tolerance(spec)}
+
+
+def any_tolerance(spec: KernelSpec) -> bool:
+    return not spec.exact and any(tolerance.rms for tolerance in spec.tolerances.values())
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), RUNS)
+def test_emulation_equals_the_kernel(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
+    """Equal bits, but for one result in 20 whose sum lies where another order of the sum rounds the other way."""
+    inputs: dict[str, Any] = draw_inputs(spec, case, dtype, CPU, seed=1)
+    emulated = EMULATED[spec.name](**clone(inputs))
+    with hardware_arithmetic():
+        pairs = run_case(spec, inputs, dtype)
+    for (actual, expected), ours in zip(pairs, emulated, strict=True):
+        assert ours.dtype == actual.dtype
+        assert ours.shape == actual.shape
+        written = ~expected.isnan()
+        different = (ours != actual) & written
+        assert different.count_nonzero() <= 1 + actual.numel() // 20
+        kernel, emulation = (shares_of(each, expected, spec.tolerances[dtype]) for each in (actual, ours))
+        assert emulation.element == pytest.approx(kernel.element, abs=0.1)
+        assert emulation.rms == pytest.approx(kernel.rms, abs=0.05)

@@ -1,0 +1,133 @@
+"""The attention kernels in vectorised torch (see emulated.py): online softmax, block by block as the kernels do it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from internvl_rt.kernels.vit_attention import tile_tokens
+from support.emulated_arithmetic import product, rounded
+
+
+def online_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale_log2: float,
+    blocks: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    k_scale: Tensor | None = None,
+    state: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum and weighted value of q [..., M, C] over keys [..., N, C], block by block; weights in `dtype`."""
+    top, total, acc = state or (
+        torch.full(q.shape[:-1], -math.inf), torch.zeros(q.shape[:-1]), torch.zeros(*q.shape[:-1], v.shape[-1])
+    )  # fmt: skip
+    for begin, end in blocks:
+        score = product(q, k[..., begin:end, :], dtype)
+        if k_scale is not None:
+            score = score * k_scale[..., None, begin:end]
+        if visible is not None:
+            score = score.masked_fill(~visible[..., begin:end], -math.inf)
+        new_top = torch.maximum(top, score.amax(-1) * scale_log2)
+        shrink, p = (top - new_top).exp2(), (score * scale_log2 - new_top[..., None]).exp2()
+        total = total * shrink + p.sum(-1)
+        acc = product(rounded(p, dtype), v[..., begin:end, :].mT, dtype, acc * shrink[..., None])
+        top = new_top
+    return top, total, acc
+
+
+def _blocks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, end)) for start in range(begin, end, size)]
+
+
+def vit_attention(
+    qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm_E: Tensor | None, k_norm_E: Tensor | None, eps: float
+) -> list[Tensor]:
+    """The class token's key comes first, in float32; its own query meets no matrix unit."""
+    dtype = qkv_RK.dtype
+    q, k, v = (
+        tile_tokens(part, num_tiles).unflatten(2, (-1, head_dim)).transpose(1, 2).float()
+        for part in qkv_RK.chunk(3, dim=-1)
+    )  # [I, H, U, C], the class token last
+    scale_log2 = math.log2(math.e) / math.sqrt(head_dim)
+    class_q, k_scale = q[:, :, -1:], None
+    if q_norm_E is not None and k_norm_E is not None:
+        inverse = [
+            1 / (part.transpose(1, 2).flatten(2).square().mean(-1) + eps).sqrt()[:, None] for part in (q, k)
+        ]  # [I, 1, U]
+        weight_H1C = (q_norm_E.float() * k_norm_E.float()).view(-1, 1, head_dim)
+        class_q = class_q * weight_H1C * inverse[0][..., -1:, None]
+        q, k_scale = rounded(q * inverse[0][..., None] * weight_H1C, dtype), inverse[1]
+    class_scale = 1.0 if k_scale is None else k_scale[..., -1:]
+    top = (q @ k[:, :, -1:].mT)[..., 0] * (class_scale * scale_log2)
+    state = (top, torch.ones_like(top), v[:, :, -1:].expand_as(q))
+    num_patches = q.shape[2] - 1
+    blocks = _blocks(0, num_patches, 16 if dtype == torch.float32 else 64)
+    _, total, acc = online_softmax(q, k, v, None, scale_log2, blocks, dtype, k_scale, state)
+    score = class_q @ k.mT * (scale_log2 * math.log(2))
+    class_y = (score if k_scale is None else score * k_scale[:, :, None]).softmax(-1) @ v
+    y = torch.cat(((acc * (1 / total)[..., None])[:, :, :-1], class_y), dim=2).transpose(1, 2).flatten(2)
+    return [torch.cat((y[:, :-1].flatten(0, 1), y[:, -1])).to(dtype)]
+
+
+def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int) -> Tensor:
+    """[H, seq_len, C], each kv head as often as query heads share it."""
+    blocks = table_N[: -(-seq_len // cache_BGPC.shape[2])].long()
+    return cache_BGPC[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len].repeat_interleave(group, dim=0).float()
+
+
+def prefill_attention(
+    q_THC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    query_start_S1: Tensor,
+    seq_len_S: Tensor,
+    max_query_len: int,
+) -> list[Tensor]:
+    dtype, (_, heads, channels) = q_THC.dtype, q_THC.shape
+    out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
+    starts = query_start_S1.tolist()
+    for row, seq_len in enumerate(seq_len_S.tolist()):
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
+        visible = torch.ones(last - first, seq_len, dtype=torch.bool).tril(seq_len - (last - first))
+        blocks = _blocks(0, seq_len, 32 if dtype == torch.float32 else 64)
+        scale = math.log2(math.e) / math.sqrt(channels)
+        q = q_THC[first:last].transpose(0, 1)
+        _, total, acc = online_softmax(q, k, v, visible, scale, blocks, dtype)
+        out[first:last] = (acc * (1 / total)[..., None]).transpose(0, 1).to(dtype)
+    return [out]
+
+
+def decode_attention(
+    q_SHC: Tensor,
+    k_cache_BGPC: Tensor,
+    v_cache_BGPC: Tensor,
+    block_table_SN: Tensor,
+    seq_len_S: Tensor,
+    split_start_S1: Tensor,
+    split_W3: Tensor,
+) -> list[Tensor]:
+    dtype, (_, heads, channels) = q_SHC.dtype, q_SHC.shape
+    out, group = torch.zeros_like(q_SHC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
+    starts, block_size = split_start_S1.tolist(), k_cache_BGPC.shape[2]
+    scale = math.log2(math.e) / math.sqrt(channels)
+    for row, seq_len in enumerate(seq_len_S.tolist()):
+        if seq_len == 0:
+            continue
+        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
+        parts = []
+        for _, first, end in split_W3[starts[row] : starts[row + 1]].tolist():
+            blocks = _blocks(first * block_size, min(end * block_size, seq_len), 32 if dtype == torch.float32 else 64)
+            parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype))
+        tops, totals, accs = (torch.stack(each) for each in zip(*parts, strict=True))
+        share = (tops - tops.amax(0)).exp2()
+        value = (accs * share[..., None]).sum(0) * (1 / (totals * share).sum(0))[..., None]
+        out[row] = value[:, 0].to(dtype)
+    return [out]
