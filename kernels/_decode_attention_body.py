@@ -9,20 +9,9 @@ every program would have to make its descriptors before its first load, though a
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._softmax import probability
+
 ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to what matrix units take
-
-
-@triton.jit
-def probability(exponent, dtype: tl.constexpr):
-    """2 ** exponent, as a factor of a product in `dtype`; at most 1.
-
-    The exponent is a difference that is 0 at most, but hardware rounds only one side of it (score * scale - top is a
-    fused multiply-add, top a rounded product): from scores of 2^26 on it can be several units above 0, and 2 to its
-    power beyond the range of float16.
-    """
-    if dtype == tl.float16:
-        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(exponent)
 
 
 @triton.jit

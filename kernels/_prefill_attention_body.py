@@ -7,7 +7,8 @@ serves all query heads that share it. The softmax is the online one: a running m
 import triton
 import triton.language as tl
 
-from internvl_rt.kernels._decode_attention_body import probability, slot_rows, table_blocks
+from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
+from internvl_rt.kernels._softmax import probability
 
 
 @triton.jit

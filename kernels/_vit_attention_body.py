@@ -8,7 +8,7 @@ whole blocks. The class token's own query is one more program of each tile and h
 import triton
 import triton.language as tl
 
-from internvl_rt.kernels._decode_attention_body import probability
+from internvl_rt.kernels._softmax import probability
 
 
 @triton.jit

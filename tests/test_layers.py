@@ -40,6 +40,7 @@ MODULES = [
     "kernels._sample_numbers",
     "kernels._sample_body",
     "kernels.sample",
+    "kernels._softmax",
     "kernels._vit_attention_body",
     "kernels.vit_attention",
     "kernels.paged_attention",
