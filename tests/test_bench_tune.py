@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
+import tune  # noqa: E402
 import tune_plans  # noqa: E402
 from kernel_cases import Work, small_work  # noqa: E402
 from timing import Timing  # noqa: E402
@@ -304,6 +305,31 @@ def test_a_dry_run_shows_everything_and_writes_nothing() -> None:
     plans = {row["plan"] for row in document["rows"] if row["name"].startswith("gemm_epilogue/")}
     assert plans == PLANS.keys()
     assert {path: path.read_bytes() for path in FOLDER.iterdir()} == before
+
+
+def test_the_table_is_written_with_the_rest_and_the_exit_code_says_that_something_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command as on a GPU, with times that are invented and one work that fails."""
+    broken, path = product_works()[0], tmp_path / "sm_90.json"
+
+    def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        if work.name == broken.name:
+            raise RuntimeError("no")
+        return all_fused_are_fast(work, plans, baseline, budget_s)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "target_of", lambda device: H200)
+    monkeypatch.setattr(tune, "DeviceTimer", lambda device: timer)
+    monkeypatch.setattr(tune, "measured_on", lambda device: MEASURED)
+    monkeypatch.setattr(tune, "result_document", lambda part, rows, device: {"part": part, "rows": rows})
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--only=gemm_epilogue", "--only=vit_attention", f"--out={path}"])
+    assert tune.main() == 1
+    tables = load_tables(path, H200)
+    assert tables.gemm_epilogue.keys() == {PRODUCTS.key(work) for work in product_works()} - {PRODUCTS.key(broken)}
+    assert tables.vit_attention.keys() == {ATTENTION.key(work) for work in attention_works()}
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row for row in rows if "problem" in row] == [{"name": broken.name, "problem": "RuntimeError: no"}]
 
 
 def test_without_a_gpu_nothing_is_tuned() -> None:
