@@ -231,18 +231,18 @@ def main() -> int:
     left_out: list[str] = []
     with torch.inference_mode():
         for name, tuned in TUNED.items():
-            if name in only:
-                found[name] = sweep(tuned, tuned.works(), target, timer, end)
-                rows += found[name].rows
-                left_out += found[name].left_out
-        if found:
+            if name not in only:
+                continue
+            found[name] = sweep(tuned, tuned.works(), target, timer, end)
+            rows += found[name].rows
+            left_out += found[name].left_out
             entries = entries_of(found)
-            counts = ", ".join(f"{len(each)} entries for {name}" for name, each in entries.items())
+            counts = ", ".join(f"{len(each)} entries for {each_name}" for each_name, each in entries.items())
             if args.dry_run:
                 print(f"{counts} from invented times; {path.name} stays as it is")
-            else:
+            else:  # after each operation, so that what was found is kept if the rest is cut off
                 write_table(path, entries, measured_on(device), target)
-                print(f"{path}: {counts}")
+                print(f"{path}: {counts}", flush=True)
         if not args.dry_run:
             more_rows, more_left_out = sweep_launches([name for name in only if name in RECOMMENDED], device, end)
             rows += more_rows

@@ -20,25 +20,22 @@ ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
-import tune_plans  # noqa: E402
+import tune  # noqa: E402
 from kernel_cases import Work, small_work  # noqa: E402
 from timing import Timing  # noqa: E402
 from tune import DeviceTimer, Measured, Sweep, choose, entries_of, invented_times, sweep  # noqa: E402
 from tune_candidates import TUNED, Plans, attention_plans, attention_works, product_plans, product_works  # noqa: E402
-from tune_table import attention_entries, measured_on, product_entries, write_table  # noqa: E402
+from tune_table import write_table  # noqa: E402
 
-from internvl_rt.kernels._gemv_plan import GemvPlan, choose_gemv_plan  # noqa: E402
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
 from internvl_rt.kernels._plans import (  # noqa: E402
     CUBLAS,
     FOLDER,
     AttentionPlan,
     GemmPlan,
-    Tables,
     check_attention_plan,
     check_plan,
     choose_attention_plan,
-    choose_plan,
     load_tables,
 )
 from support.specs import discover_specs  # noqa: E402
@@ -195,56 +192,6 @@ def test_attention_is_launched_as_it_was_measured(tmp_path: Path) -> None:
     assert plan(13, 25, 128) is None
 
 
-def test_a_default_that_is_the_fastest_for_some_tiles_is_an_entry_there() -> None:
-    default, other = AttentionPlan(128, 64, 8, 3), AttentionPlan(128, 128, 8, 2)
-    key = (1024, 16, 64)
-    listed = attention_entries({key: {1: default, 4: other, 13: default}}, {key: default})
-    assert [(each["tiles_max"], AttentionPlan(**each["plan"])) for each in listed] == [
-        (1, default),
-        (4, other),
-        (13, default),
-    ]
-    assert attention_entries({key: {1: default, 13: default}}, {key: default}) == []
-
-
-def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
-    """Down to half of the fewest rows, and not above the most."""
-    chosen = {
-        (3072, 1024, "none"): {1025: CUBLAS, 4100: WIDE, 13325: LOW},
-        (4096, 1024, "gelu"): {13325: WIDE, 1025: WIDE},
-        (896, 896, "residual"): {64: LOW, 3392: CUBLAS},
-        (512, 512, "rows"): {64: CUBLAS},
-        (256, 256, "none"): {1: LOW},
-    }
-    entries = product_entries(chosen)
-    assert entries == product_entries(dict(reversed(chosen.items())))
-    write_table(tmp_path / "sm_90.json", {"gemm_epilogue": entries, "vit_attention": []}, MEASURED, H200)
-
-    def plan(rows: int, n: int, k: int, epilogue: str) -> GemmPlan:
-        return choose_plan(rows, n, k, epilogue, torch.bfloat16, H200, folder=tmp_path)
-
-    for (n, k, epilogue), by_rows in chosen.items():
-        for rows, expected in by_rows.items():
-            assert plan(rows, n, k, epilogue) == expected
-    assert [plan(rows, 3072, 1024, "none") for rows in (1, 1026, 4101, 13326)] == [CUBLAS, WIDE, LOW, CUBLAS]
-    assert [plan(rows, 4096, 1024, "gelu") for rows in (512, 513, 5000, 13326)] == [CUBLAS, WIDE, WIDE, CUBLAS]
-    assert [plan(rows, 896, 896, "residual") for rows in (32, 33, 65)] == [CUBLAS, LOW, CUBLAS]
-    assert len(entries) == 3 + 2 + 2 + 1
-
-
-def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "sm_90.json"
-    nothing = {"gemm_epilogue": [], "vit_attention": []}
-    write_table(path, nothing, MEASURED, H200)
-    before = path.read_bytes()
-    assert load_tables(path, H200) == Tables()
-    too_large = product_entries({(64, 64, "none"): {64: replace(WIDE, num_stages=8)}})
-    with pytest.raises(ValueError, match="shared memory"):
-        write_table(path, {**nothing, "gemm_epilogue": too_large}, MEASURED, H200)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["sm_90.json"]
-
-
 @pytest.mark.parametrize("capability", TARGETS)
 def test_every_candidate_can_be_built_for_its_target(capability: int) -> None:
     plans = product_plans(TARGETS[capability])
@@ -281,13 +228,6 @@ def test_products_are_those_of_towers_and_decoders_each_once() -> None:
     assert all("implementation" not in work.case.sizes for work in works)
 
 
-def test_a_file_says_device_date_commit_and_tools() -> None:
-    said = measured_on(DEVICE)
-    assert said.keys() == MEASURED.keys()
-    assert " at commit " in said["date"]
-    assert said["torch"] == torch.__version__
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """As on a machine without a GPU."""
     command, hidden = [sys.executable, "bench/tune.py", *arguments], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -304,6 +244,31 @@ def test_a_dry_run_shows_everything_and_writes_nothing() -> None:
     plans = {row["plan"] for row in document["rows"] if row["name"].startswith("gemm_epilogue/")}
     assert plans == PLANS.keys()
     assert {path: path.read_bytes() for path in FOLDER.iterdir()} == before
+
+
+def test_the_table_is_written_with_the_rest_and_the_exit_code_says_that_something_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command as on a GPU, with times that are invented and one work that fails."""
+    broken, path = product_works()[0], tmp_path / "sm_90.json"
+
+    def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        if work.name == broken.name:
+            raise RuntimeError("no")
+        return all_fused_are_fast(work, plans, baseline, budget_s)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "target_of", lambda device: H200)
+    monkeypatch.setattr(tune, "DeviceTimer", lambda device: timer)
+    monkeypatch.setattr(tune, "measured_on", lambda device: MEASURED)
+    monkeypatch.setattr(tune, "result_document", lambda part, rows, device: {"part": part, "rows": rows})
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--only=gemm_epilogue", "--only=vit_attention", f"--out={path}"])
+    assert tune.main() == 1
+    tables = load_tables(path, H200)
+    assert tables.gemm_epilogue.keys() == {PRODUCTS.key(work) for work in product_works()} - {PRODUCTS.key(broken)}
+    assert tables.vit_attention.keys() == {ATTENTION.key(work) for work in attention_works()}
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row for row in rows if "problem" in row] == [{"name": broken.name, "problem": "RuntimeError: no"}]
 
 
 def test_without_a_gpu_nothing_is_tuned() -> None:
@@ -350,31 +315,3 @@ def test_a_plan_that_cannot_be_built_is_left_out(capsys: pytest.CaptureFixture[s
     measured = DeviceTimer(DEVICE)(small("gemm_epilogue", "gelu_fused"), plans, "cublas", 0.01)
     assert (measured.timings.keys(), measured.wrong) == ({"cublas"}, {})
     assert "not huge: ValueError" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("op", "case"), [("gemv", "matrix_2_norm"), ("gemv_qkv", "rows_2"), ("decode_attention", "many_splits")]
-)
-def test_other_launches_of_gemv_and_attention_are_right_too(
-    op: str, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tune_plans, "time_variants", lambda variants, *_, **__: dict.fromkeys(variants, timing(1)))
-    timings, wrong = tune_plans._time_plans(small(op, case), DEVICE)
-    assert "chosen" in timings
-    assert wrong == {}
-    assert len(timings) >= 5
-
-
-def test_a_launch_is_recommended_only_beyond_the_noise() -> None:
-    timings = {"chosen": timing(100), "8 warps": timing(90), "4 warps": timing(95)}
-    assert tune_plans.recommend("gemv/x", timings) == "gemv/x: 8 warps is 1.11x as fast, 90.00 us for 100.00 us"
-    assert "within the noise" in tune_plans.recommend("gemv/x", {"chosen": timing(100), "other": timing(99)})
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_neighbours_of_a_gemv_plan_are_plans(rows: int) -> None:
-    chosen = choose_gemv_plan(rows, 9728, 896, torch.bfloat16, H200)
-    plans = tune_plans.gemv_plans(rows, chosen)
-    assert plans["chosen"] == chosen
-    assert len(set(plans.values())) == len(plans) > 10
-    assert all(isinstance(plan, GemvPlan) and plan.matrix == chosen.matrix for plan in plans.values())
