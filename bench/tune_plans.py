@@ -33,33 +33,28 @@ Calls = list[Callable[[], Any]]
 
 
 def gemv_plans(rows: int, chosen: GemvPlan) -> dict[str, GemvPlan]:
-    """The plan that is chosen, by the name "chosen", and its neighbours."""
+    """The plan that is chosen, by the name "chosen", and its neighbours; few, since each is compiled first."""
     plans = {"chosen": chosen}
     if not chosen.matrix:
-        for block_n, num_warps, depth in product((4, 8, 16), (2, 4, 8), (1, 2)):
-            block_k = 256 * num_warps * depth
-            plans[f"{block_n}x{block_k}, {num_warps} warps"] = GemvPlan(block_n, block_k, num_warps)
-    elif chosen.num_stages:
-        splits = sorted({1, max(1, chosen.split_k // 2), chosen.split_k, min(64, 2 * chosen.split_k)})
-        shapes = [(64, 128, 4, 3), (64, 128, 4, 5), (64, 64, 4, 6), (64, 256, 4, 2), (64, 256, 4, 3)]
-        shapes += [
-            (128, 128, 8, 3),
-            (128, 64, 8, 4),
-            (128, 64, 4, 6),
-            (32, 128, 4, 4),
-            (32, 256, 4, 3),
-            (64, 128, 4, 8),
-        ]
-        for (block_n, block_k, num_warps, stages), split_k in product(shapes, splits):
-            name = f"{block_n}x{block_k}, {num_warps} warps, {split_k} splits, {stages} stages"
-            plans[name] = GemvPlan(block_n, block_k, num_warps, split_k, matrix=True, num_stages=stages)
-        plans["registers"] = GemvPlan(64, 128, 8, chosen.split_k, matrix=True)
+        for block_n, num_warps in product((4, 8, 16), (4, 8)):
+            plans[f"{block_n}x{256 * num_warps}, {num_warps} warps"] = GemvPlan(block_n, 256 * num_warps, num_warps)
+        return _others_than_chosen(plans)
+    splits = {1} if chosen.split_k == 1 else {chosen.split_k // 2, chosen.split_k, min(64, 2 * chosen.split_k)}
+    if chosen.num_stages:
+        staged = [(64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 8, 3), (32, 128, 4, 6), (64, 64, 4, 8)]
     else:
-        splits = sorted({1, max(1, chosen.split_k // 2), chosen.split_k, min(64, 2 * chosen.split_k)})
-        for block_n, block_k, split_k in product((16, 32, 64), (128, 256, 512), splits):
+        staged = [(16, 128, 4, 8), (16, 256, 4, 4), (32, 128, 4, 8)]
+        for block_n, block_k, split_k in product((16, 32), (256, 512), sorted(splits | {2})):
             name = f"{block_n}x{block_k}, 8 warps, {split_k} splits"
             plans[name] = GemvPlan(block_n, block_k, 8, split_k, matrix=True)
-    return {name: plan for name, plan in plans.items() if name == "chosen" or plan != chosen}
+    for (block_n, block_k, num_warps, stages), split_k in product(staged, sorted(splits)):
+        name = f"{block_n}x{block_k}, {num_warps} warps, {split_k} splits, {stages} stages"
+        plans[name] = GemvPlan(block_n, block_k, num_warps, split_k, matrix=True, num_stages=stages)
+    return _others_than_chosen(plans)
+
+
+def _others_than_chosen(plans: dict[str, GemvPlan]) -> dict[str, GemvPlan]:
+    return {name: plan for name, plan in plans.items() if name == "chosen" or plan != plans["chosen"]}
 
 
 def _gemv_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> Iterator[tuple[str, Calls]]:

@@ -55,12 +55,12 @@ def test_a_launch_is_recommended_only_beyond_the_noise() -> None:
     assert "within the noise" in tune_plans.recommend("gemv/x", {"chosen": timing(100), "other": timing(99)})
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_neighbours_of_a_gemv_plan_are_plans(rows: int) -> None:
-    chosen = choose_gemv_plan(rows, 9728, 896, torch.bfloat16, H200)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 9728, 896), (8, 9728, 896), (8, 896, 896), (8, 896, 4864)])
+def test_neighbours_of_a_gemv_plan_are_plans(rows: int, n: int, k: int) -> None:
+    chosen = choose_gemv_plan(rows, n, k, torch.bfloat16, H200)
     plans = tune_plans.gemv_plans(rows, chosen)
     assert plans["chosen"] == chosen
-    assert len(set(plans.values())) == len(plans) > 10
+    assert len(set(plans.values())) == len(plans) >= 6
     assert all(isinstance(plan, GemvPlan) and plan.matrix == chosen.matrix for plan in plans.values())
 
 
