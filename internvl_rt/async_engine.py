@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from internvl_rt.answer import Request
+from internvl_rt.device_stream import on_this_stream
 from internvl_rt.engine import SCORING, Engine, Messages, build_score
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
 from internvl_rt.image import ImageSource
@@ -206,7 +207,7 @@ class AsyncEngine:
                 "max_num_seqs or max_waiting"
             )
         try:
-            future = self._pool.submit(work)
+            future = self._pool.submit(on_this_stream(work, self._engine.device))
         except RuntimeError:
             raise RequestError("the engine is closed") from None
         self._preparing.add(future)

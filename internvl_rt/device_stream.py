@@ -8,13 +8,15 @@ when the copies from and to it have ended.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class DeviceStream:
@@ -132,6 +134,19 @@ class Fence:
         """Returns at once where it was never set."""
         if self._event is not None:
             self._event.synchronize()
+
+
+def on_this_stream(work: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """`work` for another thread to do, on the stream that is the calling thread's now."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.current_stream(device)
+
+    def do() -> T:
+        with torch.cuda.stream(stream):
+            return work()
+
+    return do
 
 
 def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -244,13 +244,14 @@ def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"logit_row_R": None}
     if not visual and not picks_logits:
         return found
-    num_rows = len(step.logit_rows) if picks_logits else 0
-    rows = np.concatenate((np.array(step.logit_rows[:num_rows], np.int64), *visual_rows))
+    logit_rows = np.array(step.logit_rows if picks_logits else (), np.int64)
+    rows = np.concatenate((*visual_rows, logit_rows))
     row_on_device = to_device(torch.from_numpy(rows), device)
+    num_visual = len(rows) - len(logit_rows)
     if picks_logits:
-        found["logit_row_R"] = row_on_device[:num_rows]
+        found["logit_row_R"] = row_on_device[num_visual:]
     if visual:
-        found |= {"visual_XD": torch.cat(visual), "visual_row_X": row_on_device[num_rows:]}
+        found |= {"visual_XD": torch.cat(visual), "visual_row_X": row_on_device[:num_visual]}
     return found
 
 

@@ -30,6 +30,15 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _load_row(x, token, end, EDGE: tl.constexpr):
+    """The row at these tokens. Memory is read up to a multiple of EDGE: what is behind `end` is anything.
+
+    With an EDGE of 16 what a thread loads at once is inside as a whole or not at all, so that it is one instruction.
+    """
+    return tl.load(x + token, mask=token < (end + EDGE - 1) // EDGE * EDGE, other=float("-inf"))
+
+
+@triton.jit
 def _penalise(x, listed_id, listed_count, first, last, begin, end, penalty, BLOCK: tl.constexpr):
     """Changes the row `x` at the listed tokens in [begin, end).
 
@@ -68,6 +77,7 @@ def row_peaks_kernel(
     SLICES: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
     PENALISED: tl.constexpr,
 ):
     """Of one slice of a row the largest key with its token, and the largest keys of GROUPS groups of tokens.
@@ -83,19 +93,19 @@ def row_peaks_kernel(
     if PENALISED:
         changed = copy + row * copy_stride
         for start in range(begin, end, BLOCK):
-            inside = start + column < end
-            values = tl.load(x + start + column, mask=inside, other=0.0)
-            tl.store(changed + start + column, values.to(tl.float32), mask=inside)
+            values = _load_row(x, start + column, end, EDGE)
+            tl.store(changed + start + column, values.to(tl.float32), mask=start + column < (end + 15) // 16 * 16)
         tl.debug_barrier()
         first, last = tl.load(listed_start + row), tl.load(listed_start + row + 1)
         _penalise(changed, listed_id, listed_count, first, last, begin, end, penalty + row * 3, 128)
         tl.debug_barrier()
         x = changed
+    EDGE_OF_X: tl.constexpr = 16 if PENALISED else EDGE  # the copy's rows have room
     largest = tl.full([BLOCK], LOWEST, tl.int32)
     largest_id = tl.zeros([BLOCK], tl.int32)
     for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # two loads on their way
         token = start + column
-        values = tl.load(x + token, mask=token < end, other=0.0).to(tl.float32)
+        values = _load_row(x, token, end, EDGE_OF_X).to(tl.float32)
         key = tl.where(token < end, order_key(values), LOWEST)
         largest_id = tl.where(key > largest, token, largest_id)
         largest = tl.maximum(largest, key)
@@ -119,19 +129,19 @@ def _largest_reaching(place, size, limit, low, high):
 
 
 @triton.jit
-def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.constexpr):
+def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """Lists the tokens in [begin, end) of row `x` with places in [low, high), by id, as far as there is room.
 
     Returns how many they are.
     """
     column = tl.arange(0, BLOCK)
     length = begin * 0
-    ahead = tl.load(x + begin + column, mask=begin + column < end, other=float("-inf"))
+    ahead = _load_row(x, begin + column, end, EDGE)
     for start in range(begin, end, BLOCK):
         token = start + column
         place = place_of(order_key(ahead.to(tl.float32)), token)
-        ahead = tl.load(x + token + BLOCK, mask=token + BLOCK < end, other=float("-inf"))  # the sums wait for all warps
-        listed = ((place >= low) & (place < high)).to(tl.int32)
+        ahead = _load_row(x, token + BLOCK, end, EDGE)  # the sums wait for all warps
+        listed = ((place >= low) & (place < high) & (token < end)).to(tl.int32)
         count = tl.sum(listed, axis=0)
         if count > 0:
             entry = length + tl.cumsum(listed, axis=0) - 1
@@ -141,15 +151,15 @@ def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _at_or_above(x, V, peak, rate, low, BLOCK: tl.constexpr):
+def _at_or_above(x, V, peak, rate, low, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """A pass over the row: how many tokens have at least this place, and their mass."""
     column = tl.arange(0, BLOCK)
     mass, count = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
-    ahead = tl.load(x + column, mask=column < V, other=float("-inf"))
+    ahead = _load_row(x, column, V, EDGE)
     for start in range(0, V, BLOCK):
         token, values = start + column, ahead.to(tl.float32)
-        ahead = tl.load(x + token + BLOCK, mask=token + BLOCK < V, other=float("-inf"))
-        counts = place_of(order_key(values), token) >= low
+        ahead = _load_row(x, token + BLOCK, V, EDGE)
+        counts = (place_of(order_key(values), token) >= low) & (token < V)
         mass += tl.where(counts, token_weight(values, peak, rate), 0)
         count += counts.to(tl.int32)
     return tl.sum(count, axis=0), tl.sum(mass, axis=0)
@@ -165,7 +175,10 @@ def _read_list(x, list_id, length, peak, rate, LIST: tl.constexpr):
 
 
 @triton.jit
-def _locate(limit, by_count, first, row, lists, SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr):
+def _locate(
+    limit, by_count, first, row, lists,
+    SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """The place where `limit` tokens, or `limit` of mass, are reached, or all the weight is; and the mass up to there.
 
     `first` is the lowest place, the length and the mass of the first list.
@@ -178,7 +191,7 @@ def _locate(limit, by_count, first, row, lists, SLICES: tl.constexpr, LIST: tl.c
     if (limit > reached) & (low > floor):
         middle, count_low, step = floor, LIST + 1, 0
         while count_low - count_high > LIST:
-            count, mass = _at_or_above(x, V, peak, rate, middle, BLOCK)
+            count, mass = _at_or_above(x, V, peak, rate, middle, BLOCK, EDGE)
             reached = tl.where(by_count, count.to(tl.int64), mass)
             if step == 0:
                 limit = tl.minimum(limit, reached)
@@ -194,7 +207,7 @@ def _locate(limit, by_count, first, row, lists, SLICES: tl.constexpr, LIST: tl.c
             step += 1
         list_id = lists  # in place of the slices' lists, which the first has
         tl.debug_barrier()
-        length = _fill_list(x, 0, V, low, high, list_id, LIST, BLOCK)
+        length = _fill_list(x, 0, V, low, high, list_id, LIST, BLOCK, EDGE)
         tl.debug_barrier()
     else:
         limit = tl.minimum(limit, reached)
@@ -206,7 +219,10 @@ def _locate(limit, by_count, first, row, lists, SLICES: tl.constexpr, LIST: tl.c
 
 
 @triton.jit
-def _lowest_kept(row, cut, lengths, lists, mass, k, p, SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr):
+def _lowest_kept(
+    row, cut, lengths, lists, mass, k, p,
+    SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """The lowest place that top_k and top_p keep, and the lowest of the first list.
 
     That one is made here, behind the slices' lists, by moving them behind one another: by id, as they are.
@@ -235,23 +251,25 @@ def _lowest_kept(row, cut, lengths, lists, mass, k, p, SLICES: tl.constexpr, LIS
             limit = tl.maximum(tl.umulhi(four, bits).to(tl.int64) + (four * bits != 0).to(tl.int64), 1)
             needed = p < 1
         if needed:
-            lowest, mass = _locate(limit, step == 0, first, row, lists, SLICES, LIST, BLOCK)
+            lowest, mass = _locate(limit, step == 0, first, row, lists, SLICES, LIST, BLOCK, EDGE)
     return lowest, cut, length
 
 
 @triton.jit
-def _kept_weight(x, token, end, peak, rate, lowest, least):
+def _kept_weight(x, token, end, peak, rate, lowest, least, EDGE: tl.constexpr):
     """The weights of the tokens below `end` that are kept, 0 for the others."""
-    values = tl.load(x + token, mask=token < end, other=float("-inf")).to(tl.float32)
+    values = tl.where(token < end, _load_row(x, token, end, EDGE).to(tl.float32), float("-inf"))
     weight = token_weight(values, peak, rate)
     return tl.where((place_of(order_key(values), token) >= lowest) & (weight >= least), weight, 0)
 
 
 @triton.jit
-def _add_up_spans(x, begin, end, peak, rate, lowest, least, spans, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up_spans(
+    x, begin, end, peak, rate, lowest, least, spans, SPAN: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
+):
     """Writes the kept mass of every SPAN tokens in [begin, end), which one warp adds up."""
     for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):
-        weight = _kept_weight(x, start + tl.arange(0, BLOCK), end, peak, rate, lowest, least)
+        weight = _kept_weight(x, start + tl.arange(0, BLOCK), end, peak, rate, lowest, least, EDGE)
         span = start // SPAN + tl.arange(0, BLOCK // SPAN)
         mass = tl.sum(tl.reshape(weight, [BLOCK // SPAN, SPAN]), axis=1)
         tl.store(spans + span, mass, mask=span * SPAN < end)
@@ -290,6 +308,7 @@ def draw_kernel(
     LIST: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """Slices of a row add up their weights and, for top_k and top_p, list their largest; the last to arrive draws."""
     row = (tl.program_id(0) // SLICES).to(tl.int64)
@@ -315,14 +334,14 @@ def draw_kernel(
         lowest, cut = lowest_place(floor * 0 + LOWEST), lowest_place(floor)
         lists += row * (SLICES + 1) * LIST
         spans += row * LIST
-        _add_up_spans(x, begin, end, peak, rate, lowest, tl.where(filtered, 0, least), spans, SPAN, BLOCK)
+        _add_up_spans(x, begin, end, peak, rate, lowest, tl.where(filtered, 0, least), spans, SPAN, BLOCK, EDGE)
         if filtered:
             # Three groups in eight have no token in the list, so it is about SLICES * GROUPS * ln(8 / 3) long.
             group = tl.load(peaks + row * SLICES * GROUPS + tl.arange(0, SLICES * GROUPS)) >> 16  # roughly is enough
             low, high = tl.min(group, axis=0), tl.max(group, axis=0) + 1
             low = _largest_reaching(group, 1, SLICES * GROUPS * 5 // 8, low, high) << 16
             cut = lowest_place(tl.maximum(low, floor))
-            length = _fill_list(x, begin, end, cut, lowest_place(peak_key + 1), lists + part * LIST, LIST, BLOCK)
+            length = _fill_list(x, begin, end, cut, lowest_place(peak_key + 1), lists + part * LIST, LIST, BLOCK, EDGE)
             tl.store(lengths + row * SLICES + part, length)
         tl.debug_barrier()
         if tl.atomic_add(arrived + row, 1) == SLICES - 1:
@@ -331,7 +350,7 @@ def draw_kernel(
                 state = (x, V, peak, rate, lowest_place(floor))
                 mass = tl.sum(tl.load(spans + entry, mask=entry * SPAN < V, other=0), axis=0)
                 lowest, cut, length = _lowest_kept(
-                    state, cut, lengths + row * SLICES, lists, mass, k, p, SLICES, LIST, BLOCK
+                    state, cut, lengths + row * SLICES, lists, mass, k, p, SLICES, LIST, BLOCK, EDGE
                 )
             list_has_all = filtered & (lowest >= cut)
             if list_has_all:
@@ -339,7 +358,7 @@ def draw_kernel(
                 weight = tl.where((place >= lowest) & (weight >= least), weight, 0)
             else:
                 if filtered:
-                    _add_up_spans(x, 0, V, peak, rate, lowest, least, spans, SPAN, BLOCK)
+                    _add_up_spans(x, 0, V, peak, rate, lowest, least, spans, SPAN, BLOCK, EDGE)
                     tl.debug_barrier()
                 weight = tl.load(spans + entry, mask=entry * SPAN < V, other=0)
             mass = tl.sum(weight, axis=0)
@@ -349,7 +368,7 @@ def draw_kernel(
                 token = tl.load(lists + SLICES * LIST + nth)
             else:
                 token = nth * SPAN + tl.arange(0, SPAN)
-                within, _ = _find(_kept_weight(x, token, V, peak, rate, lowest, least), target - before)
+                within, _ = _find(_kept_weight(x, token, V, peak, rate, lowest, least, EDGE), target - before)
                 token = nth * SPAN + within
             tl.store(y + row, token.to(tl.int64))
             tl.store(kept_mass + row, mass)

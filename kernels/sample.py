@@ -30,6 +30,7 @@ from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, r
 from internvl_rt.kernels._sample_body import draw_kernel, row_peaks_kernel
 
 MAX_VOCAB = 2**18  # ids beside 32 bits of a key; a row's weights, 2^42 at most each, sum to 2^60 at most
+EDGE = 16  # elements: where memory goes on so far, rows of any length are read 16 bytes at a time
 GROUPS = 128  # groups of tokens of a slice whose largest logits decide what is listed
 EXACT = Tolerance(0, 0, 0, "the result is an integer, from integers")
 
@@ -107,6 +108,13 @@ def weight_reference(x_V: Tensor, temperature: float) -> Tensor:
     return 2**31 - (f_V * q_V >> 25) << 11 >> (fixed_V >> 24)
 
 
+def _edge_of(x_RV: Tensor) -> int:
+    """EDGE where every row, the last too, is followed by memory up to a multiple of EDGE elements; else 1."""
+    rows, vocab = x_RV.shape
+    behind_last = x_RV.untyped_storage().nbytes() // x_RV.itemsize - x_RV.storage_offset() - (rows - 1) * x_RV.stride(0)
+    return EDGE if behind_last >= cdiv(vocab, EDGE) * EDGE else 1
+
+
 def plan_sample(
     logits_RV: Tensor,
     temperature_R: Tensor,
@@ -130,7 +138,7 @@ def plan_sample(
     slices = min(8, max(1, size // 512))
     block = min(2048, max(GROUPS, size // slices // 4))  # more takes more registers than 16 warps have
     penalised = listed_id.numel() > 0
-    x_RV = torch.empty(rows, -(-vocab // 4) * 4, device=device)[:, :vocab] if penalised else logits_RV
+    x_RV = torch.empty(rows, cdiv(vocab, EDGE) * EDGE, device=device)[:, :vocab] if penalised else logits_RV
     shared: dict[str, Tensor | int] = {
         "best": torch.empty(rows, slices, dtype=torch.int64, device=device),
         "peaks": torch.empty(rows, slices, GROUPS, dtype=torch.int32, device=device),
@@ -154,9 +162,15 @@ def plan_sample(
                 "copy_stride": x_RV.stride(0),
                 **shared,
             },
-            {"SLICES": slices, "GROUPS": GROUPS, "BLOCK": 2 * block, "PENALISED": penalised},
+            {
+                "SLICES": slices,
+                "GROUPS": GROUPS,
+                "BLOCK": 2 * block,
+                "EDGE": _edge_of(logits_RV),
+                "PENALISED": penalised,
+            },
             num_warps=max(4, block // 128),
-            wide_loads=False,  # rows of 151,674 float32 begin and end at multiples of 8 bytes, of 92,553 at any 4
+            wide_loads=_edge_of(logits_RV) == EDGE and logits_RV.stride(0) % EDGE == 0 and block >= GROUPS * 8,
         ),
         Launch(
             draw_kernel,
@@ -178,9 +192,16 @@ def plan_sample(
                 "x_stride": x_RV.stride(0),
                 **shared,
             },
-            {"SLICES": slices, "GROUPS": GROUPS, "LIST": list_len, "SPAN": max(16, size // list_len), "BLOCK": block},
+            {
+                "SLICES": slices,
+                "GROUPS": GROUPS,
+                "LIST": list_len,
+                "SPAN": max(16, size // list_len),
+                "BLOCK": block,
+                "EDGE": _edge_of(x_RV),
+            },
             num_warps=max(4, block // 128),
-            wide_loads=False,  # as above; and the weights' arithmetic, not the loads, takes the time
+            wide_loads=False,  # 4 elements a thread; and the weights' arithmetic, not the loads, takes the time
         ),
     )
 
@@ -305,17 +326,19 @@ SPEC = KernelSpec(
         Case("slices", {"R": 5, "V": 3001, "parameters": MIXED}),
         Case("no_rows", {"R": 0, "V": 64, "parameters": MIXED}),
         Case("strided", {"R": 3, "V": 100, "parameters": MIXED, "padding": 28}),
+        Case("short_padding", {"R": 3, "V": 205, "parameters": MIXED, "padding": 2}),
+        Case("padded_and_penalised", {"R": 3, "V": 1005, "parameters": MIXED[1:], "padding": 3, "listed": 40}),
         Case("penalties", {"R": 6, "V": 600, "parameters": MIXED[1:], "listed": 40}),
         *(Case(fill, {"R": 6, "V": 203, "parameters": MIXED, "fill": fill}) for fill in ("ties", "huge", "sparse")),
         Case("broken", {"R": 2, "V": 50, "parameters": (PLAIN,), "fill": "broken"}),
         Case("more_ties_than_listed", {"R": 4, "V": 700, "parameters": (GREEDY, *MIXED[3:6]), "fill": "constant"}),
     ),
     model_cases=tuple(
-        Case(f"vocab_{vocab}_{rows}_rows{'_penalised' * bool(listed)}", sizes)
+        Case(f"vocab_{vocab}_{rows}_rows{'_penalised' * bool(listed)}", sizes)  # rows are padded as the engine's are
         for vocab in (151674, 92553)
         for rows in (1, 16, 64)
         for listed in (0, 20)
-        for sizes in ({"R": rows, "V": vocab, "parameters": MIXED, "listed": listed},)
+        for sizes in ({"R": rows, "V": vocab, "parameters": MIXED, "listed": listed, "padding": -vocab % EDGE},)
     ),
     tolerances={torch.float32: EXACT, torch.float16: EXACT, torch.bfloat16: EXACT},
 )

@@ -1,9 +1,12 @@
 """The memory plan: what it counts, and that a pass really stays within its workspace."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 
-from internvl_rt import Engine, RequestError
+from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt import memory as memory_module
 from internvl_rt.config import KNOWN_MODELS, load_config
 from internvl_rt.memory import LIBRARY_BYTES, graphs_bytes, plan_memory, step_workspace_bytes, vision_workspace_bytes
@@ -114,3 +117,22 @@ def test_a_vision_pass_stays_within_its_workspace():
         torch.cuda.reset_peak_memory_stats()
         engine.model.encode_tiles(tiles)
         assert torch.cuda.max_memory_allocated() - before <= engine.memory.vision_bytes
+
+
+@pytest.mark.gpu
+def test_an_engine_with_graphs_stays_within_its_plan():
+    """With all that the driver, torch and fragmentation take beside, for which the plan keeps a reserve."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    options = {"max_num_seqs": 8, "max_model_len": 8192, "max_tokens_per_step": 1024, "kv_cache_bytes": GIB}
+    with Engine.from_pretrained("random:InternVL3-1B", device="cuda", **options) as engine:
+        picture = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "a " * 500}]
+        messages = [{"role": "user", "content": content}]
+        engine.generate([messages] * 8, SamplingParams(max_tokens=4, temperature=1.0, logprobs=5, ignore_eos=True))
+        after, _ = torch.cuda.mem_get_info()
+        memory = engine.memory
+    planned = memory.weight_bytes + memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.library_bytes
+    planned += memory.visual_cache_bytes + memory.cache_bytes
+    assert before - after <= planned + memory_module.RESERVE * before
