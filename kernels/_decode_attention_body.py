@@ -100,16 +100,19 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
     for first_query in range(0, group, QUERIES):
         query = first_query + tl.arange(0, QUERIES)
         real = query < group
-        weights = stats_parts + query
-        values = acc_parts + query[:, None] * C + channel[None, :]
+        weight_rows = stats_parts + query
+        part_rows = acc_parts + query[:, None] * C + channel[None, :]
         acc = tl.zeros([QUERIES, C], tl.float32)
         for start in range(0, num_splits, TOGETHER):
+            weights, parts = (), ()  # all loads first: a sum in between would make the next load wait for its register
             for i in tl.static_range(TOGETHER):
                 held = real & (start + i < num_splits)
-                weight = tl.load(weights + i * 2 * ROWS, mask=held, other=0.0)
-                acc += tl.load(values + i * ROWS * C, mask=held[:, None], other=0.0) * weight[:, None]
-            weights += TOGETHER * 2 * ROWS
-            values += TOGETHER * ROWS * C
+                weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)
+                parts += (tl.load(part_rows + i * ROWS * C, mask=held[:, None], other=0.0),)
+            for i in tl.static_range(TOGETHER):
+                acc += parts[i] * weights[i][:, None]
+            weight_rows += TOGETHER * 2 * ROWS
+            part_rows += TOGETHER * ROWS * C
         y_rows = y_head + query[:, None] * C + channel[None, :]
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 
