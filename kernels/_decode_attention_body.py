@@ -119,8 +119,8 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
             weights, parts = (), ()  # all loads first: a sum in between would make the next load wait for its register
             for i in tl.static_range(TOGETHER):
                 held = real & (start + i < num_splits)
-                weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)
-                parts += (tl.load(part_rows + i * ROWS * C, mask=held[:, None], other=0.0),)
+                weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)  # type: ignore[assignment]
+                parts += (tl.load(part_rows + i * ROWS * C, mask=held[:, None], other=0.0),)  # type: ignore[assignment]
             for i in tl.static_range(TOGETHER):
                 acc += parts[i] * weights[i][:, None]
             weight_rows += TOGETHER * 2 * ROWS
