@@ -57,6 +57,18 @@ def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.conste
 
 
 @triton.jit
+def _prefetch(rows, C: tl.constexpr):
+    """Asks for these rows of a cache to be brought to L2, which is where a store of another program lands too: what is
+    written to them later is seen as without this. The rows may be any of the pool's.
+    """
+    STEP: tl.constexpr = 512 // rows.dtype.element_ty.primitive_bitwidth  # 64 bytes
+    lines = rows[:, None] + tl.arange(0, max(C // STEP, 1))[None, :] * STEP
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
     """Writes the output of the `group` queries that share a kv head: the weighted sum of what a row's splits have left.
 
@@ -89,16 +101,19 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
     for first_query in range(0, group, QUERIES):
         query = first_query + tl.arange(0, QUERIES)
         real = query < group
-        weights = stats_parts + query
-        values = acc_parts + query[:, None] * C + channel[None, :]
+        weight_rows = stats_parts + query
+        part_rows = acc_parts + query[:, None] * C + channel[None, :]
         acc = tl.zeros([QUERIES, C], tl.float32)
         for start in range(0, num_splits, TOGETHER):
+            weights, parts = (), ()  # all loads first: a sum in between would make the next load wait for its register
             for i in tl.static_range(TOGETHER):
                 held = real & (start + i < num_splits)
-                weight = tl.load(weights + i * 2 * ROWS, mask=held, other=0.0)
-                acc += tl.load(values + i * ROWS * C, mask=held[:, None], other=0.0) * weight[:, None]
-            weights += TOGETHER * 2 * ROWS
-            values += TOGETHER * ROWS * C
+                weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)  # type: ignore[assignment]
+                parts += (tl.load(part_rows + i * ROWS * C, mask=held[:, None], other=0.0),)  # type: ignore[assignment]
+            for i in tl.static_range(TOGETHER):
+                acc += parts[i] * weights[i][:, None]
+            weight_rows += TOGETHER * 2 * ROWS
+            part_rows += TOGETHER * ROWS * C
         y_rows = y_head + query[:, None] * C + channel[None, :]
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 
@@ -112,9 +127,12 @@ def decode_attention_kernel(
     q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
     q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows, scale_log2,
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """SWAP: S^T = K q^T and O^T = V^T P^T, so that the tall side of both products is that of the keys or channels, and
+    """PREFETCH: an item's first keys and values are brought to L2 while the kernel before this one still runs. They are
+    older than that, but for the newest token's, and a prefetch into L2 cannot make that one stale.
+
+    SWAP: S^T = K q^T and O^T = V^T P^T, so that the tall side of both products is that of the keys or channels, and
     16 query rows are enough for matrix units that work on 64 rows at least (sm_90, sm_100).
     """
     item, head = tl.program_id(0), tl.program_id(1)
@@ -135,6 +153,17 @@ def decode_attention_kernel(
     stop = tl.minimum(planned_stop, tl.load(seq_len + row, mask=row >= 0, other=0))
     table = block_table + row.to(tl.int64) * table_stride
     blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # does not wait for the length
+    k_head = k_cache + head.to(tl.int64) * head_stride
+    v_head = v_cache + head.to(tl.int64) * head_stride
+    if PREFETCH:
+        second = begin + BLOCK
+        if row >= 0:
+            _prefetch(slot_rows(k_head, blocks, begin, block_stride, slot_stride, P, BLOCK), C)
+            _prefetch(slot_rows(v_head, blocks, begin, block_stride, slot_stride, P, BLOCK), C)
+        if second < planned_stop:
+            later = table_blocks(table, second, planned_stop, P, BLOCK)
+            _prefetch(slot_rows(k_head, later, second, block_stride, slot_stride, P, BLOCK), C)
+            _prefetch(slot_rows(v_head, later, second, block_stride, slot_stride, P, BLOCK), C)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -144,8 +173,6 @@ def decode_attention_kernel(
         tl.store(y + item.to(tl.int64) * y_stride + offset_RC, zeros_RC, mask=real)
 
     if row >= 0:
-        k_head = k_cache + head.to(tl.int64) * head_stride
-        v_head = v_cache + head.to(tl.int64) * head_stride
         q_RC = tl.load(q + row.to(tl.int64) * q_stride + offset_RC, mask=real, other=0.0)
 
         top = tl.full([ROWS], float("-inf"), tl.float32)

@@ -22,6 +22,7 @@ from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
+PREFETCH = False  # of keys and values, while the kernel before still runs; not measured yet
 MAX_GROUP = ROWS.value  # query heads of a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),
@@ -112,6 +113,7 @@ def plan_decode_attention(
                 "BLOCK": block,
                 "SWAP": target.capability in (90, 100, 103),
                 "PDL": pdl,
+                "PREFETCH": pdl and PREFETCH,
                 "PRECISION": "ieee" if single else None,
             },
             num_stages=stages,

@@ -344,6 +344,21 @@ def test_a_thousand_launches_give_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
+def test_keys_and_values_that_are_prefetched_are_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call follows a write of the newest token of every row, as in a decode step."""
+    inputs = inputs_of(8000, 300, 5000, 64, H=28, G=4, C=128, P=64, split=2)
+    lengths, table = inputs["seq_len_S"].long() - 1, inputs["block_table_SN"].long()
+    newest = table[torch.arange(4, device=DEVICE), lengths // 64], lengths % 64
+    for _ in range(100):
+        for name in ("k_cache_BGPC", "v_cache_BGPC"):
+            inputs[name][newest[0], :, newest[1]] = torch.randn(4, 4, 128, dtype=torch.float16, device=DEVICE)
+        monkeypatch.setattr("internvl_rt.kernels.decode_attention.PREFETCH", True)
+        prefetched = decode_attention(**inputs)
+        monkeypatch.setattr("internvl_rt.kernels.decode_attention.PREFETCH", False)
+        assert torch.equal(prefetched, decode_attention(**inputs))
+
+
+@pytest.mark.gpu
 def test_a_graph_serves_other_lengths_and_plans() -> None:
     first = inputs_of(3000, 40, 500, H=28, G=4, C=128, P=64, split=1, spare=60)
     captured = {name: t.clone() for name, t in first.items() if not name.endswith("BGPC")}
