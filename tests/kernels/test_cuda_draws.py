@@ -83,4 +83,5 @@ def test_draws_are_those_of_the_gpu(seed: int) -> None:
         actual = draws("cpu")
     for ours, theirs in zip(actual, expected, strict=True):
         exact = not ours.dtype.is_floating_point
-        torch.testing.assert_close(ours, theirs.cpu(), rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+        # The sine of an angle near pi is as wrong as the angle is, 2.4e-7, times a radius of up to 6.7.
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=0 if exact else 1e-5, atol=0 if exact else 4e-6)

@@ -76,7 +76,8 @@ def _handle(values: Array, dtype: tl.dtype) -> TensorHandle:
 def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, *_: object) -> TensorHandle:
     values = _values(src)
     if dst_type.scalar != tl.bfloat16:
-        values = values.astype(interpreter._get_np_dtype(dst_type.scalar))
+        with np.errstate(over="ignore", invalid="ignore"):  # too large for float16 is infinity, as on a GPU
+            values = values.astype(interpreter._get_np_dtype(dst_type.scalar))
     return _handle(values, dst_type)
 
 
