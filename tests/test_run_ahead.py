@@ -55,7 +55,7 @@ def test_no_launch_of_a_step_waits_for_the_one_before_it(switched: dict[str, Fou
 
 @pytest.mark.parametrize("way", ["all on", "no early launch", "no graphs"])
 def test_streams_are_in_order_and_no_memory_is_given_back_too_early(switched: dict[str, Found], way: str) -> None:
-    """One engine under a caller whose stream changes; two, the second of which is built while the first serves."""
+    """One engine under a caller whose stream changes; with all on, a second that is built while the first serves."""
     assert not switched[way]["races"]
 
 

@@ -171,7 +171,7 @@ if __name__ == "__main__":
         launches = Counter(launch.kernel.__name__ for launch in MACHINE.launches)
         early = Counter(launch.kernel.__name__ for launch in MACHINE.launches if launch.pdl)
         graphs = MACHINE.num_replays
-        if not sys.argv[2:]:
+        if not sys.argv[2:] and options == OPTIONS:
             serve_while_another_is_built(options)
     found = {"waits": waits, "races": Counter(MACHINE.races), "steps": counts}
     print(json.dumps(found | {"launches": launches, "early": early, "replays": graphs}))
