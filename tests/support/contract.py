@@ -107,7 +107,7 @@ def shares_of(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Shares:
     actual64, expected64 = actual.double().cpu(), expected.double().cpu()
     error = torch.where(actual64 == expected64, 0.0, (actual64 - expected64).abs())
     limit = tolerance.atol + tolerance.rtol * expected64.abs()
-    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf)
+    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf, posinf=math.inf)
     worst = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
     rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
     message = f"worst at {worst}: got {actual64[worst]}, expected {expected64[worst]}; rms error {rms:.3g}"
