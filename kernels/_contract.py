@@ -41,9 +41,9 @@ class Cost:
 class Tolerance:
     """How far an output may be from the reference run in float64 on the same (rounded) inputs.
 
-    |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= rms_limit * ||ref||, which catches errors
-    with structure. `rms` is for outputs of many elements. `reason` says where the figures come from;
-    tests/support/tolerance_room.py measures how much of them is used.
+    |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= norm_limit(ref), about rms * ||ref||, which
+    catches errors with structure. `reason` says where the figures come from; tests/support/tolerance_room.py measures
+    how much of them is used.
     """
 
     rtol: float
@@ -51,15 +51,17 @@ class Tolerance:
     rms: float
     reason: str
 
-    def rms_limit(self, expected: torch.Tensor) -> float:
-        """`rms`, and more for few elements, whose rms error is a matter of chance.
+    def norm_limit(self, expected: torch.Tensor) -> float:
+        """rms * ||ref|| for many elements, more for few and for small ones.
 
         Of n roundings of equal weight the rms error has a deviation of about 1 / (2 sqrt(n)) of itself; the limit
-        leaves room for four of them. Of elements that differ, n is (sum ref^2)^2 / (sum ref^4): the few large ones.
+        leaves room for four of them. Where elements differ, n is (sum ref^2)^2 / (sum ref^4): the few large ones count.
+        What is smaller than `atol` is taken to be as large: below it an element's relative error says nothing.
         """
         square = expected.double().square()
-        weight = float(square.sum() ** 2)
-        return self.rms * (1.0 + 2.0 * float((square.square().sum() / weight).sqrt()) if weight else 1.0)
+        norm = float(square.sum().sqrt())
+        few = float(square.norm()) / norm**2 if norm else 0.0  # 1 / sqrt(n)
+        return self.rms * (1.0 + 2.0 * few) * max(norm, self.atol * expected.numel() ** 0.5)
 
 
 @dataclass(frozen=True, slots=True)
