@@ -22,6 +22,7 @@ So the patch rows of one tile are 1024 and products over them fill the chip's ti
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Tolerance:
         square = expected.double().square()
         norm = float(square.sum().sqrt())
         few = float(square.norm()) / norm**2 if norm else 0.0  # 1 / sqrt(n)
-        return self.rms * (1.0 + 2.0 * few) * max(norm, self.atol * expected.numel() ** 0.5)
+        return self.rms * (1.0 + 2.0 * few) * max(norm, self.atol * sqrt(expected.numel()))
 
 
 @dataclass(frozen=True, slots=True)
