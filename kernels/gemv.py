@@ -24,10 +24,11 @@ Activation = Literal["none", "swiglu"]
 
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
-    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result. A
-    # sum of such products is wrong by up to 1.6 half units of 1, and SwiGLU multiplies gate's and up's by up to 5.
-    torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "operands and result are each rounded to 11 bits"),
-    torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "operands and result are each rounded to 8 bits"),
+    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
+    # SwiGLU multiplies what that makes wrong in gate with up, and the other way round, and either may be 4: of 1000
+    # seeds the worst used 0.76 of the elements' limits and 0.78 of those of rms.
+    torch.float16: Tolerance(1e-3, 4e-3, 6.5e-4, "operands and result are each rounded to 11 bits"),
+    torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5.5e-3, "operands and result are each rounded to 8 bits"),
 }
 
 
@@ -295,6 +296,7 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"many_{rows}", rows, 200, 256, **_RESIDUAL)
         yield case(f"wide_{rows}", rows, 20, 1100, **_NORM)
         yield case(f"zeros_{rows}", rows, 16, 64, factor=0.0, **_NORM)
+    yield case("many_swiglu_16", 16, 400, 64, **_SWIGLU)  # so many elements that an error with structure shows
 
 
 MODELS = {  # D, F, H, G, C, V

@@ -286,7 +286,8 @@ SPEC = KernelSpec(
     ),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums of 588 products in another order"),
-        torch.float16: Tolerance(1e-3, 2e-3, 5e-4, "pixels and output are each rounded to 11 bits"),
-        torch.bfloat16: Tolerance(8e-3, 1.5e-2, 4e-3, "pixels and output are each rounded to 8 bits"),
+        # The output is rounded, and before it each of the 12 to 768 pixels in its sum: all of them may be off one way.
+        torch.float16: Tolerance(1e-3, 2.5e-3, 5e-4, "pixels and output are each rounded to 11 bits"),
+        torch.bfloat16: Tolerance(8e-3, 2e-2, 4e-3, "pixels and output are each rounded to 8 bits"),
     },
 )

@@ -27,12 +27,12 @@ def identity(x: Any) -> Any:
 
 
 def alike_for_few_elements(self: Tolerance, expected: Tensor) -> float:
-    return self.rms
+    return self.rms * float(expected.norm())
 
 
 @pytest.fixture
 def old_rms_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tolerance, "rms_limit", alike_for_few_elements)
+    monkeypatch.setattr(Tolerance, "norm_limit", alike_for_few_elements)
 
 
 def failures_of_kernel(operation: str, name: str, dtype: torch.dtype) -> int:
@@ -41,15 +41,13 @@ def failures_of_kernel(operation: str, name: str, dtype: torch.dtype) -> int:
 
 
 def test_gemv_without_rounding_to_tf32_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert failures_of_kernel("gemv", "swiglu_16", torch.float16) == 0
+    assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) == 0
     monkeypatch.setattr(_gemv_body, "_rounded_to_tf32", identity)
-    assert failures_of_kernel("gemv", "swiglu_16", torch.float16) >= 2
+    assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) >= 3  # 37 of 40 seeds
 
 
 @pytest.mark.usefixtures("old_rms_limits")
-def test_gemv_without_rounding_to_tf32_fails_the_old_limits_with_nearly_every_seed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gemv_without_rounding_to_tf32_fails_the_old_limits_whatever_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gemv_body, "_rounded_to_tf32", identity)
     assert failures_of_kernel("gemv", "swiglu_5", torch.float16) == len(SEEDS)
 
@@ -94,14 +92,22 @@ def test_nan_and_infinity_use_infinitely_much_of_a_tolerance() -> None:
     assert shares_of(torch.zeros(2), torch.zeros(2), Tolerance(0, 0, 0, "")).worst == 0
 
 
-def test_the_rms_limit_is_nearly_rms_for_many_elements_and_three_times_it_for_one() -> None:
-    tolerance = Tolerance(1e-3, 0.0, 1e-3, "")
-    assert tolerance.rms_limit(torch.ones(10_000)) == pytest.approx(1.02e-3)
-    assert tolerance.rms_limit(torch.tensor([5.0])) == pytest.approx(3e-3)
+def test_the_limit_of_the_norm_is_rms_for_many_elements_three_times_it_for_one_and_never_below_atols() -> None:
+    tolerance = Tolerance(1e-3, 1e-2, 1e-3, "")
+    assert tolerance.norm_limit(torch.ones(10_000)) == pytest.approx(1.02e-3 * 100)
+    assert tolerance.norm_limit(torch.tensor([5.0])) == pytest.approx(3e-3 * 5)
     one_of_many = torch.full((1000,), 1e-3)
     one_of_many[7] = 100.0
-    assert tolerance.rms_limit(one_of_many) == pytest.approx(3e-3)
-    assert tolerance.rms_limit(torch.zeros(3)) == 1e-3
+    assert tolerance.norm_limit(one_of_many) == pytest.approx(3e-3 * 100)
+    assert tolerance.norm_limit(torch.zeros(4)) == pytest.approx(5e-4 * 2)
+    assert tolerance.norm_limit(torch.full((4,), 1e-6)) == pytest.approx(2 * 5e-4 * 2)
+
+
+def test_a_gelu_that_cancels_has_room() -> None:
+    """x W^T + b is -5.2 with this seed: 1 + erf keeps two digits, of a result that is smaller than any tolerance."""
+    case = case_of(SPECS["gemm_epilogue"], "1_1_1_fused")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert room_of_case("gemm_epilogue", case, dtype, range(103, 104), interpreter=True).rms.share < 0.8
 
 
 def test_the_script_prints_a_row_and_says_by_its_exit_code_whether_a_run_failed(

@@ -107,10 +107,10 @@ def shares_of(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Shares:
     actual64, expected64 = actual.double().cpu(), expected.double().cpu()
     error = torch.where(actual64 == expected64, 0.0, (actual64 - expected64).abs())
     limit = tolerance.atol + tolerance.rtol * expected64.abs()
-    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf)
+    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf, posinf=math.inf)
     worst = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
-    rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
+    norm, limit_of_norm = float(error.norm()), tolerance.norm_limit(expected64)
+    rms = norm / float(expected64.norm().clamp_min(1e-30))
     message = f"worst at {worst}: got {actual64[worst]}, expected {expected64[worst]}; rms error {rms:.3g}"
-    rms_limit = tolerance.rms_limit(expected64)
-    rms_share = 0.0 if rms == 0 else rms / rms_limit if rms_limit else math.inf
+    rms_share = 0.0 if norm == 0 else norm / limit_of_norm if limit_of_norm else math.inf
     return Shares(float(share.max()), math.inf if math.isnan(rms_share) else rms_share, message)
