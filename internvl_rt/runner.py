@@ -17,9 +17,10 @@ from internvl_rt.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.kv_cache import KVCache
 from internvl_rt.model.internvl import InternVL, named_parameters
+from internvl_rt.ops import Sampling
 from internvl_rt.sampler import Sampler, forbid
 from internvl_rt.sequence import Picture
-from internvl_rt.step import Chunk, Step, build_step
+from internvl_rt.step import Chunk, Step, StepInputs, build_step
 from internvl_rt.step_graph import DecodeGraphs, PrefillGraphs, prefill_buckets
 from internvl_rt.visual_cache import VisualCache
 from internvl_rt.work import Work, decoder_work, vision_work
@@ -96,8 +97,14 @@ class Runner:
     def _capture(self, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture) -> None:
         model, cache = self._model, self._cache
         self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
+
+        def decode(inputs: StepInputs, logits_SV: Tensor, sampling: Sampling) -> Tensor:
+            logits_SV = model.logits(model.run_step(inputs, cache.layers), logits_SV)
+            model.ops.sample(logits_SV, sampling, self._drawn_R[: len(logits_SV)])
+            return logits_SV
+
         self._decode_graphs = DecodeGraphs(
-            lambda inputs, logits_SV: model.logits(model.run_step(inputs, cache.layers), logits_SV),
+            decode,
             cache,
             self._drawn_R,
             model.logits_memory(max_num_seqs),
@@ -128,9 +135,15 @@ class Runner:
         if step.has_prompts:
             for chunk in step.chunks:
                 self._encode_pictures(chunk)
-        encoded = Moment(self._model.device)
-        logits_RV, scores = self._compute(step)
-        token_id_R, drawn = self._draw(step, logits_RV)
+        encoded = Moment(self._model.device) if step.has_prompts else start
+        scores: list[_Logprobs] = []
+        is_drawn = False
+        if self._decode_graphs is not None and self._decode_graphs.takes(step):
+            logits_RV = self._decode_graphs.run(step)
+            is_drawn = self._decode_graphs.draws(step)
+        else:
+            logits_RV, scores = self._compute(step)
+        token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
         return Running(
             step=step,
             number=self._cache.blocks.num_steps,
@@ -196,8 +209,6 @@ class Runner:
 
     def _compute(self, step: Step) -> tuple[Tensor, list["_Logprobs"]]:
         """Logits of the draws, and how likely the scored tokens are."""
-        if self._decode_graphs is not None and self._decode_graphs.takes(step):
-            return self._decode_graphs.run(step), []
         model = self._model
         if self._prefill_graphs is not None and self._prefill_graphs.takes(step):
             x_RD = self._prefill_graphs.run(step, model.embed)
@@ -213,11 +224,16 @@ class Runner:
             scores.append(_Logprobs(model.logits(x_RD[rows]), targets, num_top))
         return logits_RV, scores
 
-    def _draw(self, step: Step, logits_RV: Tensor) -> tuple[Tensor, "_Logprobs | None"]:
-        """Draws tokens into `drawn_R`; returns them on the host, and how likely those are who want to know."""
+    def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, "_Logprobs | None"]:
+        """Draws tokens into `drawn_R`; returns them on the host, and how likely those are who want to know.
+
+        is_drawn: a graph has done it, and nobody wants to know.
+        """
         draws = step.draws
         if not draws:
             return torch.empty(0, dtype=torch.int64), None
+        if is_drawn:
+            return to_host(self._drawn_R[: len(draws)]), None
         wanted: list[int] = []
         raw_RV = None
         if not step.is_plain:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.device_stream import host_memory, to_device
@@ -57,6 +58,47 @@ class Sampler:
             on_device = flat.to(self._device, non_blocking=True)
             views = _views(on_device, num_rows, num_listed, torch.int64, torch.float32)
         return Sampling(**views)
+
+
+class PlainArguments:
+    """The arguments of draws that list no tokens, in memory of the host that one copy brings to the device.
+
+    They lie at the same places whatever is drawn, so a CUDA graph can read them: `num_rows` rows, behind the draws'
+    own such as draw greedily.
+    """
+
+    def __init__(self, flat: NDArray[np.int32], num_rows: int) -> None:
+        """flat: [plain_words(num_rows)]."""
+        self._flat, self._views = flat, _plain_views(flat, num_rows, np.int64, np.float32)
+        self._sequences: list[Sequence] | None = None  # whose arguments are there
+
+    def forget(self) -> None:
+        """Something else has been written there."""
+        self._sequences = None
+
+    def fill(self, draws: Items[Draw]) -> None:
+        sequences, num_draws = [draw.sequence for draw in draws], len(draws)
+        if sequences != self._sequences:
+            self._flat[:] = 0
+            ends = {"listed_start_R1": num_draws + 1}
+            if draws:
+                _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, sequences, [{} for _ in draws])
+            self._sequences = sequences
+        self._views["counter_R"][:num_draws] = [draw.place for draw in draws]
+
+
+def plain_words(num_rows: int) -> int:
+    """Of 32 bits, in PlainArguments; a multiple of 16 bytes."""
+    return -(-(num_rows * WORDS_PER_ROW + num_rows + 1) // 4) * 4
+
+
+def wrap_plain(flat: Tensor, num_rows: int) -> Sampling:
+    """What PlainArguments wrote, in a copy `flat` of its memory."""
+    return Sampling(**_plain_views(flat, num_rows, torch.int64, torch.float32))
+
+
+def _plain_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str, Any]:
+    return _views(flat[: num_rows * WORDS_PER_ROW + num_rows + 1], num_rows, 0, int64, float32)
 
 
 def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 All numbers that the host decides lie in one flat int32 array, so that one copy brings a step to the device.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import lru_cache
@@ -186,16 +187,15 @@ def shape_of(step: Step, cache: KVCache) -> StepShape:
     )
 
 
-def fill_step(step: Step, cache: KVCache, shape: StepShape, flat: NDArray[np.int32]) -> None:
-    """Writes a step into `flat`, and makes the block copies that it needs.
+def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a step into the arrays `out` of a shape (`StepShape.views`), and makes the block copies that it needs.
 
     The cache has slots for the chunks' tokens already. Chunks of one token come first.
     """
     chunks, counts = step.chunks, step.counts
     num_decodes = counts.count(1)
     assert counts[:num_decodes] == (1,) * num_decodes, "chunks of one token come first"
-    out = shape.views(flat, np.float32)
-    token_id_T, position_T = out.pop("token_id_T"), out.pop("position_T")
+    token_id_T, position_T = out["token_id_T"], out["position_T"]
     token_ids: list[int] = []
     positions: list[float] = []
     for sequence, index, _, _ in chunks[:num_decodes]:
@@ -214,7 +214,8 @@ def fill_step(step: Step, cache: KVCache, shape: StepShape, flat: NDArray[np.int
     position_T[row:] = 0
     cache.copy_blocks(cache.blocks.take_copies())
     seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
-    cache.blocks.fill_step(seq_id_S, np.array(counts, np.int32), **out)
+    rest = {name: array for name, array in out.items() if name not in ("token_id_T", "position_T")}
+    cache.blocks.fill_step(seq_id_S, np.array(counts, np.int32), **rest)
 
 
 def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len: int, **rest: Any) -> StepInputs:
@@ -260,7 +261,7 @@ def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
     device = drawn_R.device
     shape = shape_of(step, cache)
     flat = host_memory(shape.size, torch.int32, device)
-    fill_step(step, cache, shape, flat.numpy())
+    fill_step(step, cache, shape.views(flat.numpy(), np.float32))
     return wrap_step(
         shape,
         flat.to(device, non_blocking=True),

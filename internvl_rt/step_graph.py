@@ -7,6 +7,7 @@ without a slot. Graphs read a step's numbers from one buffer on the device.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from internvl_rt.cuda_graph import Capture, Replay
 from internvl_rt.device_stream import Fence, host_memory
 from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kv_cache import KVCache
-from internvl_rt.step import Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
+from internvl_rt.ops import Sampling
+from internvl_rt.sampler import PlainArguments, plain_words, wrap_plain
+from internvl_rt.step import Draw, Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
 from internvl_rt.work import decoder_work
 
 # Sequences of a prefill from a graph, decodes among them included: one, which is what a lone user waits for, or a few;
@@ -29,46 +32,83 @@ PREFILL_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096
 FLOPS_OF_LAUNCHES = 450e9
 
 
-class _Buffer:
-    """Where graphs find a step's numbers.
+class _Stage:
+    """Memory of the host from which steps go to the device, and the arrays in it of every shape that it has held."""
 
-    The host fills one of several staging buffers, so that it never writes what a copy may still read.
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.flat = host_memory(size, torch.int32, device)
+        self.copied = Fence(device)
+        self._arrays: dict[StepShape, tuple[dict[str, Any], PlainArguments]] = {}
+        self._held: StepShape | None = None
+
+    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], PlainArguments]:
+        """A step's arrays from `start` on, and the arguments of its draws before them."""
+        if shape not in self._arrays:
+            flat = self.flat.numpy()
+            views = shape.views(flat[start : start + shape.size], np.float32)
+            self._arrays[shape] = views, PlainArguments(flat[:start], shape.num_rows if start else 0)
+        found = self._arrays[shape]
+        if shape != self._held:
+            self._held = shape
+            found[1].forget()
+        return found
+
+
+class _Buffer:
+    """Where graphs find a step's numbers: the arguments of its draws, if they draw, then its arrays.
+
+    The host fills one of several stages, so that it never writes what a copy may still read.
     """
 
     NUM_STAGES = 4
 
-    def __init__(self, cache: KVCache, shapes: Iterable[StepShape], device: torch.device) -> None:
-        self._cache = cache
-        size = max(shape.size for shape in shapes)
-        self.flat = torch.zeros(size, dtype=torch.int32, device=device)
-        self._stages = [host_memory(size, torch.int32, device) for _ in range(self.NUM_STAGES)]
-        self._copied = [Fence(device) for _ in self._stages]
+    def __init__(self, cache: KVCache, shapes: Iterable[StepShape], device: torch.device, *, draws: bool) -> None:
+        self._cache, self._draws = cache, draws
+        size = max(self._start(shape) + shape.size for shape in shapes)
+        self._flat = torch.zeros(size, dtype=torch.int32, device=device)
+        self._stages = [_Stage(size, device) for _ in range(self.NUM_STAGES)]
         self._next = 0
+
+    def arrays(self, shape: StepShape) -> Tensor:
+        """Where a step's arrays are on the device."""
+        start = self._start(shape)
+        return self._flat[start : start + shape.size]
+
+    def sampling(self, shape: StepShape) -> Sampling:
+        """The arguments of its draws."""
+        return wrap_plain(self._flat, shape.num_rows)
 
     def pad(self, shape: StepShape) -> None:
         """Fills it with a step without sequences, for a capture."""
-        self.flat[: shape.size] = torch.from_numpy(_padding(shape))
+        self.arrays(shape).copy_(torch.from_numpy(_padding(shape)))
 
-    def fill(self, step: Step, shape: StepShape) -> None:
-        stage, copied = self._stages[self._next], self._copied[self._next]
+    def fill(self, step: Step, shape: StepShape, draws: Sequence[Draw] = ()) -> None:
+        stage, start = self._stages[self._next], self._start(shape)
         self._next = (self._next + 1) % self.NUM_STAGES
-        copied.wait()
-        staged = stage[: shape.size]
-        fill_step(step, self._cache, shape, staged.numpy())
-        self.flat[: shape.size].copy_(staged, non_blocking=True)
-        copied.set()
+        stage.copied.wait()
+        arrays, arguments = stage.arrays(shape, start)
+        fill_step(step, self._cache, arrays)
+        if self._draws:
+            arguments.fill(draws)
+        end = start + shape.size
+        self._flat[:end].copy_(stage.flat[:end], non_blocking=True)
+        stage.copied.set()
+
+    def _start(self, shape: StepShape) -> int:
+        return plain_words(shape.num_rows) if self._draws else 0
 
 
 class DecodeGraphs:
     """Runs steps in which every sequence has one new token from graphs, one for each number of sequences.
 
     `compute` takes a step's inputs to logits, which it leaves in the memory [S, V] that it is given: all graphs share
-    `logits_SV`. `drawn_R` is where it finds what the step before drew.
+    `logits_SV`. `drawn_R` is where it finds what the step before drew, and where it leaves what it draws by the
+    arguments that it is given.
     """
 
     def __init__(
         self,
-        compute: Callable[[StepInputs, Tensor], Tensor],
+        compute: Callable[[StepInputs, Tensor, Sampling], Tensor],
         cache: KVCache,
         drawn_R: Tensor,
         logits_SV: Tensor,
@@ -79,24 +119,30 @@ class DecodeGraphs:
     ) -> None:
         width = -(-max_model_len // cache.block_size)
         shapes = [StepShape(n, n, width, _num_items(cache, n)) for n in reversed(decode_buckets(max_num_seqs))]
-        self._buffer = _Buffer(cache, shapes, drawn_R.device)
+        self._buffer = _Buffer(cache, shapes, drawn_R.device, draws=True)
         self._buckets: dict[int, tuple[StepShape, Replay]] = {}
         for shape in shapes:
             self._buffer.pad(shape)
-            flat, rows = self._buffer.flat, shape.num_rows
+            flat, rows = self._buffer.arrays(shape), shape.num_rows
             inputs = wrap_step(shape, flat, num_decodes=rows, max_query_len=1, drawn_R=drawn_R, logit_row_R=None)
-            self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows]))
+            how = self._buffer.sampling(shape)
+            self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows], how))
 
     def takes(self, step: Step) -> bool:
         """Whether a step can run here: sequences that compute their last token, none of a prompt, and draw one."""
         num_rows = len(step.chunks)
         return not step.has_prompts and len(step.draws) == step.num_tokens == num_rows <= max(self._buckets)
 
+    @staticmethod
+    def draws(step: Step) -> bool:
+        """Whether such a step's tokens are drawn here too; else what is drawn means nothing."""
+        return step.is_plain and not any(draw.sequence.lists_tokens for draw in step.draws)
+
     def run(self, step: Step) -> Tensor:
         """Logits [S, V], which the next call overwrites."""
         num_rows = len(step.chunks)
         shape, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_rows)]
-        self._buffer.fill(step, shape)
+        self._buffer.fill(step, shape, step.draws if self.draws(step) else ())
         replay.run()
         return replay.result[:num_rows]
 
@@ -123,14 +169,14 @@ class PrefillGraphs:
         """x_TD: memory for the tokens of the largest of `buckets`, which are ascending."""
         width, all_rows = -(-max_model_len // cache.block_size), sorted(PREFILL_ROWS, reverse=True)
         shapes = [StepShape(n, rows, width, num_items=0) for n in reversed(buckets) for rows in all_rows]
-        self._buffer = _Buffer(cache, shapes, x_TD.device) if shapes else None
+        self._buffer = _Buffer(cache, shapes, x_TD.device, draws=False) if shapes else None
         self._x_TD = x_TD
         self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by rows and tokens
         self._shapes = {(shape.num_rows, shape.num_tokens): shape for shape in shapes}
         for place, shape in self._shapes.items():
             assert self._buffer is not None, "there are shapes"
             self._buffer.pad(shape)
-            tokens, flat = shape.num_tokens, self._buffer.flat
+            tokens, flat = shape.num_tokens, self._buffer.arrays(shape)
             inputs = wrap_step(shape, flat, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R, logit_row_R=None)
             self._buckets[place] = inputs, capture(partial(compute, inputs, x_TD[:tokens]))
 

@@ -40,9 +40,10 @@ def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviati
     share = torch.where(same, 0.0, error / (tolerance.atol + tolerance.rtol * expected64.abs()))
     share = torch.where(share.isnan(), math.inf, share)
     worst = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
-    rms = float(error.norm() / expected64.norm().clamp_min(1e-30))
-    limit = tolerance.rms_limit(expected64)
-    rms_share = 0.0 if rms == 0 or math.isnan(rms) else rms / limit if limit else math.inf
+    norm = float(error.norm())
+    rms = norm / max(float(expected64.norm()), 1e-30)
+    limit = tolerance.norm_limit(expected64)
+    rms_share = 0.0 if norm == 0 or math.isnan(norm) else norm / limit if limit else math.inf
     text = f"at {worst} {actual64[worst]:.7g}, expected {expected64[worst]:.7g}; rms error {rms:.2g}"
     return Deviation(max(float(share[worst]), rms_share), text)
 

@@ -84,7 +84,7 @@ class Bench:
             return chunks, lambda: None
         step = plan_step(chunks)
         shape = shape_of(step, self.cache)
-        fill_step(step, self.cache, shape, np.empty(shape.size, np.int32))
+        fill_step(step, self.cache, shape.views(np.empty(shape.size, np.int32), np.float32))
         number = self.cache.blocks.num_steps
         for draw in step.draws:
             draw.sequence.num_tokens += 1
