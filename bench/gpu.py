@@ -82,11 +82,14 @@ def run(command: list[str], box_s: float, environment: dict[str, str], log: IO[b
     return Output(lines, process.returncode, stopped)
 
 
-def run_part(part: Part, box_s: float, environment: dict[str, Any], log: IO[bytes], *, cpu: bool) -> dict[str, Any]:
+def run_part(
+    part: Part, box_s: float, environment: dict[str, Any], log: IO[bytes], *, cpu: bool, commit: str | None = None
+) -> dict[str, Any]:
     """The part's entry in the results; never raises for what the command did."""
     if not part.command:
         return {"status": "not run", "reason": part.absent}
-    command = [word.replace("{budget_s}", f"{MARGIN * box_s:.0f}") for word in part.command]
+    words = [word for word in part.command if commit or "{commit}" not in word]
+    command = [word.replace("{budget_s}", f"{MARGIN * box_s:.0f}").replace("{commit}", commit or "") for word in words]
     shown = _shown_command(command)
     log.write(f"\n=== {part.name}: {shown}\n".encode())
     log.flush()
@@ -152,7 +155,9 @@ class Run:
                     box_s = (end - time.monotonic()) * part.share / max(shares, part.share)
                     if part.command:
                         print(f"{part.name}: at most {box_s:.0f} s", flush=True)
-                    self.entries[part.name] = run_part(part, box_s, self.environment, log, cpu=self.cpu)
+                    self.entries[part.name] = run_part(
+                        part, box_s, self.environment, log, cpu=self.cpu, commit=self.commit
+                    )
                 entry = self.entries[part.name]
                 self._say(part, entry)
                 if part.name == "build":

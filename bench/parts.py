@@ -44,7 +44,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`{budget_s}` in a command stands for the seconds that it may take; no command means that there is none here.
+    """`{budget_s}` in a command stands for the seconds that it may take, and a word with `{commit}` is left out where the
+    commit was not given; no command means that there is none here.
 
     `calls`: of CALLS, those that it is part of; without any it runs only if it is asked for by name. `uses`: the
     operations behind a whole model's times; rows without them are each of one operation. `read` makes a document of
@@ -173,15 +174,16 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         return script("compare_transformers", *comparison, *options) if has_transformers else ()
 
     lone = () if cpu else ("--batch=1", "--context=2048")
+    tuned = ("--only=vit_attention", "--only=gemm_epilogue", "--commit={commit}")
     both = VISION | DECODER
     return (
         Part("build", "build", 70, script("gpu", "--check"), proves=True, times=False),
         Part(
-            "prebuild", "prebuild", 25, () if cpu else script("prebuild", *budget, "--what=models,contract"),
+            "prebuild", "prebuild", 25, () if cpu else script("prebuild", *budget, "--what=models"),
             absent=no_device, times=False,
         ),
         Part(
-            "prebuild_tune", "prebuild", 30, () if cpu else script("prebuild", *budget, "--what=tune"),
+            "prebuild_tune", "prebuild", 45, () if cpu else script("prebuild", *budget, "--what=tune"),
             calls=(second,), absent=no_device, times=False,
         ),
         Part(
@@ -189,12 +191,12 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
         ),
         Part(
-            AGREEMENT, "tests", 60, () if cpu else (*pytest, "-m", "gpu", "tests/test_model_agreement.py"),
+            AGREEMENT, "tests", 45, () if cpu else (*pytest, "-m", "gpu", "tests/test_model_agreement.py"),
             absent=no_device, proves=True, times=False, read=read_tests,
         ),
         Part(
-            "gpu_tests", "tests", 30, () if cpu else (*pytest, "-m", "gpu", *gpu_test_files()),
-            calls=(first,), absent=no_device, proves=True, times=False, read=read_tests,
+            "gpu_tests", "tests", 80, () if cpu else (*pytest, "-m", "gpu", *gpu_test_files()),
+            calls=(second,), absent=no_device, proves=True, times=False, read=read_tests,
         ),
         Part(
             "sanitizer", "tests", 60, sanitize if sanitizer and not cpu else (),
@@ -202,29 +204,29 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             read=read_sanitizer,
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide what is outside
         ),
-        Part("roofline", "roofline", 15, script("roofline", *quick), times=False),
+        Part("roofline", "roofline", 18, script("roofline", *quick), times=False),
         Part(
-            "tune", "tune", 200, () if cpu else script("tune", *budget, "--only=gemm_epilogue", "--only=vit_attention"),
+            "tune", "tune", 150, () if cpu else script("tune", *budget, *tuned),
             calls=(second,), absent=no_device, leaves="kernels/plans/*.json",
         ),
-        Part("decode_1b", "decode", 35, bench("decode", small), calls=(first,), uses=DECODER),
+        Part("decode_1b", "decode", 32, bench("decode", small), calls=(first,), uses=DECODER),
         Part(
-            "decode_1b_without_pdl", "decode", 12, bench("decode", small, "--no-programmatic-launch", *lone),
+            "decode_1b_without_pdl", "decode", 18, bench("decode", small, "--no-programmatic-launch", *lone),
             calls=(first,), uses=DECODER,
         ),
         Part(
-            "decode_1b_without_graphs", "decode", 12, bench("decode", small, "--no-cuda-graphs", *lone),
+            "decode_1b_without_graphs", "decode", 18, bench("decode", small, "--no-cuda-graphs", *lone),
             calls=(first,), uses=DECODER,
         ),
-        Part("step_1b", "step", 15, step(), calls=(first,), absent=no_device, uses=DECODER),
+        Part("step_1b", "step", 18, step(), calls=(first,), absent=no_device, uses=DECODER),
         Part(
-            "step_1b_without_pdl", "step", 15, step("--no-programmatic-launch"),
+            "step_1b_without_pdl", "step", 18, step("--no-programmatic-launch"),
             calls=(first,), absent=no_device, uses=DECODER,
         ),
-        Part("decode_8b", "decode", 45, bench("decode", large), calls=(first,), absent=no_device, uses=DECODER),
-        Part("vision_1b", "vision", 30, bench("vision", small), calls=(first, second), uses=VISION),
-        Part("prefill_1b", "prefill", 25, bench("prefill", small), calls=(first,), uses=both),
-        Part("prefill_8b", "prefill", 35, bench("prefill", large), calls=(first,), absent=no_device, uses=both),
+        Part("decode_8b", "decode", 32, bench("decode", large), calls=(first,), absent=no_device, uses=DECODER),
+        Part("vision_1b", "vision", 22, bench("vision", small), calls=(first, second), uses=VISION),
+        Part("prefill_1b", "prefill", 18, bench("prefill", small), calls=(first,), uses=both),
+        Part("prefill_8b", "prefill", 24, bench("prefill", large), calls=(first,), absent=no_device, uses=both),
         Part("kernels", "kernels", 90, script("kernel_table", *budget, "--no-compile", *quick), calls=(first, third)),
         Part(
             "compare_transformers", "compare_transformers", 100, compare(),

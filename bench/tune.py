@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=operations, metavar="OP", help=", ".join(operations))
     parser.add_argument("--budget-s", type=float, default=300, help="for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the table (default: kernels/plans/sm_XX.json of this GPU)")
+    parser.add_argument("--commit", help="what is measured, where git does not say so")
     parser.add_argument("--dry-run", action="store_true", help="invented times, without a GPU; nothing is written")
     args = parser.parse_args()
     if args.dry_run and args.out:
@@ -241,7 +242,7 @@ def main() -> int:
             if args.dry_run:
                 print(f"{counts} from invented times; {path.name} stays as it is")
             else:  # after each operation, so that what was found is kept if the rest is cut off
-                write_table(path, entries, measured_on(device), target)
+                write_table(path, entries, measured_on(device, args.commit), target)
                 print(f"{path}: {counts}", flush=True)
         if not args.dry_run:
             more_rows, more_left_out = sweep_launches([name for name in only if name in RECOMMENDED], device, end)

@@ -70,11 +70,12 @@ def write_table(
     os.replace(draft, path)
 
 
-def measured_on(device: torch.device) -> dict[str, str]:
+def measured_on(device: torch.device, commit: str | None = None) -> dict[str, str]:
+    """commit: where git does not say it."""
     found = environment(device)
     where = f"{found['device']}, driver {found['driver']}"
     return {
-        "date": f"{found['date']} at commit {found['commit']}",
+        "date": f"{found['date']} at commit {commit or found['commit']}",
         "gpu": where,
         "triton": str(found["triton"]),
         "torch": str(found["torch"]),
