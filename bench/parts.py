@@ -44,8 +44,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`{budget_s}` in a command stands for the seconds that it may take, and a word with `{commit}` is left out where the
-    commit was not given; no command means that there is none here.
+    """`{budget_s}` in a command stands for the seconds that it may take; a word with `{commit}` is left out where the
+    commit was not given. No command means that there is none here.
 
     `calls`: of CALLS, those that it is part of; without any it runs only if it is asked for by name. `uses`: the
     operations behind a whole model's times; rows without them are each of one operation. `read` makes a document of
