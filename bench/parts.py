@@ -167,7 +167,9 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         *("--error-exitcode", str(SANITIZER_ERRORS), *pytest, "-p", "no:xdist"),
         *(CONTRACT_FILE, "-k", f"bfloat16 and ({SANITIZED})"),
     )
-    comparison = ("--quick",) if cpu else ("--device=cuda", "--dtype=bfloat16", "--tiles=13", "--tokens=64")
+    comparison = (
+        ("--quick",) if cpu else ("--device=cuda", "--dtype=bfloat16", "--tiles=13", "--tokens=64", "--rounds=1")
+    )
     has_transformers = importlib.util.find_spec("transformers") is not None
 
     def compare(*options: str) -> tuple[str, ...]:
@@ -236,7 +238,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         Part("vision_6b", "vision", 120, bench("vision", giant), calls=(), absent=no_device, uses=VISION),
         Part(
             "compare_transformers_8b", "compare_transformers", 400,
-            () if cpu else compare("--model=InternVL3-8B", "--rounds=1"),  # writes 32 GB of weights first
+            () if cpu else compare("--model=InternVL3-8B"),  # writes 32 GB of weights first
             calls=(), absent=no_device or "no package transformers", read=read_comparison, uses=both,
         ),
     )  # fmt: skip
