@@ -52,9 +52,8 @@ audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton 
 room: $(VENV)/done-test  ## how much of its tolerances each kernel uses over 1000 seeds of a GPU's roundings; options in ROOM_ARGS=
 	$(BIN)/python tests/support/tolerance_room.py --processes $$(nproc) $(ROOM_ARGS)
 
-# No environment of our own: the machine's Python has a torch that fits its GPU.
-gpu:  ## on a GPU machine: tests, then measures, with the torch that PYTHON=python3 has; options in GPU_ARGS=
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+# No environment of our own: the machine's Python has a torch that fits its GPU; what is missing, the script builds.
+gpu:  ## on a GPU machine: proves and measures, with the torch that PYTHON=python3 has; options in GPU_ARGS=
 	$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
 tiny: $(VENV)/done-test  ## trains the checkpoint in the package again

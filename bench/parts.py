@@ -75,13 +75,15 @@ RESULT = re.compile(
     r"(?:^|\s)(?P<before>PASSED|FAILED|ERROR)\s+(?P<id>tests/\S+::.+?)\s*$"
     r"|^(?P<id2>tests/\S+::.+?)\s+(?P<after>PASSED|FAILED|ERROR)\b"
 )
+SUMMARY = re.compile(r"=+ .*\d+ (passed|failed|errors?).* in [\d.]+s")
 COUNTED = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors"}
 
 
 def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
     """From what `pytest -v` prints of each test: a row for each operation, or for each file where there is none.
 
-    So a run that is stopped tells what it had. `first` is the first that failed.
+    So a run that is stopped tells what it had. `first` is the first that failed. The document is `complete` if pytest
+    came to its own end, though its workers may have been ended after it.
     """
     rows: dict[str, dict[str, Any]] = {}
     seen: set[tuple[str, str]] = set()  # the summary at the end names those that failed again
@@ -104,7 +106,9 @@ def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> 
             row.setdefault("first", within.partition("/")[2] or test if is_contract else test)
     if not rows and not output.stopped:
         raise DocumentError(f"no test ran (exit code {output.exit_code})")
-    return document("tests", sorted(rows.values(), key=lambda row: row["name"]), environment, command)
+    summed_up = any(map(SUMMARY.search, output.lines)) and not any("KeyboardInterrupt" in line for line in output.lines)
+    found = document("tests", sorted(rows.values(), key=lambda row: row["name"]), environment, command)
+    return found | {"complete": summed_up}
 
 
 def read_sanitizer(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:

@@ -251,6 +251,23 @@ def test_what_each_operation_passed_is_read_from_the_lines_of_its_tests() -> Non
     ]
 
 
+def test_tests_that_came_to_their_end_are_complete_though_workers_were_still_ending() -> None:
+    case = f"{CASE}[gemv/rows_1/float32] PASSED [100%]"
+    for more, complete in (
+        (["=== 1 passed in 55.34s ==="], True),
+        ([], False),
+        (["!!!!! KeyboardInterrupt !!!!!", "=== 1 passed in 3.1s ==="], False),
+    ):
+        assert read_tests(Output([case, *more], 130, stopped=True), ENVIRONMENT, "pytest")["complete"] is complete
+
+
+def test_tests_that_are_stopped_at_their_end_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST_S", 0)
+    lines = f"print('{CASE}[gemv/rows_1/float32] PASSED [100%]\\n=== 1 passed in 0.1s ===', flush=True)"
+    ending = python("contract", f"import time\n{lines}\ntime.sleep(60)", proves=True, times=False, read=read_tests)
+    assert run_parts([ending], tmp_path, budget_s=2).entries["contract"]["status"] == "done"
+
+
 def test_no_test_at_all_proves_nothing() -> None:
     with pytest.raises(DocumentError, match=r"no test ran \(exit code 5\)"):
         read_tests(Output(["no tests ran in 0.01s"], 5, stopped=False), ENVIRONMENT, "pytest")
