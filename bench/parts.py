@@ -233,6 +233,10 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         Part("vision_1b", "vision", 22, bench("vision", small), calls=(first, second), uses=VISION),
         Part("prefill_1b", "prefill", 18, bench("prefill", small), calls=(first,), uses=both),
         Part("prefill_8b", "prefill", 24, bench("prefill", large), calls=(first,), absent=no_device, uses=both),
+        Part(
+            "rows_1b", "kernels", 10, () if cpu else script("rows", *budget),
+            calls=(first,), absent=no_device, times=False,
+        ),
         Part("kernels", "kernels", 90, script("kernel_table", *budget, "--no-compile", *quick), calls=(first, third)),
         Part(
             "compare_transformers", "compare_transformers", 100, compare(),

@@ -35,6 +35,7 @@ TITLES = {
     "decode_1b_without_graphs": "Decode, 1B, without CUDA graphs", "step_1b": "The kernels of a decode step, 1B",
     "step_1b_without_pdl": "The same without programmatic dependent launch", "decode_8b": "Decode, 8B",
     "vision_1b": "Vision, 1B", "prefill_1b": "Prefill, 1B", "prefill_8b": "Prefill, 8B", "kernels": "Kernels",
+    "rows_1b": "1,025 rows a tile against 1,024",
     "compare_transformers": "Against transformers", "serve_1b": "Serving, 1B",
 }  # fmt: skip
 

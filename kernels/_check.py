@@ -23,17 +23,22 @@ def discover_specs() -> dict[str, KernelSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far a result is from its reference, as a share of what the tolerance allows: it is wrong above 1."""
+    """How far a result is from its reference, as shares of what the tolerance allows: it is wrong above 1."""
 
-    share: float
+    element: float  # of the worst element's limit
+    rms: float  # of the limit of the root mean square
     text: str  # the worst element and the root mean square, in words
+
+    @property
+    def share(self) -> float:
+        return max(self.element, self.rms)
 
 
 def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviation:
     """NaN and infinity are right only where the reference has them."""
     assert actual.shape == expected.shape, f"a result of shape {tuple(actual.shape)} for {tuple(expected.shape)}"
     if actual.numel() == 0:
-        return Deviation(0.0, "nothing to compare")
+        return Deviation(0.0, 0.0, "nothing to compare")
     actual64, expected64 = actual.double().cpu(), expected.double().cpu()
     same = (actual64 == expected64) | (actual64.isnan() & expected64.isnan())
     error = torch.where(same, 0.0, (actual64 - expected64).abs())
@@ -45,7 +50,7 @@ def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviati
     limit = tolerance.norm_limit(expected64)
     rms_share = 0.0 if norm == 0 or math.isnan(norm) else norm / limit if limit else math.inf
     text = f"at {worst} {actual64[worst]:.7g}, expected {expected64[worst]:.7g}; rms error {rms:.2g}"
-    return Deviation(max(float(share[worst]), rms_share), text)
+    return Deviation(float(share[worst]), rms_share, text)
 
 
 def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Deviation:

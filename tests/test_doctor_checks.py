@@ -164,4 +164,5 @@ def test_each_operation_is_checked_on_something(target: Any) -> None:
     assert {"residual_cublas", "residual_fused", "residual_tma" if has_tma else "gelu_cublas"} == chosen[
         "gemm_epilogue"
     ]
-    assert {"channels_128", "norms_huge"} <= chosen["vit_attention"]
+    assert "channels_128" in chosen["vit_attention"]
+    assert any("norms" in name for name in chosen["vit_attention"])

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec
-from support.contract import clone, draw_inputs, poisoned, run_case, shares_of
+from support.contract import clone, draw_inputs, poisoned, run_case
 from support.hardware_arithmetic import hardware_arithmetic
 from support.specs import discover_specs
 
@@ -48,9 +49,9 @@ def test_kernel_equals_its_reference(spec: KernelSpec, case: Case, dtype: torch.
         if spec.exact:
             assert_equal_bits(actual, expected.to(actual.dtype))
         else:
-            shares = shares_of(actual, expected, spec.tolerances[dtype])
-            assert shares.element <= 1, shares.message
-            assert shares.rms <= 1, shares.message
+            shares = deviation(actual, expected, spec.tolerances[dtype])
+            assert shares.element <= 1, shares.text
+            assert shares.rms <= 1, shares.text
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec
-from support.contract import clone, draw_inputs, run_case, shares_of
+from support.contract import clone, draw_inputs, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
 from support.specs import discover_specs
@@ -43,6 +44,6 @@ def test_emulation_equals_the_kernel(spec: KernelSpec, case: Case, dtype: torch.
         written = ~expected.isnan()
         different = (ours != actual) & written
         assert different.count_nonzero() <= 1 + actual.numel() // 20
-        kernel, emulation = (shares_of(each, expected, spec.tolerances[dtype]) for each in (actual, ours))
+        kernel, emulation = (deviation(each, expected, spec.tolerances[dtype]) for each in (actual, ours))
         assert emulation.element == pytest.approx(kernel.element, abs=0.1)
         assert emulation.rms == pytest.approx(kernel.rms, abs=0.05)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels import _gemv_body
+from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
-from support.contract import draw_inputs, run_case, shares_of
+from support.contract import draw_inputs, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
 from support.specs import discover_specs
@@ -77,7 +78,7 @@ def test_a_product_in_float32_of_values_around_1000_fails(name: str) -> None:
             inputs["x"] *= factor
             with hardware_arithmetic():
                 ((actual, expected),) = run_case(spec, inputs, dtype)
-            worst[fill].append(shares_of(actual, expected, spec.tolerances[dtype]).worst)
+            worst[fill].append(deviation(actual, expected, spec.tolerances[dtype]).share)
     assert max(worst["10"]) < 0.8
     assert sum(share > 1 for share in worst["1000"]) >= 3
 
@@ -85,11 +86,11 @@ def test_a_product_in_float32_of_values_around_1000_fails(name: str) -> None:
 def test_nan_and_infinity_use_infinitely_much_of_a_tolerance() -> None:
     tolerance = Tolerance(1e-3, 1e-3, 1e-3, "")
     for wrong in (torch.nan, torch.inf):
-        shares = shares_of(torch.tensor([1.0, wrong]), torch.tensor([1.0, 2.0]), tolerance)
-        assert shares.worst == torch.inf
-        assert "worst at (1,): got" in shares.message
-    assert shares_of(torch.tensor([torch.inf, 0.0]), torch.tensor([torch.inf, 0.0]), tolerance).worst == 0
-    assert shares_of(torch.zeros(2), torch.zeros(2), Tolerance(0, 0, 0, "")).worst == 0
+        shares = deviation(torch.tensor([1.0, wrong]), torch.tensor([1.0, 2.0]), tolerance)
+        assert shares.share == torch.inf
+        assert "at (1,)" in shares.text
+    assert deviation(torch.tensor([torch.inf, 0.0]), torch.tensor([torch.inf, 0.0]), tolerance).share == 0
+    assert deviation(torch.zeros(2), torch.zeros(2), Tolerance(0, 0, 0, "")).share == 0
 
 
 def test_the_limit_of_the_norm_is_rms_for_many_elements_three_times_it_for_one_and_never_below_atols() -> None:

@@ -1,15 +1,13 @@
-"""One run of an operation on a test case: what it wrote beside what the reference says, and how far they are apart."""
+"""One run of an operation on a test case: what it wrote beside what the reference says."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from internvl_rt.kernels._contract import Case, KernelSpec
 from support.cuda_draws import CudaDraws
 
 GUARD = 64  # elements before and behind an output that nobody may write
@@ -84,33 +82,3 @@ def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> li
         if isinstance(value, Tensor) and name not in spec.in_place:
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=f"{name} was written")
     return list(zip(actual, expected, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """How much of a tolerance was used, of the elements' limit and of the rms limit; 1 is all of it."""
-
-    element: float
-    rms: float
-    message: str  # the worst element and the rms error
-
-    @property
-    def worst(self) -> float:
-        return max(self.element, self.rms)
-
-
-def shares_of(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Shares:
-    """NaN and infinity use infinitely much, unless expected."""
-    assert actual.shape == expected.shape
-    if actual.numel() == 0:
-        return Shares(0.0, 0.0, "no elements")
-    actual64, expected64 = actual.double().cpu(), expected.double().cpu()
-    error = torch.where(actual64 == expected64, 0.0, (actual64 - expected64).abs())
-    limit = tolerance.atol + tolerance.rtol * expected64.abs()
-    share = torch.nan_to_num(torch.where(error == 0, 0.0, error / limit), nan=math.inf, posinf=math.inf)
-    worst = tuple(int(i) for i in np.unravel_index(int(share.argmax()), share.shape))
-    norm, limit_of_norm = float(error.norm()), tolerance.norm_limit(expected64)
-    rms = norm / float(expected64.norm().clamp_min(1e-30))
-    message = f"worst at {worst}: got {actual64[worst]}, expected {expected64[worst]}; rms error {rms:.3g}"
-    rms_share = 0.0 if norm == 0 else norm / limit_of_norm if limit_of_norm else math.inf
-    return Shares(float(share.max()), math.inf if math.isnan(rms_share) else rms_share, message)

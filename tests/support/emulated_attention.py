@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._plans import AttentionPlan
 from internvl_rt.kernels.vit_attention import tile_tokens
 from support.emulated_arithmetic import product, rounded
 
@@ -44,7 +45,13 @@ def _blocks(begin: int, end: int, size: int) -> list[tuple[int, int]]:
 
 
 def vit_attention(
-    qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm_E: Tensor | None, k_norm_E: Tensor | None, eps: float
+    qkv_RK: Tensor,
+    num_tiles: int,
+    head_dim: int,
+    q_norm_E: Tensor | None,
+    k_norm_E: Tensor | None,
+    eps: float,
+    plan: AttentionPlan | None = None,
 ) -> list[Tensor]:
     """The class token's key comes first, in float32; its own query meets no matrix unit."""
     dtype = qkv_RK.dtype
@@ -65,7 +72,8 @@ def vit_attention(
     top = (q @ k[:, :, -1:].mT)[..., 0] * (class_scale * scale_log2)
     state = (top, torch.ones_like(top), v[:, :, -1:].expand_as(q))
     num_patches = q.shape[2] - 1
-    blocks = _blocks(0, num_patches, 16 if dtype == torch.float32 else 64)
+    block_n = plan.block_n if plan is not None else 16 if dtype == torch.float32 else 64
+    blocks = _blocks(0, num_patches, block_n)
     _, total, acc = online_softmax(q, k, v, None, scale_log2, blocks, dtype, k_scale, state)
     score = class_q @ k.mT * (scale_log2 * math.log(2))
     class_y = (score if k_scale is None else score * k_scale[:, :, None]).softmax(-1) @ v

@@ -1,21 +1,13 @@
-"""Every operation's `SPEC`, found by its file."""
+"""What tests and benches ask of every operation's `SPEC`."""
 
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import internvl_rt
+from internvl_rt.kernels._check import discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
 
-KERNELS = Path(internvl_rt.__file__).parent / "kernels"
-
-
-def discover_specs() -> dict[str, KernelSpec]:
-    names = sorted(path.stem for path in KERNELS.glob("[!_]*.py"))
-    modules = {name: import_module(f"internvl_rt.kernels.{name}") for name in names}
-    return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
+__all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case"]
 
 
 def preferred_dtype(spec: KernelSpec) -> torch.dtype:

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case
-from support.contract import clone, draw_inputs, expected_results, run_case, shares_of
+from support.contract import clone, draw_inputs, expected_results, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
 from support.specs import discover_specs
@@ -71,11 +72,11 @@ def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, i
         else:
             expected = expected_results(spec, inputs, dtype)
             pairs = list(zip(EMULATED[operation](**clone(inputs)), expected, strict=True))
-        shares = [shares_of(actual, wanted, tolerance) for actual, wanted in pairs]
+        shares = [deviation(actual, wanted, tolerance) for actual, wanted in pairs]
         place = f"{case.name}, {seed}"
         element = max(element, *(Used(each.element, place) for each in shares), key=lambda used: used.share)
         rms = max(rms, *(Used(each.rms, place) for each in shares), key=lambda used: used.share)
-        failures += any(each.worst > 1 for each in shares)
+        failures += any(each.share > 1 for each in shares)
     return Room(element, rms, len(seeds), failures)
 
 
