@@ -13,7 +13,7 @@ the sums. Nobody reads x twice, and a split needs its own part of the squares on
 import triton
 import triton.language as tl
 
-from internvl_rt.kernels._gemv_pipelined import _rounded_to_tf32, pipelined_sums, prefetch_weight
+from internvl_rt.kernels._gemv_pipelined import pipelined_sums, prefetch_weight, rounded_to_tf32
 from internvl_rt.kernels._rope import rotate, sin_cos
 
 
@@ -95,7 +95,7 @@ def _row_sums(
         b = w
         if MATRIX:
             if WIDE:
-                a = _rounded_to_tf32(a)
+                a = rounded_to_tf32(a)
                 b = b.to(tl.float32)
             a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
             b = tl.permute(tl.reshape(b, (BLOCK_N, WARPS, BLOCK_K // WARPS)), (1, 2, 0))

@@ -26,9 +26,10 @@ def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.co
 
 
 @triton.jit
-def _rounded_to_tf32(x):
+def rounded_to_tf32(x):
     """The nearest float32 of 10 bits behind the point: matrix units drop the others, which would draw sums to zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the bits of a NaN could become those of a zero
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def pipelined_sums(
             squares += tl.sum(tl.reshape(a * a, (ROWS, BLOCK_K // GROUP, GROUP)), axis=2)
             a *= n.to(tl.float32)
             if WIDE:
-                v = _rounded_to_tf32(a)
+                v = rounded_to_tf32(a)
                 w = w.to(tl.float32)
             else:
                 v = a.to(w.dtype)

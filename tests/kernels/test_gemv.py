@@ -289,3 +289,11 @@ def test_chunks_are_on_their_way_to_shared_memory_while_one_is_multiplied() -> N
 def test_every_case_names_a_plan_that_is_there() -> None:
     named = [case.sizes["plan"] for spec in (GEMV, QKV) for case in spec.test_cases if "plan" in case.sizes]
     assert set(named) == set(PLANS)
+
+
+def test_a_nan_in_the_norm_shows_in_float16() -> None:
+    """Its operands are rounded to tf32 by their bits; a NaN that a GPU makes (0x7fffffff) would become a zero."""
+    case = next(case for case in GEMV.test_cases if case.name == "swiglu_5")
+    inputs = GEMV.make_inputs(case, torch.float16, DEVICE)
+    inputs["norm_weight_K"][3] = torch.nan
+    assert gemv(**inputs).isnan().all()
