@@ -89,20 +89,22 @@ def choose_gemv_plan(
     """For x [rows, k], with a norm or without, and a weight [n, k]. Rows up to 2, and from 3 on, share one plan each.
 
     One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
-    share K. Eight warps are faster than four wherever K has a chunk for each (on an H100 by 14 % of the 8B's o, 12 % of
-    its q, k, v, 2 % of gate and up).
+    share K. On sm_90 eight warps are faster than four wherever K has a chunk for each (on an H100 by 14 % of the 8B's
+    o, 12 % of its q, k, v, 2 % of gate and up); elsewhere, unmeasured, only where four would have too little under way.
     """
     load = 16 // dtype.itemsize  # elements that a thread loads at once
     if rows <= 2:
         block_n = 8 if n >= 8 * 4 * target.num_sms else 4
-        num_warps = 8 if k > 4 * 32 * load else 4
+        in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps, of every row
+        few = target.capability == 90 or in_flight < BYTES_IN_FLIGHT * target.num_sms
+        num_warps = 8 if few and k > 4 * 32 * load else 4
         return GemvPlan(block_n, 32 * num_warps * load, num_warps)
     # float16 with a norm multiplies in tf32, whose operands cannot both be read from shared memory.
     if target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16):
         if n * k * dtype.itemsize > SMALL_WEIGHT:
             return _staged_plan(n, k, dtype, target)
-        if 512 < k <= 1024:  # all of K is asked for at once
-            return GemvPlan(16, 1024, 8, matrix=True)
+        if k <= 1024:  # a few chunks, all of them on their way at once
+            return GemvPlan(16, 256, 4, matrix=True, num_stages=4)
     return _matrix_plan(n, k, dtype, target)
 
 

@@ -260,7 +260,7 @@ def test_the_table_is_written_with_the_rest_and_the_exit_code_says_that_somethin
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "target_of", lambda device: H200)
     monkeypatch.setattr(tune, "DeviceTimer", lambda device: timer)
-    monkeypatch.setattr(tune, "measured_on", lambda device: MEASURED)
+    monkeypatch.setattr(tune, "measured_on", lambda device, commit=None: MEASURED)
     monkeypatch.setattr(tune, "result_document", lambda part, rows, device: {"part": part, "rows": rows})
     monkeypatch.setattr(sys, "argv", ["tune.py", "--only=gemm_epilogue", "--only=vit_attention", f"--out={path}"])
     assert tune.main() == 1
