@@ -103,8 +103,6 @@ def choose_gemv_plan(
     if target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16):
         if n * k * dtype.itemsize > SMALL_WEIGHT:
             return _staged_plan(n, k, dtype, target)
-        if k <= 1024:  # a few chunks, all of them on their way at once
-            return GemvPlan(16, 256, 4, matrix=True, num_stages=4)
     return _matrix_plan(n, k, dtype, target)
 
 
