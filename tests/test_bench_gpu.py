@@ -99,14 +99,18 @@ def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) 
 
     start = time.monotonic()
     exit_code, results, log = gpu_command(
-        copy, tmp_path / "out", "--select", "(rms_norm and width_896) or (swiglu and width_1)", "--budget-s", "90"
+        *(copy, tmp_path / "out", "--select", "(rms_norm and width_896) or (swiglu and width_1)", "--budget-s", "120"),
+        *(
+            "--parts",
+            "contract,roofline,decode_1b,vision_1b,prefill_1b,kernels",
+        ),  # few, so that a busy machine does them
     )
-    assert time.monotonic() - start < 90 + gpu.GRACE_S + 30, "the page and the pictures come behind the parts"
+    assert time.monotonic() - start < 120 + gpu.GRACE_S + 30, "the page and the pictures come behind the parts"
     assert exit_code == 1
     parts = results["parts"]
     rows = {row["name"]: row for row in parts["contract"]["document"]["rows"]}
-    assert (rows["rms_norm"]["passed"], rows["rms_norm"]["failed"]) == (0, 2), log
-    assert (rows["swiglu"]["failed"], parts["contract"]["reason"]) == (0, "rms_norm: 2 failed")
+    assert (rows["rms_norm"]["passed"], rows["rms_norm"]["failed"]) == (0, 3), log  # in three data types
+    assert (rows["swiglu"]["failed"], parts["contract"]["reason"]) == (0, "rms_norm: 3 failed")
     assert "rms error 0.01" in log
     assert parts["vision_1b"]["status"] == "stopped"
     assert (parts["prefill_1b"]["status"], parts["prefill_1b"]["exit_code"]) == ("failed", -9)
@@ -116,8 +120,8 @@ def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) 
     assert {row["proof"] for row in parts["decode_1b"]["document"]["rows"]} == {"unproven"}
     (page,) = (tmp_path / "out").glob("*/*.md")
     head = page.read_text().partition("## Goals")[0]
-    assert "contract (failed: rms_norm: 2 failed)" in head
-    assert "`rms_norm` (2 of 2 tests failed, width_896/float32 the first)" in head
+    assert "contract (failed: rms_norm: 3 failed)" in head
+    assert "`rms_norm` (3 of 3 tests failed, width_896/float32 the first)" in head
     assert "vision_1b (stopped" in head
     assert "prefill_1b (failed: exit code -9" in head
 

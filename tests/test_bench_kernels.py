@@ -339,11 +339,12 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert table.left_out == [work.name for work in works[2:]]
 
 
-def test_a_step_of_the_1b_and_the_8b_comes_first_and_other_tilings_last() -> None:
+def test_one_of_each_comes_first_then_a_step_of_the_1b_and_the_8b_and_other_tilings_last() -> None:
     works = plan_work(torch.device("cuda"))  # names alone: nothing runs
     assert {work.name.split("/")[0] for work in works} == SPECS.keys()
     assert len({work.name for work in works}) == len(works)
-    first, last = works[:12], works[-12:]
+    one_each, first, last = works[: len(SPECS)], works[len(SPECS) : len(SPECS) + 8], works[-12:]
+    assert {work.spec.name for work in one_each} == SPECS.keys()
     assert all(work.spec.name in ("gemv", "gemv_qkv", "decode_attention") for work in first)
     assert {work.case.name.split("_")[0] for work in first} == {"1b", "8b"}
     assert all("implementation" in work.case.sizes for work in last)
