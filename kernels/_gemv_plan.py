@@ -100,9 +100,9 @@ def choose_gemv_plan(
         num_warps = 8 if few and k > 4 * 32 * load else 4
         return GemvPlan(block_n, 32 * num_warps * load, num_warps)
     # float16 with a norm multiplies in tf32, whose operands cannot both be read from shared memory.
-    if target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16):
-        if n * k * dtype.itemsize > SMALL_WEIGHT:
-            return _staged_plan(n, k, dtype, target)
+    can_be_staged = target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16)
+    if can_be_staged and n * k * dtype.itemsize > SMALL_WEIGHT:
+        return _staged_plan(n, k, dtype, target)
     return _matrix_plan(n, k, dtype, target)
 
 
