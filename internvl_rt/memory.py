@@ -14,7 +14,7 @@ DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it i
 RESERVE = 0.05  # of a GPU's free memory: fragmentation, sampling, the driver's own
 # torch keeps a workspace of 32 MiB (on sm_90, less elsewhere) for each of cuBLAS and cuBLASLt, and for each thread that
 # multiplies: the one that builds the engine and captures graphs, and the one that runs the steps.
-LIBRARY_BYTES = 2 * 2 * (32 << 20)
+CUBLAS_BYTES = 2 * 2 * (32 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class MemoryPlan:
     vision_bytes: int
     step_bytes: int
     graph_bytes: int  # what CUDA graphs keep to themselves
-    library_bytes: int  # workspaces of cuBLAS
+    cublas_bytes: int  # workspaces of cuBLAS
     visual_cache_bytes: int
     block_size: int  # tokens
     num_blocks: int
@@ -49,8 +49,8 @@ class MemoryPlan:
         rows += [("step workspace", _size(self.step_bytes))]
         if self.graph_bytes:
             rows.append(("CUDA graphs", _size(self.graph_bytes)))
-        if self.library_bytes:
-            rows.append(("libraries", _size(self.library_bytes)))
+        if self.cublas_bytes:
+            rows.append(("cuBLAS", _size(self.cublas_bytes)))
         rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
         if self.total_bytes is not None:
             rows.insert(1, ("memory", _size(self.total_bytes)))
@@ -80,13 +80,13 @@ def plan_memory(
     """
     vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
-    total_bytes, graph_bytes, library_bytes = None, 0, 0
+    total_bytes, graph_bytes, cublas_bytes = None, 0, 0
     if device.type == "cuda":
-        library_bytes = LIBRARY_BYTES
+        cublas_bytes = CUBLAS_BYTES
         if graphs:
             graph_bytes = graphs_bytes(config, dtype, max_tokens_per_step, max_num_seqs, max_tiles_per_pass)
         free_bytes, total_bytes = _free_bytes(device)
-        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - library_bytes
+        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - cublas_bytes
         left -= visual_cache_bytes
     else:
         left = DEFAULT_CPU_CACHE_BYTES
@@ -105,7 +105,7 @@ def plan_memory(
         vision_bytes=vision_bytes,
         step_bytes=step_bytes,
         graph_bytes=graph_bytes,
-        library_bytes=library_bytes,
+        cublas_bytes=cublas_bytes,
         visual_cache_bytes=visual_cache_bytes,
         block_size=block_size,
         num_blocks=num_blocks,

@@ -26,7 +26,7 @@ class Target:
 
     capability: int  # 90 for sm_90
     num_sms: int
-    interpreted: bool = False  # Triton's interpreter: float32 and float16 only, no inline assembly, no PDL
+    interpreted: bool = False  # by Triton's interpreter: no inline assembly, no PDL
 
     @property
     def has_programmatic_launch(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt import memory as memory_module
 from internvl_rt.config import KNOWN_MODELS, load_config
-from internvl_rt.memory import LIBRARY_BYTES, graphs_bytes, plan_memory, step_workspace_bytes, vision_workspace_bytes
+from internvl_rt.memory import CUBLAS_BYTES, graphs_bytes, plan_memory, step_workspace_bytes, vision_workspace_bytes
 
 GIB = 1 << 30
 
@@ -76,9 +76,9 @@ def test_on_a_gpu_the_cache_takes_what_everything_else_leaves(monkeypatch):
     for graphs in (True, False):
         memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), graphs=graphs, **options)
         others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
-        left = int(20 * GIB * 0.95) - others - memory.library_bytes
+        left = int(20 * GIB * 0.95) - others - memory.cublas_bytes
         assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
-        assert memory.library_bytes == LIBRARY_BYTES > 100e6
+        assert memory.cublas_bytes == CUBLAS_BYTES > 100e6
         assert ("CUDA graphs" in memory.render()) == graphs
         plans[graphs] = memory
     assert plans[True].graph_bytes > plans[False].graph_bytes == 0
@@ -133,6 +133,6 @@ def test_an_engine_with_graphs_stays_within_its_plan():
         engine.generate([messages] * 8, SamplingParams(max_tokens=4, temperature=1.0, logprobs=5, ignore_eos=True))
         after, _ = torch.cuda.mem_get_info()
         memory = engine.memory
-    planned = memory.weight_bytes + memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.library_bytes
+    planned = memory.weight_bytes + memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.cublas_bytes
     planned += memory.visual_cache_bytes + memory.cache_bytes
     assert before - after <= planned + memory_module.RESERVE * before
