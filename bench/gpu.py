@@ -245,10 +245,12 @@ def render_plan(parts: tuple[Part, ...], budget_s: float) -> str:
     lines = []
     for call in CALLS:
         chosen = choose(parts, [call])
-        own = [part for part in parts if part.name in chosen and part.command]
+        own = [part for part in parts if part.name in chosen]
         scale = budget_s / sum(part.share for part in own)
         lines.append(f"{call}: python bench/gpu.py --parts {call} --budget-s {budget_s:g}")
-        lines += [f"  {part.name:<22}{scale * part.share:5.0f} s   {_shown_command(part.command)}" for part in own]
+        for part in own:
+            what = _shown_command(part.command) if part.command else f"(not on this machine: {part.absent})"
+            lines.append(f"  {part.name:<26}{scale * part.share:3.0f} s   {what}")
     asked = [part.name for part in parts if not part.calls]
     return "\n".join([*lines, f"only if asked for: {', '.join(asked)}"])
 
