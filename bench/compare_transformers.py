@@ -35,12 +35,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.checkpoint import open_checkpoint
-from internvl_rt.config import KNOWN_MODELS, ModelConfig, load_config
-from internvl_rt.prompt import IMAGE, Turn, build_prompt
-from internvl_rt.random_checkpoint import write_random_checkpoint
-from internvl_rt.tokenizer import load_tokenizer
-from internvl_rt.weights import DIALECTS, load_weights, save_weights
+from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, load_config
+from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.inputs.prompt import IMAGE, Turn, build_prompt
+from internvl_rt.inputs.tokenizer import load_tokenizer
+from internvl_rt.model.random_checkpoint import write_random_checkpoint
+from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
 
 SIDES = ("ours", "theirs")
 TURNS = (Turn("user", (IMAGE, "\nPlease describe the picture in detail.")),)

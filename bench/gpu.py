@@ -229,7 +229,7 @@ def check_build() -> None:
     from timing import result_document
 
     import internvl_rt._C
-    import internvl_rt.engine
+    import internvl_rt.engine.engine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.randn(64, 64, device=device)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from internvl_rt import Engine, SamplingParams, in_flight, loop, runner
-from internvl_rt.runner import Runner
-from internvl_rt.scheduler import Scheduler
+from internvl_rt.steps.runner import Runner
+from internvl_rt.steps.scheduler import Scheduler
 
 GOAL_US = 300.0  # at 64 sequences, on a 2-core virtual machine
 WARM_UP = 50

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from internvl_rt._C import PagedKVCache
-from internvl_rt.config import KNOWN_MODELS, DecoderConfig, load_config
+from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, load_config
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec
 from internvl_rt.kernels._gemv_plan import MAX_ROWS
 from internvl_rt.kernels._launch import TARGETS, Launch

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from internvl_rt.checkpoint import open_checkpoint
-from internvl_rt.config import KNOWN_MODELS, load_config
+from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.model.internvl import named_parameters
-from internvl_rt.random_checkpoint import write_random_checkpoint
-from internvl_rt.weights import load_weights
+from internvl_rt.model.random_checkpoint import write_random_checkpoint
+from internvl_rt.model.weights import load_weights
 
 
 def measure(folder: Path, dtype: torch.dtype) -> dict[str, float]:

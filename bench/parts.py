@@ -137,7 +137,7 @@ def read_comparison(output: Output, environment: Mapping[str, Any], command: str
 
 def gpu_test_files() -> list[str]:
     """Those with a test marked `gpu`, but whole models': collecting only them needs fewer packages than all."""
-    files = sorted(set((ROOT / "tests").rglob("test_*.py")) - {ROOT / "tests" / "test_model_agreement.py"})
+    files = sorted(set((ROOT / "tests").rglob("test_*.py")) - {ROOT / "tests" / "model" / "test_model_agreement.py"})
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -197,7 +197,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
         ),
         Part(
-            AGREEMENT, "tests", 45, () if cpu else (*pytest, "-m", "gpu", "tests/test_model_agreement.py"),
+            AGREEMENT, "tests", 45, () if cpu else (*pytest, "-m", "gpu", "tests/model/test_model_agreement.py"),
             absent=no_device, proves=True, times=False, read=read_tests,
         ),
         Part(

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.config import KNOWN_MODELS
-from internvl_rt.random_checkpoint import write_random_checkpoint
+from internvl_rt.checkpoint.config import KNOWN_MODELS
+from internvl_rt.model.random_checkpoint import write_random_checkpoint
 
 
 def ask(picture: np.ndarray, question: str) -> list[dict[str, Any]]:

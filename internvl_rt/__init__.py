@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_rt.async_engine import AsyncEngine
-    from internvl_rt.engine import Engine
+    from internvl_rt.engine.async_engine import AsyncEngine
+    from internvl_rt.engine.engine import Engine
+    from internvl_rt.engine.reply import Choice, Piece, Reply, Score, Timings, Usage
     from internvl_rt.errors import (
         CheckpointError,
         ConfigError,
@@ -24,15 +25,14 @@ if TYPE_CHECKING:
         QueueFullError,
         RequestError,
     )
-    from internvl_rt.reply import Choice, Piece, Reply, Score, Timings, Usage
-    from internvl_rt.runner import TokenLogprob
-    from internvl_rt.sampling_params import SamplingParams
+    from internvl_rt.inputs.sampling_params import SamplingParams
+    from internvl_rt.steps.runner import TokenLogprob
 
 _HOMES = {
-    "AsyncEngine": "async_engine",
-    "Engine": "engine",
-    "SamplingParams": "sampling_params",
-    **dict.fromkeys(("Choice", "Piece", "Reply", "Score", "Timings", "Usage"), "reply"),
+    "AsyncEngine": "engine.async_engine",
+    "Engine": "engine.engine",
+    "SamplingParams": "inputs.sampling_params",
+    **dict.fromkeys(("Choice", "Piece", "Reply", "Score", "Timings", "Usage"), "engine.reply"),
     **dict.fromkeys(
         (
             "CheckpointError",
@@ -45,7 +45,7 @@ _HOMES = {
         ),
         "errors",
     ),
-    "TokenLogprob": "runner",
+    "TokenLogprob": "steps.runner",
 }
 
 __all__ = [

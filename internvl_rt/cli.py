@@ -13,10 +13,10 @@ from internvl_rt.bench.arguments import add_bench
 from internvl_rt.errors import InternVLError
 
 if TYPE_CHECKING:
-    from internvl_rt.engine import Engine
-    from internvl_rt.reply import Reply
-    from internvl_rt.request import Delta
-    from internvl_rt.sampling_params import SamplingParams
+    from internvl_rt.engine.engine import Engine
+    from internvl_rt.engine.reply import Reply
+    from internvl_rt.inputs.prepare import Delta
+    from internvl_rt.inputs.sampling_params import SamplingParams
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130
 
@@ -125,8 +125,8 @@ def _delta(text: str) -> "Delta":
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from internvl_rt.engine import Engine
-    from internvl_rt.sampling_params import SamplingParams
+    from internvl_rt.engine.engine import Engine
+    from internvl_rt.inputs.sampling_params import SamplingParams
 
     params = SamplingParams(
         max_tokens=args.max_tokens,
@@ -217,8 +217,8 @@ def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingP
 
 
 def _info(args: argparse.Namespace) -> int:
-    from internvl_rt.card import model_card, render_card
-    from internvl_rt.checkpoint import find_config
+    from internvl_rt.checkpoint.folder import find_config
+    from internvl_rt.model.card import model_card, render_card
 
     config, name = find_config(args.model)
     card = model_card(config, name)
@@ -233,7 +233,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _write_random(args: argparse.Namespace) -> int:
-    from internvl_rt.random_checkpoint import write_random_checkpoint
+    from internvl_rt.model.random_checkpoint import write_random_checkpoint
 
     write_random_checkpoint(args.model, args.folder, seed=args.seed)
     print(args.folder)

@@ -60,7 +60,7 @@ class Launch:
     num_stages: int = 3
     descriptors: bool = False  # the kernel makes tensor descriptors on the device, which take scratch memory
     pdl: bool = False  # programmatic dependent launch: starts before the kernel before it has ended (sm_90 and later)
-    # What the machine code must show; tests/test_compile.py looks:
+    # What the machine code must show; tests/kernels/test_compile.py looks:
     matrix_units: bool = False  # products on the target's matrix units
     wide_loads: bool = True  # memory read 16 bytes at a time
 

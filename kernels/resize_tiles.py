@@ -6,7 +6,8 @@ Output position o of an axis resized from n to m pixels lies at c = (o + 1/2) n 
 
 k being the cubic convolution kernel with a = -1/2. Weights are rounded to 22 fractional bits, products summed in 32
 bits, and the sum rounded and clamped to 8 bits after each pass, the horizontal pass first. This is what two calls of
-Pillow's `resize`, one for each axis, compute (src/libImaging/Resample.c) and so does `internvl_rt.image` on the CPU.
+Pillow's `resize`, one for each axis, compute (src/libImaging/Resample.c), and what `internvl_rt.inputs.image` does on
+the CPU.
 An axis that keeps its size gets the weights 0, 0, 1, 0, 0, so the pass that Pillow leaves out changes nothing here.
 
 Both passes treat the thumbnail as one more column of tiles, behind the grid's, and one more row of tiles, below them:

@@ -24,17 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt import Engine
-from internvl_rt.config import ModelConfig, load_config
-from internvl_rt.image import ImageOptions, tile_image
+from internvl_rt.checkpoint.config import ModelConfig, load_config
+from internvl_rt.inputs.image import ImageOptions, tile_image
+from internvl_rt.inputs.position import STRIDES, build_positions
+from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
-from internvl_rt.kv_cache import LayerCache
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.ops import TORCH, Batch, Linear
-from internvl_rt.position import STRIDES, build_positions
-from internvl_rt.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
-from internvl_rt.step import StepInputs
-from internvl_rt.tokenizer import load_tokenizer
-from internvl_rt.weights import DIALECTS, save_weights
+from internvl_rt.model.ops import TORCH, Batch, Linear
+from internvl_rt.model.weights import DIALECTS, save_weights
+from internvl_rt.steps.kv_cache import LayerCache
+from internvl_rt.steps.step import StepInputs
 from support.digits import (
     MAX_DIGITS,
     Exercise,

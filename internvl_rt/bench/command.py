@@ -8,15 +8,15 @@ import torch
 
 from internvl_rt.bench import decode, prefill, serve, vision
 from internvl_rt.bench.record import Column, Pace, Record, peak, table
-from internvl_rt.card import model_card, render_card
-from internvl_rt.checkpoint import find_config
-from internvl_rt.config import ModelConfig
-from internvl_rt.engine import Engine
-from internvl_rt.kv_cache import kv_bytes_per_token
-from internvl_rt.loading import choose_device, choose_dtype
-from internvl_rt.options import EngineOptions
-from internvl_rt.random_checkpoint import RANDOM_PREFIX, random_config
-from internvl_rt.work import data_sheet_roof, decoder_work, roof_of, vision_work
+from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.folder import find_config
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.loading import choose_device, choose_dtype
+from internvl_rt.engine.options import EngineOptions
+from internvl_rt.model.card import model_card, render_card
+from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config
+from internvl_rt.model.work import data_sheet_roof, decoder_work, roof_of, vision_work
+from internvl_rt.steps.kv_cache import kv_bytes_per_token
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
 COLUMNS: dict[str, tuple[Column, ...]] = {

@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from internvl_rt.answer import Request
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Column, Record, peak, reset_peak, shares, spread
-from internvl_rt.engine import Engine
-from internvl_rt.kv_cache import WATERMARK
-from internvl_rt.sampling_params import SamplingParams
-from internvl_rt.work import Work, decoder_work
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.request import Request
+from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.model.work import Work, decoder_work
+from internvl_rt.steps.kv_cache import WATERMARK
 
 COLUMNS = (
     Column("ms/token", "median_us", 1e-3),

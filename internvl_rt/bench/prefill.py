@@ -12,10 +12,10 @@ import numpy as np
 
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Column, Pace, Record, peak, reset_peak, shares, spread
-from internvl_rt.engine import Engine
-from internvl_rt.reply import Reply
-from internvl_rt.request import Prepared
-from internvl_rt.sampling_params import SamplingParams
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.reply import Reply
+from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.sampling_params import SamplingParams
 
 COLUMNS = (
     Column("tokens", "prompt_tokens"),

@@ -5,11 +5,11 @@ import time
 import numpy as np
 import torch
 
-from internvl_rt.device_stream import Arriving
-from internvl_rt.engine import Engine
-from internvl_rt.prompt import Prompt, VisualSpan
-from internvl_rt.request import Prepared
-from internvl_rt.sequence import Picture
+from internvl_rt.engine.engine import Engine
+from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.prompt import Prompt, VisualSpan
+from internvl_rt.steps.device_stream import Arriving
+from internvl_rt.steps.sequence import Picture
 
 
 class Prompter:

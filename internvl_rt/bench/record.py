@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from internvl_rt.work import Roof, Work
+from internvl_rt.model.work import Roof, Work
 
 Row = dict[str, int | float | str]
 

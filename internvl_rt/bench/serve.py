@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from internvl_rt.async_engine import AsyncEngine
 from internvl_rt.bench.arrivals import Arrival, draw_arrivals, fitting_mix
 from internvl_rt.bench.record import Column, Record, Row, peak, reset_peak, spread
-from internvl_rt.engine import Engine
+from internvl_rt.engine.async_engine import AsyncEngine
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.reply import Reply
 from internvl_rt.errors import QueueFullError
-from internvl_rt.reply import Reply
-from internvl_rt.sampling_params import SamplingParams
+from internvl_rt.inputs.sampling_params import SamplingParams
 
 COLUMNS = (
     Column("requests", "requests"),

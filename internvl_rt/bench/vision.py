@@ -8,10 +8,10 @@ import numpy as np
 
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Column, Pace, Record, peak, reset_peak, shares, spread
-from internvl_rt.device_stream import DeviceStream, Moment
-from internvl_rt.engine import Engine
-from internvl_rt.runner import MAX_TILES_PER_PASS
-from internvl_rt.work import vision_work
+from internvl_rt.engine.engine import Engine
+from internvl_rt.model.work import vision_work
+from internvl_rt.steps.device_stream import DeviceStream, Moment
+from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
 COLUMNS = (
     Column("ms", "median_us", 1e-3),

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from internvl_rt.doctor.finding import Finding
-from internvl_rt.engine import Engine
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.loading import load_parts
+from internvl_rt.engine.options import EngineOptions
+from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.kernels._launch import target_of
-from internvl_rt.loading import load_parts
-from internvl_rt.options import EngineOptions
-from internvl_rt.sampling_params import SamplingParams
 
 SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # named after the digits that it shows
 

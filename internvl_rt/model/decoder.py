@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internvl_rt.config import DecoderConfig
-from internvl_rt.kv_cache import LayerCache
-from internvl_rt.ops import Linear, Norm, Ops
-from internvl_rt.step import StepInputs
+from internvl_rt.checkpoint.config import DecoderConfig
+from internvl_rt.model.ops import Linear, Norm, Ops
+from internvl_rt.steps.kv_cache import LayerCache
+from internvl_rt.steps.step import StepInputs
 
 
 @dataclass(frozen=True, slots=True)

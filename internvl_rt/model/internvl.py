@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.config import DecoderConfig, ModelConfig, VisionConfig
-from internvl_rt.kv_cache import LayerCache
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
+from internvl_rt.model.ops import Linear, Norm, Ops, padded_rows
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
-from internvl_rt.ops import Linear, Norm, Ops, padded_rows
-from internvl_rt.step import StepInputs
+from internvl_rt.steps.kv_cache import LayerCache
+from internvl_rt.steps.step import StepInputs
 
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from internvl_rt.ops import Linear, Norm, Ops
+from internvl_rt.model.ops import Linear, Norm, Ops
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from internvl_rt.config import VisionConfig
-from internvl_rt.ops import Linear, Norm, Ops
+from internvl_rt.checkpoint.config import VisionConfig
+from internvl_rt.model.ops import Linear, Norm, Ops
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_rt.image import ImageOptions, ImageSource, choose_grid, load_image, num_tiles, tile_image
-from internvl_rt.video import choose_frame_indices
+from internvl_rt.inputs.image import ImageOptions, ImageSource, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.inputs.video import choose_frame_indices
 
 SETS = sorted(Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("set*"))
 

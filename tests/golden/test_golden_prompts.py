@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_rt.config import DEFAULT_SYSTEM_MESSAGE
+from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.errors import RequestError
-from internvl_rt.position import build_positions
-from internvl_rt.prompt import VisualSpan, build_prompt, tiles_per_image, turns_from_question
-from internvl_rt.tokenizer import load_tokenizer
+from internvl_rt.inputs.position import build_positions
+from internvl_rt.inputs.prompt import VisualSpan, build_prompt, tiles_per_image, turns_from_question
+from internvl_rt.inputs.tokenizer import load_tokenizer
 
 SETS = sorted(path.parent for path in Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("*/prompts.json"))
 PROMPTS = {path: json.loads((path / "prompts.json").read_text("utf-8")) for path in SETS}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from internvl_rt._C import PagedKVCache
-from internvl_rt.config import KNOWN_MODELS
+from internvl_rt.checkpoint.config import KNOWN_MODELS
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._decode_attention_body import probability
 from internvl_rt.kernels._launch import run, target_of

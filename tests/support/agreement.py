@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
-from internvl_rt.ops import TORCH
+from internvl_rt.model.ops import TORCH
 from support.forward import all_logits
 
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from internvl_rt.config import KNOWN_MODELS, ModelConfig, parse_config
-from internvl_rt.json_section import Section
+from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, parse_config
+from internvl_rt.checkpoint.json_section import Section
 
 ORIGINAL = json.loads(KNOWN_MODELS["InternVL3-1B"].read_text())
 HF = {

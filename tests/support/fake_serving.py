@@ -20,10 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
-from internvl_rt import Engine, RequestError, SamplingParams, device_stream, kv_cache, runner, sampler, step
-from internvl_rt.device_stream import Arriving, DeviceStream
-from internvl_rt.loop import StepLoop
-from internvl_rt.runner import Runner
+from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt.engine.loop import StepLoop
+from internvl_rt.steps import device_stream, kv_cache, runner, sampler, step
+from internvl_rt.steps.device_stream import Arriving, DeviceStream
+from internvl_rt.steps.runner import Runner
 from support.fake_cuda import MACHINE, CudaMode, DeviceTensor, use_fake_cuda
 from support.fake_driver import use_fake_driver
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.device_stream import Arriving
-from internvl_rt.kv_cache import KVCache
+from internvl_rt.inputs.prompt import VisualSpan
+from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.vision import encode_tiles
-from internvl_rt.prompt import VisualSpan
-from internvl_rt.sampling_params import SamplingParams
-from internvl_rt.sequence import Picture, Sequence
-from internvl_rt.step import Chunk, build_step, plan_step
+from internvl_rt.steps.device_stream import Arriving
+from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.step import Chunk, build_step, plan_step
 
 
 @torch.inference_mode()

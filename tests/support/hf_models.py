@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from internvl_rt.tokenizer import load_tokenizer
+from internvl_rt.inputs.tokenizer import load_tokenizer
 
 # The vision towers of InternVL3: "layer_norm" of the 300M (qkv biases), "rms_norm" of the 6B (q and k norms).
 Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "llama"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from internvl_rt.cuda_graph import Replay
+from internvl_rt.steps.cuda_graph import Replay
 
 
 class Recorder:

@@ -1,0 +1,318 @@
+"""The model's configuration: every field the runtime decides by, read once from config.json, frozen.
+
+One `VisionConfig` and one `DecoderConfig` cover the whole family (InternViT-300M and -6B; Qwen2, Qwen3, Llama and
+InternLM2-layout language models) through explicit flags; there is no class per model.
+
+Both formats are read: the original one (`InternVLChatConfig` of OpenGVLab/InternVL) and `-hf` (`InternVLConfig` of
+transformers). A missing key means what it means to the official class, a key that cannot matter is not looked at, and
+a value that the runtime would not honour is refused with key, value and file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
+
+KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
+    f"InternVL3-{size}": Path(__file__).parents[1] / "configs" / f"InternVL3-{size}.json"
+    for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")
+}
+DEFAULT_SYSTEM_MESSAGE = (  # of the `internvl2_5` template, internvl_chat/internvl/conversation.py
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: RUF001
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """InternViT: pre-norm blocks with LayerScale, a class token, learned positions and no final norm."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    image_size: int  # side of a tile, pixels
+    patch_size: int  # pixels
+    norm: Literal["layer_norm", "rms_norm"]
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool  # RMS norm over all heads' channels together, before attention
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per tile, the class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicRope:
+    """Dynamic NTK scaling: acts only beyond `max_position` (modeling_rope_utils.py of transformers)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, SiLU-gated MLP."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: DynamicRope | None
+    max_position: int  # the trained window, tokens
+    qkv_bias: bool
+    qk_norm: bool  # RMS norm per head on q and k, before the rotation (Qwen3)
+    tie_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    vision: VisionConfig
+    decoder: DecoderConfig
+    format: Literal["original", "hf"]
+    downsample: int  # patches per visual token, along one side (2)
+    unshuffle: Literal["v1", "v2"]  # v1 transposes the grid of visual tokens
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    system_message: str | None  # None: no system turn
+    dtype: Literal["bfloat16", "float16", "float32"]  # of the checkpoint, as config.json says
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.vision.num_patches // self.downsample**2
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Reads a checkpoint folder, or one config.json, of either format.
+
+    A `-hf` model's tile limits come from processor_config.json or preprocessor_config.json beside it.
+    Raises ConfigError for a missing, malformed or unsupported value.
+    """
+    return parse_config(read_json(path / "config.json" if path.is_dir() else path))
+
+
+def parse_config(top: Section) -> ModelConfig:
+    """As `load_config`, of a config.json's content."""
+    original = top.choice("model_type", ("internvl_chat", "internvl")) == "internvl_chat"
+    top.support("architectures", ["InternVLChatModel" if original else "InternVLForConditionalGeneration"])
+    vision, text = top.section("vision_config"), top.section("llm_config" if original else "text_config")
+    for section in (top, vision, text):
+        section.support("quantization_config", None, remedy="use the checkpoint with unquantised weights")
+    return _read_original(top, vision, text) if original else _read_hf(top, vision, text)
+
+
+_MAX_COUNT = 1 << 10  # of layers and of tiles
+
+
+class _VisionClass(NamedTuple):
+    """A ViT class: what its missing keys mean, and the keys that the two formats name differently."""
+
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    image_size: int
+    norm: Literal["layer_norm", "rms_norm"]
+    qkv_bias_key: str  # missing: no bias
+    qk_norm_key: str
+    qk_norm: bool
+
+
+class _DecoderClass(NamedTuple):
+    """A language model class: what its missing keys mean, and the flags that must be off, with their defaults."""
+
+    model_type: str
+    vocab_size: int
+    intermediate_size: int
+    num_kv_heads: int | None  # None: as many as query heads
+    head_dim: int | None  # None: width / heads
+    max_position: int
+    flags_off: Mapping[str, bool]
+
+
+_ORIGINAL_VIT = _VisionClass(
+    "intern_vit_6b", 3200, 48, 25, 12800, 224, "rms_norm", "qkv_bias", "qk_normalization", True
+)
+_HF_VIT = _VisionClass("internvl_vision", 1024, 24, 16, 4096, 448, "layer_norm", "attention_bias", "use_qk_norm", False)
+_SLIDING, _BIASED = {"use_sliding_window": False}, {"attention_bias": False}
+_DECODERS = {
+    "Qwen2ForCausalLM": _DecoderClass("qwen2", 151936, 22016, 32, None, 32768, _SLIDING),
+    "Qwen3ForCausalLM": _DecoderClass("qwen3", 151936, 22016, 32, 128, 32768, _SLIDING | _BIASED),
+    "InternLM2ForCausalLM": _DecoderClass("internlm2", 103168, 11008, None, None, 2048, {"bias": True}),
+    "LlamaForCausalLM": _DecoderClass("llama", 32000, 11008, None, None, 2048, _BIASED | {"mlp_bias": False}),
+}
+
+
+def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
+    """Missing keys as in configuration_internvl_chat.py, configuration_intern_vit.py, configuration_internlm2.py."""
+    top.choice("template", ("internvl2_5",))
+    top.support("select_layer", -1)
+    top.support("pad2square", False)
+    top.support("flash_mode", None, False)
+    vision.support("use_moe", False)
+    vision_config = _read_vision(vision, _ORIGINAL_VIT)
+    top.support("force_image_size", None, vision_config.image_size)
+    names = text.values.get("architectures")
+    decoder_class = _DECODERS.get(str(names[0])) if isinstance(names, list) and names else None
+    if decoder_class is None:
+        raise text.refusal("architectures", f"one of {', '.join(_DECODERS)}", UNSUPPORTED)
+    # The config class of InternVL3 clears this flag; that of InternVL3.5, which came with Qwen3, respects it.
+    tied = decoder_class.model_type == "qwen3" and text.flag("tie_word_embeddings", False)
+    dynamic, max_tiles = top.flag("dynamic_image_size", False), top.integer("max_dynamic_patch", 6, maximum=_MAX_COUNT)
+    min_tiles = top.integer("min_dynamic_patch", 1, maximum=max_tiles)
+    return ModelConfig(
+        vision=vision_config,
+        decoder=_read_decoder(text, decoder_class, tied),
+        format="original",
+        downsample=_read_downsample(top, vision_config),
+        unshuffle=top.choice("ps_version", ("v1", "v2"), "v1"),
+        min_tiles=min_tiles if dynamic else 1,
+        max_tiles=max_tiles if dynamic else 1,
+        thumbnail=top.flag("use_thumbnail", False),
+        system_message=top.text("system_message") or DEFAULT_SYSTEM_MESSAGE,
+        dtype=_read_dtype(top, text),
+    )
+
+
+def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
+    """Missing keys as in models/{internvl,qwen2,qwen3,llama}/configuration_*.py of transformers."""
+    top.support("projector_hidden_act", "gelu")
+    top.support("vision_feature_layer", -1)
+    top.support("vision_feature_select_strategy", "default")
+    vision.support("use_absolute_position_embeddings", True)
+    vision.support("use_mean_pooling", True)  # without it one more norm follows the last layer
+    vision_config = _read_vision(vision, _HF_VIT)
+    if vision_config.qk_norm:
+        vision.support("layer_norm_eps", 1e-6)  # the class has this value built in for q and k
+    model_type = text.choice("model_type", ("qwen2", "qwen3", "llama"), "qwen2")
+    decoder_class = next(one for one in _DECODERS.values() if one.model_type == model_type)
+    # transformers 4 goes by the inner flag, 5 by the outer one; where they differ, `load_weights` looks at the file.
+    tied = text.flag("tie_word_embeddings", False) or top.flag("tie_word_embeddings", False)
+    # Its crop_to_patches is not read: InternVLProcessor turns tiling on whatever the file says.
+    processor = _read_image_processor(top.file.parent)
+    processor.support("image_mean", [0.485, 0.456, 0.406])
+    processor.support("image_std", [0.229, 0.224, 0.225])
+    max_tiles = processor.integer("max_patches", 12, maximum=_MAX_COUNT)
+    return ModelConfig(
+        vision=vision_config,
+        decoder=_read_decoder(text, decoder_class, tied),
+        format="hf",
+        downsample=_read_downsample(top, vision_config),
+        unshuffle="v2",
+        min_tiles=processor.integer("min_patches", 1, maximum=max_tiles),
+        max_tiles=max_tiles,
+        thumbnail=True,
+        system_message=None,
+        dtype=_read_dtype(top, text),
+    )
+
+
+def _read_image_processor(folder: Path) -> Section:
+    """Part of processor_config.json (transformers 5), else preprocessor_config.json, else nothing: all defaults."""
+    if (file := folder / "processor_config.json").is_file() and (processor := read_json(file)).has("image_processor"):
+        return processor.section("image_processor")
+    file = folder / "preprocessor_config.json"
+    return read_json(file) if file.is_file() else Section(file, "", {})
+
+
+def _read_vision(section: Section, missing: _VisionClass) -> VisionConfig:
+    section.support("model_type", missing.model_type)
+    section.support("hidden_act", "gelu")
+    section.support("num_channels", 3)
+    config = VisionConfig(
+        hidden_size=section.integer("hidden_size", missing.hidden_size),
+        num_layers=section.integer("num_hidden_layers", missing.num_layers, maximum=_MAX_COUNT),
+        num_heads=section.integer("num_attention_heads", missing.num_heads),
+        intermediate_size=section.integer("intermediate_size", missing.intermediate_size),
+        image_size=section.side("image_size", missing.image_size),
+        patch_size=section.side("patch_size", 14),
+        norm=section.choice("norm_type", ("layer_norm", "rms_norm"), missing.norm),
+        norm_eps=section.real("layer_norm_eps", 1e-6),
+        qkv_bias=section.flag(missing.qkv_bias_key, False),
+        qk_norm=section.flag(missing.qk_norm_key, missing.qk_norm),
+    )
+    if config.hidden_size % config.num_heads:
+        raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")
+    if config.image_size % config.patch_size:
+        raise section.refusal("image_size", f"a multiple of patch_size, {config.patch_size}", UNSUPPORTED)
+    return config
+
+
+def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> DecoderConfig:
+    section.support("hidden_act", "silu")
+    for key, default in missing.flags_off.items():
+        if section.flag(key, default):
+            raise section.refusal(key, "false", UNSUPPORTED)
+    hidden_size, num_heads = section.integer("hidden_size", 4096), section.integer("num_attention_heads", 32)
+    num_kv_heads, head_dim = missing.num_kv_heads or num_heads, missing.head_dim or hidden_size // num_heads
+    if "num_key_value_heads" in section.values:  # null: as many as query heads, in every class
+        num_kv_heads = section.integer("num_key_value_heads") if section.has("num_key_value_heads") else num_heads
+    if num_heads % num_kv_heads:
+        raise section.refusal("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    if section.has("head_dim"):
+        head_dim = section.integer("head_dim")
+    elif missing.head_dim is None and hidden_size % num_heads:
+        raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
+    if head_dim % 2:
+        raise section.refusal("head_dim", f"an even number, not {head_dim}")
+    rope_theta, rope_scaling = _read_rope(section)
+    return DecoderConfig(
+        hidden_size=hidden_size,
+        num_layers=section.integer("num_hidden_layers", 32, maximum=_MAX_COUNT),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=section.integer("intermediate_size", missing.intermediate_size),
+        vocab_size=section.integer("vocab_size", missing.vocab_size),
+        norm_eps=section.real("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position=section.integer("max_position_embeddings", missing.max_position),
+        qkv_bias=missing.model_type == "qwen2",
+        qk_norm=missing.model_type == "qwen3",
+        tie_embeddings=tied,
+    )
+
+
+def _read_rope(section: Section) -> tuple[float, DynamicRope | None]:
+    """Theta and scaling from rope_theta and rope_scaling, or from the rope_parameters of transformers 5."""
+    theta = section.real("rope_theta", 10000.0)
+    key = "rope_parameters" if section.has("rope_parameters") else "rope_scaling"
+    if not section.has(key):
+        return theta, None
+    rope = section.section(key)
+    kinds = ("default", "dynamic")
+    kind = rope.choice("rope_type", kinds, rope.choice("type", kinds, "default"))
+    if rope.has("type"):
+        rope.support("type", kind)
+    rope.support("partial_rotary_factor", 1.0)
+    return rope.real("rope_theta", theta), DynamicRope(rope.real("factor")) if kind == "dynamic" else None
+
+
+def _read_downsample(section: Section, vision: VisionConfig) -> int:
+    ratio, grid = section.real("downsample_ratio", 0.5), vision.image_size // vision.patch_size
+    downsample = round(1 / ratio)
+    if ratio * downsample != 1 or grid % downsample:
+        raise section.refusal("downsample_ratio", f"one over a divisor of the tile's {grid} patches", UNSUPPORTED)
+    return downsample
+
+
+def _read_dtype(*sections: Section) -> Literal["bfloat16", "float16", "float32"]:
+    for section in sections:
+        for key in ("torch_dtype", "dtype"):
+            if section.has(key):
+                return section.choice(key, ("bfloat16", "float16", "float32"))
+    return "float32"

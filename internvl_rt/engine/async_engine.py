@@ -1,0 +1,314 @@
+"""The asynchronous interface: many callers, a few threads that prepare what they ask, and one that runs the steps."""
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
+
+from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
+from internvl_rt.engine.loop import StepLoop
+from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of
+from internvl_rt.engine.request import Request
+from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
+from internvl_rt.inputs.image import ImageSource
+from internvl_rt.inputs.prepare import Delta
+from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.steps.device_stream import on_this_stream
+
+LOG = logging.getLogger("internvl_rt")
+PREPARING_THREADS = 4  # they run in parallel, for decoding a picture lets go of the interpreter
+
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """An `Engine` for asyncio, which owns it: `close` closes both.
+
+    Any number of tasks may call, in one event loop or in those of several threads; the engine's own methods refuse
+    requests meanwhile. No event loop waits for a step or a picture. A caller that goes away, because its task is
+    cancelled or because it closes or drops its stream, cancels its request; one that only stops reading keeps it,
+    within its `timeout_s`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises RequestError if the engine is closed or has an AsyncEngine already."""
+        self._engine, self._steps = engine, engine._loop
+        self._most_preparing = engine.options.max_num_seqs + engine.options.max_waiting
+        self._preparing: set[Future[Any]] = set()
+        self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="internvl_rt prepares")
+        self._bell = _Bell()
+        self._steps.appoint(self._bell.ring)
+        # A daemon, because the interpreter waits for all other threads before it calls anything that could end them: a
+        # program that forgets to close would not end. `_let_go` ends this one in time. It knows nothing of this object,
+        # which would otherwise never be forgotten.
+        self._thread = threading.Thread(
+            target=_run_steps, args=(self._steps, self._bell), name="internvl_rt steps", daemon=True
+        )
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _let_go, self._bell, self._thread)
+        self._close_lock = threading.Lock()
+        self._closer: threading.Thread | None = None
+        self._closed: Future[None] = Future()
+        self._closed.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, but not the closing
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
+        """As `Engine.from_pretrained`, with the same arguments. Takes as long as loading takes; nothing else runs."""
+        return cls(Engine.from_pretrained(model, **options))
+
+    async def stream(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """As `Engine.stream`: text as it becomes certain; the last piece has the whole reply.
+
+        timeout_s counts from the first `anext`, and ends what is prepared. Raises RequestError or MediaError,
+        QueueFullError if there are more requests than the engine takes, EngineDeadError if the thread that runs the
+        steps has died.
+        """
+        make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
+        call = await self._start(make, every_piece=True)
+        try:
+            reply = None
+            while reply is None:
+                piece = await call.next_piece()
+                reply = piece.reply
+                yield piece
+        finally:
+            call.cancel()
+
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """As `Engine.chat`. Raises what `stream` raises."""
+        make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
+        call = await self._start(make)
+        try:
+            return await call.reply()
+        finally:
+            call.cancel()
+
+    async def score(
+        self,
+        messages: Messages,
+        responses: Items[str],
+        *,
+        include_end: bool = False,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+    ) -> list[Score]:
+        """As `Engine.score`. Raises what `stream` raises."""
+        prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
+        calls: list[_Call] = []
+        replies: list[Reply] = []
+        try:
+            scored = await self._in_pool(prepare)
+            for prepared in scored:
+                if len(calls) - len(replies) == self._engine.options.max_num_seqs:
+                    replies.append(await calls[len(replies)].reply())
+                calls.append(await self._start(partial(self._engine.build_request, prepared, SCORING)))
+            while len(replies) < len(calls):
+                replies.append(await calls[len(replies)].reply())
+        finally:
+            for call in calls:
+                call.cancel()
+        return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
+
+    async def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
+        """As `Engine.encode_images`. Raises what `stream` raises."""
+        return await self._in_pool(partial(self._engine.encode_images, images, cache_salt=cache_salt))
+
+    def stats(self) -> dict[str, int | float]:
+        """As `Engine.stats`, and how many calls are being prepared, or wait for that."""
+        return {"preparing": len(self._preparing), **self._engine.stats()}
+
+    async def close(self) -> None:
+        """Cancels what runs and refuses everything after. Returns when all threads have ended, every time it is called.
+
+        Callers get RequestError. A picture that is being decoded is decoded to its end.
+        """
+        with self._close_lock:
+            if self._closer is None:
+                self._closer = threading.Thread(target=self._close, name="internvl_rt closes")
+                self._closer.start()
+        await asyncio.wrap_future(self._closed)
+        self._closer.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _close(self) -> None:
+        try:
+            self._finalizer()
+            self._thread.join()
+            self._engine.close()
+            self._pool.shutdown()
+            self._closed.set_result(None)
+        except BaseException as error:
+            self._closed.set_exception(error)
+
+    def _prepare(
+        self,
+        messages: Messages,
+        params: SamplingParams | None,
+        v2pe_delta: Delta | None,
+        cache_salt: str | None,
+        timeout_s: float | None,
+        start_s: float,
+    ) -> Request:
+        prepared = self._engine._preparer.prepare(messages, v2pe_delta, cache_salt)
+        return self._engine.build_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+
+    async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
+        """Makes a request and submits it, both in the pool."""
+        event_loop = asyncio.get_running_loop()
+
+        def start() -> _Call:
+            self._steps.check()  # nothing is prepared for an engine that was closed meanwhile
+            call = _Call(self._steps, make(), event_loop, every_piece=every_piece)
+            self._steps.submit(call.request)
+            return call
+
+        return await self._in_pool(start)
+
+    async def _in_pool(self, work: Callable[[], T]) -> T:
+        self._steps.check()
+        if not self._thread.is_alive():
+            raise EngineDeadError("the engine's threads stayed behind when this process forked; load the model here")
+        if len(self._preparing) >= self._most_preparing:
+            raise QueueFullError(
+                f"{len(self._preparing)} calls wait to be prepared, which is the limit; try again later, or raise "
+                "max_num_seqs or max_waiting"
+            )
+        try:
+            future = self._pool.submit(on_this_stream(work, self._engine.device))
+        except RuntimeError:
+            raise RequestError("the engine is closed") from None
+        self._preparing.add(future)
+        future.add_done_callback(self._preparing.discard)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_cancel_result)  # it may be running, and submit a request that nobody waits for
+            raise
+
+
+class _Call:
+    """A request, and the event loop in which its caller waits for it."""
+
+    def __init__(
+        self, steps: StepLoop, request: Request, event_loop: asyncio.AbstractEventLoop, *, every_piece: bool
+    ) -> None:
+        self.request = request
+        self._steps, self._event_loop, self._every_piece = steps, event_loop, every_piece
+        self._arrived: deque[Piece] = deque()
+        self._changed = asyncio.Event()
+        self._told = False  # and the caller has not looked yet
+        request.notify = self._notify
+
+    async def next_piece(self) -> Piece:
+        """Raises what made the request fail, when there is nothing left from before."""
+        while not self._arrived:
+            if self.request.error is not None:
+                raise self.request.error
+            await self._changed.wait()
+            self._changed.clear()
+        return self._arrived.popleft()
+
+    async def reply(self) -> Reply:
+        while (reply := (await self.next_piece()).reply) is None:
+            pass
+        return reply
+
+    def cancel(self) -> None:
+        self._steps.cancel(self.request)
+
+    def _notify(self) -> None:
+        """Called by the thread that steps."""
+        if not (self._every_piece or self.request.done):
+            return
+        if self.request.error is None:
+            self._arrived += pieces_of(self._steps.take(self.request), self.request.reply)
+        if self._told:
+            return
+        self._told = True
+        try:
+            self._event_loop.call_soon_threadsafe(self._look)
+        except RuntimeError:  # the event loop was closed around the caller
+            self.cancel()
+
+    def _look(self) -> None:
+        self._told = False  # first: what comes from here on may be missed by the caller
+        self._changed.set()
+
+
+class _Bell:
+    """Wakes the thread that runs the steps, and tells it when to stop.
+
+    A SimpleQueue is the one thing in the standard library that may be rung while the garbage is collected, in the
+    middle of whatever the collecting thread does, its own calls included.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._rings: SimpleQueue[None] = SimpleQueue()
+
+    def ring(self) -> None:
+        self._rings.put(None)
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.ring()
+
+    def wait(self) -> None:
+        """Until it has rung once more than was waited for."""
+        self._rings.get()
+
+
+def _run_steps(steps: StepLoop, bell: _Bell) -> None:
+    try:
+        while not bell.stopped:
+            if not steps.step():
+                bell.wait()
+        steps.close()
+    except BaseException as error:
+        LOG.exception("the thread that runs the engine's steps has died")
+        steps.die(error)
+
+
+def _let_go(bell: _Bell, thread: threading.Thread) -> None:
+    """Of an AsyncEngine that is closed, or was forgotten, when it is collected or when the interpreter ends."""
+    bell.stop()
+    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut off a step in its middle
+        thread.join()
+
+
+def _cancel_result(future: "Future[Any]") -> None:
+    if not future.cancelled() and future.exception() is None and isinstance(call := future.result(), _Call):
+        call.cancel()

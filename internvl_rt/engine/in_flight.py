@@ -1,0 +1,225 @@
+"""The requests in flight: what a step drew becomes their tokens, what ends becomes a reply."""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
+from internvl_rt.engine.trace import Trace
+from internvl_rt.errors import RequestError
+from internvl_rt.inputs.grammar import Matcher
+from internvl_rt.steps.runner import Running, StepResult, TokenLogprob
+from internvl_rt.steps.scheduler import Scheduler
+from internvl_rt.steps.sequence import FinishReason
+from internvl_rt.steps.step import Chunk, Step
+
+LOG = logging.getLogger("internvl_rt")
+
+
+class InFlight:
+    """The books of the requests in flight. One thread at a time."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._requests: dict[Request, None] = {}
+        self._with_deadline: dict[Request, None] = {}
+        self._answers: dict[int, Answer] = {}  # by sequence
+        self.trace: Trace | None = None
+        self.num_generated = 0
+        self.finished: Counter[str] = Counter()  # requests, by how they ended
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        request.submitted_s = time.perf_counter()
+        self._requests[request] = None
+        if request.deadline_s is not None:
+            self._with_deadline[request] = None
+        for answer in request.answers:
+            self._answers[answer.sequence.seq_id] = answer
+        self._scheduler.add(request.answers[0].sequence)
+
+    def fail(self, request: Request, error: BaseException, outcome: str) -> None:
+        """Ends a request without a reply and returns its blocks."""
+        request.error = error
+        self._forget(request, outcome)
+        if request.notify is not None:
+            request.notify()
+
+    def fail_all(self, error: Callable[[], BaseException], outcome: str) -> None:
+        """Each gets an error of its own: raising one adds to it."""
+        for request in list(self._requests):
+            self.fail(request, error(), outcome)
+
+    def fail_chunks(self, chunks: Iterable[Chunk], error: BaseException) -> None:
+        """Ends the requests that have a part in a step."""
+        for chunk in chunks:
+            if answer := self._answers.get(chunk.sequence.seq_id):
+                self.fail(answer.request, error, "error")
+
+    def abandon(self, error: Callable[[], BaseException]) -> None:
+        """As `fail_all`, but touches no other books, since nothing is known of them."""
+        self.finished["error"] += len(self._requests)
+        requests = list(self._requests)
+        for left in (self._requests, self._with_deadline, self._answers):
+            left.clear()
+        for request in requests:
+            self.fail(request, error(), "error")
+
+    def end_late(self) -> None:
+        """Ends the requests whose deadline has passed, with what they have."""
+        if not self._with_deadline:
+            return
+        now_s = time.perf_counter()
+        for request in [r for r in self._with_deadline if r.deadline_s is not None and r.deadline_s <= now_s]:
+            for answer in request.answers:
+                if answer.sequence.finish_reason is None:
+                    answer.read(len(answer.sequence.generated_ids))
+                    self._finish(answer, "timeout")
+            if request.notify is not None:
+                request.notify()
+
+    def collect(self, running: Running, result: StepResult) -> None:
+        """Hands out what a step drew. Answers that ended meanwhile are passed over."""
+        step, token_ids, answers = running.step, result.token_ids, self._answers
+        computed = [(answer, chunk) for chunk in step.chunks if (answer := answers.get(chunk.sequence.seq_id))]
+        self._scheduler.publish([chunk.sequence for _, chunk in computed])
+        touched = self._charge(computed, running, result)
+        if step.scores:
+            self._accept_scores(step, result.scores)
+        self.num_generated += len(step.draws)
+        rejected: set[int] = set()
+        if any(chunk.drafts for _, chunk in computed):
+            rejected = self._reject(step, token_ids)
+            self.num_generated -= len(rejected)
+        for row, (sequence, _, _) in enumerate(step.draws):
+            answer = answers.get(sequence.seq_id)
+            if answer is None or row in rejected:
+                continue
+            token_id = token_ids[row]
+            sequence.token_ids.append(token_id)
+            num_generated = len(sequence.token_ids) - sequence.num_prompt
+            if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
+                continue  # as nearly all tokens
+            self._accept(answer, token_id, result.logprobs[row], num_generated)
+        for request in touched:
+            if request.notify is not None:
+                request.notify()
+
+    def trace_unfinished(self) -> None:
+        """Writes the requests in flight to the trace, as far as they have come."""
+        for request in self._requests:
+            self._trace_request(request, "in flight")
+
+    def _reject(self, step: Step, token_ids: list[int]) -> set[int]:
+        """Takes back what was computed for wrong guesses; returns the draws behind them, which count for nothing."""
+        rejected: set[int] = set()
+        row_of = {(draw.sequence, draw.place): row for row, draw in enumerate(step.draws)}
+        for sequence, start, _, drafts in step.chunks:
+            if not drafts or sequence.seq_id not in self._answers:
+                continue
+            first = row_of[sequence, start + 1 - sequence.num_prompt]
+            num_right = next((i for i, draft in enumerate(drafts) if token_ids[first + i] != draft), len(drafts))
+            rejected |= set(range(first + num_right + 1, first + len(drafts) + 1))
+            self._scheduler.reject(sequence, len(drafts) - num_right)
+            sequence.num_tokens += num_right
+        return rejected
+
+    def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
+        """Keeps how likely tokens of a prompt are; a request for nothing else ends with its prompt."""
+        for score, logprobs in zip(step.scores, scores, strict=True):
+            answer = self._answers.get(score.sequence.seq_id)
+            if answer is None:
+                continue
+            answer.request.scores |= zip(range(score.first, score.last + 1), logprobs, strict=True)
+            if score.sequence.max_tokens == 0 and score.last == score.sequence.num_prompt - 1:
+                self._finish(answer, "length")
+
+    def _charge(self, computed: list[tuple[Answer, Chunk]], running: Running, result: StepResult) -> Iterable[Request]:
+        """Adds a step's time and work to the requests that had a part in it; returns them."""
+        prefills: dict[Request, bool] = {}  # whether it computed some of a prompt
+        for answer, (sequence, start, _, _) in computed:
+            prefills[answer.request] = start < sequence.num_prompt or prefills.get(answer.request, False)
+        seconds, work = result.vision_s + result.decoder_s, result.vision_work + result.decoder_work
+        for request, is_prefill in prefills.items():
+            if is_prefill:
+                request.started_s = request.started_s or running.start.host_s
+                request.vision.add(result.vision_s, result.vision_work)
+                request.prefill.add(result.decoder_s, result.decoder_work)
+            else:
+                request.decode.add(seconds, work)
+        return prefills
+
+    def _accept(self, answer: Answer, token_id: int, logprob: TokenLogprob | None, num_generated: int) -> None:
+        """Does what a token asks for that was appended as the so-manieth; ends the answer if it was the last."""
+        sequence, request = answer.sequence, answer.request
+        if logprob is not None:
+            answer.logprobs.append(logprob)
+        if not request.first_token_s:
+            request.first_token_s = time.perf_counter() - request.prepared.start_s
+        if token_id in sequence.stop_ids:
+            answer.read(num_generated - 1)
+            self._finish(answer, "stop")
+            return
+        if sequence.params.stop:  # else text is made when somebody takes it
+            answer.read(num_generated)
+        if answer.text.stopped:
+            self._finish(answer, "stop")
+        elif num_generated == sequence.max_tokens:
+            answer.read(num_generated)
+            self._finish(answer, "length")
+        elif sequence.matcher is not None and sequence.mask_W is not None:
+            self._follow(answer, sequence.matcher, token_id, sequence.mask_W)
+
+    def _follow(self, answer: Answer, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:
+        """Moves on in the grammar; where that cannot be, the request ends."""
+        try:
+            if not matcher.accept(token_id):
+                raise RequestError(
+                    f"the answer's token {token_id} breaks its grammar, which only logits that are not finite can do; "
+                    "check the checkpoint"
+                )
+            matcher.fill_mask(mask_W)
+        except RequestError as error:
+            self.fail(answer.request, error, "error")
+
+    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+        """Ends an answer, and the request when it was the last."""
+        answer.fresh += answer.text.finish()
+        answer.sequence.finish_reason = reason
+        self._release(answer)
+        request = answer.request
+        if any(each.sequence.finish_reason is None for each in request.answers):
+            return
+        request.reply = build_reply(request)
+        self._forget(request, reason)
+
+    def _release(self, answer: Answer) -> None:
+        if self._answers.pop(answer.sequence.seq_id, None) is not None:
+            self._scheduler.remove(answer.sequence)
+
+    def _forget(self, request: Request, outcome: str) -> None:
+        if request not in self._requests:
+            return
+        del self._requests[request]
+        self._with_deadline.pop(request, None)
+        for answer in request.answers:
+            self._release(answer)
+        self.finished[outcome] += 1
+        if LOG.isEnabledFor(logging.DEBUG):
+            LOG.debug("%s", json.dumps(figures_of(request, outcome)))
+        if self.trace is not None:
+            self._trace_request(request, outcome)
+
+    def _trace_request(self, request: Request, outcome: str) -> None:
+        assert self.trace is not None, "the caller has looked"
+        first_s = request.prepared.start_s + request.first_token_s if request.first_token_s else 0.0
+        phases = (("queued", request.submitted_s), ("prefill", request.started_s), ("decode", first_s))
+        begun = [(name, start_s) for name, start_s in phases if start_s]
+        self.trace.request(begun, time.perf_counter(), figures_of(request, outcome))

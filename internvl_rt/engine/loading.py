@@ -1,0 +1,119 @@
+"""A checkpoint to what an engine runs: model, tokenizer, and a KV cache in the memory that is left."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from internvl_rt.checkpoint.config import ModelConfig, load_config
+from internvl_rt.checkpoint.folder import open_checkpoint, resolve_model
+from internvl_rt.engine.memory import MemoryPlan, plan_memory
+from internvl_rt.engine.options import EngineOptions
+from internvl_rt.errors import CheckpointError, RequestError
+from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
+from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops_triton import Switches, triton_ops
+from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_tokenizer, random_weights
+from internvl_rt.model.weights import load_weights
+from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.runner import MAX_TILES_PER_PASS
+
+
+def load_parts(
+    model: str | Path, options: EngineOptions, *, revision: str | None = None
+) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
+    """Raises ConfigError, CheckpointError or RequestError."""
+    target = choose_device(options.device)
+    ops = _choose_ops(options, target)
+    config, tokenizer, load = _open(model, revision, options.seed or 0)
+    chosen = choose_dtype(options.dtype, config, target)
+    weights = load(chosen, target)
+    memory = plan_memory(
+        config,
+        chosen,
+        target,
+        weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
+        visual_cache_bytes=options.visual_cache_bytes,
+        block_size=options.block_size,
+        kv_cache_bytes=options.kv_cache_bytes,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+        max_tokens_per_step=options.max_tokens_per_step,
+        max_tiles_per_pass=MAX_TILES_PER_PASS,
+        graphs=options.cuda_graphs and ops.captures_graphs,
+    )
+    cache = KVCache(
+        config.decoder,
+        num_blocks=memory.num_blocks,
+        block_size=options.block_size,
+        dtype=chosen,
+        device=target,
+        num_sms=target_of(target).num_sms if ops.plans_splits else 0,
+        copy_blocks=ops.copy_blocks,
+    )
+    return InternVL(config, weights, ops), tokenizer, cache, memory
+
+
+def _open(
+    model: str | Path, revision: str | None, seed: int
+) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
+    """All but the weights, and what makes those; seed: of random ones."""
+    if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
+        if revision is not None:
+            raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
+        config = random_config(model.removeprefix(RANDOM_PREFIX))
+        tokenizer = random_tokenizer(config)
+        return config, tokenizer, lambda dtype, device: random_weights(config, dtype=dtype, device=device, seed=seed)
+    folder = resolve_model(model, revision=revision)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise RequestError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
+            "embeddings; the folder mixes files of different models"
+        )
+    return (
+        config,
+        tokenizer,
+        lambda dtype, device: load_weights(open_checkpoint(folder), config, dtype=dtype, device=device),
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """For "auto" CUDA where there is a GPU. Raises RequestError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
+    backend = options.backend
+    if backend not in ("auto", "triton", "torch"):
+        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return TORCH
+    try:
+        target_of(device)
+    except ValueError as error:
+        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
+    return triton_ops(Switches(programmatic_launch=options.programmatic_launch))
+
+
+def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """For "auto" the checkpoint's on CUDA, float32 on the CPU. Raises RequestError."""
+    if dtype == "auto":
+        dtype = config.dtype if device.type == "cuda" else "float32"
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, value in known.items():
+        if dtype in (name, value):
+            return value
+    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")

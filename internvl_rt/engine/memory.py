@@ -1,0 +1,171 @@
+"""Where a device's memory goes: weights, workspaces of the vision tower and of a step, and the KV cache."""
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.steps.cuda_graph import TILE_BUCKETS
+from internvl_rt.steps.kv_cache import kv_bytes_per_token, plan_num_blocks
+from internvl_rt.steps.step_graph import prefill_buckets
+
+DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
+RESERVE = 0.05  # of a GPU's free memory: fragmentation, sampling, the driver's own
+# torch keeps a workspace of 32 MiB (on sm_90, less elsewhere) for each of cuBLAS and cuBLASLt, and for each thread that
+# multiplies: the one that builds the engine and captures graphs, and the one that runs the steps.
+CUBLAS_BYTES = 2 * 2 * (32 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on one device. Workspaces are computed from shapes, for the largest pass that the engine makes."""
+
+    device: str
+    total_bytes: int | None  # of the device; None on the CPU, where the system shares memory out
+    weight_bytes: int
+    vision_bytes: int
+    step_bytes: int
+    graph_bytes: int  # what CUDA graphs keep to themselves
+    cublas_bytes: int  # workspaces of cuBLAS
+    visual_cache_bytes: int
+    block_size: int  # tokens
+    num_blocks: int
+    block_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def render(self) -> str:
+        """The plan as a card for people."""
+        num_tokens = self.num_blocks * self.block_size
+        cache = f"{_size(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
+        rows = [
+            ("device", self.device),
+            ("weights", _size(self.weight_bytes)),
+            ("vision workspace", _size(self.vision_bytes)),
+        ]
+        rows += [("step workspace", _size(self.step_bytes))]
+        if self.graph_bytes:
+            rows.append(("CUDA graphs", _size(self.graph_bytes)))
+        if self.cublas_bytes:
+            rows.append(("cuBLAS", _size(self.cublas_bytes)))
+        rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
+        if self.total_bytes is not None:
+            rows.insert(1, ("memory", _size(self.total_bytes)))
+        return "\n".join(f"{label:<17} {text}" for label, text in rows)
+
+
+def plan_memory(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weight_bytes: int,
+    visual_cache_bytes: int,
+    block_size: int,
+    kv_cache_bytes: int | None,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    max_tokens_per_step: int,
+    max_tiles_per_pass: int,
+    graphs: bool,
+) -> MemoryPlan:
+    """With the weights on the device: the cache gets `kv_cache_bytes`, or what the workspaces leave.
+
+    graphs: whether CUDA graphs will be captured.
+
+    Raises RequestError when not even one sequence of `max_model_len` tokens fits.
+    """
+    vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
+    step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
+    total_bytes, graph_bytes, cublas_bytes = None, 0, 0
+    if device.type == "cuda":
+        cublas_bytes = CUBLAS_BYTES
+        if graphs:
+            graph_bytes = graphs_bytes(config, dtype, max_tokens_per_step, max_num_seqs, max_tiles_per_pass)
+        free_bytes, total_bytes = _free_bytes(device)
+        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - cublas_bytes
+        left -= visual_cache_bytes
+    else:
+        left = DEFAULT_CPU_CACHE_BYTES
+    num_blocks = plan_num_blocks(
+        config.decoder,
+        dtype,
+        block_size=block_size,
+        cache_bytes=max(left, 0) if kv_cache_bytes is None else kv_cache_bytes,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    return MemoryPlan(
+        device=str(device),
+        total_bytes=total_bytes,
+        weight_bytes=weight_bytes,
+        vision_bytes=vision_bytes,
+        step_bytes=step_bytes,
+        graph_bytes=graph_bytes,
+        cublas_bytes=cublas_bytes,
+        visual_cache_bytes=visual_cache_bytes,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        block_bytes=kv_bytes_per_token(config.decoder, dtype) * block_size,
+    )
+
+
+def _free_bytes(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device that can still be allocated, and all that it has.
+
+    torch keeps memory that was freed; what it can give back is free too. An engine that nobody refers to is a cycle,
+    whose memory is freed when the garbage is collected.
+    """
+    gc.collect()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    kept = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
+    return free_bytes + kept - stats.get("inactive_split_bytes.all.current", 0), total_bytes
+
+
+def graphs_bytes(
+    config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int, max_tiles_per_pass: int
+) -> int:
+    """What all CUDA graphs together keep: their common workspace, and inputs and results, which lie at fixed places.
+
+    Every graph of tiles has a result of its own, those of decode steps share theirs, and prefills leave theirs in the
+    place of their input.
+    """
+    decoder, vision = config.decoder, config.vision
+    num_tokens = max(prefill_buckets(decoder, max_tokens_per_step), default=0)
+    workspace = max(
+        vision_workspace_bytes(config, dtype, max_tiles_per_pass),
+        step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),
+    )
+    tiles = max(TILE_BUCKETS) * 3 * vision.image_size**2
+    tokens = num_tokens * decoder.hidden_size
+    visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
+    logits = max_num_seqs * decoder.vocab_size
+    return int(workspace + tiles + dtype.itemsize * (tokens + visual + logits))
+
+
+def vision_workspace_bytes(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> int:
+    """What a pass over `num_tiles` tiles holds at its fullest moment, pixels and visual tokens included."""
+    vision, width = config.vision, config.vision.hidden_size
+    pixels = num_tiles * 3 * vision.image_size**2
+    patches = num_tiles * vision.num_patches * 3 * vision.patch_size**2
+    rows = num_tiles * (vision.num_patches + 1)
+    layer = rows * (2 * width + max(4 * width, vision.intermediate_size + width))  # x and normed; qkv and y, or MLP
+    visual = num_tiles * config.tokens_per_tile * config.decoder.hidden_size
+    merged = num_tiles * config.tokens_per_tile * config.downsample**2 * width
+    return pixels + dtype.itemsize * (max(patches + rows * width, layer, rows * width + merged + visual) + visual)
+
+
+def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:
+    """The same for a step of `num_tokens` tokens, with logits and float32 copies of them for `num_seqs` draws."""
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    attention = qkv + 2 * config.num_heads * config.head_dim
+    layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
+    return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):,.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):,.1f} MiB"

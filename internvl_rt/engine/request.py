@@ -1,0 +1,104 @@
+"""A request's answers while they grow, and the reply that they become."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from internvl_rt.engine.reply import AnswerText, Choice, Reply, Timings, Usage
+from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.model.work import Tally
+from internvl_rt.steps.runner import TokenLogprob
+from internvl_rt.steps.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One of a request's answers while it grows."""
+
+    request: "Request"
+    index: int
+    sequence: Sequence
+    text: AnswerText
+    num_read: int = 0  # generated tokens that `text` has
+    fresh: str = ""  # visible text that nobody has taken yet
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def read(self, num_tokens: int) -> None:
+        """Makes text of the first so many generated tokens, as far as that was not done."""
+        start = self.sequence.num_prompt
+        for token_id in self.sequence.token_ids[start + self.num_read : start + num_tokens]:
+            self.fresh += self.text.push(token_id)
+        self.num_read = max(self.num_read, num_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The answers to one prompt, with what their caller waits for."""
+
+    prepared: Prepared
+    deadline_s: float | None = None  # perf_counter
+    notify: Callable[[], None] | None = None  # called between steps when there is something to take, or an error
+    answers: list[Answer] = field(default_factory=list)
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # of the prompt's tokens, where wanted
+    submitted_s: float = 0.0
+    started_s: float = 0.0
+    vision: Tally = field(default_factory=Tally)
+    prefill: Tally = field(default_factory=Tally)
+    decode: Tally = field(default_factory=Tally)
+    first_token_s: float = 0.0
+    reply: Reply | None = None
+    error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.reply is not None or self.error is not None
+
+
+def build_reply(request: Request) -> Reply:
+    """Of a request whose answers have ended."""
+    prepared, first = request.prepared, request.answers[0].sequence
+    longest = max(len(answer.sequence.generated_ids) for answer in request.answers)
+    prompt_logprobs = None
+    if first.params.prompt_logprobs is not None:
+        prompt_logprobs = tuple(request.scores.get(index) for index in range(first.num_prompt))
+    return Reply(
+        choices=tuple(
+            Choice(
+                text=answer.text.text,
+                token_ids=answer.sequence.generated_ids,
+                finish_reason=answer.sequence.finish_reason or "stop",
+                logprobs=None if answer.sequence.params.logprobs is None else tuple(answer.logprobs),
+            )
+            for answer in request.answers
+        ),
+        usage=Usage(
+            prompt_tokens=first.num_prompt,
+            image_tokens=sum(picture.span.num_tokens for picture in first.pictures),
+            completion_tokens=sum(len(answer.sequence.generated_ids) for answer in request.answers),
+            cached_tokens=first.num_cached,
+        ),
+        timings=Timings(
+            media_s=prepared.media_s,
+            tile_s=prepared.tile_s,
+            queued_s=(request.started_s or time.perf_counter()) - request.submitted_s,
+            vision_s=request.vision.seconds,
+            prefill_s=request.prefill.seconds,
+            decode_s=request.decode.seconds,
+            first_token_s=request.first_token_s,
+            total_s=time.perf_counter() - prepared.start_s,
+            num_decoded=max(longest - 1, 0),
+            vision_work=request.vision.work,
+            prefill_work=request.prefill.work,
+            decode_work=request.decode.work,
+        ),
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def figures_of(request: Request, outcome: str) -> dict[str, object]:
+    """Of a request, for logs and traces: numbers alone, nothing of what was asked or answered."""
+    first = request.answers[0].sequence
+    line: dict[str, object] = {"outcome": outcome, "prompt_tokens": first.num_prompt}
+    if request.reply is not None:
+        line |= asdict(request.reply.usage) | asdict(request.reply.timings)
+    return line

@@ -1,0 +1,137 @@
+"""A run as Trace Event JSON, which Perfetto and chrome://tracing show: steps, requests, and what the cache holds.
+
+It holds numbers alone, nothing of what was asked or answered. Events go to a file as they happen, some hundred bytes
+each, so memory stays bounded by the file's buffer however long the run; the file appears under its name when it is
+whole.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from internvl_rt.errors import RequestError
+from internvl_rt.steps.runner import Running, StepResult
+
+Phase = tuple[str, float]  # what begins, and when: perf_counter
+
+_PROCESS = {"pid": 1, "tid": 1}
+_NAMES = (
+    {"name": "process_name", "ph": "M", **_PROCESS, "args": {"name": "internvl_rt"}},
+    {"name": "thread_name", "ph": "M", **_PROCESS, "args": {"name": "steps"}},
+)
+
+
+class Trace:
+    """Open it with `with`, and call the others inside, one at a time. Times are perf_counter's."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RequestError when nothing can be written there."""
+        self._path = path
+        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        self._error: OSError | None = None
+        self._end_s = 0.0  # of the latest step
+        self._num_requests = 0
+        if path.is_dir():
+            raise RequestError(f"{path}: the trace needs the name of a file, but this is a folder; add a name to it")
+        try:
+            self._file = self._part.open("x", encoding="ascii")
+        except OSError as error:
+            raise self._refusal(error) from error
+        self._write('{"displayTimeUnit": "ms", "traceEvents": [\n' + ",\n".join(map(json.dumps, _NAMES)), flush=True)
+        if self._error is not None:
+            raise self._refusal(self._error) from self._error
+
+    def step(self, running: Running, result: StepResult, stats: Mapping[str, int | float]) -> None:
+        """A step that has ended, with the engine's `stats()` before anybody takes what it drew."""
+        # Steps follow each other on the device: each begins when it was launched or the one before it ended.
+        start_s = max(running.start.host_s, self._end_s)
+        encoded_s = start_s + result.vision_s
+        self._end_s = encoded_s + result.decoder_s
+        chunks = running.step.chunks
+        shape = {
+            "sequences": len(chunks),
+            "tokens": sum(chunk.num_tokens for chunk in chunks),
+            "draws": len(running.step.draws),
+            "tiles": result.num_tiles,
+        }
+        for name, begin_s, seconds, work in (
+            ("vision", start_s, result.vision_s, result.vision_work),
+            ("decoder", encoded_s, result.decoder_s, result.decoder_work),
+        ):
+            if name == "decoder" or result.num_tiles:
+                args = {**shape, "flops": work.flops, "bytes": work.bytes}
+                self._event(name, "X", begin_s, dur=_us(seconds), args=args)
+        self._event("KV blocks", "C", self._end_s, args={"used": stats["kv_blocks_used"]})
+        self._event("requests", "C", self._end_s, args={name: stats[name] for name in ("running", "waiting")})
+
+    def request(self, phases: Items[Phase], end_s: float, args: Mapping[str, object]) -> None:
+        """A request that has ended, or that is still in flight when the trace ends; each phase ends the one before."""
+        self._num_requests += 1
+        same = {"cat": "request", "id": self._num_requests}
+        ends = [*(start_s for _, start_s in phases[1:]), end_s]
+        self._event("request", "b", phases[0][1], **same, args=args)
+        for (name, start_s), stop_s in zip(phases, ends, strict=True):
+            self._event(name, "b", start_s, **same)
+            self._event(name, "e", stop_s, **same)
+        self._event("request", "e", end_s, **same)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Puts the file in its place, also when the block failed, unless it failed before there was anything to see.
+
+        Raises RequestError if the file could not be written.
+        """
+        self._write("\n]}\n", flush=True)
+        if kind is not None and not self._end_s and not self._num_requests:
+            self._discard()
+        elif self._error is None:
+            try:
+                self._file.close()
+                os.replace(self._part, self._path)
+            except OSError as problem:
+                self._give_up(problem)
+        if self._error is not None and kind is None:
+            raise self._refusal(self._error) from self._error
+
+    def _event(self, name: str, phase: str, at_s: float, **more: Any) -> None:
+        self._write(",\n" + json.dumps({"name": name, "ph": phase, "ts": _us(at_s), **_PROCESS, **more}))
+
+    def _write(self, text: str, *, flush: bool = False) -> None:
+        """A disk that is full must not end the requests that run: it ends the trace, and whoever made it is told."""
+        if self._error is not None:
+            return
+        try:
+            self._file.write(text)
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._error = error
+        self._discard()
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self._file.close()  # tries to write again what did not fit
+        with suppress(OSError):
+            self._part.unlink(missing_ok=True)
+
+    def _refusal(self, error: OSError) -> RequestError:
+        return RequestError(
+            f"{self._path}: the trace could not be written: {error.strerror or error}; give a file in a folder that "
+            "exists, may be written and has room"
+        )
+
+
+def _us(seconds: float) -> float:
+    """Microseconds, to the nanosecond."""
+    return round(seconds * 1e6, 3)

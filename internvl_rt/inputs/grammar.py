@@ -1,0 +1,299 @@
+"""Answers that keep to a grammar: a JSON schema or a regular expression as masks over the next token.
+
+Only this module imports llguidance, when the first grammar is compiled. The language is defined on the text that
+`Tokenizer.decode` gives: every split of it into tokens is allowed, and special tokens are never part of it. Grammars
+come from requests, so all they cost is bounded: what would explode is counted and refused before it is compiled, and
+what grows too large later ends its own answer with an error.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_rt.errors import RequestError
+from internvl_rt.inputs.tokenizer import TEMPLATE_TOKENS, Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+T = TypeVar("T")
+GrammarKind = Literal["json_schema", "regex"]
+
+MAX_GRAMMAR_BYTES = 64 << 10
+# The library bounds its own work, but not what comes from these: its time grows with the square of the first, with a
+# higher power of the second, and doubles with each of the third. Below all of them no call takes a second.
+MAX_PROPERTIES = 1000
+MAX_REGEX_OPERATORS = 512
+MAX_COMBINED_PATTERNS = 10
+
+_CACHED = 64
+_MAX_LEXER_STATES = 50_000  # of one grammar, about half a kB each
+_OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # what repeats or groups; escaped ones count too
+_VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
+_TOO_COMPLEX = re.compile(r"fuel|too (many|big|large|complex)|max is")  # the library's own limits
+# A schema with one of the former beside another of both is the intersection of two.
+_REFERENCES = {"$ref", "anyOf", "oneOf"}
+_ASSERTIONS = {"additionalProperties", "format", "items", "pattern", "prefixItems", "properties"}
+_EXPECTED = {
+    "json_schema": "a JSON schema without if, not, uniqueItems, dependencies and references to other documents",
+    "regex": "a regular expression in Rust's syntax without look-around, back references and inner anchors",
+}
+
+
+def check_grammar_size(kind: GrammarKind, text: str) -> None:
+    """Raises RequestError for a grammar beyond the limits above, and for a JSON schema that is not JSON."""
+    if kind not in _EXPECTED:
+        raise RequestError(f"the kind of a grammar must be one of {', '.join(_EXPECTED)}, got {kind!r}")
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the {kind} is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
+        ) from error
+    _check_count(kind, "bytes", num_bytes, MAX_GRAMMAR_BYTES)
+    if kind == "json_schema":
+        _check_schema(text)
+    else:
+        _check_regex(text)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and keeps the latest; any number of threads may use it at once."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """vocab_size: of the model's logits; ids that the tokenizer does not have are never allowed."""
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._lock = Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._compile = lru_cache(maxsize=_CACHED)(self._compile_anew)
+
+    def compile(self, kind: GrammarKind, text: str) -> "Grammar":
+        """The grammar of a JSON schema, given as JSON, or of a regular expression that the whole answer must match.
+
+        Raises RequestError if it is invalid, uses what the library does not know, is beyond the limits or matches
+        nothing, and if llguidance is not installed.
+        """
+        check_grammar_size(kind, text)
+        return self._compile(kind, text)
+
+    def _compile_anew(self, kind: GrammarKind, text: str) -> "Grammar":
+        vocabulary = self._build_vocabulary()
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(
+            max_items_in_row=10_000,  # MAX_PROPERTIES, none of them required, need 4000
+            step_max_items=100_000,  # and 60 000
+            max_lexer_states=_MAX_LEXER_STATES,
+            verbose_errors=False,  # they would show the schema and the answer
+        )
+        source = _describe(kind, text, drops_space=self._tokenizer.pieces)
+        grammar = Grammar(
+            lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits), self._stop_id, self._vocab_size
+        )
+        state = grammar.state
+        if not state.is_error():
+            mask = state.compute_bitmask()  # builds what every answer begins with, and finds out whether there is one
+        if state.is_error() or int.from_bytes(mask, "little") == 1 << self._stop_id:
+            reason = _reason(state) if state.is_error() else "it matches only the empty text"
+            raise RequestError(
+                f"the {kind} cannot be compiled: {reason}; expected {_EXPECTED[kind]}, got {_excerpt(text)}; rewrite it"
+            )
+        return grammar
+
+    def _build_vocabulary(self) -> "LLTokenizer":
+        """The library's trie of all tokens, built once."""
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ImportError as error:
+            raise RequestError("structured output needs llguidance: pip install 'internvl-rt[grammar]'") from error
+        with self._lock:
+            if self._vocabulary is None:
+                wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer, self._stop_id, self._vocab_size))
+                self._vocabulary = LLTokenizer(wrapper, eos_token=self._stop_id)
+            return self._vocabulary
+
+
+class Grammar:
+    """A compiled grammar, shared by any number of answers in any threads.
+
+    What the library finds out about a grammar while answers go through it, it keeps for all of them. That saves most of
+    the work, but is limited for all of them together; `is_used_up` says that a new beginning is due.
+    """
+
+    def __init__(self, build: Callable[[], "LLMatcher"], stop_id: int, vocab_size: int) -> None:
+        self.build, self.stop_id, self.vocab_size = build, stop_id, vocab_size
+        self.state = build()
+        self.is_used_up = False
+
+    def start(self) -> "Matcher":
+        """The state of a new answer."""
+        if self.is_used_up:
+            self.state, self.is_used_up = self.build(), False
+        return Matcher(self, self.state.deep_copy(), [])
+
+
+class Matcher:
+    """One answer's place in its grammar; for one thread at a time."""
+
+    def __init__(self, grammar: Grammar, state: "LLMatcher", token_ids: list[int]) -> None:
+        """token_ids: what `state` has accepted."""
+        self._grammar, self._state, self._token_ids = grammar, state, token_ids
+        self._is_shared = True  # whether what the library knows is also that of other answers
+
+    def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
+        """Sets bit t % 32 of word t // 32 where token t may come next, and clears all others.
+
+        The stop token may come where the text is complete; after it, only itself. `mask_W` is contiguous and has
+        ceil(vocab_size / 32) words. Raises RequestError if no token can go on, or the grammar has become too complex.
+        """
+        assert mask_W.dtype == np.int32
+        assert mask_W.shape == (-(-self._grammar.vocab_size // 32),)
+        assert mask_W.flags.carray, "the library writes to the address"
+        self._try(lambda state: state.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes))
+
+    def accept(self, token_id: int) -> bool:
+        """Moves on by one token; False, and no move, if it does not fit. Raises RequestError as `fill_mask` does."""
+        if not 0 <= token_id < self._grammar.vocab_size:
+            return False
+        if self.is_complete:
+            return token_id == self._grammar.stop_id
+
+        def consume(state: "LLMatcher") -> bool:
+            if state.try_consume_tokens([token_id]):
+                return True
+            state.compute_bitmask()  # an error if not the token, but the library's limits are why
+            return False
+
+        if not self._try(consume):
+            return False
+        self._token_ids.append(token_id)
+        return True
+
+    def copy(self) -> "Matcher":
+        """The same place, for another answer that goes on from here."""
+        self._is_shared = True
+        return Matcher(self._grammar, self._state.deep_copy(), self._token_ids.copy())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the stop token may follow."""
+        return self._state.is_stopped() and not self._state.is_error()
+
+    def _try(self, act: Callable[["LLMatcher"], T]) -> T:
+        """The result of `act`, from a new beginning of its own where other answers have used up what is shared."""
+        result = act(self._state)
+        if self._state.is_error() and self._is_shared and _TOO_COMPLEX.search(self._state.get_error()):
+            self._grammar.is_used_up = True
+            self._state, self._is_shared = self._grammar.build(), False
+            self._state.consume_tokens(self._token_ids)
+            result = act(self._state)
+        if self._state.is_error():
+            raise RequestError(f"the grammar admits no further token: {_reason(self._state)}; simplify the grammar")
+        return result
+
+
+class _Vocabulary:
+    """A tokenizer's tokens as the library wants them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, stop_id: int, vocab_size: int) -> None:
+        self.eos_token_id = stop_id
+        self.tokens = [tokenizer.token_bytes.get(token_id, b"") for token_id in range(vocab_size)]
+        found = map(tokenizer.find_token_id, TEMPLATE_TOKENS)
+        self.special_token_ids = sorted(tokenizer.special_ids.union(i for i in found if i is not None))
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def _describe(kind: GrammarKind, text: str, *, drops_space: bool) -> str:
+    """The grammar in the library's own format. drops_space: an answer's first byte is not text if it is a space."""
+    from llguidance import regex_to_lark
+
+    if kind == "json_schema":
+        rules = 'start: " "? @value' if drops_space else "start: @value"  # no JSON text begins with a space
+    else:
+        rules = f"start: TEXT\nBODY: /{regex_to_lark(text)}/\nSPACED: / (.|\\n)*/\n"
+        rules += 'TEXT: " " BODY | BODY & ~SPACED' if drops_space else "TEXT: BODY"
+    # Without no_forcing, text that has only one way to go on would have to be split as the tokenizer does.
+    grammars = [json.dumps({"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{rules}'})]
+    if kind == "json_schema":
+        grammars.append(f'{{"name": "value", "json_schema": {text}}}')  # as it is: numbers keep all their digits
+    return f'{{"grammars": [{", ".join(grammars)}]}}'
+
+
+def _reason(state: "LLMatcher") -> str:
+    """The library's error in one line, without the source it quotes."""
+    message = state.get_error()
+    if "NoExtension" in message:
+        return "no text matches from here on"
+    if _TOO_COMPLEX.search(message):
+        return "it is too complex"
+    if "coerce_one_of" in message:
+        return "the alternatives of its oneOf may overlap, where anyOf would do"
+    message = message.partition("\n   1 | ")[0].replace("<non-verbose/>", "")
+    message = message.rpartition(" (in regex): ")[2].rpartition("\nerror: ")[2]
+    return _excerpt(" ".join(message.split()), quote=False)
+
+
+def _excerpt(text: str, *, quote: bool = True) -> str:
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return repr(text) if quote else text
+
+
+def _check_count(kind: GrammarKind, what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise RequestError(f"the {kind} has {count:,} {what}, at most {limit:,} are compiled; simplify it")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _check_regex(text: str) -> None:
+    """Refuses what the library would silently read as something else, and too many operators."""
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise RequestError(f"the regex ends in a backslash that escapes nothing: {_excerpt(text)}; remove or double it")
+    if "\n" in text and _VERBOSE.search(text):
+        raise RequestError(f"the regex has line breaks under the flag x: {_excerpt(text)}; write it in one line")
+    _check_count("regex", "repetitions and groups", len(_OPERATOR.findall(text)), MAX_REGEX_OPERATORS)
+
+
+def _check_schema(text: str) -> None:
+    try:
+        schema: Any = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(f"the json_schema is not JSON: {reason}; got {_excerpt(text)}; correct it") from error
+    if isinstance(schema, dict) and "x-guidance" in schema:  # the library's options: lenient, separators, ...
+        raise RequestError("the json_schema has x-guidance, which is no keyword of JSON Schema; remove it")
+    num_properties, patterns, combined = 0, set[str](), False
+    pending = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, list):
+            pending += node
+        elif isinstance(node, dict):
+            pending += node.values()
+            properties, by_pattern = node.get("properties"), node.get("patternProperties")
+            num_properties += len(properties) if isinstance(properties, dict) else 0
+            patterns |= {node[word] for word in ("pattern", "format") if isinstance(node.get(word), str)}
+            patterns |= by_pattern.keys() if isinstance(by_pattern, dict) else set()
+            references = node.keys() & _REFERENCES
+            combined |= bool(references) and len(references) + len(node.keys() & _ASSERTIONS) > 1
+            combined |= not node.keys().isdisjoint(("allOf", "patternProperties"))
+    _check_count("json_schema", "properties", num_properties, MAX_PROPERTIES)
+    num_operators = sum(len(_OPERATOR.findall(pattern)) for pattern in patterns)
+    _check_count("json_schema", "repetitions and groups in its patterns", num_operators, MAX_REGEX_OPERATORS)
+    if combined:
+        what = "different patterns and formats, and combines them (allOf, patternProperties, $ref or anyOf with more)"
+        _check_count("json_schema", what, len(patterns), MAX_COMBINED_PATTERNS)

@@ -1,0 +1,179 @@
+"""Videos in, RGB frames out: the official choice of frames on a stream that is counted, not believed.
+
+Only this module imports PyAV (`av`), when a video is read.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from PIL import Image
+
+from internvl_rt.errors import MediaError, RequestError
+from internvl_rt.inputs.image import open_media
+
+if TYPE_CHECKING:
+    from av import CodecContext, VideoFrame, VideoStream
+    from av.container import InputContainer
+
+# Playlists (HLS, DASH, concat) would open further files and URLs, and rarely used decoders are an attack surface.
+_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+_DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,theora,mjpeg,prores,gif"
+
+_WHOLE = (-100_000.0, 100_000.0)  # seconds; what the official code takes as no bound
+
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+
+@dataclass(frozen=True, slots=True)
+class VideoLimits:
+    """What `load_video` refuses to go beyond."""
+
+    num_frames: int = 108_000  # decoded to reach the end, or the end of the bound: an hour at 30 per second
+    frame_pixels: int = 1 << 25  # of one frame: 8K has 33.2 million
+    total_pixels: int = 1 << 28  # of all frames returned: 32 in 4K, which are 1 GiB as PIL images
+
+
+def choose_frame_indices(
+    num_frames: int, fps: float, num_segments: int = 32, bound: tuple[float, float] | None = None
+) -> list[int]:
+    """The middle frame of each of `num_segments` equal spans (official `get_index`, InternVL README.md).
+
+    Args:
+        num_frames: frames in the video, at least 1; the last index is num_frames - 1.
+        fps: frames per second.
+        num_segments: length of the result, at least 1; short videos repeat frames.
+        bound: start and end in seconds, both finite. A start beyond the end of the video gives indices beyond it.
+    """
+    start_s, end_s = bound or _WHOLE
+    start = max(0, round(start_s * fps))
+    end = min(round(end_s * fps), num_frames - 1)
+    span = (end - start) / num_segments
+    return [int(start + span / 2 + round(span * segment)) for segment in range(num_segments)]
+
+
+def load_video(
+    source: str | Path | bytes,
+    *,
+    num_segments: int = 32,
+    bound: tuple[float, float] | None = None,
+    limits: VideoLimits | None = None,
+) -> list[Image.Image]:
+    """Read the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
+
+    The number of frames is that of the decoded stream: the one in the header only decides whether decoding once is
+    enough. At most the returned frames are held; an index that occurs twice gives the same object. Frames are turned as
+    the container asks, pixels that are not square stay as they are.
+
+    Args:
+        source: path, `data:` URL or encoded bytes.
+        num_segments: number of frames, at least 1.
+        bound: start and end in seconds; by default the whole video.
+        limits: by default `VideoLimits()`.
+
+    Raises:
+        MediaError: the video cannot be read, is beyond the limits, or PyAV is not installed.
+        RequestError: `num_segments` or `bound` is invalid, or `bound` lies outside the video.
+    """
+    limits = limits or VideoLimits()
+    if not 1 <= num_segments <= limits.num_frames:
+        raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
+    if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
+        raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
+    stream, name = open_media(source, "video")
+    with stream, _av_errors(name):
+        with _open_track(stream, name, limits) as (container, track):
+            rate = track.average_rate or track.guessed_rate
+            if not rate:
+                raise MediaError(f"{name} has no frame rate: convert it to MP4")
+            fps = float(rate)
+            num_frames = track.frames or round((container.duration or 0) / 1e6 * fps)
+        needed = max(1, round((bound or _WHOLE)[1] * fps) + 1)  # later frames cannot change the choice
+        expected = min(max(1, num_frames), needed)
+        if expected > limits.num_frames:
+            raise MediaError(
+                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: set an earlier bound"
+            )
+        for _ in range(2):
+            chosen = choose_frame_indices(expected, fps, num_segments, bound)
+            num_frames, frames = _decode(stream, name, set(chosen), needed, limits)
+            if num_frames == expected:
+                break
+            expected = num_frames
+    if not frames.keys() >= set(chosen):
+        raise RequestError(f"bound {bound} is outside of {name}, which lasts {num_frames / fps:.3f} s")
+    return [frames[index] for index in chosen]
+
+
+def _decode(
+    stream: BinaryIO, name: str, chosen: set[int], needed: int, limits: VideoLimits
+) -> tuple[int, dict[int, Image.Image]]:
+    """Decode at most `needed` frames; returns how many there were and the chosen ones among them."""
+    num_frames, num_pixels, frames = 0, 0, {}
+    with _open_track(stream, name, limits) as (container, track):
+        for frame in container.decode(track):
+            if num_frames in chosen:
+                num_pixels += frame.width * frame.height
+                if num_pixels > limits.total_pixels:
+                    raise MediaError(f"{name}: the frames hold over {limits.total_pixels} pixels; lower num_segments")
+                frames[num_frames] = _to_image(frame)
+            num_frames += 1
+            if num_frames > limits.num_frames:
+                raise MediaError(f"{name} has more than {limits.num_frames} frames: set an earlier bound")
+            if num_frames == needed:
+                break
+    if not num_frames:
+        raise MediaError(f"{name} has a video stream without frames")
+    return num_frames, frames
+
+
+def _to_image(frame: "VideoFrame") -> Image.Image:
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turn = _TURNS.get(frame.rotation % 360)  # degrees counterclockwise, like Pillow's; 180 may come as -180
+    return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """The container and its main video stream, ready to be decoded from the first frame."""
+    import av
+
+    stream.seek(0)
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "codec_whitelist": _DECODERS,
+        # Stops frames that grow on the way; FFmpeg counts their padding, hence the slack.
+        "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
+    }
+    with av.open(stream, "r", options=options, metadata_errors="replace") as container:
+        track = container.streams.best("video")
+        if not isinstance(track, av.VideoStream):
+            raise MediaError(f"{name} has no video stream")
+        context: CodecContext | None = track.codec_context  # None where FFmpeg knows no decoder
+        if context is None or context.codec.name not in _DECODERS.split(","):
+            codec = context.codec.name if context else "an unknown codec"
+            raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
+        if track.width * track.height > limits.frame_pixels:
+            raise MediaError(
+                f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed"
+            )
+        context.options = options  # those of `open` only reach the decoders that probe the file
+        track.thread_type = "AUTO"
+        yield container, track
+
+
+@contextmanager
+def _av_errors(name: str) -> Iterator[None]:
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError("reading videos needs PyAV: pip install 'internvl-rt[video]'") from error
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise MediaError(
+            f"{name} is broken or not a video in one of {_CONTAINERS} ({type(error).__name__}): convert it to MP4"
+        ) from error

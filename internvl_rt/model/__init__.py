@@ -1,0 +1,22 @@
+"""The forward pass and nothing above it: weights, the operations they are multiplied with, both towers, a KV cache's view.
+
+It loads neither a tokenizer nor the scheduler, so that it can be used, tested, quantised and sharded alone.
+"""
+
+from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
+from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops_triton import TRITON, triton_ops
+from internvl_rt.model.weights import load_weights, save_weights
+
+__all__ = [
+    "TORCH",
+    "TRITON",
+    "InternVL",
+    "ModelWeights",
+    "Ops",
+    "build_weights",
+    "load_weights",
+    "named_parameters",
+    "save_weights",
+    "triton_ops",
+]

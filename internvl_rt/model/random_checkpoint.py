@@ -1,0 +1,181 @@
+"""Random weights of any model's real shape, for benchmarks and tests: as a checkpoint, or straight into memory."""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, parse_config
+from internvl_rt.checkpoint.folder import write_tensors
+from internvl_rt.checkpoint.json_section import Section, read_json
+from internvl_rt.errors import CheckpointError, ConfigError
+from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
+from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
+from internvl_rt.model.weights import DIALECTS, FLOATS, Placement, plan_placements
+
+RANDOM_PREFIX = "random:"  # of a model's name, where an engine is to make its weights itself
+
+_ADDED_FROM = 151643  # the official id of the first added token
+_QWEN_SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad", "vision") for side in ("start", "end")),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+_QWEN_PLAIN = [
+    *("<tool_call>", "</tool_call>"),
+    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
+]
+_INTERNVL = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+
+
+def write_random_checkpoint(
+    model: str | Path | Mapping[str, Any],
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Writes a checkpoint folder in the original format, complete or not at all, taking the memory of one tensor.
+
+    model: one of `KNOWN_MODELS`, the path of a config.json or its folder, or the content of a config.json. A tensor
+    depends on `seed` and its name: matrices and biases are normal with deviation 0.02, norms 1, LayerScale uniform in
+    0.1 ... 1, so that logits are finite at any size. The tokenizer is a byte-level BPE without merges: 256 bytes,
+    unused entries, and the official added tokens at their ids 151643 ... 151673, or at the end of a smaller vocabulary.
+    An InternLM2-layout model (the 9B) gets the same files, although its own tokenizer is a sentencepiece one.
+
+    Raises CheckpointError if `folder` is there and not empty, or the disk too small; ConfigError for an unsupported
+    model.
+    """
+    assert dtype in FLOATS, dtype
+    top = _find(model)
+    config = _parse(top)
+    internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
+    plan = plan_placements(config, DIALECTS["internlm2" if internlm2 else "original"])
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there already and is not an empty folder; give a new one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(math.prod(place.shape) for place in plan.values()) * dtype.itemsize
+    if (free := shutil.disk_usage(folder.parent).free) < num_bytes * 1.01:
+        raise CheckpointError(f"{folder.parent} has {free:,} bytes free, but the weights take {num_bytes:,}; make room")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        _write_json(unfinished / "config.json", {**top.values, "torch_dtype": str(dtype).removeprefix("torch.")})
+        _write_tokenizer(unfinished, config.decoder.vocab_size)
+        write_tensors(
+            unfinished,
+            {name: place.shape for name, place in plan.items()},
+            lambda name: _random_tensor(seed, name, plan[name], dtype),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+        unfinished.replace(folder)
+
+
+def random_config(model: str | Path) -> ModelConfig:
+    """Of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
+    return _parse(_find(model))
+
+
+def random_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The one that `write_random_checkpoint` writes. Raises ConfigError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_tokenizer(Path(scratch), config.decoder.vocab_size)
+        return load_tokenizer(Path(scratch))
+
+
+def random_weights(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> ModelWeights:
+    """Weights made where they are to be, without a file or a copy, distributed as `write_random_checkpoint` says.
+
+    A parameter depends on `seed`, its path, the dtype and the kind of device.
+    """
+    weights = build_weights(config, dtype=dtype, device=device)
+    for path, parameter in named_parameters(weights).items():
+        _fill(parameter, path, f"{seed} {path}")
+    return weights
+
+
+def _parse(top: Section) -> ModelConfig:
+    config = parse_config(top)
+    if config.format != "original":
+        raise ConfigError(f"{top.file} is of the -hf format, expected the original one; give an original config.json")
+    return config
+
+
+def _find(model: str | Path | Mapping[str, Any]) -> Section:
+    if isinstance(model, Mapping):
+        return Section(Path("config.json"), "", model)
+    path = KNOWN_MODELS.get(str(model), Path(model))
+    if not path.exists():
+        raise ConfigError(f"{model}: no such file, and none of the known models {', '.join(KNOWN_MODELS)}; give either")
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _random_tensor(seed: int, name: str, place: Placement, dtype: torch.dtype) -> Tensor:
+    return _fill(torch.empty(place.shape, dtype=dtype), place.parameter, f"{seed} {name}")
+
+
+def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
+    """Fills the memory of a parameter, or of some of its rows, with numbers that depend on `key`."""
+    digest = blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest, "little"))
+    match parameter.rpartition(".")[2]:
+        case "weight_D":  # of a norm
+            return tensor.fill_(1)
+        case "scale1_E" | "scale2_E":
+            return tensor.uniform_(0.1, 1, generator=generator)
+        case _:
+            return tensor.normal_(0, 0.02, generator=generator)
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    added = _QWEN_SPECIAL + _QWEN_PLAIN + _INTERNVL
+    first = min(_ADDED_FROM, vocab_size - len(added))
+    if first < 256:
+        raise ConfigError(
+            f"config.json: llm_config.vocab_size is {vocab_size}, expected at least {256 + len(added)}: 256 bytes and "
+            "the added tokens; raise it"
+        )
+    printable = [chr(byte) for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
+    alphabet = printable + [chr(256 + number) for number in range(256 - len(printable))]  # as GPT-2 spells the bytes
+    vocab = [*alphabet, *(f"<|unused_{number}|>" for number in range(256, first))]
+    ids = {token: first + number for number, token in enumerate(added)}
+    special = [token for token in added if token not in _QWEN_PLAIN]
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    _write_json(folder / "vocab.json", {token: number for number, token in enumerate(vocab)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    _write_json(folder / "added_tokens.json", ids)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "added_tokens_decoder": {
+                str(number): {"content": token, **flags, "special": token in special} for token, number in ids.items()
+            },
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "model_max_length": 12288,
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    )
+    _write_json(
+        folder / "special_tokens_map.json",
+        {"additional_special_tokens": special[1:], "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    )
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.37.2"})
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

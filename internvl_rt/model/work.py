@@ -1,0 +1,128 @@
+"""What a pass has to do at least, in FLOPs and bytes, and how long a device needs for that: the floor under its time.
+
+Only products and attention are counted as FLOPs. Bytes are weights, read once, embeddings, keys and values: what no
+implementation can keep on the chip. Norms, rotary positions, softmax and activations are left out, so a floor is below
+what any kernel reaches. The functions are pure, so that benches, tests and the engine count alike.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from operator import mul
+
+import torch
+
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    flops: int  # an addition and a multiplication are two
+    bytes: int  # to or from the device's memory
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+NO_WORK = Work(0, 0)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Time and work of one stage, summed up. Plain numbers: it is added to for every request of every step."""
+
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+
+    def add(self, seconds: float, work: Work) -> None:
+        self.seconds += seconds
+        self.flops += work.flops
+        self.bytes += work.bytes
+
+    @property
+    def work(self) -> Work:
+        return Work(self.flops, self.bytes)
+
+
+def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
+    """One pass of vision tower and projector over so many tiles; nothing for none."""
+    if num_tiles == 0:
+        return NO_WORK
+    vision, width = config.vision, config.vision.hidden_size
+    rows = vision.num_patches + 1  # of a tile, the class token's with them
+    patch = 3 * vision.patch_size**2 * width
+    layer = 4 * width**2 + 2 * width * vision.intermediate_size
+    merged, visual = width * config.downsample**2, config.decoder.hidden_size
+    projector = merged * visual + visual**2
+    flops = 2 * (vision.num_patches * patch + vision.num_layers * rows * layer + config.tokens_per_tile * projector)
+    flops += vision.num_layers * 4 * rows**2 * width  # attention: scores, and sums of values
+    norm = 2 if vision.norm == "layer_norm" else 1
+    vectors = (2 * norm + 2 + 2 + 2 * vision.qk_norm) * width  # norms, scales, biases of proj and fc2, norms of q and k
+    vectors += vision.intermediate_size + 3 * vision.qkv_bias * width
+    weights = patch + (2 + rows) * width + vision.num_layers * (layer + vectors)
+    weights += projector + 2 * merged + 2 * visual
+    return Work(num_tiles * flops, dtype.itemsize * weights)
+
+
+def decoder_work(
+    config: DecoderConfig, dtype: torch.dtype, chunk_lens: Items[int], seq_lens: Items[int], num_logit_rows: int
+) -> Work:
+    """One step of the decoder, logits included.
+
+    chunk_lens: the tokens that are computed of each sequence; seq_lens: those and all before them, whose keys and
+    values are read, once for each sequence even where sequences share them. Every computed token's own are written.
+    """
+    width, num_tokens, num_seen = config.hidden_size, sum(chunk_lens), sum(seq_lens)
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
+    head = config.vocab_size * width
+    # A token sees itself and all before it: of a chunk of n with s in all, n * s - (0 + 1 + ... + n - 1) pairs.
+    num_pairs = sum(map(mul, chunk_lens, seq_lens)) - (sum(map(mul, chunk_lens, chunk_lens)) - num_tokens) // 2
+    flops = config.num_layers * (2 * num_tokens * matrices + 4 * num_pairs * q) + 2 * num_logit_rows * head
+    vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
+    elements = config.num_layers * (matrices + vectors) + num_tokens * width
+    elements += config.num_layers * 2 * kv * (num_seen + num_tokens)
+    if num_logit_rows:
+        elements += head + width
+    return Work(flops, dtype.itemsize * elements)
+
+
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """What a device can do at most."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    name: str
+
+    def floor_s(self, work: Work) -> float:
+        """No device under this roof does the work in less."""
+        return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
+
+
+# By CUDA's name for the device, from NVIDIA's data sheets: TFLOP/s of dense products of 16-bit numbers with float32
+# sums, TFLOP/s in float32 proper (the kernels do not round to TF32), GB/s of memory.
+_DATA_SHEETS = {
+    "NVIDIA A100-SXM4-80GB": (312.0, 19.5, 2039.0),
+    "NVIDIA A100 80GB PCIe": (312.0, 19.5, 1935.0),
+    "NVIDIA H100 80GB HBM3": (989.4, 67.0, 3350.0),
+    "NVIDIA H200": (989.4, 67.0, 4800.0),
+    "NVIDIA B200": (2250.0, 80.0, 8000.0),
+    "NVIDIA L40S": (362.05, 91.6, 864.0),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 1008.0),
+}
+
+
+def roof_of(device: torch.device, dtype: torch.dtype) -> Roof | None:
+    """By the data sheet; None for the CPU and for devices whose data sheet is not known here."""
+    return None if device.type != "cuda" else data_sheet_roof(torch.cuda.get_device_name(device), dtype)
+
+
+def data_sheet_roof(device_name: str, dtype: torch.dtype) -> Roof | None:
+    """As `roof_of`, by the name that CUDA gives a device."""
+    if device_name not in _DATA_SHEETS:
+        return None
+    half, single, memory = _DATA_SHEETS[device_name]
+    tflops = single if dtype == torch.float32 else half
+    kind = str(dtype).removeprefix("torch.")
+    return Roof(tflops * 1e12, memory * 1e9, f"{device_name}, data sheet: {tflops:g} TFLOP/s {kind}, {memory:g} GB/s")

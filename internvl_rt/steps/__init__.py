@@ -1,0 +1,1 @@
+"""One step on the device: which tokens it computes, where their keys and values lie, and which tokens are drawn."""

@@ -1,0 +1,207 @@
+"""The paged KV cache: C++ decides which block holds which token, torch owns the memory.
+
+A block holds `block_size` tokens of every layer. Sequences hold whole blocks, which they share where their beginnings
+are the same; the kernels find a sequence's tokens through its row of the block table and write new ones by slot,
+`block * block_size + offset`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_rt._C import PagedKVCache
+from internvl_rt.checkpoint.config import DecoderConfig
+from internvl_rt.errors import RequestError
+from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.steps.device_stream import to_device
+from internvl_rt.steps.sequence import Picture, Sequence
+
+CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]  # pool, source blocks, destination blocks
+
+BLOCK_SIZES = (16, 32, 64, 128)
+ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
+WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
+IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys (rotated) and values of one decoder layer, by block, head, place in the block and channel."""
+
+    k_cache_BGPC: Tensor
+    v_cache_BGPC: Tensor
+
+
+class KVCache:
+    """`blocks` keeps the books (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_host_blocks: int = 0,
+        num_sms: int = 0,
+        copy_blocks: CopyBlocks = copy_blocks_reference,
+    ) -> None:
+        """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
+
+        num_host_blocks: room in the host's memory for sequences that are swapped out. num_sms: of a device whose decode
+        attention wants a split plan, else 0. copy_blocks: how blocks are copied on the device.
+        Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
+        """
+        if block_size not in BLOCK_SIZES:
+            raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+        self.block_size, self.num_kv_heads, self.num_sms = block_size, config.num_kv_heads, num_sms
+        watermark_blocks = num_blocks // WATERMARK
+        self._copy = copy_blocks
+        self.blocks = PagedKVCache(
+            num_blocks, block_size, num_host_blocks=num_host_blocks, watermark_blocks=watermark_blocks
+        )
+        block_shape = (config.num_kv_heads, block_size, config.head_dim)
+        # One tensor for all layers, keys and values, so that a block is copied by one operation.
+        self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
+        self._host_pool = _zeros((config.num_layers, 2, num_host_blocks, *block_shape), dtype, torch.device("cpu"))
+        if device.type == "cuda" and num_host_blocks:
+            self._host_pool = self._host_pool.pin_memory()
+        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
+        self.buffers = (self._device_pool,)  # all that `layers` are parts of
+
+    def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
+        """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
+        return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
+
+    def admit(self, sequence: Sequence) -> int | None:
+        """Takes blocks for the tokens that a sequence has.
+
+        Returns how many leading tokens are cached, or None for no room, and then nothing has changed.
+        """
+        return self.blocks.admit(
+            sequence.seq_id,
+            np.array(sequence.token_ids, np.int32),
+            _spans(sequence.pictures),
+            sequence.identity,
+            num_reserved=len(sequence.token_ids),
+            max_cached=None if sequence.score_from is None else sequence.score_from - 1,
+        )
+
+    def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
+        """Slots for each sequence's next tokens; False for no room, and then nothing has changed."""
+        return self.blocks.append_batch(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+
+    def publish(self, final: Items[tuple[Sequence, int]]) -> None:
+        """Lets others reuse the first tokens of sequences, given with how many, once the steps under way have ended.
+
+        Their ids must be known, and they must have been computed.
+        """
+        if not final:
+            return
+        for sequence, num_tokens in final:
+            if num_tokens > sequence.num_told:  # the ids of the prompt are known since admission
+                self.blocks.extend(
+                    sequence.seq_id, np.array(sequence.token_ids[sequence.num_told : num_tokens], np.int32)
+                )
+                sequence.num_told = num_tokens
+        ids_and_counts = np.array([(sequence.seq_id, num_tokens) for sequence, num_tokens in final], np.int32)
+        self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
+
+    def end_step(self, step: int, *, failed: bool = False) -> None:
+        """All steps up to this one have ended on the device; if it failed, nothing that it wrote will be reused."""
+        self.blocks.complete(step, failed=failed)
+
+    def end_all_steps(self) -> None:
+        """After a failure: no step is under way, and what waits for the next one, as copied blocks do, waits no more.
+
+        Nothing that the failed step wrote will be reused.
+        """
+        self.copy_blocks(self.blocks.take_copies())
+        none, zero = np.empty(0, np.int32), np.zeros(1, np.int32)
+        step = self.blocks.fill_step(none, none, zero, none, np.empty((0, 1), np.int32), none)
+        self.end_step(step, failed=True)
+
+    def copy_blocks(self, copies: NDArray[np.int32]) -> None:
+        """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
+
+        Copies on the device that follow each other are one operation over all layers. Nobody waits for any of them.
+        """
+        for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
+            pairs = np.array(list(run), np.int64)[:, 1:].T
+            if kind == ON_DEVICE:
+                source, destination = to_device(torch.from_numpy(pairs.copy()), self._device_pool.device)
+                self._copy(self._device_pool, source, destination)
+                continue
+            pools = (self._device_pool, self._host_pool)
+            from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
+            for from_kind, to_kind in zip(from_pool.flatten(0, 1), to_pool.flatten(0, 1), strict=True):
+                for from_block, to_block in pairs.T.tolist():
+                    to_kind[to_block].copy_(from_kind[from_block], non_blocking=True)
+
+
+def build_identity(**parts: str | int | float | bytes | None) -> bytes:
+    """All that keys and values depend on besides tokens and pictures, as one string for the prefix index.
+
+    Every part is typed and has its length in front, so that no two different sets of parts look the same.
+    """
+
+    fields = [IDENTITY_VERSION]
+    for name, value in sorted(parts.items()):
+        fields += [name.encode(), type(value).__name__.encode()]
+        fields.append(value if isinstance(value, bytes) else repr(value).encode())
+    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+
+
+def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
+    return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def plan_num_blocks(
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    *,
+    block_size: int,
+    cache_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+) -> int:
+    """Blocks for `max_num_seqs` sequences of `max_model_len` tokens, or as many of them as `cache_bytes` holds.
+
+    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do.
+    Raises RequestError when the cache cannot hold a single sequence of `max_model_len`.
+    """
+    bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
+    affordable = cache_bytes // bytes_per_block
+    required = 1 if max_model_len is None else _ceil_div(max_model_len, block_size)
+    if affordable < required:
+        raise RequestError(
+            f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs "
+            f"room for {max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
+            "raise kv_cache_bytes or lower max_model_len"
+        )
+    used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
+    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the last is admitted above the watermark too
+
+
+def _ceil_div(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros are calloc's: the system commits a page when a token is first written to it. torch's are written.
+    num_bytes = dtype.itemsize * int(np.prod(shape))
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

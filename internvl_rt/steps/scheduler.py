@@ -1,0 +1,239 @@
+"""Which tokens run in the next step: continuous batching with chunked prefill, decodes first.
+
+What the cache holds of a prompt is not computed again. A sequence is admitted when the cache has room for the tokens it
+has; those that run grow block by block, and when there is no block left, the one that was admitted last gives its own
+back and starts anew later. Admission is first come, first served, but one that does not fit is overtaken a few times.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Items
+
+from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.step import Chunk
+
+MAX_OVERTAKEN = 16  # how often others are admitted past a sequence that has to wait for blocks
+LOOK_AHEAD = 8  # how many of those that wait are tried
+
+
+class Scheduler:
+    def __init__(
+        self, cache: KVCache, *, max_num_seqs: int, max_tokens_per_step: int, max_tiles_per_step: int = 1 << 30
+    ) -> None:
+        self._cache = cache
+        self._max_num_seqs = max_num_seqs
+        self._max_tokens_per_step = max_tokens_per_step
+        self._max_tiles_per_step = max_tiles_per_step
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in the order of admission
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def num_cached(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
+        return self._cache.match(token_ids, pictures, identity)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence that can fit the empty cache."""
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, finished or not, and returns its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._cache.blocks.release(sequence.seq_id)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        sequence.visual.clear()
+
+    def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
+        """The next step's chunks, which have their slots now; empty when nothing can run before tokens are read.
+
+        in_flight: whether steps are under way. Blocks and tokens may come back from them, so while there are any
+        nothing is preempted: None says that there is no room now, and that nothing has changed.
+        """
+        preempted = False
+        while True:
+            decodes, prefilling = self._decodes()
+            if self._append(decodes):
+                break
+            if in_flight:
+                return None
+            self._preempt(self._running[-1])
+            preempted = True
+        budget = self._max_tokens_per_step - sum([chunk.stop - chunk.start for chunk in decodes])
+        if self._waiting and not preempted:
+            self._admit_waiting(budget, prefilling)
+        if not prefilling and all(not chunk.drafts for chunk in decodes):
+            return decodes
+        prefills = self._prefills(budget, prefilling)
+        assert self._append(prefills), "admission took room for all tokens that a sequence has"
+        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # attention takes these apart
+
+    def launched(self, chunks: Items[Chunk]) -> None:
+        """The chunks are on their way; siblings fork off prompts that are computed."""
+        for sequence, _, stop, _ in chunks:
+            sequence.num_computed = stop
+            if sequence.visual and stop >= sequence.num_prompt:
+                sequence.visual.clear()
+            if sequence.siblings and stop >= sequence.num_prompt:
+                for sibling in sequence.siblings:
+                    self._fork(sequence, sibling)
+                sequence.siblings = []
+
+    def _fork(self, sequence: Sequence, sibling: Sequence) -> None:
+        self._cache.blocks.fork(sequence.seq_id, sibling.seq_id)
+        sibling.num_computed, sibling.num_told = sequence.num_computed, sequence.num_told
+        sibling.num_published_blocks = sequence.num_published_blocks
+        sibling.num_cached, sibling.was_admitted = sequence.num_cached, True
+        self._running.append(sibling)
+
+    def publish(self, sequences: Items[Sequence]) -> None:
+        """Lets others reuse what steps have computed of these sequences, as far as the tokens are known."""
+        final = []
+        block_size = self._cache.block_size
+        for sequence in sequences:
+            if sequence.num_computed < (sequence.num_published_blocks + 1) * block_size:
+                continue  # nearly always
+            num_blocks = min(sequence.num_computed, len(sequence.token_ids)) // block_size
+            if num_blocks > sequence.num_published_blocks and sequence.identity is not None:
+                final.append((sequence, num_blocks * block_size))
+                sequence.num_published_blocks = num_blocks
+        self._cache.publish(final)
+
+    def reject(self, sequence: Sequence, num_tokens: int) -> None:
+        """The last tokens that a step computed were wrong guesses."""
+        if num_tokens:
+            self._cache.blocks.rollback(sequence.seq_id, num_tokens)
+            sequence.num_computed -= num_tokens
+
+    def _decodes(self) -> tuple[list[Chunk], list[Sequence]]:
+        """One token, and guesses behind it, of each sequence whose others are computed, within the budget.
+
+        And those that have more to compute than their last token, or some of their prompt.
+        """
+        chunks: list[Chunk] = []
+        prefilling: list[Sequence] = []
+        budget = self._max_tokens_per_step
+        for sequence in self._running:
+            start, num_tokens = sequence.num_computed, sequence.num_tokens
+            if start < sequence.num_prompt or start + 1 < num_tokens:
+                prefilling.append(sequence)
+                continue
+            room = sequence.max_tokens - (num_tokens - sequence.num_prompt)  # tokens still to be drawn
+            if room <= 0 or budget == 0 or (sequence.needs_tokens and sequence.num_unread):
+                continue
+            drafts: tuple[int, ...] = ()
+            if sequence.drafter is not None and room > 1 and budget > 1:
+                drafts = tuple(sequence.drafter.draft(sequence.token_ids, min(room, budget) - 1))
+            chunks.append(Chunk(sequence, start, num_tokens + len(drafts), drafts))
+            budget -= 1 + len(drafts)
+        return chunks, prefilling
+
+    def _prefills(self, budget: int, prefilling: Items[Sequence]) -> list[Chunk]:
+        """Chunks of the sequences that have more to compute.
+
+        The oldest may take at least half of the budget, so that it gets on; what others need less of comes before
+        what they need more of, so that a short prompt does not wait for a long one.
+        """
+        stops: dict[Sequence, int] = {}
+        tiles = self._max_tiles_per_step
+
+        def take(sequence: Sequence, most: int) -> None:
+            nonlocal budget, tiles
+            start = stops.get(sequence, sequence.num_computed)
+            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, fresh=tiles == self._max_tiles_per_step)
+            if stop > start:
+                stops[sequence] = stop
+                budget -= stop - start
+                tiles -= num_tiles
+
+        if prefilling:
+            oldest = prefilling[0]
+            others = sorted(prefilling[1:], key=lambda sequence: sequence.num_tokens - sequence.num_computed)
+            take(oldest, -(-budget // 2) if others else budget)
+            for sequence in others:
+                take(sequence, budget)
+            take(oldest, budget)
+        return [Chunk(sequence, sequence.num_computed, stop) for sequence, stop in stops.items()]
+
+    def _chunk_stop(self, sequence: Sequence, start: int, budget: int, tiles: int, *, fresh: bool) -> tuple[int, int]:
+        """Where a chunk from `start` on ends, and how many tiles must be encoded for it.
+
+        It ends at the budget, moved back to a picture's start if it would cut a picture that fits a step, or at a
+        picture too many for the step's tiles. The first picture of a step is always taken (`fresh`).
+        """
+        stop = min(sequence.num_tokens, start + budget)
+        num_tiles = 0
+        for index, picture in enumerate(sequence.pictures):
+            first, behind = picture.span.start, picture.span.start + picture.span.num_tokens
+            if behind <= start:
+                continue
+            if first >= stop:
+                break
+            uncut = start < first or (start == first and start > sequence.num_computed)
+            if stop < behind and uncut and picture.span.num_tokens <= self._max_tokens_per_step:
+                return first, num_tiles
+            if picture.visual_XD is None and index not in sequence.visual:
+                if num_tiles + picture.num_tiles > tiles and not (fresh and num_tiles == 0):
+                    return max(first, start), num_tiles
+                num_tiles += picture.num_tiles
+        return stop, num_tiles
+
+    def _admit_waiting(self, budget: int, prefilling: list[Sequence]) -> None:
+        """Admits while the budget has room: half of it is for others than the oldest that computes its prompt."""
+        remaining = [sequence.num_tokens - sequence.num_computed for sequence in prefilling]
+        passed: list[Sequence] = []  # those that did not fit
+        while len(passed) < min(len(self._waiting), LOOK_AHEAD):
+            if sum(remaining[1:]) >= max(budget - sum(remaining[:1]), budget // 2):
+                break
+            sequence = self._waiting[len(passed)]
+            if len(self._running) + self._num_siblings() + 1 + len(sequence.siblings) > self._max_num_seqs:
+                break
+            if not self._admit(sequence):
+                if sequence.num_overtaken >= MAX_OVERTAKEN:
+                    break
+                passed.append(sequence)
+                continue
+            del self._waiting[len(passed)]
+            self._running.append(sequence)
+            prefilling.append(sequence)
+            for overtaken in passed:
+                overtaken.num_overtaken += 1
+            remaining.append(sequence.num_tokens - sequence.num_computed)
+
+    def _num_siblings(self) -> int:
+        return sum(len(sequence.siblings) for sequence in self._running)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Takes blocks for the tokens of a sequence; what the cache holds of them need not be computed."""
+        num_cached = self._cache.admit(sequence)
+        if num_cached is None:
+            return False
+        sequence.num_computed, sequence.num_told = num_cached, len(sequence.token_ids)
+        sequence.num_published_blocks = num_cached // self._cache.block_size
+        if not sequence.was_admitted:
+            sequence.num_cached, sequence.was_admitted = num_cached, True
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks; it is the next to be admitted, and computes its tokens again."""
+        assert sequence.num_unread == 0, "no step is under way"
+        assert len(self._running) > 1, "a sequence that is alone fits the cache"
+        self._running.remove(sequence)
+        self._cache.blocks.release(sequence.seq_id)
+        sequence.visual.clear()
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _append(self, chunks: Items[Chunk]) -> bool:
+        return self._cache.append(
+            [chunk.sequence.seq_id for chunk in chunks], [chunk.stop - chunk.start for chunk in chunks]
+        )

@@ -1,0 +1,272 @@
+"""One step's inputs, as one frozen value: nothing about a step travels any other way.
+
+All numbers that the host decides lie in one flat int32 array, so that one copy brings a step to the device.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from internvl_rt.kernels._split_plan import num_split_items
+from internvl_rt.model.ops import Batch
+from internvl_rt.steps.device_stream import host_memory, to_device
+from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, stop) of a sequence, computed in one step; the last `drafts` of them are guesses."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
+class Draw(NamedTuple):
+    """A token to be drawn for a sequence, from a row of the step's logits."""
+
+    sequence: Sequence
+    row: int
+    place: int  # how many tokens the sequence has generated before it
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Tokens [first, last] of a prompt whose log-probabilities are wanted; their logits are rows of the step's."""
+
+    sequence: Sequence
+    first: int
+    last: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What runs together and what is drawn from it: decided once, before anything moves on."""
+
+    chunks: tuple[Chunk, ...]  # those of one token first
+    counts: tuple[int, ...]  # tokens of each chunk
+    num_tokens: int
+    draws: tuple[Draw, ...]
+    scores: tuple[Score, ...]
+    # Of the chunks' tokens, one after another, those whose logits are wanted: for the draws, then for the scores.
+    logit_rows: tuple[int, ...]
+    num_draw_rows: int
+    has_prompts: bool  # some of a prompt is computed
+    is_plain: bool  # one draw from each row, none with a grammar or log-probabilities
+
+
+def plan_step(chunks: Items[Chunk]) -> Step:
+    """A chunk that reaches its sequence's last token draws the next, one behind each guess besides.
+
+    Siblings that wait for their prompt draw from the same row.
+    """
+    draws: list[Draw] = []
+    scores: list[Score] = []
+    draw_rows: list[int] = []
+    score_rows: list[int] = []
+    counts: list[int] = []
+    first_row = 0
+    has_prompts, is_plain = False, True
+    for sequence, start, stop, drafts in chunks:
+        if start < sequence.num_prompt:
+            has_prompts = True
+        if sequence.score_from is not None and start < sequence.num_prompt:
+            first, last = max(sequence.score_from, start + 1), min(stop, sequence.num_prompt - 1)
+            if first <= last:
+                scores.append(Score(sequence, first, last))
+                score_rows += range(first_row + first - 1 - start, first_row + last - start)
+        counts.append(stop - start)
+        first_row += stop - start
+        if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
+            continue
+        is_plain = is_plain and sequence.is_plain and not sequence.siblings
+        place = sequence.num_tokens - sequence.num_prompt
+        if not drafts and not sequence.siblings:
+            draws.append(Draw(sequence, len(draw_rows), place))
+            draw_rows.append(first_row - 1)
+            continue
+        for ahead in range(len(drafts) + 1):
+            draws.append(Draw(sequence, len(draw_rows), place + ahead))
+            draws += [Draw(sibling, len(draw_rows), 0) for sibling in sequence.siblings]
+            draw_rows.append(first_row - len(drafts) - 1 + ahead)
+    return Step(
+        chunks=tuple(chunks),
+        counts=tuple(counts),
+        num_tokens=first_row,
+        draws=tuple(draws),
+        scores=tuple(scores),
+        logit_rows=(*draw_rows, *score_rows),
+        num_draw_rows=len(draw_rows),
+        has_prompts=has_prompts,
+        is_plain=is_plain,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A ragged batch: the new tokens of S sequences, one after another; prefill chunks and decodes alike."""
+
+    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
+    drawn_R: Tensor  # int64, the tokens that the step before drew
+    position_T: Tensor  # float32 rotary positions, fractions allowed
+    slot_T: Tensor  # int32, place of each token's key and value in the pool
+    batch: Batch
+    logit_row_R: Tensor | None  # int64, rows whose logits are wanted, of the last layer's output; None: all of them
+    visual_XD: Tensor | None = None  # visual tokens of this step,
+    visual_row_X: Tensor | None = None  # int64, and the rows they overwrite
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Sizes of a step's arrays; rows and tokens beyond those of its chunks are padding."""
+
+    num_tokens: int
+    num_rows: int
+    table_width: int
+    num_items: int  # of the split plan; 0: none is wanted
+
+    @property
+    def size(self) -> int:
+        return _layout(self)[-1][2]
+
+    def views(self, flat: Any, float32: Any) -> dict[str, Any]:
+        """The arrays inside `flat`, int32 [size] of numpy or torch, whose float32 is given; positions are floats."""
+        layout = _layout(self)
+        if isinstance(flat, Tensor):  # every slice of a tensor takes a microsecond
+            sizes = [stop - start for _, start, stop, _ in layout]
+            parts: Any = torch.split(flat[: layout[-1][2]], sizes)
+        else:
+            parts = [flat[start:stop] for _, start, stop, _ in layout]
+        found = {
+            name: part if len(shape) == 1 else part.reshape(shape)
+            for (name, _, _, shape), part in zip(layout, parts, strict=True)
+        }
+        found["position_T"] = found["position_T"].view(float32)
+        return found
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
+    """Name, start, stop and shape of each array."""
+    per_token, starts = (shape.num_tokens,), (shape.num_rows + 1,)
+    arrays: dict[str, tuple[int, ...]] = {"token_id_T": per_token, "position_T": per_token, "slot_T": per_token}
+    arrays |= {"query_start_S1": starts, "seq_len_S": (shape.num_rows,)}
+    arrays |= {"block_table_SN": (shape.num_rows, shape.table_width)}
+    if shape.num_items:
+        arrays |= {"split_start_S1": starts, "split_W3": (shape.num_items, 3)}
+    stops = list(accumulate(prod(sizes) for sizes in arrays.values()))
+    return [(name, stop - prod(sizes), stop, sizes) for (name, sizes), stop in zip(arrays.items(), stops, strict=True)]
+
+
+def shape_of(step: Step, cache: KVCache) -> StepShape:
+    """What a step needs, without padding."""
+    num_rows = len(step.chunks)
+    return StepShape(
+        num_tokens=step.num_tokens,
+        num_rows=num_rows,
+        table_width=-(-max([chunk.stop for chunk in step.chunks]) // cache.block_size),
+        num_items=num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0,
+    )
+
+
+def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> None:
+    """Writes a step into the arrays `out` of a shape (`StepShape.views`), and makes the block copies that it needs.
+
+    The cache has slots for the chunks' tokens already. Chunks of one token come first.
+    """
+    chunks, counts = step.chunks, step.counts
+    num_decodes = counts.count(1)
+    assert counts[:num_decodes] == (1,) * num_decodes, "chunks of one token come first"
+    token_id_T, position_T = out["token_id_T"], out["position_T"]
+    token_ids: list[int] = []
+    positions: list[float] = []
+    for sequence, index, _, _ in chunks[:num_decodes]:
+        known, ahead = sequence.token_ids, index - sequence.num_prompt
+        token_ids.append(known[index] if index < len(known) else -1 - sequence.draw_row)
+        positions.append(sequence.next_position + ahead if ahead >= 0 else sequence.position_T[index])
+    token_id_T[:num_decodes], position_T[:num_decodes] = token_ids, positions
+    row = num_decodes
+    for chunk, count in zip(chunks[num_decodes:], counts[num_decodes:], strict=True):
+        known = chunk.sequence.token_ids[chunk.start : chunk.stop]
+        unread = [-1 - chunk.sequence.draw_row] * (count - len(known) - len(chunk.drafts))
+        token_id_T[row : row + count] = [*known, *unread, *chunk.drafts]
+        position_T[row : row + count] = chunk.sequence.positions(chunk.start, chunk.stop)
+        row += count
+    token_id_T[row:] = 0
+    position_T[row:] = 0
+    cache.copy_blocks(cache.blocks.take_copies())
+    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
+    rest = {name: array for name, array in out.items() if name not in ("token_id_T", "position_T")}
+    cache.blocks.fill_step(seq_id_S, np.array(counts, np.int32), **rest)
+
+
+def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len: int, **rest: Any) -> StepInputs:
+    """The step whose numbers lie in `flat` on the device; `rest` are the other fields of StepInputs."""
+    found = shape.views(flat, torch.float32)
+    per_token = {name: found.pop(name) for name in ("token_id_T", "position_T", "slot_T")}
+    return StepInputs(**per_token, batch=Batch(**found, num_decodes=num_decodes, max_query_len=max_query_len), **rest)
+
+
+def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
+    """Of StepInputs: the rows whose logits are wanted, visual tokens, and the rows where these go.
+
+    Every picture that a chunk touches must be encoded (`Sequence.visual`).
+    """
+    visual: list[Tensor] = []
+    visual_rows: list[np.ndarray] = []
+    num_tokens = 0
+    for sequence, start, stop, _ in step.chunks if step.has_prompts else ():
+        if sequence.visual:
+            for index in sequence.pictures_within(start, stop):
+                span = sequence.pictures[index].span
+                first, last = max(start, span.start), min(stop, span.start + span.num_tokens)
+                visual.append(sequence.visual[index][first - span.start : last - span.start])
+                visual_rows.append(np.arange(first, last) - start + num_tokens)
+        num_tokens += stop - start
+    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scores)
+    found: dict[str, Any] = {"logit_row_R": None}
+    if not visual and not picks_logits:
+        return found
+    logit_rows = np.array(step.logit_rows if picks_logits else (), np.int64)
+    rows = np.concatenate((*visual_rows, logit_rows))
+    row_on_device = to_device(torch.from_numpy(rows), device)
+    num_visual = len(rows) - len(logit_rows)
+    if picks_logits:
+        found["logit_row_R"] = row_on_device[num_visual:]
+    if visual:
+        found |= {"visual_XD": torch.cat(visual), "visual_row_X": row_on_device[:num_visual]}
+    return found
+
+
+def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
+    """The inputs of a step, without padding; pictures as for `picked_rows`."""
+    device = drawn_R.device
+    shape = shape_of(step, cache)
+    flat = host_memory(shape.size, torch.int32, device)
+    fill_step(step, cache, shape.views(flat.numpy(), np.float32))
+    return wrap_step(
+        shape,
+        flat.to(device, non_blocking=True),
+        num_decodes=step.counts.count(1),
+        max_query_len=max(step.counts),
+        drawn_R=drawn_R,
+        **picked_rows(step, device),
+    )

@@ -1,0 +1,375 @@
+"""`internvl-rt bench`, small: every part runs to its end and says what it should, whatever ends it. Not how fast."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from internvl_rt import AsyncEngine, Engine, SamplingParams
+from internvl_rt.bench import serve, vision
+from internvl_rt.bench.arguments import PARTS
+from internvl_rt.bench.arrivals import draw_arrivals, fitting_mix
+from internvl_rt.bench.decode import room_for, sweep_decode
+from internvl_rt.bench.prompts import Prompter
+from internvl_rt.bench.record import Pace, Record, environment, shares
+from internvl_rt.cli import main
+from internvl_rt.errors import CheckpointError, ConfigError
+from internvl_rt.model.internvl import named_parameters
+from internvl_rt.model.random_checkpoint import random_config, random_weights, write_random_checkpoint
+from internvl_rt.model.work import Roof, Work, decoder_work, vision_work
+from support.configs import ORIGINAL, changed
+from support.recorder import Recorder
+
+CPU = torch.device("cpu")
+CASES = {
+    "vision": ["1_tiles", "3_tiles"],
+    "prefill": ["128_tokens", "256_tokens", "2_tiles"],
+    "decode": ["1x256", "4x256"],
+    "serve": ["8_per_s"],
+}
+SMALL = changed(
+    ORIGINAL,
+    {
+        "force_image_size": 28,
+        "vision_config.image_size": 28,
+        "vision_config.patch_size": 7,
+        "vision_config.hidden_size": 16,
+        "vision_config.num_attention_heads": 2,
+        "vision_config.num_hidden_layers": 2,
+        "vision_config.intermediate_size": 24,
+        "llm_config.hidden_size": 32,
+        "llm_config.num_attention_heads": 4,
+        "llm_config.num_key_value_heads": 2,
+        "llm_config.num_hidden_layers": 2,
+        "llm_config.intermediate_size": 48,
+        "llm_config.vocab_size": 300,
+    },
+)
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return f"random:{tmp_path / 'config.json'}"
+
+
+def bench(capsys, *arguments):
+    """What a bench printed, and its document, as bench/results/schema.json wants it."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    try:
+        from document import parse_last_line
+    finally:
+        del sys.path[0]
+    assert main(["bench", *arguments, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, parse_last_line(lines)
+
+
+def rows_by_case(document):
+    return {row["name"].split("/")[2]: row for row in document["rows"]}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_prints_the_card_a_table_and_one_line_of_json(capsys, part):
+    lines, document = bench(capsys, part, "tiny", "--quick")
+    assert lines[0].startswith("model") and "tiny" in lines[0]  # noqa: PT018
+    assert any(line.startswith("floors") and "computed from NVIDIA H200" in line for line in lines)
+    table = lines[next(index for index, line in enumerate(lines) if line.startswith(f"{part}  ")) :]
+    assert [line.split()[0] for line in table[1:-1]] == CASES[part]
+    assert (document["part"], document["environment"]["device_kind"]) == (part, "cpu")
+    assert [row["name"] for row in document["rows"]] == [
+        f"{part}/tiny/{case}/float32" for case in ["load", *CASES[part]]
+    ]
+    for row in document["rows"][1:]:
+        assert row["peak_memory_bytes"] > 0
+        assert not [key for key in row if key.startswith("sheet_")], "a CPU has no data sheet here"
+
+
+def test_rows_are_named_after_what_is_turned_off(capsys):
+    off = ["--no-cuda-graphs", "--no-programmatic-launch"]
+    for switches, variant in ((off[:1], "-no_cuda_graphs"), (off, "-no_cuda_graphs-no_programmatic_launch")):
+        _, document = bench(capsys, "decode", "tiny", "--quick", "--batch", "1", *switches)
+        names = [row["name"] for row in document["rows"]]
+        assert names == [f"decode/tiny/{case}{variant}/float32" for case in ("load", "1x256")]
+        assert "cuda_graphs" not in document["rows"][1], "on a CPU there is nothing to turn off"
+
+
+def test_on_a_gpu_every_row_says_which_switches_were_on():
+    switches = {"cuda_graphs": True, "programmatic_launch": False}
+    record = Record("decode", "decode/1b", "bfloat16", torch.device("cuda"), None, (), switches)
+    record.add("1x2048", {"median_us": 1.0})
+    assert record.rows == [{"name": "decode/1b/1x2048-no_programmatic_launch/bfloat16", **switches, "median_us": 1.0}]
+
+
+def test_what_vision_says_fits_together(capsys):
+    _, document = bench(capsys, "vision", "tiny", "--quick", "--tiles", "2,17")
+    rows = rows_by_case(document)
+    row, config = rows["2_tiles"], random_config(Path(vision.__file__).parents[1] / "tiny")
+    work = vision_work(config, torch.float32, 2)
+    assert (row["flops"], row["bytes"]) == (work.flops, work.bytes)
+    assert 0 < row["low_us"] <= row["median_us"] <= row["high_us"] <= row["p99_us"]
+    assert row["num_samples"] == 3
+    assert row["tiles_per_s"] == pytest.approx(2e6 / row["median_us"], rel=1e-4)
+    assert row["tflops"] == pytest.approx(work.flops / row["median_us"] / 1e6, rel=1e-4)
+    assert rows["17_tiles"]["left_out"] == "a pass has at most 16 tiles"
+
+
+def test_what_prefill_says_fits_together(capsys):
+    _, document = bench(capsys, "prefill", "tiny", "--quick", "--tokens", "100,40000", "--tiles", "13")
+    rows = rows_by_case(document)
+    text, picture = rows["100_tokens"], rows["13_tiles"]
+    assert (text["prompt_tokens"], picture["prompt_tokens"]) == (100, 64 + 13 * 4)
+    assert "vision_median_us" not in text
+    assert picture["median_us"] > picture["vision_median_us"] > 0
+    assert text["tokens_per_s"] == pytest.approx(1e8 / text["median_us"], rel=1e-4)
+    assert "do not fit 32768" in rows["40000_tokens"]["left_out"]
+
+
+@pytest.mark.parametrize("like_a_gpu", [False, True], ids=["", "graphs, a step ahead"])
+def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(like_a_gpu):
+    num_steps, batch, context, step = 6, 5, 130, 70  # prompts take ten steps, others decode meanwhile
+    length = context + room_for(batch, context, num_steps, step)
+    options = {"max_tokens_per_step": step, "max_num_seqs": batch, "max_model_len": length, "block_size": 16}
+    with Engine.from_pretrained("tiny", device="cpu", prefix_cache=False, visual_cache_bytes=0, **options) as engine:
+        if like_a_gpu:
+            engine._runner.capture(
+                max_num_seqs=batch, max_model_len=length, max_tokens_per_step=step, capture=Recorder()
+            )
+            engine._loop._run_ahead = True
+        record = Record("decode", "decode/tiny", "float32", CPU, None, ())
+        cases = [(batch, context), (9, context // 2), (2, 9 * context)]
+        sweep_decode(engine, record, cases, num_steps, seed=0)
+        row, too_many, too_long = record.rows
+        least, most = (
+            decoder_work(engine.config.decoder, torch.float32, [1] * batch, [seen] * batch, batch)
+            for seen in (context, length)
+        )
+        assert least.bytes < row["bytes"] < most.bytes
+        assert row["num_samples"] == num_steps
+        assert 0 < row["low_us"] <= row["median_us"] <= row["high_us"] <= row["p99_us"]
+        assert "blocks of KV cache" in too_many["left_out"]
+        assert "more than a sequence may have" in too_long["left_out"]
+        stats = engine.stats()
+        assert (stats["running"], stats["waiting"], stats["preemptions"], stats["kv_blocks_used"]) == (0, 0, 0, 0)
+
+
+def test_prompts_have_exactly_the_tokens_that_are_asked_for_and_share_nothing():
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        prompter = Prompter(engine, seed=3)
+        picture = prompter.picture(2)
+        prompts = [prompter.prompt(40, picture), prompter.prompt(40)]
+        context_id = engine.tokenizer.token_id("<IMG_CONTEXT>")
+        assert [len(each.prompt.token_ids) for each in prompts] == [40, 40]
+        assert [index for index, id_ in enumerate(prompts[0].prompt.token_ids) if id_ == context_id] == [*range(1, 9)]
+        assert context_id not in prompts[1].prompt.token_ids
+        replies = engine.generate_prepared(iter(prompts), [SamplingParams(max_tokens=1)] * 2)
+        assert [reply.usage.image_tokens for reply in replies] == [8, 0]
+        assert picture.digest != prompter.picture(2).digest
+
+
+def test_a_budget_stops_the_sweep_behind_the_first_case_and_says_so(capsys):
+    lines, document = bench(capsys, "vision", "tiny", "--quick", "--tiles", "1,2,3", "--budget-s", "0.001")
+    first, *others = document["rows"][1:]
+    assert first["median_us"] > 0
+    assert [re.sub(r"^\d+", "0", row["left_out"]) for row in others] == ["0 s of the budget of 0.001 s were spent"] * 2
+    assert [line.split()[0] for line in lines if "left out: " in line] == ["2_tiles", "3_tiles"]
+
+
+@pytest.mark.parametrize(
+    ("part", "first", "options"),
+    [("vision", "1_tiles", ["--tiles", "1," * 500 + "1"]), ("serve", "9_per_s", ["--rates", "9,60", "--seconds", "1"])],
+)
+def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
+    arguments = [sys.executable, "-m", "internvl_rt", "bench", part, "tiny", *options, "--device", "cpu"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith(first) for line in process.stdout)  # reads up to the first row
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    rows = json.loads(output.splitlines()[-1])["rows"]
+    assert (rows[1]["name"], rows[1].keys() & {"left_out"}) == (f"{part}/tiny/{first}/float32", set())
+    assert rows[-1] == {"name": f"{part}/tiny/the rest/float32", "left_out": "interrupted"}
+
+
+def test_a_bench_that_fails_keeps_what_it_has(capsys, monkeypatch):
+    def fail_at_three(config, dtype, num_tiles):
+        if num_tiles == 3:
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return vision_work(config, dtype, num_tiles)
+
+    monkeypatch.setattr(vision, "vision_work", fail_at_three)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        main(["bench", "vision", "tiny", "--quick", "--device", "cpu"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows[1]["median_us"] > 0
+    assert rows[-1]["left_out"] == "failed: CUDA error: an illegal memory access"
+
+
+def test_requests_arrive_at_the_rate_and_the_same_for_the_same_seed():
+    mix = fitting_mix(2048, tile_side=28, tokens_per_tile=4, max_tiles=12)
+    arrivals = draw_arrivals(50.0, 20.0, mix, seed=1)
+    assert len(arrivals) == pytest.approx(1000, abs=100)
+    gaps = np.diff([arrival.at_s for arrival in arrivals])
+    assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.15), "a Poisson process: gaps vary as much as they last"
+    assert sum(arrival.has_picture for arrival in arrivals) == pytest.approx(500, abs=60)
+    pictures = [part["image"] for each in arrivals for part in each.messages[1]["content"] if part["type"] == "image"]
+    assert len(pictures) == sum(arrival.has_picture for arrival in arrivals)
+    assert len({id(picture) for picture in pictures}) == pytest.approx(0.7 * len(pictures), rel=0.15)
+    again, other = (draw_arrivals(50.0, 20.0, mix, seed) for seed in (1, 2))
+    assert [(each.at_s, each.max_tokens) for each in again] == [(each.at_s, each.max_tokens) for each in arrivals]
+    assert other[0].at_s != arrivals[0].at_s
+    assert max(each.max_tokens for each in arrivals) <= mix.max_tokens
+
+
+def test_requests_that_are_not_answered_in_time_or_refused_are_counted():
+    async def overload():
+        engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=2, max_waiting=2)
+        mix = fitting_mix(2048, 56, 4, 2)
+        arrivals = draw_arrivals(400.0, 0.1, mix, seed=0)
+        async with AsyncEngine(engine) as served:
+            before = served.stats()
+            outcomes = await serve._serve(served, arrivals, 0.02)
+            changes = {name: served.stats()[name] - before[name] for name in serve._COUNTERS}
+            return serve._figures(arrivals, outcomes, changes, 1.0)
+
+    row = asyncio.run(overload())
+    assert row["requests"] > 20
+    assert row["answered"] + row["refused"] + row["unfinished"] == row["requests"]
+    assert min(row["refused"], row["unfinished"]) > 0
+
+
+def test_a_request_that_arrives_late_has_waited_since_it_was_to_arrive():
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        reply = engine.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=5, ignore_eos=True))
+    arrivals = draw_arrivals(1000.0, 0.01, fitting_mix(2048, 56, 4, 2), seed=0)[:1]
+    changes = dict.fromkeys(serve._COUNTERS, 0)
+    row = serve._figures(arrivals, [serve.Outcome(late_s=2.0, reply=reply)], changes, 1.0)
+    timings = reply.timings
+    assert row["ttft_median_us"] == pytest.approx(2e6 + timings.first_token_s * 1e6)
+    assert row["token_median_us"] == pytest.approx((timings.total_s - timings.first_token_s) / 4 * 1e6)
+
+
+def test_what_serve_says_fits_together(capsys):
+    _, document = bench(capsys, "serve", "tiny", "--rates", "12,0.001", "--seconds", "1", "--max-num-seqs", "8")
+    rows = rows_by_case(document)
+    row = rows["12_per_s"]
+    assert row["answered"] == row["requests"] > row["picture_requests"] > 0
+    assert (row["refused"], row["unfinished"], row["rate_per_s"]) == (0, 0, 12)
+    for what in ("ttft", "token", "queued"):
+        percentiles = [row[f"{what}_{name}_us"] for name in ("low", "median", "high", "p99")]
+        assert percentiles == sorted(percentiles)
+        assert percentiles[0] > 0
+    assert row["tokens_per_s"] == pytest.approx(row["generated_tokens"] / row["wall_s"], rel=1e-4)
+    assert 0 < row["prefix_hit_percent"] < 100
+    assert "no request arrived within 1 s" in rows["0.001_per_s"]["left_out"]
+
+
+def test_shares_are_of_the_data_sheet():
+    row = shares(Work(flops=3_000, bytes=100), 2.0, Roof(flops_per_s=3_000.0, bytes_per_s=200.0, name="a device"))
+    assert (row["sheet_floor_us"], row["sheet_floor_percent"]) == (1e6, 50)
+    assert (row["sheet_peak_percent"], row["sheet_bandwidth_percent"]) == (50, 25)
+
+
+def test_a_case_is_repeated_within_its_limits():
+    pace = Pace(seconds=1.0, least=5, most=50)
+    assert [pace.repeats(each_s) for each_s in (10.0, 0.1, 0.001, 0.0)] == [5, 10, 50, 50]
+
+
+def test_the_environment_says_what_the_other_benches_say():
+    known = {"device", "device_kind", "num_sms", "memory_bytes", "driver", "sm_clock_mhz", "python", "torch", "triton"}
+    assert environment(CPU).keys() == known | {"commit", "date", "num_threads"}
+
+
+def test_every_part_runs_with_random_weights_of_a_shape(capsys, small):
+    for part in PARTS:
+        _, document = bench(capsys, part, small, "--quick")
+        assert len(document["rows"]) == 1 + len(CASES[part])
+        assert not [row for row in document["rows"] if "left_out" in row]
+
+
+def test_random_weights_are_those_of_a_written_checkpoint_in_kind_and_depend_on_the_seed_alone(small):
+    config = random_config(small.removeprefix("random:"))
+    one, same, other = (
+        named_parameters(random_weights(config, dtype=torch.bfloat16, device="cpu", seed=seed)) for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[path], same[path]) for path in one)
+    random = [path for path in one if not path.endswith("weight_D")]
+    assert not [path for path in random if torch.equal(one[path], other[path])]
+    for path, tensor in one.items():
+        if path.endswith("weight_D"):
+            assert (tensor == 1).all(), path
+        elif "scale" in path:
+            assert 0.1 <= tensor.min() < tensor.max() <= 1, path
+        else:
+            assert 0 < tensor.float().std() < 0.04, path
+
+
+def test_an_engine_of_a_random_model_answers_as_its_seed_says(small):
+    messages, params = [{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=8, ignore_eos=True)
+    answers = []
+    for seed in (None, 0, 1):
+        with Engine.from_pretrained(small, device="cpu", seed=seed) as engine:
+            answers.append(engine.chat(messages, params).token_ids)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_random_model_has_the_tokenizer_of_the_checkpoint_that_would_be_written(small, tmp_path):
+    write_random_checkpoint(SMALL, tmp_path / "written")
+    with (
+        Engine.from_pretrained(small, device="cpu") as random,
+        Engine.from_pretrained(tmp_path / "written", device="cpu") as written,
+    ):
+        text = "Any text: 你好\n"
+        assert random.tokenizer.encode(text) == written.tokenizer.encode(text)
+        assert random.tokenizer.token_bytes == written.tokenizer.token_bytes
+
+
+def test_a_random_model_that_cannot_be_made_is_refused(small):
+    with pytest.raises(ConfigError, match="InternVL3-5B: no such file, and none of the known models"):
+        Engine.from_pretrained("random:InternVL3-5B", device="cpu")
+    with pytest.raises(CheckpointError, match=r"revision 'main' was given, but random:.* has none; leave it out"):
+        Engine.from_pretrained(small, device="cpu", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernels"], "python bench/kernel_table.py"),
+        (["vision", "tiny", "--tiles", "0"], "expected a number above 0, got '0'"),
+        (["prefill", "tiny", "--tokens", "1,two"], "expected a number above 0, got 'two'"),
+        (["serve", "tiny", "--seconds", "-1"], "expected a number above 0, got '-1'"),
+        (["decode", "tiny", "--rates", "1"], "unrecognized arguments: --rates 1"),
+        (["decode", "tiny", "--device", "tpu"], "device must be"),
+        (["decode", "tiny", "--dtype", "int4"], "dtype must be"),
+        (["vision", "./no-such-model"], "no-such-model"),
+        (["vision", "random:InternVL3-5B"], "InternVL3-5B: no such file"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as exit_:  # argparse's own refusals
+        code = exit_.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("part", [*PARTS, "kernels"])
+def test_help_explains_and_does_not_load_torch(part):
+    program = "import sys; from internvl_rt.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", program, "bench", part, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: internvl-rt bench {part}" in done.stdout

@@ -1,0 +1,58 @@
+"""Benches of the engine, the cache and loading, small: that they run to their end, not what they measure."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internvl_rt.model.random_checkpoint import write_random_checkpoint
+from support.configs import ORIGINAL
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def run(name: str, *arguments: str, exit_codes: tuple[int, ...] = (0,)) -> list[str]:
+    command = [sys.executable, str(BENCH / name), *arguments]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    assert done.returncode in exit_codes
+    return done.stdout.splitlines()
+
+
+def test_a_second_question_encodes_nothing_again_and_the_last_line_is_json() -> None:
+    result = json.loads(run("reuse.py", "--model=tiny", "--rounds=1", "--goal=0.1", "--fork-goal=100")[-1])
+    assert result["tiles_encoded_again"] == 0
+    assert min(result["first_s"], result["second_s"], result["one_answer_s"], result["four_answers_s"]) > 0
+    assert result["speedup"] == pytest.approx(result["first_s"] / result["second_s"])
+
+
+def test_the_cost_of_a_step_is_printed_by_part() -> None:
+    lines = run("host_cost.py", "--sequences=4", "--steps=20")
+    parts = {line[:40].strip(): float(line[40:]) for line in lines if line.startswith("  ")}
+    together = parts.pop("together, timed by part")
+    assert sum(parts.values()) == pytest.approx(together, abs=0.1 * len(parts))
+    assert min(value for part, value in parts.items() if not part.startswith("all else")) > 0
+    assert lines[-1].startswith("a step: median ")
+
+
+def test_loading_is_measured_against_its_bound(tmp_path: Path) -> None:
+    config = copy.deepcopy(ORIGINAL)
+    config["llm_config"] |= {"num_hidden_layers": 1, "vocab_size": 30_000}
+    config["vision_config"]["num_hidden_layers"] = 1
+    write_random_checkpoint(config, tmp_path / "model", seed=0)
+    result = json.loads(
+        run("load_memory.py", f"--folder={tmp_path / 'model'}", "--dtype=bfloat16", exit_codes=(0, 1))[-1]
+    )
+    assert result["bfloat16"]["weight_bytes"] > 100e6
+    assert result["bfloat16"]["peak_bytes"] > 0.5 * result["bfloat16"]["weight_bytes"]
+
+
+def test_the_books_of_the_cache_are_measured_from_both_languages(tmp_path: Path) -> None:
+    out = tmp_path / "kv_cache.json"
+    lines = run(
+        "kv_cache.py", "--runs=1", "--python-runs=1", f"--out={out}", exit_codes=(0, 1)
+    )  # 1: a target is missed
+    assert any("append to 256 sequences (Python)" in line for line in lines)
+    assert json.loads(out.read_text())

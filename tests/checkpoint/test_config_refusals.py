@@ -1,0 +1,200 @@
+"""Configurations that are refused: one line each, with file, key, value, what was expected and what to do."""
+
+import json
+import math
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.errors import ConfigError
+from internvl_rt.model.internvl import build_weights
+from support.configs import HF, ORIGINAL, changed, parse
+
+REFUSED_ORIGINAL: list[tuple[str, Any]] = [
+    ("model_type", "internvl_chat_gpt_oss"),
+    ("model_type", ["internvl_chat"]),
+    ("architectures", ["InternVLRewardModel"]),
+    ("template", "Hermes-2"),
+    ("template", None),
+    ("select_layer", -4),
+    ("select_layer", -1.0),
+    ("downsample_ratio", 0.3),
+    ("downsample_ratio", 1 / 3),  # does not divide 32
+    ("downsample_ratio", 2),
+    ("downsample_ratio", 1e-320),
+    ("downsample_ratio", True),
+    ("force_image_size", 224),
+    ("pad2square", True),
+    ("flash_mode", True),
+    ("ps_version", "v3"),
+    ("use_thumbnail", 1),
+    ("dynamic_image_size", "true"),
+    ("min_dynamic_patch", 13),  # more than max_dynamic_patch
+    ("max_dynamic_patch", 0),
+    ("max_dynamic_patch", 10**9),
+    ("system_message", 5),
+    ("torch_dtype", "float64"),
+    ("quantization_config", {"quant_method": "awq"}),
+    ("llm_config", None),
+    ("llm_config.quantization_config", {"quant_method": "awq"}),
+    ("llm_config.architectures", ["Qwen3MoeForCausalLM"]),
+    ("llm_config.architectures", ["GptOssForCausalLM"]),
+    ("llm_config.architectures", [["Qwen2ForCausalLM"]]),
+    ("llm_config.architectures", []),
+    ("llm_config.architectures", "Qwen2ForCausalLM"),
+    ("llm_config.hidden_act", "gelu"),
+    ("llm_config.use_sliding_window", True),
+    ("llm_config.hidden_size", 900),
+    ("llm_config.hidden_size", 896.0),
+    ("llm_config.hidden_size", -896),
+    ("llm_config.hidden_size", 10**400),
+    ("llm_config.num_key_value_heads", 3),
+    ("llm_config.num_key_value_heads", True),
+    ("llm_config.head_dim", 63),
+    ("llm_config.num_hidden_layers", 10**6),
+    ("llm_config.num_hidden_layers", 0),
+    ("llm_config.vocab_size", None),
+    ("llm_config.vocab_size", "151674"),
+    ("llm_config.rms_norm_eps", math.nan),
+    ("llm_config.rms_norm_eps", 0),
+    ("llm_config.rope_theta", math.inf),
+    ("llm_config.rope_theta", 10**400),
+    ("llm_config.rope_scaling", "dynamic"),
+    ("llm_config.rope_scaling.type", "linear"),  # next to the rope_type "dynamic"
+    ("llm_config.rope_scaling.rope_type", "yarn"),
+    ("llm_config.rope_scaling.rope_type", "default"),  # next to the type "dynamic"
+    ("llm_config.rope_scaling.factor", None),
+    ("llm_config.rope_scaling.partial_rotary_factor", 0.5),
+    ("vision_config", []),
+    ("vision_config.model_type", "siglip_vision_model"),
+    ("vision_config.quantization_config", {}),
+    ("vision_config.hidden_act", "quick_gelu"),
+    ("vision_config.num_attention_heads", 15),
+    ("vision_config.num_channels", 1),
+    ("vision_config.norm_type", "batch_norm"),
+    ("vision_config.layer_norm_eps", "1e-6"),
+    ("vision_config.image_size", [448, 336]),
+    ("vision_config.image_size", [448]),
+    ("vision_config.patch_size", 15),
+    ("vision_config.qkv_bias", None),
+    ("vision_config.use_moe", True),
+]
+REFUSED_HF: list[tuple[str, Any]] = [
+    ("model_type", "internvl_flash"),
+    ("architectures", ["InternVLChatModel"]),
+    ("vision_feature_layer", [-1, -2]),
+    ("vision_feature_select_strategy", "full"),
+    ("projector_hidden_act", "relu"),
+    ("quantization_config", {"quant_method": "awq"}),
+    ("tie_word_embeddings", "yes"),
+    ("text_config.model_type", "qwen3_moe"),
+    ("text_config.model_type", "gpt_oss"),
+    ("text_config.quantization_config", {"quant_method": "awq"}),
+    ("vision_config.use_mean_pooling", False),
+    ("vision_config.use_absolute_position_embeddings", False),
+    ("vision_config.model_type", "intern_vit_6b"),
+]
+
+
+# The key to blame is another one where two do not fit together.
+BLAMED = {
+    "vision_config.num_attention_heads": "vision_config.hidden_size",
+    "vision_config.patch_size": "vision_config.image_size",
+    "llm_config.rope_scaling.rope_type": "llm_config.rope_scaling.",
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"),
+    [
+        pytest.param(base, key, value, id=f"{key}={value!r:.40}")
+        for base, refused in ((ORIGINAL, REFUSED_ORIGINAL), (HF, REFUSED_HF))
+        for key, value in refused
+    ],
+)
+def test_an_unsupported_value_is_refused_in_one_line_with_file_key_and_value(base, key, value):
+    with pytest.raises(ConfigError) as caught:
+        parse(changed(base, {key: value}))
+    message = str(caught.value)
+    assert message.startswith(f"there/config.json: {BLAMED.get(key, key)}")
+    assert "expected" in message
+    assert ";" in message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_attention_biases_are_refused_where_the_output_would_have_one_too(architecture):
+    changes = {"llm_config.architectures": [architecture], "llm_config.attention_bias": True}
+    with pytest.raises(ConfigError, match=r"llm_config\.attention_bias is True, expected false"):
+        parse(changed(ORIGINAL, changes))
+
+
+def test_an_internlm2_decoder_that_does_not_say_it_has_no_bias_is_refused():
+    values = json.loads(KNOWN_MODELS["InternVL3-9B"].read_text())
+    with pytest.raises(ConfigError, match=r"llm_config\.bias is missing, expected false"):
+        parse(changed(values, {"llm_config.bias": ...}))
+
+
+def test_an_hf_vit_with_normalised_q_and_k_has_the_one_eps_that_its_class_builds_in():
+    normalised = {"vision_config.use_qk_norm": True, "vision_config.norm_type": "rms_norm"}
+    assert parse(changed(HF, normalised)).vision.qk_norm
+    with pytest.raises(ConfigError, match=r"vision_config\.layer_norm_eps is 1e-05, expected 1e-06"):
+        parse(changed(HF, {**normalised, "vision_config.layer_norm_eps": 1e-5}))
+
+
+@pytest.mark.parametrize("key", ["model_type", "template", "vision_config", "llm_config", "llm_config.architectures"])
+def test_a_missing_key_without_a_meaning_is_named(key):
+    with pytest.raises(ConfigError, match=f"{key} is missing, expected"):
+        parse(changed(ORIGINAL, {key: ...}))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1]", "expected a JSON object, got list"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+LEAVES = [
+    (base, f"{prefix}{key}")
+    for base in (ORIGINAL, HF)
+    for prefix, section in [("", base), *((f"{k}.", v) for k, v in base.items() if isinstance(v, dict))]
+    for key in section
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text() | st.sampled_from(["type", "factor"]), children),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(LEAVES), JSON)
+def test_any_value_is_either_read_or_refused_with_a_config_error(leaf, value):
+    base, key = leaf
+    with suppress(ConfigError):
+        build_weights(parse(changed(base, {key: value})), dtype=torch.bfloat16, device="meta")
+
+
+def test_another_normalisation_of_pixels_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: image_mean is \[0\.5, 0\.5, 0\.5\]"):
+        load_config(tmp_path)

@@ -1,0 +1,144 @@
+"""The memory plan: what it counts, and that a pass really stays within its workspace."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.engine import memory as memory_module
+from internvl_rt.engine.memory import (
+    CUBLAS_BYTES,
+    graphs_bytes,
+    plan_memory,
+    step_workspace_bytes,
+    vision_workspace_bytes,
+)
+
+GIB = 1 << 30
+
+
+def plan(name="InternVL3-1B", **changes):
+    options = {
+        "weight_bytes": 2 * GIB,
+        "visual_cache_bytes": 256 << 20,
+        "block_size": 64,
+        "kv_cache_bytes": GIB,
+        "max_num_seqs": 64,
+        "max_model_len": None,
+        "max_tokens_per_step": 8192,
+        "max_tiles_per_pass": 16,
+        "graphs": True,
+    }
+    config = load_config(KNOWN_MODELS[name])
+    return plan_memory(config, torch.bfloat16, torch.device("cpu"), **(options | changes))
+
+
+def test_the_cache_takes_what_it_is_given_in_whole_blocks():
+    memory = plan()
+    assert memory.block_bytes == 64 * 12_288
+    assert memory.num_blocks == GIB // memory.block_bytes
+    assert memory.cache_bytes <= GIB < memory.cache_bytes + memory.block_bytes
+
+
+def test_a_cache_without_room_for_one_sequence_is_refused():
+    with pytest.raises(RequestError, match="raise kv_cache_bytes or lower max_model_len"):
+        plan(kv_cache_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tiles", "least", "most"),
+    [("InternVL3-1B", 13, 100e6, 250e6), ("InternVL3-38B", 13, 300e6, 700e6)],
+)
+def test_vision_workspace_is_that_of_the_widest_layer(name, num_tiles, least, most):
+    config = load_config(KNOWN_MODELS[name])
+    assert least < vision_workspace_bytes(config, torch.bfloat16, num_tiles) < most
+    assert vision_workspace_bytes(config, torch.bfloat16, 1) * 12.9 < vision_workspace_bytes(config, torch.bfloat16, 13)
+
+
+def test_step_workspace_grows_with_tokens_and_with_draws():
+    decoder = load_config(KNOWN_MODELS["InternVL3-8B"]).decoder
+    one = step_workspace_bytes(decoder, torch.bfloat16, 1, 1)
+    assert step_workspace_bytes(decoder, torch.bfloat16, 8192, 1) > 8000 * (one - decoder.vocab_size * 14)
+    assert step_workspace_bytes(decoder, torch.bfloat16, 1, 64) > 60 * one - 1e7
+
+
+def test_the_card_names_every_part():
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        card = engine.memory.render()
+        assert engine.memory.num_blocks == engine.cache.blocks.num_blocks
+    for part in ("device", "weights", "vision workspace", "step workspace", "KV cache", "tokens in"):
+        assert part in card
+
+
+def test_on_a_gpu_the_cache_takes_what_everything_else_leaves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
+    config = load_config(KNOWN_MODELS["InternVL3-1B"])
+    options = {"weight_bytes": 2 * GIB, "visual_cache_bytes": GIB, "block_size": 64, "kv_cache_bytes": None}
+    options |= {"max_num_seqs": 1024, "max_model_len": None, "max_tokens_per_step": 8192, "max_tiles_per_pass": 16}
+    plans = {}
+    for graphs in (True, False):
+        memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), graphs=graphs, **options)
+        others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
+        left = int(20 * GIB * 0.95) - others - memory.cublas_bytes
+        assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
+        assert memory.cublas_bytes == CUBLAS_BYTES > 100e6
+        assert ("CUDA graphs" in memory.render()) == graphs
+        plans[graphs] = memory
+    assert plans[True].graph_bytes > plans[False].graph_bytes == 0
+
+
+def test_memory_that_torch_keeps_but_nobody_uses_is_free(monkeypatch):
+    stats = {"reserved_bytes": 9, "allocated_bytes": 2, "inactive_split_bytes": 3}  # GiB
+    named = {f"{name}.all.current": size * GIB for name, size in stats.items()}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: named)
+    assert memory_module._free_bytes(torch.device("cuda")) == (8 * GIB, 24 * GIB)
+
+
+def test_graphs_keep_the_results_of_every_number_of_tiles():
+    """Of the 38B: visual tokens of 107 tiles in all 14 graphs, logits of 64 sequences, and prefills of 448 tokens."""
+    config = load_config(KNOWN_MODELS["InternVL3-38B"])
+    sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64, "max_tiles_per_pass": 16}
+    workspace = max(
+        vision_workspace_bytes(config, torch.bfloat16, 16),
+        step_workspace_bytes(config.decoder, torch.bfloat16, 448, 64),
+    )
+    results = 2 * (107 * 256 * 5120 + 64 * config.decoder.vocab_size)
+    inputs = 16 * 3 * 448**2 + 2 * 448 * 5120
+    assert graphs_bytes(config, torch.bfloat16, **sizes) == workspace + results + inputs
+    assert 280e6 < results < 310e6
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_vision_pass_stays_within_its_workspace():
+    with Engine.from_pretrained("tiny", device="cuda") as engine:
+        size = engine.config.vision.image_size
+        tiles = torch.zeros(16, size, size, 3, dtype=torch.uint8, device="cuda")
+        engine.model.encode_tiles(tiles)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        engine.model.encode_tiles(tiles)
+        assert torch.cuda.max_memory_allocated() - before <= engine.memory.vision_bytes
+
+
+@pytest.mark.gpu
+def test_an_engine_with_graphs_stays_within_its_plan():
+    """With all that the driver, torch and fragmentation take beside, for which the plan keeps a reserve."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    options = {"max_num_seqs": 8, "max_model_len": 8192, "max_tokens_per_step": 1024, "kv_cache_bytes": GIB}
+    with Engine.from_pretrained("random:InternVL3-1B", device="cuda", **options) as engine:
+        picture = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "a " * 500}]
+        messages = [{"role": "user", "content": content}]
+        engine.generate([messages] * 8, SamplingParams(max_tokens=4, temperature=1.0, logprobs=5, ignore_eos=True))
+        after, _ = torch.cuda.mem_get_info()
+        memory = engine.memory
+    planned = memory.weight_bytes + memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.cublas_bytes
+    planned += memory.visual_cache_bytes + memory.cache_bytes
+    assert before - after <= planned + memory_module.RESERVE * before

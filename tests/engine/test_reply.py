@@ -1,0 +1,82 @@
+"""AnswerText: what becomes visible when, for stop strings, whitespace and the end of an answer."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from internvl_rt import SamplingParams
+from internvl_rt.engine.reply import AnswerText
+
+
+class Pieces:
+    """Stands in for a tokenizer's TextStream: token id i is the i-th piece."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def push(self, token_id):
+        return self.pieces[token_id]
+
+    def flush(self):
+        return ""
+
+
+def visible_pieces(pieces, **params):
+    answer = AnswerText(Pieces(pieces), SamplingParams(**params))
+    out = []
+    for token_id in range(len(pieces)):
+        out.append(answer.push(token_id))
+        if answer.stopped:
+            break
+    out.append(answer.finish())
+    assert "".join(out) == answer.text
+    return out, answer
+
+
+def test_text_without_stop_strings_is_visible_at_once():
+    assert visible_pieces(["Hel", "lo", " you"])[0] == ["Hel", "lo", " you", ""]
+
+
+def test_surrounding_whitespace_never_becomes_visible():
+    out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"])
+    assert answer.text == "a \n b"
+    assert out == ["", "a", "", " \n b", "", ""]
+
+
+def test_stop_string_across_pieces_ends_the_answer_before_it():
+    out, answer = visible_pieces(["one E", "N", "D two"], stop="END")
+    assert (out, answer.text, answer.stopped) == (["one", "", "", ""], "one", True)
+
+
+def test_held_back_beginning_of_a_stop_string_is_released_when_it_does_not_come():
+    out, answer = visible_pieces(["a E", "N", "x"], stop=["END"])
+    assert (out, answer.stopped) == (["a", "", " ENx", ""], False)
+
+
+def test_held_back_beginning_is_released_at_the_end_of_the_answer():
+    assert visible_pieces(["a E", "N"], stop=["END"])[1].text == "a EN"
+
+
+def test_earliest_stop_string_wins():
+    assert visible_pieces(["a b c"], stop=["c", "b"])[1].text == "a"
+
+
+def test_stop_string_before_min_tokens_is_text():
+    assert visible_pieces(["x.", "y", ".z"], stop=".", min_tokens=3)[1].text == "x.y"
+
+
+@settings(deadline=None, max_examples=1000)
+@example(["ab", "b"], ["b", "abb"])  # the shorter one has ended before the longer one can
+@example(["abb"], ["b", "abb"])
+@given(st.lists(st.text("ab \n", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):
+    whole = "".join(pieces)
+    ends_and_starts = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
+    expected = whole[: min(ends_and_starts)[1]] if ends_and_starts else whole
+    assert visible_pieces(pieces, stop=stops)[1].text == expected.strip()
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+def test_useless_stop_strings_are_refused(stop):
+    with pytest.raises(ValueError, match="stop must be at most 64 strings of 1 to 1024 characters"):
+        SamplingParams(stop=stop)

@@ -1,0 +1,90 @@
+"""Nothing between two launches waits for the device, and all work on it is in order: shown on a stand-in for CUDA."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.fake_driver import fake_environment
+
+SCRIPT = Path(__file__).parents[1] / "support" / "fake_serving.py"
+EARLY = {"gemv_kernel", "gemv_qkv_kernel", "decode_attention_kernel"}  # may start before the kernel before has ended
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return fake_environment(tmp_path_factory.mktemp("driver"))
+
+
+def serve(environment: dict[str, str], mistake: str = "", **options: object) -> Found:
+    command = [sys.executable, str(SCRIPT), json.dumps(options), *filter(None, [mistake])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: Found = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def waits_in(found: Found) -> set[str]:
+    """The kinds of waiting that would keep a step from being launched while the one before it runs."""
+    return {wait for wait in found["waits"] if wait.rpartition(", ")[2] in ("launch", "between launches")}
+
+
+@pytest.fixture(scope="module")
+def switched(environment: dict[str, str]) -> dict[str, Found]:
+    ways: dict[str, dict[str, object]] = {
+        "all on": {},
+        "no early launch": {"programmatic_launch": False},
+        "no graphs": {"cuda_graphs": False},
+    }
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda options: serve(environment, **options), ways.values())
+        return dict(zip(ways, found, strict=True))
+
+
+@pytest.mark.parametrize("way", ["all on", "no early launch", "no graphs"])
+def test_no_launch_of_a_step_waits_for_the_one_before_it(switched: dict[str, Found], way: str) -> None:
+    found = switched[way]
+    assert not waits_in(found)
+    assert found["steps"]["launches"] > found["steps"]["ahead"] > 0.7 * found["steps"]["launches"]
+
+
+@pytest.mark.parametrize("way", ["all on", "no early launch", "no graphs"])
+def test_streams_are_in_order_and_no_memory_is_given_back_too_early(switched: dict[str, Found], way: str) -> None:
+    """One engine under a caller whose stream changes; with all on, a second that is built while the first serves."""
+    assert not switched[way]["races"]
+
+
+def test_the_switches_are_what_the_kernels_are_launched_with(switched: dict[str, Found]) -> None:
+    assert set(switched["no graphs"]["early"]) == EARLY
+    assert not switched["no early launch"]["early"]
+    replays = {way: found["replays"] for way, found in switched.items()}
+    assert replays["no graphs"] == 0 < replays["all on"] == replays["no early launch"]
+    assert set(switched["no graphs"]["launches"]) >= EARLY
+
+
+def test_mistakes_are_noticed(environment: dict[str, str]) -> None:
+    """Each is planted, and shows as what it is."""
+    waiting = {
+        "copies from pageable memory": "a copy to the device, launch",
+        "results copied to pageable memory": "a copy from the device, launch",
+    }
+    unordered = {
+        "no stream of its own": "in no order",
+        "pictures not waited for": "written by stream 1, in no order",
+        "results handed over in no order": "written by stream 2, in no order",
+        "weights taken in no order": "written by stream 0, in no order",
+        "memory used elsewhere forgotten": "given back, used by stream",
+    }
+    with ThreadPoolExecutor(2) as pool:
+        options = [{"cuda_graphs": mistake != "no stream of its own"} for mistake in (*waiting, *unordered)]
+        run = pool.map(lambda mistake, more: serve(environment, mistake, **more), (*waiting, *unordered), options)
+        found = dict(zip((*waiting, *unordered), run, strict=True))
+    for mistake, wait in waiting.items():
+        assert waits_in(found[mistake]) == {wait}
+    for mistake, race in unordered.items():
+        assert any(race in each for each in found[mistake]["races"]), mistake

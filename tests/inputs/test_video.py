@@ -1,0 +1,235 @@
+import io
+import math
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internvl_rt.errors import MediaError, RequestError
+from internvl_rt.inputs.video import VideoLimits, choose_frame_indices, load_video
+
+SIZE = (64, 48)
+
+
+def clip(
+    num_frames: int = 20, container: str = "mp4", codec: str = "mpeg4", rate: int = 10, rotation: int = 0
+) -> bytes:
+    """A video whose frame k is gray of level 10 k, with the upper left quarter black."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index in range(num_frames):
+            array = np.full((SIZE[1], SIZE[0], 3), 10 * index, np.uint8)
+            array[: SIZE[1] // 2, : SIZE[0] // 2] = 0
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def levels(source: str | Path | bytes, **arguments: Any) -> list[int]:
+    """Which frames came back, read from their gray level."""
+    frames = load_video(source, **arguments)
+    assert {(frame.mode, frame.size) for frame in frames} == {("RGB", SIZE)}
+    return [round(np.asarray(frame)[-8:, -8:].mean() / 10) for frame in frames]
+
+
+def refusal(source: Any, **arguments: Any) -> str:
+    """The one line with which `source` is refused."""
+    with pytest.raises(MediaError) as caught:
+        load_video(source, **arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert " object at " not in text
+    return text
+
+
+def audio() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        output.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+# Choice of frames
+
+
+def test_frames_are_the_middles_of_equal_spans() -> None:
+    assert choose_frame_indices(81, 25.0, 8) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert len(choose_frame_indices(300, 30.0)) == 32
+
+
+def test_the_last_index_counted_is_one_less_than_the_frames() -> None:
+    assert choose_frame_indices(101, 50.0, 1) == [50]
+    assert choose_frame_indices(1, 30.0, 3) == [0, 0, 0]
+
+
+def test_halves_are_rounded_to_even_and_sums_truncated() -> None:
+    # spans of 2.5: 0, 2.5 -> 2, 5, 7.5 -> 8, each plus 1.25
+    assert choose_frame_indices(11, 10.0, 4) == [1, 3, 6, 9]
+    # bounds at frames 12.5 -> 12 and 37.5 -> 38
+    assert choose_frame_indices(1000, 25.0, 2, (0.5, 1.5)) == [18, 31]
+
+
+def test_a_bound_is_cut_to_the_video() -> None:
+    assert choose_frame_indices(90, 30.0, 2, (2.0, 10.0)) == [67, 81]
+    assert choose_frame_indices(90, 30.0, 2, (-5.0, 1.0)) == [7, 22]
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.sampled_from([1.0, 23.976, 30.0, 60.0]))
+def test_chosen_frames_exist_and_do_not_go_back(num_frames: int, num_segments: int, fps: float) -> None:
+    indices = choose_frame_indices(num_frames, fps, num_segments)
+    assert len(indices) == num_segments
+    assert indices == sorted(indices)
+    assert set(indices) <= set(range(num_frames))
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("matroska", "mpeg4"), ("webm", "libvpx")]
+)
+def test_chosen_frames_come_back_in_order(container: str, codec: str, tmp_path: Path) -> None:
+    data = clip(container=container, codec=codec)
+    path = tmp_path / "clip"
+    path.write_bytes(data)
+    for source in (data, path, str(path)):
+        assert levels(source, num_segments=5) == [1, 5, 9, 12, 16] == choose_frame_indices(20, 10.0, 5)
+
+
+def test_more_segments_than_frames_repeat_frames_without_holding_copies() -> None:
+    data = clip(num_frames=3)
+    assert levels(data, num_segments=8) == choose_frame_indices(3, 10.0, 8)
+    assert len({id(frame) for frame in load_video(data)}) == 3
+
+
+def test_a_bound_limits_the_frames_and_the_decoding() -> None:
+    data = clip()
+    limits = VideoLimits(num_frames=11)
+    assert levels(data, num_segments=2, bound=(0.5, 1.0), limits=limits) == [6, 8]
+    assert levels(data, num_segments=3, bound=(0.0, 0.0)) == [0, 0, 0]
+    assert levels(data, num_segments=1, bound=(1.9, 99.0)) == [19]
+
+
+@pytest.mark.parametrize("claimed", [21, 19, 1, 0, 40_000])
+def test_frames_are_counted_and_not_taken_from_the_header(claimed: int) -> None:
+    data = bytearray(clip(container="avi"))
+    struct.pack_into("<I", data, data.index(b"avih") + 8 + 16, claimed)
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, claimed)
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.video[0].frames == claimed
+    assert levels(bytes(data), num_segments=5) == [1, 5, 9, 12, 16]
+
+
+def test_frames_are_turned_as_the_container_asks() -> None:
+    for rotation, black in ((90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))):
+        (frame,) = load_video(clip(rotation=rotation, num_frames=20), num_segments=1)
+        assert frame.size == (SIZE if rotation == 180 else SIZE[::-1])
+        array = np.asarray(frame)
+        assert array[black].max() < 20
+        assert np.sort([array[y, x, 0] for y in (0, -1) for x in (0, -1)])[1] > 60
+
+
+def test_metadata_that_is_not_utf_8_does_no_harm() -> None:
+    data = clip(container="avi")
+    assert data.count(b"Lavf") == 1
+    assert levels(data.replace(b"Lavf", b"\xff\xfe\xc3("), num_segments=1) == [9]
+
+
+# Refusals
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    data = clip()
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video" * 100)
+    assert "text.mp4' is broken or not a video" in refusal(text)
+    assert "is broken or not a video" in refusal(data[: len(data) // 2])
+    assert f"video bytes ({len(data) // 4} bytes)" in refusal(data[: len(data) // 4])
+    assert "is empty" in refusal(b"")
+    assert "does not exist" in refusal(tmp_path / "missing.mp4")
+    assert "is not a regular file" in refusal(tmp_path)
+    assert "has no video stream" in refusal(audio())
+    assert "download it" in refusal("https://host/clip.mp4")
+
+
+def test_playlists_that_name_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "clip.ts").write_bytes(clip(container="mpegts", codec="mpeg2video", rate=25))
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nclip.ts\n#EXT-X-ENDLIST\n")
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile clip.ts\n")
+    for name in ("list.m3u8", "list.txt"):
+        with av.open(str(tmp_path / name)):
+            pass  # PyAV alone reads it
+        assert "is broken or not a video" in refusal(tmp_path / name)
+
+
+def test_decoders_off_the_list_are_refused() -> None:
+    assert "holds jpeg2000" in refusal(clip(codec="jpeg2000"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (VideoLimits(num_frames=19), "announces 20 frames, at most 19"),
+        (VideoLimits(frame_pixels=64 * 48 - 1), "is 64x48; at most 3071 pixels"),
+        (VideoLimits(total_pixels=4 * 64 * 48 - 1), "hold over 12287 pixels"),
+    ],
+)
+def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
+    data = clip()
+    assert expected in refusal(data, num_segments=4, limits=limits)
+    assert len(load_video(data, num_segments=4, limits=VideoLimits(20, 64 * 48, 4 * 64 * 48))) == 4
+
+
+def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() -> None:
+    data = bytearray(clip(container="avi"))
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 5)
+    assert "has more than 19 frames" in refusal(bytes(data), num_segments=1, limits=VideoLimits(num_frames=19))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_segments": 0},
+        {"num_segments": 1 << 40},
+        {"bound": (1.0, 0.5)},
+        {"bound": (0.0, math.inf)},
+        {"bound": (math.nan, 1.0)},
+        {"bound": (2.5, 3.0)},
+        {"bound": (-3.0, -1.0)},
+    ],
+)
+def test_requests_that_select_nothing_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(arguments))):
+        load_video(clip(), **arguments)
+
+
+def test_missing_pyav_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip()
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install 'internvl-rt[video]'" in refusal(data)
+
+
+def test_ffmpeg_writes_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(clip(codec="libx264"))
+    damaged = data.index(b"mdat") + 100
+    data[damaged : damaged + 400] = bytes(range(200)) * 2
+    capfd.readouterr()  # what the encoder said
+    assert len(load_video(bytes(data))) == 32  # the decoder conceals the damage
+    refusal(bytes(data[: len(data) // 2]))
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,54 @@
+"""What the compiler made of every kernel that a real model needs, for every target: outcomes, not flags."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internvl_rt.kernels._launch import TARGETS
+from support.compile_audit import RULES, breaches, label, render_table
+from support.specs import discover_specs
+
+AUDIT = Path(__file__).parents[1] / "support" / "compile_audit.py"
+GOOD = {"operation": "x", "kernel": "_x_kernel", "case": "c", "target": 90, "stack": 0, "local_memory": 0}
+GOOD |= {"shared_bytes": 0, "matrix_units": True, "hgmma": 4, "wide_loads": True, "load_128": 1, "constexprs": {}}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("audit") / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, AUDIT, "--out", out], env=environment, capture_output=True)
+    return json.loads(out.read_text())["kernels"]
+
+
+def test_every_operation_is_built_for_every_target(kernels: list[dict[str, Any]]) -> None:
+    assert not [f"{label(k)}: {k['error']}" for k in kernels if "error" in k]
+    assert {(k["operation"], k["target"]) for k in kernels} == {(op, cc) for op in discover_specs() for cc in TARGETS}
+    print(render_table(kernels))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_of_every_kernel_it_holds_that(rule: str, kernels: list[dict[str, Any]]) -> None:
+    assert not [label(k) for k in kernels if "error" not in k and not RULES[rule](k)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stack": 8},
+        {"local_memory": 1},
+        {"shared_bytes": 228 * 1024},
+        {"hgmma": 0},
+        {"load_128": 0},
+        {"constexprs": {"WARP_SPECIALIZE": "True"}, "warp_specialized": 0},
+        {"error": "PassManager failed"},
+    ],
+)
+def test_a_row_that_breaks_a_rule_is_found(change: dict[str, Any]) -> None:
+    assert not breaches([GOOD])
+    assert len(breaches([GOOD | change])) == 1

@@ -1,0 +1,95 @@
+"""What the driver is asked for when operations are launched as on a GPU: by Triton's own launcher, on a stand-in."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.fake_driver import fake_environment
+from support.specs import discover_specs
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return fake_environment(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def launches(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    log = tmp_path_factory.mktemp("launches") / "log"
+    return launch({**environment, "FAKE_DRIVER_LOG": str(log)}, "models")
+
+
+def launch(environment: dict[str, str], *arguments: object) -> Rows:
+    command = [sys.executable, Path(__file__).parents[1] / "support" / "fake_launches.py", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_operation_is_launched_as_planned(launches: Rows) -> None:
+    assert {row["operation"] for row in launches} == set(discover_specs())
+    for row in launches:
+        assert {name: row["asked"][name] for name in row["plan"]} == row["plan"], row
+        assert row["asked"]["shared_bytes"] <= 227 * 1024
+        assert row["launches"] == sum(other["operation"] == row["operation"] for other in launches)
+
+
+def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) -> None:
+    """Specialised alike: for what is a constant, and for what is known to be a multiple of 16."""
+    assert not [row for row in launches if not row["audited"]]
+
+
+def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
+    """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
+    parts = os.cpu_count() or 1
+    with ThreadPoolExecutor(parts) as pool:
+        found = [
+            row
+            for rows in pool.map(lambda part: launch(environment, "contract", part, parts), range(parts))
+            for row in rows
+        ]
+    assert not [row for row in found if "error" in row]
+    calls = sum(len(spec.test_cases) * len(spec.tolerances) for spec in discover_specs().values())
+    assert sum(row["calls"] for row in found) == calls > 1000
+
+
+VARIANTS = {  # of a kernel, where there is more than one
+    "gemv_kernel": 9,  # one row, two, up to 16, of three products
+    "gemv_qkv_kernel": 3,  # one row, two, up to 16
+    "epilogue_kernel": 3,  # of three products
+    "prefill_attention_kernel": 2,  # blocks of 64 and of 128 rows
+    "row_peaks_kernel": 2,  # with and without penalties
+    "draw_kernel": 2,  # as above
+}
+
+
+def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
+    """Where a tensor begins and how many rows there are is no reason for another, which a request would wait for."""
+    built = launch(environment, "engine")
+    assert not [row for row in built if row["late"]]
+    counts = Counter(row["kernel"] for row in built)
+    assert len(counts) > 15
+    assert {name: count for name, count in counts.items() if count > 1} == VARIANTS
+
+
+@pytest.mark.parametrize(("operation", "exit_code"), [("swiglu", 0), ("swigul", 2)])
+def test_the_cost_of_a_launch_can_be_measured(operation: str, exit_code: int) -> None:
+    script = Path(__file__).parents[2] / "bench" / "launch_cost.py"
+    done = subprocess.run([sys.executable, script, operation], capture_output=True, text=True)
+    assert done.returncode == exit_code, done.stderr[-4000:]
+    if exit_code:
+        assert "expected some of add_norm, " in done.stderr
+    else:
+        name, launches, *times = done.stdout.splitlines()[1].split()
+        assert (name, launches) == ("swiglu", "1")
+        whole, _, plan, launcher = map(float, times)  # what is left for the checks may be noise
+        assert min(whole, plan, launcher) > 0

@@ -1,0 +1,66 @@
+"""The static card: what is known of a model from its config.json alone."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.model.card import model_card, render_card
+
+
+def card_of(name):
+    return model_card(load_config(KNOWN_MODELS[name]), name)
+
+
+def test_the_card_of_the_1b_is_right_number_by_number():
+    card = card_of("InternVL3-1B")
+    vit = 1025 * 1024 + 1024 + (3 * 14 * 14 + 1) * 1024  # positions, class token, patches
+    vit += 24 * (12 * 1024**2 + (3 + 1 + 4 + 1) * 1024 + 6 * 1024)  # matrices, their biases, two norms and two scales
+    projector = 2 * 4096 + (4096 + 1) * 896 + (896 + 1) * 896
+    decoder = 2 * 151674 * 896 + 896
+    decoder += 24 * (2 * 896 + (896 + 1) * (896 + 2 * 128) + 896 * 896 + 3 * 896 * 4864)
+    assert card["parameters"] == {
+        "vision": vit,
+        "projector": projector,
+        "decoder": decoder,
+        "total": vit + projector + decoder,
+    }
+    total = vit + projector + decoder
+    assert card["weight_bytes"] == {"bfloat16": 2 * total, "float16": 2 * total, "float32": 4 * total}
+    assert card["kv_bytes_per_token"] == 24 * 2 * 2 * 64 * 2
+    assert (card["context_window"], card["tokens_per_tile"]) == (32768, 256)
+    assert (card["max_tiles_per_picture"], card["max_tokens_per_picture"]) == (13, 3328)
+
+
+def test_a_gpu_holds_the_weights_and_as_many_tokens_as_the_rest_is_worth():
+    card = card_of("InternVL3-38B")
+    weights, per_token = card["weight_bytes"]["bfloat16"], card["kv_bytes_per_token"]
+    assert [fit["gib"] for fit in card["fits"] if fit["weights_fit"]] == [80, 141]
+    for fit in card["fits"]:
+        left = (fit["gib"] << 30) - weights
+        assert fit["kv_tokens"] == (left // per_token if left > 0 else 0)
+
+
+def test_a_model_without_tiling_has_one_tile_and_no_thumbnail():
+    config = replace(load_config(KNOWN_MODELS["InternVL3-1B"]), max_tiles=1)
+    assert model_card(config, "")["max_tokens_per_picture"] == 256
+    config = replace(config, max_tiles=6, thumbnail=False)
+    assert model_card(config, "")["max_tokens_per_picture"] == 6 * 256
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_every_card_can_be_printed_and_sent_as_json(name):
+    card = card_of(name)
+    assert json.loads(json.dumps(card)) == card
+    text = render_card(card)
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert name in text
+    assert f"{card['parameters']['total'] / 1e6:,.1f} M" in text
+
+
+def test_the_card_of_the_largest_model_takes_neither_memory_nor_time():
+    start = time.perf_counter()
+    assert card_of("InternVL3-78B")["parameters"]["total"] == 78_408_318_336
+    assert time.perf_counter() - start < 2

@@ -1,0 +1,150 @@
+"""The whole model on the Triton kernels against the references: both kinds of ViT, every decoder layout."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
+from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
+from internvl_rt.model.ops import TORCH
+from internvl_rt.model.ops_triton import TRITON
+from support.forward import all_logits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+VIT_300M = VisionConfig(
+    hidden_size=64,
+    num_layers=3,
+    num_heads=4,
+    intermediate_size=96,
+    image_size=56,
+    patch_size=14,
+    norm="layer_norm",
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=False,
+)
+VIT_6B = replace(VIT_300M, hidden_size=96, num_heads=3, norm="rms_norm", qkv_bias=False, qk_norm=True)
+QWEN2 = DecoderConfig(
+    hidden_size=64,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    vocab_size=48,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_position=512,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+)
+QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True, num_heads=6, head_dim=32, num_kv_heads=1)
+INTERNLM2 = replace(QWEN2, qkv_bias=False, head_dim=32, num_heads=2)
+
+
+def build_model(vision: VisionConfig = VIT_300M, decoder: DecoderConfig = QWEN2, unshuffle: str = "v2") -> InternVL:
+    config = ModelConfig(
+        vision=vision,
+        decoder=decoder,
+        format="original",
+        downsample=2,
+        unshuffle=unshuffle,
+        min_tiles=1,
+        max_tiles=12,
+        thumbnail=True,
+        system_message=None,
+        dtype="float32",
+    )
+    weights = build_weights(config, dtype=torch.float32, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in named_parameters(weights).values():
+        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return InternVL(config, weights, TORCH)
+
+
+def on_triton(model: InternVL) -> InternVL:
+    return InternVL(model.config, model.weights, TRITON)
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    error = (actual - expected).norm() / expected.norm()
+    assert error < 1e-5, f"relative error {error:.3g}"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("unshuffle", ["v1", "v2"])
+@pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])
+def test_vision_tower_equals_the_references(vision: VisionConfig, unshuffle: str) -> None:
+    model = build_model(vision, unshuffle=unshuffle)
+    tiles = torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    expected = model.encode_tiles(tiles)
+    assert expected.shape == (3, 4, 64)
+    assert_near(on_triton(model).encode_tiles(tiles), expected)
+
+
+@torch.inference_mode()
+def test_normalised_tiles_give_what_their_pixels_give() -> None:
+    model = build_model()
+    tiles = torch.randint(0, 256, (2, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    mean = torch.tensor([0.485, 0.456, 0.406], device=DEVICE)
+    std = torch.tensor([0.229, 0.224, 0.225], device=DEVICE)
+    pixels = ((tiles / 255 - mean) / std).permute(0, 3, 1, 2)
+    assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more and fewer rows than 16
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
+    model = build_model(decoder=decoder)
+    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    expected = all_logits(model, token_ids, tiles, context_id=47)
+    assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
+    """The prefix ends in the middle of a picture; decodes follow where there are chunks of one token."""
+    model = build_model(decoder=decoder)
+    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
+    other = [*token_ids[:-2], 1, 2]
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    expected = all_logits(model, token_ids, tiles, context_id=47)
+    actual = all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens, after=other)
+    assert_near(actual, expected[16:])  # one block of the cache
+
+
+def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
+    """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
+    picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()
+    task = "Look at the picture and answer with digits only, nothing else. "
+    contents = [
+        [{"type": "image", "image": picture}, {"type": "text", "text": task + end}] for end in ("Read!", "Count!")
+    ]
+    conversations = [[{"role": "user", "content": content}] for content in contents]
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    answers = []
+    for backend in ("torch", "triton"):
+        options = {"device": str(DEVICE), "dtype": "float32", "block_size": 16, "max_tokens_per_step": 40}
+        with Engine.from_pretrained("tiny", backend=backend, **options) as engine:
+            assert engine.model.ops.name == backend
+            first = engine.chat(conversations[0], params)
+            together = engine.generate(conversations, params)
+            assert together[1].usage.cached_tokens > first.usage.image_tokens
+            answers.append([reply.token_ids for reply in (first, *together)])
+    assert answers[0] == answers[1]
+
+
+def test_a_backend_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RequestError, match="backend must be auto, triton or torch, got 'cuda'"):
+        Engine.from_pretrained("tiny", device="cpu", backend="cuda")

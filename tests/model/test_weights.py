@@ -1,0 +1,281 @@
+"""Checkpoint tensors to parameters and back: every dialect, every kind of tower, complete in both directions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
+from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.errors import CheckpointError
+from internvl_rt.model.internvl import build_weights, named_parameters
+from internvl_rt.model.weights import DIALECTS, load_weights, plan_placements, save_weights
+
+SMALL_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "layer_norm", 1e-6, qkv_bias=True, qk_norm=False)
+LARGE_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "rms_norm", 1e-6, qkv_bias=False, qk_norm=True)
+QWEN2 = DecoderConfig(
+    hidden_size=16,
+    num_layers=11,  # numbers of one and of two digits
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=4,
+    intermediate_size=14,
+    vocab_size=30,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_position=128,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_embeddings=False,
+)
+QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True)
+INTERNLM = replace(QWEN2, qkv_bias=False)
+
+
+def model_config(vision, decoder, checkpoint_format="original"):
+    return ModelConfig(
+        vision=vision,
+        decoder=decoder,
+        format=checkpoint_format,
+        downsample=2,
+        unshuffle="v2",
+        min_tiles=1,
+        max_tiles=12,
+        thumbnail=True,
+        system_message=None,
+        dtype="bfloat16",
+    )
+
+
+CASES = {
+    "original, qwen2": ("original", model_config(SMALL_VIT, QWEN2)),
+    "original, qwen2, large vit": ("original", model_config(LARGE_VIT, QWEN2)),
+    "original, qwen3, tied": ("original", model_config(SMALL_VIT, replace(QWEN3, tie_embeddings=True))),
+    "internlm2": ("internlm2", model_config(SMALL_VIT, INTERNLM)),
+    "internlm2, large vit": ("internlm2", model_config(LARGE_VIT, INTERNLM)),
+    "hf, qwen2": ("hf", model_config(SMALL_VIT, QWEN2, "hf")),
+    "hf, qwen3, tied": ("hf", model_config(SMALL_VIT, replace(QWEN3, tie_embeddings=True), "hf")),
+    "hf nested, qwen3": ("hf-nested", model_config(LARGE_VIT, QWEN3, "hf")),
+    "hf nested, llama": ("hf-nested", model_config(SMALL_VIT, INTERNLM, "hf")),
+}
+case = pytest.mark.parametrize(("dialect", "config"), CASES.values(), ids=CASES.keys())
+
+
+def random_weights(config, dtype=torch.bfloat16):
+    weights = build_weights(config, dtype=dtype, device="cpu")
+    generator = torch.Generator().manual_seed(3)
+    for tensor in named_parameters(weights).values():
+        tensor.normal_(generator=generator)
+    return weights
+
+
+def load(folder, config, dtype=torch.bfloat16):
+    return load_weights(open_checkpoint(folder), config, dtype=dtype, device="cpu")
+
+
+def assert_equal(ours, theirs):
+    ours, theirs = named_parameters(ours), named_parameters(theirs)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@case
+def test_the_plan_fills_every_row_of_every_parameter_exactly_once(dialect, config):
+    rows = {
+        path: torch.zeros(len(tensor), dtype=torch.int64)
+        for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items()
+    }
+    for place in plan_placements(config, DIALECTS[dialect]).values():
+        rows[place.parameter][place.start : place.stop] += 1
+    assert all((count == 1).all() for count in rows.values())
+
+
+@case
+@pytest.mark.parametrize("max_shard_bytes", [5 << 30, 5000])
+def test_saved_weights_load_bit_for_bit(tmp_path, dialect, config, max_shard_bytes):
+    weights = random_weights(config)
+    save_weights(weights, config, tmp_path, dialect=DIALECTS[dialect], max_shard_bytes=max_shard_bytes)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_bytes > 5000)
+    loaded = load(tmp_path, config)
+    assert_equal(loaded, weights)
+    assert (loaded.decoder.lm_head.weight_NK is loaded.decoder.embedding_VD) == config.decoder.tie_embeddings
+
+
+@case
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_values_are_converted_to_the_dtype_that_is_asked_for(tmp_path, dialect, config, stored):
+    weights = random_weights(config, stored)
+    save_weights(weights, config, tmp_path, dialect=DIALECTS[dialect])
+    converted = named_parameters(load(tmp_path, config, torch.bfloat16))
+    for name, tensor in named_parameters(weights).items():
+        assert torch.equal(converted[name], tensor.to(torch.bfloat16)), name
+
+
+def test_the_original_format_is_read_as_published():
+    vision, decoder = replace(SMALL_VIT, num_layers=1), replace(QWEN2, num_layers=1)
+    layer, block = "vision_model.encoder.layers.0", "language_model.model.layers.0"
+    plan = plan_placements(model_config(vision, decoder), DIALECTS["original"])
+    assert {name: (place.parameter, place.start, place.shape) for name, place in plan.items()} == {
+        "vision_model.embeddings.class_embedding": ("vision.class_E", 0, (1, 1, 12)),
+        "vision_model.embeddings.position_embedding": ("vision.position_UE", 0, (1, 17, 12)),
+        "vision_model.embeddings.patch_embedding.weight": ("vision.patch.weight_NK", 0, (12, 3, 7, 7)),
+        "vision_model.embeddings.patch_embedding.bias": ("vision.patch.bias_N", 0, (12,)),
+        f"{layer}.norm1.weight": ("vision.layers.0.norm1.weight_D", 0, (12,)),
+        f"{layer}.norm1.bias": ("vision.layers.0.norm1.bias_D", 0, (12,)),
+        f"{layer}.attn.qkv.weight": ("vision.layers.0.qkv.weight_NK", 0, (36, 12)),
+        f"{layer}.attn.qkv.bias": ("vision.layers.0.qkv.bias_N", 0, (36,)),
+        f"{layer}.attn.proj.weight": ("vision.layers.0.proj.weight_NK", 0, (12, 12)),
+        f"{layer}.attn.proj.bias": ("vision.layers.0.proj.bias_N", 0, (12,)),
+        f"{layer}.ls1": ("vision.layers.0.scale1_E", 0, (12,)),
+        f"{layer}.norm2.weight": ("vision.layers.0.norm2.weight_D", 0, (12,)),
+        f"{layer}.norm2.bias": ("vision.layers.0.norm2.bias_D", 0, (12,)),
+        f"{layer}.mlp.fc1.weight": ("vision.layers.0.fc1.weight_NK", 0, (20, 12)),
+        f"{layer}.mlp.fc1.bias": ("vision.layers.0.fc1.bias_N", 0, (20,)),
+        f"{layer}.mlp.fc2.weight": ("vision.layers.0.fc2.weight_NK", 0, (12, 20)),
+        f"{layer}.mlp.fc2.bias": ("vision.layers.0.fc2.bias_N", 0, (12,)),
+        f"{layer}.ls2": ("vision.layers.0.scale2_E", 0, (12,)),
+        "mlp1.0.weight": ("projector.norm.weight_D", 0, (48,)),
+        "mlp1.0.bias": ("projector.norm.bias_D", 0, (48,)),
+        "mlp1.1.weight": ("projector.fc1.weight_NK", 0, (16, 48)),
+        "mlp1.1.bias": ("projector.fc1.bias_N", 0, (16,)),
+        "mlp1.3.weight": ("projector.fc2.weight_NK", 0, (16, 16)),
+        "mlp1.3.bias": ("projector.fc2.bias_N", 0, (16,)),
+        "language_model.model.embed_tokens.weight": ("decoder.embedding_VD", 0, (30, 16)),
+        f"{block}.input_layernorm.weight": ("decoder.layers.0.norm1.weight_D", 0, (16,)),
+        f"{block}.self_attn.q_proj.weight": ("decoder.layers.0.qkv.weight_NK", 0, (24, 16)),
+        f"{block}.self_attn.q_proj.bias": ("decoder.layers.0.qkv.bias_N", 0, (24,)),
+        f"{block}.self_attn.k_proj.weight": ("decoder.layers.0.qkv.weight_NK", 24, (8, 16)),
+        f"{block}.self_attn.k_proj.bias": ("decoder.layers.0.qkv.bias_N", 24, (8,)),
+        f"{block}.self_attn.v_proj.weight": ("decoder.layers.0.qkv.weight_NK", 32, (8, 16)),
+        f"{block}.self_attn.v_proj.bias": ("decoder.layers.0.qkv.bias_N", 32, (8,)),
+        f"{block}.self_attn.o_proj.weight": ("decoder.layers.0.o.weight_NK", 0, (16, 24)),
+        f"{block}.post_attention_layernorm.weight": ("decoder.layers.0.norm2.weight_D", 0, (16,)),
+        f"{block}.mlp.gate_proj.weight": ("decoder.layers.0.gate_up.weight_NK", 0, (14, 16)),
+        f"{block}.mlp.up_proj.weight": ("decoder.layers.0.gate_up.weight_NK", 14, (14, 16)),
+        f"{block}.mlp.down_proj.weight": ("decoder.layers.0.down.weight_NK", 0, (16, 14)),
+        "language_model.model.norm.weight": ("decoder.norm.weight_D", 0, (16,)),
+        "language_model.lm_head.weight": ("decoder.lm_head.weight_NK", 0, (30, 16)),
+    }
+
+
+def test_a_merged_wqkv_holds_the_query_heads_of_a_key_head_then_its_key_then_its_value(tmp_path):
+    config = model_config(SMALL_VIT, INTERNLM)
+    save_weights(random_weights(config), config, tmp_path, dialect=DIALECTS["internlm2"])
+    wqkv = load_file(tmp_path / "model.safetensors")["language_model.model.layers.10.attention.wqkv.weight"]
+    heads = wqkv.view(2, 3 + 2, 4, 16)  # key heads; query heads of each, key, value; channels
+    qkv = load(tmp_path, config).decoder.layers[10].qkv.weight_NK.view(6 + 2 + 2, 4, 16)
+    for query_head in range(6):
+        assert torch.equal(qkv[query_head], heads[query_head // 3, query_head % 3])
+    for key_head in range(2):
+        assert torch.equal(qkv[6 + key_head], heads[key_head, 3])
+        assert torch.equal(qkv[8 + key_head], heads[key_head, 4])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves random weights with changed tensors, and gives back the weights."""
+
+    def save(config, dialect="original", **changes):
+        weights = random_weights(config)
+        save_weights(weights, config, tmp_path, dialect=DIALECTS[dialect])
+        tensors = load_file(tmp_path / "model.safetensors") | changes
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, tmp_path / "model.safetensors")
+        return weights
+
+    return save
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+TIED = model_config(SMALL_VIT, replace(QWEN3, tie_embeddings=True))
+
+
+@pytest.mark.parametrize("config", [TIED, replace(TIED, format="hf")])
+def test_an_lm_head_equal_to_the_tied_embedding_is_not_kept_twice(tmp_path, saved, config):
+    dialect = "original" if config.format == "original" else "hf"
+    embedding = random_weights(config).decoder.embedding_VD
+    weights = saved(config, dialect, **{HEAD: embedding.clone()})
+    assert_equal(load(tmp_path, config), weights)
+
+
+def test_an_lm_head_that_differs_from_the_tied_embedding_is_refused_in_the_original_format(tmp_path, saved):
+    saved(TIED, **{HEAD: torch.ones(30, 16, dtype=torch.bfloat16)})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from .*embed_tokens\.weight, but tie_word_emb"):
+        load(tmp_path, TIED)
+
+
+def test_an_lm_head_that_differs_from_the_tied_embedding_is_used_in_the_hf_format(tmp_path, saved):
+    config = replace(TIED, format="hf")
+    head = torch.randn(30, 16).to(torch.bfloat16)
+    weights = saved(config, "hf", **{HEAD: head})
+    loaded = load(tmp_path, config)
+    assert torch.equal(loaded.decoder.lm_head.weight_NK, head)
+    assert torch.equal(loaded.decoder.embedding_VD, weights.decoder.embedding_VD)
+
+
+PLAIN = model_config(SMALL_VIT, QWEN2)
+
+
+def test_a_missing_lm_head_leads_to_the_flag(tmp_path, saved):
+    saved(PLAIN, **{HEAD: None})
+    with pytest.raises(
+        CheckpointError, match=r'1 missing: language_model\.lm_head\.weight; .*"tie_word_embeddings": tr'
+    ):
+        load(tmp_path, PLAIN)
+
+
+def test_buffers_and_the_unused_mask_token_are_ignored(tmp_path, saved):
+    weights = saved(PLAIN, **{"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    assert_equal(load(tmp_path, PLAIN), weights)
+    config = replace(PLAIN, format="hf")
+    weights = saved(config, "hf", **{"vision_tower.embeddings.mask_token": torch.ones(1, 1, 12)})
+    assert_equal(load(tmp_path, config), weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"mlp1.3.bias": None, "mlp1.0.bias": None}, "2 missing: mlp1.0.bias, mlp1.3.bias"),
+        (
+            {"vision_model.encoder.layers.2.ls1": torch.ones(12), "x": torch.ones(1)},
+            "2 left over: vision_model.encoder.layers.2.ls1, x",
+        ),
+        ({"mlp1.3.bias": torch.ones(17)}, "1 of the wrong shape: mlp1.3.bias is [17], expected [16]"),
+        ({"mlp1.3.bias": torch.ones(4, 4)}, "1 of the wrong shape: mlp1.3.bias is [4, 4], expected [16]"),
+        ({HEAD: torch.ones(16, 30)}, f"1 of the wrong shape: {HEAD} is [16, 30], expected [30, 16]"),
+        (
+            {"mlp1.3.bias": torch.ones(16).int()},
+            "1 not stored as 16-bit or 32-bit floating point: mlp1.3.bias is torch",
+        ),
+        ({"mlp1.3.bias": None, "mlp1.4.bias": torch.ones(16)}, "1 missing: mlp1.3.bias; 1 left over: mlp1.4.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line_before_memory_is_taken(
+    tmp_path, saved, monkeypatch, changes, problem
+):
+    saved(PLAIN, **changes)
+
+    def build_on_meta(config, *, dtype, device):
+        assert device == "meta"
+        return build_weights(config, dtype=dtype, device=device)
+
+    monkeypatch.setattr("internvl_rt.model.weights.build_weights", build_on_meta)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, PLAIN)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} does not fit its config.json: {problem}")
+    assert "\n" not in message
+
+
+def test_long_lists_are_cut_to_five_names_and_a_count(tmp_path, saved):
+    saved(PLAIN)
+    with pytest.raises(CheckpointError, match=r"24 left over: (language_model\.\S+, ){5}\.\.\.; download"):
+        load(tmp_path, model_config(SMALL_VIT, replace(QWEN2, num_layers=9)))
+
+
+def test_weights_of_another_family_are_refused(tmp_path):
+    save_file({"model.layers.0.mlp.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"none of its 1 tensors is one of an InternVL model \(model\.layers"):
+        load(tmp_path, PLAIN)

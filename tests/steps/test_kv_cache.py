@@ -1,0 +1,111 @@
+"""The memory of the KV cache and how much of it is planned for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from internvl_rt.checkpoint.config import DecoderConfig
+from internvl_rt.errors import RequestError
+from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, kv_bytes_per_token, plan_num_blocks
+
+
+def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_position: int = 100) -> DecoderConfig:
+    return DecoderConfig(
+        hidden_size=32,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=64,
+        vocab_size=300,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_position=max_position,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_embeddings=False,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_has_its_own_zeroed_keys_and_values(dtype: torch.dtype) -> None:
+    cache = KVCache(decoder(), num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    tensors = [tensor for layer in cache.layers for tensor in (layer.k_cache_BGPC, layer.v_cache_BGPC)]
+    assert len(tensors) == 4
+    for number, tensor in enumerate(tensors, 1):
+        assert tensor.shape == (3, 2, 16, 8)
+        assert tensor.dtype == dtype
+        assert (tensor == 0).all()
+        tensor.fill_(number)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3], [4]]
+    assert sum(tensor.nbytes for tensor in tensors) == 3 * 16 * kv_bytes_per_token(decoder(), dtype)
+    assert (cache.blocks.num_blocks, cache.blocks.block_size) == (3, 16)
+
+
+def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
+    config = decoder(num_kv_heads=8, head_dim=128)
+    cache = KVCache(config, num_blocks=2048, block_size=128, dtype=torch.float32, device=torch.device("cpu"))
+    assert sum(layer.k_cache_BGPC.nbytes for layer in cache.layers) == 2 << 30
+    assert resident_bytes() - before < 64 << 20
+
+
+def test_a_block_size_the_kernels_do_not_know_is_refused() -> None:
+    assert BLOCK_SIZES == (16, 32, 64, 128)
+    with pytest.raises(RequestError, match=r"block_size must be one of \(16, 32, 64, 128\), got 48"):
+        KVCache(decoder(), num_blocks=1, block_size=48, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_kv_heads", "head_dim", "expected"),
+    [(24, 2, 64, 12_288), (28, 4, 128, 57_344), (80, 8, 128, 327_680)],  # InternVL3-1B, -8B, -78B
+)
+def test_bytes_per_token_match_the_published_shapes(
+    num_layers: int, num_kv_heads: int, head_dim: int, expected: int
+) -> None:
+    assert kv_bytes_per_token(decoder(num_layers, num_kv_heads, head_dim), torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "max_num_seqs", "max_model_len", "expected"),
+    [
+        (1 << 40, 3, 17, 6),  # all that three sequences of two blocks can use
+        (1 << 40, 3, None, 21),  # the trained window of 100 tokens is seven blocks
+        (5 * 16 * 256, 3, 17, 5),  # as much as the budget holds: a block is 16 tokens of 256 bytes
+        (6 * 16 * 256 - 1, 3, 17, 5),
+        (2 * 16 * 256, 3, 32, 2),
+        (16 * 256, 3, None, 1),
+        (1 << 40, 50, 17, 102),  # the hundred that are used, and the watermark above which they are admitted
+    ],
+)
+def test_the_plan_takes_what_is_useful_and_affordable(
+    cache_bytes: int, max_num_seqs: int, max_model_len: int | None, expected: int
+) -> None:
+    assert kv_bytes_per_token(decoder(), torch.float32) == 256
+    plan = plan_num_blocks(
+        decoder(),
+        torch.float32,
+        block_size=16,
+        cache_bytes=cache_bytes,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    assert plan == expected
+
+
+@pytest.mark.parametrize(("cache_bytes", "max_model_len"), [(2 * 16 * 256 - 1, 17), (16 * 256 - 1, None), (0, 1)])
+def test_a_cache_too_small_for_one_sequence_is_refused(cache_bytes: int, max_model_len: int | None) -> None:
+    with pytest.raises(RequestError, match="raise kv_cache_bytes or lower max_model_len"):
+        plan_num_blocks(
+            decoder(),
+            torch.float32,
+            block_size=16,
+            cache_bytes=cache_bytes,
+            max_num_seqs=1,
+            max_model_len=max_model_len,
+        )
