@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,9 +62,18 @@ MODULES = [
     "inputs.prompt",
     "inputs.position",
     "inputs.sampling_params",
-    "model.work",
+    "model.step_inputs",
     "model.ops",
     "model.ops_triton",
+    "model.vision",
+    "model.projector",
+    "model.decoder",
+    "model.internvl",
+    "model.work",
+    "model.weights",
+    "model.random_checkpoint",
+    "model.card",
+    "model.__init__",
     "steps.speculation",
     "steps.device_stream",
     "steps.sequence",
@@ -70,13 +81,6 @@ MODULES = [
     "steps.kv_cache",
     "steps.step",
     "steps.scheduler",
-    "model.vision",
-    "model.projector",
-    "model.decoder",
-    "model.internvl",
-    "model.weights",
-    "model.random_checkpoint",
-    "model.card",
     "steps.sampler",
     "steps.cuda_graph",
     "steps.step_graph",
@@ -183,6 +187,14 @@ def test_the_environment_is_read_only_in_its_home(name: str) -> None:
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
     assert name == ENVIRONMENT_HOME or not names & {"environ", "environb", "getenv", "putenv"}
+
+
+def test_the_model_can_be_imported_without_what_requests_and_the_scheduler_need() -> None:
+    others = ("internvl_rt._C", "internvl_rt.inputs", "internvl_rt.steps", "internvl_rt.engine")
+    others += ("PIL", "av", "llguidance", "tokenizers", "transformers")
+    code = f"import sys, internvl_rt.model; print([name for name in {others} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
 
 
 def test_the_kernels_are_a_link_and_not_a_package_of_their_own() -> None:

@@ -31,10 +31,9 @@ from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, 
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.model.ops import TORCH, Batch, Linear
+from internvl_rt.model.ops import TORCH, Linear
+from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
 from internvl_rt.model.weights import DIALECTS, save_weights
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
 from support.digits import (
     MAX_DIGITS,
     Exercise,

@@ -15,8 +15,7 @@ from internvl_rt.engine.loading import choose_device, choose_dtype
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.model.card import model_card, render_card
 from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config
-from internvl_rt.model.work import data_sheet_roof, decoder_work, roof_of, vision_work
-from internvl_rt.steps.kv_cache import kv_bytes_per_token
+from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
 COLUMNS: dict[str, tuple[Column, ...]] = {

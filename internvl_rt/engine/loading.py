@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +16,7 @@ from internvl_rt.kernels._launch import target_of
 from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_tokenizer, random_weights
+from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
@@ -64,7 +65,9 @@ def _open(
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
         config = random_config(model.removeprefix(RANDOM_PREFIX))
-        tokenizer = random_tokenizer(config)
+        with TemporaryDirectory() as scratch:
+            write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
+            tokenizer = load_tokenizer(Path(scratch))
         return config, tokenizer, lambda dtype, device: random_weights(config, dtype=dtype, device=device, seed=seed)
     folder = resolve_model(model, revision=revision)
     config, tokenizer = load_config(folder), load_tokenizer(folder)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
-from internvl_rt.steps.kv_cache import kv_bytes_per_token, plan_num_blocks
+from internvl_rt.steps.kv_cache import plan_num_blocks
 from internvl_rt.steps.step_graph import prefill_buckets
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used

@@ -1,4 +1,4 @@
-"""The forward pass and nothing above it: weights, the operations they are multiplied with, both towers, a KV cache's view.
+"""The forward pass and nothing above it: weights, the operations that they are multiplied with, and both towers.
 
 It loads neither a tokenizer nor the scheduler, so that it can be used, tested, quantised and sharded alone.
 """

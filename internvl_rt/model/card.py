@@ -6,7 +6,7 @@ import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.steps.kv_cache import kv_bytes_per_token
+from internvl_rt.model.work import kv_bytes_per_token
 
 GPUS_GIB = (24, 48, 80, 141)  # memory of common ones
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.ops import Linear, Norm, Ops
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
+from internvl_rt.model.step_inputs import LayerCache, StepInputs
 
 
 @dataclass(frozen=True, slots=True)

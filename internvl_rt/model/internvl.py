@@ -11,9 +11,8 @@ from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConf
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
 from internvl_rt.model.ops import Linear, Norm, Ops, padded_rows
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
+from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
 
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 

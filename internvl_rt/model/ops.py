@@ -32,6 +32,7 @@ from internvl_rt.kernels.sample import sample_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
+from internvl_rt.model.step_inputs import Batch, Sampling
 
 ROW_MULTIPLE = 16  # Triton asks of a stride whether it is a multiple of 16; for loads of 16 bytes 8 would be enough
 
@@ -51,39 +52,6 @@ class Norm:
     weight_D: Tensor
     bias_D: Tensor | None
     eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Whose tokens a step computes, and where their keys and values are: a ragged batch of S sequences.
-
-    The sequences with one new token come first; all integer tensors are int32.
-    """
-
-    query_start_S1: Tensor  # first row of each sequence, and T
-    seq_len_S: Tensor  # tokens of each sequence with this step's
-    block_table_SN: Tensor  # -1 beyond a sequence's blocks
-    num_decodes: int  # how many sequences have one new token
-    max_query_len: int  # most new tokens of a sequence
-    # How attention of the first num_decodes sequences is split (see csrc/paged_kv_cache.h); None where nobody asks:
-    split_start_S1: Tensor | None = None
-    split_W3: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one token is drawn from each of R rows of logits; see `kernels/sample.py` for what the values mean."""
-
-    seed_R: Tensor
-    counter_R: Tensor
-    temperature_R: Tensor
-    top_k_R: Tensor
-    top_p_R: Tensor
-    min_p_R: Tensor
-    penalty_R3: Tensor
-    listed_start_R1: Tensor
-    listed_id: Tensor
-    listed_count: Tensor
 
 
 def sampling_arguments(sampling: Sampling) -> dict[str, Tensor]:

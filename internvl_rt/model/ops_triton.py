@@ -26,16 +26,15 @@ from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
 from internvl_rt.model.ops import (
-    Batch,
     Linear,
     Norm,
     Ops,
-    Sampling,
     bias_of,
     padded_rows,
     qk_weights,
     sampling_arguments,
 )
+from internvl_rt.model.step_inputs import Batch, Sampling
 
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 

@@ -16,7 +16,6 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, parse_confi
 from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.checkpoint.json_section import Section, read_json
 from internvl_rt.errors import CheckpointError, ConfigError
-from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 from internvl_rt.model.weights import DIALECTS, FLOATS, Placement, plan_placements
 
@@ -70,7 +69,7 @@ def write_random_checkpoint(
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
         _write_json(unfinished / "config.json", {**top.values, "torch_dtype": str(dtype).removeprefix("torch.")})
-        _write_tokenizer(unfinished, config.decoder.vocab_size)
+        write_random_tokenizer(unfinished, config.decoder.vocab_size)
         write_tensors(
             unfinished,
             {name: place.shape for name, place in plan.items()},
@@ -84,13 +83,6 @@ def write_random_checkpoint(
 def random_config(model: str | Path) -> ModelConfig:
     """Of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
     return _parse(_find(model))
-
-
-def random_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The one that `write_random_checkpoint` writes. Raises ConfigError."""
-    with tempfile.TemporaryDirectory() as scratch:
-        _write_tokenizer(Path(scratch), config.decoder.vocab_size)
-        return load_tokenizer(Path(scratch))
 
 
 def random_weights(
@@ -139,7 +131,8 @@ def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
             return tensor.normal_(0, 0.02, generator=generator)
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Writes the tokenizer of `write_random_checkpoint`. Raises ConfigError."""
     added = _QWEN_SPECIAL + _QWEN_PLAIN + _INTERNVL
     first = min(_ADDED_FROM, vocab_size - len(added))
     if first < 256:

@@ -44,6 +44,11 @@ class Tally:
         return Work(self.flops, self.bytes)
 
 
+def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
     """One pass of vision tower and projector over so many tiles; nothing for none."""
     if num_tiles == 0:

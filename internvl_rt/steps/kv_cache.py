@@ -7,7 +7,6 @@ are the same; the kernels find a sequence's tokens through its row of the block 
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +18,8 @@ from internvl_rt._C import PagedKVCache
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.model.step_inputs import LayerCache
+from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.device_stream import to_device
 from internvl_rt.steps.sequence import Picture, Sequence
 
@@ -28,14 +29,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
 WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
 IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys (rotated) and values of one decoder layer, by block, head, place in the block and channel."""
-
-    k_cache_BGPC: Tensor
-    v_cache_BGPC: Tensor
 
 
 class KVCache:
@@ -161,11 +154,6 @@ def build_identity(**parts: str | int | float | bytes | None) -> bytes:
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
     return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
-
-
-def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def plan_num_blocks(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import Work, decoder_work, vision_work
 from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import Sampler, forbid
 from internvl_rt.steps.sequence import Picture
-from internvl_rt.steps.step import Chunk, Step, StepInputs, build_step
+from internvl_rt.steps.step import Chunk, Step, build_step
 from internvl_rt.steps.step_graph import DecodeGraphs, PrefillGraphs, prefill_buckets
 from internvl_rt.steps.visual_cache import VisualCache
 

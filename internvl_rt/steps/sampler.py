@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw

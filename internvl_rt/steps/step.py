@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.kernels._split_plan import num_split_items
-from internvl_rt.model.ops import Batch
+from internvl_rt.model.step_inputs import Batch, StepInputs
 from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
@@ -118,20 +118,6 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         has_prompts=has_prompts,
         is_plain=is_plain,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """A ragged batch: the new tokens of S sequences, one after another; prefill chunks and decodes alike."""
-
-    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
-    drawn_R: Tensor  # int64, the tokens that the step before drew
-    position_T: Tensor  # float32 rotary positions, fractions allowed
-    slot_T: Tensor  # int32, place of each token's key and value in the pool
-    batch: Batch
-    logit_row_R: Tensor | None  # int64, rows whose logits are wanted, of the last layer's output; None: all of them
-    visual_XD: Tensor | None = None  # visual tokens of this step,
-    visual_row_X: Tensor | None = None  # int64, and the rows they overwrite
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.kernels._split_plan import num_split_items
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
 from internvl_rt.steps.device_stream import Fence, host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import PlainArguments, plain_words, wrap_plain
-from internvl_rt.steps.step import Draw, Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
+from internvl_rt.steps.step import Draw, Step, StepShape, fill_step, picked_rows, wrap_step
 
 # Sequences of a prefill from a graph, decodes among them included: one, which is what a lone user waits for, or a few;
 # attention starts programs for every row and all the tokens of the bucket, and those of empty rows take time to end.

@@ -16,8 +16,9 @@ from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
 from internvl_rt.kernels.sample import SPEC as SAMPLE
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.ops import Batch, Linear, Norm
+from internvl_rt.model.ops import Linear, Norm
 from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.step_inputs import Batch
 from support.specs import discover_specs
 
 BENCH = Path(__file__).parents[2] / "bench" / "launch_plans.py"

@@ -7,7 +7,8 @@ import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, kv_bytes_per_token, plan_num_blocks
+from internvl_rt.model.work import kv_bytes_per_token
+from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
 
 
 def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_position: int = 100) -> DecoderConfig:
