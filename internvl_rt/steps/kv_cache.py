@@ -17,18 +17,18 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.model.step_inputs import LayerCache
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.device_stream import to_device
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 
 CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]  # pool, source blocks, destination blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
 WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
-IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
 
 
 class KVCache:
@@ -137,19 +137,6 @@ class KVCache:
             for from_kind, to_kind in zip(from_pool.flatten(0, 1), to_pool.flatten(0, 1), strict=True):
                 for from_block, to_block in pairs.T.tolist():
                     to_kind[to_block].copy_(from_kind[from_block], non_blocking=True)
-
-
-def build_identity(**parts: str | int | float | bytes | None) -> bytes:
-    """All that keys and values depend on besides tokens and pictures, as one string for the prefix index.
-
-    Every part is typed and has its length in front, so that no two different sets of parts look the same.
-    """
-
-    fields = [IDENTITY_VERSION]
-    for name, value in sorted(parts.items()):
-        fields += [name.encode(), type(value).__name__.encode()]
-        fields.append(value if isinstance(value, bytes) else repr(value).encode())
-    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
