@@ -232,7 +232,7 @@ class _Call:
         self._steps, self._event_loop, self._every_piece = steps, event_loop, every_piece
         self._arrived: deque[Piece] = deque()
         self._changed = asyncio.Event()
-        self._told = False  # and the caller has not looked yet
+        self._is_waking = False  # whether `_wake` is scheduled and has not run yet
         request.notify = self._notify
 
     async def next_piece(self) -> Piece:
@@ -258,16 +258,16 @@ class _Call:
             return
         if self.request.error is None:
             self._arrived += pieces_of(self._steps.poll(self.request), self.request.reply)
-        if self._told:
+        if self._is_waking:
             return
-        self._told = True
+        self._is_waking = True
         try:
-            self._event_loop.call_soon_threadsafe(self._look)
+            self._event_loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the event loop was closed around the caller
             self.cancel()
 
-    def _look(self) -> None:
-        self._told = False  # first: what comes from here on may be missed by the caller
+    def _wake(self) -> None:
+        self._is_waking = False  # first: what comes from here on may be missed by the caller
         self._changed.set()
 
 

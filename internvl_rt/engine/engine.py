@@ -17,7 +17,7 @@ from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
-from internvl_rt.engine.sequences import SequenceBuilder
+from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.inputs.image import ImageSource
@@ -91,7 +91,7 @@ class Engine:
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
-        self._sequences = SequenceBuilder(model.config, tokenizer, options, self.max_model_len)
+        self._sequences = SequenceFactory(model.config, tokenizer, options, self.max_model_len)
 
     @classmethod
     @takes_options(EngineOptions)
@@ -282,7 +282,7 @@ class Engine:
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=None if timeout_s is None else prepared.start_s + timeout_s)
-        for index, sequence in enumerate(self._sequences.build(prepared, params)):
+        for index, sequence in enumerate(self._sequences.make(prepared, params)):
             request.answers.append(Answer(request, index, sequence, AnswerText(self.tokenizer.stream(), params)))
         return request
 

@@ -18,7 +18,7 @@ from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.speculation import PromptLookup
 
 
-class SequenceBuilder:
+class SequenceFactory:
     """Numbers sequences, derives their seeds, and compiles their grammars. Any thread may use it."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, max_model_len: int) -> None:
@@ -29,7 +29,7 @@ class SequenceBuilder:
         self._engine_seed = secrets.randbits(64) if options.seed is None else options.seed
         self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
 
-    def build(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
+    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
         """A sequence for each answer: the first computes the prompt, the others wait for it as its siblings.
 
         `max_tokens` is cut to the room left in the context window. Raises RequestError.

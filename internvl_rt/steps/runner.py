@@ -258,10 +258,10 @@ class Runner:
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
         """Given with the picture, kept from an earlier time, or computed."""
         if picture.visual_XD is not None:
-            return self._uploads.load(picture).take().to(self._model.device, self._model.dtype)
+            return self._uploads.load(picture).get().to(self._model.device, self._model.dtype)
         visual_XD = self._visual_cache.get(picture.digest, salt)
         if visual_XD is None:
-            visual_XD = self._encode(self._uploads.load(picture).take().to(self._model.device))
+            visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))
             self._visual_cache.put(picture.digest, salt, visual_XD)
         return visual_XD
 

@@ -46,7 +46,7 @@ class Uploads:
         pixels = torch.as_tensor(image.pixels())
         on_gpu = Arriving.on_current_stream(pixels) if pixels.device.type != "cpu" else None
         with self._stream.use():
-            pixels = to_device(pixels, self._device) if on_gpu is None else on_gpu.take().to(self._device)
+            pixels = to_device(pixels, self._device) if on_gpu is None else on_gpu.get().to(self._device)
             tiles = self._ops.resize_tiles(pixels, *image.grid, self._tile_side, image.thumbnail)
             return Arriving.on_current_stream(tiles)
 
