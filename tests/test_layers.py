@@ -62,6 +62,7 @@ MODULES = [
     "inputs.prompt",
     "inputs.position",
     "inputs.sampling_params",
+    "model.linear",
     "model.step_inputs",
     "model.ops",
     "model.ops_triton",
