@@ -11,13 +11,15 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams, in_flight, loop, runner
+from internvl_rt.model.ops import Ops
+from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 
@@ -40,7 +42,12 @@ def build_engine(num_sequences: int, num_steps: int) -> Engine:
     token_id_R = torch.tensor(engine.tokenizer.encode("the digits and the rest of it" * num_sequences)[:num_sequences])
     engine.model.run_step = lambda step, caches: x_RD
     engine.model.logits = lambda x: logits_RV
-    engine.model.ops = replace(engine.model.ops, sample=lambda logits, sampling, out: out.copy_(token_id_R))
+
+    class KnownDraws(Ops):
+        def sample(self, logits_RV: Tensor, sampling: Sampling, out_R: Tensor) -> None:
+            out_R.copy_(token_id_R)
+
+    engine.model.ops = KnownDraws(**vars(engine.model.ops))
     return engine
 
 

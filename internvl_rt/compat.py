@@ -32,7 +32,7 @@ from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.inputs.video import load_video as read_video
-from internvl_rt.kernels.patch_embed import normalise_tiles_reference
+from internvl_rt.model.ops import normalise_tiles
 
 History = list[tuple[str, str]]
 
@@ -44,7 +44,7 @@ def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12
     """Normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last; as the model card's function."""
     options = ImageOptions(image_size=input_size, max_tiles=max_num)
     tiles = tile_image(read_image(image_file, options), options)
-    return normalise_tiles_reference(torch.from_numpy(tiles))
+    return normalise_tiles(torch.from_numpy(tiles))
 
 
 def load_video(

@@ -68,6 +68,7 @@ MODULES = [
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
     "kernels._check",
+    "model.linear",
     "model.step_inputs",
     "model.ops",
     "model.ops_triton",

@@ -12,7 +12,6 @@ from internvl_rt.engine.memory import MemoryPlan, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.kernels._launch import target_of
 from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
@@ -49,8 +48,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         block_size=options.block_size,
         dtype=chosen,
         device=target,
-        num_sms=target_of(target).num_sms if ops.plans_splits else 0,
-        copy_blocks=ops.copy_blocks,
+        ops=ops,
     )
     return InternVL(config, weights, ops), tokenizer, cache, memory
 
@@ -102,11 +100,7 @@ def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
         raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
     if backend == "torch" or (backend == "auto" and device.type == "cpu"):
         return TORCH
-    try:
-        target_of(device)
-    except ValueError as error:
-        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
-    return triton_ops(Switches(programmatic_launch=options.programmatic_launch))
+    return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -5,12 +5,11 @@ It loads neither a tokenizer nor the scheduler, so that it can be used, tested, 
 
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.ops_triton import TRITON, triton_ops
+from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.weights import load_weights, save_weights
 
 __all__ = [
     "TORCH",
-    "TRITON",
     "InternVL",
     "ModelWeights",
     "Ops",

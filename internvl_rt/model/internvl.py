@@ -9,11 +9,13 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
-from internvl_rt.model.ops import Linear, Norm, Ops, padded_rows
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
+ROW_MULTIPLE = 16  # Triton asks of a stride whether it is a multiple of 16; for loads of 16 bytes 8 would be enough
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 
 
@@ -64,13 +66,16 @@ class InternVL:
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of what `run_step` returns; in `out`, of `logits_memory`, where that is given."""
-        return self.ops.norm_linear(x_RD, self.weights.decoder.norm, self.weights.decoder.lm_head, out)
+        """Logits [R, V] of what `run_step` returns, in `out`; None: in new memory, of `logits_memory` too."""
+        weights = self.weights.decoder
+        out = self.logits_memory(len(x_RD)) if out is None else out
+        return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)
 
     def logits_memory(self, num_rows: int) -> Tensor:
-        """Memory for logits [num_rows, V], every row of which is read as fast as can be."""
-        embedding_VD = self.weights.decoder.embedding_VD
-        return padded_rows(num_rows, len(embedding_VD), embedding_VD)
+        """Memory for logits [num_rows, V], every row of which begins at a multiple of ROW_MULTIPLE elements."""
+        num_columns = self.weights.decoder.lm_head.num_outputs
+        stride = -(-num_columns // ROW_MULTIPLE) * ROW_MULTIPLE
+        return torch.empty(num_rows, stride, dtype=self.dtype, device=self.device)[:, :num_columns]
 
 
 def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:

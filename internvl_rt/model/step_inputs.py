@@ -4,6 +4,7 @@ Every value is frozen, and nothing about a step reaches the model any other way.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -48,9 +49,8 @@ class LayerCache:
     v_cache_BGPC: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one token is drawn from each of R rows of logits. `kernels/sample.py` says what the values mean."""
+class Sampling(NamedTuple):
+    """How a token is drawn from each of R rows of logits: the arguments of `kernels/sample.py`, which explains them."""
 
     temperature_R: Tensor
     top_k_R: Tensor

@@ -5,7 +5,6 @@ are the same; the kernels find a sequence's tokens through its row of the block 
 `block * block_size + offset`.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from itertools import groupby
 
@@ -18,13 +17,11 @@ from internvl_rt._C import PagedKVCache
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.picture import Picture
-from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.model.ops import Ops
 from internvl_rt.model.step_inputs import LayerCache
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.device_stream import to_device
 from internvl_rt.steps.sequence import Sequence
-
-CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]  # pool, source blocks, destination blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
@@ -43,20 +40,18 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         num_host_blocks: int = 0,
-        num_sms: int = 0,
-        copy_blocks: CopyBlocks = copy_blocks_reference,
+        ops: Ops,
     ) -> None:
         """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
-        num_host_blocks: room in the host's memory for sequences that are swapped out. num_sms: of a device whose decode
-        attention wants a split plan, else 0. copy_blocks: how blocks are copied on the device.
+        num_host_blocks: room in the host's memory for sequences that are swapped out. ops: copies blocks on the
+        device, and says how attention is split.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-        self.block_size, self.num_kv_heads, self.num_sms = block_size, config.num_kv_heads, num_sms
+        self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
         watermark_blocks = num_blocks // WATERMARK
-        self._copy = copy_blocks
         self.blocks = PagedKVCache(
             num_blocks, block_size, num_host_blocks=num_host_blocks, watermark_blocks=watermark_blocks
         )
@@ -68,6 +63,10 @@ class KVCache:
             self._host_pool = self._host_pool.pin_memory()
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
         self.buffers = (self._device_pool,)  # all that `layers` are parts of
+
+    def num_split_items(self, num_rows: int) -> int:
+        """Length of the plan by which attention of so many sequences with one new token is split; 0: none is wanted."""
+        return self._ops.num_split_items(num_rows, self._num_kv_heads)
 
     def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
         """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
@@ -130,7 +129,7 @@ class KVCache:
             pairs = np.array(list(run), np.int64)[:, 1:].T
             if kind == ON_DEVICE:
                 source, destination = to_device(torch.from_numpy(pairs.copy()), self._device_pool.device)
-                self._copy(self._device_pool, source, destination)
+                self._ops.copy_blocks(self._device_pool, source, destination)
                 continue
             pools = (self._device_pool, self._host_pool)
             from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.step_inputs import Batch, StepInputs
 from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.kv_cache import KVCache
@@ -169,7 +168,7 @@ def shape_of(step: Step, cache: KVCache) -> StepShape:
         num_tokens=step.num_tokens,
         num_rows=num_rows,
         table_width=-(-max([chunk.stop for chunk in step.chunks]) // cache.block_size),
-        num_items=num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0,
+        num_items=cache.num_split_items(num_rows),
     )
 
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
-from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
@@ -118,7 +117,7 @@ class DecodeGraphs:
         max_model_len: int,
     ) -> None:
         width = -(-max_model_len // cache.block_size)
-        shapes = [StepShape(n, n, width, _num_items(cache, n)) for n in reversed(decode_buckets(max_num_seqs))]
+        shapes = [StepShape(n, n, width, cache.num_split_items(n)) for n in reversed(decode_buckets(max_num_seqs))]
         self._buffer = _Buffer(cache, shapes, drawn_R.device, draws=True)
         self._buckets: dict[int, tuple[StepShape, Replay]] = {}
         for shape in shapes:
@@ -210,10 +209,6 @@ def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
 def decode_buckets(max_num_seqs: int) -> list[int]:
     """1, 2, 4, 8, 16, 24, 32, ... and `max_num_seqs`, ascending."""
     return sorted({n for n in (1, 2, 4, *range(8, max_num_seqs, 8)) if n < max_num_seqs} | {max_num_seqs})
-
-
-def _num_items(cache: KVCache, num_rows: int) -> int:
-    return num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0
 
 
 def _padding(shape: StepShape) -> NDArray[np.int32]:

@@ -8,7 +8,7 @@ from test_ops_triton import VIT_6B, build_model
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import TORCH
-from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.random_checkpoint import random_config, random_weights
 from support.agreement import in_float32, layer_errors, logits_of, rms_error, top1_agreement, tower_cosine
 
@@ -19,7 +19,7 @@ SURE = 6.0
 
 def random_model(name: str, dtype: torch.dtype) -> InternVL:
     config = random_config(name)
-    return InternVL(config, random_weights(config, dtype=dtype, device="cuda"), TRITON)
+    return InternVL(config, random_weights(config, dtype=dtype, device="cuda"), triton_ops(torch.device("cuda")))
 
 
 def draw_tiles(num_tiles: int, side: int, device: str) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_layers_run_one_by_one_are_the_tower() -> None:
     """On the kernels, in the interpreter: the layers that are compared are those that the engine runs."""
     model = build_model(VIT_6B)
     tiles = draw_tiles(1, 56, "cpu")
-    assert max(layer_errors(InternVL(model.config, model.weights, TRITON), model, tiles)) < 1e-5
+    assert max(layer_errors(InternVL(model.config, model.weights, triton_ops(model.device)), model, tiles)) < 1e-5
 
 
 @pytest.mark.parametrize("part", ["vision.layers.1.fc1", "vision.layers.2.proj"])

@@ -10,7 +10,7 @@ from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH
-from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +70,7 @@ def build_model(vision: VisionConfig = VIT_300M, decoder: DecoderConfig = QWEN2,
 
 
 def on_triton(model: InternVL) -> InternVL:
-    return InternVL(model.config, model.weights, TRITON)
+    return InternVL(model.config, model.weights, triton_ops(DEVICE))
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:

@@ -9,6 +9,7 @@ from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prompt import VisualSpan
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.model.ops import TORCH
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.scheduler import MAX_OVERTAKEN, Scheduler
 from internvl_rt.steps.sequence import Sequence
@@ -64,7 +65,9 @@ class Bench:
 
     def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30):
         device = torch.device("cpu")
-        self.cache = KVCache(CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device)
+        self.cache = KVCache(
+            CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device, ops=TORCH
+        )
         self.scheduler = Scheduler(
             self.cache, max_num_seqs=max_num_seqs, max_tokens_per_step=budget, max_tiles_per_step=tiles
         )
