@@ -67,7 +67,7 @@ def test_several_answers_share_one_prompt(engine, monkeypatch):
     assert counts == [reply.usage.prompt_tokens, *[4] * 7]
     assert len({tuple(choice.token_ids) for choice in reply.choices}) > 1
     assert reply.usage.completion_tokens == 32
-    assert engine.cache.blocks.stats()["num_device_copies"] >= 3, "the prompt's last block is copied on write"
+    assert engine.cache.blocks.stats()["num_copies"] >= 3, "the prompt's last block is copied on write"
 
 
 def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, monkeypatch):
