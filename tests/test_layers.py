@@ -143,6 +143,7 @@ HOMES = {
     "transformers": [],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
+CALLERS_OF_KERNELS = {"model.ops", "model.ops_triton", "doctor.kernels"}  # the tables, and what checks the kernels
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400
 
@@ -197,6 +198,12 @@ def test_a_library_is_imported_only_in_its_home(name: str) -> None:
         if name not in homes and f"{dotted}.".startswith(f"{library}.")
     }
     assert not strays
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_kernel_is_called_through_the_table_of_operations(name: str) -> None:
+    packages = {(internal_module(dotted) or "").partition(".")[0] for dotted in imported_names(name)}
+    assert "kernels" not in packages or name.startswith("kernels.") or name in CALLERS_OF_KERNELS
 
 
 @pytest.mark.parametrize("name", MODULES)

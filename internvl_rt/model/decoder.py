@@ -45,7 +45,7 @@ def run_layers(
     step: StepInputs,
     x_TD: Tensor,
 ) -> Tensor:
-    """What the last layer leaves; the keys and values of every token are left in the cache."""
+    """x_TD behind the last layer. The keys and values of every token are written to their slots in the caches."""
     for layer, cache in zip(weights.layers, caches, strict=True):
         projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
         q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, inv_freq_C, cache, step.slot_T)

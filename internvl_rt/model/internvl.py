@@ -1,4 +1,4 @@
-"""The whole model as one value: configuration, weights, operations; and the two passes over them."""
+"""The whole model as one value: configuration, weights and operations, with a pass over each tower."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,7 +15,7 @@ from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
-ROW_MULTIPLE = 16  # Triton asks of a stride whether it is a multiple of 16; for loads of 16 bytes 8 would be enough
+ROW_MULTIPLE = 16  # elements; Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 
 
@@ -27,12 +27,15 @@ class ModelWeights:
 
 
 class InternVL:
-    """A model ready to run: frozen weights, one table of operations."""
+    """A model ready to run: frozen weights and a table of operations.
+
+    buffers: tensors on the device that are no weights
+    """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
-        self.buffers = (self._inv_freq_C,)  # tensors on the device beside the weights
+        self.buffers = (self._inv_freq_C,)
 
     @property
     def device(self) -> torch.device:
@@ -50,23 +53,23 @@ class InternVL:
         )
 
     def embed(self, step: StepInputs) -> Tensor:
-        """x_TD of a step's tokens, the visual ones in their places."""
+        """x_TD of a step's tokens. Visual tokens take the place of their placeholders."""
         x_TD = self.ops.embed_tokens(step.token_id_T, step.drawn_R, self.weights.decoder.embedding_VD)
         if step.visual_XD is not None and step.visual_row_X is not None:
             self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
         return x_TD
 
     def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
-        """What the decoder's last layer leaves of x_TD, in its memory or not; all keys and values are in the cache."""
+        """x_TD behind the decoder's last layer, perhaps in the memory of the given one. Fills the caches' slots."""
         return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
 
     def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
-        """The decoder's x_RD, of the rows whose logits are wanted: prefill chunks and decodes together."""
+        """x_RD behind the decoder's last layer, of the rows whose logits are wanted. Fills the caches' slots."""
         x_TD = self.run_layers(step, self.embed(step), caches)
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of what `run_step` returns, in `out`; None: in new memory, of `logits_memory` too."""
+        """Logits [R, V] of what `run_step` returns. They are written to `out`, which is `logits_memory` by default."""
         weights = self.weights.decoder
         out = self.logits_memory(len(x_RD)) if out is None else out
         return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)

@@ -1,4 +1,7 @@
-"""The weights of a layer as small frozen values, which nobody unpacks but the tables of operations."""
+"""The weights of a layer as small frozen values. Only the tables of operations unpack them.
+
+`Linear` is the only kind of weight so far. Another kind is another class, and a case in the `linear` of each table.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x W^T + b, the dense kind: every weight is a number of the model's dtype."""
+    """The dense kind: y = x W^T + b."""
 
     weight_NK: Tensor
     bias_N: Tensor | None

@@ -1,14 +1,17 @@
 """The operations that the model is written against, as one frozen table.
 
-`TORCH` holds the references: plain torch, any device. `ops_triton` makes tables of the kernels in `kernels/`. An engine
-picks one table when it is built and hands it down, and nothing else asks which one it is.
+`TORCH` holds the references, which are plain torch and run on any device. `ops_triton` makes tables of the kernels in
+`kernels/`. An engine picks one table when it is built and hands it down; nothing else asks which one it is.
 
-Both towers are moves of the same kind. The decoder's are norm + linear (+ rotary + KV write), attention, linear +
-residual, norm + linear + SwiGLU, linear + residual; a decode step runs each as one kernel, the norm in front. The ViT,
-which always has a thousand rows and more, has its norms behind: linear, attention, linear + residual + norm, linear +
-GELU, linear + residual + norm, so that residual, LayerScale and norm are one pass over the rows.
+A layer of either tower is five moves:
 
-The dimension letters are explained in `kernels/_contract.py`.
+  decoder: norm + linear + rotary + KV write, attention, linear + residual, norm + linear + SwiGLU, linear + residual
+  ViT: linear, attention, linear + residual + norm, linear + GELU, linear + residual + norm
+
+In a decode step each move of the decoder is one kernel, which has the norm in front. The ViT always has a thousand rows
+or more; its norms come last, so that residual, LayerScale and norm are one pass over the rows.
+
+`kernels/_contract.py` explains the dimension letters.
 """
 
 from collections.abc import Callable
@@ -36,21 +39,21 @@ from internvl_rt.model.step_inputs import Batch, LayerCache, Sampling
 
 Activation = Literal["none", "gelu", "swiglu"]
 
-normalise_tiles = normalise_tiles_reference  # for who wants a picture as the official code gives it to the model
+normalise_tiles = normalise_tiles_reference  # tiles as the official code gives them to its model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ops:
     """One implementation of every operation, and what it can do.
 
-    captures_graphs: nothing waits for the device, so that CUDA graphs can be captured
-    resizes_on_device: pictures are cut into tiles where the model runs; else on the CPU, to the same bits
-    num_split_items(num_rows, num_kv_heads): length of the plan by which attention of so many sequences with one new
-        token is split, which the KV cache fills; 0 where no plan is wanted
+    captures_graphs: whether CUDA graphs can be captured, because no operation waits for the device
+    resizes_on_device: whether pictures are cut into tiles on the model's device; else the CPU does it, to the same bits
+    num_split_items(num_rows, num_kv_heads): how many items a split plan of decode attention has, which the KV cache
+        fills; 0 where no plan is wanted
 
-    The other fields are functions of plain tensors. Each is named after a file in `kernels/`, which explains it, and is
-    that file's reference or its launcher. The methods unpack weights for them. Where a method adds to a `residual`, the
-    memory of the residual may be the result's afterwards.
+    The other fields are functions of plain tensors. Each is the reference or the launcher of the file in `kernels/`
+    that has its name; that file explains it. The methods unpack weights and call these functions.
+    A method may write its result into the `residual` that it is given.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Ops:
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
 
     def embed_tiles(self, tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
-        """x_RE of uint8 or normalised tiles, patches first."""
+        """x_RE, patches first, of uint8 tiles [I, S, S, 3] or of normalised floating-point tiles [I, 3, S, S]."""
         return self.patch_embed(tiles, patch.weight_NK, bias_of(patch), class_E, position_UE)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -91,15 +94,15 @@ class Ops:
         scale_N: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """activation(norm(x) W^T + b), or residual + scale * (norm(x) W^T + b). Every product of a layer comes here.
+        """activation(norm(x) W^T + b), or with a residual: residual + scale * (norm(x) W^T + b).
 
-        bias: False leaves b out
-        activation: with "swiglu" the rows of W are gate, up
-        scale_N: LayerScale, of a product that is added to a residual
-        out: memory of the result; its rows may lie apart
+        bias: False leaves out b
+        activation: for "swiglu" the rows of W are gate, then up
+        scale_N: LayerScale, which only a product with a residual has
+        out: memory for the result; its rows may have gaps between them
         """
         if norm is not None:
-            x = self.norm(x, norm)  # one name, so that what came before is freed when its successor is there
+            x = self.norm(x, norm)  # `x` is the only name, so that each result is freed once the next one is computed
         is_gated = activation == "swiglu"
         x = self.gemm_epilogue(
             x,
@@ -117,7 +120,7 @@ class Ops:
     def linear_residual_norm(
         self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
-        """The new x = residual + scale * (y W^T + b), and norm(x); without a norm x itself in its place."""
+        """x = residual + scale * (y W^T + b), and norm(x). Without a norm both results are x."""
         x = self.linear(y, linear, residual=residual, scale_N=scale_N)
         return x, x if norm is None else self.norm(x, norm)
 
@@ -133,25 +136,25 @@ class Ops:
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """q_THC, rotated; keys and values of the tokens are written into the cache."""
+        """The rotated q_THC. Rotated keys and values of the tokens are written to their slots in the cache."""
         where = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
         return self.qkv_rope_kv(self.linear(self.norm(x_TD, norm), qkv), *qk_weights(q_norm, k_norm), *where)
 
     def attend_tiles(
         self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
     ) -> Tensor:
-        """y_RE of the ViT's attention, within each tile."""
+        """y_RE of the ViT's attention. A patch attends to all patches of its tile."""
         return self.vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """y_THC of the decoder's attention, to all tokens of a sequence up to each query's own."""
+        """y_THC of the decoder's attention. A token attends to itself and to all tokens of its sequence before it."""
         where = batch.block_table_SN, batch.query_start_S1, batch.seq_len_S
         return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
 
     def merge_patches(
         self, x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, version: Literal["v1", "v2"]
     ) -> Tensor:
-        """y_IMK of the ViT's patches: squares of factor * factor side by side, then a LayerNorm."""
+        """y_IMK of the ViT's patches: each square of factor * factor patches becomes one row, and is normalised."""
         return self.unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
 
     def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tables of the Triton kernels: `Ops` for CUDA devices, and, slowly, for Triton's interpreter."""
+"""Tables of the Triton kernels, for CUDA devices. They run in Triton's interpreter too, slowly."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,21 +38,21 @@ MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What the kernels can do with and without, so that each can be timed, and a fault can be told from its use."""
+    """Features of the kernels that can be turned off, to time them and to find out whether they cause a fault."""
 
-    programmatic_launch: bool = True  # kernels of decode steps start before the one before them has ended (sm_90 on)
+    programmatic_launch: bool = True  # kernels of a decode step start before the previous one has ended (sm_90 on)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TritonOps(Ops):
-    """The kernels one after another as in `Ops`, and fused ones for few rows, for ViT layers and for paged attention.
+    """Calls the kernels as `Ops` says, and fused kernels in their place where there are any.
 
-    Some of them share memory between calls, so a table serves one stream: an engine has its own.
+    The fused kernels share memory between calls. Therefore a table serves one stream, and every engine has its own.
     """
 
     switches: Switches
-    _shared: dict[torch.device, dict[str, Any]] = field(default_factory=dict)  # arguments of all products of few rows
-    _counters: dict[torch.device, Tensor] = field(default_factory=dict)
+    _shared: dict[torch.device, dict[str, Any]] = field(default_factory=dict)  # see _shared_arguments
+    _counters: dict[torch.device, Tensor] = field(default_factory=dict)  # see _zero_counters
 
     def linear(
         self,
@@ -66,24 +66,16 @@ class TritonOps(Ops):
         scale_N: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As `Ops.linear`. A decoder's product of few rows, with norm or residual, is one kernel.
+        """As `Ops.linear`. A product of the decoder is one kernel when it has few rows.
 
-        The others, plain, with GELU or with LayerScale, are the vision tower's, whose rows are always many.
+        The decoder's products have an RMSNorm or a residual. The vision tower has the plain ones and those with GELU
+        or LayerScale, always of many rows.
         """
         out = residual if out is None else out
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
         if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= MAX_ROWS):
-            return Ops.linear(
-                self,
-                x,
-                linear,
-                norm=norm,
-                bias=bias,
-                activation=activation,
-                residual=residual,
-                scale_N=scale_N,
-                out=out,
-            )
+            rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out}
+            return Ops.linear(self, x, linear, norm=norm, bias=bias, activation=activation, **rest)
         norm_weight_K, eps = (None, 0.0) if norm is None else (norm.weight_D, norm.eps)
         operands = x, linear.weight_NK, linear.bias_N, norm_weight_K, eps
         shared = self._shared_arguments(x.device)
@@ -92,7 +84,7 @@ class TritonOps(Ops):
     def linear_residual_norm(
         self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
-        """As `Ops.linear_residual_norm`: the product alone, then all the rest in one pass over the rows."""
+        """As `Ops.linear_residual_norm`. Everything but the product is one pass over the rows."""
         if norm is None:
             return Ops.linear_residual_norm(self, y, linear, residual, scale_N, norm)
         product = self.linear(y, linear, bias=False)
@@ -111,7 +103,7 @@ class TritonOps(Ops):
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """As `Ops.norm_qkv_rope_kv`; of few rows without norms on q and k one kernel."""
+        """As `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows and no norms on q and k."""
         if q_norm is not None or norm.bias_D is not None or not 0 < len(x_TD) <= MAX_ROWS:
             where = position_T, inv_freq_C, cache, slot_T
             return Ops.norm_qkv_rope_kv(self, x_TD, norm, qkv, q_norm, k_norm, *where)
@@ -122,7 +114,7 @@ class TritonOps(Ops):
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """As `Ops.paged_attention`: sequences with one new token by the split kernel, the others by the causal one."""
+        """As `Ops.paged_attention`. Sequences with one new token have a kernel of their own, whose work is split."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
@@ -140,7 +132,7 @@ class TritonOps(Ops):
         sample(logits_RV, *sampling, out=token_id_R)
 
     def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
-        """Arguments of every product of few rows: how it is launched, and memory in which its splits meet."""
+        """The arguments that all products of few rows have in common. The parts of a product meet in the workspace."""
         shared = self._shared.get(device)
         if shared is None:
             workspace = build_gemv_workspace(device)
@@ -149,9 +141,9 @@ class TritonOps(Ops):
         return shared
 
     def _zero_counters(self, device: torch.device, rows: int, kv_heads: int) -> Tensor | None:
-        """How many splits of a row have arrived, for decode attention: zeros, which every call leaves as zeros.
+        """Counters with which decode attention counts the finished parts of a row: zeros before and after every call.
 
-        None where there are so many that the call must make its own.
+        None where so many are needed that the call must make its own.
         """
         if rows * kv_heads > MAX_COUNTERS:
             return None
@@ -162,7 +154,7 @@ class TritonOps(Ops):
 
 
 def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:
-    """A table for one stream of a device. Raises RequestError where the kernels cannot run."""
+    """A table for one stream of a device. Raises RequestError for a device on which the kernels cannot run."""
     try:
         target = target_of(device)
     except ValueError as error:

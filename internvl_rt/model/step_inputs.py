@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A ragged batch: the new tokens of S sequences, one sequence after another. Prefill chunks and decodes mix."""
+    """The new tokens of S sequences, one sequence after another; some are prefill chunks, others one token long."""
 
     token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
     drawn_R: Tensor  # int64, the tokens that the step before drew

@@ -37,7 +37,7 @@ def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: 
     x_RE = ops.embed_tiles(tiles, weights.patch, weights.class_E, weights.position_UE)
     n_RE = ops.norm(x_RE, weights.layers[0].norm1)
     for layer, next_layer in zip_longest(weights.layers, weights.layers[1:]):
-        # One name for what passes from move to move: a second would keep its memory to the end of the layer.
+        # One name for all results between the moves: a second would keep its tensor alive to the end of the layer.
         y_RK = ops.linear(n_RE, layer.qkv)
         y_RK = ops.attend_tiles(y_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
         x_RE, n_RE = ops.linear_residual_norm(y_RK, layer.proj, x_RE, layer.scale1_E, layer.norm2)

@@ -1,72 +1,20 @@
 """The whole model on the Triton kernels against the references: both kinds of ViT, every decoder layout."""
 
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor
 
 from internvl_rt import Engine, RequestError, SamplingParams
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
-from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
-from internvl_rt.model.ops import TORCH
+from internvl_rt.checkpoint.config import DecoderConfig, VisionConfig
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.model.internvl import InternVL
+from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-VIT_300M = VisionConfig(
-    hidden_size=64,
-    num_layers=3,
-    num_heads=4,
-    intermediate_size=96,
-    image_size=56,
-    patch_size=14,
-    norm="layer_norm",
-    norm_eps=1e-6,
-    qkv_bias=True,
-    qk_norm=False,
-)
-VIT_6B = replace(VIT_300M, hidden_size=96, num_heads=3, norm="rms_norm", qkv_bias=False, qk_norm=True)
-QWEN2 = DecoderConfig(
-    hidden_size=64,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=96,
-    vocab_size=48,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_position=512,
-    qkv_bias=True,
-    qk_norm=False,
-    tie_embeddings=False,
-)
-QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True, num_heads=6, head_dim=32, num_kv_heads=1)
-INTERNLM2 = replace(QWEN2, qkv_bias=False, head_dim=32, num_heads=2)
-
-
-def build_model(vision: VisionConfig = VIT_300M, decoder: DecoderConfig = QWEN2, unshuffle: str = "v2") -> InternVL:
-    config = ModelConfig(
-        vision=vision,
-        decoder=decoder,
-        format="original",
-        downsample=2,
-        unshuffle=unshuffle,
-        min_tiles=1,
-        max_tiles=12,
-        thumbnail=True,
-        system_message=None,
-        dtype="float32",
-    )
-    weights = build_weights(config, dtype=torch.float32, device=DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in named_parameters(weights).values():
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
-        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return InternVL(config, weights, TORCH)
+from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+from support.specs import discover_specs
 
 
 def on_triton(model: InternVL) -> InternVL:
@@ -143,6 +91,24 @@ def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
             assert together[1].usage.cached_tokens > first.usage.image_tokens
             answers.append([reply.token_ids for reply in (first, *together)])
     assert answers[0] == answers[1]
+
+
+def test_a_function_of_the_tables_is_the_kernel_of_its_name_or_the_reference_beside_it() -> None:
+    specs, table = discover_specs(), triton_ops(DEVICE)
+    functions = [one.name for one in fields(Ops) if one.name in specs]
+    assert len(functions) == 12
+    for name in functions:
+        assert getattr(TORCH, name) is specs[name].reference
+        assert getattr(table, name) is specs[name].launcher
+
+
+def test_the_kernels_are_refused_on_a_device_that_cannot_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    target_of.cache_clear()
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    message = "backend 'triton' cannot run here: device: expected a CUDA device, got cpu; .*; choose 'torch'"
+    with pytest.raises(RequestError, match=message):
+        triton_ops(torch.device("cpu"))
+    target_of.cache_clear()
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:
