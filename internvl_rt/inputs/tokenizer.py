@@ -6,7 +6,6 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, RequestError
 
 # Never read from a user's text, whatever the checkpoint's flags say: they end turns and take the place of pictures.
@@ -321,12 +321,4 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
-    return value
+    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}

@@ -17,6 +17,7 @@ from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
 ROW_MULTIPLE = 16  # elements; Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
+ParameterPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,21 +148,23 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
 
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
     """Every parameter by its dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
+    return {".".join(map(str, path)): tensor for path, tensor in walk_parameters(weights)}
 
-    def walk(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+
+def walk_parameters(weights: ModelWeights) -> Iterator[tuple[ParameterPath, Tensor]]:
+    """As `named_parameters`, with the fields and indices of each path, such as ("decoder", "layers", 3, "qkv", ...)."""
+    seen: set[int] = set()
+
+    def walk(path: ParameterPath, value: Any) -> Iterator[tuple[ParameterPath, Tensor]]:
         if isinstance(value, Tensor):
-            yield path, value
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield path, value
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
-                yield from walk(f"{path}.{index}", item)
+                yield from walk((*path, index), item)
         elif is_dataclass(value):
             for field in fields(value):
-                yield from walk(f"{path}.{field.name}" if path else field.name, getattr(value, field.name))
+                yield from walk((*path, field.name), getattr(value, field.name))
 
-    parameters: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, tensor in walk("", weights):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            parameters[path] = tensor
-    return parameters
+    return walk((), weights)
