@@ -1,6 +1,6 @@
 // What the bookkeeping of the KV cache costs, without Python around it.
 //
-//   g++ -O3 -std=c++20 bench/csrc/*.cpp csrc/block_pool.cpp csrc/p*.cpp -o kv_cache_bench    (bench/kv_cache.py does)
+//   cd csrc && cmake --preset release && cmake --build --preset release --target kv_cache_bench   (bench/kv_cache.py does)
 //   ./kv_cache_bench                                            medians of all operations, as JSON
 //   ./kv_cache_bench --only NAME --repetitions N                one of them
 //   ./kv_cache_bench --check-allocations [--operations N] [--seed N]
