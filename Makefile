@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
 INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.

@@ -69,7 +69,7 @@ MUTATIONS = [
     Mutation(
         "a fork leaves its parent in the belief that its last block is its own",
         "paged_kv_cache.cpp",
-        "  parent.room = 0;  // the last block is shared now\n",
+        "  parent.room = 0;  // its last block is shared now\n",
         "",
     ),
     Mutation(
