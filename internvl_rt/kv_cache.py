@@ -37,7 +37,7 @@ class LayerCache:
 
 
 class KVCache:
-    """`blocks` keeps the books (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
+    """`blocks` does the bookkeeping (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
 
     def __init__(
         self,
