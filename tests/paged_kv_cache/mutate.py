@@ -5,6 +5,7 @@ table in Markdown (the one in csrc/README.md), and exits with 1 when a mutation 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,15 @@ def survives(folder: Path, mutation: Mutation | None, steps: int) -> tuple[bool,
     return run.returncode == 0, (run.stdout + run.stderr).strip().splitlines()[-1]
 
 
+def shorten(line: str) -> str:
+    """What an error says that the soak prints with its type and where it happened."""
+    error = re.search(r"(?:Error|Exception)\((.*)\)$", line)
+    text = error[1].strip("'\"") if error else line
+    if text.startswith("{"):  # numbers of the cache and of the model, by name
+        text = " and ".join(re.findall(r"'(\w+)':", text)) + " are not the model's"
+    return text[:110]
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -145,7 +155,8 @@ def main() -> int:
         for mutation in MUTATIONS:
             passed, line = survives(folder, mutation, 50_000)
             survivors += passed
-            print(f"| {mutation.guard} | `{mutation.file}` | {'**survived**' if passed else line[:110]} |", flush=True)
+            said = "**survived**" if passed else shorten(line)
+            print(f"| {mutation.guard} | `{mutation.file}` | {said} |", flush=True)
     return 1 if survivors else 0
 
 
