@@ -4,7 +4,8 @@
     python bench/gpu.py --plan                           # what each of the three calls runs, and for how long
     python bench/gpu.py --cpu --out FOLDER               # the same sequence at small settings: shows that it works
 
-A machine with torch, triton, pytest, pybind11 and a C++ compiler is enough: what is not installed yet is built first.
+A machine with torch, triton, pytest, pybind11 and a C++ compiler is enough: what is not installed yet is built first,
+with CMake where there is one.
 The parts make three calls, `first`, `second` and `third`, each of less than ten minutes.
 
 Parts run one after the other, each as a process of its own with a share of the time; what one does not use goes to
@@ -32,8 +33,11 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
+import cmake_build
 from document import DocumentError, check, save
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
+from plain_build import build_in_place
 from proof import BAD, mark
 
 LEAST_S = 5.0  # Python alone needs as much
@@ -222,8 +226,7 @@ def check_build() -> None:
         importlib.import_module("internvl_rt._C")
         importlib.metadata.version("internvl-rt")
     except (ImportError, importlib.metadata.PackageNotFoundError):
-        install = ("install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
-        subprocess.run([sys.executable, "-m", "pip", *install, "--editable", str(ROOT)], check=True, stdout=sys.stderr)
+        install_package()
         importlib.invalidate_caches()
     import torch
     from timing import result_document
@@ -238,6 +241,19 @@ def check_build() -> None:
         "compiled": Path(internvl_rt._C.__file__ or "").name,
     }
     print(json.dumps(result_document("build", [row], device)))
+
+
+def install_package() -> None:
+    """Builds and installs this checkout into this Python; without CMake or ninja it is only built, in place."""
+    try:
+        for tool in ("cmake", "ninja"):
+            cmake_build.find_tool(tool)
+    except cmake_build.MissingToolError as error:
+        print(f"{error}; without it, one call of the compiler builds the extension", file=sys.stderr)
+        build_in_place(ROOT)
+        return
+    install = ("install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
+    subprocess.run([sys.executable, "-m", "pip", *install, "--editable", str(ROOT)], check=True, stdout=sys.stderr)
 
 
 def render_plan(parts: tuple[Part, ...], budget_s: float) -> str:

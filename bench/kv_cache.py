@@ -2,7 +2,7 @@
 
     python bench/kv_cache.py [--out FILE] [--runs 5] [--python-runs 3]
 
-Compiles bench/csrc with csrc at -O3, as the extension is built, and runs it several times: of the medians the lowest
+Builds the driver in bench/csrc with the extension's own objects, and runs it several times: of the medians the lowest
 counts, since other programs only ever add to it. With valgrind, callgrind counts the instructions of each operation,
 which no other program disturbs. Then bench/test_kv_cache.py runs (it needs pytest-benchmark), with vLLM's rows if vLLM
 can be imported. The exit code is 1 if a target is missed.
@@ -22,8 +22,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
+import cmake_build
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [*ROOT.glob("bench/csrc/*.cpp"), *set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "bindings.cpp"}]
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # the extension is built there too
 REPETITIONS = 64  # counted: an ordinary decode step repeats itself every 64
 FEW_REPETITIONS = {"evict_block": 8, "construct_65536": 2}  # whose state takes long to prepare
 
@@ -137,8 +140,8 @@ def main() -> int:
     parser.add_argument("--python-runs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        driver = Path(scratch) / "kv_cache_bench"
-        run(os.environ.get("CXX", "g++"), "-O3", "-std=c++20", *SOURCES, "-o", driver)
+        cmake_build.build(BUILD, ["kv_cache_bench"], quiet=True)
+        driver = BUILD / "kv_cache_bench"
         run(driver, "--check-allocations")
         cpp = measure_cpp(driver, args.runs)
         python = measure_python(args.python_runs, Path(scratch))

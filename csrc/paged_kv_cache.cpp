@@ -133,7 +133,7 @@ void PagedKVCache::append_unchecked(Sequence& sequence, std::int64_t num_tokens)
     if (pool_.writable(block)) continue;
     const std::int32_t shared = std::exchange(block, allocate());
     if (i == first && sequence.length % block_size() != 0) copy(shared, block);
-    unref(shared, num_steps_ + 1);  // the next step still copies from it
+    unref(shared, num_steps_ + 1);  // the copy from it is made before the next step
   }
   sequence.length += num_tokens;
   sequence.room = end * block_size() - sequence.length;
@@ -171,7 +171,7 @@ void PagedKVCache::publish_next_block(Sequence& sequence) {
   const Hash128 hash = index_.digest(parent, index, token_ids, sequence.pictures);
   const std::int32_t block = sequence.blocks[as_size(index)];
   sequence.digests.push_back(hash);
-  if (pool_[block].content != Content::kPrivate) return;  // a fork was faster
+  if (pool_[block].content != Content::kPrivate) return;  // another sequence has published it, which shares it
   index_.describe(block, hash, parent, token_ids);
   pool_[block].content = Content::kPending;
   publications_.push(num_steps_, version_of(block));
@@ -186,7 +186,7 @@ void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
     s.pictures = parent.pictures;
     s.digests = parent.digests;
   });
-  Sequence& parent = find(seq_id);  // start() may have moved it
+  Sequence& parent = find(seq_id);  // start() may have moved sequences_ to other memory
   child.length = parent.length;
   child.num_in_steps = parent.num_in_steps;
   child.matches = parent.matches;
@@ -195,7 +195,7 @@ void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
     pool_.ref(block);
     child.blocks.push_back(block);
   }
-  parent.room = 0;  // the last block is shared now
+  parent.room = 0;  // its last block is shared now
 }
 
 void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
@@ -212,8 +212,9 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
 
 void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
-  frees_.reserve(std::ssize(sequence.blocks));  // what can fail comes first
-  // Back to front: the tail is evicted before the head, and the next sequence gets fresh blocks in this one's order.
+  frees_.reserve(std::ssize(sequence.blocks));  // allocates here, where a failure has changed nothing yet
+  // From the last block to the first: so the end of a prefix is evicted before its beginning, without which nobody
+  // could find it, and the next sequence gets the fresh blocks in the order of this one.
   for (const std::int32_t block : sequence.blocks | std::views::reverse) unref(block, num_steps_);
   vacate(sequence);
 }
@@ -239,7 +240,7 @@ PagedKVCache::Sequence& PagedKVCache::find(std::int64_t seq_id) {
   return const_cast<Sequence&>(std::as_const(*this).find(seq_id));
 }
 
-// The sequences of a batch, into batch_.
+// Writes the sequences of a batch into batch_.
 void PagedKVCache::find_batch(std::span<const std::int32_t> seq_ids) {
   batch_.clear();
   ++num_batches_;
@@ -271,11 +272,12 @@ void PagedKVCache::check_prompt(const Prompt& prompt) const {
   }
 }
 
-// A vacant entry for the sequence. `describe` fills its vectors: all that can fail comes before anything is taken.
+// Gives the sequence a vacant entry. `describe` fills the entry's vectors: that allocates memory and may fail, so it
+// comes before anything else has changed.
 template <class Describe>
 PagedKVCache::Sequence& PagedKVCache::start(std::int64_t seq_id, std::int64_t num_blocks, Describe describe) {
   if (vacant_.empty()) {
-    vacant_.reserve(sequences_.size() + 1);  // so that vacate() cannot fail
+    vacant_.reserve(sequences_.size() + 1);  // so vacate() needs no memory and cannot fail
     sequences_.emplace_back();
     vacant_.push_back(static_cast<std::int32_t>(sequences_.size()) - 1);
   }

@@ -1,4 +1,5 @@
-// The part of PagedKVCache that talks to the device: the buffers of a step, fences, copies; and the check of the whole.
+// The part of PagedKVCache that concerns steps of the device: it fills their buffers, makes blocks wait for them and
+// lists copies. The check of all invariants is here too.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,15 +10,16 @@
 namespace internvl_rt {
 namespace {
 
-// A row of up to so many blocks is read by one program of decode attention.
+// One program of decode attention reads a whole row if the row has at most so many blocks.
 constexpr std::int64_t kMaxUnsplitBlocks = 4;
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Into how many splits a row of so many blocks is cut, given how long they should be for the batch's sake. The last split
-// to finish adds up all of them: below sqrt(blocks / 8) blocks that takes longer than shorter splits save.
+// Returns into how many splits a row of num_blocks blocks is cut, if no split of the batch should be longer than
+// `longest` blocks. The split that finishes last adds up the results of all. If splits were shorter than
+// sqrt(num_blocks / 8) blocks, adding up would take longer than shorter splits save.
 std::int64_t num_splits(std::int64_t num_blocks, std::int64_t longest) {
   if (num_blocks <= kMaxUnsplitBlocks) return num_blocks > 0 ? 1 : 0;
   const auto shortest = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(num_blocks) / 8)));
@@ -47,11 +49,11 @@ std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
     const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
     std::fill(end, table_N.end(), -1);
     std::int64_t position = sequence.length - step.num_new_tokens[row];
-    while (position < sequence.length) {  // a block at a time
+    while (position < sequence.length) {  // one block in each turn
       const std::int64_t index = position / block_size();
       const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
-      std::int32_t slot = sequence.blocks[as_size(index)] * block_size() +
-                          static_cast<std::int32_t>(position - index * block_size());
+      std::int32_t slot =
+          sequence.blocks[as_size(index)] * block_size() + static_cast<std::int32_t>(position - index * block_size());
       for (; position < stop; ++position) step.slot_T[num_tokens++] = slot++;
     }
     if (sequence.length - step.num_new_tokens[row] <= sequence.num_in_steps) sequence.num_in_steps = sequence.length;
@@ -94,8 +96,8 @@ void PagedKVCache::check_step(const StepBuffers& step) {
                  " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
 }
 
-// The rule and its reasons are those of kernels/_split_plan.py: as many splits as programs are resident at once, equally
-// long in a row, and not shorter than pays.
+// The rule and its reasons are in kernels/_split_plan.py: there are as many splits as programs that the device runs at
+// the same time, the splits of a row are equally long, and none is so short that adding up costs more than it saves.
 void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
   const std::size_t num_rows = step.seq_len_S.size();
   const auto num_blocks_of = [&](std::size_t row) {
@@ -113,7 +115,7 @@ void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
   for (std::size_t row = 0; row < batch_.size(); ++row) num_blocks += num_blocks_of(row);
   const std::int64_t even = std::max<std::int64_t>(1, ceil_div(num_blocks, resident));
   std::int64_t longest = even;
-  if (total(2 * even) <= resident) {  // the shortest that makes one wave
+  if (total(2 * even) <= resident) {  // looks for the shortest splits that all run at the same time
     for (std::int64_t end = 2 * even; longest < end;) {
       const std::int64_t middle = (longest + end) / 2;
       if (total(middle) <= resident) {
@@ -149,7 +151,7 @@ void PagedKVCache::complete(std::int64_t step, bool failed) {
       if (is_current(version) && block.content == Content::kPending) block.content = Content::kPrivate;
     });
   }
-  // Publications first: a block that is free by now then goes to the cached list.
+  // Blocks are published before deferred ones are put back, so that a block which is both goes to the cached list.
   drain_publications();
   drain_frees();
 }
@@ -167,7 +169,7 @@ void PagedKVCache::make_matchable(std::int32_t block) {
 
 void PagedKVCache::drain_frees() {
   frees_.drain(num_completed_, [&](const BlockVersion& version) {
-    if (is_current(version)) pool_.put_back(version.block);  // else a match has taken it back into use
+    if (is_current(version)) pool_.put_back(version.block);  // a stale one is used again
   });
 }
 
@@ -187,10 +189,11 @@ void PagedKVCache::unref(std::int32_t block, std::int64_t fence) {
 
 void PagedKVCache::copy(std::int32_t source, std::int32_t destination) {
   ++num_copies_;
-  // All copies of a list may be made at once, so a copy of a copy reads the original, which nobody has written since.
+  // All copies of a list may be made at once. So a copy of a block that is itself still to be copied reads the
+  // original, which nobody has written since.
   if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
   pool_[destination].copy_of = source;
-  // Neither end may be handed out again before the step that makes the copy has ended.
+  // Neither block may be handed out again before the next step has ended, since the copy is made with it.
   pool_[source].busy_until = pool_[destination].busy_until = num_steps_ + 1;
   copies_.push_back({source, destination});
 }

@@ -1,7 +1,8 @@
-// In the steady state the bookkeeping must not touch the heap: a lock or a page fault there would stall every request.
+// Checks that the bookkeeping allocates no memory once it has served requests for a while: malloc may take a lock or
+// cause a page fault, and all requests would wait for it.
 //
-// The warm-up fills every entry, ring and scratch vector to the most that the following operations can ask for. Then
-// come random operations, each with the counters of operator new and delete read before and after it.
+// The warm-up makes every vector of the cache as large as the following operations can need it. Then the program runs
+// random operations, and counts the calls of operator new and delete during each of them.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -12,8 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "paged_kv_cache.h"
 #include "kv_cache_bench.h"
+#include "paged_kv_cache.h"
 
 namespace {
 
@@ -39,7 +40,7 @@ void counted_free(void* memory) noexcept {
 
 }  // namespace
 
-// The forms that are not here (arrays, nothrow) call these.
+// The other forms of operator new and delete (arrays, nothrow) call these.
 void* operator new(std::size_t size) { return counted_malloc(size); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return counted_malloc(size, alignment); }
 void operator delete(void* memory) noexcept { counted_free(memory); }
@@ -54,9 +55,9 @@ constexpr std::int32_t kBlockSize = 16;
 constexpr std::int32_t kMaxLength = 512;  // tokens of a sequence
 constexpr std::int32_t kBlocksEach = kMaxLength / kBlockSize;
 constexpr std::int32_t kMaxSequences = 16;
-constexpr std::int32_t kNumBlocks = 400;  // too few for all sequences at full length, so that there is no space at times
+constexpr std::int32_t kNumBlocks = 400;  // less than all sequences need at full length, so admissions fail at times
 constexpr std::int32_t kMaxPictures = 4;
-constexpr std::int32_t kNumFamilies = 4;  // prompts of a family begin alike
+constexpr std::int32_t kNumFamilies = 4;  // prompts of one family have a common prefix
 
 constexpr std::array<std::int32_t, 1> kOne = {1}, kSampled = {5};  // token; the id of every sampled token
 
@@ -64,7 +65,7 @@ using Ints = std::vector<std::int32_t>;
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-struct Mirror {  // what the caller of the cache knows of a sequence
+struct Mirror {  // what the caller of the cache has to know about a sequence
   std::int32_t seq_id = -1;
   std::int32_t length = 0, computed = 0, known = 0;
 };
@@ -82,10 +83,11 @@ class Steady {
   }
 
   void warm_up() {
-    // One block for each of many sequences at once, then few of them at full length: every ring sees the whole pool.
+    // In each round some sequences take all blocks of the pool, the others have none. So every queue has to hold all
+    // blocks at some time, and every entry a sequence of full length.
     for (std::int32_t round = 0; round < kMaxSequences; ++round) {
       const std::int32_t num_long = kNumBlocks / kBlocksEach;
-      for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // the long ones start in another entry each round
+      for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // in each round other entries hold the long ones
         const bool is_long = (i + round) % kMaxSequences < num_long;
         start(i, is_long ? kMaxLength : 0, is_long ? kMaxLength : 0);
       }
@@ -108,11 +110,11 @@ class Steady {
       step();
       complete(0);
     }
-    for (int list = 0; list < 2; ++list) warm_up_copies();  // one list is read while the next one grows
+    for (int list = 0; list < 2; ++list) warm_up_copies();  // the cache has two lists, which it uses in turn
     warm_ = true;
   }
 
-  // The name of the operation.
+  // Runs one random operation and returns its name.
   const char* one() {
     const std::int32_t kind = draw(0, 99);
     Mirror& s = sequences_[as_size(draw(0, kMaxSequences - 1))];
@@ -158,7 +160,7 @@ class Steady {
     num_counted_ += num_heap_calls - before;
   }
 
-  // Makes a list of as many copies as half the pool: each is of a last block that a fork wants to write.
+  // Makes a list of copies that is longer than any later one: each fork wants to write the block that it shares.
   void warm_up_copies() {
     start(0, kBlockSize / 2, kBlockSize / 2);
     Mirror& s = sequences_[0];
@@ -176,7 +178,7 @@ class Steady {
     complete(0);
   }
 
-  // A prompt that begins like its family, with as many pictures as fit.
+  // Makes a prompt with the prefix of a family and with as many pictures as fit into it.
   Prompt describe(std::int32_t family, std::int32_t length) {
     prompt_.assign(families_[as_size(family)].begin(), families_[as_size(family)].begin() + length);
     if (warm_ && length > 0 && draw(0, 1) == 0) prompt_[as_size(draw(0, length - 1))] = 100;
@@ -201,17 +203,16 @@ class Steady {
     start(static_cast<std::int32_t>(&s - sequences_.data()), length, draw(0, 1) * length);
   }
 
-  // The sequences that are here, into seq_ids_.
+  // Writes the ids of the running sequences into seq_ids_; with_room: only of some that can grow.
   void collect(bool with_room) {
     seq_ids_.clear();
     num_tokens_.clear();
     for (const Mirror& s : sequences_)
-      if (s.seq_id >= 0 && (!with_room || (s.length < kMaxLength && draw(0, 3) > 0)))
-        seq_ids_.push_back(s.seq_id);
+      if (s.seq_id >= 0 && (!with_room || (s.length < kMaxLength && draw(0, 3) > 0))) seq_ids_.push_back(s.seq_id);
   }
   Mirror& of(std::int32_t seq_id) { return *std::ranges::find(sequences_, seq_id, &Mirror::seq_id); }
 
-  // One token each, sampled now.
+  // Appends one token to each sequence, as a decode step does, and adds its id.
   const char* append_one_each() {
     collect(true);
     num_tokens_.assign(seq_ids_.size(), 1);
@@ -226,7 +227,7 @@ class Steady {
     }
     return "append and extend";
   }
-  // A chunk of the prompt, or some tokens beyond it.
+  // Appends the tokens of a chunk of the prompt, or some tokens behind the prompt.
   const char* append(Mirror& s) {
     const std::int32_t num_tokens = draw(0, kMaxLength - s.length);
     bool appended = false;
@@ -258,7 +259,7 @@ class Steady {
                                      .split_W3 = split_W3_});
     });
   }
-  // Steps end some steps after they were filled.
+  // Says that all steps but the last `lag` have ended, as if the device were so many steps behind.
   void complete(std::int64_t lag, bool failed = false) {
     completed_ = std::max(completed_, last_step_ - lag);
     counted([&] { cache_.complete(completed_, failed); });
@@ -320,11 +321,11 @@ bool check_allocations(std::uint32_t seed, std::int64_t num_operations) {
   }
   steady.check_invariants();
   const CacheStats stats = steady.stats();
-  std::printf("{\"operations\": %lld, \"heap_calls\": 0, \"warm_up_heap_calls\": %lld, \"hit_tokens\": %lld, "
-              "\"evictions\": %lld, \"copies\": %lld}\n",
-              static_cast<long long>(num_operations), static_cast<long long>(warm),
-              static_cast<long long>(stats.hit_tokens), static_cast<long long>(stats.num_evictions),
-              static_cast<long long>(stats.num_copies));
+  std::printf(
+      "{\"operations\": %lld, \"heap_calls\": 0, \"warm_up_heap_calls\": %lld, \"hit_tokens\": %lld, "
+      "\"evictions\": %lld, \"copies\": %lld}\n",
+      static_cast<long long>(num_operations), static_cast<long long>(warm), static_cast<long long>(stats.hit_tokens),
+      static_cast<long long>(stats.num_evictions), static_cast<long long>(stats.num_copies));
   return true;
 }
 

@@ -27,7 +27,7 @@ WATERMARK = 50  # one block in so many is kept for the growth of those that run 
 
 
 class KVCache:
-    """`blocks` keeps the books (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
+    """`blocks` does the bookkeeping (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
 
     def __init__(
         self,
