@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_ops_triton import VIT_6B, build_model
 
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.model.internvl import InternVL
@@ -11,6 +10,7 @@ from internvl_rt.model.ops import TORCH
 from internvl_rt.model.ops_triton import TRITON
 from internvl_rt.model.random_checkpoint import random_config, random_weights
 from support.agreement import in_float32, layer_errors, logits_of, rms_error, top1_agreement, tower_cosine
+from support.small_models import VIT_6B, build_model
 
 # Of the noise of a logit by which the likeliest must lead: the difference of two is off by 1.4 of it, and by more than
 # four times that for one token in 16,000.
