@@ -32,7 +32,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from document import DocumentError, check, save
+from document import DOCUMENT, DocumentError, check, save
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
 from proof import BAD, mark
 
@@ -99,7 +99,7 @@ def run_part(
     entry["exit_code"] = output.exit_code
     problem = ""
     try:
-        entry["document"] = check(part.read(output, environment, shown), {"$ref": "#/$defs/document"})
+        entry["document"] = check(part.read(output, environment, shown), DOCUMENT)
     except NotRunError as error:
         return {"status": "not run", "reason": str(error), **entry}
     except DocumentError as error:
