@@ -27,6 +27,7 @@ from internvl_rt.model.random_checkpoint import random_config, random_weights, w
 from internvl_rt.model.work import Roof, Work, decoder_work, vision_work
 from support.configs import ORIGINAL, changed
 from support.recorder import Recorder
+from support.result_schema import valid
 
 CPU = torch.device("cpu")
 CASES = {
@@ -70,7 +71,7 @@ def bench(capsys, *arguments):
         del sys.path[0]
     assert main(["bench", *arguments, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return lines, parse_last_line(lines)
+    return lines, valid(parse_last_line(lines))
 
 
 def rows_by_case(document):
@@ -189,7 +190,13 @@ def test_a_budget_stops_the_sweep_behind_the_first_case_and_says_so(capsys):
 )
 def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
     arguments = [sys.executable, "-m", "internvl_rt", "bench", part, "tiny", *options, "--device", "cpu"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )
     assert process.stdout is not None
     assert any(line.startswith(first) for line in process.stdout)  # reads up to the first row
     time.sleep(0.3)
