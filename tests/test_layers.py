@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +185,14 @@ def test_the_environment_is_read_only_in_its_home(name: str) -> None:
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
     assert name == ENVIRONMENT_HOME or not names & {"environ", "environb", "getenv", "putenv"}
+
+
+def test_the_model_is_imported_without_what_is_above_it() -> None:
+    """Neither a tokenizer nor a decoder of pictures, nor grammars, nor the compiled part: it can be used alone."""
+    code = "import sys, internvl_rt.model; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "internvl_rt.model" in done.stdout.split()
+    assert not {"tokenizers", "PIL", "llguidance", "av", "internvl_rt._C"} & set(done.stdout.split())
 
 
 def test_the_kernels_are_a_link_and_not_a_package_of_their_own() -> None:
