@@ -97,6 +97,7 @@ def run_python(environment: dict[str, str], source: str, *arguments: str) -> str
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
     done = prebuild(environment, "--target=90", "--workers=2", "--what=models", "--only=rms_norm", "--only=swiglu")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -111,6 +112,7 @@ def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
     assert sum(path.endswith(".cubin") for path in cached(environment) - before) == 1
 
 
+@pytest.mark.slow
 def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, str]) -> None:
     """By Triton's own keys: a case of every operation of a model, all of the contract, the plans to be tuned."""
     assert run_python(environment, ASK) == ""

@@ -74,6 +74,7 @@ def test_this_machine_is_in_order() -> None:
         assert done.stdout.splitlines()[-1] == "11 ok, 0 failed, 2 not checked"
 
 
+@pytest.mark.slow
 def test_a_kernel_made_wrong_is_named_and_nothing_else_is(tmp_path: Path) -> None:
     """On a CPU in Triton's interpreter, which this test asks for. `--json` is one document."""
     file = with_compiled_part(copied_package(tmp_path)) / "kernels" / "swiglu.py"

@@ -48,6 +48,7 @@ def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) ->
     assert not [row for row in launches if not row["audited"]]
 
 
+@pytest.mark.slow
 def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
     """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
     parts = os.cpu_count() or 1

@@ -101,6 +101,7 @@ def test_kept_mass_and_token_are_the_references(rows: list[tuple[list[float], tu
             assert kept == kept_reference(x_V, temperature, int(top_k), top_p, min_p)[1].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.01, 4.0])
 def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) -> None:
     """The list has some 430 of 1500 tokens, or overflows: thresholds lie in it, below it, above what it gets later."""
@@ -177,6 +178,7 @@ def test_kept_sets_by_hand(logits: list[float], parameters: tuple[float, int, fl
     assert set(sample(**inputs).tolist()) == set(kept)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax() -> None:
     """Chi-square over 1e5 draws of the reference; the kernel draws the first 200 of them alike."""
     x_V = torch.randn(20)
@@ -227,6 +229,7 @@ def token_in_float64(x_V: Tensor, parameters: tuple[float, ...], seed: int, coun
     return int(id_V[int(torch.searchsorted(total_V, uniform * total_V[-1], right=True))])
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_an_inverse_cdf_in_float64() -> None:
     """A random number within 1e-6 of a border could tell the two apart; none here is."""
     logits, parameters = 3 * torch.randn(60, 300), MIXED * 6

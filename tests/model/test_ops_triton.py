@@ -1,72 +1,15 @@
 """The whole model on the Triton kernels against the references: both kinds of ViT, every decoder layout."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from internvl_rt import Engine, RequestError, SamplingParams
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
-from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
-from internvl_rt.model.ops import TORCH
+from internvl_rt.checkpoint.config import DecoderConfig, VisionConfig
+from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops_triton import TRITON
 from support.forward import all_logits
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-VIT_300M = VisionConfig(
-    hidden_size=64,
-    num_layers=3,
-    num_heads=4,
-    intermediate_size=96,
-    image_size=56,
-    patch_size=14,
-    norm="layer_norm",
-    norm_eps=1e-6,
-    qkv_bias=True,
-    qk_norm=False,
-)
-VIT_6B = replace(VIT_300M, hidden_size=96, num_heads=3, norm="rms_norm", qkv_bias=False, qk_norm=True)
-QWEN2 = DecoderConfig(
-    hidden_size=64,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=96,
-    vocab_size=48,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_position=512,
-    qkv_bias=True,
-    qk_norm=False,
-    tie_embeddings=False,
-)
-QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True, num_heads=6, head_dim=32, num_kv_heads=1)
-INTERNLM2 = replace(QWEN2, qkv_bias=False, head_dim=32, num_heads=2)
-
-
-def build_model(vision: VisionConfig = VIT_300M, decoder: DecoderConfig = QWEN2, unshuffle: str = "v2") -> InternVL:
-    config = ModelConfig(
-        vision=vision,
-        decoder=decoder,
-        format="original",
-        downsample=2,
-        unshuffle=unshuffle,
-        min_tiles=1,
-        max_tiles=12,
-        thumbnail=True,
-        system_message=None,
-        dtype="float32",
-    )
-    weights = build_weights(config, dtype=torch.float32, device=DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in named_parameters(weights).values():
-        scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
-        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return InternVL(config, weights, TORCH)
+from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 
 def on_triton(model: InternVL) -> InternVL:
@@ -99,6 +42,7 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
     assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
 
 
+@pytest.mark.fast("qwen3-whole", "internlm2-whole")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more and fewer rows than 16
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
@@ -110,6 +54,7 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
+@pytest.mark.fast("qwen2-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
@@ -124,6 +69,7 @@ def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderCo
     assert_near(actual, expected[16:])  # one block of the cache
 
 
+@pytest.mark.slow
 def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
     """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
     picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()

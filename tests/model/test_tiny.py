@@ -44,12 +44,14 @@ def ask(picture, question="Read the digits."):
     return [{"role": "user", "content": parts}]
 
 
+@pytest.mark.slow
 def test_digits_are_read(engine, readings):
     accuracy = [measure_accuracy(engine, exercises) for exercises in readings]
     assert np.mean(accuracy) >= 0.96, accuracy
     assert min(accuracy) >= 0.9, accuracy
 
 
+@pytest.mark.slow
 def test_digits_are_counted_in_a_second_question(engine, readings):
     assert measure_accuracy(engine, [e for exercises in readings for e in exercises], turn=1) >= 0.97
 
@@ -61,6 +63,7 @@ def test_digits_are_counted(engine):
     assert measure_accuracy(engine, exercises) >= 0.95
 
 
+@pytest.mark.slow
 def test_two_pictures_are_compared(engine):
     rng, glyphs = np.random.default_rng(47), load_glyphs(held_out=True)
     exercises = [draw_comparison(rng, glyphs) for _ in range(150)]
