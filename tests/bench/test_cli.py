@@ -78,6 +78,7 @@ def rows_by_case(document):
     return {row["name"].split("/")[2]: row for row in document["rows"]}
 
 
+@pytest.mark.fast("vision", "decode")
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_prints_the_card_a_table_and_one_line_of_json(capsys, part):
     lines, document = bench(capsys, part, "tiny", "--quick")
@@ -134,6 +135,7 @@ def test_what_prefill_says_fits_together(capsys):
     assert "do not fit 32768" in rows["40000_tokens"]["left_out"]
 
 
+@pytest.mark.fast("graphs, a step ahead")
 @pytest.mark.parametrize("like_a_gpu", [False, True], ids=["", "graphs, a step ahead"])
 def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(like_a_gpu):
     num_steps, batch, context, step = 6, 5, 130, 70  # prompts take ten steps, others decode meanwhile
@@ -184,9 +186,11 @@ def test_a_budget_stops_the_sweep_behind_the_first_case_and_says_so(capsys):
     assert [line.split()[0] for line in lines if "left out: " in line] == ["2_tiles", "3_tiles"]
 
 
+@pytest.mark.fast("vision")
 @pytest.mark.parametrize(
     ("part", "first", "options"),
     [("vision", "1_tiles", ["--tiles", "1," * 500 + "1"]), ("serve", "9_per_s", ["--rates", "9,60", "--seconds", "1"])],
+    ids=["vision", "serve"],
 )
 def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
     arguments = [sys.executable, "-m", "internvl_rt", "bench", part, "tiny", *options, "--device", "cpu"]

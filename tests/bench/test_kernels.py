@@ -124,6 +124,7 @@ def test_options_that_make_no_sense_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_them_too(tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
     arguments = ("--benchmark-only", f"--benchmark-json={file}", "-k", "swiglu and width_1", "-p", "no:cacheprovider")

@@ -126,6 +126,7 @@ def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) ->
     assert row["left_out"] + sum(path.endswith(".cubin") for path in cached(environment)) == row["kernels"]
 
 
+@pytest.mark.fast("target")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -135,6 +136,7 @@ def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) ->
         (("--target=70",), "--target: invalid choice: 70"),
         ((), "expected a machine with a CUDA device, found none"),
     ],
+    ids=["what", "workers", "budget", "target", "device"],
 )
 def test_what_cannot_be_compiled_for_is_refused(options: tuple[str, ...], message: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

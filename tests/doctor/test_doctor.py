@@ -111,6 +111,7 @@ def test_a_broken_triton_is_named_once(tmp_path: Path) -> None:
     assert found["kernels"] == found["answer"] == ("not checked", "needs triton, which failed")
 
 
+@pytest.mark.fast("none")
 @pytest.mark.parametrize("other", [None, "_C.cpython-310-x86_64-linux-gnu.so"], ids=["none", "of_another_python"])
 def test_a_missing_compiled_part_is_named_once(tmp_path: Path, other: str | None) -> None:
     package = copied_package(tmp_path)

@@ -82,6 +82,7 @@ def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
     assert {name: count for name, count in counts.items() if count > 1} == VARIANTS
 
 
+@pytest.mark.fast("swigul-2")
 @pytest.mark.parametrize(("operation", "exit_code"), [("swiglu", 0), ("swigul", 2)])
 def test_the_cost_of_a_launch_can_be_measured(operation: str, exit_code: int) -> None:
     script = Path(__file__).parents[2] / "bench" / "launch_cost.py"

@@ -118,6 +118,7 @@ def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) ->
         assert kept == kept_reference(logits[0], temperature, top_k, top_p, min_p)[1].sum()
 
 
+@pytest.mark.fast("tokens")
 @pytest.mark.parametrize("by", ["tokens", "mass"])
 def test_thresholds_at_the_end_of_the_list(by: str) -> None:
     """The first list's last token, its neighbours before and behind: by one token, and by one unit of mass."""
@@ -198,6 +199,7 @@ def drawn_in_sorted_order(x_V: Tensor, temperature: float, seed: int) -> int:
     return int(id_V[draw_reference(weight_reference(x_V, temperature).cumsum(0), seed, 0)])
 
 
+@pytest.mark.slow
 def test_a_draw_hardly_depends_on_noise_in_the_logits() -> None:
     """Near ties swap places in the sorted order, where most draws would change; their ids stay."""
     logits = (4 * torch.randn(2000, 3000)).round() + 1e-6 * torch.randn(2000, 3000)
@@ -274,6 +276,7 @@ def test_a_row_is_drawn_alike_in_any_batch() -> None:
     assert torch.equal(sample(**picked), together[order])
 
 
+@pytest.mark.slow
 def test_rows_of_the_official_vocabulary_are_the_references() -> None:
     parameters = (PLAIN, (0.8, 50, 0.9, 0.05, 1.2, 0.0, 0.0), GREEDY)
     case = Case("", {"R": 3, "V": 151_674, "parameters": parameters, "listed": 5})

@@ -21,6 +21,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
     assert error < 1e-5, f"relative error {error:.3g}"
 
 
+@pytest.mark.fast("300m-v1", "6b-v2")
 @torch.inference_mode()
 @pytest.mark.parametrize("unshuffle", ["v1", "v2"])
 @pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])

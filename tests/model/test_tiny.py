@@ -71,6 +71,7 @@ def test_two_pictures_are_compared(engine):
     assert measure_accuracy(engine, exercises) >= 0.78  # 84 % of 200 measured when it was trained, less 2 deviations
 
 
+@pytest.mark.fast("1", "0.00390625")
 @pytest.mark.parametrize("delta", DELTAS)
 def test_every_sample_is_read_whatever_the_delta(engine, delta):
     replies = [engine.chat(ask(path), SamplingParams(max_tokens=12), v2pe_delta=delta) for path in SAMPLES]
