@@ -19,7 +19,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-real audit room gpu tiny clean
+.PHONY: help chat test lint types pytest test-slow test-real audit room gpu tiny clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
@@ -29,7 +29,7 @@ chat: $(VENV)/done-package  ## installs, and asks the checkpoint in the package 
 	@echo 'Read the digits.   ($(SAMPLE))'
 	@$(BIN)/internvl-rt chat tiny --image $(SAMPLE) 'Read the digits.'
 
-test: lint types pytest  ## installs what the tests need, and runs all of them
+test: lint types pytest  ## installs what the tests need; ruff, mypy and the tests that take five minutes
 
 lint: $(VENV)/done-test  ## ruff: rules and formatting; clang-format of the C++
 	$(BIN)/ruff check
@@ -39,8 +39,11 @@ lint: $(VENV)/done-test  ## ruff: rules and formatting; clang-format of the C++
 types: $(VENV)/done-test  ## mypy --strict on the package
 	$(BIN)/mypy
 
-pytest: $(VENV)/done-test  ## the tests alone
+pytest: $(VENV)/done-test  ## the tests of `make test` alone
 	$(BIN)/pytest
+
+test-slow: $(VENV)/done-test  ## the other tests
+	$(BIN)/pytest -m slow
 
 test-real: $(VENV)/done-real  ## tests with a real 135M language model (downloads 93 MB)
 	$(BIN)/pytest tests/real

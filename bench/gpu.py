@@ -35,7 +35,7 @@ from typing import IO, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
 import cmake_build
-from document import DocumentError, check, save
+from document import DOCUMENT, DocumentError, check, save
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
 from plain_build import build_in_place
 from proof import BAD, mark
@@ -103,7 +103,7 @@ def run_part(
     entry["exit_code"] = output.exit_code
     problem = ""
     try:
-        entry["document"] = check(part.read(output, environment, shown), {"$ref": "#/$defs/document"})
+        entry["document"] = check(part.read(output, environment, shown), DOCUMENT)
     except NotRunError as error:
         return {"status": "not run", "reason": str(error), **entry}
     except DocumentError as error:

@@ -193,7 +193,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             calls=(second,), absent=no_device, times=False,
         ),
         Part(
-            CONTRACT, "tests", 75, (*pytest, *workers, CONTRACT_FILE, *chosen),
+            CONTRACT, "tests", 75, (*pytest, *workers, "-m", "slow or not slow", CONTRACT_FILE, *chosen),
             proves=True, times=False, read=read_tests, environment=ONE_THREAD if workers else (),
         ),
         Part(

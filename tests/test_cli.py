@@ -99,7 +99,12 @@ def test_info_prints_a_card_and_json_for_programs(capsys):
 
 def test_interrupt_ends_with_exit_code_130():
     arguments = [sys.executable, "-m", "internvl_rt", "chat", "tiny", "--max-tokens", "20000", "--ignore-eos", "Hello"]
-    process = subprocess.Popen([*arguments, "--temperature", "5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*arguments, "--temperature", "5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)  # the answer has begun
     time.sleep(0.05)

@@ -27,6 +27,7 @@ from internvl_rt.model.random_checkpoint import random_config, random_weights, w
 from internvl_rt.model.work import Roof, Work, decoder_work, vision_work
 from support.configs import ORIGINAL, changed
 from support.recorder import Recorder
+from support.result_schema import valid
 
 CPU = torch.device("cpu")
 CASES = {
@@ -70,13 +71,14 @@ def bench(capsys, *arguments):
         del sys.path[0]
     assert main(["bench", *arguments, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    return lines, parse_last_line(lines)
+    return lines, valid(parse_last_line(lines))
 
 
 def rows_by_case(document):
     return {row["name"].split("/")[2]: row for row in document["rows"]}
 
 
+@pytest.mark.fast("vision", "decode")
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_prints_the_card_a_table_and_one_line_of_json(capsys, part):
     lines, document = bench(capsys, part, "tiny", "--quick")
@@ -133,6 +135,7 @@ def test_what_prefill_says_fits_together(capsys):
     assert "do not fit 32768" in rows["40000_tokens"]["left_out"]
 
 
+@pytest.mark.fast("graphs, a step ahead")
 @pytest.mark.parametrize("like_a_gpu", [False, True], ids=["", "graphs, a step ahead"])
 def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(like_a_gpu):
     num_steps, batch, context, step = 6, 5, 130, 70  # prompts take ten steps, others decode meanwhile
@@ -183,13 +186,21 @@ def test_a_budget_stops_the_sweep_behind_the_first_case_and_says_so(capsys):
     assert [line.split()[0] for line in lines if "left out: " in line] == ["2_tiles", "3_tiles"]
 
 
+@pytest.mark.fast("vision")
 @pytest.mark.parametrize(
     ("part", "first", "options"),
     [("vision", "1_tiles", ["--tiles", "1," * 500 + "1"]), ("serve", "9_per_s", ["--rates", "9,60", "--seconds", "1"])],
+    ids=["vision", "serve"],
 )
 def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
     arguments = [sys.executable, "-m", "internvl_rt", "bench", part, "tiny", *options, "--device", "cpu"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )
     assert process.stdout is not None
     assert any(line.startswith(first) for line in process.stdout)  # reads up to the first row
     time.sleep(0.3)

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TIMES = ("first_token_s", "per_token_s", "picture_s")
 BENCH = Path(__file__).parents[2] / "bench" / "compare_transformers.py"
 
 
+@pytest.mark.slow
 def test_both_sides_give_the_same_tokens_and_the_last_line_is_json() -> None:
     command = [sys.executable, str(BENCH), "--quick", "--tiles=2", "--tokens=5", "--threads=1"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()

@@ -37,6 +37,7 @@ def test_the_cost_of_a_step_is_printed_by_part() -> None:
     assert lines[-1].startswith("a step: median ")
 
 
+@pytest.mark.slow
 def test_loading_is_measured_against_its_bound(tmp_path: Path) -> None:
     config = copy.deepcopy(ORIGINAL)
     config["llm_config"] |= {"num_hidden_layers": 1, "vocab_size": 30_000}
@@ -49,6 +50,7 @@ def test_loading_is_measured_against_its_bound(tmp_path: Path) -> None:
     assert result["bfloat16"]["peak_bytes"] > 0.5 * result["bfloat16"]["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_the_books_of_the_cache_are_measured_from_both_languages(tmp_path: Path) -> None:
     out = tmp_path / "kv_cache.json"
     lines = run(

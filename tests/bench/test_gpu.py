@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from internvl_rt import cli
+from support.result_schema import violations
 from support.results import ENVIRONMENT, part
 from support.specs import discover_specs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu
-from document import DocumentError, check, load
+from document import DocumentError, load
 from parts import CALLS, NotRunError, Output, Part, build_parts, choose, read_comparison, read_sanitizer, read_tests
 from proof import AGREEMENT, CONTRACT, DECODER, VISION
 
@@ -56,9 +57,12 @@ def gpu_command(root: Path, out: Path, *arguments: str) -> tuple[int, dict[str, 
     )
     (path,) = out.glob("*/*.json")
     assert path.with_suffix(".md").exists()
-    return done.returncode, load(path), path.with_suffix(".log").read_text()
+    results = load(path)
+    assert not violations(results)
+    return done.returncode, results, path.with_suffix(".log").read_text()
 
 
+@pytest.mark.slow
 def test_the_whole_sequence_runs_on_a_cpu_and_leaves_a_page_with_pictures(tmp_path: Path) -> None:
     exit_code, results, log = gpu_command(
         ROOT, tmp_path, "--parts", "first,serve", "--select", "rms_norm and width_896", "--commit", "0123abcd"
@@ -78,6 +82,7 @@ def test_the_whole_sequence_runs_on_a_cpu_and_leaves_a_page_with_pictures(tmp_pa
     assert len(list(tmp_path.glob("*/*.png"))) == page.read_text().count("![") == 3
 
 
+@pytest.mark.slow
 def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) -> None:
     """A rehearsal: a kernel is wrong, one bench never ends, another is killed. Everything else has rows."""
     copy = tmp_path / "copy"
@@ -325,5 +330,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(
 def test_a_results_file_holds_what_the_schema_allows(tmp_path: Path) -> None:
     run = run_parts([Part("sanitizer", "tests", 1, (), absent="no compute-sanitizer", proves=True)], tmp_path)
     assert run.path is not None
-    assert check(json.loads(run.path.read_text()))["parts"]["sanitizer"]["reason"] == "no compute-sanitizer"
+    results = load(run.path)
+    assert not violations(results)
+    assert results["parts"]["sanitizer"]["reason"] == "no compute-sanitizer"
     assert run.exit_code() == 0

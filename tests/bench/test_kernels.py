@@ -29,6 +29,7 @@ from kernel_cases import Work, check_kernel, compare, plan_work, real_work, rela
 from kernel_table import Limits, copy_us, measure, measure_all, measure_kernel, roof_us  # noqa: E402
 
 from internvl_rt.kernels._contract import Case, Cost, Tolerance  # noqa: E402
+from support.result_schema import valid  # noqa: E402
 from support.specs import discover_specs  # noqa: E402
 
 Command = Callable[..., tuple[int, str]]
@@ -91,7 +92,7 @@ def test_without_a_gpu_a_reference_of_every_operation_is_timed_and_called_that(t
     file = tmp_path / "kernels.json"
     done = run("bench/kernel_table.py", "--quick", "--device=cpu", f"--json={file}")
     assert done.returncode == 0, done.stderr
-    document = parse_last_line(done.stdout.splitlines())
+    document = valid(parse_last_line(done.stdout.splitlines()))
     assert json.loads(file.read_text()) == document
     assert document["part"] == "kernels"
     assert document["environment"]["device_kind"] == "cpu"
@@ -108,7 +109,7 @@ def test_without_a_gpu_a_reference_of_every_operation_is_timed_and_called_that(t
 def test_what_the_time_does_not_reach_is_named(command: Command) -> None:
     code, output = command("--only=swiglu", "--budget-s=0.001")
     assert code == 0
-    document = parse_last_line(output.splitlines())
+    document = valid(parse_last_line(output.splitlines()))
     assert document["rows"] == []
     assert document["left_out"] == [work.name for work in plan_work(CPU, ["swiglu"])]
     assert all(name in output.splitlines()[-2] for name in document["left_out"])
@@ -123,6 +124,7 @@ def test_options_that_make_no_sense_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_them_too(tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
     arguments = ("--benchmark-only", f"--benchmark-json={file}", "-k", "swiglu and width_1", "-p", "no:cacheprovider")
@@ -207,7 +209,7 @@ def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, comma
     monkeypatch.setattr(kernel_table, "plan_work", lambda *_, **__: works)
     code, output = command(f"--device={DEVICE}")
     assert code == 1
-    assert ["problem" in row for row in parse_last_line(output.splitlines())["rows"]] == [True, False]
+    assert ["problem" in row for row in valid(parse_last_line(output.splitlines()))["rows"]] == [True, False]
 
 
 @pytest.mark.parametrize("op", SPECS)

@@ -97,6 +97,7 @@ def run_python(environment: dict[str, str], source: str, *arguments: str) -> str
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
     done = prebuild(environment, "--target=90", "--workers=2", "--what=models", "--only=rms_norm", "--only=swiglu")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -111,6 +112,7 @@ def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
     assert sum(path.endswith(".cubin") for path in cached(environment) - before) == 1
 
 
+@pytest.mark.slow
 def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, str]) -> None:
     """By Triton's own keys: a case of every operation of a model, all of the contract, the plans to be tuned."""
     assert run_python(environment, ASK) == ""
@@ -124,6 +126,7 @@ def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) ->
     assert row["left_out"] + sum(path.endswith(".cubin") for path in cached(environment)) == row["kernels"]
 
 
+@pytest.mark.fast("target")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,6 +136,7 @@ def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) ->
         (("--target=70",), "--target: invalid choice: 70"),
         ((), "expected a machine with a CUDA device, found none"),
     ],
+    ids=["what", "workers", "budget", "target", "device"],
 )
 def test_what_cannot_be_compiled_for_is_refused(options: tuple[str, ...], message: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

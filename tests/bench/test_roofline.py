@@ -16,6 +16,8 @@ import roofline  # noqa: E402
 from document import parse_last_line  # noqa: E402
 from timing import Timing  # noqa: E402
 
+from support.result_schema import valid  # noqa: E402
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -31,7 +33,7 @@ def test_the_roofline_ends_in_a_valid_document_of_positive_numbers(
     quick_roofline: tuple[list[str], dict[str, Any]],
 ) -> None:
     output, written = quick_roofline
-    document = parse_last_line(output)
+    document = valid(parse_last_line(output))
     assert document == written
     assert (document["part"], document["environment"]["device_kind"]) == ("roofline", "cpu")
     assert document["command"].startswith("python bench/roofline.py --device=cpu --quick")

@@ -17,6 +17,8 @@ import rows  # noqa: E402
 from document import parse_last_line  # noqa: E402
 from timing import Timing  # noqa: E402
 
+from support.result_schema import valid  # noqa: E402
+
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -27,7 +29,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 def test_every_way_to_multiply_has_a_row() -> None:
     done = run()
     assert done.returncode == 0, done.stderr
-    document = parse_last_line(done.stdout.splitlines())
+    document = valid(parse_last_line(done.stdout.splitlines()))
     assert document["part"] == "kernels"
     assert [row["name"] for row in document["rows"]] == [
         f"product_rows/out_{way}/bfloat16" for way in ("65", "64", "64+1")

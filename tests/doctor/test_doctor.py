@@ -74,6 +74,7 @@ def test_this_machine_is_in_order() -> None:
         assert done.stdout.splitlines()[-1] == "11 ok, 0 failed, 2 not checked"
 
 
+@pytest.mark.slow
 def test_a_kernel_made_wrong_is_named_and_nothing_else_is(tmp_path: Path) -> None:
     """On a CPU in Triton's interpreter, which this test asks for. `--json` is one document."""
     file = with_compiled_part(copied_package(tmp_path)) / "kernels" / "swiglu.py"
@@ -110,6 +111,7 @@ def test_a_broken_triton_is_named_once(tmp_path: Path) -> None:
     assert found["kernels"] == found["answer"] == ("not checked", "needs triton, which failed")
 
 
+@pytest.mark.fast("none")
 @pytest.mark.parametrize("other", [None, "_C.cpython-310-x86_64-linux-gnu.so"], ids=["none", "of_another_python"])
 def test_a_missing_compiled_part_is_named_once(tmp_path: Path, other: str | None) -> None:
     package = copied_package(tmp_path)

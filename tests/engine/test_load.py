@@ -37,6 +37,7 @@ def small_pool():
     return SMALL | {"kv_cache_bytes": tiny_pool_bytes(42)}
 
 
+@pytest.mark.fast("caches-ahead")
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize(
     "options",
@@ -61,6 +62,7 @@ def test_200_mixed_requests_get_what_each_gets_alone(kinds, expected, small_pool
     assert threading.active_count() == num_threads
 
 
+@pytest.mark.fast("ahead")
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["", "ahead"])
 def test_faults_end_the_requests_of_their_step_and_no_others(kinds, expected, small_pool, run_ahead):
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, num_draft_tokens=2) as engine:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +36,44 @@ def waits_in(found: Found) -> set[str]:
     return {wait for wait in found["waits"] if wait.rpartition(", ")[2] in ("launch", "between launches")}
 
 
+WAYS: dict[str, dict[str, object]] = {
+    "all on": {},
+    "no early launch": {"programmatic_launch": False},
+    "no graphs": {"cuda_graphs": False},
+}
+
+
 @pytest.fixture(scope="module")
-def switched(environment: dict[str, str]) -> dict[str, Found]:
-    ways: dict[str, dict[str, object]] = {
-        "all on": {},
-        "no early launch": {"programmatic_launch": False},
-        "no graphs": {"cuda_graphs": False},
-    }
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda options: serve(environment, **options), ways.values())
-        return dict(zip(ways, found, strict=True))
+def served(environment: dict[str, str]) -> Callable[[str], Found]:
+    """What was found in one of WAYS, which is run once."""
+    return cache(lambda way: serve(environment, **WAYS[way]))
 
 
-@pytest.mark.parametrize("way", ["all on", "no early launch", "no graphs"])
-def test_no_launch_of_a_step_waits_for_the_one_before_it(switched: dict[str, Found], way: str) -> None:
-    found = switched[way]
+@pytest.mark.fast("no early launch")
+@pytest.mark.parametrize("way", WAYS)
+def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str], Found], way: str) -> None:
+    found = served(way)
     assert not waits_in(found)
     assert found["steps"]["launches"] > found["steps"]["ahead"] > 0.7 * found["steps"]["launches"]
 
 
-@pytest.mark.parametrize("way", ["all on", "no early launch", "no graphs"])
-def test_streams_are_in_order_and_no_memory_is_given_back_too_early(switched: dict[str, Found], way: str) -> None:
+@pytest.mark.fast("no early launch")
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Callable[[str], Found], way: str) -> None:
     """One engine under a caller whose stream changes; with all on, a second that is built while the first serves."""
-    assert not switched[way]["races"]
+    assert not served(way)["races"]
 
 
-def test_the_switches_are_what_the_kernels_are_launched_with(switched: dict[str, Found]) -> None:
-    assert set(switched["no graphs"]["early"]) == EARLY
-    assert not switched["no early launch"]["early"]
-    replays = {way: found["replays"] for way, found in switched.items()}
+@pytest.mark.slow
+def test_the_switches_are_what_the_kernels_are_launched_with(served: Callable[[str], Found]) -> None:
+    assert set(served("no graphs")["early"]) == EARLY
+    assert not served("no early launch")["early"]
+    replays = {way: served(way)["replays"] for way in WAYS}
     assert replays["no graphs"] == 0 < replays["all on"] == replays["no early launch"]
-    assert set(switched["no graphs"]["launches"]) >= EARLY
+    assert set(served("no graphs")["launches"]) >= EARLY
 
 
+@pytest.mark.slow
 def test_mistakes_are_noticed(environment: dict[str, str]) -> None:
     """Each is planted, and shows as what it is."""
     waiting = {

@@ -13,27 +13,39 @@ from internvl_rt.kernels._launch import TARGETS
 from support.compile_audit import RULES, breaches, label, render_table
 from support.specs import discover_specs
 
+Rows = list[dict[str, Any]]
 AUDIT = Path(__file__).parents[1] / "support" / "compile_audit.py"
 GOOD = {"operation": "x", "kernel": "_x_kernel", "case": "c", "target": 90, "stack": 0, "local_memory": 0}
 GOOD |= {"shared_bytes": 0, "matrix_units": True, "hgmma": 4, "wide_loads": True, "load_128": 1, "constexprs": {}}
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    out = tmp_path_factory.mktemp("audit") / "kernels.json"
+def audit(folder: Path, *options: str) -> Rows:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, AUDIT, "--out", out], env=environment, capture_output=True)
-    return json.loads(out.read_text())["kernels"]
+    subprocess.run([sys.executable, AUDIT, "--out", folder / "kernels.json", *options], env=environment)
+    return json.loads((folder / "kernels.json").read_text())["kernels"]
 
 
-def test_every_operation_is_built_for_every_target(kernels: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return audit(tmp_path_factory.mktemp("audit"))
+
+
+def test_the_smallest_case_of_every_operation_is_built_for_sm_90_and_breaks_no_rule(tmp_path: Path) -> None:
+    smallest = audit(tmp_path, "--smallest")
+    assert {(k["operation"], k["target"]) for k in smallest} == {(operation, 90) for operation in discover_specs()}
+    assert not breaches(smallest)
+
+
+@pytest.mark.slow
+def test_every_operation_is_built_for_every_target(kernels: Rows) -> None:
     assert not [f"{label(k)}: {k['error']}" for k in kernels if "error" in k]
     assert {(k["operation"], k["target"]) for k in kernels} == {(op, cc) for op in discover_specs() for cc in TARGETS}
     print(render_table(kernels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-def test_of_every_kernel_it_holds_that(rule: str, kernels: list[dict[str, Any]]) -> None:
+def test_of_every_kernel_it_holds_that(rule: str, kernels: Rows) -> None:
     assert not [label(k) for k in kernels if "error" not in k and not RULES[rule](k)]
 
 

@@ -3,6 +3,8 @@
 Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), which computes as the hardware does and on
 the hardware's own random numbers (support/hardware_arithmetic.py, support/cuda_draws.py): what a GPU's roundings would
 fail, they fail here. The reference runs in float64 on the same rounded inputs. `make room` takes many seeds.
+
+`make test` takes the smallest case of each operation in each dtype; the others are slow.
 """
 
 from collections.abc import Iterator
@@ -15,13 +17,17 @@ from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec
 from support.contract import clone, draw_inputs, poisoned, run_case
 from support.hardware_arithmetic import hardware_arithmetic
-from support.specs import discover_specs
+from support.specs import discover_specs, smallest_test_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 SPECS = discover_specs()
 RUNS = [
-    pytest.param(spec, case, dtype, id=f"{spec.name}/{case.name}/{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        *(spec, case, dtype),
+        id=f"{spec.name}/{case.name}/{str(dtype).removeprefix('torch.')}",
+        marks=() if case is smallest_test_case(spec, dtype) else pytest.mark.slow,
+    )
     for spec in SPECS.values()
     for case in spec.test_cases
     for dtype in DTYPES

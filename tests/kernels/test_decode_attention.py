@@ -286,11 +286,12 @@ def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(block_si
     assert torch.equal(decode_attention(**inputs), expected)
 
 
-def test_the_plan_is_read_before_the_wait_and_all_else_after_it() -> None:
+@pytest.mark.fast("90")
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_the_plan_is_read_before_the_wait_and_all_else_after_it(capability: int) -> None:
     """In the machine code."""
-    for (_, _, capability), names in instructions_of(
-        [("decode_attention", case, cap) for case in ("1b_1_x_2048", "8b_8_x_2048") for cap in (80, 90, 120)]
-    ).items():
+    cases = [("decode_attention", case, capability) for case in ("1b_1_x_2048", "8b_8_x_2048")]
+    for names in instructions_of(cases).values():
         if capability == 80:
             assert not {"ACQBULK", "PREEXIT"} & set(names)
             continue
@@ -300,9 +301,11 @@ def test_the_plan_is_read_before_the_wait_and_all_else_after_it() -> None:
         assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
 
 
-def test_parts_are_added_without_a_barrier_and_several_are_on_their_way() -> None:
+@pytest.mark.fast("90")
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_parts_are_added_without_a_barrier_and_several_are_on_their_way(capability: int) -> None:
     """In the machine code: behind the count of arrivals, what lies between two jumps back."""
-    cases = [("decode_attention", case, cap) for case in ("1b_1_x_2048", "8b_8_x_2048") for cap in (80, 90, 100, 120)]
+    cases = [("decode_attention", case, capability) for case in ("1b_1_x_2048", "8b_8_x_2048")]
     for found in instructions_of(cases, r"\b(ATOMG|BAR|BRA|LDG\.E\.128|FFMA)").values():
         loops = " ".join(found[found.index("ATOMG") :]).split("BRA")
         (adding,) = [loop.split() for loop in loops if loop.count("LDG.E.128") >= 16]

@@ -48,6 +48,7 @@ def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) ->
     assert not [row for row in launches if not row["audited"]]
 
 
+@pytest.mark.slow
 def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
     """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
     parts = os.cpu_count() or 1
@@ -81,6 +82,7 @@ def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
     assert {name: count for name, count in counts.items() if count > 1} == VARIANTS
 
 
+@pytest.mark.fast("swigul-2")
 @pytest.mark.parametrize(("operation", "exit_code"), [("swiglu", 0), ("swigul", 2)])
 def test_the_cost_of_a_launch_can_be_measured(operation: str, exit_code: int) -> None:
     script = Path(__file__).parents[2] / "bench" / "launch_cost.py"

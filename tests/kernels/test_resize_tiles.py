@@ -85,6 +85,7 @@ def test_the_reference_equals_the_tiles_of_the_cpu_path(path: Path, max_tiles: i
     np.testing.assert_array_equal(tiles.numpy(), tile_image(image, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), LONG)
 def test_the_reference_equals_pillow_for_long_strips(width: int, height: int) -> None:
     assert_equals_pillow(resize_tiles_reference, noise(height, width), 2, 1, 448, True)
@@ -109,6 +110,7 @@ def test_the_kernels_equal_pillow_at_any_size(
     assert_equals_pillow(resize_tiles, noise(height, width, seed), columns, rows, size, thumbnail)
 
 
+@pytest.mark.fast("4719", "flower")
 @pytest.mark.parametrize("path", [*PHOTOGRAPHS, *SAMPLES], ids=lambda path: path.stem)
 def test_the_kernels_equal_pillow_on_real_pictures(path: Path) -> None:
     image = load_image(path, ImageOptions())
@@ -116,6 +118,7 @@ def test_the_kernels_equal_pillow_on_real_pictures(path: Path) -> None:
     assert_equals_pillow(resize_tiles, np.array(image), 3, 2, 32, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(20_000, 1), (20_000, 2), (1, 2000), (3, 2000)])
 def test_the_kernels_equal_pillow_for_long_strips(width: int, height: int) -> None:
     columns, rows = (12, 1) if width > height else (1, 12)

@@ -101,6 +101,7 @@ def test_kept_mass_and_token_are_the_references(rows: list[tuple[list[float], tu
             assert kept == kept_reference(x_V, temperature, int(top_k), top_p, min_p)[1].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.01, 4.0])
 def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) -> None:
     """The list has some 430 of 1500 tokens, or overflows: thresholds lie in it, below it, above what it gets later."""
@@ -117,6 +118,7 @@ def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) ->
         assert kept == kept_reference(logits[0], temperature, top_k, top_p, min_p)[1].sum()
 
 
+@pytest.mark.fast("tokens")
 @pytest.mark.parametrize("by", ["tokens", "mass"])
 def test_thresholds_at_the_end_of_the_list(by: str) -> None:
     """The first list's last token, its neighbours before and behind: by one token, and by one unit of mass."""
@@ -177,6 +179,7 @@ def test_kept_sets_by_hand(logits: list[float], parameters: tuple[float, int, fl
     assert set(sample(**inputs).tolist()) == set(kept)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax() -> None:
     """Chi-square over 1e5 draws of the reference; the kernel draws the first 200 of them alike."""
     x_V = torch.randn(20)
@@ -196,6 +199,7 @@ def drawn_in_sorted_order(x_V: Tensor, temperature: float, seed: int) -> int:
     return int(id_V[draw_reference(weight_reference(x_V, temperature).cumsum(0), seed, 0)])
 
 
+@pytest.mark.slow
 def test_a_draw_hardly_depends_on_noise_in_the_logits() -> None:
     """Near ties swap places in the sorted order, where most draws would change; their ids stay."""
     logits = (4 * torch.randn(2000, 3000)).round() + 1e-6 * torch.randn(2000, 3000)
@@ -227,6 +231,7 @@ def token_in_float64(x_V: Tensor, parameters: tuple[float, ...], seed: int, coun
     return int(id_V[int(torch.searchsorted(total_V, uniform * total_V[-1], right=True))])
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_an_inverse_cdf_in_float64() -> None:
     """A random number within 1e-6 of a border could tell the two apart; none here is."""
     logits, parameters = 3 * torch.randn(60, 300), MIXED * 6
@@ -271,6 +276,7 @@ def test_a_row_is_drawn_alike_in_any_batch() -> None:
     assert torch.equal(sample(**picked), together[order])
 
 
+@pytest.mark.slow
 def test_rows_of_the_official_vocabulary_are_the_references() -> None:
     parameters = (PLAIN, (0.8, 50, 0.9, 0.05, 1.2, 0.0, 0.0), GREEDY)
     case = Case("", {"R": 3, "V": 151_674, "parameters": parameters, "listed": 5})

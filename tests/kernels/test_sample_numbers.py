@@ -98,8 +98,8 @@ def test_keys_are_in_the_order_of_the_values_and_lead_back_to_them() -> None:
     back = torch.empty(128, device=DEVICE)
     _keys_kernel[(1,)](x.to(DEVICE), keys, back, 128)
     order = keys.cpu().argsort(stable=True)
-    assert torch.equal(x[order], x.sort(stable=True).values) or order[-1] == 11  # NaN equals nothing
-    assert order[-1] == 11
+    assert torch.equal(x[order][:-1], x.sort(stable=True).values[:-1])
+    assert order[-1] == 11  # NaN
     assert keys[0] == keys[1] == 0
     torch.testing.assert_close(back.cpu()[:11], x[:11], rtol=0, atol=0)
 

@@ -41,6 +41,7 @@ def failures_of_kernel(operation: str, name: str, dtype: torch.dtype) -> int:
     return room_of_case(operation, case, dtype, SEEDS, interpreter=True).failures
 
 
+@pytest.mark.slow
 def test_gemv_without_rounding_to_tf32_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) == 0
     monkeypatch.setattr(_gemv_body, "rounded_to_tf32", identity)

@@ -26,6 +26,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
     assert error < 1e-5, f"relative error {error:.3g}"
 
 
+@pytest.mark.fast("300m-v1", "6b-v2")
 @torch.inference_mode()
 @pytest.mark.parametrize("unshuffle", ["v1", "v2"])
 @pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])
@@ -47,6 +48,7 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
     assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
 
 
+@pytest.mark.fast("qwen3-whole", "internlm2-whole")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more and fewer rows than 16
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
@@ -58,6 +60,7 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
+@pytest.mark.fast("qwen2-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
@@ -72,6 +75,7 @@ def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderCo
     assert_near(actual, expected[16:])  # one block of the cache
 
 
+@pytest.mark.slow
 def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
     """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
     picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()

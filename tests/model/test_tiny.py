@@ -44,12 +44,14 @@ def ask(picture, question="Read the digits."):
     return [{"role": "user", "content": parts}]
 
 
+@pytest.mark.slow
 def test_digits_are_read(engine, readings):
     accuracy = [measure_accuracy(engine, exercises) for exercises in readings]
     assert np.mean(accuracy) >= 0.96, accuracy
     assert min(accuracy) >= 0.9, accuracy
 
 
+@pytest.mark.slow
 def test_digits_are_counted_in_a_second_question(engine, readings):
     assert measure_accuracy(engine, [e for exercises in readings for e in exercises], turn=1) >= 0.97
 
@@ -61,6 +63,7 @@ def test_digits_are_counted(engine):
     assert measure_accuracy(engine, exercises) >= 0.95
 
 
+@pytest.mark.slow
 def test_two_pictures_are_compared(engine):
     rng, glyphs = np.random.default_rng(47), load_glyphs(held_out=True)
     exercises = [draw_comparison(rng, glyphs) for _ in range(150)]
@@ -68,6 +71,7 @@ def test_two_pictures_are_compared(engine):
     assert measure_accuracy(engine, exercises) >= 0.78  # 84 % of 200 measured when it was trained, less 2 deviations
 
 
+@pytest.mark.fast("1", "0.00390625")
 @pytest.mark.parametrize("delta", DELTAS)
 def test_every_sample_is_read_whatever_the_delta(engine, delta):
     replies = [engine.chat(ask(path), SamplingParams(max_tokens=12), v2pe_delta=delta) for path in SAMPLES]

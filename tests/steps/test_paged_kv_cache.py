@@ -26,6 +26,7 @@ def test_random_operations_agree_with_the_model() -> None:
 
 
 TestPagedKVCache = PagedKVCacheMachine.TestCase
+TestPagedKVCache.pytestmark = pytest.mark.slow
 TestPagedKVCache.settings = settings(
     max_examples=400,
     stateful_step_count=50,

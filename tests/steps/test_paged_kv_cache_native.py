@@ -69,6 +69,7 @@ def run_python(build: Build, *arguments: str | Path) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: int) -> None:
     result = json.loads(run(build.driver, "--check-allocations", "--operations", "20000", "--seed", str(seed)))
@@ -77,6 +78,7 @@ def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: i
     assert min(result["hit_tokens"], result["evictions"], result["copies"]) > 100
 
 
+@pytest.mark.slow
 def test_every_case_of_the_benchmark_runs_under_the_sanitizers(build: Build) -> None:
     result = json.loads(run(build.driver, "--repetitions", "2"))
     source = (ROOT / "bench" / "csrc" / "kv_cache_cases.cpp").read_text()
@@ -84,6 +86,7 @@ def test_every_case_of_the_benchmark_runs_under_the_sanitizers(build: Build) -> 
     assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in result.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_requests_from_python_are_clean_under_the_sanitizers(build: Build, seed: int) -> None:
     assert "passed: 5000 steps" in run_python(build, SOAK, "--steps", "5000", "--seed", str(seed))

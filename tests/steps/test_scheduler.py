@@ -128,7 +128,7 @@ def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them():
     for _ in range(6):
         bench.add(make(3, max_tokens=1))
     steps = bench.steps(3)
-    assert steps[0] == [(0, 10, 17), (1, 0, 3)] or steps[0][0][:2] == (0, 10)
+    assert steps[0] == [(0, 10, 15), (1, 0, 3), (2, 0, 2)]
     computed = [{name: stop - start for name, start, stop in step} for step in steps]
     assert all(sum(step.values()) == 10 for step in computed), "the budget is used"
     assert all(step[0] >= 5 for step in computed), "the oldest gets half"

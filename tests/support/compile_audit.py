@@ -1,6 +1,6 @@
 """Builds every kernel that a real model needs, for every target, and looks at the machine code: no GPU is needed.
 
-    python tests/support/compile_audit.py [--out FILE.json] [--table FILE.md] [--only OPERATION]
+    python tests/support/compile_audit.py [--out FILE.json] [--table FILE.md] [--only OPERATION] [--smallest]
 
 Writes one row for each kernel and target, prints what breaks a rule, and exits with 1 if anything does.
 
@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of
-from support.specs import arguments_of, discover_specs, preferred_dtype
+from support.specs import arguments_of, discover_specs, preferred_dtype, smallest_model_case
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -167,15 +167,16 @@ def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target
     return spec.plan(**arguments_of(spec, case, dtype, torch.device("meta")), target=target)
 
 
-def jobs(only: str | None) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
+def jobs(only: str | None, smallest: bool) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
     """One for each kernel that differs; cases that need the same machine code share it."""
+    targets = [TARGETS[90]] if smallest else list(TARGETS.values())
     seen: set[str] = set()
     for name, spec in discover_specs().items():
         if only not in (None, name):
             continue
         dtype = preferred_dtype(spec)
-        for case in spec.model_cases:
-            for target in TARGETS.values():
+        for case in [smallest_model_case(spec)[0]] if smallest else spec.model_cases:
+            for target in targets:
                 for index, launch in enumerate(launches_of(spec, case, dtype, target)):
                     key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
                     if key not in seen:
@@ -195,10 +196,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the rows as JSON")
     parser.add_argument("--table", type=Path, help="the rows as a table in Markdown")
     parser.add_argument("--only", help="one operation")
+    parser.add_argument("--smallest", action="store_true", help="only sm_90, and of each operation the smallest case")
     arguments = parser.parse_args()
     # Not forked: a child of a process whose threads have run may wait for a lock that nobody will release.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(run_job, jobs(arguments.only)))
+        rows = list(pool.map(run_job, jobs(arguments.only, arguments.smallest)))
     if arguments.out:
         arguments.out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
     if arguments.table:

@@ -8,13 +8,12 @@ work has ended only if it has waited. So mistakes show that a real GPU hides mos
 * a stream uses what another one writes, or writes what another one uses, without an order between them;
 * memory is given back while a stream that did not allocate it may still use it.
 
-A device tensor is a wrapper around one of the CPU, which computes. What Triton launches is noted and not computed.
+A device tensor is a wrapper around one of the CPU, which computes. What Triton launches is noted and not computed. The
+GPU that all this is asked of is in fake_device.py.
 """
 
-import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,155 +23,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from internvl_rt.kernels import _launch
+from support.fake_device import (
+    L2_BYTES,
+    MACHINE,
+    Block,
+    Event,
+    Graph,
+    Stream,
+    UseStream,
+    empty_cache,
+    set_stream,
+    synchronise,
+)
 
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
-Clock = dict[int, int]  # how far each stream has come, by its number
 READ_ONLY = {"first", "count", "weights"}  # arguments of kernels that engines share; all others count as written
-
-
-class Machine:
-    """The one GPU, and what its host knows."""
-
-    def __init__(self) -> None:
-        self.host: Clock = {}  # what the host knows to have ended
-        self.streams: list[Stream] = []
-        self.waits: list[dict[str, Any]] = []
-        self.races: list[str] = []
-        self.launches: list[_launch.Launch] = []
-        self.num_replays = 0
-        self.pinned: dict[int, Tensor] = {}  # by address; kept, so that no other memory has the address
-        self.local = threading.local()
-
-    @property
-    def stream(self) -> "Stream":
-        return getattr(self.local, "stream", self.streams[0])
-
-    @property
-    def phase(self) -> str:
-        return getattr(self.local, "phase", "")
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        before, self.local.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.local.phase = before
-
-    def wait(self, what: str, clock: Clock) -> None:
-        """The host waits until all streams have come so far."""
-        assert getattr(self.local, "graph", None) is None, f"{what} during a capture"
-        if any(at > self.host.get(number, 0) for number, at in clock.items()):
-            self.waits.append({"what": what, "phase": self.phase})
-        merge(self.host, clock)
-
-    def work(self, what: str, read: Iterable["Block"], written: Iterable["Block"]) -> None:
-        """Something is launched on the current stream, or noted in the graph that it is captured in."""
-        graph = getattr(self.local, "graph", None)
-        if graph is not None:
-            graph.read |= set(read)
-            graph.written |= set(written)
-            return
-        stream = self.stream
-        merge(stream.seen, self.host)
-        stream.seen[stream.number] = stream.seen.get(stream.number, 0) + 1
-        for block in {*read, *written}:
-            block.used(what, stream, is_written=block in written)
-
-
-MACHINE = Machine()
-
-
-def merge(clock: Clock, other: Clock) -> None:
-    for number, at in other.items():
-        clock[number] = max(clock.get(number, 0), at)
-
-
-class Block:
-    """Memory of the device."""
-
-    def __init__(self) -> None:
-        self.owner = MACHINE.stream
-        self.in_graph = getattr(MACHINE.local, "graph", None) is not None
-        self.recorded: set[int] = set()
-        self.written: Clock = {}
-        self.read: Clock = {}
-
-    def used(self, what: str, stream: "Stream", *, is_written: bool) -> None:
-        kinds = [("written", self.written), *([("read", self.read)] if is_written else [])]
-        for kind, uses in kinds:
-            for number, at in uses.items():
-                if stream.seen.get(number, 0) < at:
-                    MACHINE.races.append(f"{what} on stream {stream.number}: {kind} by stream {number}, in no order")
-        uses = self.written if is_written else self.read
-        uses[stream.number] = stream.seen[stream.number]
-
-    def __del__(self) -> None:
-        known = dict(self.owner.seen)
-        merge(known, MACHINE.host)
-        for uses in (self.written, self.read):
-            for number, at in uses.items():
-                if known.get(number, 0) < at and number not in self.recorded and not self.in_graph:
-                    MACHINE.races.append(f"memory of stream {self.owner.number} given back, used by stream {number}")
-
-
-class Stream:
-    def __init__(self, device: object = None) -> None:
-        self.number, self.seen = len(MACHINE.streams), Clock()
-        self.device_index, self.cuda_stream = 0, self.number
-        MACHINE.streams.append(self)
-
-    def wait_stream(self, other: "Stream") -> None:
-        merge(self.seen, other.seen)
-
-    def wait_event(self, event: "Event") -> None:
-        merge(self.seen, event.seen)
-
-    def synchronize(self) -> None:
-        MACHINE.wait("a stream", self.seen)
-
-
-class Event:
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.seen: Clock = {}
-
-    def record(self, stream: Stream | None = None) -> None:
-        self.seen = dict((stream or MACHINE.stream).seen)
-
-    def synchronize(self) -> None:
-        MACHINE.wait("an event", self.seen)
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 1.0
-
-
-@contextmanager
-def use_stream(stream: Stream) -> Iterator[None]:
-    before = MACHINE.stream
-    MACHINE.local.stream = stream
-    try:
-        yield
-    finally:
-        MACHINE.local.stream = before
-
-
-class Graph:
-    def __init__(self) -> None:
-        self.read: set[Block] = set()
-        self.written: set[Block] = set()
-
-    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
-        assert capture_error_mode == "thread_local", "other threads may work meanwhile"
-        assert MACHINE.stream is not MACHINE.streams[0], "the default stream cannot be captured"
-        self.stream, MACHINE.local.graph = MACHINE.stream, self
-
-    def capture_end(self) -> None:
-        MACHINE.local.graph = None
-
-    def replay(self) -> None:
-        MACHINE.num_replays += 1
-        MACHINE.work("a graph", self.read, self.written)
 
 
 class DeviceTensor(Tensor):
@@ -241,6 +107,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if packet in (aten._to_copy, aten.copy_):
         note_copy(args, kwargs, to_cuda=to_cuda, to_cpu=to_cpu)
     elif packet in WAITING or (packet in (aten.index, aten.index_put_, aten.index_put) and waits(args)):
+        if MACHINE.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
         MACHINE.work(str(func), [each.block for each in on_device], [])
         MACHINE.wait(str(func), MACHINE.stream.seen)
     result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
@@ -255,7 +123,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if packet is aten.copy_ and not isinstance(args[0], DeviceTensor):
             return args[0]
         parent = by_storage.get(value.untyped_storage()._cdata)
-        return DeviceTensor(value, Block() if parent is None else parent.block)
+        return DeviceTensor(value, Block(value.untyped_storage().nbytes()) if parent is None else parent.block)
 
     wrapped = tree_map(wrap, result)
     if packet in EMPTY:
@@ -320,6 +188,7 @@ def use_fake_cuda() -> CudaMode:
     """From here on torch has a GPU, in threads that enter the mode."""
     Stream()  # the default one
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=1 << 37)
+    properties.L2_cache_size = L2_BYTES
     fakes: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -331,16 +200,25 @@ def use_fake_cuda() -> CudaMode:
         "reset_peak_memory_stats": lambda device: None,
         "max_memory_allocated": lambda device: 0,
         "max_memory_reserved": lambda device: 0,
-        "empty_cache": lambda: None,
+        "empty_cache": empty_cache,
+        "synchronize": synchronise,
+        "device": lambda device: nullcontext(),
+        "clock_rate": lambda device: 1980,
+        "get_sync_debug_mode": lambda: MACHINE.sync_debug_mode,
+        "set_sync_debug_mode": lambda mode: setattr(MACHINE, "sync_debug_mode", mode),
         "graph_pool_handle": object,
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": Graph,
-        "stream": use_stream,
+        "stream": UseStream,
+        "set_stream": set_stream,
         "current_stream": lambda device=None: MACHINE.stream,
     }
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
+    torch._C._cuda_endAllocateToPool = lambda index, pool: MACHINE.open_pools.discard(pool)  # type: ignore[attr-defined]
+    torch._C._host_emptyCache = lambda: None  # type: ignore[attr-defined]
+    torch._C._cuda_releasePool = lambda index, pool: None  # type: ignore[attr-defined]
     torch.Tensor.pin_memory = lambda self: self if is_pinned(self) else pinned(self.clone())  # type: ignore[method-assign]
     real = _launch._run
     _launch._run = lambda each, device: launch(real, each, device)

@@ -25,7 +25,8 @@ from internvl_rt.engine.loop import StepLoop
 from internvl_rt.steps import device_stream, kv_cache, logprobs, runner, sampler, step, uploads
 from internvl_rt.steps.device_stream import Arriving, DeviceStream
 from internvl_rt.steps.runner import Runner
-from support.fake_cuda import MACHINE, CudaMode, DeviceTensor, use_fake_cuda
+from support.fake_cuda import CudaMode, DeviceTensor, use_fake_cuda
+from support.fake_device import MACHINE
 from support.fake_driver import use_fake_driver
 
 SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"

@@ -15,37 +15,6 @@ MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
 WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls over this share of a stage's steps
 
 
-class Muon:
-    """Momentum whose matrices are made orthogonal before the step (K. Jordan, 2024), in float32."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in parameters:
-            by_shape.setdefault(parameter.shape, []).append(parameter)
-        self._groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        for parameters, momentum in self._groups:
-            gradient = torch.stack([parameter.grad for parameter in parameters])
-            momentum.lerp_(gradient, 0.05)
-            update = orthogonalise(gradient.lerp_(momentum, 0.95))
-            update *= max(1.0, update.shape[1] / update.shape[2]) ** 0.5
-            for parameter, change in zip(parameters, update, strict=True):
-                parameter.mul_(1 - rate * MATRIX_DECAY).sub_(change, alpha=rate)
-
-
-def orthogonalise(x: Tensor) -> Tensor:
-    """Newton-Schulz: singular values towards 1, for a stack of matrices."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x
-
-
 class Trainer:
     """Muon for the matrices, Adam for the rest; two threads share each batch.
 
@@ -60,18 +29,18 @@ class Trainer:
         is_table = re.compile("embedding|position|lm_head").search
         decoder = {path: tensor for path, tensor in named.items() if path.startswith("decoder.")}
         vision = {path: tensor for path, tensor in named.items() if path not in decoder}
-        self._muons: list[tuple[Muon, float]] = []
-        groups = []
+        matrices, others = [], []
         for part, share in ((vision, vision_share), (decoder, 1.0)):
-            matrices = {path: tensor for path, tensor in part.items() if tensor.ndim == 2 and not is_table(path)}
-            self._muons.append((Muon(list(matrices.values())), share))
-            others = [tensor for path, tensor in part.items() if path not in matrices]
-            if part is vision:
-                others += [head.weight_NK, head.bias_N]
-            groups.append({"params": others, "share": share})
+            by_muon = {path: tensor for path, tensor in part.items() if tensor.ndim == 2 and not is_table(path)}
+            matrices.append({"params": list(by_muon.values()), "share": share})
+            others.append({"params": [tensor for path, tensor in part.items() if path not in by_muon], "share": share})
+        others[0]["params"] += [head.weight_NK, head.bias_N]
         for parameter in self._parameters:
             parameter.requires_grad_()
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+        self._optimisers = [
+            (MATRIX_RATE, torch.optim.Muon(matrices, weight_decay=MATRIX_DECAY)),
+            (OTHER_RATE, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)),
+        ]
         self._num_steps, self._last_share, self._number = num_steps, last_share, 0
         self._threads = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
         self._losses, self._start_s = np.zeros(0), time.perf_counter()
@@ -89,11 +58,10 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         left = min(1, (1 - self._number / self._num_steps) / COOLDOWN)
         share = min((self._number + 1) / WARMUP_STEPS, self._last_share + (1 - self._last_share) * left)
-        for muon, part_share in self._muons:
-            muon.step(MATRIX_RATE * share * part_share)
-        for group in self._adam.param_groups:
-            group["lr"] = OTHER_RATE * share * group["share"]
-        self._adam.step()
+        for rate, optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * share * group["share"]
+            optimiser.step()
         self._number += 1
         losses = (np.array(losses1) + losses2) / 2
         self._losses = self._losses + 0.04 * (losses - self._losses) if len(self._losses) else losses

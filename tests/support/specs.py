@@ -7,7 +7,9 @@ import torch
 from internvl_rt.kernels._check import discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
 
-__all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case"]
+__all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case", "smallest_test_case"]
+
+LEAST_BYTES = 2000  # smaller test cases have no rows, or one of one element
 
 
 def preferred_dtype(spec: KernelSpec) -> torch.dtype:
@@ -26,3 +28,9 @@ def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:
     """That which moves the fewest bytes."""
     dtype = preferred_dtype(spec)
     return min(spec.model_cases, key=lambda case: spec.cost(case, dtype).bytes), dtype
+
+
+def smallest_test_case(spec: KernelSpec, dtype: torch.dtype) -> Case:
+    """That which moves the fewest bytes of those that move some, else the largest."""
+    by_bytes = sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes)
+    return next((case for case in by_bytes if spec.cost(case, dtype).bytes >= LEAST_BYTES), by_bytes[-1])
