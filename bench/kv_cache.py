@@ -1,10 +1,10 @@
-"""What the bookkeeping of the KV cache costs: in C++, in instructions, and from Python beside other managers.
+"""Measures the bookkeeping of the KV cache: in C++, in instructions, and from Python beside other managers.
 
     python bench/kv_cache.py [--out FILE] [--runs 5] [--python-runs 3]
 
-Compiles bench/csrc with csrc at -O3, as the extension is built, and runs it several times: of the medians the lowest
-counts, since other programs only ever add to it. With valgrind, callgrind counts the instructions of each operation,
-which no other program disturbs. Then bench/test_kv_cache.py runs (it needs pytest-benchmark), with vLLM's rows if vLLM
+bench/csrc is compiled with csrc at -O3, as the extension is built, and run several times; the lowest median counts,
+since other programs only ever add to it. If valgrind is installed, callgrind counts the instructions of each operation,
+which no other program disturbs. Then bench/test_kv_cache.py runs (it needs pytest-benchmark), with rows of vLLM if vLLM
 can be imported. The exit code is 1 if a target is missed.
 """
 
@@ -24,13 +24,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [*ROOT.glob("bench/csrc/*.cpp"), *set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "bindings.cpp"}]
-REPETITIONS = 64  # counted: an ordinary decode step repeats itself every 64
-FEW_REPETITIONS = {"evict_block": 8, "construct_65536": 2}  # whose state takes long to prepare
+REPETITIONS = 64  # counted by callgrind: an ordinary decode step repeats itself every 64 steps
+FEW_REPETITIONS = {"evict_block": 8, "construct_65536": 2}  # operations whose state takes long to prepare
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper bound: of a time in the unit of its row, or of a ratio, ours to the peer's."""
+    """An upper bound for a time in the unit of its row or, with `peer`, for the ratio of our time to the peer's."""
 
     what: str
     side: str  # "cpp" or "python"
@@ -63,7 +63,7 @@ def measure_cpp(driver: Path, num_runs: int) -> dict[str, Any]:
 
 
 def count_instructions(driver: Path, rows: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Per block where a row is by the block, else per call; empty without valgrind."""
+    """Instructions per block for operations measured by the block, else per call; empty without valgrind."""
     if not shutil.which("valgrind"):
         return {}
     counts = {}
@@ -79,7 +79,7 @@ def count_instructions(driver: Path, rows: dict[str, Any], folder: Path) -> dict
 
 
 def measure_python(num_runs: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Lowest median in microseconds, by operation and manager."""
+    """Returns the lowest median in microseconds, by operation and manager."""
     out = folder / "python.json"
     medians: dict[str, dict[str, float]] = {}
     for _ in range(num_runs):
@@ -95,7 +95,7 @@ def measure_python(num_runs: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def judge(target: Target, cpp: dict[str, Any], python: dict[str, dict[str, float]]) -> dict[str, Any] | None:
-    """None: there is no such row here."""
+    """Compares a target with what was measured; None if the peer's row is missing."""
     if target.side == "cpp":
         actual, unit = cpp[target.name]["median"], cpp[target.name]["unit"]
     else:
