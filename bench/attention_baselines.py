@@ -99,7 +99,7 @@ def _decode_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[An
 
 
 def _prefill_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any], Tensor]]:
-    """After a prefix the mask ends in the lower right corner, while `is_causal` begins in the upper left one."""
+    """A chunk after a cached prefix needs a causal mask aligned to the last key; `is_causal` aligns it to the first."""
     k, v, seq_len = _without_pages(i, backend)
     if len(k) != 1:
         raise ValueError("several sequences")
@@ -142,7 +142,7 @@ def _flashinfer_decode(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 def _flashinfer_prefill(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
-    """FlashInfer's causal mask ends in the lower right corner."""
+    """FlashInfer aligns its causal mask to the last key, as a chunk after a cached prefix needs."""
     import flashinfer
 
     k_SGNC, v_SGNC, _ = _without_pages(i, SDPBackend.FLASH_ATTENTION)

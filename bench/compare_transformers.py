@@ -7,7 +7,7 @@ A random checkpoint of the model's shape is written in the original format for u
 Each side gets a process with the same number of threads, the same prompt ids and the same pixel values, and answers
 greedily. transformers runs as its users run it (`from_pretrained`, sdpa, KV cache, `generate`), with a streamer that
 notes when each token is there. The time to the first token includes the vision tower; the time per token is the mean of
-the other tokens. Our caches of prefixes and pictures are off, since every round asks the same. A third time is that
+the other tokens. Our caches of prefixes and pictures are off, since every round asks the same. The third time runs
 from a uint8 picture of 12 tiles and thumbnail to visual tokens: cutting, vision tower, projector. Their image processor
 uses torchvision, on the device too, if it is installed. The rounds are ours, theirs, theirs, ours; each side's best
 round counts.

@@ -53,7 +53,7 @@ BUDGET_S = {"cuda": 0.06, "cpu": 0.02}  # seconds of samples for each variant
 SLOW_START_S = 25.0  # seconds that one alternative may take to compile
 SLOW_START_SHARE = 0.25  # share of the budget that all of them together may take
 NEAR = 0.05  # a relative RMS difference, small enough to see that an alternative computes the same thing
-PARTIAL = "cublas alone"  # this one does less than the kernel
+PARTIAL = "cublas alone"  # an alternative that does less than the kernel
 TIMED = "what is asked for"  # a name for the timer, which may print it
 
 

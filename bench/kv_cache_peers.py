@@ -41,7 +41,8 @@ class Manager(Protocol):
 
 
 class Ours:
-    """PagedKVCache as a scheduler uses it: one call per step for the whole batch, and the step's buffers are filled."""
+    """PagedKVCache as a scheduler uses it: with one call per step for the whole batch. It fills the step's buffers too.
+    """
 
     def __init__(self) -> None:
         self.cache = PagedKVCache(NUM_BLOCKS, BLOCK_SIZE)

@@ -99,7 +99,7 @@ def predict(launch: Launch, case: Case, cost: Cost) -> dict[str, float]:
     """Predicts the microseconds of one launch, by what they are spent on.
 
     Launch and first load come first. Then the bytes stream at the rate of the device or of its busiest multiprocessor;
-    by Little's law the latter is its bytes in flight divided by the latency. Partial results cost two latencies more.
+    by Little's law its rate is its bytes in flight divided by the latency. Partial results cost two latencies more.
     """
     constexprs, itemsize = launch.constexprs, DTYPE.itemsize
     programs = launch.grid[0] * launch.grid[1]

@@ -92,7 +92,7 @@ def test_append_256(benchmark: Any, manager: Manager, border: bool) -> None:
 
 @pytest.mark.parametrize("border", [False, True], ids=["some", "all"])
 def test_decode_step_256(benchmark: Any, manager: Manager, border: bool) -> None:
-    """Includes the slots, the sampled ids and the digests of full blocks; ours fills the step's buffers as well."""
+    """A manager hands out slots, records sampled ids and digests full blocks; ours also fills the step's buffers."""
     batch = Batch(manager, border=border)
 
     def step() -> None:
@@ -143,7 +143,7 @@ def test_admit_3392(benchmark: Any, ours: Ours, warm: bool) -> None:
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_prefill_3392(benchmark: Any, manager: Manager, warm: bool) -> None:
-    """Includes the lookup, blocks for all tokens, and making full blocks known to other sequences."""
+    """A manager looks a prompt up, gives it blocks for all tokens, and publishes its full blocks to other sequences."""
     arrivals = Arrivals(manager, warm=warm)
     group = f"prefill_3392_{'warm' if warm else 'cold'}"
     measure(benchmark, group, arrivals.prefill, arrivals.prepare, 50)

@@ -64,7 +64,7 @@ class Sweep:
     left_out: list[str] = field(default_factory=list)
 
     def chosen(self, baseline: str) -> dict[Key, dict[int, Any]]:
-        """Plans by key and size, without keys of which a measurement failed and plans that were wrong for their key."""
+        """Plans by key and size: the baseline instead of a wrong plan, and no key whose measurement failed."""
         return {
             key: {
                 size: self.plans[key][baseline if (key, name) in self.wrong else name] for size, name in by_size.items()
@@ -85,7 +85,7 @@ def is_ahead(new: Timing, old: Timing) -> bool:
 
 
 def choose(timings: Mapping[str, Timing], baseline: str) -> str:
-    """The name of the fastest plan (of equal ones the first by name) if it is ahead of the baseline, else that."""
+    """Returns the fastest plan's name (of equal ones the first by name) if it is ahead of the baseline's, else that."""
     others = sorted(name for name in timings if name != baseline)
     best = min(others, key=lambda name: timings[name].median_us, default=baseline)
     return best if best != baseline and is_ahead(timings[best], timings[baseline]) else baseline

@@ -17,8 +17,7 @@ Entry = dict[str, Any]
 
 
 def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]]) -> list[Entry]:
-    """Sorted entries, as few as possible. Rows that stay with cuBLAS need none above the largest other plan.
-
+    """Returns sorted entries, as few as possible. Without an entry cuBLAS is used, so rows that stay with it need none.
     A measurement counts for fewer rows too, down to the next smaller number that was measured, or to half.
     """
     entries = []
@@ -37,7 +36,7 @@ def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]
 def attention_entries(
     chosen: Mapping[tuple[int, int, int], Mapping[int, AttentionPlan]], defaults: Mapping[tuple[int, int, int], Any]
 ) -> list[Entry]:
-    """Sorted entries, as few as possible; a key whose default was the fastest everywhere has none."""
+    """Returns sorted entries, as few as possible; a key whose default was the fastest everywhere has none."""
     entries = []
     for key, by_tiles in sorted(chosen.items()):
         if set(by_tiles.values()) != {defaults[key]}:

@@ -76,7 +76,7 @@ class GemvWorkspace:
 
 
 def build_gemv_workspace(device: torch.device, programs: int | None = None) -> GemvWorkspace:
-    """Makes room for `programs` programs; None: for as many as any plan of `choose_gemv_plan` for `device` has."""
+    """Makes a workspace for a number of programs; None: for the most in any plan of `choose_gemv_plan` on `device`."""
     if programs is None:
         programs = MAX_SPLIT_PROGRAMS * target_of(device).num_sms
     partial = torch.empty(programs * MAX_ROWS * (64 + 1), dtype=torch.float32, device=device)
@@ -87,7 +87,8 @@ def build_gemv_workspace(device: torch.device, programs: int | None = None) -> G
 def choose_gemv_plan(
     rows: int, n: int, k: int, dtype: torch.dtype, target: Target, *, normed: bool = False
 ) -> GemvPlan:
-    """The plan for x [rows, k] and a weight [n, k]; `normed`: with RMSNorm. All rows up to 2 share it, all from 3 on.
+    """The plan for x [rows, k] and a weight [n, k]; `normed`: with RMSNorm. It is the same for 1 and 2 rows, and for
+    all numbers of rows from 3 on.
 
     One or two rows need no splits: a program takes only 4 or 8 rows of the weight, so there are many programs, and all
     warps of a program share K. On sm_90 eight warps are faster than four wherever K has a chunk for each warp (on an

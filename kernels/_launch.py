@@ -90,7 +90,7 @@ def _run(launch: Launch, device: torch.device) -> None:
         return
     start = partial(launch.kernel[launch.grid], **launch.args, **launch.constexprs, **options_of(launch))
     if launch.descriptors:
-        copy_context().run(_with_scratch, start, device)  # the copy keeps the caller's allocator
+        copy_context().run(_with_scratch, start, device)  # in a copy, so that the caller keeps its allocator
     else:
         start()
 

@@ -332,7 +332,7 @@ def draw_kernel(
         end = tl.minimum(begin + slice_len, V)
         peak = key_value(peak_key)
         rate = tl.minimum(tl.div_rn(tl.full(t.shape, LOG2_E, tl.float32), t), 3e38)
-        floor = order_key(peak - 31.0 * t - 1e-36)  # weights end 43 octaves, 29.8 t, below the peak; plus rounding
+        floor = order_key(peak - 31.0 * t - 1e-36)  # weights are 0 from 29.8 t (43 octaves) below the peak on
         least = tl.ceil(tl.load(min_p + row) * 4398046511104.0).to(tl.int64)
         k, p = tl.load(top_k + row), tl.load(top_p + row)
         k = tl.where(k < V, k, 0)

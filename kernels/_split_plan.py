@@ -37,7 +37,7 @@ def plan_splits(num_blocks: Sequence[int], num_items: int) -> list[list[list[int
 
     even = max(1, -(-sum(num_blocks) // resident))
     longest = even
-    if count(2 * even) <= resident:  # then the longest split is as short as lets all items be resident at once
+    if count(2 * even) <= resident:  # then the longest split is the shortest with which all items are resident
         longest += bisect_left(range(even, 2 * even), True, key=lambda length: count(length) <= resident)
     return [_splits(row, blocks, _num_splits(blocks, longest)) for row, blocks in enumerate(num_blocks)]
 

@@ -185,7 +185,7 @@ def decode_attention(
     and slots beyond a length are not used. The same plan gives the same bits, another plan rounds differently.
     counters_SG, int32 zeros, counts the parts that have arrived. The call leaves it as zeros, so that one tensor serves
     all calls that follow each other on a stream; None: every call makes one, which takes one more launch.
-    From sm_90 on table, lengths and items are read while the previous kernel still runs, so that kernel must not write
+    From sm_90 on, table, lengths and items are read while the previous kernel still runs, so that kernel must not write
     them. Without `programmatic_launch` nothing is read before the previous kernel has ended.
     Raises ValueError naming the argument that does not fit.
     """

@@ -190,9 +190,9 @@ def gemv(
 ) -> Tensor:
     """As `gemv_reference`, for at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
 
-    Every call gives the same bits, and one of 3 to 16 rows gets the same bits whatever the other rows are. A plan with
-    splits needs a workspace: without one it is made for this call, which takes one more launch. From sm_90 on the
-    kernel reads weight, norm and bias before the previous kernel has ended, so that kernel must not write them.
+    Every call gives the same bits. Among 3 to 16 rows, a row also gets the same bits whatever the other rows are. A
+    plan with splits needs a workspace: without one it is made for this call, which takes one more launch. From sm_90 on
+    the kernel reads weight, norm and bias before the previous kernel has ended, so that kernel must not write them.
     Without `programmatic_launch` it waits for the previous kernel's end, as kernels usually do.
     Raises ValueError naming the argument that does not fit.
     """
@@ -232,7 +232,9 @@ def gemv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """x, weight and residual are cut from ones with `padding` columns of NaN. `factor` scales x; `plan` is a name."""
+    """x, weight and residual are cut from tensors with `padding` more columns of NaN; `factor` scales x; `plan` is a
+    name in TEST_PLANS.
+    """
     rows, n, k, padding = case["R"], case["N"], case["K"], case.sizes.get("padding", 0)
     swiglu = case.sizes.get("activation") == "swiglu"
 

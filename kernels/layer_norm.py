@@ -34,7 +34,7 @@ def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 def layer_norm_row(values, inside, D, eps):
     """Normalises one row without weight and bias, for every kernel with a LayerNorm. `values` are 0 if not `inside`."""
     centred = tl.where(inside, values - tl.sum(values, axis=0) / D, 0.0)
-    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # what rounding the mean left
+    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # removes what rounding the mean left
     return centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps))
 
 
