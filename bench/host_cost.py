@@ -1,10 +1,10 @@
-"""What a decode step costs on the host, the model's own time left out, by part.
+"""Measures what a decode step costs on the host without the model's own time, in all and by part.
 
     python bench/host_cost.py [--sequences 64] [--steps 500]
 
-Each of the sequences is one request, with its own text to be grown. The model's step and the draw are replaced by
-fixed results, so that what remains is scheduling, the cache's books, the step's inputs, and handing out tokens; their
-text is made by whoever waits for it.
+Each sequence is a request of its own, which decodes the same text. The model's step and the draw are replaced by fixed
+results, so that only scheduling, the cache's bookkeeping, the step's inputs and handing out tokens remain. Text is not
+made here: the threads that wait for replies make it.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 
-GOAL_US = 300.0  # at 64 sequences, on a 2-core virtual machine
+GOAL_US = 300.0  # for 64 sequences on a 2-core virtual machine
 WARM_UP = 50
 
 
 def build_engine(num_sequences: int, num_steps: int) -> Engine:
-    """An engine in which so many sequences decode, without a model behind them."""
+    """Builds an engine in which `num_sequences` sequences decode without a model."""
     engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=num_sequences, max_model_len=4096)
     params = SamplingParams(max_tokens=WARM_UP + 2 * num_steps + 10, ignore_eos=True)
     messages = [{"role": "user", "content": "Hello"}]
@@ -52,7 +52,7 @@ def build_engine(num_sequences: int, num_steps: int) -> Engine:
 
 
 def measure_total(engine: Engine, num_steps: int) -> list[float]:
-    """Microseconds of each step."""
+    """Returns the microseconds of each step."""
     times = []
     for _ in range(num_steps):
         start = time.perf_counter()
@@ -62,7 +62,7 @@ def measure_total(engine: Engine, num_steps: int) -> list[float]:
 
 
 def measure_parts(engine: Engine, num_steps: int) -> dict[str, float]:
-    """Median microseconds by part, in the order of a step; taking the time adds about 1 us to each."""
+    """Median microseconds by part, in the order of a step; taking the time adds about 1 us to each part."""
     samples: dict[str, list[float]] = defaultdict(list)
     undo: list[Callable[[], None]] = []
 

@@ -1,7 +1,7 @@
-"""The same job done by three managers of KV blocks: ours, the plainest one in Python, and vLLM's where it is installed.
+"""Three managers of KV blocks that do the same job: ours, the plainest one in Python, and vLLM's if it is installed.
 
-A batch lives through `prefill` of each sequence, `start_batch`, any number of `append` (a slot for one token more of
-every sequence) and `finish` (that token's id is known, full blocks can be found by others), and `release`.
+The calls for a batch are: `prefill` for each sequence; `start_batch`; any number of `append` (each sequence gets a slot
+for one more token) and `finish` (that token's id is known, and full blocks can be found by others); and `release`.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from internvl_rt._C import PagedKVCache
 BLOCK_SIZE = 64
 NUM_BLOCKS = 65_536
 MAX_MODEL_LEN = 16_384
-SAMPLED_ID = 5  # what every sequence samples in every step
+SAMPLED_ID = 5  # every sequence samples this token in every step
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Prompt:
 
 
 class Manager(Protocol):
-    def prepare(self, seq_id: int, prompt: Prompt) -> None: ...  # what arrives before admission; not measured
-    def prefill(self, seq_id: int, prompt: Prompt) -> int: ...  # how many tokens were cached
+    def prepare(self, seq_id: int, prompt: Prompt) -> None: ...  # work before admission; not measured
+    def prefill(self, seq_id: int, prompt: Prompt) -> int: ...  # returns how many tokens were cached
     def start_batch(self, seq_ids: list[int]) -> None: ...
     def append(self) -> None: ...
     def finish(self) -> None: ...
@@ -41,7 +41,8 @@ class Manager(Protocol):
 
 
 class Ours:
-    """PagedKVCache as a scheduler uses it: one call per step for the whole batch. It fills the step's buffers too."""
+    """PagedKVCache as a scheduler uses it: with one call per step for the whole batch. It fills the step's buffers too.
+    """
 
     def __init__(self) -> None:
         self.cache = PagedKVCache(NUM_BLOCKS, BLOCK_SIZE)
@@ -103,7 +104,7 @@ class PlainSequence:
     token_ids: list[int]
     length: int  # tokens with a slot
     table: list[int] = field(default_factory=list)
-    digest: bytes = b""  # of the last full block
+    digest: bytes = b""  # digest of the last full block
 
 
 class Plain:
@@ -119,7 +120,7 @@ class Plain:
         self.sequences: dict[int, PlainSequence] = {}
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
-        _ = prompt.token_list  # this one takes a list
+        _ = prompt.token_list  # this manager takes a list
 
     def digest(self, parent: bytes, tokens: list[int]) -> bytes:
         return hashlib.blake2b(parent + np.array(tokens, np.int32).tobytes(), digest_size=16).digest()
@@ -200,7 +201,7 @@ class VLLM:
         self.requests: dict[int, Any] = {}
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
-        """The request object, without its block hashes: those are part of what is measured."""
+        """Makes the request object without its block hashes, which are part of what is measured."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request

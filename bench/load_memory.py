@@ -26,7 +26,7 @@ from internvl_rt.model.weights import load_weights
 
 
 def measure(folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Loads `folder` in this process."""
+    """Loads `folder` in this process; returns seconds and bytes."""
     config, checkpoint = load_config(folder), open_checkpoint(folder)
     before = _memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
