@@ -121,8 +121,8 @@ class Engine:
             uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
             "image_embeds": visual tokens [X, D], as encode_images gives them}`.
         v2pe_delta: overrides the engine's.
-        cache_salt: only requests of equal salt share prefixes and visual tokens, so timings tell no tenant what others
-            ask.
+        cache_salt: only requests of equal salt share prefixes and visual tokens, so timings tell a tenant nothing of
+            others.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
 
         Raises RequestError or MediaError, and then nothing has changed.
@@ -208,9 +208,9 @@ class Engine:
     def trace(self, path: str | Path) -> Iterator[None]:
         """Writes what the engine does inside the `with` block to a JSON file for Perfetto or chrome://tracing.
 
-        The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, for
-        example on a full disk, disturbs no request. Raises RequestError: at once if the file cannot be made, otherwise
-        at the end of the block.
+        The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, as
+        on a full disk, disturbs no request. Raises RequestError, at once if the file cannot be made, else when the
+        block ends.
         """
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)

@@ -45,8 +45,8 @@ class StepLoop:
     def use_worker(self, wake: Callable[[], None]) -> None:
         """From now on one worker thread calls `step`, and no other thread runs steps.
 
-        wake: tells the worker thread that there is work; any thread may call it. Raises RequestError if there is a
-        worker thread already.
+        wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread
+        already.
         """
         with self._queue_lock, self._lock:
             self.check()

@@ -123,7 +123,7 @@ class Piece:
 
 
 def pieces_of(new_texts: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
-    """Yields a piece for each text, given with its answer's index. The last piece carries the reply, if there is one."""
+    """Yields a piece for each (answer index, text). The last piece carries the reply, if there is one."""
     *others, (index, text) = new_texts or [(0, "")]
     for other_index, other_text in others:
         yield Piece(other_text, choice=other_index)
