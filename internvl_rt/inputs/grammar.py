@@ -37,7 +37,7 @@ _MAX_LEXER_STATES = 50_000  # states of one grammar, about half a kB each
 _OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # repetitions and groups; escaped ones count too
 _VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
 _TOO_COMPLEX = re.compile(r"fuel|too (many|big|large|complex)|max is")  # errors by the library's own limits
-# A schema with a keyword of the first set and another keyword of either is the intersection of two.
+# A schema with a `_REFERENCES` keyword and another one of either set is an intersection of two schemas.
 _REFERENCES = {"$ref", "anyOf", "oneOf"}
 _ASSERTIONS = {"additionalProperties", "format", "items", "pattern", "prefixItems", "properties"}
 _EXPECTED = {
@@ -89,7 +89,7 @@ class GrammarCompiler:
 
         limits = LLParserLimits(
             max_items_in_row=10_000,  # MAX_PROPERTIES optional properties need 4000
-            step_max_items=100_000,  # they need 60 000
+            step_max_items=100_000,  # MAX_PROPERTIES optional properties need 60 000
             max_lexer_states=_MAX_LEXER_STATES,
             verbose_errors=False,  # verbose errors would show the schema and the answer
         )

@@ -246,8 +246,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     added |= {token.content: token_id for token_id, token in declared.items()}
     special_ids = frozenset(own) | {token_id for token_id, token in declared.items() if token.special}
     visible = {t: i for t, i in added.items() if i not in special_ids and t not in TEMPLATE_TOKENS}
-    # A special token may use an unused piece of the model. Text spelt like that piece must not give it, so it becomes
-    # bytes.
+    # A special token may use an unused piece of the model. Text spelt like the piece must not give it, but bytes.
     spelled = {
         token_id: [model.piece_to_id(f"<0x{byte:02X}>") for byte in model.id_to_piece(token_id).encode()]
         for token, token_id in added.items()
