@@ -1,4 +1,4 @@
-"""Checks of the whole: which backend an engine chooses here, and what the checkpoint in the package answers."""
+"""Checks a whole engine: which backend it chooses here, and what the checkpoint in the package answers."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # named af
 
 
 def check_backend() -> Finding:
-    """What `Engine.from_pretrained(model)` computes with where nobody asks for anything else."""
+    """Finds the backend that `Engine.from_pretrained(model)` chooses here by default."""
     model, *_ = load_parts("tiny", EngineOptions(max_num_seqs=1))
     name, device = model.ops.name, model.device
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The engine: requests in, replies out, one step loop between them."""
+"""The engine answers requests: it prepares them and submits them to the loop of steps."""
 
 import time
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
-MAX_TILES_PER_STEP = 32  # the tiles that one step encodes have about as many tokens as a full step
+MAX_TILES_PER_STEP = 32  # 256 visual tokens each: as many as a step computes by default
 
 SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
@@ -44,10 +44,10 @@ Messages = Items[dict[str, Any]]
 class Engine:
     """A model in memory that answers requests. Build one with `from_pretrained`.
 
-    Methods may be called from several threads; each thread that waits runs steps, for all requests. What else runs
-    changes greedy and seeded output by no more than rounding: products of other batch sizes sum in other orders.
+    Any thread may call any method; a thread that waits for its reply runs steps, which serve all requests. Other
+    requests change greedy and seeded output by rounding alone: products of another batch size sum in another order.
 
-    `prepare`, `new_request` and the attributes `loop` and `runner` are for code that drives the steps itself, as
+    `prepare`, `new_request` and the attributes `loop` and `runner` are for code that runs the steps itself, as
     `AsyncEngine` and the benchmarks do.
     """
 
@@ -56,7 +56,7 @@ class Engine:
     ) -> None:
         self.config, self.tokenizer, self.device = model.config, tokenizer, model.device
         self.model, self.cache, self.memory, self.options = model, cache, memory, options
-        self.roof = roof_of(model.device, model.dtype)  # what the device can do at most; None where it is not known
+        self.roof = roof_of(model.device, model.dtype)  # the device's peak rates; None if they are not known
         self.visual_cache = VisualCache(options.visual_cache_bytes)
         room = min(model.config.decoder.max_position, cache.blocks.num_blocks * cache.block_size)
         self.max_model_len = options.max_model_len or room
@@ -98,10 +98,8 @@ class Engine:
     def from_pretrained(cls, model: str | Path, options: EngineOptions) -> "Engine":
         """Loads a checkpoint: a folder, a hub id, or "tiny", the one in the package.
 
-        "random:InternVL3-8B", or "random:" before the path of a config.json, makes random weights of that shape where
-        they are to be, without a file: for benchmarks.
-
-        The keyword arguments are the fields of `internvl_rt.EngineOptions`, which says what they mean.
+        "random:InternVL3-8B", or "random:" before the path of a config.json, makes random weights of that shape on the
+        device, without a file, for benchmarks. `internvl_rt.EngineOptions` explains the keyword arguments.
 
         Raises ConfigError, CheckpointError or RequestError (all ValueErrors), TypeError for an unknown argument.
         """
@@ -118,13 +116,15 @@ class Engine:
     ) -> Reply:
         """Answers the last user message of a conversation.
 
-        messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of parts
-        `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or uint8 array or
-        tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds", "image_embeds":
-        visual tokens [X, D], as encode_images gives them}`. A conversation is sent whole each time.
-        v2pe_delta overrides the engine's. cache_salt: only requests of equal salt share prefixes and visual tokens, so
-        that no tenant can learn from its timings what another has asked. timeout_s: after so many seconds the answer
-        ends where it is, with finish_reason "timeout".
+        messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
+            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
+            uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
+            "image_embeds": visual tokens [X, D], as encode_images gives them}`.
+        v2pe_delta: overrides the engine's.
+        cache_salt: only requests of equal salt share prefixes and visual tokens, so timings tell a tenant nothing of
+            others.
+        timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
+
         Raises RequestError or MediaError, and then nothing has changed.
         """
         return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt, timeout_s=timeout_s)[0]
@@ -138,9 +138,9 @@ class Engine:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Piece]:
-        """As `chat`, piece by piece as the text becomes certain; the last piece has the whole reply.
+        """Answers as `chat` does, in pieces, as the text becomes certain; the last piece has the whole reply.
 
-        Errors in the request are raised by this call; closing the iterator cancels the request.
+        This call raises the errors in the request; closing the iterator cancels the request.
         """
         prepared = self.prepare(messages, v2pe_delta, cache_salt)
         return self._stream(self.new_request(prepared, params or SamplingParams(), timeout_s))
@@ -157,8 +157,8 @@ class Engine:
     ) -> list[Reply]:
         """Answers many conversations in one continuous batch; `params` is for all, or one for each.
 
-        The first invalid request raises, naming its index, and cancels the rest. timeout_s counts for each from when
-        it is prepared. progress: shows a bar on stderr.
+        The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
+        conversation from the start of its preparation. progress: shows a bar on stderr.
         """
         each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
         if len(each) != len(batch):
@@ -182,35 +182,35 @@ class Engine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[Score]:
-        """How likely the model finds each response to a conversation, token by token.
+        """Computes how likely the model finds each response to a conversation, token by token.
 
-        include_end: the token that ends an answer counts as the response's last. Raises RequestError or MediaError.
+        include_end: whether the end token counts as part of a response. Raises RequestError or MediaError.
         """
         scored = self.prepare_scores(messages, responses, include_end, v2pe_delta, cache_salt)
         replies = self.generate_prepared(iter(scored), [SCORING] * len(scored))
         return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
 
     def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
-        """Visual tokens [X, D] of each picture, on the engine's device; `image_embeds` parts take them.
+        """Computes visual tokens [X, D] of each picture on the engine's device, for `image_embeds` parts.
 
         Raises RequestError or MediaError.
         """
         pictures = self.preparer.open_images(images)
         for picture in pictures:
-            self._uploads.load(picture)  # so that a broken picture is found before anything is computed
+            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
         return [self.loop.encode(picture, cache_salt) for picture in pictures]
 
     def stats(self) -> dict[str, int | float]:
-        """A snapshot of what the engine holds and has done so far; counts, tokens and bytes."""
+        """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
         return self.loop.stats()
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:
         """Writes what the engine does inside the `with` block to a JSON file for Perfetto or chrome://tracing.
 
-        The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails on the
-        way, as on a full disk, disturbs no request. Raises RequestError: at once where the file cannot be made,
-        otherwise when the block ends.
+        The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, as
+        on a full disk, disturbs no request. Raises RequestError, at once if the file cannot be made, else when the
+        block ends.
         """
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)
@@ -220,7 +220,7 @@ class Engine:
                 self.loop.set_trace(None)
 
     def prepare(self, messages: Messages, v2pe_delta: Delta | None = None, cache_salt: str | None = None) -> Prepared:
-        """A prompt for `new_request` or `generate_prepared`, with its pictures on their way to the device.
+        """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
         Raises RequestError or MediaError.
         """
@@ -230,7 +230,7 @@ class Engine:
         return replace(prepared, tile_s=time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
-        """The same from rendered turns and the tiles of each of their pictures."""
+        """Makes a prompt as `prepare` does, from rendered turns and the tiles of each of their pictures."""
         prepared = self.preparer.prepare_turns(turns, tiles)
         self._load_pictures(prepared)
         return prepared
@@ -238,7 +238,7 @@ class Engine:
     def prepare_scores(
         self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
     ) -> list[Prepared]:
-        """A prompt for each response, to be run with SCORING; `build_score` reads the score from the reply."""
+        """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
         prompt = self.prepare(messages, delta, salt)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
@@ -250,7 +250,7 @@ class Engine:
         timeout_s: float | None = None,
         progress: bool = False,
     ) -> list[Reply]:
-        """As `generate`, from prompts that were prepared elsewhere; they are taken as places become free."""
+        """Answers as `generate` does. Takes a prompt from `prompts` when fewer than `max_num_seqs` requests run."""
         requests: list[Request] = []
         unfinished: list[Request] = []
         with tqdm(total=len(params), unit="request", disable=not progress) as bar:
@@ -271,14 +271,14 @@ class Engine:
                 while unfinished:
                     advance()
                 for request in requests:
-                    self.loop.poll(request)  # raises what made it fail
+                    self.loop.poll(request)  # raises the request's error
             finally:
                 for request in unfinished:
                     self.loop.cancel(request)
         return [request.reply for request in requests if request.reply is not None]
 
     def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """A request that `loop.submit` takes. Raises RequestError."""
+        """Makes a request for `loop.submit`. Raises RequestError."""
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=None if timeout_s is None else prepared.start_s + timeout_s)
@@ -287,7 +287,7 @@ class Engine:
         return request
 
     def close(self) -> None:
-        """Cancels what runs and refuses everything after; the memory goes with the last reference to the engine."""
+        """Cancels all requests and refuses new ones; the memory is freed with the last reference to the engine."""
         self.loop.close()
 
     def __enter__(self) -> Self:
@@ -297,9 +297,9 @@ class Engine:
         self.close()
 
     def _load_pictures(self, prepared: Prepared) -> None:
-        """Decodes and uploads in the caller's thread, where a broken picture is this caller's error alone.
+        """Decodes and uploads pictures in the caller's thread, so that a broken one is this caller's error alone.
 
-        An image is left out if the cache holds the keys and values of its tokens, or its visual tokens are kept.
+        Skips an image whose keys and values are in the KV cache, or whose visual tokens are kept.
         """
         num_cached = self.loop.num_cached(prepared) if prepared.pictures else 0
         for picture in prepared.pictures:

@@ -1,4 +1,4 @@
-"""A checkpoint to what an engine runs: model, tokenizer, and a KV cache in the memory that is left."""
+"""Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
 def _open(
     model: str | Path, revision: str | None, seed: int
 ) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
-    """All but the weights, and what makes those; seed: of random ones."""
+    """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
     if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
@@ -80,7 +80,7 @@ def _open(
 
 
 def choose_device(device: str) -> torch.device:
-    """For "auto" CUDA where there is a GPU. Raises RequestError."""
+    """Takes CUDA for "auto" if there is a GPU. Raises RequestError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -104,7 +104,7 @@ def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """For "auto" the checkpoint's on CUDA, float32 on the CPU. Raises RequestError."""
+    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU. Raises RequestError."""
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

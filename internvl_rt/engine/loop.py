@@ -1,4 +1,4 @@
-"""The loop that runs steps while there are requests, and gives each request what its steps drew."""
+"""Runs steps while there are requests, and gives each request the tokens that steps drew for it."""
 
 import threading
 from collections import deque
@@ -20,12 +20,12 @@ from internvl_rt.steps.step import Chunk, plan_step
 class StepLoop:
     """Owns the requests in flight and runs their steps: in the thread that waits for one, or in one worker thread.
 
-    Any thread may call any method; steps exclude each other. `check`, `num_cached`, `stats`, and with a worker thread
-    `cancel`, wait for no step: an event loop may call them.
+    Any thread may call any method; steps exclude each other. `check`, `num_cached` and `stats`, and `cancel` if there
+    is a worker thread, do not wait for a step, so an event loop may call them.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, *, max_requests: int, run_ahead: bool) -> None:
-        """max_requests: how many may be in flight, those that wait included.
+        """max_requests: how many may be in flight, waiting ones included.
         run_ahead: whether a step is launched before the one before it has ended, which keeps a GPU busy.
         """
         self._scheduler, self._runner = scheduler, runner
@@ -45,8 +45,8 @@ class StepLoop:
     def use_worker(self, wake: Callable[[], None]) -> None:
         """From now on one worker thread calls `step`, and no other thread runs steps.
 
-        wake: tells the worker thread that there is work; any thread may call it. Raises RequestError if there is a
-        worker thread already.
+        wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread
+        already.
         """
         with self._queue_lock, self._lock:
             self.check()
@@ -87,14 +87,14 @@ class StepLoop:
             return self.poll(request)
 
     def poll(self, request: Request) -> list[tuple[int, str]]:
-        """The text of each answer that became visible since the last call, by the answer's index.
+        """Returns text that became visible since the last call, with the index of the answer it belongs to.
 
-        Only between two steps, where `notify` is called, or for a request that is done. Raises what made it fail.
+        May be called between two steps, from `notify`, or when the request is done. Raises the request's error.
         """
         if request.error is not None:
             raise request.error
         for answer in request.answers:
-            if answer.sequence.finish_reason is None:  # all tokens of one that has ended are text already
+            if answer.sequence.finish_reason is None:  # the tokens of an answer that has ended are text already
                 answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
         new_texts = [(answer.index, answer.new_text) for answer in request.answers if answer.new_text]
         for answer in request.answers:
@@ -102,7 +102,7 @@ class StepLoop:
         return new_texts
 
     def num_cached(self, prepared: Prepared) -> int:
-        """How many leading tokens of a prompt the cache holds now. It is one call into C++, so it needs no lock."""
+        """Counts the leading tokens of a prompt that the cache holds now. It calls C++ once, so it needs no lock."""
         return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
 
     def cancel(self, request: Request) -> None:
@@ -115,13 +115,13 @@ class StepLoop:
             return
         with self._queue_lock, self._lock:
             self._end_cancelled()
-            if not self._in_flight:  # nobody else would end the launched steps, which hold blocks
+            if not self._in_flight:  # no other call would collect the launched steps, which hold blocks
                 self._collect_down_to(0)
 
     def fail_worker(self, cause: BaseException) -> None:
-        """The worker thread has died of `cause`: every request ends with an error that says so, and none is taken.
+        """Fails every request because the worker thread has died of `cause`, and refuses new ones.
 
-        The scheduler and the cache are left alone, since the thread may have died in the middle of changing them.
+        Leaves the scheduler and the cache alone, since the thread may have died in the middle of changing them.
         """
         with self._queue_lock, self._lock:
             self._worker_error = cause
@@ -136,13 +136,13 @@ class StepLoop:
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture, for the calling thread's stream."""
+        """Computes the visual tokens [X, D] of a picture, for the calling thread's stream."""
         with self._queue_lock, self._lock:
             self.check()
             return self._runner.encode(picture, salt)
 
     def stats(self) -> dict[str, int | float]:
-        """Counts, tokens and bytes; what has no other unit counts events since the start."""
+        """Counts what runs and waits now, events since the start, and the runner's tokens and bytes."""
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
@@ -154,9 +154,9 @@ class StepLoop:
         }
 
     def set_trace(self, trace: Trace | None) -> None:
-        """Writes to `trace` what ends from now on, until None is set: steps, and requests, which may have begun before.
+        """Writes the steps and requests that end from now on to `trace`. None ends the trace.
 
-        Requests in flight are written when it is taken away. Raises RequestError if there is another one.
+        At the end the requests in flight are written too. Raises RequestError if there is a trace already.
         """
         with self._queue_lock, self._lock:
             if trace is not None and self._in_flight.trace is not None:
@@ -166,7 +166,7 @@ class StepLoop:
             self._in_flight.trace = trace
 
     def step(self) -> bool:
-        """Runs one step, if there is anything to do; whether there was."""
+        """Runs one step; returns False if there was nothing to do."""
         self._let_others_in()
         with self._lock:
             return self._step()
@@ -192,7 +192,7 @@ class StepLoop:
         return True
 
     def _collect_down_to(self, most: int) -> None:
-        """Waits for the oldest steps until at most so many are launched."""
+        """Collects the oldest steps until at most `most` are launched."""
         while len(self._launched) > most:
             self._collect(self._launched.popleft())
 
@@ -200,13 +200,13 @@ class StepLoop:
         step = plan_step(chunks)
         try:
             launched = self._runner.launch(step)
-        except BaseException as error:  # what the cache holds of the chunks is unknown now, so their requests end
+        except BaseException as error:  # the cache's content for the chunks is unknown now, so their requests end
             self._collect_down_to(0)
             self._end_step_of(chunks, error)
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, place = step.draws[row]
-            if place == sequence.num_tokens - sequence.num_prompt:  # not one behind a guess
+            if place == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
                 sequence.unread_row = row
                 sequence.num_tokens += 1
         self._scheduler.launched(chunks)
@@ -214,7 +214,7 @@ class StepLoop:
         self._num_steps += 1
 
     def _end_step_of(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """A step has failed: its requests get the error; an interrupt of this thread is raised here too."""
+        """Fails the requests of a failed step; raises `error` here too if it interrupts this thread."""
         self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
         self._collect_down_to(0)
         self._runner.fail()
@@ -222,10 +222,10 @@ class StepLoop:
             raise error
 
     def _collect(self, launched: LaunchedStep) -> None:
-        """Waits for a step and hands out what it drew."""
+        """Waits for a launched step and gives its tokens to their requests."""
         try:
             result = self._runner.collect(launched)
-        except BaseException as error:  # what it drew is lost
+        except BaseException as error:  # the tokens it drew are lost
             self._end_step_of(launched.step.chunks, error)
             return
         if self._in_flight.trace is not None:

@@ -1,4 +1,4 @@
-"""What an engine is asked to be: the keyword arguments of `Engine.from_pretrained`, checked once."""
+"""The options of an engine: keyword arguments of `Engine.from_pretrained`, checked once."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
-MAX_DRAFT_TOKENS = 15  # with the token before them 16 rows, the most that the products of few rows take
+MAX_DRAFT_TOKENS = 15  # with the token before them they are 16 rows, the most of a product for few rows
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The options of an engine. Raises RequestError naming a bad one.
+    """Options of an engine. Raises RequestError that names a bad one.
 
-    device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA where there is a GPU.
+    device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
@@ -36,22 +36,22 @@ class EngineOptions:
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
     max_tokens_per_step: most tokens that one step computes.
-    max_waiting: how many requests may wait for a place among those that run; more are refused.
-    prefix_cache: whether prompts that begin alike, pictures included, share what was computed of their beginning.
+    max_waiting: most requests that may wait until they run; more are refused.
+    prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
-    num_draft_tokens: how many tokens are guessed from the text so far and checked together; 0 guesses none. The answer
-        is the same.
+    num_draft_tokens: most tokens that are guessed from the text so far and checked in one step; the answer stays the
+        same.
     v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
-    exif: whether a picture is turned as its EXIF orientation says ("apply"), or not ("ignore", as the official code).
-    alpha: whether transparency is dropped ("drop", as the official code) or laid over white ("white").
+    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
+    alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
     max_pixels: a picture of more pixels is refused before it is decoded.
-    seed: makes sampling without a seed of its own reproducible, and chooses random weights (None is 0 there).
-    backend: "triton", the kernels, or "torch", the references that they are tested against; "auto" is triton on CUDA.
+    seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
+    backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
-        graphs are captured while the engine is built, which takes seconds before the first answer; no other thread
-        may call `torch.cuda.synchronize` meanwhile. Without graphs each kernel is launched by the CPU, which is slower.
-    programmatic_launch: whether kernels of a decode step begin before the one before them has ended (from compute
+        graphs are captured while the engine is built, which takes seconds before the first answer; no other thread may
+        call `torch.cuda.synchronize` meanwhile. Without graphs the CPU launches each kernel, which is slower.
+    programmatic_launch: whether a kernel of a decode step begins before the previous one has ended (from compute
         capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
         off to see what it is worth, or whether it causes a fault.
     """
@@ -96,7 +96,7 @@ class EngineOptions:
         ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
 
     def images(self, config: ModelConfig) -> ImageOptions:
-        """How pictures are read and cut for a model."""
+        """Returns how pictures are read and cut into tiles for a model."""
         most = config.max_tiles if self.max_tiles is None else self.max_tiles
         return ImageOptions(
             image_size=config.vision.image_size,
@@ -112,7 +112,7 @@ class EngineOptions:
 def takes_options(
     options: Callable[P, EngineOptions],
 ) -> Callable[[Callable[[C, str | Path, EngineOptions], T]], Callable[Concatenate[C, str | Path, P], T]]:
-    """Gives a function of (class, model, options) the options as keyword arguments, for callers, help() and types."""
+    """Makes a function of (class, model, options) take keyword arguments, also for help() and type checkers."""
 
     def decorate(load: Callable[[C, str | Path, EngineOptions], T]) -> Callable[Concatenate[C, str | Path, P], T]:
         def loads(cls: C, model: str | Path, /, *args: P.args, **given: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""A prepared prompt and sampling parameters to the sequences that steps compute, one for each answer."""
+"""Makes the sequences that steps compute, one for each answer, from a prompt and sampling parameters."""
 
 import itertools
 import secrets
@@ -30,7 +30,7 @@ class SequenceFactory:
         self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
 
     def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
-        """A sequence for each answer: the first computes the prompt, the others wait for it as its siblings.
+        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
 
         `max_tokens` is cut to the room left in the context window. Raises RequestError.
         """

@@ -1,18 +1,18 @@
-"""Digests of pictures and identities of prompts, so that what was computed is reused for equal inputs alone."""
+"""Digests of pictures and identities of prompts: cached results are reused for equal inputs alone."""
 
 import hashlib
 
-IDENTITY_VERSION = b"1"  # counts the meanings that a block of the KV cache and its digest have had
+IDENTITY_VERSION = b"1"  # changes when the content of a KV cache block or its digest changes its meaning
 
 
 def content_digest(kind: str, details: str, content: bytes | memoryview) -> bytes:
-    """SHA-256 of a picture's content and of all that its tiles depend on besides; 32 bytes."""
+    """Returns 32 bytes: SHA-256 of a picture's content and of the details that its tiles also depend on."""
     head = f"{kind} {details} ".encode()
     return hashlib.sha256(len(head).to_bytes(8, "little") + head + hashlib.sha256(content).digest()).digest()
 
 
 def build_identity(**parts: str | int | float | bytes | None) -> bytes:
-    """One string of all that a prompt's keys and values depend on besides its tokens and pictures.
+    """Joins all that a prompt's keys and values depend on, besides its tokens and pictures, to one string.
 
     Every part is written with its type and its length, so that two different sets of parts never give the same string.
     """

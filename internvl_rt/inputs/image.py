@@ -1,4 +1,4 @@
-"""Reads pictures from wherever they are given: with limits that are checked before anything is decoded.
+"""Reads pictures from files, `data:` URLs, bytes and arrays, with limits that are checked before decoding.
 
 The result is that of the official `load_image` (InternVL README.md). PIL's global settings are left alone.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8] | torch.Tensor"
 
-# No EPS (starts ghostscript), no JPEG 2000 and none of Pillow's rarely used decoders.
+# EPS, which starts ghostscript, JPEG 2000 and Pillow's rarely used decoders are left out.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 # Bounds the buffer between the two resize passes, which is as wide as the canvas and as high as the picture.
@@ -36,7 +36,7 @@ _MAX_SIDE = 32_768
 
 _MAX_ENCODED_BYTES = 1 << 29  # a file is read whole, to be hashed
 
-# What Pillow raises on damaged files; most of it was seen when files of every format above were changed and cut.
+# Pillow raises these on damaged files; most were seen when files of every format above were changed and cut.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -51,13 +51,10 @@ _DAMAGED = (
 
 
 def open_media(source: str | Path | bytes, kind: str) -> tuple[BinaryIO, str]:
-    """Open a path, a `data:` URL or encoded bytes for reading.
+    """Opens a path, a `data:` URL or encoded bytes for reading.
 
-    Returns:
-        The stream, at its start, and the name of the source for messages; `kind` ("image", "video") begins the name.
-
-    Raises:
-        MediaError: the source is another kind of URL, not a readable file, not base64, or empty.
+    Returns the stream, at its start, and the name of the source for messages; `kind` ("image", "video") begins the
+    name. Raises MediaError if the source is another kind of URL, not a readable file, not base64, or empty.
     """
     stream: BinaryIO
     if isinstance(source, bytes):
@@ -99,18 +96,14 @@ def _open_file(path: str, name: str) -> BinaryIO:
 def load_image(source: ImageSource, options: ImageOptions) -> Image.Image:
     """Reads a picture as RGB, as the official `Image.open(file).convert("RGB")` does, within limits.
 
-    EXIF orientation and ICC profiles are ignored and alpha is dropped unless the options say otherwise; of an
-    animation the first frame is taken. Unlike Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
+    EXIF orientation and ICC profiles are ignored and alpha is dropped unless the options say otherwise; an animation
+    gives its first frame. Unlike in Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
 
-    Args:
-        source: path, `data:` URL, encoded bytes, PIL image, or uint8 array or tensor [height, width, 3].
-        options: `exif`, `alpha` and `max_pixels` are used.
+    source: path, `data:` URL, encoded bytes, PIL image, or uint8 array or tensor [height, width, 3].
+    options: `exif`, `alpha` and `max_pixels` are used.
 
-    Returns:
-        A PIL image of mode RGB. It may be `source` itself or share its memory, so do not write into it.
-
-    Raises:
-        MediaError: the source cannot be read or decoded, or is too large; sizes are checked before decoding.
+    Returns a PIL image of mode RGB, which may be `source` itself or share its memory, so do not write into it. Raises
+    MediaError if the source cannot be read or decoded, or is too large; sizes are checked before decoding.
     """
     if isinstance(source, str | Path | bytes):
         stream, name = open_media(source, "image")
@@ -123,17 +116,17 @@ def load_image(source: ImageSource, options: ImageOptions) -> Image.Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenImage:
-    """A picture whose size and content are known. It is plain data: it decodes its content when it is asked for pixels.
+    """A picture of known size and content. It is plain data: it decodes its content when it is asked for pixels.
 
-    digest: 32 bytes over the encoded bytes (or, where there are none, the pixels) and the options. Pictures of equal
-        digest have equal tiles.
+    digest: 32 bytes over the encoded bytes (or the pixels, if there are none) and the options. Pictures of equal digest
+        have equal tiles.
     content: the encoded bytes, or pixels uint8 [height, width, 3] on any device; nobody else writes into either.
     """
 
     digest: bytes
     grid: tuple[int, int]  # columns and rows of tiles
     content: "bytes | npt.NDArray[np.uint8] | torch.Tensor"
-    name: str  # in error messages
+    name: str  # used in error messages
     options: ImageOptions
 
     @property
@@ -146,14 +139,14 @@ class OpenImage:
         return self.grid[0] * self.grid[1] + self.thumbnail
 
     def pixels(self) -> "npt.NDArray[np.uint8] | torch.Tensor":
-        """uint8 [height, width, 3], on the device where the picture was given.
+        """Returns uint8 [height, width, 3], on the device where the picture was given.
 
         Raises MediaError for an encoded picture that turns out to be broken.
         """
         return np.array(self._decode(self.content)) if isinstance(self.content, bytes) else self.content
 
     def tiles(self) -> npt.NDArray[np.uint8]:
-        """As `tile_image`. Raises MediaError for an encoded picture that turns out to be broken."""
+        """Cuts tiles by `tile_image`. Raises MediaError for an encoded picture that turns out to be broken."""
         content = self.content
         image = self._decode(content) if isinstance(content, bytes) else Image.fromarray(_on_host(content))
         return tile_image(image, self.options)
@@ -163,9 +156,9 @@ class OpenImage:
 
 
 def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
-    """Reads and hashes a picture; of an encoded one only the header is decoded. Sources and errors: `load_image`.
+    """Reads and hashes a picture; decodes only the header of an encoded one. Sources and errors: see `load_image`.
 
-    Pixels are copied, on their device, so that the caller may write into what it gave.
+    Pixels are copied, on their device, so that the caller may change its own.
     """
     content: bytes | npt.NDArray[np.uint8] | torch.Tensor
     if not isinstance(source, str | Path | bytes):
@@ -201,7 +194,7 @@ def _open_encoded(stream: BinaryIO, name: str, options: ImageOptions) -> Image.I
 
 
 def _check_array(array: Any, options: ImageOptions) -> Any:
-    """The array or tensor that was given as a picture, if it can be one."""
+    """Returns an array or tensor that was given as a picture. Raises MediaError if it cannot be one."""
     torch = sys.modules.get("torch")  # a tensor can only be given by a program that has imported torch
     if not isinstance(array, np.ndarray) and (torch is None or not isinstance(array, torch.Tensor)):
         raise MediaError(
@@ -221,7 +214,7 @@ def _is_on_gpu(array: Any) -> bool:
 
 
 def _on_host(array: Any) -> npt.NDArray[np.uint8]:
-    """An array as it is; of a tensor an array that shares its memory, or a copy if it is on a GPU."""
+    """Returns an array as it is, a tensor as an array that shares its memory, or as a copy if it is on a GPU."""
     return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
 
 
@@ -253,7 +246,7 @@ def _to_rgb(image: Image.Image, name: str, options: ImageOptions) -> Image.Image
 
 @contextmanager
 def _pillow_errors(name: str, options: ImageOptions) -> Iterator[None]:
-    """Pillow's errors as one line; its own texts may hold object addresses and stay behind `__cause__`."""
+    """Makes Pillow's errors one line; its own texts may hold object addresses and stay in `__cause__`."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -265,7 +258,7 @@ def _pillow_errors(name: str, options: ImageOptions) -> Iterator[None]:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Gray of mode I;16*, I or F as mode L, by dropping the low bits.
+    """Converts gray of mode I;16*, I or F to mode L by dropping the low bits.
 
     I and F do not tell their range: it is the first of 1 (F only), 8, 16 and 31 bits that holds the brightest pixel.
     """

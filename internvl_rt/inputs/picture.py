@@ -1,4 +1,4 @@
-"""A picture's place in a prompt, and what stands there."""
+"""A picture and its place in a prompt."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Picture:
     """
 
     digest: bytes
-    num_tiles: int  # with the thumbnail
+    num_tiles: int  # thumbnail included
     image: OpenImage | None = None
     tiles: Tensor | None = None  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
     visual_XD: Tensor | None = None  # visual tokens that were computed elsewhere

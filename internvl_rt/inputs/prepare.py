@@ -1,6 +1,6 @@
-"""Messages to a prompt that can run: media read, template rendered, positions laid out, limits checked.
+"""Makes messages a prompt that can run: reads media, renders the template, computes positions, checks limits.
 
-Nothing here knows an engine: what comes out is plain data.
+It knows no engine, and the result is plain data.
 """
 
 import time
@@ -32,27 +32,27 @@ from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import load_video
 
-MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are runs of so many spaces: a text of more characters cannot fit
+MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of more characters per token cannot fit
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt that can run. How its answer will be drawn is not part of it."""
+    """A prompt that can run, without the parameters of its answer."""
 
     prompt: Prompt
     pictures: tuple[Picture, ...]
     position_T: np.ndarray  # float32 rotary positions of the prompt
-    next_position: int  # of the first token after the prompt
+    next_position: int  # position of the first token after the prompt
     identity: bytes | None  # what keys and values depend on besides tokens and pictures; None: no prefix is shared
     salt: str | None  # only prompts of equal salt share visual tokens
-    start_s: float  # perf_counter when the call began
+    start_s: float  # by perf_counter, when the call began
     media_s: float = 0.0
     tile_s: float = 0.0
-    score_from: int | None = None  # no token is drawn, but the log-probabilities from this token on are wanted
+    score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
 
 
 class Preparer:
-    """Holds what preparing a prompt needs to know of the model, and nothing of any prompt. Any thread may use it."""
+    """Prepares prompts for one model, and keeps nothing of any prompt. Any thread may use it."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Preparer:
     ) -> None:
         """images: how pictures are read and cut; frames of videos become one tile each.
 
-        identity: the engine's share of what keys and values depend on; None: no prefix is shared.
+        identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
@@ -78,7 +78,7 @@ class Preparer:
     def prepare(
         self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None, cache_salt: str | None = None
     ) -> Prepared:
-        """Reads the media of a conversation and renders it; pictures are identified, but not decoded.
+        """Reads the media of a conversation and renders it; pictures are hashed, but not decoded.
 
         Raises RequestError or MediaError.
         """
@@ -108,12 +108,12 @@ class Preparer:
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
-        """The same from rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
+        """Prepares rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
         pictures = [Picture(_tensor_digest("tiles", each), len(each), tiles=each) for each in tiles]
         return self._prepare(turns, pictures, v2pe_delta)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
-        """The prompt with an answer behind it, whose tokens' log-probabilities are wanted."""
+        """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
         if not isinstance(response, str) or not response:
             raise RequestError(f"responses: expected texts that are not empty, got {response!r}")
         added = [*self._tokenizer.encode(response), *([self._stop_id] if include_end else [])]
@@ -134,7 +134,7 @@ class Preparer:
         )
 
     def open_images(self, images: Iterable[ImageSource]) -> list[Picture]:
-        """Pictures without a prompt. Raises MediaError."""
+        """Opens pictures without a prompt. Raises MediaError."""
         return [_open(image, self._images) for image in images]
 
     def _prepare(
@@ -172,7 +172,7 @@ class Preparer:
         )
 
     def _check_size(self, messages: Items[Message]) -> None:
-        """What cannot fit is refused before anything is read."""
+        """Refuses what cannot fit before any media are read."""
         parts = [part for message in messages for part in message.parts]
         num_media = sum(isinstance(part, Media) for part in parts)
         most = self._max_model_len // self._config.tokens_per_tile
@@ -189,7 +189,7 @@ class Preparer:
             )
 
     def _given_visual(self, visual_XD: object) -> Picture:
-        """Visual tokens that were computed elsewhere, `Engine.encode_images` for one."""
+        """Checks visual tokens that were computed elsewhere, for example by `Engine.encode_images`."""
         width, per_tile = self._config.decoder.hidden_size, self._config.tokens_per_tile
         if isinstance(visual_XD, np.ndarray):
             visual_XD = torch.from_numpy(visual_XD)

@@ -1,8 +1,8 @@
 """The paged KV cache: C++ decides which block holds which token, torch owns the memory.
 
-A block holds `block_size` tokens of every layer. Sequences hold whole blocks, which they share where their beginnings
-are the same; the kernels find a sequence's tokens through its row of the block table and write new ones by slot,
-`block * block_size + offset`.
+A block holds `block_size` tokens of every layer. Sequences hold whole blocks and share those of a common prefix.
+Kernels find a sequence's tokens through its row of the block table and write new ones by slot, `block * block_size +
+offset`.
 """
 
 from collections.abc import Sequence as Items
@@ -23,11 +23,11 @@ from internvl_rt.steps.device_stream import to_device
 from internvl_rt.steps.sequence import Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
-WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
+WATERMARK = 50  # admission leaves this fraction of the blocks, 1 / WATERMARK, for running sequences to grow
 
 
 class KVCache:
-    """`blocks` does the bookkeeping (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
+    """`blocks` (csrc/paged_kv_cache.h) knows which block holds what; `layers` is the memory, zeroed at first."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class KVCache:
         device: torch.device,
         ops: Ops,
     ) -> None:
-        """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
+        """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
         ops: copies blocks on the device, and says how attention is split.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
@@ -53,20 +53,20 @@ class KVCache:
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
         self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
-        self.buffers = (self._device_pool,)  # all that `layers` are parts of
+        self.buffers = (self._device_pool,)  # the tensors that `layers` are views of
 
     def num_split_items(self, num_rows: int) -> int:
-        """Length of the plan by which attention of so many sequences with one new token is split; 0: none is wanted."""
+        """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan."""
         return self._ops.num_split_items(num_rows, self._num_kv_heads)
 
     def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
-        """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
+        """Counts the leading tokens of a prompt that are cached: whole blocks, and at most all tokens but one."""
         return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
 
     def admit(self, sequence: Sequence) -> int | None:
-        """Takes blocks for the tokens that a sequence has.
+        """Takes blocks for all tokens of a sequence.
 
-        Returns how many leading tokens are cached, or None for no room, and then nothing has changed.
+        Returns how many leading tokens are cached, or None if there is no room; then nothing has changed.
         """
         return self.blocks.admit(
             sequence.seq_id,
@@ -78,13 +78,13 @@ class KVCache:
         )
 
     def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
-        """Slots for each sequence's next tokens; False for no room, and then nothing has changed."""
+        """Takes slots for each sequence's next tokens. False: there is no room, and nothing has changed."""
         return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
 
     def publish(self, final: Items[tuple[Sequence, int]]) -> None:
-        """Lets others reuse the first tokens of sequences, given with how many, once the steps under way have ended.
+        """Lets others reuse the first tokens of sequences, given with their number, when launched steps have ended.
 
-        Their ids must be known, and they must have been computed.
+        The ids must be known, and steps must compute the tokens or have computed them.
         """
         if not final:
             return
@@ -98,11 +98,11 @@ class KVCache:
         self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
 
     def end_step(self, step: int, *, failed: bool = False) -> None:
-        """All steps up to this one have ended on the device; if it failed, nothing that it wrote will be reused."""
+        """Records that all steps up to this one have ended; nothing that a failed one wrote will be reused."""
         self.blocks.complete(step, failed=failed)
 
     def end_all_steps(self) -> None:
-        """After a failure: no step is under way, and what waits for the next one, as copied blocks do, waits no more.
+        """Records, after a failure, that all steps have ended, and makes the block copies that wait for a step.
 
         Nothing that the failed step wrote will be reused.
         """
@@ -112,9 +112,9 @@ class KVCache:
         self.end_step(step, failed=True)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
-        """Makes the copies [number, 2] of (source, destination) that `take_copies` lists.
+        """Copies blocks from (source, destination) pairs [number, 2], as `take_copies` lists them.
 
-        They are one operation over all layers, which nobody waits for.
+        One operation copies all layers, and the host does not wait for it.
         """
         if len(copies):
             pairs = torch.from_numpy(np.ascontiguousarray(copies.T, np.int64))
@@ -135,10 +135,10 @@ def plan_num_blocks(
     max_num_seqs: int,
     max_model_len: int | None,
 ) -> int:
-    """Blocks for `max_num_seqs` sequences of `max_model_len` tokens, or as many of them as `cache_bytes` holds.
+    """Counts blocks for `max_num_seqs` sequences of `max_model_len` tokens, at most those that fit `cache_bytes`.
 
-    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do.
-    Raises RequestError when the cache cannot hold a single sequence of `max_model_len`.
+    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do. Raises
+    RequestError if the cache cannot hold a single sequence of `max_model_len`.
     """
     bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
     affordable = cache_bytes // bytes_per_block
@@ -150,7 +150,7 @@ def plan_num_blocks(
             "raise kv_cache_bytes or lower max_model_len"
         )
     used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
-    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the last is admitted above the watermark too
+    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # with room for the watermark
 
 
 def _ceil_div(tokens: int, block_size: int) -> int:
@@ -160,6 +160,6 @@ def _ceil_div(tokens: int, block_size: int) -> int:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros are calloc's: the system commits a page when a token is first written to it. torch's are written.
+    # numpy.zeros calls calloc: the system commits a page when it is first written. torch.zeros writes every page.
     num_bytes = dtype.itemsize * int(np.prod(shape))
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Log-probabilities of drawn and of given tokens: computed on the device, read on the host when the step has ended."""
+"""Computes log-probabilities of tokens on the device; the host reads them when the step has ended."""
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from internvl_rt.steps.step import Step
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log-probability by the model itself, before penalties and temperature; and the likeliest tokens."""
+    """A token's log-probability before penalties and temperature, and the likeliest tokens in its place."""
 
     token_id: int
     logprob: float
@@ -19,10 +19,10 @@ class TokenLogprob:
 
 
 class Logprobs:
-    """Log-probabilities of target tokens and of the likeliest ones, on their way to the host."""
+    """Computes log-probabilities of target tokens and of the likeliest tokens, and copies them to the host."""
 
     def __init__(self, logits_RV: Tensor, target_R: Tensor, num_top: int) -> None:
-        """num_top: how many of the likeliest tokens `read` can be asked for."""
+        """num_top: most of the likeliest tokens that `read` can return for a target."""
         logits_RV = logits_RV.float()
         total_R1 = logits_RV.logsumexp(-1, keepdim=True)
         top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
@@ -32,7 +32,7 @@ class Logprobs:
         self._top_id_RK, self._top_logprob_RK = to_host(top.indices), to_host(top.values - total_R1)
 
     def read(self, num_top_R: list[int]) -> list[TokenLogprob]:
-        """One for each target, with as many of the likeliest tokens as `num_top_R` says. The step has ended."""
+        """Returns one entry for each target, with its `num_top_R` likeliest tokens. The step must have ended."""
         columns = (self._target_R, self._logprob_R, self._top_id_RK, self._top_logprob_RK)
         return [
             TokenLogprob(token_id, logprob, tuple(zip(ids[:count], logprobs[:count], strict=True)))
@@ -41,7 +41,7 @@ class Logprobs:
 
 
 def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
-    """One entry for each draw of a step that has ended; None where nobody asked for it."""
+    """Returns one entry for each draw of a step that has ended; None if it was not requested."""
     found: list[TokenLogprob | None] = [None] * len(step.draws)
     if drawn is not None:
         wanted = [draw.sequence.params.logprobs for draw in step.draws]
@@ -52,7 +52,7 @@ def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
 
 
 def read_scores(step: Step, parts: Items[Logprobs]) -> list[list[TokenLogprob]]:
-    """One list for each span of a prompt that was scored, from the parts in which its rows were computed."""
+    """Returns one list for each scored span of a prompt, from the parts in which its rows were computed."""
     tops = [span.sequence.params.prompt_logprobs or 0 for span in step.scored for _ in range(span.num_tokens)]
     flat: list[TokenLogprob] = []
     for part in parts:

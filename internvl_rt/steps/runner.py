@@ -1,10 +1,10 @@
-"""Runs steps on the device: encodes the pictures they touch, computes their tokens, draws the next ones.
+"""Runs steps on the device: encodes their pictures, computes their tokens, draws the next ones.
 
-A step is launched and collected later, so that on a GPU the next one can be launched while it runs. What it draws stays
-on the device, where the next step finds it, and comes to the host beside. Between the launch of a step and the launch
-of the next nothing waits for the device.
+A step is launched and collected later, so that on a GPU the next one can be launched while it runs. The drawn tokens
+stay on the device, where the next step reads them, and are also copied to the host. From one launch to the next the
+host does not wait for the device.
 
-All work goes to one stream, whatever the calling thread's own stream is: steps follow each other whoever runs them.
+All work goes to one stream, whatever the calling thread's own stream is, so steps run one after another.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
 MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture has at most 13 by default
-SCORED_PER_PASS = 256  # rows whose logits exist at a time when a prompt is scored: 155 MB of float32 at 152k tokens
+SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155 MB of float32 at 152k tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     token_ids: list[int]  # one for each draw of the step
-    logprobs: list[TokenLogprob | None]  # of the drawn tokens, where wanted
-    scores: list[list[TokenLogprob]]  # one list for each span of a prompt that was scored
+    logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
+    scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
     vision_s: float
     decoder_s: float  # decoder and sampling
-    num_tiles: int  # that were encoded
+    num_tiles: int  # encoded tiles
     vision_work: Work
     decoder_work: Work
 
@@ -48,7 +48,7 @@ class LaunchedStep:
     """A step that runs on the device. Its tensors are on the host; they are filled when `done` has passed."""
 
     step: Step
-    number: int  # as the cache counts steps
+    number: int  # the KV cache's number for this step
     start: Moment
     encoded: Moment
     done: Moment
@@ -68,7 +68,7 @@ class Runner:
         *,
         max_draws: int,
     ) -> None:
-        """max_draws: most that a step can draw. Everything runs kernel by kernel until `capture` is called."""
+        """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called."""
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
         self.stream = DeviceStream(model.device)
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
@@ -84,7 +84,7 @@ class Runner:
     def capture(
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
-        """From now on passes of the vision tower, decode steps and short prefills run from CUDA graphs."""
+        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on."""
         with self.stream.use():
             self._capture(max_num_seqs, max_model_len, max_tokens_per_step, capture or cuda_capture())
 
@@ -120,7 +120,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
-        """Starts a step; returns before a GPU has ended it. Nothing is appended to the sequences."""
+        """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences."""
         with self.stream.use():
             return self._launch(step)
 
@@ -151,7 +151,7 @@ class Runner:
         )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
-        """Waits for a step to end."""
+        """Waits for a step to end and returns its results."""
         launched.done.wait()
         self._cache.end_step(launched.number)
         config, dtype, step = self._model.config, self._model.dtype, launched.step
@@ -168,13 +168,13 @@ class Runner:
         )
 
     def fail(self) -> None:
-        """A launch has failed, and no other step is under way: nothing that it wrote will be reused."""
+        """Follows a failed launch, when no other step is under way: nothing that it wrote will be reused."""
         self.stream.synchronize()
         with self.stream.use():
             self._cache.end_all_steps()
 
     def stats(self) -> dict[str, int | float]:
-        """What the caches hold and have saved; tokens and bytes."""
+        """Counts what the caches hold and have saved, in tokens and bytes."""
         books, visual = self._cache.blocks.stats(), self._visual_cache
         return {
             "kv_blocks": books["num_blocks"],
@@ -189,7 +189,7 @@ class Runner:
         }
 
     def _compute(self, step: Step) -> tuple[Tensor, list[Logprobs]]:
-        """Logits of the draws, and how likely the scored tokens are."""
+        """Computes the logits of the draws, and the log-probabilities of the scored tokens."""
         model = self._model
         if self._prefill_graphs is not None and self._prefill_graphs.takes(step):
             x_RD = self._prefill_graphs.run(step, model.embed)
@@ -208,9 +208,9 @@ class Runner:
         return logits_RV, scored
 
     def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, Logprobs | None]:
-        """Draws tokens into `drawn_R`; returns them on the host, and how likely those are who want to know.
+        """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities.
 
-        is_drawn: a graph has done it, and nobody wants to know.
+        is_drawn: a graph has drawn them already, and no log-probabilities are requested.
         """
         draws = step.draws
         if not draws:
@@ -222,7 +222,7 @@ class Runner:
         if not step.is_plain:
             logits_RV = self._rows(logits_RV, [draw.row for draw in draws])
             wanted = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
-            raw_RV = self._rows(logits_RV, wanted)  # before anything is forbidden
+            raw_RV = self._rows(logits_RV, wanted)  # before a grammar forbids tokens
             masks = {row: draw.sequence.mask_W for row, draw in enumerate(draws) if draw.sequence.mask_W is not None}
             if masks:
                 forbid(logits_RV, list(masks), np.stack(list(masks.values())))
@@ -235,11 +235,11 @@ class Runner:
         return to_host(token_id_R), drawn
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
-        """A copy of some rows."""
+        """Copies some rows."""
         return tensor[to_device(torch.tensor(rows, dtype=torch.int64), tensor.device)]
 
     def _encode_pictures(self, chunk: Chunk) -> None:
-        """A picture is encoded when the first chunk touches it and dropped when a chunk starts behind it."""
+        """Encodes a picture when the first chunk touches it, and drops it when a chunk starts after it."""
         sequence = chunk.sequence
         touched = sequence.pictures_within(chunk.start, chunk.stop)
         for index in [index for index in sequence.visual if index not in touched]:
@@ -250,13 +250,13 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture, for whatever the calling thread's own stream does with them."""
+        """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream."""
         with self.stream.use():
             visual_XD = self._visual_of(picture, salt)
         return self.stream.hand_over(visual_XD)
 
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
-        """Given with the picture, kept from an earlier time, or computed."""
+        """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
             return self._uploads.load(picture).get().to(self._model.device, self._model.dtype)
         visual_XD = self._visual_cache.get(picture.digest, salt)
@@ -266,7 +266,7 @@ class Runner:
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        """Visual tokens [X, D] of one picture's tiles, which are on the device."""
+        """Encodes one picture's tiles, which are on the device, to visual tokens [X, D]."""
         self.num_encoded_tiles += len(tiles)
         parts = []
         for part in torch.split(tiles, MAX_TILES_PER_PASS):

@@ -1,4 +1,4 @@
-"""Brings what stands in pictures' places to the device, beside the step that runs there."""
+"""Copies the tiles or visual tokens of pictures to the device while a step runs there."""
 
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ class Uploads:
         self._arriving: WeakKeyDictionary[Picture, Arriving] = WeakKeyDictionary()
 
     def load(self, picture: Picture) -> Arriving:
-        """The picture's tiles, or the visual tokens that it was given with.
+        """Returns a picture's tiles, or the visual tokens that it was given with.
 
         The first call for a picture does the work, in the calling thread; a tensor that is on a GPU already is read in
         the order of that thread's stream. Raises MediaError for a picture that turns out to be broken.
@@ -40,7 +40,7 @@ class Uploads:
         return self._send(given)
 
     def _cut(self, image: OpenImage) -> Arriving:
-        """Tiles, resized where the model runs; on the CPU Pillow resizes them, to the same bits."""
+        """Cuts an image into tiles on the device; if that is the CPU, Pillow resizes them, to the same bits."""
         if not self._ops.resizes_on_device:
             return self._send(torch.from_numpy(image.tiles()))
         pixels = torch.as_tensor(image.pixels())
