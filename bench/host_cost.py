@@ -32,11 +32,11 @@ def build_engine(num_sequences: int, num_steps: int) -> Engine:
     engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=num_sequences, max_model_len=4096)
     params = SamplingParams(max_tokens=WARM_UP + 2 * num_steps + 10, ignore_eos=True)
     messages = [{"role": "user", "content": "Hello"}]
-    prepared = engine._preparer.prepare(messages)
+    prepared = engine.prepare(messages)
     for _ in range(num_sequences):
-        engine._loop.submit(engine.build_request(prepared, params))
+        engine.loop.submit(engine.new_request(prepared, params))
     while engine.stats()["generated_tokens"] < num_sequences:
-        engine._loop.step()
+        engine.loop.step()
     x_RD = torch.zeros(num_sequences, 1)
     logits_RV = torch.zeros(num_sequences, engine.config.decoder.vocab_size)
     token_id_R = torch.tensor(engine.tokenizer.encode("the digits and the rest of it" * num_sequences)[:num_sequences])
@@ -56,7 +56,7 @@ def measure_total(engine: Engine, num_steps: int) -> list[float]:
     times = []
     for _ in range(num_steps):
         start = time.perf_counter()
-        engine._loop.step()
+        engine.loop.step()
         times.append((time.perf_counter() - start) * 1e6)
     return times
 

@@ -49,6 +49,7 @@ class Ours:
         self.query_start_S1, self.seq_len_S = np.empty(257, np.int32), np.empty(256, np.int32)
         self.slot_T = np.empty(MAX_MODEL_LEN, np.int32)
         self.step = 0
+        self.length: dict[int, int] = {}  # tokens, by sequence
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
         pass
@@ -61,8 +62,9 @@ class Ours:
     def prefill(self, seq_id: int, prompt: Prompt) -> int:
         cached = self.admit(seq_id, prompt)
         num_new = prompt.token_ids.size - cached
-        self.cache.append(seq_id, num_new)
         ids, counts = np.array([seq_id], np.int32), np.array([num_new], np.int32)
+        self.cache.append(ids, counts)
+        self.length[seq_id] = prompt.token_ids.size
         self.fill(ids, counts, num_rows=1, num_tokens=num_new)
         self.cache.publish(ids, np.array([prompt.token_ids.size], np.int32))
         self.cache.complete(self.step)
@@ -74,19 +76,20 @@ class Ours:
 
     def start_batch(self, seq_ids: list[int]) -> None:
         self.seq_ids = np.array(seq_ids, np.int32)
-        self.lengths = np.array([self.cache.length(seq_id) for seq_id in seq_ids], np.int32)
+        self.lengths = np.array([self.length[seq_id] for seq_id in seq_ids], np.int32)
         self.ones = np.ones(len(seq_ids), np.int32)
-        self.sampled = np.full(len(seq_ids), SAMPLED_ID, np.int32)
+        self.sampled = np.array([SAMPLED_ID], np.int32)
 
     def append(self) -> None:
-        self.cache.append_batch(self.seq_ids, self.ones)
+        self.cache.append(self.seq_ids, self.ones)
 
     def fill_batch(self) -> None:
         self.fill(self.seq_ids, self.ones, num_rows=self.seq_ids.size, num_tokens=self.seq_ids.size)
 
     def finish(self) -> None:
         self.fill_batch()
-        self.cache.extend_batch(self.seq_ids, self.sampled)
+        for seq_id in self.seq_ids.tolist():
+            self.cache.extend(seq_id, self.sampled)
         self.lengths += 1
         self.cache.publish(self.seq_ids, self.lengths)
         self.cache.complete(self.step)
@@ -105,7 +108,7 @@ class PlainSequence:
 
 class Plain:
     """A deque of free blocks, a dict from chained digests to blocks, and the blocks' tokens to compare on a hit: how
-    nano-vllm keeps its books. No pictures, fences, copies or buffers."""
+    nano-vllm does its bookkeeping. No pictures, fences, copies or buffers."""
 
     def __init__(self) -> None:
         self.free = deque(range(NUM_BLOCKS))

@@ -27,9 +27,9 @@ Kernel = tuple[str, float, float]  # name, start, end in microseconds
 
 def profile_steps(engine: Engine, batch: int, context: int, num_steps: int) -> list[Kernel]:
     """The kernels of so many decode steps, in order."""
-    prompter, loop = Prompter(engine, 0), engine._loop
+    prompter, loop = Prompter(engine, 0), engine.loop
     params = SamplingParams(max_tokens=num_steps + 64, ignore_eos=True)
-    requests = [engine.build_request(prompter.prompt(context), params) for _ in range(batch)]
+    requests = [engine.new_request(prompter.prompt(context), params) for _ in range(batch)]
     for request in requests:
         loop.submit(request)
     while not all(request.first_token_s for request in requests):

@@ -4,7 +4,7 @@
 //
 //   PagedKVCache cache({.num_blocks = 1024, .block_size = 64});
 //   cache.admit(7, prompt, 0);              // how many leading tokens are in the cache already; nullopt: no space
-//   cache.append(7, 200);                   // slots for the next 200 tokens
+//   cache.append({7}, {200});               // slots for the next 200 tokens
 //   const auto step = cache.fill_step(...); // block table, slots and lengths of this step
 //   cache.publish({7}, {200});              // others may reuse these tokens' full blocks ...
 //   cache.complete(step);                   // ... now that the device has written them
@@ -13,7 +13,7 @@
 // Steps are numbered by fill_step and end with complete(). A block that is released while a step may still read or
 // write it waits for that step; a published block can be matched only after its step. One thread at a time may use
 // the object; there are no locks. A wrong argument throws std::invalid_argument, a bug in here std::runtime_error.
-// After a wrong argument, and when admit, append or a swap reports that there is no space, nothing has changed.
+// After a wrong argument, and when admit or append reports that there is no space, nothing has changed.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,6 @@ namespace internvl_rt {
 struct CacheOptions {
   std::int32_t num_blocks = 0;
   std::int32_t block_size = 0;        // tokens
-  std::int32_t num_host_blocks = 0;   // room for sequences that are swapped out
   std::int32_t watermark_blocks = 0;  // kept free at admission, for the growth of those that run
   bool events = false;                // whether drain_events has something to tell
   std::int32_t hash_bits = 128;       // fewer only in tests that provoke collisions
@@ -64,20 +63,17 @@ struct StepBuffers {
   std::span<std::int32_t> split_W3;        // [W, 3], (row, first block, end block) of each item, -1 behind the last
 };
 
-enum class CopyKind : std::int32_t { kDevice = 0, kToHost = 1, kToDevice = 2 };
-
-// To be made in order, before the next step; copies of one kind that follow each other may be made at once.
+// To be made before the next step; all copies of a list may be made at once.
 struct BlockCopy {
-  CopyKind kind;
   std::int32_t source;
   std::int32_t destination;
 };
 
 struct CacheStats {
   std::int64_t num_blocks, num_fresh, num_cached, num_used, num_deferred;  // the last four add up to the first
-  std::int64_t num_host_blocks, num_host_free, num_sequences;
+  std::int64_t num_sequences;
   std::int64_t queried_tokens, hit_tokens;  // of all admissions so far
-  std::int64_t num_evictions, num_device_copies;
+  std::int64_t num_evictions, num_copies;
 };
 
 class PagedKVCache {
@@ -91,13 +87,11 @@ class PagedKVCache {
   // is the sequence's length. Room for num_reserved tokens in all is taken at once. nullopt: no space above the
   // watermark (which counts only while other sequences are here). O(blocks).
   std::optional<std::int64_t> admit(std::int64_t seq_id, const Prompt& prompt, std::int64_t num_reserved);
-  // Slots for the next num_tokens tokens; beyond the reservation it takes further blocks. Blocks that are shared or
-  // published are replaced, not written: the live part of the last one is copied (see take_copies). O(new blocks).
-  bool append(std::int64_t seq_id, std::int64_t num_tokens);
-  // The same for several sequences, each at most once: all or nothing.
-  bool append_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
-  // The ids of tokens behind those already known: publish needs them. One for each sequence.
-  void extend_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> token_ids);
+  // Slots for the next num_tokens[i] tokens of each sequence; beyond the reservation it takes further blocks. Blocks that
+  // are shared or published are replaced, not written: the live part of the last one is copied (see take_copies).
+  // false: no space for all of them, and none has got anything. O(new blocks).
+  bool append(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
+  // The ids of tokens behind those already known: publish needs them.
   void extend(std::int64_t seq_id, std::span<const std::int32_t> token_ids);
   // The first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the latest step
   // is complete. They must have been in a step, with known ids. Where equal content is published already, that stays.
@@ -109,10 +103,6 @@ class PagedKVCache {
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
   // Ends the sequence; its blocks return when the latest step is complete, the tail to be evicted first. O(blocks).
   void release(std::int64_t seq_id);
-  // Moves the live blocks to the host pool, or back; false: no space there. A sequence that is out takes no part in
-  // steps and cannot grow, be forked or rolled back. O(blocks).
-  bool swap_out(std::int64_t seq_id);
-  bool swap_in(std::int64_t seq_id);
 
   // Fills the buffers and numbers the step: 1, 2, ... Checks every argument before the first write.
   // O(rows * N + tokens); no memory allocation in the steady state.
@@ -120,7 +110,7 @@ class PagedKVCache {
   // All steps up to this one have ended on the device. `failed`: not well, so that nothing which waited for them to be
   // published ever will be; the sequences in them, and what was forked from these since, are the caller's to release.
   void complete(std::int64_t step, bool failed = false);
-  // The copies that append, swap_out and swap_in asked for since the last call; valid until the next of them.
+  // The copies that append asked for since the last call; valid until the next call.
   std::span<const BlockCopy> take_copies();
 
   // Forgets every published prefix; sequences go on.
@@ -128,7 +118,6 @@ class PagedKVCache {
   // What happened to the index since the last call; see PrefixEvent. Empty without CacheOptions::events.
   std::vector<PrefixEvent> drain_events() { return index_.drain_events(); }
 
-  std::int64_t length(std::int64_t seq_id) const { return find(seq_id).length; }
   CacheStats stats() const;
   std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // fresh or evictable
   std::int32_t num_blocks() const noexcept { return pool_.num_blocks(); }
@@ -146,7 +135,6 @@ class PagedKVCache {
     std::int64_t num_in_steps = 0;      // tokens that some step has computed or computes
     std::int64_t room = 0;              // slots behind length, in its block, known to be writable
     bool matches = false;               // has an identity
-    bool swapped = false;               // blocks are host blocks
     std::uint64_t last_seen = 0;        // the batch call that saw it last: finds a sequence listed twice
     std::vector<std::int32_t> blocks;   // token t lives in blocks[t / block_size]; may reach beyond length
     std::vector<std::int32_t> token_ids;
@@ -161,12 +149,10 @@ class PagedKVCache {
 
   const Sequence& find(std::int64_t seq_id) const;
   Sequence& find(std::int64_t seq_id);
-  Sequence& find_resident(std::int64_t seq_id);
   template <class Describe>
   Sequence& start(std::int64_t seq_id, std::int64_t num_blocks, Describe describe);
   void vacate(Sequence& sequence);
   void check_new(std::int64_t seq_id) const;
-  void check_resident(const Sequence& sequence) const;
   void check_prompt(const Prompt& prompt) const;
   void find_batch(std::span<const std::int32_t> seq_ids);
   void check_step(const StepBuffers& step);
@@ -183,19 +169,16 @@ class PagedKVCache {
   void drain_frees();
   std::int32_t allocate();
   void unref(std::int32_t block, std::int64_t fence);
-  void unref_host(std::int32_t block, std::int64_t fence);
-  void copy(CopyKind kind, std::int32_t source, std::int32_t destination);
+  void copy(std::int32_t source, std::int32_t destination);
 
   CacheOptions options_;
   BlockPool pool_;
-  BlockPool host_pool_;
   PrefixIndex index_;
   FlatMap<std::int64_t> ids_;  // seq_id -> place in sequences_
   std::vector<Sequence> sequences_;
   std::vector<std::int32_t> vacant_;
   FenceQueue<BlockVersion> publications_;
   FenceQueue<BlockVersion> frees_;  // blocks whose last reference is gone
-  FenceQueue<std::int32_t> host_frees_;
   std::int64_t num_steps_ = 0;
   std::int64_t num_completed_ = 0;
   std::vector<BlockCopy> copies_, taken_copies_;
@@ -203,8 +186,7 @@ class PagedKVCache {
   std::uint64_t num_batches_ = 0;
   mutable std::vector<std::int32_t> matched_;      // scratch of match: the blocks,
   mutable std::vector<Hash128> matched_digests_;  // and the digests from the root on
-  std::vector<std::int32_t> swap_scratch_;
-  std::int64_t queried_tokens_ = 0, hit_tokens_ = 0, num_evictions_ = 0, num_device_copies_ = 0;
+  std::int64_t queried_tokens_ = 0, hit_tokens_ = 0, num_evictions_ = 0, num_copies_ = 0;
 };
 
 }  // namespace internvl_rt

@@ -77,7 +77,6 @@ void PagedKVCache::check_step(const StepBuffers& step) {
   std::int64_t num_tokens = 0, num_decodes = 0;
   for (std::size_t row = 0; row < num_sequences; ++row) {
     const Sequence& sequence = *batch_[row];
-    check_resident(sequence);
     const std::int32_t num_new = step.num_new_tokens[row];
     CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
                    " (the length of sequence ", sequence.seq_id, "), got ", num_new);
@@ -153,7 +152,6 @@ void PagedKVCache::complete(std::int64_t step, bool failed) {
   // Publications first: a block that is free by now then goes to the cached list.
   drain_publications();
   drain_frees();
-  host_frees_.drain(step, [&](std::int32_t block) { host_pool_.put_back(block); });
 }
 
 void PagedKVCache::drain_publications() {
@@ -187,27 +185,18 @@ void PagedKVCache::unref(std::int32_t block, std::int64_t fence) {
   drain_frees();
 }
 
-void PagedKVCache::unref_host(std::int32_t block, std::int64_t fence) {
-  host_pool_.unref(block);  // never shared
-  host_frees_.push(fence, block);
-}
-
-void PagedKVCache::copy(CopyKind kind, std::int32_t source, std::int32_t destination) {
-  if (kind == CopyKind::kDevice) {
-    ++num_device_copies_;
-    // Copies of one kind may be made at once, so a copy of a copy reads the original, which nobody has written since.
-    if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
-    pool_[destination].copy_of = source;
-  }
+void PagedKVCache::copy(std::int32_t source, std::int32_t destination) {
+  ++num_copies_;
+  // All copies of a list may be made at once, so a copy of a copy reads the original, which nobody has written since.
+  if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
+  pool_[destination].copy_of = source;
   // Neither end may be handed out again before the step that makes the copy has ended.
-  if (kind != CopyKind::kToDevice) pool_[source].busy_until = num_steps_ + 1;
-  if (kind != CopyKind::kToHost) pool_[destination].busy_until = num_steps_ + 1;
-  copies_.push_back({kind, source, destination});
+  pool_[source].busy_until = pool_[destination].busy_until = num_steps_ + 1;
+  copies_.push_back({source, destination});
 }
 
 std::span<const BlockCopy> PagedKVCache::take_copies() {
-  for (const BlockCopy& copy : copies_)
-    if (copy.kind == CopyKind::kDevice) pool_[copy.destination].copy_of = -1;
+  for (const BlockCopy& copy : copies_) pool_[copy.destination].copy_of = -1;
   taken_copies_.swap(copies_);
   copies_.clear();
   return taken_copies_;
@@ -224,20 +213,17 @@ CacheStats PagedKVCache::stats() const {
       .num_cached = pool_.num_cached(),
       .num_used = num_blocks() - pool_.num_available() - pool_.num_deferred(),
       .num_deferred = pool_.num_deferred(),
-      .num_host_blocks = host_pool_.num_blocks(),
-      .num_host_free = host_pool_.num_available(),
       .num_sequences = num_sequences(),
       .queried_tokens = queried_tokens_,
       .hit_tokens = hit_tokens_,
       .num_evictions = num_evictions_,
-      .num_device_copies = num_device_copies_,
+      .num_copies = num_copies_,
   };
 }
 
 void PagedKVCache::check_invariants() const {
   pool_.check_invariants();
-  host_pool_.check_invariants();
-  std::vector<std::int32_t> references(as_size(num_blocks())), host_references(as_size(host_pool_.num_blocks()));
+  std::vector<std::int32_t> references(as_size(num_blocks()));
   std::int64_t num_occupied = 0;
   for (const Sequence& sequence : sequences_) {
     if (sequence.seq_id < 0) continue;
@@ -248,9 +234,7 @@ void PagedKVCache::check_invariants() const {
     CHECK_INVARIANT(sequence.num_in_steps <= sequence.length, "sequence ", sequence.seq_id, " ran ahead of its slots");
     CHECK_INVARIANT(!sequence.matches || sequence.num_published() * block_size() <= sequence.length, "sequence ",
                     sequence.seq_id, " published more than it holds");
-    auto& counts = sequence.swapped ? host_references : references;
-    for (const std::int32_t block : sequence.blocks) ++counts.at(as_size(block));
-    if (sequence.swapped) continue;
+    for (const std::int32_t block : sequence.blocks) ++references.at(as_size(block));
     const std::int64_t end = sequence.length + sequence.room;
     for (std::int64_t position = sequence.length; position < end; position += block_size())
       CHECK_INVARIANT(pool_.writable(sequence.blocks.at(as_size(position / block_size()))), "sequence ",
@@ -292,9 +276,6 @@ void PagedKVCache::check_invariants() const {
     ++num_waiting;
   });
   CHECK_INVARIANT(num_deferred == num_waiting, num_deferred, " blocks are deferred, ", num_waiting, " wait for a step");
-  for (std::int32_t block = 0; block < host_pool_.num_blocks(); ++block)
-    CHECK_INVARIANT(host_pool_[block].references == host_references[as_size(block)], "host block ", block,
-                    " counts references that nobody holds");
 }
 
 }  // namespace internvl_rt

@@ -15,7 +15,7 @@ from internvl_rt.errors import InternVLError
 if TYPE_CHECKING:
     from internvl_rt.engine.engine import Engine
     from internvl_rt.engine.reply import Reply
-    from internvl_rt.inputs.prepare import Delta
+    from internvl_rt.inputs.position import Delta
     from internvl_rt.inputs.sampling_params import SamplingParams
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130

@@ -24,10 +24,11 @@ from torch import Tensor
 from internvl_rt.checkpoint.folder import resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.image import ImageOptions, ImageSource, tile_image
+from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.image import load_image as read_image
 from internvl_rt.inputs.prompt import tiles_per_image, turns_from_question
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.inputs.video import load_video as read_video

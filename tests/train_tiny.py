@@ -25,9 +25,9 @@ from torch import Tensor
 
 from internvl_rt import Engine
 from internvl_rt.checkpoint.config import ModelConfig, load_config
-from internvl_rt.inputs.image import ImageOptions, tile_image
 from internvl_rt.inputs.position import STRIDES, build_positions
 from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "../../csrc/paged_kv_cache.h"
+#include "paged_kv_cache.h"
 #include "kv_cache_bench.h"
 
 namespace internvl_rt::bench {
@@ -78,13 +78,14 @@ struct Cached : Case {
     std::mt19937 random(1);
     for (std::int32_t seq_id = 0; seq_id < kBatch; ++seq_id) cache.admit(seq_id, {}, 0);
     for (std::int32_t i = 0; i < kNumBlocks; ++i)
-      expect(cache.append(static_cast<std::int32_t>(random() % kBatch), kBlockSize), "the pool is full too early");
+      expect(append(static_cast<std::int32_t>(random() % kBatch), kBlockSize), "the pool is full too early");
     for (std::int32_t seq_id = 0; seq_id < kBatch; ++seq_id) cache.release(seq_id);
   }
 
-  // One step in which one sequence computes its last `num_tokens` tokens.
-  std::int64_t step(std::int32_t seq_id, std::int32_t num_tokens) {
-    const std::int64_t num_columns = (cache.length(seq_id) + kBlockSize - 1) / kBlockSize;
+  bool append(std::int32_t seq_id, std::int32_t num_tokens) { return cache.append({&seq_id, 1}, {&num_tokens, 1}); }
+  // One step in which one sequence of `length` tokens computes the last `num_tokens` of them.
+  std::int64_t step(std::int32_t seq_id, std::int32_t length, std::int32_t num_tokens) {
+    const std::int64_t num_columns = (length + kBlockSize - 1) / kBlockSize;
     one_table.resize(std::max(one_table.size(), as_size(num_columns)));
     one_slot_T.resize(std::max(one_slot_T.size(), as_size(num_tokens)));
     return cache.fill_step({.seq_ids = {&seq_id, 1},
@@ -105,8 +106,8 @@ struct Cached : Case {
     const auto cached = cache.admit(seq_id, prompt, length);
     expect(cached.has_value(), "no space for a prompt");
     const auto num_new = static_cast<std::int32_t>(length - *cached);
-    expect(cache.append(seq_id, num_new), "no space for a reserved token");
-    const std::int64_t number = step(seq_id, num_new);
+    expect(append(seq_id, num_new), "no space for a reserved token");
+    const std::int64_t number = step(seq_id, length, num_new);
     publish(seq_id, length);
     cache.complete(number);
     return *cached;
@@ -147,8 +148,8 @@ struct Long : Cached {
   void start() {
     ++token_ids[0];
     cache.admit(0, text_prompt(), std::ssize(token_ids));
-    cache.append(0, std::ssize(token_ids));
-    cache.complete(step(0, length()));
+    append(0, length());
+    cache.complete(step(0, length(), length()));
   }
   std::int32_t length() const { return static_cast<std::int32_t>(token_ids.size()); }
 };
@@ -236,7 +237,7 @@ enum class Crossing { kSome, kAll };  // sequences that need a block in the step
 struct Decode : Cached {
   explicit Decode(Crossing crossing) : crossing(crossing), seq_ids(as_size(kBatch)), ones(as_size(kBatch), 1) {
     std::iota(seq_ids.begin(), seq_ids.end(), 0);
-    lengths = sampled = seq_ids;
+    lengths = seq_ids;
     fill_with_cached_blocks();
   }
   // Lengths grow, so every 64 steps the batch starts again; so it does before each step in which all cross a border.
@@ -252,7 +253,7 @@ struct Decode : Cached {
       lengths[as_size(seq_id)] = length;
     }
   }
-  void append() { cache.append_batch(seq_ids, ones); }
+  void append_one_each() { cache.append(seq_ids, ones); }
   std::int64_t fill(bool with_splits) {
     return cache.fill_step({.seq_ids = seq_ids,
                             .num_new_tokens = ones,
@@ -265,12 +266,12 @@ struct Decode : Cached {
                             .split_W3 = with_splits ? std::span(split_W3) : std::span<std::int32_t>()});
   }
   void finish() {
-    cache.extend_batch(seq_ids, sampled);
+    for (const std::int32_t seq_id : seq_ids) cache.extend(seq_id, sampled);
     for (std::int32_t& length : lengths) ++length;
     cache.publish(seq_ids, lengths);
   }
   Crossing crossing;
-  Ints seq_ids, ones, lengths, sampled;
+  Ints seq_ids, ones, lengths, sampled = Ints(1);
   Ints query_start_S1 = Ints(kBatch + 1), seq_len_S = Ints(kBatch), table = Ints(kBatch * kTableWidth);
   Ints slot_T = Ints(kBatch), split_start_S1 = Ints(kBatch + 1), split_W3 = Ints(3 * 2 * kBatch);
   std::int64_t num_steps = 0;
@@ -280,14 +281,14 @@ struct Decode : Cached {
 struct Append : Decode {
   using Decode::Decode;
   void prepare() override { restart_when_due(); }
-  void run() override { append(); }
+  void run() override { append_one_each(); }
 };
 
 struct FillStep : Decode {
   FillStep(Crossing crossing, bool with_splits) : Decode(crossing), with_splits(with_splits) {}
   void prepare() override {
     restart_when_due();
-    append();
+    append_one_each();
   }
   void run() override { last = fill(with_splits); }
   bool with_splits;
@@ -299,7 +300,7 @@ struct DecodeStep : Decode {
   using Decode::Decode;
   void prepare() override { restart_when_due(); }
   void run() override {
-    append();
+    append_one_each();
     const std::int64_t number = fill(true);
     finish();
     cache.complete(number);

@@ -92,8 +92,8 @@ def _time_steps(
 ) -> tuple[list[float], Work]:
     """Seconds of each step, and the work of the one in the middle."""
     params = SamplingParams(max_tokens=engine.max_model_len, ignore_eos=True)  # cut to the room
-    requests = [engine.build_request(prompter.prompt(context), params) for _ in range(batch)]
-    loop, last = engine._loop, requests[-1]
+    requests = [engine.new_request(prompter.prompt(context), params) for _ in range(batch)]
+    loop, last = engine.loop, requests[-1]
     try:
         for request in requests:
             loop.submit(request)

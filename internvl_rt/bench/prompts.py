@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from internvl_rt.engine.engine import Engine
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.prompt import Prompt, VisualSpan
-from internvl_rt.steps.device_stream import Arriving
-from internvl_rt.steps.sequence import Picture
 
 
 class Prompter:
@@ -31,7 +30,7 @@ class Prompter:
         noise = self._rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8)
         tiles = torch.from_numpy(noise).to(self._device)
         span = VisualSpan(1, num_tiles * self._config.tokens_per_tile)
-        return Picture(span, self._rng.bytes(32), num_tiles, lambda: Arriving(tiles))
+        return Picture(self._rng.bytes(32), num_tiles, tiles=tiles, span=span)
 
     def prompt(self, num_tokens: int, picture: Picture | None = None) -> Prepared:
         """num_tokens: in all, those of the picture included."""

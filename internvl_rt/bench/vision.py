@@ -34,8 +34,8 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
         if not record.may_start(case):
             continue
         reset_peak(engine.device)
-        encode = partial(engine._runner.encode, prompter.picture(num_tiles), None)
-        seconds = _time_passes(encode, engine._runner.stream, pace)
+        encode = partial(engine.runner.encode, prompter.picture(num_tiles), None)
+        seconds = _time_passes(encode, engine.runner.stream, pace)
         work = vision_work(engine.config, engine.model.dtype, num_tiles)
         median_s = float(np.median(seconds))
         record.add(

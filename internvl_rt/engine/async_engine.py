@@ -18,12 +18,14 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
+from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
+from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Request
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
 from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.prepare import Delta
+from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.steps.device_stream import on_this_stream
 
@@ -44,29 +46,30 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         """Raises RequestError if the engine is closed or has an AsyncEngine already."""
-        self._engine, self._steps = engine, engine._loop
+        self._engine, self._steps = engine, engine.loop
         self._most_preparing = engine.options.max_num_seqs + engine.options.max_waiting
         self._preparing: set[Future[Any]] = set()
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="internvl_rt prepares")
-        self._bell = _Bell()
-        self._steps.appoint(self._bell.ring)
-        # A daemon, because the interpreter waits for all other threads before it calls anything that could end them: a
-        # program that forgets to close would not end. `_let_go` ends this one in time. It knows nothing of this object,
-        # which would otherwise never be forgotten.
+        wake_ups = _WakeUps()
+        self._steps.use_worker(wake_ups.wake)
+        # The thread is a daemon, because the interpreter waits for all other threads before it runs anything that could
+        # end them: a program that forgets to close would not end. `_stop_worker` ends it in time. The thread does not
+        # refer to this object, which could otherwise never be collected.
         self._thread = threading.Thread(
-            target=_run_steps, args=(self._steps, self._bell), name="internvl_rt steps", daemon=True
+            target=_run_steps, args=(self._steps, wake_ups), name="internvl_rt steps", daemon=True
         )
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _let_go, self._bell, self._thread)
+        self._finalizer = weakref.finalize(self, _stop_worker, wake_ups, self._thread)
         self._close_lock = threading.Lock()
         self._closer: threading.Thread | None = None
         self._closed: Future[None] = Future()
         self._closed.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, but not the closing
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
-        """As `Engine.from_pretrained`, with the same arguments. Takes as long as loading takes; nothing else runs."""
-        return cls(Engine.from_pretrained(model, **options))
+    @takes_options(EngineOptions)
+    def from_pretrained(cls, model: str | Path, options: EngineOptions) -> "AsyncEngine":
+        """As `Engine.from_pretrained`, with the same arguments. It blocks the event loop while it loads."""
+        return cls(Engine(*load_parts(model, options), options))
 
     async def stream(
         self,
@@ -129,7 +132,7 @@ class AsyncEngine:
             for prepared in scored:
                 if len(calls) - len(replies) == self._engine.options.max_num_seqs:
                     replies.append(await calls[len(replies)].reply())
-                calls.append(await self._start(partial(self._engine.build_request, prepared, SCORING)))
+                calls.append(await self._start(partial(self._engine.new_request, prepared, SCORING)))
             while len(replies) < len(calls):
                 replies.append(await calls[len(replies)].reply())
         finally:
@@ -182,8 +185,8 @@ class AsyncEngine:
         timeout_s: float | None,
         start_s: float,
     ) -> Request:
-        prepared = self._engine._preparer.prepare(messages, v2pe_delta, cache_salt)
-        return self._engine.build_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+        prepared = self._engine.prepare(messages, v2pe_delta, cache_salt)
+        return self._engine.new_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
 
     async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
         """Makes a request and submits it, both in the pool."""
@@ -229,7 +232,7 @@ class _Call:
         self._steps, self._event_loop, self._every_piece = steps, event_loop, every_piece
         self._arrived: deque[Piece] = deque()
         self._changed = asyncio.Event()
-        self._told = False  # and the caller has not looked yet
+        self._is_waking = False  # whether `_wake` is scheduled and has not run yet
         request.notify = self._notify
 
     async def next_piece(self) -> Piece:
@@ -254,58 +257,58 @@ class _Call:
         if not (self._every_piece or self.request.done):
             return
         if self.request.error is None:
-            self._arrived += pieces_of(self._steps.take(self.request), self.request.reply)
-        if self._told:
+            self._arrived += pieces_of(self._steps.poll(self.request), self.request.reply)
+        if self._is_waking:
             return
-        self._told = True
+        self._is_waking = True
         try:
-            self._event_loop.call_soon_threadsafe(self._look)
+            self._event_loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the event loop was closed around the caller
             self.cancel()
 
-    def _look(self) -> None:
-        self._told = False  # first: what comes from here on may be missed by the caller
+    def _wake(self) -> None:
+        self._is_waking = False  # first: what comes from here on may be missed by the caller
         self._changed.set()
 
 
-class _Bell:
-    """Wakes the thread that runs the steps, and tells it when to stop.
+class _WakeUps:
+    """Wakes the worker thread up, and tells it when to stop.
 
-    A SimpleQueue is the one thing in the standard library that may be rung while the garbage is collected, in the
+    A SimpleQueue is the one thing in the standard library that may be used while the garbage is collected, in the
     middle of whatever the collecting thread does, its own calls included.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._rings: SimpleQueue[None] = SimpleQueue()
+        self._queue: SimpleQueue[None] = SimpleQueue()
 
-    def ring(self) -> None:
-        self._rings.put(None)
+    def wake(self) -> None:
+        self._queue.put(None)
 
     def stop(self) -> None:
         self.stopped = True
-        self.ring()
+        self.wake()
 
     def wait(self) -> None:
-        """Until it has rung once more than was waited for."""
-        self._rings.get()
+        """Returns once for each call of `wake`."""
+        self._queue.get()
 
 
-def _run_steps(steps: StepLoop, bell: _Bell) -> None:
+def _run_steps(steps: StepLoop, wake_ups: _WakeUps) -> None:
     try:
-        while not bell.stopped:
+        while not wake_ups.stopped:
             if not steps.step():
-                bell.wait()
+                wake_ups.wait()
         steps.close()
     except BaseException as error:
         LOG.exception("the thread that runs the engine's steps has died")
-        steps.die(error)
+        steps.fail_worker(error)
 
 
-def _let_go(bell: _Bell, thread: threading.Thread) -> None:
-    """Of an AsyncEngine that is closed, or was forgotten, when it is collected or when the interpreter ends."""
-    bell.stop()
-    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut off a step in its middle
+def _stop_worker(wake_ups: _WakeUps, thread: threading.Thread) -> None:
+    """Runs when an AsyncEngine is closed, is collected as garbage, or the interpreter ends."""
+    wake_ups.stop()
+    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut the thread off within a step
         thread.join()
 
 

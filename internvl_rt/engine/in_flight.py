@@ -13,7 +13,8 @@ from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.grammar import Matcher
-from internvl_rt.steps.runner import Running, StepResult, TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
+from internvl_rt.steps.runner import LaunchedStep, StepResult
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.sequence import FinishReason
 from internvl_rt.steps.step import Chunk, Step
@@ -85,13 +86,13 @@ class InFlight:
             if request.notify is not None:
                 request.notify()
 
-    def collect(self, running: Running, result: StepResult) -> None:
+    def collect(self, launched: LaunchedStep, result: StepResult) -> None:
         """Hands out what a step drew. Answers that ended meanwhile are passed over."""
-        step, token_ids, answers = running.step, result.token_ids, self._answers
+        step, token_ids, answers = launched.step, result.token_ids, self._answers
         computed = [(answer, chunk) for chunk in step.chunks if (answer := answers.get(chunk.sequence.seq_id))]
         self._scheduler.publish([chunk.sequence for _, chunk in computed])
-        touched = self._charge(computed, running, result)
-        if step.scores:
+        touched = self._charge(computed, launched, result)
+        if step.scored:
             self._accept_scores(step, result.scores)
         self.num_generated += len(step.draws)
         rejected: set[int] = set()
@@ -133,15 +134,17 @@ class InFlight:
 
     def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
         """Keeps how likely tokens of a prompt are; a request for nothing else ends with its prompt."""
-        for score, logprobs in zip(step.scores, scores, strict=True):
-            answer = self._answers.get(score.sequence.seq_id)
+        for span, logprobs in zip(step.scored, scores, strict=True):
+            answer = self._answers.get(span.sequence.seq_id)
             if answer is None:
                 continue
-            answer.request.scores |= zip(range(score.first, score.last + 1), logprobs, strict=True)
-            if score.sequence.max_tokens == 0 and score.last == score.sequence.num_prompt - 1:
+            answer.request.scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
+            if span.sequence.max_tokens == 0 and span.last == span.sequence.num_prompt - 1:
                 self._finish(answer, "length")
 
-    def _charge(self, computed: list[tuple[Answer, Chunk]], running: Running, result: StepResult) -> Iterable[Request]:
+    def _charge(
+        self, computed: list[tuple[Answer, Chunk]], launched: LaunchedStep, result: StepResult
+    ) -> Iterable[Request]:
         """Adds a step's time and work to the requests that had a part in it; returns them."""
         prefills: dict[Request, bool] = {}  # whether it computed some of a prompt
         for answer, (sequence, start, _, _) in computed:
@@ -149,7 +152,7 @@ class InFlight:
         seconds, work = result.vision_s + result.decoder_s, result.vision_work + result.decoder_work
         for request, is_prefill in prefills.items():
             if is_prefill:
-                request.started_s = request.started_s or running.start.host_s
+                request.started_s = request.started_s or launched.start.host_s
                 request.vision.add(result.vision_s, result.vision_work)
                 request.prefill.add(result.decoder_s, result.decoder_work)
             else:
@@ -191,7 +194,7 @@ class InFlight:
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
         """Ends an answer, and the request when it was the last."""
-        answer.fresh += answer.text.finish()
+        answer.new_text += answer.text.finish()
         answer.sequence.finish_reason = reason
         self._release(answer)
         request = answer.request

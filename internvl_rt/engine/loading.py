@@ -21,13 +21,11 @@ from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
 
-def load_parts(
-    model: str | Path, options: EngineOptions, *, revision: str | None = None
-) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
+def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
     """Raises ConfigError, CheckpointError or RequestError."""
     target = choose_device(options.device)
     ops = _choose_ops(options, target)
-    config, tokenizer, load = _open(model, revision, options.seed or 0)
+    config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     weights = load(chosen, target)
     memory = plan_memory(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
 from internvl_rt.model.work import Roof, Work
-from internvl_rt.steps.runner import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import FinishReason
 
 
@@ -125,9 +125,9 @@ class Piece:
     choice: int = 0  # index of the answer that the text belongs to
 
 
-def pieces_of(fresh: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
-    """What became visible, by index of the answer, as pieces; with a reply the last one carries it."""
-    *others, (index, text) = fresh or [(0, "")]
+def pieces_of(new_texts: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
+    """A piece for each text, given with its answer's index. The last piece carries the reply, if there is one."""
+    *others, (index, text) = new_texts or [(0, "")]
     for other_index, other_text in others:
         yield Piece(other_text, choice=other_index)
     if text or reply is not None:

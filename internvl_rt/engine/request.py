@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from internvl_rt.engine.reply import AnswerText, Choice, Reply, Timings, Usage
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.model.work import Tally
-from internvl_rt.steps.runner import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import Sequence
 
 
@@ -20,14 +20,14 @@ class Answer:
     sequence: Sequence
     text: AnswerText
     num_read: int = 0  # generated tokens that `text` has
-    fresh: str = ""  # visible text that nobody has taken yet
+    new_text: str = ""  # visible text since the caller looked last
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def read(self, num_tokens: int) -> None:
         """Makes text of the first so many generated tokens, as far as that was not done."""
         start = self.sequence.num_prompt
         for token_id in self.sequence.token_ids[start + self.num_read : start + num_tokens]:
-            self.fresh += self.text.push(token_id)
+            self.new_text += self.text.push(token_id)
         self.num_read = max(self.num_read, num_tokens)
 
 

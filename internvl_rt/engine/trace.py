@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from internvl_rt.errors import RequestError
-from internvl_rt.steps.runner import Running, StepResult
+from internvl_rt.steps.runner import LaunchedStep, StepResult
 
 Phase = tuple[str, float]  # what begins, and when: perf_counter
 
@@ -47,17 +47,17 @@ class Trace:
         if self._error is not None:
             raise self._refusal(self._error) from self._error
 
-    def step(self, running: Running, result: StepResult, stats: Mapping[str, int | float]) -> None:
+    def step(self, launched: LaunchedStep, result: StepResult, stats: Mapping[str, int | float]) -> None:
         """A step that has ended, with the engine's `stats()` before anybody takes what it drew."""
         # Steps follow each other on the device: each begins when it was launched or the one before it ended.
-        start_s = max(running.start.host_s, self._end_s)
+        start_s = max(launched.start.host_s, self._end_s)
         encoded_s = start_s + result.vision_s
         self._end_s = encoded_s + result.decoder_s
-        chunks = running.step.chunks
+        chunks = launched.step.chunks
         shape = {
             "sequences": len(chunks),
             "tokens": sum(chunk.num_tokens for chunk in chunks),
-            "draws": len(running.step.draws),
+            "draws": len(launched.step.draws),
             "tiles": result.num_tiles,
         }
         for name, begin_s, seconds, work in (

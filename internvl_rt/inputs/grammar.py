@@ -176,11 +176,6 @@ class Matcher:
         self._token_ids.append(token_id)
         return True
 
-    def copy(self) -> "Matcher":
-        """The same place, for another answer that goes on from here."""
-        self._is_shared = True
-        return Matcher(self._grammar, self._state.deep_copy(), self._token_ids.copy())
-
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the stop token may follow."""

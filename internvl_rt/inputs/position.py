@@ -5,12 +5,15 @@ strides in units of 1/256 position, so all sums are exact; stride 256 is delta 1
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prompt import VisualSpan
+
+Delta = float | Literal["auto"]  # rotary positions per visual token; "auto": see `auto_stride`
 
 UNIT = 256  # strides per position
 STRIDES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # deltas 1, 1/2, ..., 1/256: those of the training

@@ -89,8 +89,8 @@ class Arriving(NamedTuple):
         filled.record(torch.cuda.current_stream(tensor.device))
         return cls(tensor, filled)
 
-    def take(self) -> Tensor:
-        """The tensor, for what the current stream is given from now on."""
+    def get(self) -> Tensor:
+        """The tensor. Work that the current stream is given from now on finds it filled."""
         if self.tensor.device.type == "cuda":
             stream = torch.cuda.current_stream(self.tensor.device)
             if self.filled is not None:

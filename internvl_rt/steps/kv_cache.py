@@ -6,7 +6,6 @@ are the same; the kernels find a sequence's tokens through its row of the block 
 """
 
 from collections.abc import Sequence as Items
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.step_inputs import LayerCache
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.device_stream import to_device
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
-ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
 WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
-IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
 
 
 class KVCache:
@@ -39,28 +37,21 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        num_host_blocks: int = 0,
         ops: Ops,
     ) -> None:
         """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
-        num_host_blocks: room in the host's memory for sequences that are swapped out. ops: copies blocks on the
-        device, and says how attention is split.
+        ops: copies blocks on the device, and says how attention is split.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
         watermark_blocks = num_blocks // WATERMARK
-        self.blocks = PagedKVCache(
-            num_blocks, block_size, num_host_blocks=num_host_blocks, watermark_blocks=watermark_blocks
-        )
+        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark_blocks)
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
         self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
-        self._host_pool = _zeros((config.num_layers, 2, num_host_blocks, *block_shape), dtype, torch.device("cpu"))
-        if device.type == "cuda" and num_host_blocks:
-            self._host_pool = self._host_pool.pin_memory()
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
         self.buffers = (self._device_pool,)  # all that `layers` are parts of
 
@@ -88,7 +79,7 @@ class KVCache:
 
     def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
         """Slots for each sequence's next tokens; False for no room, and then nothing has changed."""
-        return self.blocks.append_batch(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+        return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
 
     def publish(self, final: Items[tuple[Sequence, int]]) -> None:
         """Lets others reuse the first tokens of sequences, given with how many, once the steps under way have ended.
@@ -121,34 +112,14 @@ class KVCache:
         self.end_step(step, failed=True)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
-        """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
+        """Makes the copies [number, 2] of (source, destination) that `take_copies` lists.
 
-        Copies on the device that follow each other are one operation over all layers. Nobody waits for any of them.
+        They are one operation over all layers, which nobody waits for.
         """
-        for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
-            pairs = np.array(list(run), np.int64)[:, 1:].T
-            if kind == ON_DEVICE:
-                source, destination = to_device(torch.from_numpy(pairs.copy()), self._device_pool.device)
-                self._ops.copy_blocks(self._device_pool, source, destination)
-                continue
-            pools = (self._device_pool, self._host_pool)
-            from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
-            for from_kind, to_kind in zip(from_pool.flatten(0, 1), to_pool.flatten(0, 1), strict=True):
-                for from_block, to_block in pairs.T.tolist():
-                    to_kind[to_block].copy_(from_kind[from_block], non_blocking=True)
-
-
-def build_identity(**parts: str | int | float | bytes | None) -> bytes:
-    """All that keys and values depend on besides tokens and pictures, as one string for the prefix index.
-
-    Every part is typed and has its length in front, so that no two different sets of parts look the same.
-    """
-
-    fields = [IDENTITY_VERSION]
-    for name, value in sorted(parts.items()):
-        fields += [name.encode(), type(value).__name__.encode()]
-        fields.append(value if isinstance(value, bytes) else repr(value).encode())
-    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+        if len(copies):
+            pairs = torch.from_numpy(np.ascontiguousarray(copies.T, np.int64))
+            source, destination = to_device(pairs, self._device_pool.device)
+            self._ops.copy_blocks(self._device_pool, source, destination)
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
@@ -187,7 +158,7 @@ def _ceil_div(tokens: int, block_size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu" or 0 in shape:
+    if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy's zeros are calloc's: the system commits a page when a token is first written to it. torch's are written.
     num_bytes = dtype.itemsize * int(np.prod(shape))

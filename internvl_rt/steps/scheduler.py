@@ -8,8 +8,9 @@ back and starts anew later. Admission is first come, first served, but one that 
 from collections import deque
 from collections.abc import Sequence as Items
 
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk
 
 MAX_OVERTAKEN = 16  # how often others are admitted past a sequence that has to wait for blocks
@@ -148,7 +149,7 @@ class Scheduler:
         def take(sequence: Sequence, most: int) -> None:
             nonlocal budget, tiles
             start = stops.get(sequence, sequence.num_computed)
-            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, fresh=tiles == self._max_tiles_per_step)
+            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, is_first=tiles == self._max_tiles_per_step)
             if stop > start:
                 stops[sequence] = stop
                 budget -= stop - start
@@ -163,11 +164,14 @@ class Scheduler:
             take(oldest, budget)
         return [Chunk(sequence, sequence.num_computed, stop) for sequence, stop in stops.items()]
 
-    def _chunk_stop(self, sequence: Sequence, start: int, budget: int, tiles: int, *, fresh: bool) -> tuple[int, int]:
+    def _chunk_stop(
+        self, sequence: Sequence, start: int, budget: int, tiles: int, *, is_first: bool
+    ) -> tuple[int, int]:
         """Where a chunk from `start` on ends, and how many tiles must be encoded for it.
 
         It ends at the budget, moved back to a picture's start if it would cut a picture that fits a step, or at a
-        picture too many for the step's tiles. The first picture of a step is always taken (`fresh`).
+        picture too many for the step's tiles. The first picture of a step is always taken
+        (is_first: this chunk may hold it).
         """
         stop = min(sequence.num_tokens, start + budget)
         num_tiles = 0
@@ -181,7 +185,7 @@ class Scheduler:
             if stop < behind and uncut and picture.span.num_tokens <= self._max_tokens_per_step:
                 return first, num_tiles
             if picture.visual_XD is None and index not in sequence.visual:
-                if num_tiles + picture.num_tiles > tiles and not (fresh and num_tiles == 0):
+                if num_tiles + picture.num_tiles > tiles and not (is_first and num_tiles == 0):
                     return max(first, start), num_tiles
                 num_tiles += picture.num_tiles
         return stop, num_tiles

@@ -1,6 +1,5 @@
 """One answer's tokens on their way through the engine: prompt, pictures, positions, progress."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,23 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.inputs.grammar import Matcher
-from internvl_rt.inputs.prompt import VisualSpan
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.steps.device_stream import Arriving
 from internvl_rt.steps.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "timeout"]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture's place in the prompt and what stands there: tiles, thumbnail last, or finished visual tokens."""
-
-    span: VisualSpan
-    digest: bytes  # 32 bytes: pictures of equal digest have equal visual tokens
-    num_tiles: int
-    tiles: Callable[[], Arriving]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
-    visual_XD: Arriving | None = None  # there already: the tiles are not asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +45,7 @@ class Sequence:
     lists_tokens: bool = field(init=False)  # penalties or min_tokens act on some tokens
     needs_tokens: bool = field(init=False)  # its earlier tokens must be known to draw the next: it never runs ahead
     num_computed: int = 0  # tokens that steps have computed or are computing
-    draw_row: int = 0  # of the token that was not read yet, among those that the latest step drew
+    unread_row: int = 0  # where the token whose id the host does not know yet is, among those that the latest step drew
     num_told: int = 0  # ids that the cache's books know
     num_published_blocks: int = 0  # that others may reuse
     num_cached: int = 0  # tokens whose keys and values were in the cache when it was first admitted

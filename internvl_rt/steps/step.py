@@ -44,8 +44,8 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Tokens [first, last] of a prompt whose log-probabilities are wanted; their logits are rows of the step's."""
+class ScoredSpan:
+    """Tokens [first, last] of a prompt whose log-probabilities are wanted. Their logits are among the step's rows."""
 
     sequence: Sequence
     first: int
@@ -64,8 +64,8 @@ class Step:
     counts: tuple[int, ...]  # tokens of each chunk
     num_tokens: int
     draws: tuple[Draw, ...]
-    scores: tuple[Score, ...]
-    # Of the chunks' tokens, one after another, those whose logits are wanted: for the draws, then for the scores.
+    scored: tuple[ScoredSpan, ...]
+    # Of the chunks' tokens, one after another, those whose logits are wanted: for the draws, then for the scored spans.
     logit_rows: tuple[int, ...]
     num_draw_rows: int
     has_prompts: bool  # some of a prompt is computed
@@ -78,9 +78,9 @@ def plan_step(chunks: Items[Chunk]) -> Step:
     Siblings that wait for their prompt draw from the same row.
     """
     draws: list[Draw] = []
-    scores: list[Score] = []
+    scored: list[ScoredSpan] = []
     draw_rows: list[int] = []
-    score_rows: list[int] = []
+    scored_rows: list[int] = []
     counts: list[int] = []
     first_row = 0
     has_prompts, is_plain = False, True
@@ -90,8 +90,8 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         if sequence.score_from is not None and start < sequence.num_prompt:
             first, last = max(sequence.score_from, start + 1), min(stop, sequence.num_prompt - 1)
             if first <= last:
-                scores.append(Score(sequence, first, last))
-                score_rows += range(first_row + first - 1 - start, first_row + last - start)
+                scored.append(ScoredSpan(sequence, first, last))
+                scored_rows += range(first_row + first - 1 - start, first_row + last - start)
         counts.append(stop - start)
         first_row += stop - start
         if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
@@ -111,8 +111,8 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         counts=tuple(counts),
         num_tokens=first_row,
         draws=tuple(draws),
-        scores=tuple(scores),
-        logit_rows=(*draw_rows, *score_rows),
+        scored=tuple(scored),
+        logit_rows=(*draw_rows, *scored_rows),
         num_draw_rows=len(draw_rows),
         has_prompts=has_prompts,
         is_plain=is_plain,
@@ -185,13 +185,13 @@ def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> No
     positions: list[float] = []
     for sequence, index, _, _ in chunks[:num_decodes]:
         known, ahead = sequence.token_ids, index - sequence.num_prompt
-        token_ids.append(known[index] if index < len(known) else -1 - sequence.draw_row)
+        token_ids.append(known[index] if index < len(known) else -1 - sequence.unread_row)
         positions.append(sequence.next_position + ahead if ahead >= 0 else sequence.position_T[index])
     token_id_T[:num_decodes], position_T[:num_decodes] = token_ids, positions
     row = num_decodes
     for chunk, count in zip(chunks[num_decodes:], counts[num_decodes:], strict=True):
         known = chunk.sequence.token_ids[chunk.start : chunk.stop]
-        unread = [-1 - chunk.sequence.draw_row] * (count - len(known) - len(chunk.drafts))
+        unread = [-1 - chunk.sequence.unread_row] * (count - len(known) - len(chunk.drafts))
         token_id_T[row : row + count] = [*known, *unread, *chunk.drafts]
         position_T[row : row + count] = chunk.sequence.positions(chunk.start, chunk.stop)
         row += count
@@ -226,7 +226,7 @@ def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
                 visual.append(sequence.visual[index][first - span.start : last - span.start])
                 visual_rows.append(np.arange(first, last) - start + num_tokens)
         num_tokens += stop - start
-    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scores)
+    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scored)
     found: dict[str, Any] = {"logit_row_R": None}
     if not visual and not picks_logits:
         return found

@@ -61,13 +61,13 @@ def test_decode_graphs_give_the_bits_of_eager_steps() -> None:
     conversations = [[{"role": "user", "content": "digits " * n}] for n in (3, 40, 7, 20)]
     found = []
     with Engine.from_pretrained("random:InternVL3-1B", device="cuda", max_num_seqs=4, max_model_len=512) as engine:
-        engine._runner._prefill_graphs = None  # whose products are of other sizes
+        engine.runner._prefill_graphs = None  # whose products are of other sizes
         for _ in range(2):
             for batch in (conversations[:1], conversations):
                 replies = engine.generate(batch, params)
                 found.append([[(t.token_id, t.logprob) for t in reply.logprobs or ()] for reply in replies])
             engine.cache.blocks.reset()
-            engine._runner._decode_graphs = None
+            engine.runner._decode_graphs = None
     assert found[0] == found[2]
     assert found[1] == found[3]
 

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prompt import VisualSpan
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.vision import encode_tiles
-from internvl_rt.steps.device_stream import Arriving
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, build_step, plan_step
 
 
@@ -93,8 +93,7 @@ def _build_sequence(
         position_T=np.arange(len(token_ids), dtype=np.float32) if position_T is None else position_T,
         next_position=0,
         pictures=tuple(
-            Picture(span, bytes(32), len(part), lambda part=part: Arriving(part))
-            for span, part in zip(spans, parts, strict=True)
+            Picture(bytes(32), len(part), tiles=part, span=span) for span, part in zip(spans, parts, strict=True)
         ),
         params=SamplingParams(),
         max_tokens=1,
