@@ -41,8 +41,7 @@ class Manager(Protocol):
 
 
 class Ours:
-    """PagedKVCache as a scheduler uses it: with one call per step for the whole batch. It fills the step's buffers too.
-    """
+    """PagedKVCache as a scheduler uses it: one call per step for the whole batch. It fills the step's buffers too."""
 
     def __init__(self) -> None:
         self.cache = PagedKVCache(NUM_BLOCKS, BLOCK_SIZE)

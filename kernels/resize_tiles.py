@@ -225,8 +225,7 @@ def resize_tiles(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | bool]:
-    """`fill` is noise, or stripes of 0 and 255, whose resized values must be clamped; `padding` pixels follow each row.
-    """
+    """`fill` is noise, or stripes of 0 and 255, whose resized values are clamped; `padding` pixels follow each row."""
     width, height = case["width"], case["height"]
     shape = (height, width + case.sizes.get("padding", 0), 3)
     if case.sizes.get("fill") == "stripes":
