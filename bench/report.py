@@ -115,7 +115,7 @@ def furthest(rows: Sequence[Row], roof: Roof | None) -> str:
 
 
 def by_operation(rows: Sequence[Row], roof: Roof | None) -> list[Row]:
-    """The case of each operation furthest from its roof (cases bound by a launch come last), beside its baseline."""
+    """For each operation the case furthest from its roof (cases bound by a launch come last), and its best baseline."""
     worst: dict[str, Row] = {}
     for row in sorted(_with_roofs(rows), key=lambda row: (what_bounds(row, roof) == "launch", row["roof_percent"])):
         worst.setdefault(row["name"].partition("/")[0], row)

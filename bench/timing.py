@@ -47,7 +47,7 @@ class Timing:
     high_us: float
     num_samples: int
     sm_clock_mhz: int | None = None  # just after the samples, as the driver reports it; None if unknown
-    graphed: bool = False  # False on the CPU too; an eager variant's time may be the time of the host's launches
+    graphed: bool = False  # whether a CUDA graph was timed; an eager time may be that of the host's launches
 
 
 class _Work(NamedTuple):

@@ -138,7 +138,7 @@ def plan_gemm_epilogue(
             wide_loads=not use_tma,  # the copy engine needs no load instruction
         )
         grid = cdiv(num_rows, chosen.block_m) * cdiv(n, chosen.block_n)
-        if use_tma:  # no more programs than run at once, each with descriptors for all of its blocks
+        if use_tma:  # a program makes its descriptors once, so there are no more programs than run at once
             resident = min(2, max(1, target.shared_bytes // chosen.shared_bytes(x.itemsize)))
             grid = min(grid, resident * target.num_sms)
     args |= {name: tensor for name, tensor in optional.items() if tensor is not None}

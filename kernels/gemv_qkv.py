@@ -226,7 +226,7 @@ SPEC = KernelSpec(
     cost=_cost,
     test_cases=tuple(_test_cases()),
     model_cases=tuple(_model_cases()),
-    tolerances={  # as in gemv, but a rotated value has the errors of both channels of a pair, which are up to 6
+    tolerances={  # as in gemv, but a rotated value has the errors of the two values of a pair, each up to 6
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 130 products in another order; sine and cosine to 2 ulp"),
         torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "operands and result are each rounded to 11 bits"),
         torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "operands and result are each rounded to 8 bits"),

@@ -291,7 +291,7 @@ SPEC = KernelSpec(
     ),
     tolerances={
         torch.float32: Tolerance(2e-6, 2e-6, 3e-7, "sine and cosine are right to 1.2e-7, pairs up to 6 wide"),
-        # With norms, quotient and product are rounded too; a rotated value has the errors of two channels of up to 6.
+        # With norms, quotient and product are rounded too. A rotated value has the errors of two values of up to 6.
         torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "values are rounded to 11 bits, up to three times"),
         torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "values are rounded to 8 bits, up to three times"),
     },
