@@ -1,4 +1,5 @@
-# One word per task. A fresh machine needs python3 (3.11 or newer, with headers), a C++20 compiler and make.
+# One word per task. A fresh machine needs python3 (3.11 or newer, with headers), a C++20 compiler and make; CMake and
+# ninja come from constraints.txt.
 
 PYTHON ?= python3
 SAMPLE ?= internvl_rt/tiny/samples/4719.png
@@ -13,7 +14,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
 INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
@@ -29,9 +31,10 @@ chat: $(VENV)/done-package  ## installs, and asks the checkpoint in the package 
 
 test: lint types pytest  ## installs what the tests need; ruff, mypy and the tests that take five minutes
 
-lint: $(VENV)/done-test  ## ruff: rules and formatting
+lint: $(VENV)/done-test  ## ruff: rules and formatting; clang-format of the C++
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 types: $(VENV)/done-test  ## mypy --strict on the package
 	$(BIN)/mypy
@@ -73,7 +76,7 @@ $(VENV)/done-environment:
 
 $(VENV)/done-torch: constraints.txt $(VENV)/done-environment
 	@echo 'installing torch (this is the big one)'
-	@$(INSTALL) torch setuptools pybind11
+	@$(INSTALL) torch setuptools pybind11 cmake ninja
 	@touch $@
 
 $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch

@@ -1,7 +1,7 @@
-"""Attention as a user would run it instead: torch's with each of its backends, and FlashInfer where it is installed.
+"""Attention as a user would run it instead: torch's with each of its backends, and FlashInfer if it is installed.
 
-An `Alternative` prepares what a user would have ready too (keys and values without pages, for torch), which is not
-timed. Where it does not take the inputs it raises; kernel_table.py says so and goes on. Its result is compared with
+An `Alternative` also prepares what a user would have ready (for torch, keys and values without pages); this is not
+timed. It raises for inputs that it cannot take; kernel_table.py then says so and goes on. Its result is compared with
 the kernel's reference before it is timed.
 """
 
@@ -29,16 +29,18 @@ BACKENDS = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
-MATH_BYTES = 64 * 2**20  # of keys: the plain backend repeats them for every query head and keeps all scores
+MATH_BYTES = 64 * 2**20  # of keys; the math backend repeats them for every query head and keeps all scores
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """`prepare(inputs)` gives what is timed, and what turns its result into the kernel's (None: not comparable)."""
+    """`prepare(inputs)` returns the call to time, and a function that turns its result into the kernel's (None: the
+    results cannot be compared).
+    """
 
     name: str
     prepare: Prepare
-    slow_start: bool = False  # compiles for seconds
+    slow_start: bool = False  # it compiles for seconds
 
 
 def attention_alternatives(op: str) -> Iterator[Alternative]:
@@ -71,7 +73,7 @@ def _vit_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any],
 
 
 def _without_pages(i: Inputs, backend: SDPBackend) -> tuple[Tensor, Tensor, int]:
-    """Keys and values [S, G, tokens, C] of sequences that are equally long."""
+    """Keys and values [S, G, tokens, C] of sequences; raises ValueError if their lengths differ."""
     seq_len = int(i["seq_len_S"][0])
     if not bool((i["seq_len_S"] == seq_len).all()):
         raise ValueError("sequences of several lengths")
@@ -97,7 +99,7 @@ def _decode_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[An
 
 
 def _prefill_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any], Tensor]]:
-    """Behind a prefix the mask ends in the lower right corner, which `is_causal` does not mean."""
+    """A chunk after a cached prefix needs a causal mask aligned to the last key; `is_causal` aligns it to the first."""
     k, v, seq_len = _without_pages(i, backend)
     if len(k) != 1:
         raise ValueError("several sequences")
@@ -123,7 +125,7 @@ def _flashinfer_workspace(device: torch.device) -> Tensor:
 
 
 def _flashinfer_decode(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
-    """On matrix units: the other kernel does not know all of these numbers of query heads to a kv head."""
+    """Uses matrix units, because the other kernel does not support every number of query heads to a kv head."""
     import flashinfer
 
     q, (_, num_kv_heads, block_size, head_dim) = i["q_SHC"], i["k_cache_BGPC"].shape
@@ -140,7 +142,7 @@ def _flashinfer_decode(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 def _flashinfer_prefill(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
-    """Its causal mask ends in the lower right corner."""
+    """FlashInfer aligns its causal mask to the last key, as a chunk after a cached prefix needs."""
     import flashinfer
 
     k_SGNC, v_SGNC, _ = _without_pages(i, SDPBackend.FLASH_ATTENTION)

@@ -1,10 +1,10 @@
-"""Two result files side by side: what became slower or faster, and whether that is more than noise.
+"""Compares two result files: what became slower or faster, and whether that is more than noise.
 
     python bench/compare.py old.json new.json [--all]
 
-A row is found again by its part and name. Of each pair the medians are compared. The ratio new / old lies between
-new low / old high and new high / old low, the 10th and 90th percentiles of either run; it is a change if that interval
-does not hold 1. Times without a spread are not compared.
+Rows of both files belong together if part and name are the same; their medians are compared. The ratio new / old lies
+between new low / old high and new high / old low, where low and high are a run's 10th and 90th percentiles. It counts
+as a change if this interval does not contain 1. Times without percentiles are not compared.
 
 The exit code is 0, or 1 if something became slower, or 2 if the files cannot be compared.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from document import DocumentError, load, rows_of
 
-SAME = ("device", "device_kind", "driver", "torch", "triton", "num_threads")  # which of them differ is said
+SAME = ("device", "device_kind", "driver", "torch", "triton", "num_threads")  # a difference in one of these is printed
 DECISIVE = ("device", "device_kind")
 KINDS = ("roofline", "kernels", "vision", "prefill", "decode", "serve")
 IDENTITY = ("name", "baseline", "side")
@@ -42,12 +42,12 @@ class Change:
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """What makes it the same row in another run."""
+    """A text that identifies the row in every run."""
     return ": ".join((row["in"], " ".join(str(row[key]) for key in IDENTITY if key in row)))
 
 
 def timings(document: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """Name, and low, median and high of each time; a row may have several, such as `median_us`, `vision_median_us`."""
+    """Name, low, median and high of each time; a row may have several, such as `median_us` and `vision_median_us`."""
     for kind in KINDS:
         for row in rows_of(document, kind):
             for field in row:
@@ -59,7 +59,7 @@ def timings(document: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, flo
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Raises DocumentError where a comparison would say nothing."""
+    """Raises DocumentError if the devices differ or the files have no row in common."""
     for key in DECISIVE:
         one, other = (document["environment"].get(key) for document in (old, new))
         if one != other:

@@ -1,16 +1,16 @@
-"""Time to first token, time per token and memory against transformers, on the same weights and the same request.
+"""Compares time to first token, time per token and memory with transformers, on the same weights and the same request.
 
     python bench/compare_transformers.py [--model InternVL3-1B] [--tiles 3] [--tokens 32] [--dtype float32]
     python bench/compare_transformers.py --quick
 
-Writes a random checkpoint of the model's shape, in the original format for us and as an -hf folder for transformers,
-and gives each side a process with the same number of threads. Both get the same prompt ids and pixel values and answer
-greedily; transformers runs as its users run it (`from_pretrained`, sdpa, KV cache, `generate`) with a streamer,
-whose calls tell when a token is there. The time to the first token includes the vision tower; the time per token is the
-mean of the others. Our caches of prefixes and pictures are off, since every round asks the same. A third time is from
-a uint8 picture of 12 tiles and thumbnail to visual tokens: cutting, vision tower, projector; their image processor uses
-torchvision, on the device too, where that is installed. Rounds are in the order ours, theirs, theirs, ours; the best of
-a side counts.
+A random checkpoint of the model's shape is written in the original format for us and as an -hf folder for transformers.
+Each side gets a process with the same number of threads, the same prompt ids and the same pixel values, and answers
+greedily. transformers runs as its users run it (`from_pretrained`, sdpa, KV cache, `generate`), with a streamer that
+notes when each token is there. The time to the first token includes the vision tower; the time per token is the mean of
+the other tokens. Our caches of prefixes and pictures are off, since every round asks the same. The third time runs
+from a uint8 picture of 12 tiles and thumbnail to visual tokens: cutting, vision tower, projector. Their image processor
+uses torchvision, on the device too, if it is installed. The rounds are ours, theirs, theirs, ours; each side's best
+round counts.
 
 Peak memory is the process's (VmHWM, Linux) or, on CUDA, torch's. The last line is JSON; the exit code is 1 if the
 tokens differ in float32.
@@ -92,7 +92,7 @@ Ask = Callable[[], Answer]
 
 
 def hf_config(config: ModelConfig, image_token_id: int) -> dict[str, Any]:
-    """config.json of the same model for transformers."""
+    """Returns the config.json of the same model for transformers."""
     v, d = config.vision, config.decoder
     model_type = "qwen3" if d.qk_norm else "qwen2" if d.qkv_bias else "llama"
     return {
@@ -133,7 +133,7 @@ def hf_config(config: ModelConfig, image_token_id: int) -> dict[str, Any]:
 
 
 def write_folders(model: str | Mapping[str, Any], scratch: Path) -> None:
-    """The same random weights as `ours` and `theirs`, stored as bfloat16."""
+    """Writes the same random weights to the folders `ours` and `theirs`, as bfloat16."""
     ours, theirs = (scratch / side for side in SIDES)
     write_random_checkpoint(model, ours)
     theirs.mkdir()
@@ -150,7 +150,7 @@ def pixel_values(config: ModelConfig, num_tiles: int) -> Tensor:
 
 
 def draw_picture(config: ModelConfig) -> NDArray[np.uint8]:
-    """One that is cut into 4 x 3 tiles."""
+    """Draws a random picture of a size that is cut into 4 x 3 tiles."""
     side = config.vision.image_size
     return np.random.default_rng(0).integers(0, 256, (3 * side, 4 * side, 3), dtype=np.uint8)
 
@@ -222,7 +222,7 @@ def load_theirs(scratch: Path, args: argparse.Namespace) -> Ask:
             self.times: list[float] = []
 
         def put(self, value: Tensor) -> None:
-            """Called with the prompt, then with each token, on the host."""
+            """generate calls this on the host, with the prompt and then with each token."""
             self.times.append(time.perf_counter())
 
         def end(self) -> None:

@@ -1,7 +1,8 @@
-"""The goals that were set for an H200 before anything had run on one, and what a result file says of each.
+"""The goals that were set for an H200 before anything had run on one, and whether a result file meets each.
 
-Those of an H100 follow from them: the same where arithmetic is the limit; a step of the 8B, which waits for memory, by
-the ratio of the data sheets' bandwidths, 4.8 over 3.35; one of the 1B, which does so for half of its time, by half.
+An H100's goals are derived from them: the same if arithmetic is the limit; longer by the ratio of the data sheets'
+bandwidths, 4.8 to 3.35, for a step of the 8B, which waits for memory; by half as much for the 1B, which waits for it
+half of the time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +15,14 @@ from document import rows_of
 Document = Mapping[str, Any]
 Row = dict[str, Any]
 Measure = Callable[[Document], float | None]
-CARDS = ("H100", "H200")  # as they stand in the devices' names
+CARDS = ("H100", "H200")  # as the devices' names contain them
 NORMS = ("layer_norm/*", "rms_norm/*", "add_norm/*")
-LARGE_BYTES = 64e6  # a smaller norm measures the caches and its launch
+LARGE_BYTES = 64e6  # a smaller norm measures the caches and its launch instead
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`measure` gives the worst of what the goal speaks of, or None where it was not measured. `limits`: of CARDS."""
+    """`measure` returns the worst of the goal's values, None if nothing was measured. `limits`: for each card."""
 
     text: str
     unit: str
@@ -30,11 +31,11 @@ class Goal:
     measure: Measure
 
     def limit(self, device: str) -> float:
-        """Of the card whose name this is; of an H200 where it is another."""
+        """The limit for the card of this name; for another card that of an H200."""
         return self.limits[0 if CARDS[0] in device else 1]
 
     def verdict(self, document: Document) -> tuple[float | None, str]:
-        """What was measured, if anything, and the word for it."""
+        """The measured value, if there is one, and a word for how it stands to the goal."""
         found = document["environment"]
         value = self.measure(document) if found["device_kind"] == "cuda" else None
         if value is None:
@@ -72,7 +73,7 @@ def most(kind: str, field: str, *patterns: str, scale: float = 1, **fields: obje
 
 
 def lead(pattern: str) -> Measure:
-    """How many times faster than the fastest of its baselines, in the case where that is least."""
+    """Measures how many times faster a kernel is than its fastest baseline, in the case where this is least."""
 
     def measure(document: Document) -> float | None:
         leads = []

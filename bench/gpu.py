@@ -1,17 +1,18 @@
-"""Everything that a GPU machine is needed for: is it right, how fast is the device, how fast are we.
+"""Does everything that needs a GPU machine: is the code right, how fast is the device, how fast is the code on it.
 
     python bench/gpu.py [--parts first] [--out bench/results] [--budget-s 490] [--commit HASH]
     python bench/gpu.py --plan                           # what each of the three calls runs, and for how long
-    python bench/gpu.py --cpu --out FOLDER               # the same sequence at small settings: shows that it works
+    python bench/gpu.py --cpu --out FOLDER               # the same sequence at small settings, to see that it works
 
-A machine with torch, triton, pytest, pybind11 and a C++ compiler is enough: what is not installed yet is built first.
+A machine with torch, triton, pytest, pybind11 and a C++ compiler is enough: what is not installed yet is built first,
+with CMake where there is one.
 The parts make three calls, `first`, `second` and `third`, each of less than ten minutes.
 
-Parts run one after the other, each as a process of its own with a share of the time; what one does not use goes to
-those behind it. A part that fails or runs out of time costs only itself. Whatever is timed is marked "proven" or
-"unproven", by what the tests of this run said of the operations behind it (proof.py). The results
-(`<out>/<device>/<date>.json`, `.md`, `.log`) are written after every part, so a run that is killed leaves what it had.
-The exit code is 0, or 1 if a part failed or correctness is not proven, or 2 where there is no CUDA device.
+Parts run one after the other, each in a process of its own with a share of the time; the time that one does not use
+goes to the parts after it. A part that fails or runs out of time costs only itself. Every timed row is marked "proven"
+or "unproven", by what this run's tests found for its operations (proof.py). The results (`<out>/<device>/<date>.json`,
+`.md`, `.log`) are written after every part, so a run that is killed leaves what it had. The exit code is 0, or 1 if a
+part failed or correctness is not proven, or 2 if there is no CUDA device.
 """
 
 import argparse
@@ -32,17 +33,20 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
+import cmake_build
 from document import DOCUMENT, DocumentError, check, save
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
+from plain_build import build_in_place
 from proof import BAD, mark
 
-LEAST_S = 5.0  # Python alone needs as much
-GRACE_S = 10.0  # between the request to stop and the end
-MARGIN = 0.8  # of a part's time is its own budget; the rest is for starting Python and loading
+LEAST_S = 5.0  # Python alone needs this long to start
+GRACE_S = 10.0  # seconds between the request to stop and the end
+MARGIN = 0.8  # the share of a part's time that its command may use; Python's start and loading take the rest
 
 
 def environment_of(part: Part, *, cpu: bool) -> dict[str, str]:
-    """What is measured is this checkout, whatever is installed."""
+    """The part's environment variables; `PYTHONPATH` makes it use this checkout, whatever is installed."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
     own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **hidden}
@@ -50,7 +54,7 @@ def environment_of(part: Part, *, cpu: bool) -> dict[str, str]:
 
 
 def run(command: list[str], box_s: float, environment: dict[str, str], log: IO[bytes]) -> Output:
-    """Runs it for at most `box_s`, then asks it to stop as Ctrl-C would, then ends it and its children."""
+    """Runs the command for at most `box_s`, then asks it to stop as Ctrl-C would, then ends it and its children."""
     lines: list[str] = []
 
     def tee(pipe: IO[bytes]) -> None:
@@ -85,7 +89,7 @@ def run(command: list[str], box_s: float, environment: dict[str, str], log: IO[b
 def run_part(
     part: Part, box_s: float, environment: dict[str, Any], log: IO[bytes], *, cpu: bool, commit: str | None = None
 ) -> dict[str, Any]:
-    """The part's entry in the results; never raises for what the command did."""
+    """Runs the part and returns its entry in the results; never raises for what its command did."""
     if not part.command:
         return {"status": "not run", "reason": part.absent}
     words = [word for word in part.command if commit or "{commit}" not in word]
@@ -118,7 +122,7 @@ def run_part(
 
 
 def _bad(rows: list[dict[str, Any]]) -> list[str]:
-    """By operation or file, where rows have names."""
+    """The numbers of failures, each with its operation or file if the row has a name."""
     return [
         f"{row['name'] + ': ' if 'name' in row else ''}{row[key]} {key.replace('_', ' ')}"
         for row in rows
@@ -128,19 +132,19 @@ def _bad(rows: list[dict[str, Any]]) -> list[str]:
 
 
 class Run:
-    """One run's results, on disk after every part."""
+    """One run and its results, which are on disk after every part."""
 
     def __init__(
         self, parts: tuple[Part, ...], chosen: set[str], budget_s: float, *, cpu: bool, commit: str | None = None
     ) -> None:
-        """commit: where the checkout's git does not say what is measured."""
+        """commit: the commit that is measured, if the checkout's git does not say it."""
         self.parts, self.chosen, self.budget_s, self.cpu, self.commit = parts, chosen, budget_s, cpu, commit
         self.entries: dict[str, dict[str, Any]] = {}
         self.environment: dict[str, Any] = {}
         self.path: Path | None = None
 
     def run(self, out: Path) -> None:
-        """All parts; raises SystemExit where there is nothing to run on."""
+        """Runs all chosen parts; raises SystemExit if the package or the device cannot be used."""
         end = time.monotonic() + self.budget_s
         draft = out / f"running-{os.getpid()}.log"
         out.mkdir(parents=True, exist_ok=True)
@@ -172,7 +176,7 @@ class Run:
         return int(bool(failed))
 
     def write(self, *, plots: bool = False) -> None:
-        """The document, and the page of it by a process of its own: whatever happens there, the numbers are safe."""
+        """Saves the document and makes its page in another process: if that fails, the numbers are safe."""
         if self.path is None:
             return
         whole = {"schema": 1, "environment": self.environment, "budget_s": self.budget_s, "parts": self.entries}
@@ -181,7 +185,7 @@ class Run:
         subprocess.run(command if plots else [*command, "--no-plots"], check=False, stdout=subprocess.DEVNULL)
 
     def _complete(self, part: Part, document: dict[str, Any]) -> None:
-        """Adds what the command could not know: the commit, and whether what it timed is right."""
+        """Adds what the command could not know: the commit, and whether what it timed is proven."""
         if self.commit:
             document["environment"]["commit"] = self.commit
         if part.times:
@@ -208,7 +212,7 @@ class Run:
         slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
         self.path = out / slug / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft.rename(self.path.with_suffix(".log"))  # the open file moves along
+        draft.rename(self.path.with_suffix(".log"))  # the open log file moves with its name
 
     @staticmethod
     def _say(part: Part, entry: dict[str, Any]) -> None:
@@ -217,13 +221,12 @@ class Run:
 
 
 def check_build() -> None:
-    """The part `build`: everything imports, the compiled part too, and the device computes. Builds what is missing."""
+    """Runs the part `build`: builds the package if it is missing, imports all of it and computes on the device."""
     try:
         importlib.import_module("internvl_rt._C")
         importlib.metadata.version("internvl-rt")
     except (ImportError, importlib.metadata.PackageNotFoundError):
-        install = ("install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
-        subprocess.run([sys.executable, "-m", "pip", *install, "--editable", str(ROOT)], check=True, stdout=sys.stderr)
+        install_package()
         importlib.invalidate_caches()
     import torch
     from timing import result_document
@@ -240,8 +243,21 @@ def check_build() -> None:
     print(json.dumps(result_document("build", [row], device)))
 
 
+def install_package() -> None:
+    """Builds and installs this checkout into this Python; without CMake or ninja it is only built, in place."""
+    try:
+        for tool in ("cmake", "ninja"):
+            cmake_build.find_tool(tool)
+    except cmake_build.MissingToolError as error:
+        print(f"{error}; without it, one call of the compiler builds the extension", file=sys.stderr)
+        build_in_place(ROOT)
+        return
+    install = ("install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps")
+    subprocess.run([sys.executable, "-m", "pip", *install, "--editable", str(ROOT)], check=True, stdout=sys.stderr)
+
+
 def render_plan(parts: tuple[Part, ...], budget_s: float) -> str:
-    """Order, shares of the time and commands of the three calls."""
+    """The order, shares of time and commands of the parts of the three calls."""
     lines = []
     for call in CALLS:
         chosen = choose(parts, [call])
@@ -288,7 +304,7 @@ def main() -> int:
         chosen = choose(parts, [name for name in args.parts.split(",") if name])
     except ValueError as error:
         parser.error(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part that runs is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then Run ends the part that is running
     run = Run(parts, chosen, args.budget_s, cpu=args.cpu, commit=args.commit)
     try:
         run.run(args.out or Path(__file__).parent / "results")

@@ -1,61 +1,68 @@
-"""What a decode step costs on the host, the model's own time left out, by part.
+"""Measures what a decode step costs on the host without the model's own time, in all and by part.
 
     python bench/host_cost.py [--sequences 64] [--steps 500]
 
-Each of the sequences is one request, with its own text to be grown. The model's step and the draw are replaced by
-fixed results, so that what remains is scheduling, the cache's books, the step's inputs, and handing out tokens; their
-text is made by whoever waits for it.
+Each sequence is a request of its own, which decodes the same text. The model's step and the draw are replaced by fixed
+results, so that only scheduling, the cache's bookkeeping, the step's inputs and handing out tokens remain. Text is not
+made here: the threads that wait for replies make it.
 """
 
 import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams, in_flight, loop, runner
+from internvl_rt.model.ops import Ops
+from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 
-GOAL_US = 300.0  # at 64 sequences, on a 2-core virtual machine
+GOAL_US = 300.0  # for 64 sequences on a 2-core virtual machine
 WARM_UP = 50
 
 
 def build_engine(num_sequences: int, num_steps: int) -> Engine:
-    """An engine in which so many sequences decode, without a model behind them."""
+    """Builds an engine in which `num_sequences` sequences decode without a model."""
     engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=num_sequences, max_model_len=4096)
     params = SamplingParams(max_tokens=WARM_UP + 2 * num_steps + 10, ignore_eos=True)
     messages = [{"role": "user", "content": "Hello"}]
-    prepared = engine._preparer.prepare(messages)
+    prepared = engine.prepare(messages)
     for _ in range(num_sequences):
-        engine._loop.submit(engine.build_request(prepared, params))
+        engine.loop.submit(engine.new_request(prepared, params))
     while engine.stats()["generated_tokens"] < num_sequences:
-        engine._loop.step()
+        engine.loop.step()
     x_RD = torch.zeros(num_sequences, 1)
     logits_RV = torch.zeros(num_sequences, engine.config.decoder.vocab_size)
     token_id_R = torch.tensor(engine.tokenizer.encode("the digits and the rest of it" * num_sequences)[:num_sequences])
     engine.model.run_step = lambda step, caches: x_RD
     engine.model.logits = lambda x: logits_RV
-    engine.model.ops = replace(engine.model.ops, sample=lambda logits, sampling, out: out.copy_(token_id_R))
+
+    class KnownDraws(Ops):
+        def sample(self, logits_RV: Tensor, sampling: Sampling, out_R: Tensor) -> None:
+            out_R.copy_(token_id_R)
+
+    engine.model.ops = KnownDraws(**vars(engine.model.ops))
     return engine
 
 
 def measure_total(engine: Engine, num_steps: int) -> list[float]:
-    """Microseconds of each step."""
+    """Returns the microseconds of each step."""
     times = []
     for _ in range(num_steps):
         start = time.perf_counter()
-        engine._loop.step()
+        engine.loop.step()
         times.append((time.perf_counter() - start) * 1e6)
     return times
 
 
 def measure_parts(engine: Engine, num_steps: int) -> dict[str, float]:
-    """Median microseconds by part, in the order of a step; taking the time adds about 1 us to each."""
+    """Median microseconds by part, in the order of a step; taking the time adds about 1 us to each part."""
     samples: dict[str, list[float]] = defaultdict(list)
     undo: list[Callable[[], None]] = []
 

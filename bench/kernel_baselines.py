@@ -1,6 +1,6 @@
-"""What a user would run instead of a kernel: torch's own operations, its compiler, and libraries that are installed.
+"""What a user would run instead of a kernel: torch's own operations, its compiler, and libraries if they are installed.
 
-Attention is in attention_baselines.py.
+attention_baselines.py does the same for attention.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ PRODUCTS = ("gemm_epilogue", "gemv", "gemv_qkv")
 
 
 def alternatives(op: str) -> Iterator[Alternative]:
-    """By the name of the operation; the compiler's come last."""
+    """The alternatives to the operation of this name; those that compile come last."""
     if op in ATTENTION:
         yield from attention_alternatives(op)
     else:
@@ -40,12 +40,12 @@ def alternatives(op: str) -> Iterator[Alternative]:
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[[Inputs], tuple[Run, Callable[[Any], Tensor]]]:
-    """An alternative that takes the kernel's own arguments."""
+    """An alternative that takes the same arguments as the kernel."""
     return lambda inputs: (partial(function, **inputs), same)
 
 
 def _compiled(op: str, inputs: Inputs) -> tuple[Run, Callable[[Any], Tensor] | None]:
-    """Whole or not at all: a graph that breaks, or a shape too many, would be timed as what it is not."""
+    """Compiles the whole function or raises: after a graph break, or too many shapes, parts of it would run eagerly."""
     run, as_reference = EAGER[op](inputs)
     assert isinstance(run, partial)
     return partial(_compile(run.func), *run.args, **run.keywords), as_reference
@@ -57,7 +57,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forget_compiled() -> None:
-    """Before another shape is compiled: torch stops compiling a function after some, and runs it eagerly instead."""
+    """Call this before compiling another shape: after some shapes torch runs a function eagerly instead."""
     _compile.cache_clear()
     torch.compiler.reset()
 
@@ -141,7 +141,7 @@ def _gemm_epilogue(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 def _product_alone(i: Inputs) -> tuple[Run, None]:
-    """What the epilogue costs is what a kernel takes longer than this."""
+    """A kernel's epilogue costs what the kernel takes longer than this product."""
     return partial(F.linear, i["x"], i["weight_NK"], i["bias_N"]), None
 
 
@@ -166,7 +166,7 @@ def _gemv_qkv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     return run, same
 
 
-# Rows moved, pictures, tokens
+# Rows, pictures, tokens
 
 
 def _embed_tokens(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
@@ -199,7 +199,7 @@ def _patch_embed(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 def _resize_tiles(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
-    """Torch's own bicubic, which is not Pillow's to the bit."""
+    """Uses torch's own bicubic, which differs from Pillow's in single bits."""
     columns, rows, size = i["columns"], i["rows"], i["size"]
 
     def stretched(height: int, width: int) -> Tensor:
@@ -218,7 +218,7 @@ def _resize_tiles(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 
 
 def _sample(i: Inputs) -> tuple[Run, None]:
-    """By a sort, as in most engines, without penalties; the numbers drawn are others."""
+    """Samples by a sort, as most engines do, without penalties; its random numbers are not the kernel's."""
     columns = (i[name][:, None] for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R"))
     temperature, top_k, top_p, min_p = columns
     vocab = i["logits_RV"].shape[1]
@@ -236,7 +236,7 @@ def _sample(i: Inputs) -> tuple[Run, None]:
     return run, None
 
 
-# Libraries, where they are installed
+# Libraries that may be installed
 
 
 def _liger(op: str, i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:

@@ -1,4 +1,4 @@
-"""Which kernels are measured, at which sizes and in which order, on which inputs, and whether they are right."""
+"""Chooses which kernels are measured, at which sizes, in which order and on which inputs; checks their results."""
 
 import math
 import sys
@@ -18,18 +18,18 @@ from internvl_rt.kernels.gemv import MODELS
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.specs import discover_specs, preferred_dtype
 
-DECODE_ROWS, PREFILL_ROWS = 64, 3392  # rows of a large decode step, and of the prompt of 13 tiles
-ROTATED_BYTES = 256 * 2**20  # sets of inputs together: at least twice the L2 of any GPU
+DECODE_ROWS, PREFILL_ROWS = 64, 3392  # rows of a large decode step, and of the prompt of a picture of 13 tiles
+ROTATED_BYTES = 256 * 2**20  # all sets of inputs together: at least twice the L2 of any GPU
 MAX_SETS = 64
-MAX_SET_BYTES = 4 * 2**30  # of all sets, where each holds much that the operation does not read
-DOUBLE_BYTES = 2**30  # larger inputs are compared in float32: in float64 they would take too long and too much memory
-TAIL = 8  # deviations that one element of many millions may be away
+MAX_SET_BYTES = 4 * 2**30  # bytes of all sets, for operations whose inputs hold much that they do not read
+DOUBLE_BYTES = 2**30  # larger inputs are compared in float32, because float64 would take too long and too much memory
+TAIL = 8  # standard deviations that one element of many millions may be off
 POISON = 0x5A
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An operation at a size and in a dtype."""
+    """An operation with its size and dtype."""
 
     spec: KernelSpec
     case: Case
@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How far a result is from the reference; `problem` is empty where that is near enough."""
+    """How far a result is from the reference; `problem` is empty if the result is right."""
 
     rms_error: float
     problem: str = ""
@@ -57,9 +57,9 @@ def first_line(error: BaseException) -> str:
 
 
 def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
-    """One case of each operation, then the most important first; real sizes on a GPU, elsewhere small ones of tests.
+    """One case of each operation, then the other cases, the most important ones first.
 
-    `quick`: no more than one of each.
+    The sizes are real on a GPU and small elsewhere. `quick`: no more than the one case of each operation.
     """
     specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
     real = device.type == "cuda"
@@ -76,7 +76,7 @@ def real_work(spec: KernelSpec) -> list[Work]:
 
 
 def small_work(spec: KernelSpec) -> list[Work]:
-    """The small cases that have something to do."""
+    """The small test cases whose inputs are not empty."""
     preferred = torch.float32 if torch.float32 in spec.tolerances else next(iter(spec.tolerances))
     works = [Work(spec, case, preferred) for case in spec.test_cases]
     return [work for work in works if not _is_empty(work)]
@@ -90,8 +90,8 @@ def _is_empty(work: Work) -> bool:
 
 
 def engine_products() -> Iterator[Case]:
-    """What the engine leaves to `gemm_epilogue` besides: in a tower the products before `add_norm`; in a decoder those
-    of a prompt, and of a step of more rows than `gemv` takes."""
+    """The other products that the engine gives to `gemm_epilogue`: in a vision tower those before `add_norm`; in a
+    decoder those of a prompt, and of a step with more rows than `gemv` takes."""
     for tower, width, mlp in (("300m", 1024, 4096), ("6b", 3200, 12800)):
         for tiles in (1, 4, 13):
             for name, k in (("out", width), ("fc2", mlp)):
@@ -107,14 +107,14 @@ def engine_products() -> Iterator[Case]:
                 ("gate_up", 2 * mlp, width, plain),
                 ("down", width, mlp, residual),
             ]
-            if rows == DECODE_ROWS:  # of a prompt, one row is needed
+            if rows == DECODE_ROWS:  # a prompt needs one row of logits only
                 products.append(("lm_head", vocabulary, width, plain))
             for name, n, k, how in products:
                 yield Case(f"{model}_{name}_{rows}_rows", {"R": rows, "N": n, "K": k, **how})
 
 
 def importance(work: Work) -> int:
-    """Smaller comes first, so that a limit of time cuts off what matters least."""
+    """Returns a rank; work with a smaller one comes first, so that a time limit cuts off what matters least."""
     op, case = work.spec.name, work.case
     named = case.name.split("_")
     first_models = bool({"1b", "8b"} & set(named)) or case.sizes.get("D", case.sizes.get("F")) in (
@@ -124,7 +124,7 @@ def importance(work: Work) -> int:
         18944,
     )
     vision = any(part in case.name for part in ("vit_300m", "300m_", "projector_300m", "photo_12"))
-    tiled = case.name.endswith(("wide", "square", "low", "pointers"))  # plans that nobody chose yet: tune.py's business
+    tiled = case.name.endswith(("wide", "square", "low", "pointers"))  # plans for bench/tune.py to measure
     if op in ("gemv", "gemv_qkv", "decode_attention") and first_models:
         batch = case.sizes.get("R", len(case.sizes.get("seq_lens", ())))
         context = max(case.sizes.get("seq_lens", (0,)))
@@ -145,7 +145,7 @@ def make_meta_inputs(work: Work) -> dict[str, Any]:
 
 
 def make_rotated_inputs(work: Work, device: torch.device) -> list[dict[str, Any]]:
-    """Sets of random inputs; on a GPU so many that one after the other finds nothing of its own in the L2."""
+    """Makes sets of random inputs; on a GPU so many that the L2 has nothing of a set when its turn comes again."""
     torch.manual_seed(0)
     first = work.spec.make_inputs(work.case, work.dtype, device)
     if device.type != "cuda":
@@ -162,7 +162,7 @@ def _gemv_workspace(device: torch.device) -> Any:
 
 
 def given_by_engine(spec: KernelSpec, inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the engine keeps between launches, and a launcher without it would make every time."""
+    """The arguments that the engine keeps between launches; without them the launcher would make them every time."""
     if device.type != "cuda":
         return {}
     if spec.name in ("gemv", "gemv_qkv"):
@@ -174,13 +174,13 @@ def given_by_engine(spec: KernelSpec, inputs: dict[str, Any], device: torch.devi
 
 
 def build_launch(work: Work, inputs: dict[str, Any], out: Tensor | None, device: torch.device) -> partial[Any]:
-    """A call of the kernel as the engine makes it."""
+    """A call of the kernel with the engine's arguments."""
     given = given_by_engine(work.spec, inputs, device)
     return partial(work.spec.launcher, **{**inputs, **given}, **({} if out is None else {"out": out}))
 
 
 def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The result in high precision, and what the operation writes in place; `inputs` stay as they are."""
+    """The result in high precision, and the tensors that the operation writes in place; `inputs` do not change."""
     held = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
     wide = torch.float64 if held <= DOUBLE_BYTES else torch.float32
 
@@ -195,14 +195,14 @@ def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, di
 
 
 def poisoned_like(expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a kernel's result goes: what it leaves out shows."""
+    """A tensor for a kernel's result, in which elements that the kernel does not write show."""
     if expected.dtype.is_floating_point:
         return torch.full(expected.shape, math.nan, dtype=dtype, device=expected.device)
     return torch.full(expected.shape, POISON, dtype=expected.dtype, device=expected.device)
 
 
 class Check:
-    """Of a kernel on one set of inputs: what the reference makes of them, and what they were before anything ran."""
+    """The reference's result for one set of inputs, and the inputs as they were, to check a kernel more than once."""
 
     def __init__(self, work: Work, inputs: dict[str, Any]) -> None:
         self._work, self._inputs = work, inputs
@@ -211,14 +211,14 @@ class Check:
         self.out = None if self.expected is None else poisoned_like(self.expected, work.dtype)
 
     def restore(self) -> None:
-        """The inputs as they were, and an output that nothing was written to."""
+        """Restores the inputs, and poisons the output again."""
         for name, value in self._before.items():
             self._inputs[name].copy_(value)
         if self.out is not None:
             self.out.fill_(math.nan if self.out.dtype.is_floating_point else POISON)
 
     def verdict(self) -> Verdict:
-        """Of what lies now in the output, and in what the kernel writes in place."""
+        """Compares the present contents of the output and of the tensors written in place with the reference."""
         spec = self._work.spec
         pairs = [(name, self._inputs[name], self._expected_in_place[name]) for name in spec.in_place]
         if self.out is not None and self.expected is not None:
@@ -229,7 +229,7 @@ class Check:
 
 
 def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tuple[Verdict, Check]:
-    """The kernel against its reference, once. `inputs` are given back as they were."""
+    """Runs the kernel once and compares it with its reference. `inputs` are restored."""
     check = Check(work, inputs)
     build_launch(work, inputs, check.out, device)()
     verdict = check.verdict()
@@ -238,16 +238,16 @@ def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tu
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Of the root mean square, of any dtypes."""
+    """The relative root mean square error of two tensors of any dtypes."""
     wide = expected.dtype if expected.dtype.is_floating_point else torch.float32
     return float((actual.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
 
 
 def compare(name: str, actual: Tensor, expected: Tensor, tolerance: Tolerance, *, exact: bool = False) -> Verdict:
-    """By the operation's tolerance, integers exactly; NaN and infinity never pass.
+    """Compares by the operation's tolerance, integers exactly; NaN and infinity never pass.
 
-    The tolerance for single elements was set on small cases. Real ones have 10^8 elements and longer sums, so an
-    element may besides be off by TAIL times the root mean square that is allowed on average.
+    The tolerance for single elements was set on small cases. Real cases have 10^8 elements and longer sums, so that an
+    element may also be off by TAIL times the root mean square error that is allowed on average.
     """
     if exact or not expected.dtype.is_floating_point:
         wanted = expected.to(actual.dtype)

@@ -1,17 +1,17 @@
-"""Every kernel at real sizes: time, rates, share of the measured roof, and what a user would run instead.
+"""Measures every kernel at real sizes: time, rates, share of the measured roof, and what a user would run instead.
 
     python bench/kernel_table.py [--only OP]... [--budget-s 240] [--quick] [--json FILE] [--device cpu]
 
-The roof is measured in the same run: the time that the bytes take at the rate of a large copy, or the operations at
-that of a large product, whichever is longer. An operation that hardly writes can be somewhat faster than a copy, and so
-pass 100 %. `copy us` is what a copy of as many bytes took: what comes near it waits for latency, not for bandwidth.
+The roof is measured in the same run: the time that the bytes take at the rate of a large copy, or the operations at the
+rate of a large product, whichever is longer. An operation that writes little can be somewhat faster than a copy and so
+exceed 100 %. `copy us` is the time of a copy of as many bytes; a kernel near it waits for latency, not for bandwidth.
 
-Each kernel is compared with its reference before it is timed, and so is what its graph leaves behind afterwards. One
-that is wrong, or fails, has a row without a time, and the exit code is 1. The most important cases come first; those
-that the time does not reach are named.
+Each kernel is compared with its reference before it is timed, and the result of its graph once more afterwards. A
+kernel that is wrong or fails has a row without a time, and the exit code is 1. The most important cases come first;
+cases for which no time is left are named.
 
-Without a GPU the references run, on small cases: that shows that the bench works, and says nothing about kernels. They
-are checked too where TRITON_INTERPRET=1 lets them run.
+Without a GPU the references run, on small cases: this shows that the bench works, and says nothing about kernels. With
+TRITON_INTERPRET=1 the kernels are checked as well.
 """
 
 import argparse
@@ -49,12 +49,12 @@ from internvl_rt.kernels._contract import Cost
 from support.specs import discover_specs
 
 Row = dict[str, Any]
-BUDGET_S = {"cuda": 0.06, "cpu": 0.02}  # of a variant's samples
-SLOW_START_S = 25.0  # that one alternative may take to compile
-SLOW_START_SHARE = 0.25  # of the budget, for all of them
-NEAR = 0.05  # relative RMS difference: enough to see that an alternative computes the same thing
-PARTIAL = "cublas alone"  # does less than the kernel
-TIMED = "what is asked for"  # to the timer, which may have to name it
+BUDGET_S = {"cuda": 0.06, "cpu": 0.02}  # seconds of samples for each variant
+SLOW_START_S = 25.0  # seconds that one alternative may take to compile
+SLOW_START_SHARE = 0.25  # share of the budget that all of them together may take
+NEAR = 0.05  # a relative RMS difference, small enough to see that an alternative computes the same thing
+PARTIAL = "cublas alone"  # an alternative that does less than the kernel
+TIMED = "what is asked for"  # a name for the timer, which may print it
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Table:
 
 
 def roof_us(cost: Cost, dtype: torch.dtype, roofline: Mapping[str, Any]) -> tuple[float, str]:
-    """The least time, and what limits it."""
+    """The least possible time, and what limits it."""
     by_bytes = cost.bytes / max(roofline["copy_gb_s"].values()) / 1e3
     rate = roofline["tflops"].get(dtype_name(dtype))
     by_flops = cost.flops / rate / 1e6 if rate else 0.0
@@ -85,7 +85,7 @@ def roof_us(cost: Cost, dtype: torch.dtype, roofline: Mapping[str, Any]) -> tupl
 
 
 def copy_us(num_bytes: int, roofline: Mapping[str, Any]) -> float:
-    """What a copy that moves so many bytes takes, by those that were measured."""
+    """The time of a copy that moves `num_bytes`, interpolated between the measured copies."""
     sizes = sorted((int(size), rate) for size, rate in roofline["copy_gb_s"].items())
     largest, rate = sizes[-1]
     if num_bytes >= largest:
@@ -118,7 +118,7 @@ def build_row(work: Work, timing: Timing, roofline: Mapping[str, Any], **more: A
 
 
 def measure_reference(work: Work, device: torch.device, roofline: Mapping[str, Any]) -> list[Row]:
-    """Without a GPU; the kernel itself is checked if Triton interprets it, and never timed."""
+    """For runs without a GPU: times the reference. The kernel is checked if Triton interprets it, but never timed."""
     inputs = make_rotated_inputs(work, device)[0]
     more: Row = {"baseline": "reference"}
     if triton.knobs.runtime.interpret:
@@ -131,7 +131,7 @@ def measure_reference(work: Work, device: torch.device, roofline: Mapping[str, A
 
 
 def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> list[Row]:
-    """A row of the kernel, then one of each alternative that takes these inputs and computes the same."""
+    """A row for the kernel, then a row for each alternative that takes these inputs and computes the same."""
     sets = make_rotated_inputs(work, device)
     verdict, check = check_kernel(work, sets[0], device)
     if verdict.problem:
@@ -144,7 +144,7 @@ def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any]
     for alternative in alternatives(work.spec.name):
         try:
             variants[alternative.name] = prepare_alternative(alternative, sets, expected, limits)
-        except Exception as error:  # of any library; what cannot be run is absent, and this says why
+        except Exception as error:  # of any library; an alternative that cannot run is left out, and this says why
             print(f"  {work.name}: not {alternative.name}: {first_line(error)}", file=sys.stderr)
         check.restore()
     last = {TIMED: check.restore}
@@ -161,7 +161,7 @@ def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any]
 def prepare_alternative(
     alternative: Alternative, sets: list[dict[str, Any]], expected: torch.Tensor | None, limits: Limits
 ) -> list[Callable[[], Any]]:
-    """Its call for each set of inputs; raises what it raises, ValueError where it computes something else."""
+    """The alternative's call for each set of inputs; raises what it raises, and ValueError if its result differs."""
     start = time.monotonic()
     if alternative.slow_start and limits.slow_start_s <= 0:
         raise TimeoutError("no time is left for compiling")
@@ -183,7 +183,7 @@ def prepare_alternative(
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, as soon as Python runs again; 0: no limit."""
+    """Raises TimeoutError in the code inside once it has taken `seconds`, as soon as Python runs again; 0: no limit."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not ready after {seconds:.0f} s")
@@ -198,7 +198,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def measure_all(works: Sequence[Work], device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> Table:
-    """Until the time is up, or Ctrl-C; what was measured by then is kept."""
+    """Measures until the time is up or Ctrl-C; keeps what was measured by then."""
     table = Table()
     try:
         for work in works:
@@ -220,7 +220,7 @@ def measure_all(works: Sequence[Work], device: torch.device, roofline: Mapping[s
 
 
 def measure(work: Work, device: torch.device, roofline: Mapping[str, Any], limits: Limits) -> list[Row]:
-    """Never raises for what a kernel does: the others are to be measured all the same. No rows: it does not fit."""
+    """Never raises for what a kernel does, so that the others are measured. Returns no rows if memory is too small."""
     try:
         with torch.inference_mode():
             if device.type == "cuda":
@@ -234,7 +234,7 @@ def measure(work: Work, device: torch.device, roofline: Mapping[str, Any], limit
 
 
 def is_alive(device: torch.device) -> bool:
-    """After an illegal access, every further call fails."""
+    """Whether the device still works: after an illegal access every further call fails."""
     try:
         torch.cuda.synchronize(device)
         if torch.cuda.memory_reserved(device) > torch.cuda.get_device_properties(device).total_memory // 2:
@@ -251,7 +251,7 @@ HEAD = (
 
 
 def render(rows: Sequence[Row]) -> str:
-    """A line of a case."""
+    """One line for a case and its alternatives."""
     first, *others = rows
     if "problem" in first:
         return f"{first['name']:<58} {first['problem']}"
@@ -265,7 +265,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def furthest(rows: Sequence[Row]) -> str:
-    """Where most is to be gained."""
+    """The kernel with most to gain."""
     own = [row for row in rows if "roof_percent" in row and "baseline" not in row]
     if not own:
         return "no kernel was timed"

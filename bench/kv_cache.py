@@ -1,8 +1,8 @@
-"""What the bookkeeping of the KV cache costs: in C++, in instructions, and from Python beside other managers.
+"""Measures the bookkeeping of the KV cache: in C++, in instructions, and from Python beside other managers.
 
     python bench/kv_cache.py [--out FILE] [--runs 5] [--python-runs 3]
 
-Compiles bench/csrc with csrc at -O3, as the extension is built, and runs it several times: of the medians the lowest
+Builds the driver in bench/csrc with the extension's own objects, and runs it several times: of the medians the lowest
 counts, since other programs only ever add to it. With valgrind, callgrind counts the instructions of each operation,
 which no other program disturbs. Then bench/test_kv_cache.py runs (it needs pytest-benchmark), with vLLM's rows if vLLM
 can be imported. The exit code is 1 if a target is missed.
@@ -22,15 +22,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
+import cmake_build
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [*ROOT.glob("bench/csrc/*.cpp"), *set(ROOT.glob("csrc/*.cpp")) - {ROOT / "csrc" / "bindings.cpp"}]
-REPETITIONS = 64  # counted: an ordinary decode step repeats itself every 64
-FEW_REPETITIONS = {"evict_block": 8, "construct_65536": 2}  # whose state takes long to prepare
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # the extension is built there too
+REPETITIONS = 64  # counted by callgrind: an ordinary decode step repeats itself every 64 steps
+FEW_REPETITIONS = {"evict_block": 8, "construct_65536": 2}  # operations whose state takes long to prepare
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper bound: of a time in the unit of its row, or of a ratio, ours to the peer's."""
+    """An upper bound for a time in the unit of its row or, with `peer`, for the ratio of our time to the peer's."""
 
     what: str
     side: str  # "cpp" or "python"
@@ -63,7 +66,7 @@ def measure_cpp(driver: Path, num_runs: int) -> dict[str, Any]:
 
 
 def count_instructions(driver: Path, rows: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Per block where a row is by the block, else per call; empty without valgrind."""
+    """Instructions per block for operations measured by the block, else per call; empty without valgrind."""
     if not shutil.which("valgrind"):
         return {}
     counts = {}
@@ -79,7 +82,7 @@ def count_instructions(driver: Path, rows: dict[str, Any], folder: Path) -> dict
 
 
 def measure_python(num_runs: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Lowest median in microseconds, by operation and manager."""
+    """Returns the lowest median in microseconds, by operation and manager."""
     out = folder / "python.json"
     medians: dict[str, dict[str, float]] = {}
     for _ in range(num_runs):
@@ -95,7 +98,7 @@ def measure_python(num_runs: int, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def judge(target: Target, cpp: dict[str, Any], python: dict[str, dict[str, float]]) -> dict[str, Any] | None:
-    """None: there is no such row here."""
+    """Compares a target with what was measured; None if the peer's row is missing."""
     if target.side == "cpp":
         actual, unit = cpp[target.name]["median"], cpp[target.name]["unit"]
     else:
@@ -137,8 +140,8 @@ def main() -> int:
     parser.add_argument("--python-runs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        driver = Path(scratch) / "kv_cache_bench"
-        run(os.environ.get("CXX", "g++"), "-O3", "-std=c++20", *SOURCES, "-o", driver)
+        cmake_build.build(BUILD, ["kv_cache_bench"], quiet=True)
+        driver = BUILD / "kv_cache_bench"
         run(driver, "--check-allocations")
         cpp = measure_cpp(driver, args.runs)
         python = measure_python(args.python_runs, Path(scratch))

@@ -1,7 +1,7 @@
-"""The same job done by three managers of KV blocks: ours, the plainest one in Python, and vLLM's where it is installed.
+"""Three managers of KV blocks that do the same job: ours, the plainest one in Python, and vLLM's if it is installed.
 
-A batch lives through `prefill` of each sequence, `start_batch`, any number of `append` (a slot for one token more of
-every sequence) and `finish` (that token's id is known, full blocks can be found by others), and `release`.
+The calls for a batch are: `prefill` for each sequence; `start_batch`; any number of `append` (each sequence gets a slot
+for one more token) and `finish` (that token's id is known, and full blocks can be found by others); and `release`.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from internvl_rt._C import PagedKVCache
 BLOCK_SIZE = 64
 NUM_BLOCKS = 65_536
 MAX_MODEL_LEN = 16_384
-SAMPLED_ID = 5  # what every sequence samples in every step
+SAMPLED_ID = 5  # every sequence samples this token in every step
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Prompt:
 
 
 class Manager(Protocol):
-    def prepare(self, seq_id: int, prompt: Prompt) -> None: ...  # what arrives before admission; not measured
-    def prefill(self, seq_id: int, prompt: Prompt) -> int: ...  # how many tokens were cached
+    def prepare(self, seq_id: int, prompt: Prompt) -> None: ...  # work before admission; not measured
+    def prefill(self, seq_id: int, prompt: Prompt) -> int: ...  # returns how many tokens were cached
     def start_batch(self, seq_ids: list[int]) -> None: ...
     def append(self) -> None: ...
     def finish(self) -> None: ...
@@ -41,7 +41,8 @@ class Manager(Protocol):
 
 
 class Ours:
-    """PagedKVCache as a scheduler uses it: one call per step for the whole batch. It fills the step's buffers too."""
+    """PagedKVCache as a scheduler uses it: with one call per step for the whole batch. It fills the step's buffers too.
+    """
 
     def __init__(self) -> None:
         self.cache = PagedKVCache(NUM_BLOCKS, BLOCK_SIZE)
@@ -49,6 +50,7 @@ class Ours:
         self.query_start_S1, self.seq_len_S = np.empty(257, np.int32), np.empty(256, np.int32)
         self.slot_T = np.empty(MAX_MODEL_LEN, np.int32)
         self.step = 0
+        self.length: dict[int, int] = {}  # tokens, by sequence
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
         pass
@@ -61,8 +63,9 @@ class Ours:
     def prefill(self, seq_id: int, prompt: Prompt) -> int:
         cached = self.admit(seq_id, prompt)
         num_new = prompt.token_ids.size - cached
-        self.cache.append(seq_id, num_new)
         ids, counts = np.array([seq_id], np.int32), np.array([num_new], np.int32)
+        self.cache.append(ids, counts)
+        self.length[seq_id] = prompt.token_ids.size
         self.fill(ids, counts, num_rows=1, num_tokens=num_new)
         self.cache.publish(ids, np.array([prompt.token_ids.size], np.int32))
         self.cache.complete(self.step)
@@ -74,19 +77,20 @@ class Ours:
 
     def start_batch(self, seq_ids: list[int]) -> None:
         self.seq_ids = np.array(seq_ids, np.int32)
-        self.lengths = np.array([self.cache.length(seq_id) for seq_id in seq_ids], np.int32)
+        self.lengths = np.array([self.length[seq_id] for seq_id in seq_ids], np.int32)
         self.ones = np.ones(len(seq_ids), np.int32)
-        self.sampled = np.full(len(seq_ids), SAMPLED_ID, np.int32)
+        self.sampled = np.array([SAMPLED_ID], np.int32)
 
     def append(self) -> None:
-        self.cache.append_batch(self.seq_ids, self.ones)
+        self.cache.append(self.seq_ids, self.ones)
 
     def fill_batch(self) -> None:
         self.fill(self.seq_ids, self.ones, num_rows=self.seq_ids.size, num_tokens=self.seq_ids.size)
 
     def finish(self) -> None:
         self.fill_batch()
-        self.cache.extend_batch(self.seq_ids, self.sampled)
+        for seq_id in self.seq_ids.tolist():
+            self.cache.extend(seq_id, self.sampled)
         self.lengths += 1
         self.cache.publish(self.seq_ids, self.lengths)
         self.cache.complete(self.step)
@@ -100,12 +104,12 @@ class PlainSequence:
     token_ids: list[int]
     length: int  # tokens with a slot
     table: list[int] = field(default_factory=list)
-    digest: bytes = b""  # of the last full block
+    digest: bytes = b""  # digest of the last full block
 
 
 class Plain:
     """A deque of free blocks, a dict from chained digests to blocks, and the blocks' tokens to compare on a hit: how
-    nano-vllm keeps its books. No pictures, fences, copies or buffers."""
+    nano-vllm does its bookkeeping. No pictures, fences, copies or buffers."""
 
     def __init__(self) -> None:
         self.free = deque(range(NUM_BLOCKS))
@@ -116,7 +120,7 @@ class Plain:
         self.sequences: dict[int, PlainSequence] = {}
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
-        _ = prompt.token_list  # this one takes a list
+        _ = prompt.token_list  # this manager takes a list
 
     def digest(self, parent: bytes, tokens: list[int]) -> bytes:
         return hashlib.blake2b(parent + np.array(tokens, np.int32).tobytes(), digest_size=16).digest()
@@ -197,7 +201,7 @@ class VLLM:
         self.requests: dict[int, Any] = {}
 
     def prepare(self, seq_id: int, prompt: Prompt) -> None:
-        """The request object, without its block hashes: those are part of what is measured."""
+        """Makes the request object without its block hashes, which are part of what is measured."""
         from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request

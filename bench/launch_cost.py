@@ -1,11 +1,11 @@
-"""What it costs the host to launch each operation: checks, plan, Triton's launcher. No GPU is needed.
+"""Measures what launching each operation costs the host: checks, plan and Triton's launcher. It needs no GPU.
 
     python bench/launch_cost.py [OPERATION ...]
 
-Triton's own launcher runs with a stand-in for the driver, which launches nothing and returns at once (a real one takes
-2 to 3 us more). Graphs make these costs go away; prefills of more than 2,048 tokens pay them in every layer. The times
-are the least of five means: what a machine does besides can only add to them. An operation whose product is torch's
-(`gemm_epilogue` with no plan in a table) is left out, as that product would run here.
+Triton's own launcher runs on a stand-in for the driver, which launches nothing and returns at once (a real driver takes
+2 to 3 us more). CUDA graphs avoid these costs; prefills of more than 2,048 tokens pay them in every layer. Each time is
+the least of five means, because other work of the machine can only add to it. `gemm_epilogue` is left out: without a
+plan in a table its product is torch's, which would run here.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROUNDS, CALLS = 5, 200
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    for _ in range(CALLS):  # compiled, and in the caches
+    for _ in range(CALLS):  # so that everything is compiled and in the caches
         call()
     times = []
     for _ in range(ROUNDS):
@@ -56,7 +56,7 @@ def measure(names: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help="default: all")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the stand-in is there already
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the stand-in is in place
     args = parser.parse_args()
     unknown = sorted(set(args.operations) - discover_specs().keys())
     if unknown:

@@ -1,11 +1,11 @@
-"""Every launch of a decode step on an H200, with its predicted share of the roofline: planned, not measured.
+"""Plans every launch of a decode step on an H200 and predicts its share of the roofline; nothing is measured.
 
     python bench/launch_plans.py [--out FILE.md]
 
-For the seven sizes at batch 1, 8 and 64, 2,048 tokens of context, bfloat16. The launches come from the kernels' own
-plan functions, chosen as `ops_triton` chooses, and the split of attention from the cache's bookkeeping in C++; no GPU
-is needed. What a launch takes is predicted by the model in `predict`. A step of decodes only gathers no rows to draw
-from: it draws from all of them.
+The steps are those of the seven sizes at batch 1, 8 and 64, with 2,048 tokens of context, in bfloat16. The launches
+come from the kernels' own plan functions, chosen as `ops_triton` chooses, and the split of attention from the cache's
+bookkeeping in C++; no GPU is needed. `predict` models the time of a launch. The rows that logits are computed for need
+no gathering here, because a step of decodes uses all of them.
 """
 
 import argparse
@@ -39,28 +39,28 @@ TARGET, DTYPE = TARGETS[90], torch.bfloat16
 BATCHES, CONTEXT, BLOCK_SIZE = (1, 8, 64), 2048, 64
 GOALS_MS = {("InternVL3-1B", 1): 0.45, ("InternVL3-8B", 1): 4.2}
 
-# Of an H200's data sheet; the floors are made of these.
+# From an H200's data sheet; the floors are computed from these.
 SHEET_BYTES_PER_US = 4.8e6
 SHEET_FLOPS_PER_US = 989e6  # dense bfloat16
-# Assumptions about an H200, to be replaced by measurements; the predictions are made of these.
+# Assumptions about an H200, to be replaced by measurements; the predictions are computed from these.
 BYTES_PER_US = 4.3e6  # of a copy
 FLOPS_PER_US = 780e6  # of a large product
-SM_BYTES_PER_US = 64 * 1755.0  # what one multiprocessor takes: 64 bytes a clock
+SM_BYTES_PER_US = 64 * 1755.0  # 64 bytes a clock for one multiprocessor
 LATENCY_US = 0.9  # of device memory under load, as gemv.py assumes
-LAUNCH_US = 2.0  # from the end of one kernel to the first load of the next, which waits for it
-PDL_LAUNCH_US = 1.0  # where the next one has started already, in a graph
-CUBLAS_SHARE = 0.8  # of what memory or matrix units allow, in a product of some tens of rows
-RESIDENT_WARPS = 16  # of a multiprocessor: 128 registers a thread
-# Of kernels/sample.py's estimate of a plain row, 8 to 10 us, what the second kernel does besides its launch.
+LAUNCH_US = 2.0  # from the end of a kernel to the first load of the next, which waits for that end
+PDL_LAUNCH_US = 1.0  # the same in a graph, if the next kernel has started already
+CUBLAS_SHARE = 0.8  # of what memory or matrix units allow, for a product of some tens of rows
+RESIDENT_WARPS = 16  # warps of a multiprocessor with 128 registers a thread
+# The work of sampling's second kernel, by the estimate in kernels/sample.py: 8 to 10 us for a row without filters.
 SAMPLE_WEIGHTS_US, SAMPLE_DRAW_US = 2.0, 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A part of a step: the launches of one SPEC, or a torch product where `launches` is empty."""
+    """A part of a step: the launches of one SPEC, or a torch product if `launches` is empty."""
 
     name: str
-    times: int  # a step
+    times: int  # how often a step runs it
     case: Case
     cost: Cost
     launches: tuple[Launch, ...]
@@ -68,12 +68,12 @@ class Operation:
 
     @property
     def floor_us(self) -> float:
-        """A lower bound: the data sheet's bandwidth or arithmetic, whichever takes longer."""
+        """A lower bound: the time by the data sheet's bandwidth or its arithmetic, whichever is longer."""
         return max(self.cost.bytes / SHEET_BYTES_PER_US, self.cost.flops / SHEET_FLOPS_PER_US)
 
     @property
     def terms_us(self) -> dict[str, float]:
-        """The predicted time, in parts that say what it goes to."""
+        """The predicted time by what it is spent on."""
         if not self.launches:
             work = max(self.cost.bytes / BYTES_PER_US, self.cost.flops / FLOPS_PER_US)
             first = {"its launch": LAUNCH_US, "the first load's latency": LATENCY_US}
@@ -96,32 +96,32 @@ def kernel_name(launch: Launch) -> str:
 
 
 def predict(launch: Launch, case: Case, cost: Cost) -> dict[str, float]:
-    """Microseconds of one launch, by what they go to.
+    """Predicts the microseconds of one launch, by what they are spent on.
 
-    Launch and first load come first. Then the bytes stream at the rate of the device, or of its busiest
-    multiprocessor: by Little's law what that has in flight per latency. Partial results are exchanged in two trips.
+    Launch and first load come first. Then the bytes stream at the rate of the device or of its busiest multiprocessor;
+    by Little's law its rate is its bytes in flight divided by the latency. Partial results cost two latencies more.
     """
     constexprs, itemsize = launch.constexprs, DTYPE.itemsize
     programs = launch.grid[0] * launch.grid[1]
     resident = max(1, RESIDENT_WARPS // launch.num_warps)
-    in_flight = cost.bytes / programs  # kernels of a row ask for all of it at once
+    in_flight = cost.bytes / programs  # kernels that work by row ask for a whole row at once
     prefetched = exchanged = False
     if "split_items" in launch.args:  # attention
         piece_bytes = 2 * constexprs["BLOCK"] * constexprs["C"] * itemsize  # keys and values
         in_flight = (launch.num_stages - 1) * piece_bytes
         resident = min(resident, TARGET.shared_bytes // (launch.num_stages * piece_bytes))
-        programs = case["num_items"] * launch.grid[1]  # the others have nothing to do
+        programs = case["num_items"] * launch.grid[1]  # the other programs have nothing to do
         exchanged = case["num_items"] > len(case["seq_lens"])
     elif "GROUP_M" in constexprs:  # the fused product
         stage_bytes = (constexprs["BLOCK_M"] + constexprs["BLOCK_N"]) * constexprs["BLOCK_K"] * itemsize
         in_flight = (launch.num_stages - 1) * stage_bytes
-    elif "BLOCK_K" in constexprs:  # gemv, gemv_qkv: a chunk of the weight, the first before the kernel before has ended
+    elif "BLOCK_K" in constexprs:  # gemv, gemv_qkv load chunks of the weight, the first before the previous kernel ends
         in_flight = constexprs["BLOCK_N"] * constexprs["BLOCK_K"] * itemsize * max(1, launch.num_stages - 1)
         if constexprs["STAGES"]:
             stage_bytes = (constexprs["BLOCK_N"] + constexprs["ROWS"]) * constexprs["BLOCK_K"] * itemsize
             resident = TARGET.shared_bytes // (launch.num_stages * stage_bytes)
         prefetched, exchanged = launch.pdl, constexprs["SPLIT"]
-    elif "SLICES" in constexprs:  # sample: two loads on their way
+    elif "SLICES" in constexprs:  # sample has two loads on their way
         in_flight = 2 * constexprs["BLOCK"] * itemsize
     on_busiest = -(-programs // TARGET.num_sms)
     its_bytes = on_busiest * cost.bytes / programs
@@ -138,7 +138,7 @@ def predict(launch: Launch, case: Case, cost: Cost) -> dict[str, float]:
     if kernel_name(launch) == "draw_kernel":
         waves = -(-programs // (TARGET.num_sms * resident))
         terms["its arithmetic"] = waves * SAMPLE_WEIGHTS_US + SAMPLE_DRAW_US
-        terms["the load of its busiest multiprocessor"] = 0.0  # the weights include it
+        terms["the load of its busiest multiprocessor"] = 0.0  # SAMPLE_WEIGHTS_US includes it
     return terms
 
 
@@ -150,7 +150,7 @@ def planned(spec: KernelSpec, sizes: dict[str, Any], name: str, times: int = 1, 
 
 
 def split_plan(batch: int, num_kv_heads: int) -> tuple[int, int, int]:
-    """How decode attention is split: items with work, room for items, and blocks of an item."""
+    """How the cache splits decode attention: items with work, room for items, and blocks of an item."""
     room = num_split_items(batch, num_kv_heads, TARGET.num_sms)
     blocks = PagedKVCache(batch * -(-CONTEXT // BLOCK_SIZE), BLOCK_SIZE)
     for seq_id in range(batch):
@@ -167,7 +167,7 @@ def split_plan(batch: int, num_kv_heads: int) -> tuple[int, int, int]:
 
 
 def plan_step(c: DecoderConfig, batch: int) -> list[Operation]:
-    """The operations of one decode step in their order, those of a layer once."""
+    """The operations of one decode step in order; operations of a layer appear once."""
     times, width, mlp, heads, groups = c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads
     channels, num_qkv = c.head_dim, (heads + 2 * groups) * c.head_dim
     token = {"H": heads, "G": groups, "C": channels, "P": BLOCK_SIZE}
@@ -206,7 +206,7 @@ def plan_step(c: DecoderConfig, batch: int) -> list[Operation]:
 
 
 def _product(name: str, times: int, rows: int, n: int, k: int, epilogue: str = "none", bias: bool = False) -> Operation:
-    """The torch product, or the fused kernel where a table knows one that is faster."""
+    """The torch product, or the fused kernel if a table has one that is faster."""
     sizes = {"R": rows, "N": n, "K": k, "epilogue": epilogue, "bias": bias, "scale": False}
     operation = planned(GEMM_EPILOGUE, sizes, name, times, n * k)
     assert all("GROUP_M" in launch.constexprs for launch in operation.launches), "nothing follows these torch products"
@@ -223,7 +223,7 @@ def plans() -> dict[tuple[str, int], list[Operation]]:
 
 
 def step_us(operations: list[Operation]) -> tuple[float, float]:
-    """Floor and prediction of a whole step."""
+    """The floor and the predicted time of a whole step."""
     return sum(op.times * op.floor_us for op in operations), sum(op.times * op.predicted_us for op in operations)
 
 
@@ -232,7 +232,7 @@ def _lost_us(operation: Operation) -> float:
 
 
 def _reason(operation: Operation) -> str:
-    """What most of the time beyond the floor goes to."""
+    """Names what takes most of the time beyond the floor."""
     beyond = operation.terms_us
     beyond["its work"] -= operation.floor_us
     term, lost = max(beyond.items(), key=lambda item: item[1])

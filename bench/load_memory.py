@@ -1,10 +1,10 @@
-"""Peak host memory while a checkpoint is loaded, against its bound: the weights plus the largest stored tensor.
+"""Measures the peak of host memory while a checkpoint is loaded; the bound is the weights plus the largest tensor.
 
     python bench/load_memory.py [--model InternVL3-1B] [--dtype bfloat16 float32]
 
-Writes a random checkpoint of the model's shape to a temporary folder (or takes `--folder`) and loads it in a fresh
-process for each dtype. The peak is VmHWM during loading less VmRSS before it, so Linux only. The last line is JSON;
-the exit code is 1 if a bound is broken.
+It writes a random checkpoint of the model's shape to a temporary folder (or takes `--folder`) and loads it in a fresh
+process for each dtype. The peak is VmHWM during loading less VmRSS before it, so mapped files count and only Linux will
+do. The last line is JSON; the exit code is 1 if a bound is broken.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from internvl_rt.model.weights import load_weights
 
 
 def measure(folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Loads `folder` in this process."""
+    """Loads `folder` in this process; returns seconds and bytes."""
     config, checkpoint = load_config(folder), open_checkpoint(folder)
     before = _memory_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS

@@ -1,4 +1,4 @@
-"""What one run on a GPU machine consists of: the parts in their order, their commands and their shares of the time."""
+"""The parts of a run on a GPU machine in their order, with their commands and their shares of the time."""
 
 import importlib.util
 import os
@@ -14,54 +14,54 @@ from document import DocumentError, parse, parse_last_line
 from proof import AGREEMENT, CONTRACT, DECODER, VISION
 
 ROOT = Path(__file__).parent.parent
-SANITIZER_ERRORS = 86  # the exit code that we ask it for
+SANITIZER_ERRORS = 86  # compute-sanitizer is asked to exit with this code if it finds an error
 SANITIZER_HOMES = "/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
-# Real cases in bfloat16: several rounds of the loop over keys, the copy engine, splits and what joins them.
+# Real cases in bfloat16, with several rounds of the loop over keys, the copy engine, and splits and their exchange.
 SANITIZED = (
     "rms_norm/width_896 or add_norm/strided or gemv/split_5_swiglu or gemv/matrix_16_norm or gemv/split_rows"
     " or gemv_qkv/split or qkv_rope_kv or vit_attention or decode_attention/many_splits"
     " or decode_attention/shared_prefix or decode_attention/blocks_of_64 or prefill_attention or gemm_epilogue/residual"
     " or gemm_epilogue/rows or copy_blocks/several"
 )
-CALLS = ("first", "second", "third")  # what runs together in ten minutes, in this order on a new machine
+CALLS = ("first", "second", "third")  # sets of parts that take ten minutes each; a new machine needs this order
 CONTRACT_FILE = "tests/kernels/test_contract.py"
-ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # for workers, each of which would take all cores for its references
+ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # for several workers, because each would use all cores for its references
 Rows = list[dict[str, Any]]
 
 
 class NotRunError(Exception):
-    """The part says nothing, for a reason that is no failure of this project."""
+    """The part has no result, for a reason that is no failure of this project."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command left behind."""
+    """The result of a command."""
 
     lines: list[str]  # of its standard output
     exit_code: int
-    stopped: bool  # its time was up
+    stopped: bool  # it was ended because its time was up
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`{budget_s}` in a command stands for the seconds that it may take; a word with `{commit}` is left out where the
-    commit was not given. No command means that there is none here.
+    """`{budget_s}` in a command is replaced by the seconds that it may take; a word with `{commit}` is left out if no
+    commit was given. A part without a command cannot run on this machine.
 
-    `calls`: of CALLS, those that it is part of; without any it runs only if it is asked for by name. `uses`: the
-    operations behind a whole model's times; rows without them are each of one operation. `read` makes a document of
-    the output. It raises DocumentError, which fails the part, or NotRunError.
+    `calls` are the CALLS that the part belongs to; without any it runs only if it is asked for by name. `uses` are the
+    operations behind the times of a whole model; without them each row is about one operation. `read` makes a document
+    of the output. It raises DocumentError, which fails the part, or NotRunError.
     """
 
     name: str
     group: str
-    share: float  # seconds that it is expected to take; what is left of the budget is shared out by them
+    share: float  # seconds that it should take; the remaining budget is divided in proportion
     command: tuple[str, ...]
     calls: tuple[str, ...] = CALLS
     absent: str = ""  # why there is no command
-    proves: bool = False  # whether it says if something is right
-    times: bool = True  # whether its rows are times of the project's own, which may be proven or not
+    proves: bool = False  # whether it shows that the results are right
+    times: bool = True  # whether its rows are the project's own times, which are marked proven or unproven
     uses: frozenset[str] = frozenset()
-    leaves: str = ""  # files in the repository that it writes, a pattern: kept beside the results
+    leaves: str = ""  # a pattern for files that it writes in the repository; they are copied beside the results
     read: Callable[[Output, Mapping[str, Any], str], dict[str, Any]] = lambda output, *_: parse_last_line(output.lines)
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -70,7 +70,7 @@ def document(part: str, rows: Rows, environment: Mapping[str, Any], command: str
     return {"part": part, "schema": 1, "rows": rows, "environment": dict(environment), "command": command}
 
 
-# `PASSED tests/x.py::test_it[case]`, behind a worker's name; without workers the word comes last.
+# A line of `pytest -v`: `PASSED tests/x.py::test_it[case]` after a worker's name; without workers the word comes last.
 RESULT = re.compile(
     r"(?:^|\s)(?P<before>PASSED|FAILED|ERROR)\s+(?P<id>tests/\S+::.+?)\s*$"
     r"|^(?P<id2>tests/\S+::.+?)\s+(?P<after>PASSED|FAILED|ERROR)\b"
@@ -80,13 +80,13 @@ COUNTED = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors"}
 
 
 def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """From what `pytest -v` prints of each test: a row for each operation, or for each file where there is none.
+    """Reads the lines of `pytest -v`: makes a row for each operation, or for each file for tests of no operation.
 
-    So a run that is stopped tells what it had. `first` is the first that failed. The document is `complete` if pytest
-    came to its own end, though its workers may have been ended after it.
+    So a run that is stopped still has results. `first` is the first test that failed. The document is `complete` if
+    pytest came to its own end, even if its workers had to be ended after it.
     """
     rows: dict[str, dict[str, Any]] = {}
-    seen: set[tuple[str, str]] = set()  # the summary at the end names those that failed again
+    seen: set[tuple[str, str]] = set()  # pytest's summary at the end names failed tests again
     for line in output.lines:
         match = RESULT.search(line)
         if match is None:
@@ -112,7 +112,7 @@ def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> 
 
 
 def read_sanitizer(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The same tests ran without it before: what is no memory error of a kernel is the tool's inability to run here."""
+    """The same tests passed without it before, so a failure that is no memory error means that the tool cannot run."""
     text = "\n".join(output.lines)
     found = re.findall(r"ERROR SUMMARY: (\d+) error", text)
     if "Device not supported" in text or (output.exit_code not in {0, SANITIZER_ERRORS} and not output.stopped):
@@ -123,7 +123,7 @@ def read_sanitizer(output: Output, environment: Mapping[str, Any], command: str)
 
 
 def read_comparison(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """bench/compare_transformers.py prints one object with a table for each side."""
+    """Reads the last line of bench/compare_transformers.py, an object with a table for each side."""
     result = parse(output.lines[-1] if output.lines else "")
     if isinstance(result, dict) and "rows" in result:
         return parse_last_line(output.lines)
@@ -136,18 +136,18 @@ def read_comparison(output: Output, environment: Mapping[str, Any], command: str
 
 
 def gpu_test_files() -> list[str]:
-    """Those with a test marked `gpu`, but whole models': collecting only them needs fewer packages than all."""
+    """The files with a test marked `gpu`, except whole models': collecting them needs fewer packages than all files."""
     files = sorted(set((ROOT / "tests").rglob("test_*.py")) - {ROOT / "tests" / "model" / "test_model_agreement.py"})
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
-    """All parts in order. `select` is pytest's -k for the contract; on the CPU, everything small."""
+    """All parts in order. `select` is pytest's -k for the contract; on the CPU all settings are small."""
     python = sys.executable
-    # A warning of a library that is newer or older than the pinned one is no mistake of a kernel.
+    # Warnings are no errors here: a newer or older library's warning is no mistake of a kernel.
     pytest = (python, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
     chosen = ("-k", select) if select else ()
-    # Most of the time is compiling; each worker has a context on the GPU.
+    # Most of the time is spent compiling; each worker has its own context on the GPU.
     workers = ("-n", str(min(12, os.cpu_count() or 1))) if not cpu and importlib.util.find_spec("xdist") else ()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=SANITIZER_HOMES)
     no_device = "no CUDA device" if cpu else ""
@@ -208,7 +208,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             "sanitizer", "tests", 60, sanitize if sanitizer and not cpu else (),
             calls=(second,), absent=no_device or "no compute-sanitizer", proves=True, times=False,
             read=read_sanitizer,
-            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide what is outside
+            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide accesses out of bounds
         ),
         Part("roofline", "roofline", 18, script("roofline", *quick), times=False),
         Part(
@@ -246,14 +246,14 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         Part("vision_6b", "vision", 120, bench("vision", giant), calls=(), absent=no_device, uses=VISION),
         Part(
             "compare_transformers_8b", "compare_transformers", 400,
-            () if cpu else compare("--model=InternVL3-8B"),  # writes 32 GB of weights first
+            () if cpu else compare("--model=InternVL3-8B"),  # it writes 32 GB of weights first
             calls=(), absent=no_device or "no package transformers", read=read_comparison, uses=both,
         ),
     )  # fmt: skip
 
 
 def choose(parts: Sequence[Part], asked: Sequence[str]) -> set[str]:
-    """Names of the parts that `asked` names, by themselves, by group or by call; the build is always one of them."""
+    """The names of the parts that `asked` names by name, group or call; the build is always one of them."""
     known = {part.name for part in parts} | {part.group for part in parts} | set(CALLS)
     unknown = sorted(set(asked) - known)
     if unknown:

@@ -1,6 +1,6 @@
-"""The pictures of a result file, without a screen: roofline, latency against batch, time against tiles and tokens.
+"""Draws the pictures of a result file, without a screen: roofline, latency by batch, time by tiles and by tokens.
 
-A picture is drawn where there is something to draw.
+A picture without data is left out.
 """
 
 from collections import defaultdict
@@ -24,13 +24,13 @@ Document = Mapping[str, Any]
 Row = dict[str, Any]
 MARKERS = "osDv^<>PX*hp"
 STYLE = {"axes.grid": True, "axes.grid.which": "major", "grid.alpha": 0.3, "figure.dpi": 110, "font.size": 9}
-NARROW = 3.0  # times less between the ends of an axis need no logarithm
+NARROW = 3.0  # an axis whose ends differ by less than this factor is not logarithmic
 BOUNDS = ("low_us", "high_us")
 SIZE = (9.0, 5.4)
 
 
 def draw_all(document: Document, path: Path) -> list[Path]:
-    """Writes `<path's stem>-<picture>.png` beside `path`; returns those that were drawn."""
+    """Writes `<path's stem>-<picture>.png` beside `path`; returns the paths of the pictures that were drawn."""
     pictures: dict[str, Callable[[Document], Figure | None]] = {
         "roofline": draw_roofline,
         "batch": draw_batch,
@@ -49,7 +49,7 @@ def draw_all(document: Document, path: Path) -> list[Path]:
 
 
 def draw_roofline(document: Document) -> Figure | None:
-    """Every kernel where it stands, hollow what one would use instead."""
+    """Draws a point for every kernel, and a hollow one for each of its alternatives."""
     rows = [row for row in rows_of(document, "kernels") if {"flops", "bytes", "median_us"} <= row.keys()]
     rows = [row for row in rows if min(row["flops"], row["bytes"], row["median_us"]) > 0]
     roof = measured_roof(document)
@@ -57,7 +57,7 @@ def draw_roofline(document: Document) -> Figure | None:
         return None
     figure, axes = _axes(document, "Kernels under the measured roof")
     operations = sorted({_operation(row) for row in rows})
-    colours = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # the pale ones last
+    colours = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # the pale colours come last
     for index, operation in enumerate(operations):
         mine = [row for row in rows if _operation(row) == operation]
         style = {"color": colours[index % 20], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
@@ -75,7 +75,7 @@ def draw_roofline(document: Document) -> Figure | None:
 
 
 def draw_batch(document: Document) -> Figure | None:
-    """Time per token against batch, a line for each model and context."""
+    """Draws the time per token against the batch, with a line for each model and context."""
     rows = [row for row in rows_of(document, "decode") if {"batch", "median_us"} <= row.keys()]
     if not rows:
         return None
@@ -88,7 +88,7 @@ def draw_batch(document: Document) -> Figure | None:
 
 
 def draw_prompt(document: Document) -> Figure | None:
-    """Left the vision tower against tiles, right the time to the first token against prompt tokens."""
+    """Draws the vision tower's time against tiles (left) and the time to the first token against tokens (right)."""
     sides = (
         ("vision", "tiles", "tiles of a picture", "ms per pass", "Vision tower and projector"),
         ("prefill", "prompt_tokens", "prompt tokens", "ms to the first token", "Time to the first token"),
@@ -112,7 +112,7 @@ def draw_prompt(document: Document) -> Figure | None:
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, list[Row]], field: str, xlabel: str, ylabel: str) -> None:
-    """Medians in milliseconds, with the 10th and 90th percentile where they are known."""
+    """Draws medians in milliseconds, with the 10th and 90th percentile if they are known."""
     ticks: set[float] = set()
     heights: list[float] = []
     for index, (label, unsorted) in enumerate(sorted(lines.items())):
@@ -147,7 +147,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[Row]], field: str, xlabel: 
 
 
 def _apart(values: list[float]) -> list[float]:
-    """Those that can be labelled on a log axis without touching one another."""
+    """The values whose labels do not touch each other on a log axis."""
     kept: list[float] = []
     for value in values:
         if not kept or value >= 1.35 * kept[-1]:
@@ -156,13 +156,13 @@ def _apart(values: list[float]) -> list[float]:
 
 
 def _draw_roofs(axes: Axes, roof: Roof, left: float, right: float) -> None:
-    """The memory's slope up to the highest peak, and each data type's peak from where the slope meets it."""
+    """Draws the memory's slope up to the highest peak, and each data type's peak from where the slope meets it."""
     meets = {dtype: peak * 1e3 / roof.copy_gb_s for dtype, peak in roof.peak_tflops.items()}
     x = np.geomspace(min(left, *meets.values()), roof.ridge(), 50)
     axes.plot(x, x * roof.copy_gb_s / 1e3, color="black", linewidth=1.2)
     slope = f"copy {roof.copy_gb_s:,.0f} GB/s"
     axes.annotate(slope, (x[20], x[20] * roof.copy_gb_s / 1e3), (-6, 4), textcoords="offset points", ha="right")
-    groups: list[list[str]] = []  # of peaks so close that their labels would overlap
+    groups: list[list[str]] = []  # groups of peaks so close that their labels would overlap
     for dtype, peak in sorted(roof.peak_tflops.items(), key=lambda item: item[1]):
         axes.plot([meets[dtype], right], [peak, peak], color="black", linewidth=1.0, linestyle="--")
         if not groups or peak > 1.3 * roof.peak_tflops[groups[-1][0]]:
@@ -187,7 +187,7 @@ def _operation(row: Row) -> str:
 
 
 def _model(row: Row) -> str:
-    """Of `<part>/<model>/<case>/<dtype>`."""
+    """The model's name in `<part>/<model>/<case>/<dtype>`."""
     return str(row["name"]).split("/")[-3]
 
 

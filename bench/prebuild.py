@@ -1,14 +1,14 @@
-"""Compiles in many processes what a later run would compile one after the other; Triton's cache on disk keeps it.
+"""Compiles kernels in many processes into Triton's cache on disk; later runs would compile them one after the other.
 
     python bench/prebuild.py [--what models,contract,tune] [--only OP]... [--workers N] [--budget-s S] [--target 90]
 
-models: every kernel of a real model, in bfloat16; contract: of the test cases, in every dtype; tune: every plan that
-bench/tune.py tries. Kernels that differ in nothing are compiled once. The first process plans every launch on tensors
-of the device "meta" and asks Triton for the key of each; the others compile as a launch does, up to the launch itself,
-so nothing of this touches the GPU but the question which one it is. `--target` answers it where there is none.
+models: every kernel of a real model, in bfloat16; contract: those of the test cases, in every dtype; tune: every plan
+that bench/tune.py tries. Kernels that do not differ are compiled once. The first process plans every launch on tensors
+of the device "meta" and asks Triton for the key of each; the others do all that a launch does but the launch itself.
+So the GPU is only asked which one it is; without a GPU `--target` says it.
 
-A candidate of the tuner that cannot be compiled is only named; for anything else the exit code is 1. What the time does
-not reach is compiled when it is launched. The last line is a document of part "build".
+A tuner's candidate that cannot be compiled is only reported; any other failure gives exit code 1. Kernels for which no
+time is left are compiled when they are launched. The last line is a document of part "build".
 """
 
 import argparse
@@ -40,14 +40,14 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One kernel: the launch of this number in the plan of an operation's case. It travels to another process."""
+    """One kernel: launch `index` of the plan of an operation's case, as a value that can be sent to another process."""
 
     what: str
     operation: str
     case: Case
     dtype: torch.dtype
     index: int = 0
-    plan: Any = None  # for the tuner, instead of the plan that the table says
+    plan: Any = None  # a plan of the tuner instead of the table's
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Build:
 
 
 class PlanningDriver(CudaDriver):
-    """Of the device that is planned for: it says which one that is, and has nothing to launch on."""
+    """Triton's driver without a device: it names the device that is planned for and cannot launch."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PlanningDriver(CudaDriver):
 
 
 def wanted(what: Sequence[str], only: Sequence[str], target: Target) -> Iterator[Build]:
-    """All cases, each with the number 0; only those of the operations `only`, if it names any."""
+    """All cases of the chosen kinds, each with index 0; `only`: of these operations, if it names any."""
     specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
     for spec in specs.values() if "models" in what else ():
         yield from (_of("models", work) for work in real_work(spec))
@@ -83,7 +83,7 @@ def _of(what: str, work: Work, plan: Any = None) -> Build:
 
 
 def launches_of(build: Build, target: Target) -> tuple[Launch, ...]:
-    """Those that have something to do."""
+    """The launches of the plan whose grid is not empty."""
     spec = discover_specs()[build.operation]
     arguments = arguments_of(spec, build.case, build.dtype, META)
     if build.plan is not None:
@@ -92,18 +92,18 @@ def launches_of(build: Build, target: Target) -> tuple[Launch, ...]:
 
 
 def compile_launch(launch: Launch) -> Any:
-    """As a launch does; None where a hook of Triton's said that it need not be."""
+    """Compiles as a launch does; returns None if a hook of Triton's prevented it."""
     return launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.constexprs, **options_of(launch))
 
 
 def distinct(builds: Iterable[Build], target: Target, seen: set[object]) -> Iterator[Build]:
-    """One of each kernel that is not in `seen`, in order, by the keys that Triton itself makes; nothing is compiled."""
+    """Yields in order one build of each kernel that is not in `seen`, told apart by Triton's keys; compiles nothing."""
     triton.runtime.driver.set_active(PlanningDriver(target))
     asked: list[object] = []
 
     def note(*, key: object, fn: Any, **_: object) -> bool:
         asked.append((fn.module, fn.name, key))
-        return True  # so that it is not compiled
+        return True  # then Triton does not compile it
 
     triton.knobs.runtime.jit_cache_hook = note
     try:
@@ -124,7 +124,7 @@ def start_worker(target: Target) -> None:
 
 
 def run_build(build: Build, target: Target) -> str:
-    """What went wrong; nothing: ''."""
+    """Compiles the kernel; returns what went wrong, or ''."""
     try:
         kernel = compile_launch(launches_of(build, target)[build.index])
         triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # triton 3.6 compiles its launcher too
@@ -134,12 +134,12 @@ def run_build(build: Build, target: Target) -> str:
 
 
 def run_all(builds: Iterable[Build], target: Target, workers: int, end: float | None) -> list[tuple[Build, str | None]]:
-    """Each with what went wrong, '' for nothing, None where it was not begun before the end (by time.monotonic())."""
-    context = get_context("forkserver")  # not forked from here, where threads may run
+    """Each build with what went wrong ('': nothing; None: it was not begun before `end`, by time.monotonic())."""
+    context = get_context("forkserver")  # a fork of this process could copy locks that its threads hold
     context.set_forkserver_preload(["torch", "triton.backends.nvidia.compiler"])
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(target,)) as pool:
         try:
-            futures = [(build, pool.submit(run_build, build, target)) for build in builds]  # begun during the planning
+            futures = [(build, pool.submit(run_build, build, target)) for build in builds]  # started while planning
             wait([future for _, future in futures], timeout=None if end is None else max(0.0, end - time.monotonic()))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -147,7 +147,7 @@ def run_all(builds: Iterable[Build], target: Target, workers: int, end: float | 
 
 
 def problem_of(future: Future[str]) -> str:
-    error = future.exception()  # of a process that died, and of all that had to do with it
+    error = future.exception()  # set for a build whose process died
     return first_line(error) if error else future.result()
 
 
@@ -170,7 +170,7 @@ def main() -> int:
         parser.error("expected Triton's compiler, got its interpreter: unset TRITON_INTERPRET")
     if args.target is None and not torch.cuda.is_available():
         parser.error("expected a machine with a CUDA device, found none; --target says what to compile for")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then the workers are ended as well
     start = time.monotonic()
     target = target_of(torch.device("cuda")) if args.target is None else TARGETS[args.target]
     end = None if args.budget_s is None else start + args.budget_s

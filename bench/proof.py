@@ -1,13 +1,13 @@
-"""What a run's tests say of the operations, and so of all that is timed.
+"""Says which operations, and so which timed rows, this run's tests have proven.
 
-An operation is proven if every test of its contract ran and passed. What is timed is proven if all operations that it
-uses are, and, where it is a whole model, if whole models agreed with their references as well.
+An operation is proven if every test of its contract ran and passed. A timed row is proven if all operations that it
+uses are proven and, for a whole model, if the tests of whole models against their references passed as well.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-Entries = Mapping[str, Mapping[str, Any]]  # of parts, by name, as a result file holds them
+Entries = Mapping[str, Mapping[str, Any]]  # the parts of a result file, by name
 
 CONTRACT, AGREEMENT = "contract", "model_agreement"
 VISION = frozenset(
@@ -17,11 +17,11 @@ DECODER = frozenset(
     "embed_tokens rms_norm gemm_epilogue qkv_rope_kv gemv gemv_qkv decode_attention prefill_attention swiglu sample"
     " copy_blocks place_visual_tokens".split()
 )
-BAD = ("failed", "errors", "memory_errors")  # what a row of tests counts that must be 0
+BAD = ("failed", "errors", "memory_errors")  # what a row of tests counts; each must be 0
 
 
 def unproven_operations(entries: Entries) -> dict[str, str]:
-    """Why, by name, of those that a test of their contract has failed; under "" why none is proven."""
+    """The reason by operation, for those that failed a test of their contract; under "" why no operation is proven."""
     contract = entries.get(CONTRACT, {"status": "not run"})
     rows = contract.get("document", {}).get("rows", [])
     found = {str(row["name"]): _shown(row) for row in rows if _is_bad(row)}
@@ -33,7 +33,7 @@ def unproven_operations(entries: Entries) -> dict[str, str]:
 
 
 def why_unproven(name: str, uses: frozenset[str], entries: Entries, *, whole_model: bool) -> str:
-    """Why a row of this name may be wrong; "" where it is proven. A row of one operation begins with its name."""
+    """Why a row may be wrong; "" if it is proven. The name of one operation's row begins with that operation."""
     unproven = unproven_operations(entries)
     used = uses or {name.partition("/")[0]}
     reasons = [f"{each}: {why}" for each, why in unproven.items() if each in used]
@@ -46,7 +46,7 @@ def why_unproven(name: str, uses: frozenset[str], entries: Entries, *, whole_mod
 
 
 def mark(rows: list[dict[str, Any]], uses: frozenset[str], entries: Entries, *, whole_model: bool) -> None:
-    """Writes "proven" or "unproven" into every row of the project's own."""
+    """Writes "proven" or "unproven" into every row that is not a baseline."""
     for row in rows:
         if "baseline" not in row:
             why = why_unproven(str(row.get("name", "")), uses, entries, whole_model=whole_model)

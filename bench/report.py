@@ -1,4 +1,4 @@
-"""The readable page of a result file, and its pictures.
+"""Writes the readable page of a result file, and its pictures.
 
     python bench/report.py bench/results/<device>/<date>.json [--no-plots]
 
@@ -19,9 +19,9 @@ from roofs import Roof, measured_roof
 
 Document = Mapping[str, Any]
 Row = dict[str, Any]
-LAUNCHES_NEAR = 2.0  # graph nodes: an operation whose roof is below so many is bound by its launch
+LAUNCHES_NEAR = 2.0  # an operation whose roof is below the time of this many graph nodes is bound by its launch
 TESTS = (CONTRACT, AGREEMENT, "gpu_tests", "sanitizer")
-NO_DOUBT = ("not asked for", "no CUDA device")  # reasons why tests did not run that say nothing of what is timed
+NO_DOUBT = ("not asked for", "no CUDA device")  # reasons why tests did not run that cast no doubt on what is timed
 ALT = {
     "roofline": "every kernel under the measured roof",
     "batch": "time per token against batch",
@@ -63,7 +63,7 @@ def render(document: Document, pictures: Sequence[Path] = ()) -> str:
 
 
 def _summary(document: Document) -> Iterable[str]:
-    """What somebody wants to know who reads no further."""
+    """The sentences for a reader who reads no further."""
     parts = document["parts"]
     passed = sum(row.get("passed", 0) for row in rows_of(document, "tests"))
     doubts = [
@@ -91,7 +91,7 @@ def _summary(document: Document) -> Iterable[str]:
 
 
 def furthest(rows: Sequence[Row], roof: Roof | None) -> str:
-    """Which kernel is furthest from its roof, and what holds it; '' where none was measured."""
+    """Says which kernel is furthest from its roof, and what bounds it; '' if no kernel was measured."""
     timed = _with_roofs(rows)
     bound = [row for row in timed if what_bounds(row, roof) != "launch"]
     text = ""
@@ -115,14 +115,14 @@ def furthest(rows: Sequence[Row], roof: Roof | None) -> str:
 
 
 def by_operation(rows: Sequence[Row], roof: Roof | None) -> list[Row]:
-    """Each operation's case that is furthest from its roof, launches aside, the furthest first, beside its baseline."""
+    """The case of each operation furthest from its roof (cases bound by a launch come last), beside its baseline."""
     worst: dict[str, Row] = {}
     for row in sorted(_with_roofs(rows), key=lambda row: (what_bounds(row, roof) == "launch", row["roof_percent"])):
         worst.setdefault(row["name"].partition("/")[0], row)
     table = []
     for row in worst.values():
         others = [each for each in rows if each["name"] == row["name"] and {"baseline", "median_us"} <= each.keys()]
-        others = [each for each in others if "partial" not in each]  # does less than the kernel
+        others = [each for each in others if "partial" not in each]  # partial ones do less than the kernel
         line = {"furthest case": f"`{row['name']}`", "us": row["median_us"], "roof_us": row["roof_us"]}
         line |= {"% of roof": row["roof_percent"], "bound by": what_bounds(row, roof)}
         if others:
@@ -143,7 +143,7 @@ def _node_us(roof: Roof | None) -> float:
 
 
 def _with_roofs(rows: Sequence[Row]) -> list[Row]:
-    """The project's own, as far as they were timed."""
+    """The rows of the project's own kernels that were timed."""
     needed = {"roof_percent", "roof_us", "roof_kind", "median_us"}
     return [row for row in rows if "baseline" not in row and needed <= row.keys()]
 
@@ -196,7 +196,7 @@ def _sentences(document: Document, part: Mapping[str, Any]) -> list[str]:
 
 
 def _against_roof(rows: Sequence[Row], roof: Roof) -> str:
-    """The case furthest from the roof that this run measured, of whole passes and steps."""
+    """Says which whole pass or step is furthest from the roof that this run measured."""
     shares = []
     for row in rows:
         dtype = str(row.get("name", "")).rpartition("/")[2]
@@ -215,7 +215,7 @@ def _against_roof(rows: Sequence[Row], roof: Roof) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """Columns in the order in which rows name them; a column that no row fills is left out."""
+    """A table with its columns in the order in which rows name them."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return lines + ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]

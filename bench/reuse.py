@@ -1,10 +1,10 @@
-"""What a second question about a picture costs, and what three more answers to a question cost.
+"""Measures what a second question about a picture costs, and what three more answers to a question cost.
 
     python bench/reuse.py [--model InternVL3-1B] [--tiles 3] [--rounds 3]
 
-With random weights of the model's shape (written to a temporary folder) or, for `--model tiny`, the checkpoint in the
-package. Each round takes pictures that were never seen. Prints the least times of all rounds; the last line is JSON.
-The exit code is 1 if a goal is missed: how much faster the second question is to be, how much longer four answers take.
+It uses random weights of the model's shape (written to a temporary folder) or, for `--model tiny`, the checkpoint in
+the package. Each round takes new pictures. Prints the least times of all rounds; the last line is JSON. The exit code
+is 1 if a goal is missed: `--goal` for the second question, which must be faster, `--fork-goal` for four answers.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def ask(picture: np.ndarray, question: str) -> list[dict[str, Any]]:
 
 
 def measure(engine: Engine, num_tiles: int, rounds: int) -> dict[str, float]:
-    """Seconds, each the least of all rounds, and what the second question computed."""
+    """Returns seconds, each the least of all rounds, and how much the second question found in the caches."""
     side = engine.config.vision.image_size
-    columns = max(num_tiles - 1, 1)  # and a thumbnail
+    columns = max(num_tiles - 1, 1)  # the thumbnail is one more tile
     times: dict[str, list[float]] = {"first_s": [], "second_s": [], "one_answer_s": [], "four_answers_s": []}
     one, four = SamplingParams(max_tokens=1), SamplingParams(max_tokens=1, n=4, temperature=1.0)
     figures: dict[str, float] = {}

@@ -1,13 +1,14 @@
-"""What the device at hand can do at most: the roofs that other benches hold their numbers against.
+"""Measures the most that this device can do: the roofs with which other benches compare their numbers.
 
     python bench/roofline.py [--device cpu] [--quick] [--json FILE]
 
-Bandwidths count bytes read and bytes written. The copy of a size is the faster of a memcpy and an element-wise kernel,
-its size what both sides take together, so that a kernel finds its roof by the bytes that it moves. Product rates are
-those of torch's library in large square products of random numbers; float32 is proper float32, not TF32; float8 sums as
-fast as the hardware does. On CUDA everything starts with L2 emptied but the products and the gaps between launches.
+Bandwidths count bytes read and bytes written. A copy's rate is that of the faster of a memcpy and an element-wise
+kernel; its size counts source and target, so that a kernel finds its roof by the bytes that it moves. Product rates are
+those of torch's library in large square products of random numbers; float32 is true float32, not TF32; float8 uses the
+hardware's fast accumulation. On CUDA everything starts with L2 emptied, except the products and the gaps between
+launches.
 
-A CPU has no graphs and no matrix units for float8: such figures are absent there.
+A CPU has no graphs and no matrix units for float8; it has none of these figures.
 """
 
 import argparse
@@ -25,27 +26,27 @@ import triton.language as tl
 from timing import Timing, result_document, time_variants
 
 MIB = 2**20
-MAX_SETS = 64  # of buffers that a small copy goes through
-LAUNCHES = 500  # in a row; half of what a stream takes before the host has to wait
+MAX_SETS = 64  # the most buffers that a small copy goes through
+LAUNCHES = 500  # calls in a row; a stream takes twice as many before the host has to wait
 FEW_NODES, MANY_NODES = 100, 900
 EXP2_BLOCK, EXP2_STEPS = 1024, 16
-EXP2_FIXED_POINT = 0.641186  # of 2 ** -x
-NEEDED = {"copy_gb_s", "read_gb_s", "tflops"}  # without them a roofline is none
-UNITS = {"_gb_s": "gb_s", "_us": "median_us", "_g_per_s": "g_per_s"}  # by the names' endings, of rows
+EXP2_FIXED_POINT = 0.641186  # the fixed point of 2 ** -x
+NEEDED = {"copy_gb_s", "read_gb_s", "tflops"}  # a roofline must have these
+UNITS = {"_gb_s": "gb_s", "_us": "median_us", "_g_per_s": "g_per_s"}  # the field of a row by the ending of its name
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    copy_mib: tuple[int, ...]  # read and written
-    rotated_mib: int  # that small copies go through in a sample
+    copy_mib: tuple[int, ...]  # bytes read and written
+    rotated_mib: int  # memory that small copies go through in a sample
     read_mib: int
-    product: int  # side of the square matrices
+    product: int  # the side of the square matrices
     float32_product: int
-    exp2_rounds: int  # of EXP2_STEPS each
-    budget_s: float  # of each measurement
+    exp2_rounds: int  # rounds of EXP2_STEPS each
+    budget_s: float  # seconds of each measurement
 
 
-SIZES = {  # by kind of device, and whether it has to be quick
+SIZES = {  # by kind of device and `quick`
     ("cuda", False): Sizes((1, 4, 16, 64, 256, 1024, 4096), 256, 1024, 8192, 4096, 256, 0.5),
     ("cuda", True): Sizes((1, 16, 256, 1024), 256, 1024, 8192, 4096, 256, 0.2),
     ("cpu", False): Sizes((1, 16, 256), 256, 256, 1024, 1024, 64, 0.5),
@@ -65,7 +66,7 @@ def _exp2_kernel(values, ROUNDS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _node_kernel(x, PDL: tl.constexpr):
-    """As little as a kernel can do that depends on the one before it."""
+    """Does as little as a kernel can that depends on the kernel before it."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -73,16 +74,16 @@ def _node_kernel(x, PDL: tl.constexpr):
 
 
 def measure_roofline(device: torch.device, *, quick: bool) -> dict[str, Any]:
-    """Roofs by name; what the device has not, or what failed and said so on stderr, is absent.
+    """Returns roofs by name. A roof that the device does not have, or whose measurement failed (on stderr), is absent.
 
     copy_gb_s          by str(bytes read and written)
     read_gb_s          the faster of a sum and a product of a matrix and a vector
     tflops             by dtype's name: float32, bfloat16, float16, and float8_e4m3fn from compute capability 8.9
-    launch_us          from one small torch operation to the next, launched eagerly in a row; on the CPU, its call
-    triton_launch_us   the same of a Triton kernel
+    launch_us          from one small torch operation to the next, launched eagerly in a row; on the CPU, one call
+    triton_launch_us   the same for a Triton kernel
     graph_node_us      from one small kernel to the next in a graph
     graph_node_pdl_us  the same with programmatic dependent launch, from compute capability 9.0
-    single_node_us     what two events show around a graph of one small kernel: times near it are hardly the kernel's
+    single_node_us     between two events around a graph of one small kernel; a time near it is hardly the kernel's own
     exp2_g_per_s       exponentials, in billions
     """
     sizes = SIZES[device.type, quick]
@@ -104,7 +105,7 @@ def measure_roofline(device: torch.device, *, quick: bool) -> dict[str, Any]:
     for name, measure in measures.items():
         try:
             found[name] = measure()
-        except Exception as error:  # of whatever library; one roof that fails must not take the others with it
+        except Exception as error:  # of any library; one roof that fails must not take the others with it
             if name in NEEDED:
                 raise
             print(f"{name}: not measured: {error}", file=sys.stderr)
@@ -130,7 +131,7 @@ def _copy_rates(device: torch.device, sizes: Sizes) -> dict[str, float]:
 def _read_rate(device: torch.device, sizes: Sizes) -> float:
     matrix = torch.rand(sizes.read_mib * MIB // 8192, 4096, device=device).to(torch.bfloat16)
     vector = torch.rand(4096, device=device).to(torch.bfloat16)
-    words = matrix.view(torch.int32)  # integers are summed without conversion
+    words = matrix.view(torch.int32)  # torch sums integers without converting them
     variants = {"sum": partial(torch.sum, words, dtype=torch.int32), "product": partial(torch.mv, matrix, vector)}
     timings = time_variants(variants, device, budget_s=sizes.budget_s)
     return sizes.read_mib * MIB / 1e3 / min(timing.median_us for timing in timings.values())
@@ -206,7 +207,7 @@ def _launch_us(counter: torch.Tensor, device: torch.device, sizes: Sizes) -> flo
 
 
 def _in_a_row(call: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
-    """Microseconds of a call by the host's clock, with the wait for the last."""
+    """Microseconds per call by the host's clock, including the wait for the last call to end."""
 
     def row() -> None:
         for _ in range(LAUNCHES):
@@ -221,7 +222,7 @@ def _time(call: Callable[[], object], device: torch.device, sizes: Sizes) -> Tim
 
 
 def rows_of_roofline(roof: Mapping[str, Any]) -> list[dict[str, str | float]]:
-    """Flat rows: `copy/<bytes>`, `product/<dtype>`, and the others by their names without the unit."""
+    """Flat rows: `copy/<bytes>`, `product/<dtype>`, and the other roofs by their names without the unit."""
     rows: list[dict[str, str | float]] = []
     for name, value in roof.items():
         if name == "copy_gb_s":

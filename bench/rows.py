@@ -1,10 +1,10 @@
-"""What the class rows cost the products of InternViT-300M: 1,025 rows a tile against the 1,024 patch rows alone.
+"""Measures what the class rows add to the products of InternViT-300M: 1,025 rows a tile against 1,024 patch rows.
 
     python bench/rows.py [--budget-s 10] [--device cpu]
 
-cuBLAS in bfloat16, without an epilogue, for 1 and 13 tiles: all rows as a layer has them ("1025"), the patch rows
-alone ("1024"), and all rows in two products ("1024+1"). Where 1,025 rows start another wave of blocks, the two products
-are faster. The last line is a document of part "kernels", with rows such as product_rows/fc1_1025/bfloat16.
+cuBLAS multiplies in bfloat16, without an epilogue, for 1 and 13 tiles: all rows as a layer has them ("1025"), the patch
+rows alone ("1024"), and all rows in two products ("1024+1"). If 1,025 rows start another wave of blocks, the two
+products are faster. The last line is a document of part "kernels", with rows such as product_rows/fc1_1025/bfloat16.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch import Tensor
 
 LAYER = {"qkv": (3072, 1024), "out": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)}  # N, K
 TILES, PATCHES = (1, 13), 1024
-SMALL = ({"out": (64, 64)}, (1,), 64)  # of a CPU, which shows that it runs
-BUDGET_S = 0.05  # of a variant's samples
+SMALL = ({"out": (64, 64)}, (1,), 64)  # settings for a CPU, to see that it runs
+BUDGET_S = 0.05  # seconds of a variant's samples
 
 
 def multiply(x_RK: Tensor, weight_NK: Tensor, out_RN: Tensor, splits: tuple[slice, ...]) -> None:
@@ -32,7 +32,7 @@ def multiply(x_RK: Tensor, weight_NK: Tensor, out_RN: Tensor, splits: tuple[slic
 
 
 def measure(name: str, n: int, k: int, tiles: int, patches: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row of each way to multiply."""
+    """Returns a row for each way to multiply."""
     dtype = torch.bfloat16
     num_patch_rows, num_rows = tiles * patches, tiles * (patches + 1)
     touched = dtype.itemsize * (num_rows * (n + k) + n * k)

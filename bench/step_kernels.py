@@ -1,9 +1,9 @@
-"""Which kernels a decode step consists of, how long each runs inside the step's graph, and how long nothing runs.
+"""Measures which kernels a decode step has, how long each runs inside the step's graph, and how long nothing runs.
 
     python bench/step_kernels.py [MODEL] [--batch 1] [--context 2048] [--steps 20] [--no-programmatic-launch]
 
-Times are of the device's own profiler (CUPTI, through torch). A kernel that starts before the one before it has ended,
-by programmatic dependent launch, overlaps it: `gap us` is negative then. The sum of durations and gaps is the step.
+The times are from the device's own profiler (CUPTI, through torch). With programmatic dependent launch a kernel may
+start before the previous one ends; then `gap us` is negative. Durations and gaps add up to the step.
 """
 
 import argparse
@@ -26,10 +26,10 @@ Kernel = tuple[str, float, float]  # name, start, end in microseconds
 
 
 def profile_steps(engine: Engine, batch: int, context: int, num_steps: int) -> list[Kernel]:
-    """The kernels of so many decode steps, in order."""
-    prompter, loop = Prompter(engine, 0), engine._loop
+    """Returns the kernels of `num_steps` decode steps, in order."""
+    prompter, loop = Prompter(engine, 0), engine.loop
     params = SamplingParams(max_tokens=num_steps + 64, ignore_eos=True)
-    requests = [engine.build_request(prompter.prompt(context), params) for _ in range(batch)]
+    requests = [engine.new_request(prompter.prompt(context), params) for _ in range(batch)]
     for request in requests:
         loop.submit(request)
     while not all(request.first_token_s for request in requests):
@@ -48,7 +48,7 @@ def profile_steps(engine: Engine, batch: int, context: int, num_steps: int) -> l
 
 
 def rows_of_kernels(kernels: list[Kernel], num_steps: int) -> list[dict[str, Any]]:
-    """By name, those that take most of a step first; then the step as a whole."""
+    """A row for each kernel by name, those that take most of a step first; then a row for the step as a whole."""
     in_order = sorted(kernels, key=lambda kernel: kernel[1])
     durations, gaps = defaultdict(list), defaultdict(list)
     for (_, _, before), (name, start, end) in pairwise(in_order):

@@ -1,10 +1,10 @@
-"""Every kernel under pytest-benchmark.
+"""Runs every kernel under pytest-benchmark.
 
     pytest bench/test_kernels.py --benchmark-only [-k gemv] [--benchmark-save NAME]
 
-Its own columns are the wall time of one eager launch with the wait for its end: what a caller in Python sees. The
-device's time, rates, the share of the measured roof and the alternatives are by bench/timing.py, as in kernel_table.py,
-and stand in `extra_info`. Without a GPU the references run, on small cases.
+pytest-benchmark's own columns show the wall time of one eager launch with the wait for its end: what a caller in Python
+sees. `extra_info` has the device's time by bench/timing.py, as in kernel_table.py, with rates, the share of the
+measured roof and the alternatives. Without a GPU the references run, on small cases.
 """
 
 import sys
@@ -22,7 +22,7 @@ from kernel_table import Limits, measure
 from roofline import measure_roofline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-COMPILING_S = 300.0  # for the alternatives of all tests together
+COMPILING_S = 300.0  # seconds for the alternatives of all tests together
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""What the bookkeeping of the KV cache costs from Python, beside two other managers that do the same job.
+"""Measures the bookkeeping of the KV cache from Python, beside two other managers that do the same job.
 
     pytest bench/test_kv_cache.py --benchmark-only
 
-Needs pytest-benchmark. vLLM's rows are there if vLLM can be imported; its Python files on PYTHONPATH are enough.
+Needs pytest-benchmark. vLLM has rows if it can be imported; its Python files on PYTHONPATH are enough.
 """
 
 import sys
@@ -24,7 +24,7 @@ SEQ_IDS = list(range(BATCH))
 
 def text_prompt(length: int, first_id: int) -> Prompt:
     token_ids = np.full(length, 7, np.int32)
-    token_ids[0] = first_id  # so that no other prompt's blocks are found
+    token_ids[0] = first_id  # so that it shares no block with another prompt
     return Prompt(token_ids)
 
 
@@ -35,8 +35,8 @@ def picture_prompt(first_id: int) -> Prompt:
 
 
 class Batch:
-    """256 sequences of about 2,048 tokens; before an ordinary step one in 64 stands at the end of its block, before a
-    border step all do."""
+    """256 sequences of about 2,048 tokens. In an ordinary step one sequence in 64 is at the end of its block, in a
+    border step all are."""
 
     def __init__(self, manager: Manager, *, border: bool) -> None:
         self.manager, self.border = manager, border
@@ -92,7 +92,7 @@ def test_append_256(benchmark: Any, manager: Manager, border: bool) -> None:
 
 @pytest.mark.parametrize("border", [False, True], ids=["some", "all"])
 def test_decode_step_256(benchmark: Any, manager: Manager, border: bool) -> None:
-    """The slots, the sampled ids and the digests of full blocks; ours fills the step's buffers as well."""
+    """A manager hands out slots, records sampled ids and digests full blocks; ours also fills the step's buffers."""
     batch = Batch(manager, border=border)
 
     def step() -> None:
@@ -113,7 +113,7 @@ def test_fill_step_256(benchmark: Any, ours: Ours) -> None:
 
 
 class Arrivals:
-    """One prompt with 13 pictures after the other; a warm one is the same again, cached but for its last block."""
+    """Prompts with 13 pictures, one at a time; a warm prompt is the same again, cached except for its last block."""
 
     def __init__(self, manager: Manager, *, warm: bool) -> None:
         self.manager, self.warm = manager, warm
@@ -143,7 +143,7 @@ def test_admit_3392(benchmark: Any, ours: Ours, warm: bool) -> None:
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_prefill_3392(benchmark: Any, manager: Manager, warm: bool) -> None:
-    """Looked up, given blocks for all tokens, and its full blocks made known to others."""
+    """A manager looks a prompt up, gives it blocks for all tokens, and publishes its full blocks to other sequences."""
     arrivals = Arrivals(manager, warm=warm)
     group = f"prefill_3392_{'warm' if warm else 'cold'}"
     measure(benchmark, group, arrivals.prefill, arrivals.prepare, 50)

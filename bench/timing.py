@@ -1,12 +1,12 @@
-"""The only timer of the kernel benches.
+"""The timer of all kernel benches.
 
-Variants take turns, a sample each, and every second round goes backwards: whatever drifts meets all of them. On CUDA
-a sample is a replay of a graph between two events, and begins with L2 emptied of the variant's memory or, with
-`cold=False`, just after the same work; that keeps the device busy while the host enqueues the sample.
+Variants take turns, one sample each, and every second round goes backwards, so that drift meets all of them. On CUDA a
+sample is a replay of a graph between two events. Just before it, L2 is emptied of the variant's memory or, with
+`cold=False`, the same work runs once more; meanwhile the host enqueues the sample, so the device does not wait for it.
 
-What no subtraction hides: the events see the start of the graph too, some microseconds (`single_node_us` of
-roofline.py). A variant of a few microseconds is therefore given as a sequence of calls, each on inputs of its own: all
-find their inputs in device memory, and share that start. Calls of one sequence run back to back, as in a model's graph.
+The events also see the start of the graph, some microseconds (`single_node_us` of roofline.py), which no subtraction
+removes. A variant of a few microseconds is therefore given as a sequence of calls, each on its own inputs: all find
+their inputs in device memory and share that start. Calls of one sequence run back to back, as in a model's graph.
 """
 
 import math
@@ -27,12 +27,12 @@ from internvl_rt.bench.record import environment
 
 Calls = Callable[[], object] | Sequence[Callable[[], object]]
 
-MIN_SAMPLES, MAX_SAMPLES = 5, 2000  # of a variant
-SAMPLE_US = 100.0  # a sample that need not be cold lasts at least so long: events resolve about half a microsecond
-WARM_UP_CALLS = 3  # compile, tune, load and allocate
-WARM_UP_SHARE = 0.2  # of the budget, spent besides it until the clocks have risen
-MAX_NODES = 1000  # calls in a graph of repetitions
-FLUSHED = 4  # times the size of L2 are read to empty it
+MIN_SAMPLES, MAX_SAMPLES = 5, 2000  # samples of a variant
+SAMPLE_US = 100.0  # the least length of a sample that need not be cold: events resolve about half a microsecond
+WARM_UP_CALLS = 3  # these compile, tune, load and allocate
+WARM_UP_SHARE = 0.2  # of the budget, spent in addition until the clocks have risen
+MAX_NODES = 1000  # the most calls in a graph of repetitions
+FLUSHED = 4  # to empty L2, this many times its size is read
 
 ROOT = Path(__file__).parents[1]
 _BROKEN_GRAPHS: list[torch.cuda.CUDAGraph] = []
@@ -46,12 +46,12 @@ class Timing:
     low_us: float
     high_us: float
     num_samples: int
-    sm_clock_mhz: int | None = None  # just after the samples, as the driver tells; None where not known
-    graphed: bool = False  # False on the CPU too; an eager variant's time may be that of the host's launches
+    sm_clock_mhz: int | None = None  # just after the samples, as the driver reports it; None if unknown
+    graphed: bool = False  # False on the CPU too; an eager variant's time may be the time of the host's launches
 
 
 class _Work(NamedTuple):
-    """What runs between two readings of the clock."""
+    """The work between two readings of the clock."""
 
     run: Callable[[], object]
     num_calls: int
@@ -71,16 +71,16 @@ def time_variants(
     cold: bool = True,
     before_last: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
-    """Times by the variants' names.
+    """Returns the times by the variants' names.
 
-    A variant is a call, or a sequence of calls that do the same on inputs of their own, of which the mean counts.
-    budget_s: of all samples together; warm-up and capture come on top, and a slow variant gets MIN_SAMPLES in any case.
-    cold: a call finds its inputs outside L2. The CPU's caches are left as the calls leave them either way.
-    before_last: by the name of a variant, what is called after all samples; then what was timed runs once more, the
-    same graph where there is one, and what it leaves behind is the caller's to look at.
+    A variant is a call, or a sequence of calls that do the same on different inputs; then the mean of the calls counts.
+    budget_s: for all samples together; warm-up and capture take more, and a slow variant still gets MIN_SAMPLES.
+    cold: a call finds its inputs outside L2. The CPU's caches are never emptied.
+    before_last: by the name of a variant, a function that is called after all samples; then the timed work (the same
+    graph, if there is one) runs once more, so that the caller can look at its results.
 
-    What cannot be captured in a graph is timed eagerly: `Timing.graphed` tells, and a line on stderr why. Raises
-    ValueError for what is no variant, device or budget; what a variant raises comes through.
+    A variant that cannot be captured in a graph is timed eagerly: `Timing.graphed` tells, and a line on stderr says
+    why. Raises ValueError for a wrong variant, device or budget, and whatever a variant raises.
     """
     lists = {name: _calls(name, calls) for name, calls in variants.items()}
     if not lists:
@@ -133,7 +133,7 @@ def _in_order(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
 
 
 def _repeats(call_us: float, num_calls: int) -> int:
-    """How often a sequence runs in a sample that need not be cold."""
+    """How often a sequence is repeated in a sample that need not be cold."""
     wanted = math.ceil(SAMPLE_US / max(call_us * num_calls, 0.01))
     return max(1, min(wanted, MAX_NODES // num_calls))
 
@@ -152,7 +152,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """Of the current CUDA device."""
+    """The clock of the current CUDA device."""
 
     def __init__(self, device: torch.device, cold: bool) -> None:
         self._index = torch.cuda.current_device()
@@ -177,8 +177,8 @@ class _DeviceClock:
         return work if repeats == 1 else self._work(name, _in_order(calls * repeats), repeats * len(calls))
 
     def measure(self, work: _Work) -> float:
-        # First what keeps the device busy until the host has enqueued the rest. The flush only reads: nothing is left
-        # to be written back while the sample runs.
+        # The work before the first event keeps the device busy until the host has enqueued the rest. The flush only
+        # reads, so that nothing has to be written back while the sample runs.
         if self._flushed is None:
             work.run()
         else:
@@ -202,7 +202,7 @@ class _DeviceClock:
         return _Work(graph.replay, num_calls, graphed=True)
 
     def _refuse_synchronising(self, run: Callable[[], object]) -> None:
-        """Raises RuntimeError where a capture would break off; found out here, it harms nothing."""
+        """Raises RuntimeError for work that synchronises, which would break a capture off; here it does no harm."""
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -215,15 +215,15 @@ class _DeviceClock:
     def _capture(self, run: Callable[[], object], graph: torch.cuda.CUDAGraph) -> None:
         outside, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
-            # Of this thread alone: what a compiler's threads do meanwhile is no matter.
+            # The mode is for this thread alone, so that a compiler's threads may do what they want meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 run()
         except RuntimeError:
-            # torch leaves a capture that broke off half open: its stream current, its pool in use (the next
-            # empty_cache would fail), its graph known to the allocator.
+            # torch leaves a broken capture half open: its stream is current, its pool in use (the next empty_cache
+            # would fail), and its graph known to the allocator.
             torch.cuda.set_stream(outside)
             _BROKEN_GRAPHS.append(graph)
-            with suppress(RuntimeError):  # the capture had ended after all
+            with suppress(RuntimeError):  # fails if the capture had ended after all
                 torch._C._cuda_endAllocateToPool(self._index, pool)
                 torch._C._cuda_releasePool(self._index, pool)
             torch.cuda.synchronize()
@@ -232,22 +232,22 @@ class _DeviceClock:
 
 @cache
 def _capture_stream(index: int) -> torch.cuda.Stream:
-    """One for all captures: memory that the allocator keeps for a stream serves no other."""
+    """The one stream of all captures: memory that the allocator keeps for a stream serves no other stream."""
     return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def sm_clock_mhz(device: torch.device) -> int | None:
-    """The multiprocessors' clock at this moment; an idle device's says nothing."""
+    """The multiprocessors' clock at this moment, which says nothing if the device is idle; None if unknown."""
     if device.type != "cuda":
         return None
     try:
         return torch.cuda.clock_rate(device)
-    except Exception:  # NVML's own kinds too: its Python package is missing, or the machine does not let it look
+    except Exception:  # also NVML's own kinds of error: its Python package is missing, or the machine denies access
         return None
 
 
 def result_document(part: str, rows: list[dict[str, str | float]], device: torch.device) -> dict[str, Any]:
-    """What a bench prints as its last line, in JSON: see bench/results/schema.json."""
+    """The document that a bench prints as its last line, in JSON: see bench/results/schema.json."""
     program = Path(sys.argv[0]).resolve()
     shown = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name
     command = shlex.join(["python", shown, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Which launch plan is fastest on this GPU: writes the table of plans that the kernels load.
+"""Finds the fastest launch plans on this GPU and writes the table of plans that the kernels load.
 
     python bench/tune.py [--only OP]... [--budget-s 300] [--out FILE]      FILE: kernels/plans/sm_90.json or its like
     python bench/tune.py --dry-run                                          invented times; nothing is written
@@ -6,14 +6,14 @@
 `python bench/prebuild.py --what tune` compiles all candidates beforehand, in many processes; without it most of the
 time goes to compiling them here, one after the other.
 
-A plan other than the baseline is chosen only where it is faster beyond doubt: in a sweep and in a second run of the two
-alone, its slow samples (90th percentile) are below the fast ones of the baseline (10th), and its median by LEAST_GAIN.
-The baseline of a product is cuBLAS and an element-wise kernel, that of vit_attention its default plan.
+A plan other than the baseline is chosen only if it is faster beyond doubt: in a sweep, and in a second run of only
+these two, its slow samples (90th percentile) are below the baseline's fast ones (10th), and its median is lower by
+LEAST_GAIN. A product's baseline is cuBLAS and an element-wise kernel, that of vit_attention its default plan.
 
-Every plan is compared with the reference before it is timed. One that is wrong is never chosen for that key of the
-table; where the baseline is wrong, or a measurement fails, the key gets no entry. Both are named, and the exit code is
-1; the table is written with all the rest. It holds what this run measured and nothing older, so give it time for
-everything. For gemv, gemv_qkv and the other attentions, whose plans are functions, the fastest is only printed.
+Every plan is compared with the reference before it is timed. A plan that is wrong is never chosen for that key of the
+table; a key whose baseline is wrong, or whose measurement fails, gets no entry. Both are named, the exit code is 1, and
+the rest of the table is written. It holds only what this run measured, so give it time for everything. For gemv,
+gemv_qkv and the other attentions, whose plans are functions, the fastest plan is only printed.
 """
 
 import argparse
@@ -37,26 +37,26 @@ from tune_table import attention_entries, measured_on, product_entries, write_ta
 from internvl_rt.kernels._launch import TARGETS, Target, target_of
 from internvl_rt.kernels._plans import FOLDER
 
-LEAST_GAIN = 0.02  # of the baseline's time: less is not worth a kernel to compile
-BUDGET_S = 0.03  # of a plan's samples in the sweep
-CONFIRM_S = 0.3  # of the two that are left
+LEAST_GAIN = 0.02  # of the baseline's time; a smaller gain is not worth compiling another kernel
+BUDGET_S = 0.03  # seconds of a plan's samples in the sweep
+CONFIRM_S = 0.3  # seconds for the two plans of the second run
 
 
 class Measured(NamedTuple):
-    """By the plans' names: times, and what is wrong with those that computed something else than the reference."""
+    """By the plans' names: the times, and what is wrong with plans whose result differs from the reference."""
 
     timings: dict[str, Timing]
     wrong: dict[str, str]
 
 
-Timer = Callable[[Work, Plans, str, float], Measured]  # with the name of the baseline, and seconds for all samples
+Timer = Callable[[Work, Plans, str, float], Measured]  # takes the name of the baseline, and the seconds for all samples
 
 
 @dataclass(slots=True)
 class Sweep:
-    """What was found for an operation, and a row for the document of every timing and every problem."""
+    """The findings for one operation, and the document's row for every timing and every problem."""
 
-    names: dict[Key, dict[int, str]] = field(default_factory=dict)  # what was chosen, by size
+    names: dict[Key, dict[int, str]] = field(default_factory=dict)  # the chosen plan, by size
     plans: dict[Key, Plans] = field(default_factory=dict)
     wrong: set[tuple[Key, str]] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
@@ -64,7 +64,7 @@ class Sweep:
     left_out: list[str] = field(default_factory=list)
 
     def chosen(self, baseline: str) -> dict[Key, dict[int, Any]]:
-        """Plans by key and size: no key of which a measurement failed, no plan that was wrong at a size of its key."""
+        """Plans by key and size: the baseline instead of a wrong plan, and no key whose measurement failed."""
         return {
             key: {
                 size: self.plans[key][baseline if (key, name) in self.wrong else name] for size, name in by_size.items()
@@ -75,24 +75,24 @@ class Sweep:
 
 
 class WrongResultError(Exception):
-    """The baseline computes something else than the reference."""
+    """The result of the baseline differs from the reference."""
 
 
 def is_ahead(new: Timing, old: Timing) -> bool:
-    """Beyond the noise of both. Eager timings prove nothing: they may be the host's."""
+    """Whether `new` is faster beyond the noise of both. Eager timings prove nothing: they may be the host's."""
     apart = new.high_us < old.low_us and new.median_us < (1 - LEAST_GAIN) * old.median_us
     return apart and new.graphed and old.graphed
 
 
 def choose(timings: Mapping[str, Timing], baseline: str) -> str:
-    """The fastest plan's name if it is ahead of the baseline, of equal ones the first by name; else the baseline."""
+    """Returns the fastest plan's name (of equal ones the first by name) if it is ahead of the baseline's, else that."""
     others = sorted(name for name in timings if name != baseline)
     best = min(others, key=lambda name: timings[name].median_us, default=baseline)
     return best if best != baseline and is_ahead(timings[best], timings[baseline]) else baseline
 
 
 def sweep(tuned: Tuned, works: Sequence[Work], target: Target, timer: Timer, end: float) -> Sweep:
-    """Until the time is up, or Ctrl-C; what was found by then is kept."""
+    """Measures until the time is up or Ctrl-C; keeps what was found by then."""
     found = Sweep()
     try:
         for work in works:
@@ -141,7 +141,7 @@ def _sweep_one(tuned: Tuned, work: Work, target: Target, timer: Timer, found: Sw
 
 
 class DeviceTimer:
-    """Times plans on a GPU, after each was compared with the reference."""
+    """Times plans on a GPU, after comparing each with the reference."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -152,7 +152,7 @@ class DeviceTimer:
 
     def __call__(self, work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
         if work.name != self._name:
-            self._name, self._sets, self._outs, self._expected = "", [], [], None  # what was there makes room
+            self._name, self._sets, self._outs, self._expected = "", [], [], None  # frees the old tensors
             self._sets = make_rotated_inputs(work, self._device)
             self._expected, _ = run_reference(work, self._sets[0])
             assert self._expected is not None
@@ -165,7 +165,7 @@ class DeviceTimer:
             calls = [partial(work.spec.launcher, **{**inputs, "plan": plan}, out=out) for inputs, out in pairs]
             try:
                 problem = self._problem(work, calls[0])
-            except Exception as error:  # a compiler that gives up on a tiling
+            except Exception as error:  # for example a compiler that fails on a tiling
                 if name == baseline:
                     raise
                 print(f"  {work.name}: not {name}: {first_line(error)}", file=sys.stderr)
@@ -181,7 +181,7 @@ class DeviceTimer:
         return Measured(time_variants(variants, self._device, budget_s=budget_s), wrong)
 
     def _problem(self, work: Work, call: Callable[[], Any]) -> str:
-        """What is wrong with the result of a call on the first set of inputs; nothing: ''."""
+        """What is wrong with the result of a call on the first set of inputs, or ''."""
         assert self._expected is not None
         self._outs[0].fill_(torch.nan)
         call()
@@ -189,14 +189,14 @@ class DeviceTimer:
 
 
 def invented_times(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
-    """The same for the same names, a tenth around what 500 TFLOP/s would take, and certain to a hundredth."""
+    """Invents times from the names alone: within a tenth of the time at 500 TFLOP/s, with percentiles 1 % away."""
     base = work.spec.cost(work.case, work.dtype).flops / 500e6
     times = {name: base * (0.9 + zlib.crc32(f"{work.name} {name}".encode()) % 200 / 1000) for name in plans}
     return Measured({name: Timing(us, 0.99 * us, 1.01 * us, 100, None, graphed=True) for name, us in times.items()}, {})
 
 
 def entries_of(found: Mapping[str, Sweep]) -> dict[str, list[dict[str, Any]]]:
-    """The table's lists, by operation; empty for one that was not swept."""
+    """The table's lists by operation; the list of an operation that was not swept is empty."""
     products = found.get("gemm_epilogue", Sweep()).chosen(TUNED["gemm_epilogue"].baseline)
     attention, baseline = found.get("vit_attention", Sweep()), TUNED["vit_attention"].baseline
     defaults = {key: plans[baseline] for key, plans in attention.plans.items()}

@@ -1,4 +1,4 @@
-"""What the tuner measures: for each operation with a table of plans, the cases in their order, and the plans."""
+"""What the tuner measures: for each operation with a table of plans, the cases in their order and the plans to try."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,27 +20,27 @@ from internvl_rt.kernels._plans import (
 from internvl_rt.kernels.vit_attention import default_plan
 from support.specs import discover_specs
 
-REGISTERS = 65536  # of a multiprocessor; a thread has at most 256 of them
-TILES = (13, 1, 4)  # of a large picture, a small one, and one between: in the order of their importance
-VISION = ("300m_qkv", "300m_fc1", "300m_out_alone", "300m_fc2_alone")  # what a layer of InternViT-300M runs
+REGISTERS = 65536  # registers of a multiprocessor; a thread has at most 256 of them
+TILES = (13, 1, 4)  # of a large picture, a small one, and one between; the most important first
+VISION = ("300m_qkv", "300m_fc1", "300m_out_alone", "300m_fc2_alone")  # the products of a layer of InternViT-300M
 PROJECTORS = ("projector_4096_896", "projector_896_rows", "projector_4096_3584", "projector_3584_rows")
-Plans = Mapping[str, Any]  # GemmPlan or AttentionPlan by a name
+Plans = Mapping[str, Any]  # a GemmPlan or AttentionPlan by a name
 Key = tuple[Any, ...]  # as in the table
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """An operation that reads its plan from a table. The plan called `baseline` is what counts without an entry."""
+    """An operation that reads its plan from a table. The plan called `baseline` is used without an entry."""
 
     baseline: str
-    works: Callable[[], list[Work]]  # the most important first
+    works: Callable[[], list[Work]]  # the most important come first
     plans: Callable[[Work, Target], Plans]
     key: Callable[[Work], Key]
-    size: Callable[[Work], int]  # rows, or tiles: an entry holds for up to so many
+    size: Callable[[Work], int]  # rows, or tiles; an entry serves up to this many
 
 
 def product_works() -> list[Work]:
-    """One of each key and number of rows: first the pass of InternViT-300M, then prompts of the 1B and 8B."""
+    """One case for each key and number of rows: first the pass of InternViT-300M, then prompts of the 1B and 8B."""
     spec = discover_specs()["gemm_epilogue"]
     found: dict[tuple[Key, int], Work] = {}
     for work in sorted(_with_other_tiles(real_work(spec)), key=_order):
@@ -50,7 +50,7 @@ def product_works() -> list[Work]:
 
 
 def _with_other_tiles(works: list[Work]) -> list[Work]:
-    """The cases of 13 tiles with each number of TILES."""
+    """The cases of 13 tiles, repeated with each number of TILES."""
     added = []
     for work in works:
         stem, found, rest = work.case.name.partition("_13_tiles")
@@ -78,7 +78,7 @@ def product_key(work: Work) -> Key:
 
 
 def product_plans(target: Target) -> dict[str, GemmPlan]:
-    """cuBLAS, the named tilings, and their neighbours, as far as `target` can run them in 16 bits."""
+    """cuBLAS, the named tilings and their neighbours, except those that `target` cannot run in 16 bits."""
     tma = target.capability >= 90
     further = {
         "tall": GemmPlan("fused", 256, 128, 64, group_m=4, num_warps=8, num_stages=4, use_tma=tma),
@@ -94,7 +94,7 @@ def product_plans(target: Target) -> dict[str, GemmPlan]:
 
 
 def attention_works() -> list[Work]:
-    """The most important first: many tiles before one, InternViT-300M before the 6B."""
+    """The cases, the most important first: many tiles before one, InternViT-300M before the 6B."""
     return sorted(real_work(discover_specs()["vit_attention"]), key=lambda work: (work.case["C"], -work.case["I"]))
 
 
@@ -103,10 +103,10 @@ def attention_key(work: Work) -> Key:
 
 
 def attention_plans(work: Work, target: Target) -> dict[str, AttentionPlan]:
-    """The default, and what lies around it, without what would not fit into shared memory or registers.
+    """The default plan and its neighbours, except those that would not fit into shared memory or registers.
 
-    A group of four warps multiplies 64 rows at a time. The sums and scores of a thread leave a quarter of its registers
-    for all else; compiled for sm_90, no plan that keeps to this spills.
+    A group of four warps multiplies 64 rows at a time. The sums and scores of a thread must leave a quarter of its
+    registers for everything else; compiled for sm_90, no plan that does so spills.
     """
     channels = work.case["C"]
     plans = {"default": default_plan(channels, work.dtype, target)}
@@ -117,7 +117,7 @@ def attention_plans(work: Work, target: Target) -> dict[str, AttentionPlan]:
         fits = block_m >= 16 * num_warps and 4 * accumulators <= 3 * registers
         if fits and plan != plans["default"] and _fits(check_attention_plan, plan, channels, 2, target):
             plans[f"{block_m}x{block_n}, {num_warps} warps, {num_stages} stages"] = plan
-    if target.capability >= 90:  # has descriptors; of three stages alone, as they make the same difference to all
+    if target.capability >= 90:  # with descriptors; only for three stages, because they gain the same at any number
         plans |= {f"{name}, host": replace(p, host_descriptor=True) for name, p in plans.items() if p.num_stages == 3}
     return plans
 
@@ -130,7 +130,7 @@ def _fits(check: Callable[..., None], *arguments: object) -> bool:
     return True
 
 
-TUNED: dict[str, Tuned] = {  # attention comes first: it takes seconds, and products what time there is
+TUNED: dict[str, Tuned] = {  # attention comes first, because it takes seconds; products take all remaining time
     "vit_attention": Tuned(
         baseline="default",
         works=attention_works,

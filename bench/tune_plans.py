@@ -1,4 +1,4 @@
-"""For tune.py: other launches of the operations whose plans are functions, not tables. The fastest is recommended."""
+"""Tries other launches of the operations whose plans are functions, not tables, for tune.py; recommends the fastest."""
 
 import sys
 import time
@@ -27,13 +27,13 @@ from support.specs import discover_specs
 
 RECOMMENDED = ("gemv", "gemv_qkv", "decode_attention", "prefill_attention")
 MOST_IMPORTANT = 4  # classes of importance that are swept
-BUDGET_S = 0.03  # of a plan's samples
+BUDGET_S = 0.03  # seconds of a plan's samples
 Row = dict[str, Any]
 Calls = list[Callable[[], Any]]
 
 
 def gemv_plans(rows: int, chosen: GemvPlan) -> dict[str, GemvPlan]:
-    """The plan that is chosen, by the name "chosen", and its neighbours; few, since each is compiled first."""
+    """The chosen plan, by the name "chosen", and a few neighbours; only a few, because each must be compiled."""
     plans = {"chosen": chosen}
     if not chosen.matrix:
         for block_n, num_warps in product((4, 8, 16), (4, 8)):
@@ -69,7 +69,7 @@ def _gemv_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> Iterat
 
 
 def _attention_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> Iterator[tuple[str, Calls]]:
-    """Other numbers of warps and stages of the last launch, which is the attention itself."""
+    """Other numbers of warps and stages for the last launch, which is the attention itself."""
     device = outs[0].device
     planned = []
     for inputs, out in zip(sets, outs, strict=True):
@@ -88,7 +88,7 @@ def _attention_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> I
 
 
 def sweep_launches(names: Sequence[str], device: torch.device, end: float) -> tuple[list[Row], list[str]]:
-    """A row of every plan that is right, and the names of what the time did not reach."""
+    """Returns a row for every plan, and the names of cases for which no time was left."""
     specs = discover_specs()
     works = [work for name in names for work in real_work(specs[name]) if importance(work) < MOST_IMPORTANT]
     works.sort(key=importance)
@@ -113,8 +113,8 @@ def sweep_launches(names: Sequence[str], device: torch.device, end: float) -> tu
 
 
 def recommend(name: str, timings: dict[str, Timing]) -> str:
-    """A line for whoever changes the plan function: another plan only where its slow samples are below the fast ones of
-    the chosen."""
+    """A line for the author of the plan function. It names another plan only if that plan's slow samples are below the
+    fast samples of the chosen one."""
     chosen = timings["chosen"]
     best = min(timings, key=lambda each: timings[each].median_us)
     if timings[best].high_us >= chosen.low_us:
@@ -124,7 +124,7 @@ def recommend(name: str, timings: dict[str, Timing]) -> str:
 
 
 def _time_plans(work: Work, device: torch.device) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times by the plans' names, and what is wrong with those that computed something else than the reference."""
+    """Times by the plans' names, and what is wrong with plans whose result differs from the reference."""
     sets = make_rotated_inputs(work, device)
     expected, _ = run_reference(work, sets[0])
     assert expected is not None
@@ -137,7 +137,7 @@ def _time_plans(work: Work, device: torch.device) -> tuple[dict[str, Timing], di
         try:
             calls[0]()
             verdict = compare("the result", outs[0], expected, work.spec.tolerances[work.dtype])
-        except Exception as error:  # more shared memory or registers than there are
+        except Exception as error:  # for example too little shared memory or too few registers
             if name == "chosen":
                 raise
             print(f"  {work.name}: not {name}: {first_line(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The table of plans that the tuner writes and the kernels load: kernels/plans/sm_90.json and its like."""
+"""Writes the tables of plans that the tuner finds and the kernels load, such as kernels/plans/sm_90.json."""
 
 import json
 import os
@@ -17,9 +17,8 @@ Entry = dict[str, Any]
 
 
 def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]]) -> list[Entry]:
-    """In order, and as few as say the same; what stays with cuBLAS has none, which is what no entry means.
-
-    A measurement speaks for the rows down to the next smaller that was measured, or to half.
+    """Returns sorted entries, as few as possible. Without an entry cuBLAS is used, so rows that stay with it need none.
+    A measurement counts for fewer rows too, down to the next smaller number that was measured, or to half.
     """
     entries = []
     for (n, k, epilogue), by_rows in sorted(chosen.items()):
@@ -37,7 +36,7 @@ def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]
 def attention_entries(
     chosen: Mapping[tuple[int, int, int], Mapping[int, AttentionPlan]], defaults: Mapping[tuple[int, int, int], Any]
 ) -> list[Entry]:
-    """Alike; a key whose default was the fastest everywhere has no entry."""
+    """Returns sorted entries, as few as possible; a key whose default was the fastest everywhere has none."""
     entries = []
     for key, by_tiles in sorted(chosen.items()):
         if set(by_tiles.values()) != {defaults[key]}:
@@ -48,7 +47,7 @@ def attention_entries(
 
 
 def _last_of_equals(steps: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """Of neighbours with one plan the last, which holds for those before it."""
+    """Keeps the last of neighbours with the same plan, which holds for those before it as well."""
     return [
         step for index, step in enumerate(steps) if step[1] not in [plan for _, plan in steps[index + 1 : index + 2]]
     ]
@@ -57,7 +56,7 @@ def _last_of_equals(steps: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
 def write_table(
     path: Path, entries: Mapping[str, Sequence[Entry]], measured: Mapping[str, str], target: Target
 ) -> None:
-    """Whole or not at all, and only what the kernels can load; raises ValueError for anything else."""
+    """Writes the whole file or nothing; raises ValueError if the kernels could not load it."""
     lists = {name: ",\n  ".join(json.dumps(entry) for entry in each) for name, each in entries.items()}
     parts = [f' "{name}": ' + (f"[\n  {lines}\n ]" if lines else "[]") for name, lines in lists.items()]
     draft = path.with_name(f"{path.name}.new")
@@ -71,7 +70,7 @@ def write_table(
 
 
 def measured_on(device: torch.device, commit: str | None = None) -> dict[str, str]:
-    """commit: where git does not say it."""
+    """Says where and when the table was measured. commit: given if git does not say it."""
     found = environment(device)
     where = f"{found['device']}, driver {found['driver']}"
     return {

@@ -1,4 +1,5 @@
-// The Python face of this folder, and the only file that knows pybind11. Signatures are mirrored in internvl_rt/_C.pyi.
+// The Python interface of this folder. No other file includes pybind11. internvl_rt/_C.pyi repeats the signatures for
+// type checkers, and a test compares the two.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,7 +22,8 @@ namespace {
 
 using Ints = py::array_t<std::int32_t>;
 
-// The memory of an int32 C-contiguous array, never a converted copy: results are written into what the caller gave.
+// Returns the memory of an int32 C-contiguous array. Other arrays are refused and not converted, because results have
+// to be written into the caller's memory and not into a copy.
 std::span<const std::int32_t> input(const char* name, const py::array& array, py::ssize_t ndim = 1) {
   CHECK_ARGUMENT(py::isinstance<Ints>(array), name, ": expected dtype int32, got ",
                  py::str(array.dtype()).cast<std::string>());
@@ -36,7 +38,7 @@ std::span<std::int32_t> output(const char* name, py::array& array, py::ssize_t n
   return {static_cast<std::int32_t*>(array.mutable_data()), values.size()};
 }
 
-// A prompt whose memory belongs to Python, or to this object.
+// A prompt as Python gives it. Its memory belongs to Python's objects, and that of the pictures to this object.
 struct PromptArgument {
   PromptArgument(const py::array& token_ids, const py::iterable& picture_list, const std::optional<py::bytes>& identity,
                  std::optional<std::int64_t> max_cached) {
@@ -89,7 +91,8 @@ std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::
   if (split_W3) {
     step.split_start_S1 = output("split_start_S1", *split_start_S1);
     step.split_W3 = output("split_W3", *split_W3, 2);
-    CHECK_ARGUMENT(!step.split_start_S1.empty(), "split_start_S1: expected size ", step.seq_len_S.size() + 1, ", got 0");
+    CHECK_ARGUMENT(!step.split_start_S1.empty(), "split_start_S1: expected size ", step.seq_len_S.size() + 1,
+                   ", got 0");
     CHECK_ARGUMENT(split_W3->shape(1) == 3, "split_W3: expected 3 columns, got ", split_W3->shape(1));
   }
   return cache.fill_step(step);
@@ -97,10 +100,9 @@ std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::
 
 Ints take_copies(PagedKVCache& cache) {
   const auto copies = cache.take_copies();
-  Ints rows({std::ssize(copies), std::ptrdiff_t{3}});
+  Ints rows({std::ssize(copies), std::ptrdiff_t{2}});
   std::int32_t* out = rows.mutable_data();
   for (const BlockCopy& copy : copies) {
-    *out++ = static_cast<std::int32_t>(copy.kind);
     *out++ = copy.source;
     *out++ = copy.destination;
   }
@@ -123,11 +125,9 @@ py::dict stats(const PagedKVCache& cache) {
   const CacheStats s = cache.stats();
   using namespace py::literals;
   return py::dict("num_blocks"_a = s.num_blocks, "num_fresh"_a = s.num_fresh, "num_cached"_a = s.num_cached,
-                  "num_used"_a = s.num_used, "num_deferred"_a = s.num_deferred,
-                  "num_host_blocks"_a = s.num_host_blocks, "num_host_free"_a = s.num_host_free,
-                  "num_sequences"_a = s.num_sequences, "queried_tokens"_a = s.queried_tokens,
-                  "hit_tokens"_a = s.hit_tokens, "num_evictions"_a = s.num_evictions,
-                  "num_device_copies"_a = s.num_device_copies);
+                  "num_used"_a = s.num_used, "num_deferred"_a = s.num_deferred, "num_sequences"_a = s.num_sequences,
+                  "queried_tokens"_a = s.queried_tokens, "hit_tokens"_a = s.hit_tokens,
+                  "num_evictions"_a = s.num_evictions, "num_copies"_a = s.num_copies);
 }
 
 }  // namespace
@@ -140,49 +140,43 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Bookkeeping of the paged KV cache (csrc/); a wrong argument raises ValueError.";
   const py::tuple no_pictures;
   py::class_<PagedKVCache>(module, "PagedKVCache")
-      .def(py::init([](std::int32_t num_blocks, std::int32_t block_size, std::int32_t num_host_blocks,
-                       std::int32_t watermark_blocks, bool events, std::int32_t hash_bits) {
-             return PagedKVCache({num_blocks, block_size, num_host_blocks, watermark_blocks, events, hash_bits});
+      .def(py::init([](std::int32_t num_blocks, std::int32_t block_size, std::int32_t watermark_blocks, bool events,
+                       std::int32_t hash_bits) {
+             return PagedKVCache({num_blocks, block_size, watermark_blocks, events, hash_bits});
            }),
-           "num_blocks"_a, "block_size"_a, py::kw_only(), "num_host_blocks"_a = 0, "watermark_blocks"_a = 0,
-           "events"_a = false, "hash_bits"_a = 128)
+           "num_blocks"_a, "block_size"_a, py::kw_only(), "watermark_blocks"_a = 0, "events"_a = false,
+           "hash_bits"_a = 128)
       .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
            "max_cached"_a = py::none())
       .def("admit", &admit, "seq_id"_a, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(),
            py::kw_only(), "num_reserved"_a = 0, "max_cached"_a = py::none())
-      .def("append", &PagedKVCache::append, "seq_id"_a, "num_tokens"_a)
-      .def("append_batch",
-           [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
-             return cache.append_batch(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
-           },
-           "seq_ids"_a, "num_tokens"_a)
-      .def("extend",
-           [](PagedKVCache& cache, std::int64_t seq_id, Array token_ids) {
-             cache.extend(seq_id, input("token_ids", token_ids));
-           },
-           "seq_id"_a, "token_ids"_a)
-      .def("extend_batch",
-           [](PagedKVCache& cache, Array seq_ids, Array token_ids) {
-             cache.extend_batch(input("seq_ids", seq_ids), input("token_ids", token_ids));
-           },
-           "seq_ids"_a, "token_ids"_a)
-      .def("publish",
-           [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
-             cache.publish(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
-           },
-           "seq_ids"_a, "num_tokens"_a)
+      .def(
+          "append",
+          [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
+            return cache.append(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
+          },
+          "seq_ids"_a, "num_tokens"_a)
+      .def(
+          "extend",
+          [](PagedKVCache& cache, std::int64_t seq_id, Array token_ids) {
+            cache.extend(seq_id, input("token_ids", token_ids));
+          },
+          "seq_id"_a, "token_ids"_a)
+      .def(
+          "publish",
+          [](PagedKVCache& cache, Array seq_ids, Array num_tokens) {
+            cache.publish(input("seq_ids", seq_ids), input("num_tokens", num_tokens));
+          },
+          "seq_ids"_a, "num_tokens"_a)
       .def("fork", &PagedKVCache::fork, "seq_id"_a, "new_seq_id"_a)
       .def("rollback", &PagedKVCache::rollback, "seq_id"_a, "num_tokens"_a)
       .def("release", &PagedKVCache::release, "seq_id"_a)
-      .def("swap_out", &PagedKVCache::swap_out, "seq_id"_a)
-      .def("swap_in", &PagedKVCache::swap_in, "seq_id"_a)
       .def("fill_step", &fill_step, "seq_ids"_a, "num_new_tokens"_a, "query_start_S1"_a, "seq_len_S"_a,
            "block_table_SN"_a, "slot_T"_a, "split_start_S1"_a = py::none(), "split_W3"_a = py::none())
       .def("complete", &PagedKVCache::complete, "step"_a, py::kw_only(), "failed"_a = false)
       .def("take_copies", &take_copies)
       .def("reset", &PagedKVCache::reset)
       .def("drain_events", &drain_events)
-      .def("length", &PagedKVCache::length, "seq_id"_a)
       .def("stats", &stats)
       .def("check_invariants", &PagedKVCache::check_invariants)
       .def_property_readonly("num_available_blocks", &PagedKVCache::num_available_blocks)

@@ -36,7 +36,7 @@ void BlockPool::ref(std::int32_t block) {
     unlink(block);
     --num_cached_;
   } else {
-    ++b.generation;  // what waited to put it back does so no more
+    ++b.generation;  // so the entry in PagedKVCache::frees_ that would put it back is stale
     --num_deferred_;
   }
   b.place = Place::kUsed;

@@ -1,11 +1,15 @@
-// The physical blocks of the KV cache: who refers to them, and which can be handed out next.
+// The blocks of the KV cache: how many sequences hold each of them, and which one is handed out next.
 //
-// A block id indexes the B dimension of every layer's k_cache_BGPC and v_cache_BGPC. A block is in one place: on the
-// fresh list (nothing of value in it), on the cached list (a published prefix that nobody uses right now, so it may be
-// evicted), in use by sequences, or deferred (unused, but a step of the device may still read or write it). Fresh blocks
-// are last in, first out: the one that was just freed is warm in caches and backed by the OS. Cached blocks are evicted
-// in the order in which they came. Both lists run through one flat array, so every operation is O(1) and allocates
-// nothing.
+// A block id indexes the B dimension of every layer's k_cache_BGPC and v_cache_BGPC. Each block is in exactly one
+// place:
+//   fresh     It holds nothing that anybody could use. The block that was freed last is handed out first, because its
+//             memory is most likely still in the processor's caches and already backed by the operating system.
+//   cached    It holds a published prefix that no sequence uses at the moment. Without a fresh block, the block that
+//             has been cached longest is evicted.
+//   used      At least one sequence holds it.
+//   deferred  No sequence holds it, but a step of the device may still read or write it.
+// The lists of fresh and of cached blocks are linked through the entries of one array, so every operation is O(1) and
+// allocates no memory.
 #pragma once
 
 #include <cstdint>
@@ -15,18 +19,18 @@ namespace internvl_rt {
 
 enum class Place : std::uint8_t { kFresh, kCached, kUsed, kDeferred };
 enum class Content : std::uint8_t {
-  kPrivate,    // its sequence may write it, if it is the only one
-  kPending,    // final; will be published when its step is complete
-  kPublished,  // in the prefix index
+  kPrivate,    // a sequence may write it, if no other sequence holds it
+  kPending,    // its tokens are final; it is published when the step that computes them is complete
+  kPublished,  // it is in the prefix index
 };
 
 struct Block {
   std::int32_t previous = -1;
   std::int32_t next = -1;
   std::int32_t references = 0;
-  std::uint32_t generation = 0;  // how often it was allocated, or taken back while it was deferred
-  std::int64_t busy_until = 0;   // the step that makes the latest copy from or to it
-  std::int32_t copy_of = -1;     // source of a copy to it that has not been taken yet
+  std::uint32_t generation = 0;  // counts how often it was allocated, or taken back while it was deferred
+  std::int64_t busy_until = 0;   // the latest step that makes a copy from or to it
+  std::int32_t copy_of = -1;     // the source of a copy to it that take_copies() has not handed out yet; -1: none
   Place place = Place::kFresh;
   Content content = Content::kPrivate;
 };
@@ -46,18 +50,25 @@ class BlockPool {
     return (*this)[block].references == 1 && (*this)[block].content == Content::kPrivate;
   }
 
-  // The published block that the next allocate() takes, to be removed from the index first; -1: it takes a fresh one.
+  // The published block that the next allocate() takes; the caller has to remove it from the prefix index first.
+  // -1: the next allocate() takes a fresh block.
   std::int32_t next_eviction() const noexcept;
-  std::int32_t allocate();          // with one reference, private; the caller has seen num_available() > 0
-  void ref(std::int32_t block);     // of a used block, or a published one
-  bool unref(std::int32_t block);   // true: that was the last reference, the block is deferred
-  void put_back(std::int32_t block);  // a deferred block, to the list that its content asks for
-  void forget_cached();             // cached blocks become fresh ones
+  // Hands out a block, which is then private and has one reference. num_available() must be above 0.
+  std::int32_t allocate();
+  // Adds a reference. The block must be used or published.
+  void ref(std::int32_t block);
+  // Takes a reference away; true: it was the last one, and the block is deferred now.
+  bool unref(std::int32_t block);
+  // Moves a deferred block to the list of cached blocks if it is published, else to the list of fresh ones.
+  void put_back(std::int32_t block);
+  // Makes all cached blocks fresh.
+  void forget_cached();
 
   void check_invariants() const;
 
  private:
-  std::int32_t fresh_list() const noexcept { return num_blocks_; }  // the lists' ends are two further entries
+  // Two further entries of the array are the heads of the two circular lists.
+  std::int32_t fresh_list() const noexcept { return num_blocks_; }
   std::int32_t cached_list() const noexcept { return num_blocks_ + 1; }
   void link_after(std::int32_t before, std::int32_t block);
   void unlink(std::int32_t block);

@@ -1,5 +1,5 @@
-// Two families of checks: CHECK_ARGUMENT for what a caller can get wrong (ValueError in Python), CHECK_INVARIANT for
-// what only a bug in this folder can break (RuntimeError). Both stay on in release builds.
+// CHECK_ARGUMENT checks what a caller can get wrong; Python raises ValueError. CHECK_INVARIANT checks what only a bug
+// in this folder can break; Python raises RuntimeError. Both are on in release builds too.
 #pragma once
 
 #include <sstream>
@@ -17,14 +17,14 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace internvl_rt
 
-#define CHECK_ARGUMENT(condition, ...)                                                        \
-  do {                                                                                        \
-    if (!(condition)) [[unlikely]]                                                            \
-      throw std::invalid_argument(::internvl_rt::concat(__VA_ARGS__));                        \
+#define CHECK_ARGUMENT(condition, ...)                                 \
+  do {                                                                 \
+    if (!(condition)) [[unlikely]]                                     \
+      throw std::invalid_argument(::internvl_rt::concat(__VA_ARGS__)); \
   } while (false)
 
-#define CHECK_INVARIANT(condition, ...)                                                       \
-  do {                                                                                        \
-    if (!(condition)) [[unlikely]]                                                            \
-      throw std::runtime_error(::internvl_rt::concat("broken invariant: ", __VA_ARGS__));     \
+#define CHECK_INVARIANT(condition, ...)                                                   \
+  do {                                                                                    \
+    if (!(condition)) [[unlikely]]                                                        \
+      throw std::runtime_error(::internvl_rt::concat("broken invariant: ", __VA_ARGS__)); \
   } while (false)

@@ -1,4 +1,5 @@
-// What must wait for a step of the device, first in, first out. A ring that allocates memory only when it grows.
+// A queue of items that each wait for a step of the device, first in, first out. It is a ring buffer, which allocates
+// memory only when it grows.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +13,19 @@ class FenceQueue {
   std::int64_t size() const noexcept { return static_cast<std::int64_t>(end_ - begin_); }
   void clear() noexcept { begin_ = end_; }
 
-  // Makes the next `count` pushes unable to fail.
+  // Makes room, so that the next `count` calls of push() allocate no memory and cannot fail.
   void reserve(std::int64_t count) {
     while (std::ssize(ring_) < size() + count) grow();
   }
 
+  // The item waits for the step of the number `fence`.
   void push(std::int64_t fence, const Item& item) {
     if (size() == std::ssize(ring_)) grow();
     ring_[end_++ & (ring_.size() - 1)] = {fence, item};
   }
 
-  // Hands every item whose turn has come to `use`. An item never overtakes an earlier one, even with a smaller fence.
+  // Removes the items at the front that wait for no step after `completed`, and calls `use` with each. An item never
+  // overtakes an earlier one, even if it waits for an earlier step.
   template <class Use>
   void drain(std::int64_t completed, Use use) {
     while (begin_ != end_) {
@@ -53,8 +56,8 @@ class FenceQueue {
     end_ = end;
   }
 
-  std::vector<Entry> ring_ = std::vector<Entry>(16);  // its size is a power of two
-  std::size_t begin_ = 0, end_ = 0;                   // counters, taken modulo the size
+  std::vector<Entry> ring_ = std::vector<Entry>(16);  // its size is always a power of two
+  std::size_t begin_ = 0, end_ = 0;                   // they count up for ever; an index is their low bits
 };
 
 }  // namespace internvl_rt

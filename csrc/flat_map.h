@@ -1,5 +1,6 @@
-// A hash map from small keys to non-negative int32 values in one flat array: linear probing, backward-shift deletion (so
-// no tombstones pile up), at most half full. Memory is allocated only when it grows.
+// A hash map from small keys to non-negative int32 values, in one array that is at most half full. A key is looked for
+// from its home on, entry by entry (linear probing). To erase a key, the entries behind it are moved up (backward-shift
+// deletion), so no markers of deleted keys are left. Memory is allocated only when the map grows.
 #pragma once
 
 #include <bit>
@@ -12,8 +13,9 @@
 
 namespace internvl_rt {
 
-inline std::uint64_t spread(const Hash128& key) { return key.low; }  // a hash already
-inline std::uint64_t spread(std::int64_t key) {                      // Fibonacci hashing; the high bits are the good ones
+inline std::uint64_t spread(const Hash128& key) { return key.low; }  // the key is a hash already
+// Fibonacci hashing: the high bits of the product depend on all bits of the key, so they are mixed into the low ones.
+inline std::uint64_t spread(std::int64_t key) {
   const std::uint64_t product = static_cast<std::uint64_t>(key) * 0x9e3779b97f4a7c15;
   return product ^ (product >> 32);
 }
@@ -25,7 +27,7 @@ class FlatMap {
 
   std::int64_t size() const noexcept { return size_; }
 
-  // The key's value, or -1.
+  // Returns the key's value, or -1 if the key is not in the map.
   std::int32_t find(const Key& key) const {
     for (std::size_t place = home(key);; place = after(place)) {
       const Entry& entry = entries_[place];
@@ -33,21 +35,22 @@ class FlatMap {
     }
   }
 
-  // The key must be new.
+  // The key must not be in the map.
   void insert(const Key& key, std::int32_t value) {
     if (2 * (size_ + 1) > std::ssize(entries_)) grow();
     place(key, value);
     ++size_;
   }
 
-  // The key must be here.
+  // The key must be in the map.
   void erase(const Key& key) {
     std::size_t hole = home(key);
     while (!(entries_[hole].value >= 0 && entries_[hole].key == key)) {
       CHECK_INVARIANT(entries_[hole].value >= 0, "a key that is erased is not in the map");
       hole = after(hole);
     }
-    // Entries behind the hole move up unless they would come to lie before their home.
+    // Each entry behind the hole moves into it, unless the hole is before that entry's home, where it could not be
+    // found.
     for (std::size_t next = after(hole); entries_[next].value >= 0; next = after(next)) {
       const std::size_t distance_home = (next - home(entries_[next].key)) & mask();
       if (distance_home >= ((next - hole) & mask())) {

@@ -1,5 +1,5 @@
-// SipHash-2-4 with 128 bits of output (Aumasson and Bernstein, 2012) over 64-bit words: a keyed hash, so that whoever
-// does not know the key cannot make two prompts collide.
+// SipHash-2-4 with 128 bits of output (Aumasson and Bernstein, 2012) over 64-bit words. It is a keyed hash: somebody
+// who does not know the key cannot construct two prompts of the same hash.
 #pragma once
 
 #include <bit>
@@ -28,7 +28,7 @@ class SipHash128 {
   void add(std::uint32_t low, std::uint32_t high) { add(low | static_cast<std::uint64_t>(high) << 32); }
 
   Hash128 finish() {
-    compress((num_words_ * 8) << 56);  // the length in bytes, modulo 256, in the last byte of the padding
+    compress((num_words_ * 8) << 56);  // the length in bytes modulo 256 is the last byte
     v2_ ^= 0xee;
     for (int i = 0; i < 4; ++i) round();
     const std::uint64_t low = v0_ ^ v1_ ^ v2_ ^ v3_;

@@ -17,7 +17,6 @@ std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value)
 const CacheOptions& checked(const CacheOptions& options) {
   CHECK_ARGUMENT(options.num_blocks > 0, "num_blocks: expected at least 1, got ", options.num_blocks);
   CHECK_ARGUMENT(options.block_size > 0, "block_size: expected at least 1, got ", options.block_size);
-  CHECK_ARGUMENT(options.num_host_blocks >= 0, "num_host_blocks: expected at least 0, got ", options.num_host_blocks);
   CHECK_ARGUMENT(options.watermark_blocks >= 0 && options.watermark_blocks < options.num_blocks,
                  "watermark_blocks: expected 0 to ", options.num_blocks - 1, ", got ", options.watermark_blocks);
   CHECK_ARGUMENT(options.hash_bits >= 1 && options.hash_bits <= 128, "hash_bits: expected 1 to 128, got ",
@@ -41,7 +40,6 @@ void check_size(const char* name, std::size_t actual, std::size_t expected) {
 PagedKVCache::PagedKVCache(const CacheOptions& options)
     : options_(checked(options)),
       pool_(options.num_blocks),
-      host_pool_(options.num_host_blocks),
       index_(options.num_blocks, options.block_size, options.hash_bits, options.events) {}
 
 // --- the life of a sequence ---------------------------------------------------------------------------------------
@@ -94,21 +92,11 @@ std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Promp
   return num_matched;
 }
 
-bool PagedKVCache::append(std::int64_t seq_id, std::int64_t num_tokens) {
-  Sequence& sequence = find_resident(seq_id);
-  check_count("num_tokens", num_tokens);
-  // More than any pool holds; compared before it is added, since the sum of two int64 may overflow.
-  if (num_tokens > kMaxInt32 || num_blocks_to_append(sequence, num_tokens) > pool_.num_available()) return false;
-  append_unchecked(sequence, num_tokens);
-  return true;
-}
-
-bool PagedKVCache::append_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens) {
+bool PagedKVCache::append(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens) {
   check_size("num_tokens", num_tokens.size(), seq_ids.size());
   find_batch(seq_ids);
   std::int64_t num_blocks = 0;
   for (std::size_t i = 0; i < seq_ids.size(); ++i) {
-    check_resident(*batch_[i]);
     check_count("num_tokens", num_tokens[i]);
     num_blocks += num_blocks_to_append(*batch_[i], num_tokens[i]);
   }
@@ -144,8 +132,8 @@ void PagedKVCache::append_unchecked(Sequence& sequence, std::int64_t num_tokens)
     std::int32_t& block = sequence.blocks[as_size(i)];
     if (pool_.writable(block)) continue;
     const std::int32_t shared = std::exchange(block, allocate());
-    if (i == first && sequence.length % block_size() != 0) copy(CopyKind::kDevice, shared, block);
-    unref(shared, num_steps_ + 1);  // the next step still copies from it
+    if (i == first && sequence.length % block_size() != 0) copy(shared, block);
+    unref(shared, num_steps_ + 1);  // the copy from it is made before the next step
   }
   sequence.length += num_tokens;
   sequence.room = end * block_size() - sequence.length;
@@ -156,18 +144,11 @@ void PagedKVCache::extend(std::int64_t seq_id, std::span<const std::int32_t> tok
   known.insert(known.end(), token_ids.begin(), token_ids.end());
 }
 
-void PagedKVCache::extend_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> token_ids) {
-  check_size("token_ids", token_ids.size(), seq_ids.size());
-  find_batch(seq_ids);
-  for (std::size_t i = 0; i < seq_ids.size(); ++i) batch_[i]->token_ids.push_back(token_ids[i]);
-}
-
 void PagedKVCache::publish(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens) {
   check_size("num_tokens", num_tokens.size(), seq_ids.size());
   find_batch(seq_ids);
   for (std::size_t i = 0; i < seq_ids.size(); ++i) {
     const Sequence& sequence = *batch_[i];
-    check_resident(sequence);
     const std::int64_t most = std::min(sequence.num_in_steps, std::ssize(sequence.token_ids));
     CHECK_ARGUMENT(num_tokens[i] >= 0 && num_tokens[i] <= most, "num_tokens: expected 0 to ", most, " (sequence ",
                    seq_ids[i], " has ", sequence.num_in_steps, " tokens in steps and ", sequence.token_ids.size(),
@@ -190,23 +171,22 @@ void PagedKVCache::publish_next_block(Sequence& sequence) {
   const Hash128 hash = index_.digest(parent, index, token_ids, sequence.pictures);
   const std::int32_t block = sequence.blocks[as_size(index)];
   sequence.digests.push_back(hash);
-  if (pool_[block].content != Content::kPrivate) return;  // a fork was faster
+  if (pool_[block].content != Content::kPrivate) return;  // another sequence has published it, which shares it
   index_.describe(block, hash, parent, token_ids);
   pool_[block].content = Content::kPending;
   publications_.push(num_steps_, version_of(block));
 }
 
 void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
-  find_resident(seq_id);
-  check_new(new_seq_id);
   const std::int64_t num_live = blocks_for(find(seq_id).length);
+  check_new(new_seq_id);
   Sequence& child = start(new_seq_id, num_live, [&](Sequence& s) {
     const Sequence& parent = find(seq_id);
     s.token_ids = parent.token_ids;
     s.pictures = parent.pictures;
     s.digests = parent.digests;
   });
-  Sequence& parent = find(seq_id);  // start() may have moved it
+  Sequence& parent = find(seq_id);  // start() may have moved sequences_ to other memory
   child.length = parent.length;
   child.num_in_steps = parent.num_in_steps;
   child.matches = parent.matches;
@@ -215,11 +195,11 @@ void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
     pool_.ref(block);
     child.blocks.push_back(block);
   }
-  parent.room = 0;  // the last block is shared now
+  parent.room = 0;  // its last block is shared now
 }
 
 void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
-  Sequence& sequence = find_resident(seq_id);
+  Sequence& sequence = find(seq_id);
   CHECK_ARGUMENT(num_tokens >= 0 && num_tokens <= sequence.length, "num_tokens: expected 0 to ", sequence.length,
                  " (the length of sequence ", seq_id, "), got ", num_tokens);
   sequence.length -= num_tokens;
@@ -232,53 +212,11 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
 
 void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
-  frees_.reserve(std::ssize(sequence.blocks));  // what can fail comes first
-  host_frees_.reserve(std::ssize(sequence.blocks));
-  // Back to front: the tail is evicted before the head, and the next sequence gets fresh blocks in this one's order.
-  for (const std::int32_t block : sequence.blocks | std::views::reverse) {
-    if (sequence.swapped) {
-      unref_host(block, num_steps_ + 1);  // a copy to it may still run
-    } else {
-      unref(block, num_steps_);
-    }
-  }
+  frees_.reserve(std::ssize(sequence.blocks));  // allocates here, where a failure has changed nothing yet
+  // From the last block to the first: so the end of a prefix is evicted before its beginning, without which nobody
+  // could find it, and the next sequence gets the fresh blocks in the order of this one.
+  for (const std::int32_t block : sequence.blocks | std::views::reverse) unref(block, num_steps_);
   vacate(sequence);
-}
-
-bool PagedKVCache::swap_out(std::int64_t seq_id) {
-  Sequence& sequence = find_resident(seq_id);
-  const std::int64_t num_live = blocks_for(sequence.length);
-  if (num_live > host_pool_.num_available()) return false;
-  frees_.reserve(std::ssize(sequence.blocks));
-  for (std::int64_t i = std::ssize(sequence.blocks) - 1; i >= num_live; --i)
-    unref(sequence.blocks[as_size(i)], num_steps_ + 1);
-  sequence.blocks.resize(as_size(num_live));
-  std::vector<std::int32_t>& device_blocks = swap_scratch_;
-  device_blocks = sequence.blocks;
-  for (std::int32_t& block : sequence.blocks) {
-    const std::int32_t host_block = host_pool_.allocate();
-    copy(CopyKind::kToHost, block, host_block);
-    block = host_block;
-  }
-  for (const std::int32_t block : device_blocks | std::views::reverse) unref(block, num_steps_ + 1);
-  sequence.swapped = true;
-  sequence.room = 0;
-  return true;
-}
-
-bool PagedKVCache::swap_in(std::int64_t seq_id) {
-  Sequence& sequence = find(seq_id);
-  CHECK_ARGUMENT(sequence.swapped, "sequence ", seq_id, " is not swapped out");
-  if (std::ssize(sequence.blocks) > pool_.num_available()) return false;
-  host_frees_.reserve(std::ssize(sequence.blocks));
-  for (std::int32_t& block : sequence.blocks) {
-    const std::int32_t host_block = std::exchange(block, allocate());
-    copy(CopyKind::kToDevice, host_block, block);
-    unref_host(host_block, num_steps_ + 1);
-  }
-  sequence.swapped = false;
-  if (sequence.matches) sequence.digests.resize(1);  // these blocks are not published
-  return true;
 }
 
 void PagedKVCache::reset() {
@@ -302,17 +240,7 @@ PagedKVCache::Sequence& PagedKVCache::find(std::int64_t seq_id) {
   return const_cast<Sequence&>(std::as_const(*this).find(seq_id));
 }
 
-PagedKVCache::Sequence& PagedKVCache::find_resident(std::int64_t seq_id) {
-  Sequence& sequence = find(seq_id);
-  check_resident(sequence);
-  return sequence;
-}
-
-void PagedKVCache::check_resident(const Sequence& sequence) const {
-  CHECK_ARGUMENT(!sequence.swapped, "sequence ", sequence.seq_id, " is swapped out");
-}
-
-// The sequences of a batch, into batch_.
+// Writes the sequences of a batch into batch_.
 void PagedKVCache::find_batch(std::span<const std::int32_t> seq_ids) {
   batch_.clear();
   ++num_batches_;
@@ -344,11 +272,12 @@ void PagedKVCache::check_prompt(const Prompt& prompt) const {
   }
 }
 
-// A vacant entry for the sequence. `describe` fills its vectors: all that can fail comes before anything is taken.
+// Gives the sequence a vacant entry. `describe` fills the entry's vectors: that allocates memory and may fail, so it
+// comes before anything else has changed.
 template <class Describe>
 PagedKVCache::Sequence& PagedKVCache::start(std::int64_t seq_id, std::int64_t num_blocks, Describe describe) {
   if (vacant_.empty()) {
-    vacant_.reserve(sequences_.size() + 1);  // so that vacate() cannot fail
+    vacant_.reserve(sequences_.size() + 1);  // so vacate() needs no memory and cannot fail
     sequences_.emplace_back();
     vacant_.push_back(static_cast<std::int32_t>(sequences_.size()) - 1);
   }
@@ -367,7 +296,6 @@ void PagedKVCache::vacate(Sequence& sequence) {
   vacant_.push_back(static_cast<std::int32_t>(&sequence - sequences_.data()));
   sequence.seq_id = -1;
   sequence.room = 0;
-  sequence.swapped = false;
 }
 
 }  // namespace internvl_rt

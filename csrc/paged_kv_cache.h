@@ -1,19 +1,20 @@
-// Which block holds which token of which sequence, and which blocks hold a prefix that others may reuse. The bytes
-// themselves belong to torch; this class hands out block ids, fills the index buffers that the kernels read, and lists
-// the block copies that the device must make.
+// The bookkeeping of the paged KV cache: which block holds which token of which sequence, and which blocks hold a
+// prefix that other sequences may reuse. The memory of the blocks belongs to torch. This class hands out block ids,
+// fills the index buffers that the kernels read, and lists the blocks that the device must copy.
 //
 //   PagedKVCache cache({.num_blocks = 1024, .block_size = 64});
-//   cache.admit(7, prompt, 0);              // how many leading tokens are in the cache already; nullopt: no space
-//   cache.append(7, 200);                   // slots for the next 200 tokens
-//   const auto step = cache.fill_step(...); // block table, slots and lengths of this step
-//   cache.publish({7}, {200});              // others may reuse these tokens' full blocks ...
-//   cache.complete(step);                   // ... now that the device has written them
+//   cache.admit(7, prompt, 0);              // returns how many leading tokens are cached; nullopt: there is no space
+//   cache.append({7}, {200});               // gives slots to the next 200 tokens
+//   const auto step = cache.fill_step(...); // writes the block table, slots and lengths of this step
+//   cache.publish({7}, {200});              // says that these tokens are final, so others may reuse their full blocks
+//   cache.complete(step);                   // says that the device has written them; from now on others find them
 //   cache.release(7);
 //
-// Steps are numbered by fill_step and end with complete(). A block that is released while a step may still read or
-// write it waits for that step; a published block can be matched only after its step. One thread at a time may use
-// the object; there are no locks. A wrong argument throws std::invalid_argument, a bug in here std::runtime_error.
-// After a wrong argument, and when admit, append or a swap reports that there is no space, nothing has changed.
+// fill_step() numbers the steps, and complete() says that steps have ended on the device. A block that is released
+// while a step may still read or write it is handed out only after that step. A published block can be matched only
+// after the step that writes it. One thread at a time may use the object; there are no locks. A wrong argument throws
+// std::invalid_argument, a bug in this folder std::runtime_error. After a wrong argument, and when admit() or append()
+// reports that there is no space, nothing has changed.
 #pragma once
 
 #include <cstdint>
@@ -32,141 +33,134 @@ namespace internvl_rt {
 struct CacheOptions {
   std::int32_t num_blocks = 0;
   std::int32_t block_size = 0;        // tokens
-  std::int32_t num_host_blocks = 0;   // room for sequences that are swapped out
-  std::int32_t watermark_blocks = 0;  // kept free at admission, for the growth of those that run
-  bool events = false;                // whether drain_events has something to tell
-  std::int32_t hash_bits = 128;       // fewer only in tests that provoke collisions
+  std::int32_t watermark_blocks = 0;  // so many blocks stay free at admission, for sequences that run already
+  bool events = false;                // whether drain_events() has something to return
+  std::int32_t hash_bits = 128;       // tests take fewer, to provoke collisions
 };
 
 // A prompt as the prefix index sees it.
 struct Prompt {
   std::span<const std::int32_t> token_ids;
-  std::span<const Picture> pictures;  // in order, apart, inside the prompt
-  // All else that the keys and values depend on (model, dtypes, rotary rule, adapter, tenant), as one string in which
-  // no two different values look the same. Without it the sequence neither matches nor publishes.
+  std::span<const Picture> pictures;  // in order, without overlaps, inside the prompt
+  // All else that the keys and values depend on (model, dtypes, rotary rule, adapter, tenant), as one string that is
+  // different for every combination. Without it the sequence finds no prefix and publishes none.
   std::optional<std::span<const std::uint8_t>> identity;
-  // At most so many leading tokens are taken from the cache: whoever wants the logits of a prompt's tokens has to compute
-  // them from the first wanted one on. By default all but the last one.
+  // At most so many leading tokens are taken from the cache, for a caller who needs the logits of the tokens behind
+  // them. By default all tokens but the last may come from the cache.
   std::int64_t max_cached = std::numeric_limits<std::int64_t>::max();
 };
 
-// One step's buffers. Rows beyond seq_ids.size() are padding: length 0, no new tokens, table -1.
+// The buffers of one step. Rows from seq_ids.size() on are padding: they get length 0, no new tokens, and -1 as blocks.
 struct StepBuffers {
-  std::span<const std::int32_t> seq_ids;         // [S], each sequence at most once
-  std::span<const std::int32_t> num_new_tokens;  // [S], the last so many appended tokens are computed in this step
-  std::span<std::int32_t> query_start_S1;        // [rows + 1], prefix sums of num_new_tokens
-  std::span<std::int32_t> seq_len_S;             // [rows], length including the new tokens
-  std::span<std::int32_t> block_table_SN;        // [rows, table_width], -1 behind the last used block
+  std::span<const std::int32_t> seq_ids;         // [S]; each sequence occurs at most once
+  std::span<const std::int32_t> num_new_tokens;  // [S]; the step computes so many of the tokens that were appended last
+  std::span<std::int32_t> query_start_S1;        // [rows + 1]; prefix sums of num_new_tokens
+  std::span<std::int32_t> seq_len_S;             // [rows]; the lengths, new tokens included
+  std::span<std::int32_t> block_table_SN;        // [rows, table_width]; -1 behind a row's last block
   std::int64_t table_width;                      // N
-  std::span<std::int32_t> slot_T;                // block * block_size + offset per new token, -1 behind the last
-  // How decode attention is split, over the rows with exactly one new token; both empty: no plan is wanted.
-  std::span<std::int32_t> split_start_S1;  // [rows + 1], a row's splits are items [start[row], start[row + 1])
-  std::span<std::int32_t> split_W3;        // [W, 3], (row, first block, end block) of each item, -1 behind the last
+  std::span<std::int32_t> slot_T;                // block * block_size + offset of each new token; -1 behind the last
+  // The split plan of decode attention: it cuts the rows with exactly one new token into work items. Both are empty if
+  // no plan is wanted.
+  std::span<std::int32_t> split_start_S1;  // [rows + 1]; a row's items are those from start[row] to start[row + 1] - 1
+  std::span<std::int32_t> split_W3;        // [W, 3]; (row, first block, end block) of each item; -1 behind the last
 };
 
-enum class CopyKind : std::int32_t { kDevice = 0, kToHost = 1, kToDevice = 2 };
-
-// To be made in order, before the next step; copies of one kind that follow each other may be made at once.
+// A block that the device must copy before the next step. All copies of a list may be made at once.
 struct BlockCopy {
-  CopyKind kind;
   std::int32_t source;
   std::int32_t destination;
 };
 
 struct CacheStats {
-  std::int64_t num_blocks, num_fresh, num_cached, num_used, num_deferred;  // the last four add up to the first
-  std::int64_t num_host_blocks, num_host_free, num_sequences;
-  std::int64_t queried_tokens, hit_tokens;  // of all admissions so far
-  std::int64_t num_evictions, num_device_copies;
+  std::int64_t num_blocks, num_fresh, num_cached, num_used, num_deferred;  // the last four add up to num_blocks
+  std::int64_t num_sequences;
+  std::int64_t queried_tokens, hit_tokens;  // summed over all admissions so far
+  std::int64_t num_evictions, num_copies;
 };
 
 class PagedKVCache {
  public:
   explicit PagedKVCache(const CacheOptions& options);
 
-  // Tokens of the longest published prefix in whole blocks: at most the prompt's length - 1, so that a token is left to
-  // compute, and at most max_cached. O(matched blocks).
+  // Returns the length, in tokens, of the longest published prefix in whole blocks. It is shorter than the prompt,
+  // so that a token is left to compute, and at most max_cached. O(matched blocks).
   std::int64_t match(const Prompt& prompt) const;
-  // Starts a sequence whose first tokens, as many as match() says, are in the cache already; returns that number, which
-  // is the sequence's length. Room for num_reserved tokens in all is taken at once. nullopt: no space above the
-  // watermark (which counts only while other sequences are here). O(blocks).
+  // Starts a sequence with the prefix that match() finds, and returns its length, which is then the sequence's length.
+  // The sequence gets room for num_reserved tokens in all at once. nullopt: there is no space above the watermark; the
+  // watermark counts only while there are other sequences. O(blocks).
   std::optional<std::int64_t> admit(std::int64_t seq_id, const Prompt& prompt, std::int64_t num_reserved);
-  // Slots for the next num_tokens tokens; beyond the reservation it takes further blocks. Blocks that are shared or
-  // published are replaced, not written: the live part of the last one is copied (see take_copies). O(new blocks).
-  bool append(std::int64_t seq_id, std::int64_t num_tokens);
-  // The same for several sequences, each at most once: all or nothing.
-  bool append_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
-  // The ids of tokens behind those already known: publish needs them. One for each sequence.
-  void extend_batch(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> token_ids);
+  // Gives slots to the next num_tokens[i] tokens of each sequence, and takes further blocks where the room that was
+  // reserved does not suffice. A block that is shared or published is not written but replaced; what it holds of
+  // the sequence's last tokens is copied (see take_copies). false: there is no space for all of them, and nothing has
+  // changed. O(new blocks).
+  bool append(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
+  // Adds the ids of tokens behind those that are known already. publish() needs them.
   void extend(std::int64_t seq_id, std::span<const std::int32_t> token_ids);
-  // The first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the latest step
-  // is complete. They must have been in a step, with known ids. Where equal content is published already, that stays.
+  // Says that the first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the
+  // latest step is complete. The tokens must have been in a step, and their ids must be known. If a block of the same
+  // content is published already, that one is kept in the index.
   void publish(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
-  // A second sequence with the same tokens, known ids and published prefix; all live blocks are shared, reserved room is
-  // not. The parent's latest step may still run: what either appends is copied and written in a later one. O(blocks).
+  // Starts a second sequence with the same tokens, known ids and published prefix. The two share all blocks that hold
+  // tokens, but no reserved room. The latest step of the parent may still run: what either sequence appends is copied
+  // and written by a later step. O(blocks).
   void fork(std::int64_t seq_id, std::int64_t new_seq_id);
-  // Forgets the last num_tokens tokens and every known id behind them; their room stays reserved.
+  // Takes the last num_tokens tokens back, with all known ids from there on. Their room stays reserved.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
-  // Ends the sequence; its blocks return when the latest step is complete, the tail to be evicted first. O(blocks).
+  // Ends the sequence. Its blocks become available when the latest step is complete; its last ones are evicted first.
+  // O(blocks).
   void release(std::int64_t seq_id);
-  // Moves the live blocks to the host pool, or back; false: no space there. A sequence that is out takes no part in
-  // steps and cannot grow, be forked or rolled back. O(blocks).
-  bool swap_out(std::int64_t seq_id);
-  bool swap_in(std::int64_t seq_id);
 
-  // Fills the buffers and numbers the step: 1, 2, ... Checks every argument before the first write.
-  // O(rows * N + tokens); no memory allocation in the steady state.
+  // Fills the buffers and returns the number of the step: 1, 2, ... All arguments are checked before anything is
+  // written. O(rows * N + tokens). It allocates no memory once its scratch vectors have grown.
   std::int64_t fill_step(const StepBuffers& step);
-  // All steps up to this one have ended on the device. `failed`: not well, so that nothing which waited for them to be
-  // published ever will be; the sequences in them, and what was forked from these since, are the caller's to release.
+  // Says that all steps up to this one have ended on the device. `failed`: they have failed, so the blocks that waited
+  // for them are not published. The caller has to release the sequences of these steps, and all later forks of them.
   void complete(std::int64_t step, bool failed = false);
-  // The copies that append, swap_out and swap_in asked for since the last call; valid until the next of them.
+  // Returns the copies that append() has listed since the last call. The list is valid until the next call.
   std::span<const BlockCopy> take_copies();
 
-  // Forgets every published prefix; sequences go on.
+  // Removes every published prefix from the index. The sequences are not affected.
   void reset();
-  // What happened to the index since the last call; see PrefixEvent. Empty without CacheOptions::events.
+  // Returns the changes of the prefix index since the last call, or nothing without CacheOptions::events. Somebody who
+  // routes requests between replicas can know from them which replica holds a prefix.
   std::vector<PrefixEvent> drain_events() { return index_.drain_events(); }
 
-  std::int64_t length(std::int64_t seq_id) const { return find(seq_id).length; }
   CacheStats stats() const;
-  std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // fresh or evictable
+  std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // fresh or cached
   std::int32_t num_blocks() const noexcept { return pool_.num_blocks(); }
   std::int32_t block_size() const noexcept { return options_.block_size; }
   std::int64_t num_sequences() const noexcept { return ids_.size(); }
-  std::int64_t num_steps() const noexcept { return num_steps_; }  // the number of the latest
+  std::int64_t num_steps() const noexcept { return num_steps_; }  // the number of the latest step
 
-  // Recomputes all bookkeeping from scratch; for tests and debugging. O(num_blocks + tokens).
+  // Recomputes all bookkeeping and throws std::runtime_error where it differs; for tests and debugging.
+  // O(num_blocks + tokens).
   void check_invariants() const;
 
  private:
   struct Sequence {
-    std::int64_t seq_id = -1;           // -1: the entry is vacant
-    std::int64_t length = 0;            // tokens with slots
-    std::int64_t num_in_steps = 0;      // tokens that some step has computed or computes
-    std::int64_t room = 0;              // slots behind length, in its block, known to be writable
-    bool matches = false;               // has an identity
-    bool swapped = false;               // blocks are host blocks
-    std::uint64_t last_seen = 0;        // the batch call that saw it last: finds a sequence listed twice
-    std::vector<std::int32_t> blocks;   // token t lives in blocks[t / block_size]; may reach beyond length
+    std::int64_t seq_id = -1;          // -1: no sequence uses this entry
+    std::int64_t length = 0;           // the number of tokens with slots
+    std::int64_t num_in_steps = 0;     // the number of tokens that a step has computed or computes
+    std::int64_t room = 0;             // the number of slots behind the last token that are known to be writable
+    bool matches = false;              // whether it has an identity
+    std::uint64_t last_seen = 0;       // the latest batch call that named it; so a sequence named twice is noticed
+    std::vector<std::int32_t> blocks;  // blocks[t / block_size] holds token t; there may be more than tokens need
     std::vector<std::int32_t> token_ids;
     std::vector<Picture> pictures;
-    std::vector<Hash128> digests;  // [0] of the root, [i + 1] of block i; one for each block matched or published
+    std::vector<Hash128> digests;  // digests[0] is the root, digests[i + 1] that of block i, if matched or published
     std::int64_t num_published() const noexcept { return std::ssize(digests) - 1; }  // blocks
   };
-  struct BlockVersion {  // stale once the block has been handed out, or taken back into use
+  struct BlockVersion {  // it is stale once the block has been handed out again, or taken back into use
     std::int32_t block;
     std::uint32_t generation;
   };
 
   const Sequence& find(std::int64_t seq_id) const;
   Sequence& find(std::int64_t seq_id);
-  Sequence& find_resident(std::int64_t seq_id);
   template <class Describe>
   Sequence& start(std::int64_t seq_id, std::int64_t num_blocks, Describe describe);
   void vacate(Sequence& sequence);
   void check_new(std::int64_t seq_id) const;
-  void check_resident(const Sequence& sequence) const;
   void check_prompt(const Prompt& prompt) const;
   void find_batch(std::span<const std::int32_t> seq_ids);
   void check_step(const StepBuffers& step);
@@ -183,28 +177,24 @@ class PagedKVCache {
   void drain_frees();
   std::int32_t allocate();
   void unref(std::int32_t block, std::int64_t fence);
-  void unref_host(std::int32_t block, std::int64_t fence);
-  void copy(CopyKind kind, std::int32_t source, std::int32_t destination);
+  void copy(std::int32_t source, std::int32_t destination);
 
   CacheOptions options_;
   BlockPool pool_;
-  BlockPool host_pool_;
   PrefixIndex index_;
-  FlatMap<std::int64_t> ids_;  // seq_id -> place in sequences_
+  FlatMap<std::int64_t> ids_;  // maps a seq_id to an index of sequences_
   std::vector<Sequence> sequences_;
   std::vector<std::int32_t> vacant_;
   FenceQueue<BlockVersion> publications_;
-  FenceQueue<BlockVersion> frees_;  // blocks whose last reference is gone
-  FenceQueue<std::int32_t> host_frees_;
+  FenceQueue<BlockVersion> frees_;  // deferred blocks
   std::int64_t num_steps_ = 0;
   std::int64_t num_completed_ = 0;
   std::vector<BlockCopy> copies_, taken_copies_;
-  std::vector<Sequence*> batch_;  // scratch of the batch calls
+  std::vector<Sequence*> batch_;  // scratch: the sequences that a call names
   std::uint64_t num_batches_ = 0;
-  mutable std::vector<std::int32_t> matched_;      // scratch of match: the blocks,
-  mutable std::vector<Hash128> matched_digests_;  // and the digests from the root on
-  std::vector<std::int32_t> swap_scratch_;
-  std::int64_t queried_tokens_ = 0, hit_tokens_ = 0, num_evictions_ = 0, num_device_copies_ = 0;
+  mutable std::vector<std::int32_t> matched_;     // scratch: the blocks that match() has found
+  mutable std::vector<Hash128> matched_digests_;  // scratch: the root, and the digests of these blocks
+  std::int64_t queried_tokens_ = 0, hit_tokens_ = 0, num_evictions_ = 0, num_copies_ = 0;
 };
 
 }  // namespace internvl_rt

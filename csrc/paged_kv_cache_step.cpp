@@ -1,4 +1,5 @@
-// The part of PagedKVCache that talks to the device: the buffers of a step, fences, copies; and the check of the whole.
+// The part of PagedKVCache that concerns steps of the device: it fills their buffers, makes blocks wait for them and
+// lists copies. The check of all invariants is here too.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,15 +10,16 @@
 namespace internvl_rt {
 namespace {
 
-// A row of up to so many blocks is read by one program of decode attention.
+// One program of decode attention reads a whole row if the row has at most so many blocks.
 constexpr std::int64_t kMaxUnsplitBlocks = 4;
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Into how many splits a row of so many blocks is cut, given how long they should be for the batch's sake. The last split
-// to finish adds up all of them: below sqrt(blocks / 8) blocks that takes longer than shorter splits save.
+// Returns into how many splits a row of num_blocks blocks is cut, if no split of the batch should be longer than
+// `longest` blocks. The split that finishes last adds up the results of all. If splits were shorter than
+// sqrt(num_blocks / 8) blocks, adding up would take longer than shorter splits save.
 std::int64_t num_splits(std::int64_t num_blocks, std::int64_t longest) {
   if (num_blocks <= kMaxUnsplitBlocks) return num_blocks > 0 ? 1 : 0;
   const auto shortest = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(num_blocks) / 8)));
@@ -47,11 +49,11 @@ std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
     const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
     std::fill(end, table_N.end(), -1);
     std::int64_t position = sequence.length - step.num_new_tokens[row];
-    while (position < sequence.length) {  // a block at a time
+    while (position < sequence.length) {  // one block in each turn
       const std::int64_t index = position / block_size();
       const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
-      std::int32_t slot = sequence.blocks[as_size(index)] * block_size() +
-                          static_cast<std::int32_t>(position - index * block_size());
+      std::int32_t slot =
+          sequence.blocks[as_size(index)] * block_size() + static_cast<std::int32_t>(position - index * block_size());
       for (; position < stop; ++position) step.slot_T[num_tokens++] = slot++;
     }
     if (sequence.length - step.num_new_tokens[row] <= sequence.num_in_steps) sequence.num_in_steps = sequence.length;
@@ -77,7 +79,6 @@ void PagedKVCache::check_step(const StepBuffers& step) {
   std::int64_t num_tokens = 0, num_decodes = 0;
   for (std::size_t row = 0; row < num_sequences; ++row) {
     const Sequence& sequence = *batch_[row];
-    check_resident(sequence);
     const std::int32_t num_new = step.num_new_tokens[row];
     CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
                    " (the length of sequence ", sequence.seq_id, "), got ", num_new);
@@ -95,8 +96,8 @@ void PagedKVCache::check_step(const StepBuffers& step) {
                  " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
 }
 
-// The rule and its reasons are those of kernels/_split_plan.py: as many splits as programs are resident at once, equally
-// long in a row, and not shorter than pays.
+// The rule and its reasons are in kernels/_split_plan.py: there are as many splits as programs that the device runs at
+// the same time, the splits of a row are equally long, and none is so short that adding up costs more than it saves.
 void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
   const std::size_t num_rows = step.seq_len_S.size();
   const auto num_blocks_of = [&](std::size_t row) {
@@ -114,7 +115,7 @@ void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
   for (std::size_t row = 0; row < batch_.size(); ++row) num_blocks += num_blocks_of(row);
   const std::int64_t even = std::max<std::int64_t>(1, ceil_div(num_blocks, resident));
   std::int64_t longest = even;
-  if (total(2 * even) <= resident) {  // the shortest that makes one wave
+  if (total(2 * even) <= resident) {  // looks for the shortest splits that all run at the same time
     for (std::int64_t end = 2 * even; longest < end;) {
       const std::int64_t middle = (longest + end) / 2;
       if (total(middle) <= resident) {
@@ -150,10 +151,9 @@ void PagedKVCache::complete(std::int64_t step, bool failed) {
       if (is_current(version) && block.content == Content::kPending) block.content = Content::kPrivate;
     });
   }
-  // Publications first: a block that is free by now then goes to the cached list.
+  // Blocks are published before deferred ones are put back, so that a block which is both goes to the cached list.
   drain_publications();
   drain_frees();
-  host_frees_.drain(step, [&](std::int32_t block) { host_pool_.put_back(block); });
 }
 
 void PagedKVCache::drain_publications() {
@@ -169,7 +169,7 @@ void PagedKVCache::make_matchable(std::int32_t block) {
 
 void PagedKVCache::drain_frees() {
   frees_.drain(num_completed_, [&](const BlockVersion& version) {
-    if (is_current(version)) pool_.put_back(version.block);  // else a match has taken it back into use
+    if (is_current(version)) pool_.put_back(version.block);  // a stale one is used again
   });
 }
 
@@ -187,27 +187,19 @@ void PagedKVCache::unref(std::int32_t block, std::int64_t fence) {
   drain_frees();
 }
 
-void PagedKVCache::unref_host(std::int32_t block, std::int64_t fence) {
-  host_pool_.unref(block);  // never shared
-  host_frees_.push(fence, block);
-}
-
-void PagedKVCache::copy(CopyKind kind, std::int32_t source, std::int32_t destination) {
-  if (kind == CopyKind::kDevice) {
-    ++num_device_copies_;
-    // Copies of one kind may be made at once, so a copy of a copy reads the original, which nobody has written since.
-    if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
-    pool_[destination].copy_of = source;
-  }
-  // Neither end may be handed out again before the step that makes the copy has ended.
-  if (kind != CopyKind::kToDevice) pool_[source].busy_until = num_steps_ + 1;
-  if (kind != CopyKind::kToHost) pool_[destination].busy_until = num_steps_ + 1;
-  copies_.push_back({kind, source, destination});
+void PagedKVCache::copy(std::int32_t source, std::int32_t destination) {
+  ++num_copies_;
+  // All copies of a list may be made at once. So a copy of a block that is itself still to be copied reads the
+  // original, which nobody has written since.
+  if (pool_[source].copy_of >= 0) source = pool_[source].copy_of;
+  pool_[destination].copy_of = source;
+  // Neither block may be handed out again before the next step has ended, since the copy is made with it.
+  pool_[source].busy_until = pool_[destination].busy_until = num_steps_ + 1;
+  copies_.push_back({source, destination});
 }
 
 std::span<const BlockCopy> PagedKVCache::take_copies() {
-  for (const BlockCopy& copy : copies_)
-    if (copy.kind == CopyKind::kDevice) pool_[copy.destination].copy_of = -1;
+  for (const BlockCopy& copy : copies_) pool_[copy.destination].copy_of = -1;
   taken_copies_.swap(copies_);
   copies_.clear();
   return taken_copies_;
@@ -224,20 +216,17 @@ CacheStats PagedKVCache::stats() const {
       .num_cached = pool_.num_cached(),
       .num_used = num_blocks() - pool_.num_available() - pool_.num_deferred(),
       .num_deferred = pool_.num_deferred(),
-      .num_host_blocks = host_pool_.num_blocks(),
-      .num_host_free = host_pool_.num_available(),
       .num_sequences = num_sequences(),
       .queried_tokens = queried_tokens_,
       .hit_tokens = hit_tokens_,
       .num_evictions = num_evictions_,
-      .num_device_copies = num_device_copies_,
+      .num_copies = num_copies_,
   };
 }
 
 void PagedKVCache::check_invariants() const {
   pool_.check_invariants();
-  host_pool_.check_invariants();
-  std::vector<std::int32_t> references(as_size(num_blocks())), host_references(as_size(host_pool_.num_blocks()));
+  std::vector<std::int32_t> references(as_size(num_blocks()));
   std::int64_t num_occupied = 0;
   for (const Sequence& sequence : sequences_) {
     if (sequence.seq_id < 0) continue;
@@ -248,9 +237,7 @@ void PagedKVCache::check_invariants() const {
     CHECK_INVARIANT(sequence.num_in_steps <= sequence.length, "sequence ", sequence.seq_id, " ran ahead of its slots");
     CHECK_INVARIANT(!sequence.matches || sequence.num_published() * block_size() <= sequence.length, "sequence ",
                     sequence.seq_id, " published more than it holds");
-    auto& counts = sequence.swapped ? host_references : references;
-    for (const std::int32_t block : sequence.blocks) ++counts.at(as_size(block));
-    if (sequence.swapped) continue;
+    for (const std::int32_t block : sequence.blocks) ++references.at(as_size(block));
     const std::int64_t end = sequence.length + sequence.room;
     for (std::int64_t position = sequence.length; position < end; position += block_size())
       CHECK_INVARIANT(pool_.writable(sequence.blocks.at(as_size(position / block_size()))), "sequence ",
@@ -292,9 +279,6 @@ void PagedKVCache::check_invariants() const {
     ++num_waiting;
   });
   CHECK_INVARIANT(num_deferred == num_waiting, num_deferred, " blocks are deferred, ", num_waiting, " wait for a step");
-  for (std::int32_t block = 0; block < host_pool_.num_blocks(); ++block)
-    CHECK_INVARIANT(host_pool_[block].references == host_references[as_size(block)], "host block ", block,
-                    " counts references that nobody holds");
 }
 
 }  // namespace internvl_rt

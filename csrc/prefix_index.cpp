@@ -110,7 +110,8 @@ void PrefixIndex::clear() {
 
 void PrefixIndex::note(PrefixEvent::Kind kind, std::int32_t block) {
   if (!events_wanted_ || events_lost_) return;
-  if (std::ssize(events_) >= 4 * std::int64_t{num_blocks_}) {  // nobody drains: the index itself is shorter
+  if (std::ssize(events_) >=
+      4 * std::int64_t{num_blocks_}) {  // nobody reads them, and the whole index is shorter by now
     events_.clear();
     events_lost_ = true;
     return;

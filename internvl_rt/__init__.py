@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from internvl_rt.engine.async_engine import AsyncEngine
     from internvl_rt.engine.engine import Engine
+    from internvl_rt.engine.options import EngineOptions
     from internvl_rt.engine.reply import Choice, Piece, Reply, Score, Timings, Usage
     from internvl_rt.errors import (
         CheckpointError,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from internvl_rt.inputs.sampling_params import SamplingParams
-    from internvl_rt.steps.runner import TokenLogprob
+    from internvl_rt.steps.logprobs import TokenLogprob
 
 _HOMES = {
     "AsyncEngine": "engine.async_engine",
@@ -45,7 +46,8 @@ _HOMES = {
         ),
         "errors",
     ),
-    "TokenLogprob": "steps.runner",
+    "EngineOptions": "engine.options",
+    "TokenLogprob": "steps.logprobs",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineDeadError",
+    "EngineOptions",
     "InternVLError",
     "MediaError",
     "Piece",

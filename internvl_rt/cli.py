@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | info | doctor | bench | write-random`. Heavy imports wait for their command."""
+"""The command line: `internvl-rt chat | info | doctor | bench | write-random`. A command imports what it needs."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from internvl_rt.errors import InternVLError
 if TYPE_CHECKING:
     from internvl_rt.engine.engine import Engine
     from internvl_rt.engine.reply import Reply
-    from internvl_rt.inputs.prepare import Delta
+    from internvl_rt.inputs.position import Delta
     from internvl_rt.inputs.sampling_params import SamplingParams
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    # argparse gives an optional positional up at the first option, so PROMPT behind --image comes back as a rest
+    # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
     if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
         args.prompt = rest.pop(0)
     if rest:
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPT
-    except BrokenPipeError:  # the reader of our output went away; there is nobody left to tell
+    except BrokenPipeError:  # the reader of stdout is gone, so no message would arrive
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except OSError as error:
@@ -120,7 +120,7 @@ def _delta(text: str) -> "Delta":
         return "auto"
     above, _, below = text.partition("/")
     if below and float(below) == 0:
-        raise ValueError(text)  # argparse's sign for a value that it shall refuse
+        raise ValueError(text)  # argparse turns it into a message about a wrong value
     return float(above) / float(below or 1)
 
 

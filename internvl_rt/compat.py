@@ -24,26 +24,27 @@ from torch import Tensor
 from internvl_rt.checkpoint.folder import resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.image import ImageOptions, ImageSource, tile_image
+from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.image import load_image as read_image
 from internvl_rt.inputs.prompt import tiles_per_image, turns_from_question
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.inputs.video import load_video as read_video
-from internvl_rt.kernels.patch_embed import normalise_tiles_reference
+from internvl_rt.model.ops import normalise_tiles
 
 History = list[tuple[str, str]]
 
-# Arguments of the official calls that say nothing this runtime has to act on.
+# Arguments of the official calls that are accepted and need no action in this runtime.
 _NO_EFFECT = frozenset({"trust_remote_code", "low_cpu_mem_usage", "use_flash_attn", "use_fast"})
 
 
 def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12) -> Tensor:
-    """Normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last; as the model card's function."""
+    """Returns normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last, as in the model card."""
     options = ImageOptions(image_size=input_size, max_tiles=max_num)
     tiles = tile_image(read_image(image_file, options), options)
-    return normalise_tiles_reference(torch.from_numpy(tiles))
+    return normalise_tiles(torch.from_numpy(tiles))
 
 
 def load_video(
@@ -53,7 +54,7 @@ def load_video(
     max_num: int = 1,
     num_segments: int = 32,
 ) -> tuple[Tensor, list[int]]:
-    """Normalised tiles of `num_segments` frames, and how many tiles each frame has; as the model card's function."""
+    """Returns normalised tiles of `num_segments` frames, and each frame's number of tiles, as in the model card."""
     frames = read_video(video_path, num_segments=num_segments, bound=bound)
     tiles = [load_image(frame, input_size, max_num) for frame in frames]
     return torch.cat(tiles), [len(frame) for frame in tiles]
@@ -76,13 +77,13 @@ class AutoModel:
         revision: str | None = None,
         **official: Any,
     ) -> "ChatModel":
-        """Loads a checkpoint at once, onto the GPU where there is one; `torch_dtype` and `device` as in `Engine`."""
+        """Loads a checkpoint, onto the GPU if there is one; `torch_dtype` and `device` are those of `Engine`."""
         _check_arguments("AutoModel.from_pretrained", official)
         return ChatModel(Engine.from_pretrained(model, dtype=torch_dtype, device=device, revision=revision))
 
 
 class ChatModel:
-    """An engine behind the official method names. `system_message` may be set, as the model cards do."""
+    """Gives an engine the official method names. `system_message` may be set, as the model cards do."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -107,7 +108,7 @@ class ChatModel:
         num_patches_list: list[int] | None = None,
         verbose: bool = False,
     ) -> str | tuple[str, History]:
-        """One answer. `pixel_values` holds the tiles of every picture in the conversation, in order.
+        """Answers a question. `pixel_values` holds the tiles of every picture in the conversation, in order.
 
         Raises RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
@@ -127,7 +128,7 @@ class ChatModel:
         generation_config: Mapping[str, Any],
         num_patches_list: list[int] | None = None,
     ) -> list[str]:
-        """Answers to independent questions, each about its own picture: entry i of `num_patches_list` tiles."""
+        """Answers independent questions, each about its own picture of `num_patches_list[i]` tiles."""
         tiles = _split(pixel_values, num_patches_list)
         if pixel_values is not None and len(tiles) != len(questions):
             raise RequestError(
@@ -157,7 +158,7 @@ def _split(pixel_values: Tensor | None, num_patches_list: list[int] | None) -> l
 
 
 def _sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """transformers' names and defaults: sampling draws from the 50 best tokens unless top_k says otherwise."""
+    """Maps transformers' names and defaults: sampling draws from the 50 best tokens unless top_k is given."""
     given = dict(generation_config)
     names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "repetition_penalty": "repetition_penalty"}
     params = {ours: given.pop(theirs) for theirs, ours in names.items() if given.get(theirs) is not None}
@@ -167,7 +168,7 @@ def _sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     for name in ("num_beams", "num_return_sequences"):
         if given.pop(name, 1) != 1:
             raise RequestError(f"generation_config: {name} must be 1; beam search is not supported")
-    for name in ("pad_token_id", "eos_token_id", "use_cache"):  # set by habit; the answer ends at <|im_end|>
+    for name in ("pad_token_id", "eos_token_id", "use_cache"):  # of no effect: answers end at <|im_end|>
         given.pop(name, None)
     if given:
         raise RequestError(f"generation_config: {', '.join(sorted(given))} not supported")

@@ -1,7 +1,7 @@
 """The errors a user can cause; everything else that escapes the package is a bug.
 
-Each message says what was wrong, what was expected, what was given and what to do, in one line.
-All that a request can cause are `ValueError`s, so a caller that does not care which one it is catches that.
+Each message says what was wrong, what was expected, what was given and what to do, in one line. All errors that a
+request can cause are `ValueError`s, so a caller may catch them as one.
 """
 
 
@@ -30,4 +30,4 @@ class QueueFullError(RequestError):
 
 
 class EngineDeadError(InternVLError, RuntimeError):
-    """The thread that ran the engine's steps has died; `__cause__` says of what."""
+    """The thread that ran the engine's steps has died; `__cause__` is the error that ended it."""

@@ -1,4 +1,4 @@
-"""One call of an operation against its reference, and how far apart they are."""
+"""Runs one call of an operation beside its reference and measures how far the results are apart."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
 
-POISON = 0x5A  # of integer results, so that what a kernel leaves out shows
+POISON = 0x5A  # integer results are filled with this before the launch: elements that a kernel does not write show
 
 
 def discover_specs() -> dict[str, KernelSpec]:
-    """Every operation's `SPEC`, found by its file."""
+    """Returns the `SPEC` of every operation by its file's name."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
     modules = {name: import_module(f"internvl_rt.kernels.{name}") for name in names}
     return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
@@ -23,11 +23,11 @@ def discover_specs() -> dict[str, KernelSpec]:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far a result is from its reference, as shares of what the tolerance allows: it is wrong above 1."""
+    """How far a result is from its reference, as a share of what the tolerance allows: above 1 the result is wrong."""
 
-    element: float  # of the worst element's limit
-    rms: float  # of the limit of the root mean square
-    text: str  # the worst element and the root mean square, in words
+    element: float  # the worst element's error over its limit
+    rms: float  # the root mean square error over its limit
+    text: str  # the worst element and the root mean square error in words
 
     @property
     def share(self) -> float:
@@ -35,7 +35,7 @@ class Deviation:
 
 
 def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviation:
-    """NaN and infinity are right only where the reference has them."""
+    """Compares element by element. NaN and infinity are right only where the reference has them."""
     assert actual.shape == expected.shape, f"a result of shape {tuple(actual.shape)} for {tuple(expected.shape)}"
     if actual.numel() == 0:
         return Deviation(0.0, 0.0, "nothing to compare")
@@ -54,9 +54,10 @@ def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviati
 
 
 def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Deviation:
-    """Launches the operation on random inputs of seed 0; the reference gets them in float64. Returns the worst result.
+    """Launches the operation on random inputs of seed 0 and runs the reference on them in float64.
 
-    Raises what the launch raises, and waits for the device, so that no error of it comes up later.
+    Returns the deviation of the worst result. Raises what the launch raises; waits for the device, so that an error of
+    the kernel is raised here and not by a later call.
     """
 
     def wide(value: Any) -> Any:
@@ -77,7 +78,7 @@ def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.d
         out = torch.full(expected.shape, fill, dtype=out_dtype, device=device)
         spec.launcher(**inputs, out=out)
         results.append((out, expected))
-    if spec.exact:  # also where the operation rounds to its result's dtype
+    if spec.exact:  # the kernel rounds to its result's dtype, so the float64 reference is rounded too
         results = [(y, y_expected.to(y.dtype)) for y, y_expected in results]
     found = [deviation(y, y_expected, spec.tolerances[dtype]) for y, y_expected in results]
     return max(found, key=lambda each: each.share)

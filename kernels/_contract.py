@@ -1,4 +1,4 @@
-"""What every kernel file agrees on.
+"""The rules that every kernel file follows, and the types that describe an operation.
 
 One file is one operation: the formula, the plain torch reference, the jitted body, the plan, the launcher and `SPEC`.
 The reference is the definition: tests compare everything else with it. The plan is a pure function of shapes, dtypes
@@ -13,11 +13,11 @@ Tensors that are computed with end in their dimensions; the letters mean the sam
     F MLP width                M visual tokens per tile            N blocks per sequence (table width)
     H query heads   G key/value heads (G divides H)   C channels per head
     L patches per tile (CLS not included)
-    X visual tokens of several tiles, in prompt order              R rows, of whatever
-    K, N in a weight: inputs and outputs, stored [N, K] as the checkpoints do
+    X visual tokens of several tiles, in prompt order              R rows of any kind
+    K, N inputs and outputs of a weight, which is stored as [N, K], as in the checkpoints
 
-The rows of a vision tower lie patches first: the I * L patch rows of all tiles, tile after tile, then the I class rows.
-So the patch rows of one tile are 1024 and products over them fill the chip's tiles exactly.
+In a vision tower the I * L patch rows of all tiles come first, tile after tile, and the I class rows come last. So a
+tile has 1024 patch rows, and the blocks of a matrix product divide them without a rest.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -32,7 +32,7 @@ from internvl_rt.kernels._launch import Launch
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least that the operation must do: every input read once, every output written once."""
+    """The least that the operation must do: it reads every input once and writes every output once."""
 
     bytes: int
     flops: int
@@ -44,7 +44,7 @@ class Tolerance:
 
     |y - ref| <= atol + rtol * |ref| for every element, and ||y - ref|| <= norm_limit(ref), about rms * ||ref||, which
     catches errors with structure. `reason` says where the figures come from; tests/support/tolerance_room.py measures
-    how much of them is used.
+    how much of these limits the kernels use.
     """
 
     rtol: float
@@ -53,12 +53,12 @@ class Tolerance:
     reason: str
 
     def norm_limit(self, expected: torch.Tensor) -> float:
-        """rms * ||ref|| for many elements, more for few and for small ones.
+        """The limit of ||y - ref||: rms * ||ref|| for many elements, more for few elements and for small outputs.
 
-        Of n roundings of equal weight the rms error has a deviation of about 1 / (2 sqrt(n)) of itself; the limit
-        leaves room for four of them. Where elements differ, n is (sum ref^2)^2 / (sum ref^4): the few large ones count.
-        A small output's relative error says nothing (gelu(-5) keeps two digits in float32): every element may be wrong
-        by a twentieth of `atol`.
+        When n roundings have equal weight, the rms error has a standard deviation of about 1 / (2 sqrt(n)) of itself;
+        the limit leaves room for four of them. Where elements differ in size, n is (sum ref^2)^2 / (sum ref^4), because
+        the few large elements count. The relative error of a small output says nothing (gelu(-5) keeps two digits in
+        float32), so the limit always allows every element an error of a twentieth of `atol`.
         """
         square = expected.double().square()
         norm = float(square.sum().sqrt())
@@ -68,7 +68,7 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One set of arguments: sizes by the legend's letters, and whatever else `make_inputs` asks for."""
+    """One set of arguments: the sizes by the legend's letters, and whatever else `make_inputs` needs."""
 
     name: str
     sizes: Mapping[str, Any]
@@ -79,11 +79,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """All that tests and benches know of an operation.
+    """Everything that tests and benches know of an operation.
 
-    `make_inputs(case, dtype, device)` gives the keyword arguments that reference, plan and launcher share (the plan
-    takes `target` besides; the launcher `out`, unless the operation works in place). On the device "meta" it makes
-    shapes only; elsewhere it draws from torch's default generator, which the caller seeds.
+    `make_inputs(case, dtype, device)` returns the keyword arguments that reference, plan and launcher share. The plan
+    also takes `target`; the launcher also takes `out`, unless the operation works in place. On the device "meta" the
+    inputs have shapes only; elsewhere they are drawn from torch's default generator, which the caller seeds.
     """
 
     name: str
@@ -92,15 +92,15 @@ class KernelSpec:
     launcher: Callable[..., Any]
     make_inputs: Callable[[Case, torch.dtype, torch.device], dict[str, Any]]
     cost: Callable[[Case, torch.dtype], Cost]
-    test_cases: tuple[Case, ...]  # small and adversarial: the interpreter runs them
-    model_cases: tuple[Case, ...]  # of real models: built for every target, and benchmarked
+    test_cases: tuple[Case, ...]  # small and adversarial: Triton's interpreter runs them
+    model_cases: tuple[Case, ...]  # sizes of real models: built for every target, and benchmarked
     tolerances: Mapping[torch.dtype, Tolerance]
-    in_place: tuple[str, ...] = ()  # arguments that the operation writes; without a result of its own it has no `out`
+    in_place: tuple[str, ...] = ()  # arguments that the operation writes; if it returns nothing it takes no `out`
     exact: bool = False  # whether the result must equal the reference bit for bit
 
 
 def require(condition: bool, name: str, expected: object, given: object) -> None:
-    """What every launcher checks its arguments with: raises ValueError naming the argument."""
+    """Raises ValueError naming the argument unless `condition` holds; every launcher checks its arguments with it."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {given}")
 
@@ -111,7 +111,7 @@ def require_one_of(name: str, given: object, allowed: Collection[object]) -> Non
 
 
 def rows_of(name: str, x: torch.Tensor) -> torch.Tensor:
-    """`x` [..., D] as a view [R, D]; raises ValueError when no single stride leads through its rows."""
+    """Returns `x` [..., D] as a view [R, D]; raises ValueError when its rows do not lie at one stride."""
     try:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
@@ -121,10 +121,10 @@ def rows_of(name: str, x: torch.Tensor) -> torch.Tensor:
 def require_tensor(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A tensor of exactly this shape, dtype and device whose last dimension is contiguous."""
+    """Raises ValueError unless the tensor has this shape, dtype and device and a contiguous last dimension."""
     if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
         if shape[-1] <= 1 or tensor.stride(-1) == 1:
-            return  # as nearly always; the texts of the others take several microseconds
+            return  # the usual case returns here, because making the messages below takes several microseconds
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}")
     require(tensor.shape == shape, name, f"shape {shape}", tuple(tensor.shape))
     require(tensor.dtype == dtype, name, dtype, tensor.dtype)

@@ -1,9 +1,10 @@
 """The jitted body of decode_attention.
 
-A program reads one item of the split plan, a run of a sequence's blocks, for one kv head and all query heads that share
-it: every key and value is read once. Keys come in pieces of BLOCK by pipelined copies of 16 bytes a thread, which fill
-what lies beyond the sequence with zeros: there memory holds anything, NaN too. The copy engine (TMA) cannot fill, and
-every program would have to make its descriptors before its first load, though an item may be as short as four blocks.
+A program reads one item of the split plan, which is a run of a sequence's blocks, for one kv head and all query heads
+that share it, so every key and value is read once. It takes BLOCK keys at a time: a piece. Pipelined copies of 16 bytes
+a thread bring them, and write zeros for keys beyond the sequence, where memory may hold anything, NaN too. The copy
+engine (TMA) cannot write these zeros, and every program would have to make its descriptors before its first load,
+though an item may be as short as four blocks.
 """
 
 import triton
@@ -11,14 +12,14 @@ import triton.language as tl
 
 from internvl_rt.kernels._softmax import probability
 
-ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to what matrix units take
+ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to the 16 rows that matrix units take
 
 
 @triton.jit
 def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """The online softmax's state after the keys and values of one more piece.
+    """Returns the state of the online softmax after one more piece of keys and values.
 
-    The maximum is common to all keys, the sums stay apart by key of a piece: adding them up would make all warps wait.
+    A query has one maximum for all keys but a sum for each place in a piece: one sum would make all warps wait here.
     """
     if SWAP:
         score = tl.where(inside[:, None], tl.dot(k, q_RC.T, input_precision=PRECISION), float("-inf"))
@@ -37,7 +38,7 @@ def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr,
 
 @triton.jit
 def table_blocks(table, start, stop, P: tl.constexpr, BLOCK: tl.constexpr):
-    """The block in which the piece at `start` lies, or that of each of its keys; nothing is read from `stop` on."""
+    """The block of the piece at `start`, or of each of its keys if BLOCK does not divide P. Reads none from `stop`."""
     if P % BLOCK == 0:
         blocks = tl.load(table + start // P, mask=start < stop, other=0)
     else:
@@ -48,9 +49,9 @@ def table_blocks(table, start, stop, P: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the rows of the piece at `start` in a cache of one head; `blocks` are those of `table_blocks`."""
+    """Pointers to the rows of the piece at `start` in one head's cache; `blocks` is the result of `table_blocks`."""
     lane = tl.arange(0, BLOCK)
-    if P % BLOCK == 0:  # a run of slots: all but `lane * slot_stride` is the same for all threads
+    if P % BLOCK == 0:  # consecutive slots: all threads share everything but `lane * slot_stride`
         return head_cache + blocks * block_stride + start % P * slot_stride + lane * slot_stride
     else:
         return head_cache + blocks * block_stride + (start + lane) % P * slot_stride
@@ -58,8 +59,9 @@ def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.conste
 
 @triton.jit
 def _prefetch(rows, C: tl.constexpr):
-    """Asks for these rows of a cache to be brought to L2, which is where a store of another program lands too: what is
-    written to them later is seen as without this. The rows may be any of the pool's.
+    """Asks the memory to bring these rows of a cache to L2. The rows may be any of the pool's.
+
+    Later stores of other programs land in L2 as well, so the program still reads what they write.
     """
     STEP: tl.constexpr = 512 // rows.dtype.element_ty.primitive_bitwidth  # 64 bytes
     lines = rows[:, None] + tl.arange(0, max(C // STEP, 1))[None, :] * STEP
@@ -70,11 +72,11 @@ def _prefetch(rows, C: tl.constexpr):
 
 @triton.jit
 def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
-    """Writes the output of the `group` queries that share a kv head: the weighted sum of what a row's splits have left.
+    """Writes the output of the `group` queries that share a kv head: the weighted sum of the results of a row's splits.
 
-    The weights of all parts come first and replace the maxima in memory, so that the sum is loads and products alone: a
-    thread keeps its query and four channels, nothing waits at a barrier, and TOGETHER parts are on their way at once.
-    Everything is added in the splits' order.
+    First the weights of all parts are computed; they replace the maxima in memory. The sum then consists of loads and
+    products alone: a thread keeps its query and four channels, nothing waits at a barrier, and TOGETHER parts are being
+    loaded at once. The parts are added in the splits' order, so the result does not depend on who finishes last.
     """
     TOGETHER: tl.constexpr = 16
     QUERIES: tl.constexpr = min(512 // C, ROWS)
@@ -95,7 +97,7 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
         held = (start + some < num_splits)[:, None]
         weight = tl.exp2(tl.load(stats, mask=held, other=float("-inf")) - top[None, :]) * scale[None, :]
         tl.store(stats, weight, mask=held)
-    tl.debug_barrier()  # the weights are read by other threads than those that wrote them
+    tl.debug_barrier()  # other threads than those that wrote the weights read them
 
     channel = tl.arange(0, C)
     for first_query in range(0, group, QUERIES):
@@ -105,7 +107,7 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
         part_rows = acc_parts + query[:, None] * C + channel[None, :]
         acc = tl.zeros([QUERIES, C], tl.float32)
         for start in range(0, num_splits, TOGETHER):
-            weights, parts = (), ()  # all loads first: a sum in between would make the next load wait for its register
+            weights, parts = (), ()  # all loads before the sum: with both mixed a load would wait for a free register
             for i in tl.static_range(TOGETHER):
                 held = real & (start + i < num_splits)
                 weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)  # type: ignore[assignment]
@@ -118,7 +120,7 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 
 
-# One kernel for any batch and model of these channels, and for index tensors that begin at any element.
+# Not specialised: one kernel serves any batch and any model with these channels, and index tensors at any address.
 INDICES = ["block_table", "seq_len", "split_start", "split_items", "counters", "table_stride", "group", "num_rows"]
 
 
@@ -129,22 +131,22 @@ def decode_attention_kernel(
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PREFETCH: an item's first keys and values are brought to L2 while the kernel before this one still runs. They are
-    older than that, but for the newest token's, and a prefetch into L2 cannot make that one stale.
+    """PREFETCH: an item's first keys and values are brought to L2 while the kernel before this one still runs. Only the
+    newest token's are not written by then, and a prefetch into L2 cannot make those stale.
 
-    SWAP: S^T = K q^T and O^T = V^T P^T, so that the tall side of both products is that of the keys or channels, and
-    16 query rows are enough for matrix units that work on 64 rows at least (sm_90, sm_100).
+    SWAP: S^T = K q^T and O^T = V^T P^T. Then the tall side of both products is the keys or the channels, and 16 query
+    rows are enough for matrix units that work on at least 64 rows (sm_90, sm_100).
     """
     item, head = tl.program_id(0), tl.program_id(1)
     query, channel = tl.arange(0, ROWS), tl.arange(0, C)
     real = query[:, None] < group
     offset_RC = (head * group + query)[:, None] * C + channel[None, :]
     y_stride = tl.num_programs(1).to(tl.int64) * group * C
-    # The plan and the tables of a step are older than the kernel before this one, so they are read while it still runs.
+    # A step's plan and tables were written before the previous kernel began, so they are read while it still runs.
     row = tl.load(split_items + 3 * item)
     first_block = tl.load(split_items + 3 * item + 1)
     end_block = tl.load(split_items + 3 * item + 2)
-    # There are at least as many items as rows: program i also answers for row i, should that have no split at all.
+    # There are at least as many items as rows. Program i also writes the zeros of row i if that row has no split.
     no_split = tl.load(split_start + item, mask=item < num_rows, other=0)
     no_split_end = tl.load(split_start + item + 1, mask=item < num_rows, other=1)
     first_split = tl.load(split_start + row, mask=row >= 0, other=0)
@@ -194,18 +196,18 @@ def decode_attention_kernel(
             out_RC = acc_RC * (1.0 / total)[:, None]
             tl.store(y_head + query[:, None] * C + channel[None, :], out_RC.to(y.dtype.element_ty), mask=real)
         else:
-            acc_parts = partial_acc + head * tl.num_programs(0) * ROWS * C  # of this kv head, an item after the other
+            acc_parts = partial_acc + head * tl.num_programs(0) * ROWS * C  # this kv head's, item after item
             stats_parts = partial_stats + head * tl.num_programs(0) * 2 * ROWS
             tl.store(acc_parts + (item * ROWS + query)[:, None] * C + channel[None, :], acc_RC, mask=real)
             tl.store(stats_parts + item * 2 * ROWS + query, top)
             tl.store(stats_parts + item * 2 * ROWS + ROWS + query, total)
-            # The barrier orders the partial results of all threads before the one thread's atomic, whose release makes
-            # them visible to whoever sees the new count; its acquire, and the barrier behind it, order the reads of
-            # the last program to arrive behind everybody's writes.
+            # The barrier puts the partial results of all threads before one thread's atomic. Its release makes them
+            # visible to every program that sees the new count. Its acquire and the barrier behind it put the reads of
+            # the last program to arrive behind the writes of all others.
             tl.debug_barrier()
             counter = counters + row * tl.num_programs(1) + head
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 acc_parts += first_split * ROWS * C
                 stats_parts += first_split * 2 * ROWS
                 _combine(y_head, acc_parts, stats_parts, num_splits, group, C)
-                tl.store(counter, 0)  # for the next call: all programs of this row have been here
+                tl.store(counter, 0)  # for the next call; all programs of this row have counted themselves by now

@@ -1,4 +1,4 @@
-"""Device code of kernels/gemm_epilogue.py. An operand that a call does not have is None, a constant of the build."""
+"""The jitted bodies of gemm_epilogue. An operand that a call does not have is None, a constant of the build."""
 
 import triton
 import triton.language as tl
@@ -11,24 +11,24 @@ SERIES: tl.constexpr = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 @triton.jit
 def _gelu(t, dtype: tl.constexpr):
-    """t * Phi(t), for a result in `dtype`.
+    """t * Phi(t), for a result in `dtype`, where Phi is the normal distribution function.
 
-    In 16 bits Phi is the approximation 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions": with one
-    exponential it takes half the instructions, which are what such a product waits for; the result is off by 3e-7 at
-    most.
+    For 16-bit results Phi is the approximation 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions".
+    With one exponential it takes half the instructions, and these are what such a kernel waits for; the result is off
+    by 3e-7 at most.
     """
     if dtype == tl.float32:
         return 0.5 * t * (1.0 + tl.erf(t * RSQRT_2))
     size = tl.abs(t)
     k = size * SERIES + 1.0
-    k = tl.rsqrt(k * k)  # a division is eight instructions
+    k = tl.rsqrt(k * k)  # instead of a division, which takes eight instructions
     series = ((((1.061405429 * k - 1.453152027) * k + 1.421413741) * k - 0.284496736) * k + 0.254829592) * k
     return tl.maximum(t, 0.0) - 0.5 * size * series * tl.exp2(t * t * MINUS_HALF_LOG2_E)
 
 
 @triton.jit
 def _pieces(block):
-    """The block in groups of at most PIECE columns, from left to right; nothing moves between threads."""
+    """Cuts the block into groups of at most PIECE columns, from left to right; no value moves between threads."""
     if block.shape[1] <= PIECE:
         return (block,)
     else:
@@ -63,7 +63,7 @@ def fused_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Every num_programs-th block of the output. An element is one sum over K in one order, whoever computes it."""
+    """Computes every num_programs-th block of the output. Each element is one sum over K, always in the same order."""
     blocks_m = tl.cdiv(num_rows, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     if USE_TMA:
@@ -71,8 +71,8 @@ def fused_kernel(
         weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_stride, 1], [BLOCK_N, BLOCK_K])
 
     for block in range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
-        # GROUP_M rows of blocks at a time, column by column: programs that run together find each other's rows of x
-        # and of the weight in L2.
+        # Blocks are taken GROUP_M rows at a time, column by column, so that programs that run together find each
+        # other's rows of x and of the weight in L2.
         group = block // (GROUP_M * blocks_n)
         place = block % (GROUP_M * blocks_n)
         group_rows = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
@@ -82,7 +82,7 @@ def fused_kernel(
         row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
         row_inside = row < num_rows
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if USE_TMA:  # reads zeros beyond the edges
+        if USE_TMA:  # the copy engine reads zeros beyond the edges
             for k in range(0, K, BLOCK_K):
                 x_tile = x_tiles.load([first_row, k])
                 weight_tile = weight_tiles.load([first_column, k])
@@ -107,7 +107,7 @@ def fused_kernel(
         if rows is not None:
             out_row = tl.load(rows + row, mask=row_inside, other=-1)
             row_inside = (out_row >= 0) & (out_row < num_out_rows)
-        # Operands and addresses of all columns at once would not fit the registers beside the sums.
+        # The columns are taken in pieces: operands and addresses of all would not fit the registers beside the sums.
         pieces = _pieces(sums)
         for index in tl.static_range(len(pieces)):
             y = pieces[index]
@@ -144,7 +144,7 @@ def epilogue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What follows a product that torch made; the bias is in it already."""
+    """Applies everything after a matrix product that torch made; the bias is already in the product."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0)
     row = (block // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,13 +1,13 @@
 """The jitted bodies of gemv and gemv_qkv: products of a few rows with a weight that is read once, from device memory.
 
-A program owns the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one of its splits.
-On matrix units the next chunk of BLOCK_K is on its way to registers while one is used; with STAGES several are on their
-way to shared memory (_gemv_pipelined.py); elsewhere the compiler saves the registers, and there are more programs. The
-first chunk, and all else that is no other kernel's result, is asked for before the program waits for the kernel before
-it.
+A program computes the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one split of it.
+It takes chunks of BLOCK_K. On matrix units the next chunk is loaded to registers while the present one is multiplied;
+with STAGES several chunks are on their way to shared memory (_gemv_pipelined.py). On the CUDA cores the compiler does
+without this, which saves registers, so more programs run at once. A program loads its first chunk, and whatever else no
+other kernel computes, before it waits for the kernel before it.
 
-RMSNorm is y = rstd * ((x * w_norm) W^T): the row's squares are summed in the same loop, and their factor is applied to
-the sums. Nobody reads x twice, and a split needs its own part of the squares only.
+RMSNorm is y = rstd * ((x * w_norm) W^T): the same loop adds up the squares of a row, and the sums are multiplied by
+rstd at the end. So x is read once, and a split computes only its own part of the squares.
 """
 
 import triton
@@ -19,20 +19,20 @@ from internvl_rt.kernels._rope import rotate, sin_cos
 
 @triton.jit
 def _pairs_of(sums):
-    """Sums of the rows of `_paired_rows` parted: those of the first of each pair, those of the second."""
+    """Parts sums of rows in the order of `_paired_rows`: those of each pair's first row, those of its second row."""
     return tl.split(tl.reshape(sums, (sums.shape[0], sums.shape[1] // 2, 2)))
 
 
 @triton.jit
 def _paired_rows(first, distance, BLOCK_N: tl.constexpr):
-    """first, first + distance, first + 1, first + 1 + distance, ..."""
+    """The rows first, first + distance, first + 1, first + 1 + distance, ..."""
     place = tl.arange(0, BLOCK_N)
     return (first + place // 2 + place % 2 * distance).to(tl.int64)
 
 
 @triton.jit
 def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: tl.constexpr):
-    """A chunk of the weight, zeros from `end` on; nobody will read it again. `inside` None: all rows are."""
+    """A chunk of the weight, with zeros from `end` on; no other program reads it. `inside` None: every row exists."""
     inner = k + tl.arange(0, BLOCK_K)
     at = weight + weight_row[:, None] * weight_stride + inner[None, :]
     mask = (k < end) & (inner < K)[None, :]
@@ -51,13 +51,13 @@ def _load_rows(x, last_row, k, end, K, x_stride, ROWS: tl.constexpr, BLOCK_K: tl
 
 @triton.jit
 def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A copy for each row of x: L1 repeats it for less than it costs to hand it from thread to thread."""
+    """Loads the chunk once for each row of x: L1 does that faster than threads hand the values to each other."""
     return _load_rows(norm_weight, ROWS - 1, k, end, K, 0, ROWS, BLOCK_K)
 
 
 @triton.jit
 def _part_of_k(split_len, K, SPLIT: tl.constexpr):
-    """Where this program's part begins and ends."""
+    """Where this program's part of K begins and ends."""
     if SPLIT:
         begin = tl.program_id(1) * split_len
         return begin, tl.minimum(begin + split_len, K)
@@ -71,13 +71,13 @@ def _row_sums(
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(x * w_norm) W^T and the squares of x, still to be added across threads; `w` and `n` are the first chunks.
+    """(x * w_norm) W^T and the squares of x, both still to be added across threads; `w` and `n` are the first chunks.
 
-    MATRIX: each warp takes a part of a chunk's K and all rows, so that nobody reads an operand twice.
-    Else each thread has 16 bytes of every row of the chunk, and the sums stay in its registers.
+    With MATRIX each warp takes a part of a chunk's K and all rows, so that no two warps read the same operand.
+    Otherwise each thread has 16 bytes of every row of the chunk and keeps its sums in registers.
     """
     BLOCK_N: tl.constexpr = weight_row.shape[0]
-    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # what one load brings a thread
+    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     v = _load_rows(x, last_row, begin, end, K, x_stride, ROWS, BLOCK_K)
     sums = tl.zeros((WARPS, ROWS, BLOCK_N) if MATRIX else (ROWS, BLOCK_N, GROUPS), tl.float32)
@@ -111,13 +111,13 @@ def _row_sums(
 
 @triton.jit
 def _across_threads(sums, squares, MATRIX: tl.constexpr):
-    """What `_row_sums` left in the threads, as [ROWS, BLOCK_N] and [ROWS]."""
+    """Adds across threads what `_row_sums` left in them; returns sums [ROWS, BLOCK_N] and squares [ROWS]."""
     return tl.sum(sums, axis=0 if MATRIX else 2), tl.sum(squares, axis=1)
 
 
 @triton.jit
 def _partial_sums(partial, split, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a split of this program's tile leaves its sums [ROWS, BLOCK_N] and squares [ROWS]."""
+    """Pointers to the place where a split of this program's tile stores its sums [ROWS, BLOCK_N] and squares [ROWS]."""
     at = partial + (split * tl.num_programs(0) + tl.program_id(0)) * (ROWS * (BLOCK_N + 1))
     row = tl.arange(0, ROWS)
     return at + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], at + ROWS * BLOCK_N + row
@@ -125,20 +125,20 @@ def _partial_sums(partial, split, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _leave_partial_sums(sums, squares, partial, arrived, last_row):
-    """Whether this program is the last of its tile's splits, and finds the sums of all of them in `partial`."""
+    """Stores this split's sums and squares in `partial`. Returns whether it is the last split of its tile to do so."""
     sums_at, squares_at = _partial_sums(partial, tl.program_id(1), sums.shape[0], sums.shape[1])
     inside = tl.arange(0, sums.shape[0]) <= last_row
     tl.store(sums_at, sums, mask=inside[:, None])
     tl.store(squares_at, squares, mask=inside)
-    # The barrier orders the stores of all threads before the one thread's atomic, whose release makes them visible to
-    # whoever sees the new count; its acquire orders the reads of the last to arrive behind everybody's stores.
+    # The barrier puts the stores of all threads before one thread's atomic. Its release makes them visible to every
+    # program that sees the new count; its acquire puts the reads of the last program behind all other programs' stores.
     tl.debug_barrier()
     return tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
 
 
 @triton.jit
 def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """In the splits' order, whoever arrived last: the same bits every time. Four at a time are on their way."""
+    """Adds the parts in the splits' order, so that the bits do not depend on who is last. Loads four at a time."""
     sums = tl.zeros((ROWS, BLOCK_N), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
     splits = tl.num_programs(1)
@@ -147,10 +147,10 @@ def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: t
         for index in tl.static_range(4):
             sums_at, squares_at = _partial_sums(partial, first + index, ROWS, BLOCK_N)
             inside = row_inside & (first + index < splits)
-            # From L2: other multiprocessors wrote it.
+            # Read from L2, because other multiprocessors wrote these values.
             sums += tl.load(sums_at, mask=inside[:, None], other=0.0, cache_modifier=".cg")
             squares += tl.load(squares_at, mask=inside, other=0.0, cache_modifier=".cg")
-    tl.store(arrived + tl.program_id(0), 0)  # for the next call; all splits have been here
+    tl.store(arrived + tl.program_id(0), 0)  # for the next call; all splits have counted themselves by now
     return sums, squares
 
 
@@ -161,7 +161,7 @@ def gemv_kernel(
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """N outputs a row; with SWIGLU each from a pair of the weight's rows, N apart."""
+    """Computes N outputs a row. With SWIGLU each output comes from two rows of the weight, which lie N rows apart."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile = tl.program_id(0)
     column = tile * WIDTH + tl.arange(0, WIDTH)
@@ -173,7 +173,7 @@ def gemv_kernel(
         weight_inside = column < N
     begin, end = _part_of_k(split_len, K, SPLIT)
     if STAGES:
-        weight_row = tl.where(weight_inside, weight_row, 0)  # what it gives is not stored
+        weight_row = tl.where(weight_inside, weight_row, 0)  # the sums of rows that do not exist are not stored
         if PREFETCH:
             prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
     else:
@@ -185,7 +185,7 @@ def gemv_kernel(
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
             bias_up = tl.load(bias + N + column, mask=column < N, other=0.0)
-    if PDL:  # the wait alone makes memory visible; who comes next waits in turn for this kernel's end, so it may start
+    if PDL:  # only the wait makes other kernels' writes visible; the next kernel waits for this one's end: it may start
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if STAGES:
@@ -200,7 +200,7 @@ def gemv_kernel(
         )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
-    if residual is not None:  # on its way while threads add their sums; during the loop it would take registers
+    if residual is not None:  # loaded while threads add their sums; during the loop it would take registers
         r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
     if not STAGES:
         sums, squares = _across_threads(sums, squares, MATRIX)
@@ -234,7 +234,7 @@ def _store_halves(base, offset, inside, channel, first, second, HALF: tl.constex
     tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
 
 
-# One kernel for every batch and cache, and for index tensors that begin at any element.
+# Not specialised: one kernel serves every batch and cache, and index tensors that begin at any address.
 @triton.jit(do_not_specialize=["last_row", "k_head", "v_head", "num_slots", "position", "slot"])
 def gemv_qkv_kernel(
     x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
@@ -243,9 +243,9 @@ def gemv_qkv_kernel(
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
+    """Computes BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
 
-    Heads are those of queries, from `k_head` on those of keys, and from `v_head` on those of values.
+    The first heads are queries, those from `k_head` on are keys, and those from `v_head` on are values.
     """
     HALF: tl.constexpr = C // 2
     PAIRS: tl.constexpr = BLOCK_N // 2
@@ -264,7 +264,7 @@ def gemv_qkv_kernel(
     if bias is not None:
         bias_first = tl.load(bias + head * C + channel)
         bias_second = tl.load(bias + head * C + HALF + channel)
-    if PDL:  # as above
+    if PDL:  # as in gemv_kernel
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if STAGES:
@@ -293,7 +293,7 @@ def gemv_qkv_kernel(
         if bias is not None:
             first += bias_first.to(tl.float32)[None, :]
             second += bias_second.to(tl.float32)[None, :]
-        if head < v_head:  # queries and keys are turned
+        if head < v_head:  # only queries and keys are rotated
             sin, cos = sin_cos(angle)
             first, second = rotate(first, second, sin, cos)
         has_slot = (r_slot >= 0) & (r_slot < num_slots)

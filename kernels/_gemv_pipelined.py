@@ -2,10 +2,10 @@
 
     sums [BLOCK_N, 16] = W [BLOCK_N, K] x^T [K, 16], chunk by chunk of BLOCK_K
 
-The compiler pipelines the loop: while one chunk is multiplied, the copies of the next num_stages - 1 are on their way
-to shared memory, without passing through registers. The matrix units take 64 rows of the weight at a time (wgmma, on
-sm_90) and the 16 rows of x as columns. A norm's weight is multiplied into x's chunk on its way from shared memory to
-shared memory.
+The compiler pipelines the loop: while one chunk is multiplied, the next num_stages - 1 are being copied to shared
+memory, without passing through registers. The matrix units take 64 rows of the weight at a time (wgmma, on sm_90) and
+the 16 rows of x as columns. With a norm, x's chunk is read from shared memory, multiplied by the norm's weight and
+written to shared memory again.
 """
 
 import triton
@@ -14,12 +14,12 @@ import triton.language as tl
 
 @triton.jit
 def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.constexpr):
-    """Asks L2 for the first LENGTH elements of each row from `begin` on: one request for 64 bytes, a memory access."""
+    """Asks for the first LENGTH elements of each row from `begin` on to be brought to L2, 64 bytes a request."""
     STEP: tl.constexpr = 512 // weight.dtype.element_ty.primitive_bitwidth
     STEPS: tl.constexpr = LENGTH // STEP if LENGTH > STEP else 1
     inner = tl.maximum(tl.minimum(begin + STEP * tl.arange(0, STEPS), end - 1), 0)
     at = weight + weight_row[:, None] * weight_stride + inner[None, :]
-    # An instruction without a result; the language wants one.
+    # The instruction has no result, but Triton wants one.
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -27,14 +27,14 @@ def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.co
 
 @triton.jit
 def rounded_to_tf32(x):
-    """The nearest float32 of 10 bits behind the point: matrix units drop the others, which would draw sums to zero."""
+    """The nearest float32 with 10 fraction bits. Matrix units drop the other bits, which would pull sums to zero."""
     rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # the bits of a NaN could become those of a zero
+    return tl.where(x == x, rounded, x)  # rounding a NaN's bits could make them a zero
 
 
 @triton.jit
 def _load_norm(norm_weight, k, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A copy for each row of x: L1 repeats it for less than it costs to hand it from thread to thread."""
+    """Loads the chunk once for each row of x: L1 does that faster than threads hand the values to each other."""
     inner = k + tl.arange(0, BLOCK_K)
     at = norm_weight + tl.zeros((ROWS, 1), tl.int32) + inner[None, :]
     return tl.load(at, mask=(inner < K)[None, :], other=0.0)
@@ -45,8 +45,8 @@ def pipelined_sums(
     x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(x * w_norm) W^T [ROWS, BLOCK_N], whose every weight_row must exist, and the squares of x [ROWS]."""
-    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # what one load brings a thread
+    """(x * w_norm) W^T [ROWS, BLOCK_N] and the sum of the squares of x [ROWS]; every row in `weight_row` must exist."""
+    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
     row = tl.arange(0, ROWS)
     weight_at = weight + weight_row[:, None] * weight_stride
     x_at = x + row[:, None].to(tl.int64) * x_stride
@@ -68,6 +68,6 @@ def pipelined_sums(
                 w = w.to(tl.float32)
             else:
                 v = a.to(w.dtype)
-            n = _load_norm(norm_weight, k + BLOCK_K, K, ROWS, BLOCK_K)  # a chunk ahead: it takes no shared memory
+            n = _load_norm(norm_weight, k + BLOCK_K, K, ROWS, BLOCK_K)  # one chunk ahead; it takes no shared memory
         sums = tl.dot(w, tl.trans(v), sums, input_precision=PRECISION)
     return tl.trans(sums), tl.sum(squares, axis=1)

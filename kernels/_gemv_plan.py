@@ -1,4 +1,4 @@
-"""How a product of few rows is parted among programs, and what the parts leave for each other.
+"""Decides how a product of few rows is split among programs, and describes the memory that splits share.
 
 bench/tune.py measures the neighbours of every plan.
 """
@@ -12,31 +12,32 @@ from torch import Tensor
 from internvl_rt.kernels._contract import require
 from internvl_rt.kernels._launch import Target, cdiv, target_of
 
-MAX_ROWS = 16  # of x; more are a matrix product's business
-# Bandwidth times latency, for a multiprocessor of an H200: 4.3 TB/s * 0.9 us / 132. Estimated.
+MAX_ROWS = 16  # of x; a product of more rows is a matrix product, gemm_epilogue
+# The bytes that must be on their way to a multiprocessor of an H200, bandwidth times latency: 4.3 TB/s * 0.9 us / 132.
+# Estimated.
 BYTES_IN_FLIGHT = 32 * 1024
-LARGE_WEIGHT = 16 * 2**20  # bytes from which device memory, not latency, is what a product waits for
-# On matrix units a multiprocessor holds two programs of 8 warps, by their registers; one of the small q, k, v products,
-# which are a single round. Each has one chunk on its way at a time, so a chunk takes a program about one latency of the
-# memory, and the exchange of partial sums about two.
+LARGE_WEIGHT = 16 * 2**20  # bytes; for a weight this large, device memory's bandwidth is the limit, not its latency
+# On matrix units a multiprocessor's registers hold two programs of 8 warps, or one program of the small q, k, v
+# products, which all run at once. A program waits for one chunk at a time, so a chunk takes about one latency of the
+# memory; the exchange of partial sums takes about two.
 RESIDENT = 2
 EXCHANGE_CHUNKS = 2
-MAX_SPLIT_PROGRAMS = 4  # of a product with splits, for each multiprocessor: the workspace has room for so many
+MAX_SPLIT_PROGRAMS = 4  # of a product with splits, for each multiprocessor; the workspace has room for this many
 MAX_SPLITS = 64
-# Where the weight passes through shared memory: what a multiprocessor's programs may take of it together, and the share
-# of multiprocessors that have to stream for device memory to be the limit.
+# For plans that pass the weight through shared memory: the shared memory that the programs of a multiprocessor may use
+# together, and the share of all multiprocessors that have to load at once to reach the bandwidth of device memory.
 STAGED_BYTES = 216 * 1024
 BUSY_SHARE = 0.8
-SMALL_WEIGHT = 7 * 2**20  # bytes, up to which a product is one latency, and an exchange would be two more
+SMALL_WEIGHT = 7 * 2**20  # bytes; a product up to this size takes about one latency, an exchange two more
 
 
 @dataclass(frozen=True, slots=True)
 class GemvPlan:
-    """A program takes `block_n` rows of the weight (of a paired product block_n / 2 pairs) and 1 / split_k of K.
+    """A program takes `block_n` rows of the weight (for a paired product block_n / 2 pairs) and 1 / split_k of K.
 
-    With `matrix`, x is padded to 16 rows for the matrix units; else one or two rows are multiplied by the CUDA cores.
-    With `num_stages` besides, the weight is their tall operand, and shared memory has room for so many of its chunks;
-    else chunks pass through registers.
+    With `matrix`, x is padded to 16 rows for the matrix units; otherwise the CUDA cores multiply one or two rows. With
+    `num_stages` as well, the weight is the matrix units' tall operand and shared memory has room for num_stages chunks
+    of it; otherwise chunks pass through registers.
     """
 
     block_n: int
@@ -68,14 +69,14 @@ class GemvPlan:
 
 @dataclass(frozen=True, slots=True)
 class GemvWorkspace:
-    """What the splits of a product leave for the last of them; for one call at a time, so one for each stream."""
+    """Memory in which splits leave partial sums for the last split. It serves one call at a time: one a CUDA stream."""
 
     partial: Tensor  # float32
     arrived: Tensor  # int32, zeros between calls
 
 
 def build_gemv_workspace(device: torch.device, programs: int | None = None) -> GemvWorkspace:
-    """For so many programs; None: as many as any plan has that `choose_gemv_plan` makes for `device`."""
+    """Makes a workspace for a number of programs; None: for the most in any plan of `choose_gemv_plan` on `device`."""
     if programs is None:
         programs = MAX_SPLIT_PROGRAMS * target_of(device).num_sms
     partial = torch.empty(programs * MAX_ROWS * (64 + 1), dtype=torch.float32, device=device)
@@ -86,16 +87,18 @@ def build_gemv_workspace(device: torch.device, programs: int | None = None) -> G
 def choose_gemv_plan(
     rows: int, n: int, k: int, dtype: torch.dtype, target: Target, *, normed: bool = False
 ) -> GemvPlan:
-    """For x [rows, k], with a norm or without, and a weight [n, k]. Rows up to 2, and from 3 on, share one plan each.
+    """The plan for x [rows, k] and a weight [n, k]; `normed`: with RMSNorm. It is the same for 1 and 2 rows, and for
+    all numbers of rows from 3 on.
 
-    One or two rows need no splits: a block is 4 or 8 rows of the weight, so there are many, and all of a block's warps
-    share K. On sm_90 eight warps are faster than four wherever K has a chunk for each (on an H100 by 14 % of the 8B's
-    o, 12 % of its q, k, v, 2 % of gate and up); elsewhere, unmeasured, only where four would have too little under way.
+    One or two rows need no splits: a program takes only 4 or 8 rows of the weight, so there are many programs, and all
+    warps of a program share K. On sm_90 eight warps are faster than four wherever K has a chunk for each warp (on an
+    H100 by 14 % for the 8B's o, 12 % for its q, k, v, 2 % for gate and up). Elsewhere this is not measured: there eight
+    warps are used only where four would load too few bytes at once.
     """
     load = 16 // dtype.itemsize  # elements that a thread loads at once
     if rows <= 2:
         block_n = 8 if n >= 8 * 4 * target.num_sms else 4
-        in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps, of every row
+        in_flight = n * min(k * dtype.itemsize, 4 * 32 * 16)  # one chunk of four warps for every row of the weight
         few = target.capability == 90 or in_flight < BYTES_IN_FLIGHT * target.num_sms
         num_warps = 8 if few and k > 4 * 32 * load else 4
         return GemvPlan(block_n, 32 * num_warps * load, num_warps)
@@ -107,11 +110,11 @@ def choose_gemv_plan(
 
 
 def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """A program reads 16 rows of x beside its rows of the weight, from registers.
+    """A plan in which a program reads 16 rows of x beside its rows of the weight, both through registers.
 
-    Where device memory is the limit these are therefore 64, and blocks are few. K is split into as many parts as let
-    the last program end first: those that run at once should fill the chip, and a last round of a few leaves most of it
-    idle.
+    A large weight is limited by device memory; there a program takes 64 rows of it, so that x is read less often. K is
+    split into the number of parts with which the last program ends first: the programs that run at once should fill
+    the chip, and a last round of a few programs would leave most of it idle.
     """
     if n * k * dtype.itemsize >= LARGE_WEIGHT:
         block_n, block_k, num_warps = 64, 128, 8
@@ -129,12 +132,12 @@ def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan
 
 
 def _staged_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """The weight is the tall operand, and passes through shared memory.
+    """A plan in which the weight is the matrix units' tall operand and passes through shared memory.
 
-    As few splits as keep most multiprocessors streaming, since an exchange takes its time, and programs that run at
-    once share device memory evenly whether they fill the chip or not. Few programs on a multiprocessor have deep
-    pipelines; many leave no gap where one ends and the next begins. So there are as many as can be, up to three, unless
-    that leaves a last round of a few, which would wait for their own short pipelines.
+    It has the fewest splits that keep most multiprocessors loading: an exchange of partial sums takes time, and
+    programs that run at once share device memory evenly whether they fill the chip or not. Few programs on a
+    multiprocessor have deep pipelines; many leave no gap where one ends and the next begins. So up to three are
+    resident, and fewer where three would leave a short last round, which would wait for its own short pipelines.
     """
     block_n, block_k = 64, 128
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)

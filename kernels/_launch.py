@@ -1,4 +1,4 @@
-"""One kernel launch as a value, the target it is planned for, and the one place that launches."""
+"""Describes one kernel launch as a value and the GPU that it is planned for, and launches kernels."""
 
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
@@ -11,22 +11,22 @@ import triton
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """As triton.cdiv, which takes the host 2 us, as long as all that checks a tensor."""
+    """numerator / denominator, rounded up. triton.cdiv takes 2 us on the host, as long as all checks of a tensor."""
     return -(-numerator // denominator)
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest that is not below `number`, and 1 at least."""
+    """Returns the smallest power of 2 that is not below `number`, and at least 1."""
     return 1 << (max(number, 1) - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a plan may depend on besides shapes and dtypes."""
+    """The properties of a GPU that a plan may depend on, besides shapes and dtypes."""
 
     capability: int  # 90 for sm_90
     num_sms: int
-    interpreted: bool = False  # by Triton's interpreter: no inline assembly, no PDL
+    interpreted: bool = False  # Triton's interpreter runs the kernels: no inline assembly, no PDL
 
     @property
     def has_programmatic_launch(self) -> bool:
@@ -35,11 +35,11 @@ class Target:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that one block may use."""
+        """Bytes of shared memory that one block of threads may use."""
         return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}[self.capability] * 1024
 
 
-TARGETS = {  # every architecture that kernels are built for, with the chip of most multiprocessors
+TARGETS = {  # every architecture that kernels are built for, each with its chip that has the most multiprocessors
     80: Target(80, 108),  # A100
     89: Target(89, 142),  # L40S, RTX 4090
     90: Target(90, 132),  # H100, H200
@@ -50,7 +50,7 @@ TARGETS = {  # every architecture that kernels are built for, with the chip of m
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """`kernel[grid](**args, **constexprs)`; nothing happens when a side of the grid is 0."""
+    """The call `kernel[grid](**args, **constexprs)`; nothing is launched when a side of the grid is 0."""
 
     kernel: Any  # triton.JITFunction
     grid: tuple[int, int, int]
@@ -59,14 +59,14 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     descriptors: bool = False  # the kernel makes tensor descriptors on the device, which take scratch memory
-    pdl: bool = False  # programmatic dependent launch: starts before the kernel before it has ended (sm_90 and later)
-    # What the machine code must show; tests/kernels/test_compile.py looks:
+    pdl: bool = False  # programmatic dependent launch: this kernel may start before the previous one ends (sm_90 on)
+    # What tests/kernels/test_compile.py must find in the machine code:
     matrix_units: bool = False  # products on the target's matrix units
     wide_loads: bool = True  # memory read 16 bytes at a time
 
 
 def options_of(launch: Launch) -> dict[str, Any]:
-    # Fused multiply-add as every triton up to 3.9 does by default; a later default is not ours.
+    # Every triton up to 3.9 fuses multiply and add by default; a later version might not.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     return {**options, "launch_pdl": True} if launch.pdl else options
 
@@ -90,20 +90,20 @@ def _run(launch: Launch, device: torch.device) -> None:
         return
     start = partial(launch.kernel[launch.grid], **launch.args, **launch.constexprs, **options_of(launch))
     if launch.descriptors:
-        copy_context().run(_with_scratch, start, device)  # so that nobody else's allocator is replaced
+        copy_context().run(_with_scratch, start, device)  # in a copy, so that the caller keeps its allocator
     else:
         start()
 
 
 def _with_scratch(start: Callable[[], object], device: torch.device) -> None:
-    """Triton asks its allocator, a context variable, for the descriptors' memory at every launch."""
+    """Triton asks its allocator, a context variable, for the descriptors' memory at every launch; this sets one."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     start()
 
 
 @cache
 def target_of(device: torch.device) -> Target:
-    """Raises ValueError for a device that the kernels cannot run on."""
+    """Describes the GPU `device`. Raises ValueError for a device on which the kernels cannot run."""
     if triton.knobs.runtime.interpret:
         return Target(90, 132, interpreted=True)
     if device.type != "cuda":

@@ -1,18 +1,18 @@
-"""How products and vision attention are computed: by tables measured beforehand, never by trying at the first call.
+"""Chooses how products and vision attention are computed: from measured tables, never by trying at the first call.
 
-kernels/plans/sm_90.json and its like:
+Each target has a file such as kernels/plans/sm_90.json; `measured` is null if nothing was measured:
 
-    {"measured": {"date": "...", "gpu": "...", "triton": "...", "torch": "..."},     null: nothing was measured
+    {"measured": {"date": "...", "gpu": "...", "triton": "...", "torch": "..."},
      "gemm_epilogue": [{"m_max": 1025, "n": 4096, "k": 1024, "epilogue": "gelu",
                         "plan": {"kind": "fused", "block_m": 128, ...}}, ...],
      "vit_attention": [{"tiles_max": 13, "patches": 1024, "heads": 16, "channels": 64,
                         "plan": {"block_m": 128, ...}}, ...]}
 
-Of the entries with exactly this n, k and epilogue, the one with the smallest m_max that is not below the rows counts.
-Where there is none, or no file for the target, nothing shows that another plan is faster than CUBLAS.
+A product of some rows takes the entry with its n, k and epilogue whose m_max is the smallest that is not below the
+number of rows. A product without an entry, or a target without a file, takes CUBLAS.
 
-Attention is alike in the number of tiles, but its last entry also counts for more tiles than were measured: they are
-more of the same blocks. Where there is no entry, vit_attention's own default counts.
+Attention chooses by the number of tiles in the same way, but its last entry also serves more tiles than were measured,
+because they only add more of the same blocks. Attention without an entry takes vit_attention's own default.
 """
 
 import json
@@ -41,13 +41,13 @@ class GemmPlan:
     block_m: int = 0
     block_n: int = 0
     block_k: int = 0
-    group_m: int = 0  # rows of blocks that are walked together, for L2
+    group_m: int = 0  # rows of blocks that are computed together, so that they share operands in L2
     num_warps: int = 0
     num_stages: int = 0
-    use_tma: bool = False  # where the target has it and rows begin at multiples of 16 bytes; else pointers
+    use_tma: bool = False  # use the copy engine where the target has it and rows begin at multiples of 16 bytes
 
     def shared_bytes(self, itemsize: int) -> int:
-        """At most: every stage holds a block of each operand."""
+        """The most that the kernel needs: every stage holds a block of each operand."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
@@ -56,25 +56,25 @@ class AttentionPlan:
     """How vit_attention walks over one tile and head."""
 
     block_m: int  # queries of a program
-    block_n: int  # keys of a step of its loop
+    block_n: int  # keys of one step of a program's loop
     num_warps: int
     num_stages: int
-    host_descriptor: bool = False  # where boxes of keys can be copied, the host describes them, once for all programs
+    host_descriptor: bool = False  # if the copy engine can be used, the host makes one descriptor for all programs
 
     def shared_bytes(self, channels: int, itemsize: int) -> int:
-        """At least: every stage holds a block of keys and one of values."""
+        """The least that the kernel needs: every stage holds a block of keys and a block of values."""
         return self.num_stages * 2 * self.block_n * channels * itemsize
 
 
 CUBLAS = GemmPlan("cublas")
-Plan = GemmPlan | str | None  # None: what the table says; a name: "cublas" or one of `tilings`
+Plan = GemmPlan | str | None  # None: the plan of the tables; a name: "cublas" or one of `tilings`
 GemmKey = tuple[int, int, str]  # n, k, epilogue
 AttentionKey = tuple[int, int, int]  # patches, heads, channels
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What was measured on a target: by key the plans with the most rows, or tiles, that each is for, ascending."""
+    """The plans measured on a target, by key: the most rows (or tiles) a plan serves, ascending, and the plan."""
 
     gemm_epilogue: Mapping[GemmKey, tuple[tuple[int, GemmPlan], ...]] = field(default_factory=dict)
     vit_attention: Mapping[AttentionKey, tuple[tuple[int, AttentionPlan], ...]] = field(default_factory=dict)
@@ -102,13 +102,13 @@ def tilings(target: Target) -> dict[str, GemmPlan]:
     """The fused plans that are worth measuring on `target`, by name."""
     if target.capability in (90, 100, 103):
         wide = GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=4, use_tma=True)
-        # Two blocks of each share a multiprocessor, so that one multiplies while the other writes its results.
+        # Two programs share a multiprocessor, so that one multiplies while the other writes its results.
         square = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=4, num_stages=3, use_tma=True)
-        warps = 4 if target.capability == 90 else 8  # with four, triton 3.9 spills two registers of the GELU on sm_100
+        warps = 4 if target.capability == 90 else 8  # with 4, triton 3.9 spills two registers of the GELU on sm_100
         low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=warps, num_stages=4, use_tma=True)
         pointers = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3)
     else:
-        deep = 4 if target.shared_bytes > 128 * 1024 else 3  # stages that fit
+        deep = 4 if target.shared_bytes > 128 * 1024 else 3  # stages that fit shared memory
         wide = GemmPlan("fused", 128, 256, 32, group_m=8, num_warps=8, num_stages=deep)
         square = pointers = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3)
         low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=deep)
@@ -146,7 +146,7 @@ def _check_shared(num_bytes: int, target: Target) -> None:
 
 
 def load_tables(path: Path, target: Target) -> Tables:
-    """Raises ValueError naming the file, and the entry, for anything but tables that `target` can run."""
+    """Reads a file of plans. Raises ValueError naming the file and the entry if `target` could not run one of them."""
     where = "the tables"
     try:
         values = json.loads(path.read_bytes())
@@ -223,7 +223,7 @@ def choose_plan(
     rows: int, n: int, k: int, epilogue: str, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
 ) -> GemmPlan:
     """The measured plan for x [rows, k] times weight [n, k]; CUBLAS where none was measured, and in float32."""
-    if dtype.itemsize != 2:  # the tables hold what was measured in bfloat16; float16 costs the same
+    if dtype.itemsize != 2:  # the tables were measured in bfloat16; float16 takes the same time
         return CUBLAS
     plans = _tables_of(folder, target).gemm_epilogue.get((n, k, epilogue), ())
     return next((plan for m_max, plan in plans if rows <= m_max), CUBLAS)
@@ -240,7 +240,7 @@ def choose_attention_plan(
 
 
 def resolve_plan(plan: Plan, rows: int, n: int, k: int, epilogue: str, dtype: torch.dtype, target: Target) -> GemmPlan:
-    """Raises ValueError for a name that is not there, and for a plan that `target` cannot run."""
+    """The plan to use. Raises ValueError for an unknown name and for a plan that `target` cannot run."""
     if plan is None:
         return choose_plan(rows, n, k, epilogue, dtype, target)
     if isinstance(plan, str):

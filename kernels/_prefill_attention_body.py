@@ -1,7 +1,8 @@
 """The jitted body of prefill_attention.
 
-A block of queries holds (query, head) pairs of one kv head, heads fastest, so that every key and value that is read
-serves all query heads that share it. The softmax is the online one: a running maximum, sum and weighted value.
+A block of queries holds (query, head) pairs for one kv head, in which the head changes fastest, so that every key and
+value that is read serves all query heads that share it. The softmax is the online one: it keeps a running maximum, a
+running sum and a running sum of weighted values.
 """
 
 import triton
@@ -13,7 +14,7 @@ from internvl_rt.kernels._softmax import probability
 
 @triton.jit
 def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constexpr):
-    """The online softmax's state after one more block of keys; `visible` None: every query sees all of them."""
+    """Returns the online softmax's state after one more block of keys; `visible` None: every query sees all of them."""
     score = tl.dot(q, k.T, input_precision=PRECISION)
     if visible is not None:
         score = tl.where(visible, score, float("-inf"))
@@ -23,7 +24,7 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
     return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
 
-# One kernel for any batch and model of these channels, and for index tensors that begin at any element.
+# Not specialised: one kernel serves any batch and any model with these channels, and index tensors at any address.
 INDICES = ["block_table", "query_start", "seq_len", "table_stride", "group", "num_lines"]
 
 
@@ -34,18 +35,18 @@ def prefill_attention_kernel(
     P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Late queries come first: they see the most keys, and what starts last should be short. Neighbouring programs
-    share a kv head, whose keys and values stay in the L2 cache.
+    """Computes one block of queries. Programs take the last queries first: these see the most keys, and the programs
+    that start last should be short. Neighbouring programs share a kv head, whose keys and values stay in the L2 cache.
 
-    The keys before the block's first query are visible to all of its queries: whole blocks of them need no mask. The
-    others are read through a mask, as memory beyond the sequence holds anything, NaN too.
+    All queries of the block see the keys before its first query, so whole blocks of these keys need no mask. The other
+    keys are read through a mask, because memory beyond the sequence may hold anything, NaN too.
     """
     head, row = tl.program_id(1), tl.program_id(2)
     first_row = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_row
     length = tl.load(seq_len + row)
     block_stride = tl.cast(block_stride, tl.int64)
-    queries = BLOCK_M // group  # of a block
+    queries = BLOCK_M // group  # queries of a block
     first_query = (tl.cdiv(num_queries, queries) - 1 - tl.program_id(0)) * queries
     if first_query >= 0:
         pair, channel = tl.arange(0, BLOCK_M), tl.arange(0, C)
@@ -54,7 +55,7 @@ def prefill_attention_kernel(
         first_position = length - num_queries + first_query
         whole_end = (first_position + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(first_position + queries, length)
-        position = tl.minimum(first_position + pair // group, end - 1)  # that of no query too
+        position = tl.minimum(first_position + pair // group, end - 1)  # a row without a query gets a position as well
         table = block_table + row.to(tl.int64) * table_stride
         k_head = k_cache + head.to(tl.int64) * head_stride
         v_head = v_cache + head.to(tl.int64) * head_stride
@@ -62,7 +63,7 @@ def prefill_attention_kernel(
         pair_channel = ((head * group + pair % group) * C)[:, None] + channel[None, :]
         q_rows = q + block_row * q_stride + (pair // group).to(tl.int64) * q_stride
         q_block = tl.load(q_rows[:, None] + pair_channel, mask=real[:, None], other=0.0)
-        if USE_TMA:  # both caches as [B * G * P, C]
+        if USE_TMA:  # each cache is read as a tensor [B * G * P, C]
             k_lines = tl.make_tensor_descriptor(k_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
             v_lines = tl.make_tensor_descriptor(v_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
 
@@ -84,7 +85,7 @@ def prefill_attention_kernel(
             top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
         for start in range(whole_end, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            inside = key < end  # from there on memory is not ours to read; what a query sees is less
+            inside = key < end  # beyond `end` memory may not be read; `visible` is narrower
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
             v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
             k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)

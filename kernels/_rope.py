@@ -1,11 +1,12 @@
-"""Rotary embedding on the device, for every kernel that ends in it: an angle's sine and cosine, and the rotation.
+"""Rotary embedding on the device, for every kernel that applies it: an angle's sine and cosine, and the rotation.
 
-`tl.sin` and `tl.cos` are right for any float32 and keep their long division of a large angle in local memory. Here the
-angle is reduced once for both, x = n * pi/2 + r with |r| <= pi/4, and two polynomials in r do the rest.
+`tl.sin` and `tl.cos` are right for any float32, but keep their long division of a large angle in local memory. Here the
+angle is reduced once for both, x = n * pi/2 + r with |r| <= pi/4, and two polynomials in r give sine and cosine.
 
-n * pi/2 is taken off in four parts (Cody and Waite 1980). The first three have 8 bits: their products with n are exact
-in float32 up to |n| = 2^16, and with fused multiply-adds, which round once, the differences are exact far beyond. So
-the error is at most 1.2e-7 for |x| <= 102943, and on a GPU for |x| <= 2^21, where float32 positions are 1/4 apart.
+n * pi/2 is subtracted in four parts (Cody and Waite 1980). The first three parts have 8 bits, so their products with n
+are exact in float32 up to |n| = 2^16; fused multiply-adds round only once, which keeps the differences exact far
+beyond. The error is at most 1.2e-7 for |x| <= 102943, and on a GPU for |x| <= 2^21, where float32 positions are 1/4
+apart.
 """
 
 import triton
@@ -16,10 +17,10 @@ PI_2_A: tl.constexpr = tl.constexpr(1.5703125)
 PI_2_B: tl.constexpr = tl.constexpr(0.0004825592041015625)
 PI_2_C: tl.constexpr = tl.constexpr(1.2665987014770508e-06)
 PI_2_D: tl.constexpr = tl.constexpr(9.92093629470503e-10)
-ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has the integer in its lowest bits
+ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: the lowest bits of a sum with it hold the integer
 
-# sin(r) = r + r^3 (S0 + S1 r^2 + S2 r^4), cos(r) = 1 - r^2 / 2 + r^4 (C0 + C1 r^2 + C2 r^4): least largest error over
-# |r| <= pi/4 + 0.03, because n may be rounded the other way at the border.
+# sin(r) = r + r^3 (S0 + S1 r^2 + S2 r^4), cos(r) = 1 - r^2 / 2 + r^4 (C0 + C1 r^2 + C2 r^4). The coefficients make the
+# largest error smallest over |r| <= pi/4 + 0.03, because at the border n may be rounded the other way.
 S0: tl.constexpr = tl.constexpr(-0.16666646301746368)
 S1: tl.constexpr = tl.constexpr(0.00833176076412201)
 S2: tl.constexpr = tl.constexpr(-0.0001946896518347785)
@@ -30,9 +31,9 @@ C2: tl.constexpr = tl.constexpr(2.4410395781160332e-05)
 
 @triton.jit
 def sin_cos(angle):
-    """Sine and cosine of float32 angles; |angle| at most 102943 (2^21 on a GPU), beyond which nothing is promised."""
+    """Sine and cosine of float32 angles with |angle| <= 102943 (2^21 on a GPU); they are undefined beyond."""
     rounded = angle * INVERSE_PI_2 + ROUNDER
-    quarter = rounded.to(tl.int32, bitcast=True)  # its lowest two bits count
+    quarter = rounded.to(tl.int32, bitcast=True)  # the quarter turn, in the lowest two bits
     n = rounded - ROUNDER
     r = tl.fma(n, -PI_2_A, angle)
     r = tl.fma(n, -PI_2_B, r)
@@ -49,15 +50,15 @@ def sin_cos(angle):
 
 @triton.jit
 def rotate(first, second, sin, cos):
-    """Float32 halves of heads, turned. The fused steps are spelled out: every kernel gives the same bits."""
+    """Rotates the float32 halves of heads. The fused steps are written out, so that every kernel gets the same bits."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
 @triton.jit
 def rope_row(first, second, position, inv_freq, channel):
-    """Halves of a head (float32), turned: `first` holds channels `channel` < C / 2 and `second` those C / 2 further.
+    """Rotates halves of a head (float32): `first` has channels `channel` < C / 2, `second` the channels C / 2 further.
 
-    `position` is float32, `inv_freq` points to [C / 2] float32; all but the pointer may be blocks, broadcast.
+    `position` is float32; `inv_freq` points to [C / 2] float32. All but the pointer may be blocks, which broadcast.
     """
     sin, cos = sin_cos(position * tl.load(inv_freq + channel))
     return rotate(first, second, sin, cos)
@@ -65,8 +66,8 @@ def rope_row(first, second, position, inv_freq, channel):
 
 @triton.jit
 def norm_heads(first, second, weight, C: tl.constexpr, eps):
-    """Heads in halves [BLOCK_H, C / 2], float32: normalised, and rounded where `rms_norm` rounds."""
-    w1, w2 = tl.load(weight), tl.load(weight + C // 2)  # on their way before the reduction waits for the heads
+    """Normalises heads, given as float32 halves [BLOCK_H, C / 2], and rounds values where `rms_norm` rounds them."""
+    w1, w2 = tl.load(weight), tl.load(weight + C // 2)  # loaded before the reduction waits for the heads
     mean_square = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / C
     inverse_rms = (1.0 / tl.sqrt_rn(mean_square + eps))[:, None]
     first = (first * inverse_rms).to(w1.dtype).to(tl.float32) * w1.to(tl.float32)

@@ -1,11 +1,12 @@
-"""Device code of `sample`: two kernels, and the passes and searches of the second. Their numbers: `_sample_numbers`.
+"""The jitted bodies of `sample`: two kernels, and the passes and searches of the second.
 
-top_k and top_p keep what is at or above a place, min_p what has its weight; the draw runs over the kept tokens by id.
-That place is where counts or weights, summed from the largest place down, reach a limit. It is found without a sort, by
-bisection in a list in registers: of all tokens from a place on. The first list holds the largest tokens; where it does
-not reach far enough, passes over the row find a bracket [low, high) of places that fits another. Where the first list
-has all that is kept, the draw is from it; else from the row, by the masses of its spans of SPAN tokens, which is all
-that a row without top_k and top_p needs.
+_sample_numbers.py defines a token's key, weight and place. top_k and top_p keep the tokens from some place on, min_p
+those from some weight on; the draw runs over the kept tokens by id. The place is where counts (top_k) or weights
+(top_p), summed from the largest place down, reach a limit. It is found without a sort, by bisection in a list of tokens
+that is held in registers. The first list holds the largest tokens. If it does not reach far enough, passes over the row
+find a bracket [low, high) of places whose tokens fit another list. If the first list has all kept tokens, the draw uses
+it; otherwise the draw reads the row, guided by the masses (sums of weights) of its spans of SPAN tokens. A row without
+top_k and top_p needs only the spans.
 """
 
 import triton
@@ -31,9 +32,9 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_row(x, token, end, EDGE: tl.constexpr):
-    """The row at these tokens. Memory is read up to a multiple of EDGE: what is behind `end` is anything.
+    """Loads the row's values at these tokens. Memory is read up to a multiple of EDGE; from `end` on it holds anything.
 
-    With an EDGE of 16 what a thread loads at once is inside as a whole or not at all, so that it is one instruction.
+    With an EDGE of 16 the values that a thread loads at once are all inside or all outside: one load instruction.
     """
     return tl.load(x + token, mask=token < (end + EDGE - 1) // EDGE * EDGE, other=float("-inf"))
 
@@ -42,8 +43,8 @@ def _load_row(x, token, end, EDGE: tl.constexpr):
 def _penalise(x, listed_id, listed_count, first, last, begin, end, penalty, BLOCK: tl.constexpr):
     """Changes the row `x` at the listed tokens in [begin, end).
 
-    Every step rounds to float32. Products are rounded from float64, where they are exact: a float32 product could be
-    contracted with the difference behind it.
+    Every step rounds to float32. Products are computed in float64, where they are exact, and then rounded: the compiler
+    could fuse a float32 product with the subtraction that follows it.
     """
     repetition, presence, frequency = tl.load(penalty), tl.load(penalty + 1), tl.load(penalty + 2)
     for start in range(first, last, BLOCK):
@@ -58,7 +59,7 @@ def _penalise(x, listed_id, listed_count, first, last, begin, end, penalty, BLOC
         tl.store(x + token, tl.where(count < 0, float("-inf"), new), mask=mine)
 
 
-# One kernel for parameters that begin at any element: where they do changes with the number of rows.
+# Not specialised, so that one kernel serves parameters at any address: it changes with the number of rows.
 @triton.jit(do_not_specialize=["listed_start", "listed_id", "listed_count", "penalty"])
 def row_peaks_kernel(
     logits,
@@ -80,9 +81,9 @@ def row_peaks_kernel(
     EDGE: tl.constexpr,
     PENALISED: tl.constexpr,
 ):
-    """Of one slice of a row the largest key with its token, and the largest keys of GROUPS groups of tokens.
+    """Finds the largest key of one slice of a row, with its token, and the largest keys of GROUPS groups of its tokens.
 
-    PENALISED: of the row after its penalties, which is written to `copy`.
+    With PENALISED the penalties are applied first, and the changed row is written to `copy`.
     """
     row = (tl.program_id(0) // SLICES).to(tl.int64)
     part = tl.program_id(0) % SLICES
@@ -100,10 +101,10 @@ def row_peaks_kernel(
         _penalise(changed, listed_id, listed_count, first, last, begin, end, penalty + row * 3, 128)
         tl.debug_barrier()
         x = changed
-    EDGE_OF_X: tl.constexpr = 16 if PENALISED else EDGE  # the copy's rows have room
+    EDGE_OF_X: tl.constexpr = 16 if PENALISED else EDGE  # the rows of `copy` are padded to it
     largest = tl.full([BLOCK], LOWEST, tl.int32)
     largest_id = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # two loads on their way
+    for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):  # so that two loads are on their way at once
         token = start + column
         values = _load_row(x, token, end, EDGE_OF_X).to(tl.float32)
         key = tl.where(token < end, order_key(values), LOWEST)
@@ -118,7 +119,7 @@ def row_peaks_kernel(
 
 @triton.jit
 def _largest_reaching(place, size, limit, low, high):
-    """The largest t such that the sizes of all places >= t sum to `limit` or more; `low` is one, `high` is not."""
+    """The largest t such that the sizes of all places >= t sum to `limit` or more; `low` is such a t, `high` is not."""
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)  # (low + high) // 2 without overflow
         if tl.sum(tl.where(place >= middle, size, 0), axis=0) >= limit:
@@ -130,9 +131,9 @@ def _largest_reaching(place, size, limit, low, high):
 
 @triton.jit
 def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """Lists the tokens in [begin, end) of row `x` with places in [low, high), by id, as far as there is room.
+    """Lists the tokens in [begin, end) of row `x` whose places are in [low, high), by id, as far as there is room.
 
-    Returns how many they are.
+    Returns how many such tokens there are.
     """
     column = tl.arange(0, BLOCK)
     length = begin * 0
@@ -140,7 +141,7 @@ def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.
     for start in range(begin, end, BLOCK):
         token = start + column
         place = place_of(order_key(ahead.to(tl.float32)), token)
-        ahead = _load_row(x, token + BLOCK, end, EDGE)  # the sums wait for all warps
+        ahead = _load_row(x, token + BLOCK, end, EDGE)  # loaded before the sum below, which waits for all warps
         listed = ((place >= low) & (place < high) & (token < end)).to(tl.int32)
         count = tl.sum(listed, axis=0)
         if count > 0:
@@ -152,7 +153,7 @@ def _fill_list(x, begin, end, low, high, list_id, LIST: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _at_or_above(x, V, peak, rate, low, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """A pass over the row: how many tokens have at least this place, and their mass."""
+    """Passes over the row and returns how many tokens have at least the place `low`, and their mass."""
     column = tl.arange(0, BLOCK)
     mass, count = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
     ahead = _load_row(x, column, V, EDGE)
@@ -167,7 +168,7 @@ def _at_or_above(x, V, peak, rate, low, BLOCK: tl.constexpr, EDGE: tl.constexpr)
 
 @triton.jit
 def _read_list(x, list_id, length, peak, rate, LIST: tl.constexpr):
-    """Places and weights of the tokens of a list; behind its end those of nothing."""
+    """The places and weights of a list's tokens. Entries behind its end have the weight 0 and an undefined place."""
     entry = tl.arange(0, LIST)
     token = tl.load(list_id + entry, mask=entry < length, other=0)
     values = tl.load(x + token, mask=entry < length, other=float("-inf")).to(tl.float32)
@@ -179,9 +180,10 @@ def _locate(
     limit, by_count, first, row, lists,
     SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The place where `limit` tokens, or `limit` of mass, are reached, or all the weight is; and the mass up to there.
+    """Finds the place down to which tokens are kept until their number, or their mass, reaches `limit` or all are kept.
 
-    `first` is the lowest place, the length and the mass of the first list.
+    Returns this place and the mass of the tokens from it on. `first` is the lowest place, length and mass of the first
+    list; `row` is the row, V, the largest logit, the rate of `token_weight` and the lowest place of any weight.
     """
     low, length, mass_first = first
     x, V, peak, rate, floor = row
@@ -200,12 +202,13 @@ def _locate(
             else:
                 high, count_high, mass_high = middle, count, mass
             middle = (low + high) >> 1
-            # Tokens are spread over values more evenly than over places; halving these ends in any case.
+            # The first steps halve the range of values, over which tokens are spread more evenly than over places.
+            # The later ones halve the range of places, which ends in any case.
             by_value = lowest_place(order_key(0.5 * key_value(key_at(low)) + 0.5 * key_value(key_at(high))))
             if (step < 8) & (by_value > low) & (by_value < high):
                 middle = by_value
             step += 1
-        list_id = lists  # in place of the slices' lists, which the first has
+        list_id = lists  # overwrites the slices' lists; the first list has their tokens
         tl.debug_barrier()
         length = _fill_list(x, 0, V, low, high, list_id, LIST, BLOCK, EDGE)
         tl.debug_barrier()
@@ -223,13 +226,13 @@ def _lowest_kept(
     row, cut, lengths, lists, mass, k, p,
     SLICES: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """The lowest place that top_k and top_p keep, and the lowest of the first list.
+    """Returns the lowest place that top_k and top_p keep, and the lowest place and the length of the first list.
 
-    That one is made here, behind the slices' lists, by moving them behind one another: by id, as they are.
+    The first list is made here, in memory behind the slices' lists, by joining them in order, so it is sorted by id.
     """
     x, _, peak, rate, _ = row
     length = tl.sum(tl.load(lengths + tl.arange(0, SLICES)), axis=0)
-    if length > LIST:  # too long for a list: an empty one
+    if length > LIST:  # too many tokens for a list: it becomes empty
         cut, length = lowest_place(order_key(peak) + 1), length * 0
     entry = tl.arange(0, LIST)
     source, offset = entry, 0
@@ -243,10 +246,10 @@ def _lowest_kept(
     _, weight = _read_list(x, gathered, length, peak, rate, LIST)
     first = (cut, length, tl.sum(weight, axis=0))
     lowest = cut
-    for step in range(2):  # a loop, so that the code of _locate is there once
+    for step in range(2):  # a loop, so that the compiled kernel has the code of _locate once
         limit, needed = k.to(tl.int64), k > 0
         if step == 1:
-            # ceil(top_p * mass): a token stays where those before it have less than top_p of the mass
+            # A token is kept if the tokens before it have less than top_p of the mass: ceil(top_p * mass).
             bits, four = (p * 4611686018427387904.0).to(tl.uint64), (mass << 2).to(tl.uint64)  # mass <= 2^60
             limit = tl.maximum(tl.umulhi(four, bits).to(tl.int64) + (four * bits != 0).to(tl.int64), 1)
             needed = p < 1
@@ -257,7 +260,7 @@ def _lowest_kept(
 
 @triton.jit
 def _kept_weight(x, token, end, peak, rate, lowest, least, EDGE: tl.constexpr):
-    """The weights of the tokens below `end` that are kept, 0 for the others."""
+    """The weights of the tokens: 0 for those that are not kept and those from `end` on."""
     values = tl.where(token < end, _load_row(x, token, end, EDGE).to(tl.float32), float("-inf"))
     weight = token_weight(values, peak, rate)
     return tl.where((place_of(order_key(values), token) >= lowest) & (weight >= least), weight, 0)
@@ -267,7 +270,7 @@ def _kept_weight(x, token, end, peak, rate, lowest, least, EDGE: tl.constexpr):
 def _add_up_spans(
     x, begin, end, peak, rate, lowest, least, spans, SPAN: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
 ):
-    """Writes the kept mass of every SPAN tokens in [begin, end), which one warp adds up."""
+    """Writes the kept mass of each span of SPAN tokens in [begin, end); one warp adds up a span."""
     for start in tl.range(begin, end, BLOCK, loop_unroll_factor=2):
         weight = _kept_weight(x, start + tl.arange(0, BLOCK), end, peak, rate, lowest, least, EDGE)
         span = start // SPAN + tl.arange(0, BLOCK // SPAN)
@@ -283,7 +286,7 @@ def _find(weight, target):
     return tl.sum(passed.to(tl.int32), axis=0), tl.max(tl.where(passed, running, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "seed", "counter"])  # as above
+@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "seed", "counter"])  # see row_peaks_kernel
 def draw_kernel(
     x,
     y,
@@ -310,7 +313,10 @@ def draw_kernel(
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Slices of a row add up their weights and, for top_k and top_p, list their largest; the last to arrive draws."""
+    """Adds up the weights of one slice of a row and, for top_k and top_p, lists its largest tokens.
+
+    The last program of a row to arrive draws the row's token.
+    """
     row = (tl.program_id(0) // SLICES).to(tl.int64)
     part = tl.program_id(0) % SLICES
     peak_place = tl.max(tl.load(best + row * SLICES + tl.arange(0, SLICES)), axis=0)
@@ -326,7 +332,7 @@ def draw_kernel(
         end = tl.minimum(begin + slice_len, V)
         peak = key_value(peak_key)
         rate = tl.minimum(tl.div_rn(tl.full(t.shape, LOG2_E, tl.float32), t), 3e38)
-        floor = order_key(peak - 31.0 * t - 1e-36)  # 43 octaves are 29.8 t; the rest is for the rounding
+        floor = order_key(peak - 31.0 * t - 1e-36)  # weights are 0 from 29.8 t (43 octaves) below the peak on
         least = tl.ceil(tl.load(min_p + row) * 4398046511104.0).to(tl.int64)
         k, p = tl.load(top_k + row), tl.load(top_p + row)
         k = tl.where(k < V, k, 0)
@@ -336,8 +342,9 @@ def draw_kernel(
         spans += row * LIST
         _add_up_spans(x, begin, end, peak, rate, lowest, tl.where(filtered, 0, least), spans, SPAN, BLOCK, EDGE)
         if filtered:
-            # Three groups in eight have no token in the list, so it is about SLICES * GROUPS * ln(8 / 3) long.
-            group = tl.load(peaks + row * SLICES * GROUPS + tl.arange(0, SLICES * GROUPS)) >> 16  # roughly is enough
+            # The list starts at a key that five groups in eight reach; with none of the tokens of the other three it
+            # has about SLICES * GROUPS * ln(8 / 3) tokens.
+            group = tl.load(peaks + row * SLICES * GROUPS + tl.arange(0, SLICES * GROUPS)) >> 16  # rough keys do
             low, high = tl.min(group, axis=0), tl.max(group, axis=0) + 1
             low = _largest_reaching(group, 1, SLICES * GROUPS * 5 // 8, low, high) << 16
             cut = lowest_place(tl.maximum(low, floor))

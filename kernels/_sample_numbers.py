@@ -1,7 +1,8 @@
-"""The numbers that `sample` computes with on the device: integers, so that no order of summation shows in a result.
+"""The numbers that `sample` computes with on the device. They are integers, so that sums do not depend on their order.
 
-A logit has a weight, 2^42 times the probability over the largest one, rounded down; an int32 key in the order of the
-values; and, with its token, a place: a distinct int64, larger for larger keys and, of equal ones, for lower ids.
+A logit has a weight: its probability over that of the largest logit, times 2^42, rounded down. It has an int32 key,
+which is in the order of the values. Together with its token it has a place: a distinct int64, which is larger for a
+larger key and, among equal keys, for a lower id.
 """
 
 import triton
@@ -10,13 +11,13 @@ import triton.language as tl
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))  # below the key of any logit
 INFINITY_KEY: tl.constexpr = tl.constexpr(0x7F800000)
 MINUS_INFINITY_KEY: tl.constexpr = tl.constexpr(-0x7F800001)
-ID_BITS: tl.constexpr = tl.constexpr(18)  # the low ones of a place; the others are the key's
+ID_BITS: tl.constexpr = tl.constexpr(18)  # the low bits of a place, which hold the token; the others hold the key
 LAST_ID: tl.constexpr = tl.constexpr(2**18 - 1)
 
 
 @triton.jit
 def order_key(x):
-    """int32 in the order of float32 `x`; -0 is 0, NaN is above infinity."""
+    """An int32 key in the order of float32 `x`; -0 has the key of 0, and NaN one above infinity's."""
     bits = x.to(tl.int32, bitcast=True)
     key = tl.where(x == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return tl.where(x == x, key, 0x7FFFFFFF)
@@ -29,7 +30,7 @@ def key_value(key):
 
 @triton.jit
 def lowest_place(key):
-    """Of the places with this key; token 0 has the highest."""
+    """The lowest place that a token with this key can have; token 0 has the highest."""
     return key.to(tl.int64) << ID_BITS
 
 
@@ -50,14 +51,14 @@ def token_at(place):
 
 @triton.jit
 def token_weight(x, peak, rate):
-    """int64: 2^42 * 2^(-(peak - x) * rate), 0 from 43 octaves below the peak on.
+    """int64 2^42 * 2^(-(peak - x) * rate), and 0 from 43 octaves below the peak on.
 
-    The two float32 operations round once each and nothing can contract them; the rest, a polynomial for 2^-f at 24
-    bits of f, are integers. So every machine gets the same weights.
+    The two float32 operations round once each, and no compiler can fuse them. Everything else, a polynomial for 2^-f
+    at 24 bits of f, is integer arithmetic. So every machine gets the same weights.
     """
     octaves = tl.minimum((peak - x) * rate, 43.0)
     fixed = (octaves * 16777216.0).to(tl.int32)
-    f = (fixed << 8).to(tl.uint32, bitcast=True)  # the fraction, times 2^32
+    f = (fixed << 8).to(tl.uint32, bitcast=True)  # the fraction f, times 2^32
     q = 0x53A2D4 - tl.umulhi(f, tl.full(f.shape, 0x72C75, tl.uint32))
     q = 0x273E53D - tl.umulhi(f, q)
     q = 0xE34B488 - tl.umulhi(f, q)
@@ -69,7 +70,7 @@ def token_weight(x, peak, rate):
 
 @triton.jit
 def philox_word(seed, counter):
-    """The first uint64 that numpy's Philox(key=seed, counter=counter) gives: Philox4x64-10, which counts up first."""
+    """The first uint64 of numpy's Philox(key=seed, counter=counter): Philox4x64-10, which first counts up."""
     c0 = counter.to(tl.uint64, bitcast=True) + 1
     c1, c2, c3, k1 = c0 * 0, c0 * 0, c0 * 0, c0 * 0
     k0 = seed.to(tl.uint64, bitcast=True)
@@ -86,5 +87,5 @@ def philox_word(seed, counter):
 
 @triton.jit
 def uniform_below(mass, word):
-    """u * mass, rounded down; u is the word's first 53 bits over 2^53, as numpy's random()."""
+    """u * mass, rounded down, where u is the word's first 53 bits over 2^53, as in numpy's random()."""
     return tl.umulhi(word & 0xFFFFFFFFFFFFF800, mass.to(tl.uint64)).to(tl.int64)

@@ -1,13 +1,14 @@
-"""How decode attention is split over the chip: the rule in Python. csrc/ fills the plans of the engine by the same one.
+"""How decode attention is split over the chip: the rule in Python. csrc/ fills the engine's plans by the same rule.
 
-A plan lists items (row, first block, end block); a program reads one for one kv head. All programs that are resident at
-once share the memory's bandwidth, and a few alone do not fill it. Hence:
+A plan lists items (row, first block, end block): a run of the blocks of one sequence, which is a row of the batch. A
+program reads one item for one kv head. The programs that are resident at once share the memory's bandwidth, and a few
+programs alone do not use all of it. Hence two rules:
 
-  * no more items than are resident at once, so that none begins when the others end, if that makes none of them more
-    than twice as long as an even division of all blocks would be; otherwise that even division;
-  * the splits of a row are equally long, and not shorter than pays: what the last of them to finish adds up grows with
-    their number n, what one reads with blocks / n. In an H100's times for both that is best at sqrt(blocks / 8) blocks,
-    and a row of up to four is better read by one program.
+  * There are no more items than can be resident at once, so that no program begins only when the others end, provided
+    that this makes no item more than twice as long as an even division of all blocks would; else that division holds.
+  * The splits of a row are equally long, and not too short. The last program of a row to finish adds up the results of
+    all n splits, which takes time in proportion to n, while a program reads for a time in proportion to blocks / n. By
+    an H100's times for both, sqrt(blocks / 8) blocks a split is best, and one program best reads a row of up to four.
 """
 
 import math
@@ -20,15 +21,15 @@ MAX_UNSPLIT_BLOCKS = 4
 def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
     """How many items the split plan of a batch should have room for: two programs a multiprocessor, and one a sequence.
 
-    Two are resident at 128 channels and saturate the memory. Where the rows are too many or too unequal for one such
-    wave, an even division of all blocks needs up to one item a row beyond it; the first row's is in the division. Items
-    that a plan leaves empty cost next to nothing.
+    With 128 channels two programs are resident on a multiprocessor and saturate the memory. Where the rows are too many
+    or too unequal to run in one such wave, an even division of all blocks needs up to one item more for every row but
+    the first. Items that a plan leaves empty cost next to nothing.
     """
     return max(0, num_sequences - 1) + max(1, 2 * num_sms // num_kv_heads)
 
 
 def plan_splits(num_blocks: Sequence[int], num_items: int) -> list[list[list[int]]]:
-    """The items of each row, in order. num_blocks: of each row, 0: it is not to be read; num_items: of the plan."""
+    """The items of each row in order. num_blocks: of each row, 0 for a row not to be read; num_items: in all."""
     resident = max(1, num_items - len(num_blocks) + 1)
 
     def count(longest: int) -> int:
@@ -36,7 +37,7 @@ def plan_splits(num_blocks: Sequence[int], num_items: int) -> list[list[list[int
 
     even = max(1, -(-sum(num_blocks) // resident))
     longest = even
-    if count(2 * even) <= resident:  # the shortest that makes one wave
+    if count(2 * even) <= resident:  # then the longest split is the shortest with which all items are resident
         longest += bisect_left(range(even, 2 * even), True, key=lambda length: count(length) <= resident)
     return [_splits(row, blocks, _num_splits(blocks, longest)) for row, blocks in enumerate(num_blocks)]
 

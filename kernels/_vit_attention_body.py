@@ -1,8 +1,8 @@
 """The jitted body of vit_attention.
 
-The softmax is the online one (Milakov and Gimelshein 2018, Dao 2023): a running maximum, sum and weighted value. That
-of a patch starts from the class token's key, so that the loop runs over the L patch keys alone, which for L = 1024 are
-whole blocks. The class token's own query is one more program of each tile and head, in the same launch.
+The softmax is the online one (Milakov and Gimelshein 2018, Dao 2023): it keeps a running maximum, sum and weighted
+value. A patch's softmax starts from the class token's key, so that the loop runs over the L patch keys alone, which are
+whole blocks for L = 1024. One more program of each tile and head, in the same launch, computes the class token's query.
 """
 
 import triton
@@ -13,7 +13,7 @@ from internvl_rt.kernels._softmax import probability
 
 @triton.jit
 def inverse_rms_kernel(qkv, inverse_rms, qkv_stride, eps, E: tl.constexpr, BLOCK: tl.constexpr):
-    """inverse_rms [2, R] of the rows' q (part 0) and k (part 1)."""
+    """Computes inverse_rms [2, R]: one over the root mean square of each row's q (part 0) and of its k (part 1)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     values = tl.load(qkv + row * qkv_stride + part * E + column, mask=column < E, other=0.0).to(tl.float32)
@@ -25,10 +25,10 @@ def _class_query(
     patch_qkv, class_qkv, y, weight_C, patch_k_scale, class_q_scale, class_k_scale, qkv_stride, scale_log2,
     L: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A single query, bound by reading k and v: no matrix units.
+    """Computes the class token's single query. Its time goes to reading k and v, so it does not use the matrix units.
 
-    Each lane of a block of keys runs an online softmax of its own over the keys that it meets, all from the class
-    token's maximum; they are combined at the end, so that the loop waits for no other warp.
+    Each lane of a block of keys runs an online softmax of its own over the keys that it meets, starting from the class
+    token's maximum. The lanes are combined at the end, so that the loop waits for no other warp.
     """
     channel, lane = tl.arange(0, C), tl.arange(0, BLOCK)
     q_C = tl.load(class_qkv + channel).to(tl.float32) * weight_C * class_q_scale
@@ -65,18 +65,18 @@ def vit_attention_kernel(
 ):  # fmt: skip
     """Programs of one tile and head are neighbours, so that its keys and values stay in the L2 cache.
 
-    `descriptor` is that of qkv's rows if the host made one; else every program makes its own, in scratch memory.
+    `descriptor` describes qkv's rows if the host made one; otherwise every program makes its own, in scratch memory.
 
-    With norms the scores are inverse_rms_q * inverse_rms_k * sum_c q[c] * w_q[c] * w_k[c] * k[c]: what belongs to q and
-    both weights goes into the block of q once, what belongs to a row of k into its column of scores. That equals
-    normalising q and k up to rounding, with fewer roundings to the dtype, and leaves k as it lies in memory.
+    With norms the scores are inverse_rms_q * inverse_rms_k * sum_c q[c] * w_q[c] * w_k[c] * k[c]. The factor of q and
+    both weights are multiplied into the block of q once, the factor of a row of k into its column of scores. Up to
+    rounding this equals normalising q and k; it rounds to the dtype less often, and k needs no change in memory.
     """
     E: tl.constexpr = H * C
-    BLOCKS: tl.constexpr = (L + BLOCK_M - 1) // BLOCK_M + 1  # of queries; the last is the class token's
+    BLOCKS: tl.constexpr = (L + BLOCK_M - 1) // BLOCK_M + 1  # blocks of queries; the last one is the class token
     block = tl.program_id(0) % BLOCKS
     head = tl.program_id(0) // BLOCKS % H
     tile = tl.program_id(0) // BLOCKS // H
-    first_row = tile.to(tl.int64) * L  # of the tile's patches
+    first_row = tile.to(tl.int64) * L  # the first row of the tile's patches
     class_row = tile.to(tl.int64) + num_patch_rows
     qkv_stride = tl.cast(qkv_stride, tl.int64)
     patch_qkv = qkv + first_row * qkv_stride + head * C

@@ -1,8 +1,8 @@
-"""Residual and norm in one pass: x <- x + s * (y + b), and norm(x) of what was stored.
+"""Adds a residual and normalises in one pass: x <- x + s * (y + b), and norm(x) of the stored x.
 
-b is the bias of the product y, s is LayerScale (ViT); both may be missing. The norm is a LayerNorm when it has a bias
-and an RMSNorm else. It reads x as rounded to its dtype, as a norm of its own would; fused, it need not fetch x again:
-2 reads and 2 writes of the rows.
+b is the bias of the product y, s is LayerScale (ViT); both may be missing. The norm is a LayerNorm if it has a bias and
+an RMSNorm otherwise. It sees x as rounded to its dtype, as a separate norm kernel would, but need not fetch x again:
+the pass makes 2 reads and 2 writes of the rows.
 """
 
 import torch
@@ -25,7 +25,7 @@ def add_norm_reference(
     norm_bias_D: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Writes the sum into `x_RD` and returns the normed rows."""
+    """Writes the sum into `x_RD` and returns the normalised rows."""
     update_RD = y_RD if bias_D is None else y_RD + bias_D
     x_RD.add_(update_RD if scale_D is None else scale_D * update_RD)
     if norm_bias_D is None:
@@ -42,7 +42,7 @@ def _add_norm_kernel(
     inside = column < D
     old = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     update = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reductions wait for the row
+    w = tl.load(weight + column, mask=inside, other=0.0)  # loaded before the reductions wait for the row
     if bias is not None:
         update += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if scale is not None:
@@ -89,7 +89,7 @@ def plan_add_norm(
                 "D": width,
                 **{name: vector for name, vector in vectors.items() if vector is not None},
             },
-            # a vector that is missing is a None at compile time
+            # a missing vector is None at compile time
             {"BLOCK": next_power_of_2(width), **{name: None for name in vectors if vectors[name] is None}},
             num_warps=row_warps(width),
         ),
@@ -107,7 +107,7 @@ def add_norm(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `add_norm_reference`; D at most MAX_WIDTH; `out` may be `y_RD` (a block has read a row before it writes it).
+    """Equal to `add_norm_reference`; D at most MAX_WIDTH. `out` may be `y_RD`: a program reads a row, then writes it.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -131,7 +131,7 @@ def add_norm(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | None]:
-    """`vectors` names those that are given; `mean` shifts the rows of x; `padding` as in rms_norm, of x and y alike."""
+    """`vectors` names the given vectors; `mean` shifts the rows of x; `padding` is as in rms_norm, for x and y."""
     rows, width, padding = case["R"], case["D"], case.sizes.get("padding", 0)
     x, y = (torch.randn(rows, width + padding, dtype=torch.float32, device=device) for _ in range(2))
     x += case.sizes.get("mean", 0.0)
@@ -181,12 +181,12 @@ SPEC = KernelSpec(
         *(
             Case(f"decoder_{width}_{rows}_rows", {"R": rows, "D": width, "vectors": PLAIN})
             for width in (896, 1536, 3584, 4096, 5120, 8192)
-            for rows in (1, 3392)  # a decode step, and the prompt of 13 tiles
+            for rows in (1, 3392)  # a decode step; the prompt of a picture of 13 tiles
         ),
     ),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 16384 values in another order"),
-        # The reference in float64 does not round x. The normed row, up to 4 deviations wide, inherits x's rounding
+        # The float64 reference does not round x. The normalised row, up to 4 deviations wide, inherits x's rounding
         # times a weight of up to 4, and the bias of a LayerNorm can cancel the value but not the error: 16 half units.
         torch.float16: Tolerance(1e-3, 8e-3, 1e-3, "x, quotient and output are each rounded to 11 bits"),
         torch.bfloat16: Tolerance(8e-3, 6.4e-2, 8e-3, "x, quotient and output are each rounded to 8 bits"),

@@ -1,6 +1,6 @@
-"""Copies of whole blocks within a KV pool, all layers, keys and values at once: pool[:, :, to] = pool[:, :, from].
+"""Copies whole blocks within a KV pool, for all layers, keys and values at once: pool[:, :, to] = pool[:, :, from].
 
-A block that two sequences share is copied before one of them writes to it. The kernel moves bytes, whatever they mean.
+A block that sequences share is copied before one of them writes to it. The kernel moves bytes, whatever they mean.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
-CHUNK_BYTES = 8192  # of one program: four times 16 bytes of each of 128 threads
+CHUNK_BYTES = 8192  # bytes that a program copies: four times 16 bytes of each of its 128 threads
 ID_DTYPES = (torch.int32, torch.int64)
-MAX_GRID = 65535  # programs of a grid's second and third dimension
+MAX_GRID = 65535  # the most programs in a grid's second and third dimension
 
 
 def copy_blocks_reference(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
@@ -29,7 +29,7 @@ def _copy_blocks_kernel(
     pool, source, destination, layer_stride, kind_stride, block_stride, num_blocks, num_kinds, SIZE,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one pair, layer and kind (keys or values). SIZE, CHUNK and strides count the elements of `pool`."""
+    """Copies a chunk of one pair, layer and kind (keys or values). SIZE, CHUNK and strides count elements of `pool`."""
     pair, layer, kind = tl.program_id(0), tl.program_id(1) // num_kinds, tl.program_id(1) % num_kinds
     from_block, to_block = tl.load(source + pair).to(tl.int64), tl.load(destination + pair).to(tl.int64)
     in_pool = (from_block >= 0) & (from_block < num_blocks) & (to_block >= 0) & (to_block < num_blocks)
@@ -41,7 +41,7 @@ def _copy_blocks_kernel(
 
 
 def _as_words(pool: Tensor) -> Tensor:
-    """[layers, 2, B, elements of a block], as int32 where all blocks are whole aligned words, else as bytes."""
+    """The pool as [layers, 2, B, elements of a block]: int32 if all blocks are whole aligned words, else bytes."""
     size = pool.shape[3:].numel()
     words = pool.as_strided((*pool.shape[:3], size), (*pool.stride()[:3], 1)).view(torch.uint8)
     lengths = (words.data_ptr(), words.storage_offset(), *words.stride()[:3], words.shape[3])
@@ -75,9 +75,9 @@ def plan_copy_blocks(
 
 
 def copy_blocks(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
-    """As `copy_blocks_reference`, of any dtype; ids are int32 or int64. Layers, kinds and blocks may lie apart.
+    """As `copy_blocks_reference`, for any dtype; ids are int32 or int64. Layers, kinds and blocks may lie apart.
 
-    A pair with an id outside [0, B) is left out: the ids are on the GPU, where nobody can raise.
+    A pair with an id outside [0, B) is not copied: the ids are on the GPU, so the host cannot check them and raise.
     Raises ValueError naming the argument that does not fit.
     """
     pool = pool_LKBGPC
@@ -100,7 +100,7 @@ def copy_blocks(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) ->
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A pool of `layers`, of which those from `first_layer` on are given; `padding` are channels behind each block."""
+    """A pool of `layers` layers, given from `first_layer` on; `padding` is the number of elements behind each block."""
     layers, blocks, groups, places, channels = (case[size] for size in ("layers", "B", "G", "P", "C"))
     size = groups * places * channels
     shape = (layers, 2, blocks, size + case.sizes.get("padding", 0))
@@ -138,9 +138,9 @@ SPEC = KernelSpec(
         _case("no_layers", 2, 0, 2, 16, 32),
         _case("several_pairs", 5, 3, 2, 16, 16),
         _case("one_source_of_all", 3, 2, 1, 16, 16, source="same"),
-        _case("odd", 3, 2, 3, 5, 7),  # not a multiple of a word in 2 bytes and in 1
+        _case("odd", 3, 2, 3, 5, 7),  # a block is not a whole number of words in dtypes of 2 bytes and of 1
         _case("one_byte", 2, 1, 1, 1, 1),
-        *(_case(f"channels_{channels}", 2, 1, 2, 32, channels) for channels in (31, 32, 33)),  # beside a chunk
+        *(_case(f"channels_{channels}", 2, 1, 2, 32, channels) for channels in (31, 32, 33)),  # around a chunk
         _case("several_chunks", 2, 1, 3, 64, 128),
         _case("layer_slice", 3, 4, 2, 16, 16, first_layer=2),
         _case("unaligned_slice", 3, 3, 1, 3, 3, first_layer=1),

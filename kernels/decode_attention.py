@@ -1,11 +1,12 @@
-"""Attention of one new token of each sequence over a paged KV cache, its keys split over the chip.
+"""Attention of one new token of each sequence over a paged KV cache; its keys are split over the chip's programs.
 
     o[s, h] = softmax(q[s, h] . k[:n, g] / sqrt(C)) v[:n, g]      n = seq_len[s], g = h // (H / G)
 
-What this costs is reading keys and values, so the work is cut by them: the split plan (csrc/paged_kv_cache.h,
-StepBuffers) lists items (row, first block, end block) of about equal size, whatever the lengths are. A program takes an
-item and a kv head; the last to finish of a row and kv head adds up the row's parts, in the plan's order, so the result
-does not depend on which one was last. The grid is fixed by the plan's width, so a CUDA graph serves any lengths.
+The time goes to reading keys and values, so the work is divided by them: the split plan (csrc/paged_kv_cache.h,
+StepBuffers) lists items (row, first block, end block) of about equal size, whatever the sequences' lengths. A program
+takes one item for one kv head. The last program of a row and kv head to finish adds up the row's parts in the plan's
+order, so the result does not depend on which one was last. The grid has a program for each item that the plan has room
+for, so one CUDA graph serves any lengths.
 """
 
 import math
@@ -22,8 +23,8 @@ from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
-PREFETCH = False  # of keys and values, while the kernel before still runs; not measured yet
-MAX_GROUP = ROWS.value  # query heads of a kv head
+PREFETCH = False  # whether keys and values are prefetched while the previous kernel still runs; not measured yet
+MAX_GROUP = ROWS.value  # the most query heads that may share a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),
     "2b": (12, 2, 128),
@@ -45,9 +46,9 @@ def decode_attention_reference(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
 ) -> Tensor:
-    """Attention output [S, H, C]; zeros for rows of length 0, which pad a batch. The plan changes nothing here."""
+    """Attention output [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect here."""
     out_SHC = torch.zeros_like(q_SHC)
-    if q_SHC.is_meta:  # lengths are values
+    if q_SHC.is_meta:  # a meta tensor has no lengths
         return out_SHC
     used = seq_len_S.nonzero().flatten()
     query_start = torch.arange(len(used) + 1, dtype=torch.int32, device=q_SHC.device)
@@ -74,8 +75,8 @@ def plan_decode_attention(
     num_rows, num_heads, head_dim = q_SHC.shape
     _, num_kv_heads, block_size, _ = k_cache_BGPC.shape
     num_items, device = split_W3.shape[0], q_SHC.device
-    single = q_SHC.dtype == torch.float32  # for tests
-    block = 32 if single else 64  # 64 keys are what the matrix units of sm_90 take at least
+    single = q_SHC.dtype == torch.float32  # float32 is for tests only
+    block = 32 if single else 64  # the matrix units of sm_90 take at least 64 keys
     stages = 1 if single else 4 if head_dim < 128 else 3
     partial_acc = torch.empty((num_kv_heads, num_items, MAX_GROUP, head_dim), dtype=torch.float32, device=device)
     partial_stats = torch.empty((num_kv_heads, num_items, 2, MAX_GROUP), dtype=torch.float32, device=device)
@@ -132,9 +133,9 @@ def check_queries_and_cache(
     seq_len_S: Tensor,
     num_rows: int | None = None,
 ) -> None:
-    """What decode and prefill ask of their common arguments: raises ValueError naming the one that does not fit.
+    """Checks the arguments that decode and prefill have in common; raises ValueError naming the one that does not fit.
 
-    num_rows: of the index tensors; None: one for each q.
+    num_rows: the rows of the index tensors; None: as many as q has.
     """
     require_one_of(name, q.dtype, SPEC.tolerances)
     require(q.ndim == 3, name, "three dimensions", q.ndim)
@@ -177,15 +178,15 @@ def decode_attention(
     programmatic_launch: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `decode_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
+    """As `decode_attention_reference`, for q with rows at any stride; the integer tensors are int32.
 
-    split_W3 has items for all blocks of every row that has a length, those of a row in order from split_start[row] to
-    split_start[row + 1], (-1, -1, -1) behind the last, and W >= S. Rows without an item give zeros. Table entries and
-    slots beyond a length are not used. The same plan gives the same bits, another one rounds differently.
-    counters_SG int32, zeros: how many parts have arrived. It is left as zeros, so one tensor serves all calls that
-    follow each other on a stream; None: made and zeroed by every call, which is one more launch.
-    Table, lengths and items are read while the kernel launched before this one still runs (from sm_90 on): a kernel
-    that writes them must not be that one. Without `programmatic_launch` nothing is read before that kernel has ended.
+    split_W3 has items for all blocks of every row whose length is not 0: those of a row in order, from split_start[row]
+    to split_start[row + 1]; (-1, -1, -1) behind the last; and W >= S. Rows without an item give zeros. Table entries
+    and slots beyond a length are not used. The same plan gives the same bits, another plan rounds differently.
+    counters_SG, int32 zeros, counts the parts that have arrived. The call leaves it as zeros, so that one tensor serves
+    all calls that follow each other on a stream; None: every call makes one, which takes one more launch.
+    From sm_90 on, table, lengths and items are read while the previous kernel still runs, so that kernel must not write
+    them. Without `programmatic_launch` nothing is read before the previous kernel has ended.
     Raises ValueError naming the argument that does not fit.
     """
     check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
@@ -209,10 +210,10 @@ def decode_attention(
 def make_paged_cache(
     case: Case, seq_lens: list[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and the table: blocks of the pool in any order, NaN wherever no token is, -1 behind each length.
+    """Makes keys, values and the table: blocks in any order, NaN in slots without a token, -1 behind each row's blocks.
 
-    `shared`: so many leading blocks are the first row's in all rows. `fill` is what the keys are like. `padding` are
-    channels, NaN, that part one slot from the next.
+    `shared`: how many leading blocks all rows share with the first. `fill` chooses the kind of keys. `padding`: how
+    many channels, which hold NaN, lie between one slot and the next.
     """
     block_size, channels = case["P"], case["C"]
     counts = [-(-length // block_size) for length in seq_lens]
@@ -235,12 +236,12 @@ def make_paged_cache(
 
     k, v = (torch.randn(shape, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     fill = case.sizes.get("fill", "normal")
-    # A score is right to 1e-7 of itself, and a probability is as wrong as its score is: for scores of 1000 that is less
-    # than a rounding to 16 bits, but in float32 for scores of 10, up to 50, it is already the largest error of all.
+    # A score has a relative error of 1e-7, and a probability's relative error is its score's absolute one: in 16 bits
+    # that is less than a rounding even for scores of 1000, in float32 the largest error of all for scores of 10 to 50.
     huge = 1000.0 if dtype.itemsize == 2 else 10.0
-    if fill == "equal":  # all scores
+    if fill == "equal":  # all scores are equal
         k.fill_(0.5)
-    elif fill == "one_huge":  # the score of one slot of each block
+    elif fill == "one_huge":  # one slot of each block has a huge score
         k[:, :, 3 % block_size] *= min(500.0, huge)
     elif fill == "huge":
         k *= huge
@@ -251,11 +252,11 @@ def make_paged_cache(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`room`: of the plan, which is then the engine's; or `split`: so many blocks of each item, and `spare` items more
-    than that needs.
+    """`room`: the plan is the engine's, with room for so many items. Otherwise an item has `split` blocks, and `spare`
+    items more are left empty.
     """
     seq_lens, block_size = case["seq_lens"], case["P"]
-    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, NaN beside it
+    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, with NaN beside it
     q = torch.full((len(seq_lens), heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
     q[:, : case["H"]] = torch.randn(len(seq_lens), case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
     k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)

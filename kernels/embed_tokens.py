@@ -1,4 +1,4 @@
-"""Token ids to rows of the embedding, those that the step before drew included: x[t] = embedding[id of t]."""
+"""Embeds token ids, also those that the previous step drew on the device: x[t] = embedding[id of t]."""
 
 import torch
 import triton
@@ -8,16 +8,16 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
-BLOCK = 1024  # columns of one program: 8 values of each of 128 threads
+BLOCK = 1024  # columns of one program: 8 values for each of its 128 threads
 
 
 def embed_tokens_reference(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor) -> Tensor:
-    """x [T, D]. A token id (int32) of -1 - r stands for `drawn_R[r]` (int64), of which there is one at least."""
+    """x [T, D]. A token id (int32) of -1 - r stands for `drawn_R[r]` (int64), which has at least one element."""
     drawn_T = drawn_R[(-1 - token_id_T).clamp_min(0)]
     return embedding_VD[torch.where(token_id_T < 0, drawn_T, token_id_T)]
 
 
-# R changes with the batch, and where the ids begin with the step: one kernel for all.
+# Not specialised, so that one kernel serves all steps: R changes with the batch, the address of the ids with the step.
 @triton.jit(do_not_specialize=["R", "token_id", "drawn"])
 def _embed_tokens_kernel(token_id, drawn, embedding, y, y_stride, embedding_stride, R, V, D, BLOCK: tl.constexpr):
     num_blocks = tl.cdiv(D, BLOCK)
@@ -57,8 +57,8 @@ def plan_embed_tokens(
 
 
 def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """As `embed_tokens_reference`, but a token whose id lies outside [0, V), or whose r outside `drawn_R`, gets zeros:
-    the ids are on the GPU, where nobody can raise.
+    """As `embed_tokens_reference`, but a token gets zeros if its id is outside [0, V) or its r outside `drawn_R`: the
+    ids are on the GPU, so the host cannot check them and raise.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -80,7 +80,7 @@ def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, o
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Every third token was drawn, R of them round and round; `padding` are columns behind the embedding's."""
+    """Every third token was drawn, as one of R drawn ids in turn; the embedding has `padding` columns behind it."""
     tokens, drawn, vocab, width = case["T"], case["R"], case["V"], case["D"]
     embedding = torch.randn(vocab, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     known_T = torch.randint(0, vocab, (tokens,), dtype=torch.int32, device=device)

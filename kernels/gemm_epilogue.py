@@ -1,16 +1,16 @@
-"""A matrix product with what follows it: bias, exact GELU, LayerScale and residual, or rows written to their places.
+"""A matrix product and what follows it: bias, exact GELU, LayerScale and residual, or rows written to given places.
 
 linear:           y = x W^T + b                       with rows: y[r] becomes row rows[r] of a larger tensor
 linear_gelu:      y = gelu(x W^T + b)                 gelu(t) = t * Phi(t), the erf form
 linear_residual:  y = r + s * (x W^T + b)             s is LayerScale (ViT) or 1 (decoder)
 
-Two implementations behind one launcher; `kernels/_plans.py` holds the measured tables that choose. "cublas" is a torch
-product with the bias, then one element-wise kernel where something remains to be done. "fused" is one kernel that
+One launcher has two implementations; the measured tables of `kernels/_plans.py` choose between them. "cublas" is a
+torch product with the bias, and then one element-wise kernel if anything remains to be done. "fused" is one kernel that
 keeps the sums in registers until they are results.
 
-The rows of a vision tower are I * 1024 patch rows, which fill blocks of 128 rows exactly, and then I class rows in one
-more row of blocks (for I <= 128). Were they taken tile by tile, each of the I tiles would need nine rows of blocks,
-the ninth for a single row.
+A vision tower's rows are I * 1024 patch rows, which fill blocks of 128 rows exactly, and I class rows, which take one
+more row of blocks (for I <= 128). If each tile's class row followed its patch rows, each of the I tiles would need nine
+rows of blocks, the ninth for a single row.
 """
 
 from collections.abc import Iterator
@@ -64,9 +64,9 @@ def gemm_epilogue_reference(
     scale_N: Tensor | None = None,
     rows: Tensor | None = None,
     out: Tensor | None = None,
-    plan: Plan = None,  # says how, never what
+    plan: Plan = None,  # does not change the result
 ) -> Tensor:
-    """With `rows` [R], the product's rows are written to those of `out`; without an `out`, to one of R rows."""
+    """With `rows` [R], row r of the product is written to row rows[r] of `out`; without `out`, to R new rows."""
     if residual is not None:
         return linear_residual_reference(x, weight_NK, bias_N, residual, scale_N)
     if activation == "gelu":
@@ -76,7 +76,7 @@ def gemm_epilogue_reference(
         return y
     if out is None:
         out = torch.zeros_like(y)
-    elsewhere = len(out)  # takes the rows that point outside
+    elsewhere = len(out)  # one more row, which takes the products of rows that point outside
     padded = torch.cat((out, out.new_empty(1, out.shape[1])))
     padded[torch.where((rows >= 0) & (rows < elsewhere), rows, elsewhere)] = y
     return out.copy_(padded[:elsewhere])
@@ -96,7 +96,7 @@ def plan_gemm_epilogue(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """The fused kernel, or what follows the torch product that lies in `product` [R, N] (None: in `out`)."""
+    """The fused kernel, or the kernel after a torch product, which is in `product` [R, N] (None: in `out`)."""
     x_RK, out_RN = rows_of("x", x), rows_of("out", out)
     residual_RN = None if residual is None else rows_of("residual", residual)
     num_rows, (n, k) = len(x_RK), weight_NK.shape
@@ -127,7 +127,7 @@ def plan_gemm_epilogue(
         args |= {"x_stride": x_RK.stride(0), "weight_stride": weight_NK.stride(0)}
         constexprs |= {"EVEN_K": k % chosen.block_k == 0, "USE_TMA": use_tma, "GROUP_M": chosen.group_m}
         constexprs |= {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
-        constexprs["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"  # 16 bits know one precision only
+        constexprs["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"  # 16 bits have one precision only
         launch = partial(
             Launch,
             fused_kernel,
@@ -135,10 +135,10 @@ def plan_gemm_epilogue(
             num_stages=chosen.num_stages,
             descriptors=use_tma,
             matrix_units=True,
-            wide_loads=not use_tma,  # what TMA reads goes through no load instruction
+            wide_loads=not use_tma,  # the copy engine needs no load instruction
         )
         grid = cdiv(num_rows, chosen.block_m) * cdiv(n, chosen.block_n)
-        if use_tma:  # as many programs as run at once make their descriptors, each for all of its blocks
+        if use_tma:  # no more programs than run at once, each with descriptors for all of its blocks
             resident = min(2, max(1, target.shared_bytes // chosen.shared_bytes(x.itemsize)))
             grid = min(grid, resident * target.num_sms)
     args |= {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -147,12 +147,12 @@ def plan_gemm_epilogue(
 
 
 def _epilogue(activation: Activation, residual: Tensor | None, rows: Tensor | None) -> str:
-    """By the name that the tables use."""
+    """The name of this epilogue in the tables."""
     return "rows" if rows is not None else activation if residual is None else "residual"
 
 
 def _residual_in_product(bias_N: Tensor | None, scale_N: Tensor | None) -> bool:
-    """Whether the residual is all that is added, which a torch product does itself, before it rounds."""
+    """Whether only the residual is added to x W^T: torch's product adds it itself, before it rounds."""
     return bias_N is None and scale_N is None
 
 
@@ -174,10 +174,10 @@ def gemm_epilogue(
     out: Tensor | None = None,
     plan: Plan = None,
 ) -> Tensor:
-    """As `gemm_epilogue_reference`, of rows `x` [..., K] that one stride leads through; all of one dtype.
+    """As `gemm_epilogue_reference`, for `x` [..., K] whose rows lie at one stride; all floating tensors have one dtype.
 
-    `residual` has the shape of the result, and `out` may be that very tensor. `rows` [R] (int64, distinct) needs
-    `out` [T, N]; rows outside of 0 ... T - 1 are skipped, for the device alone knows them. `out` is none of the other
+    `residual` has the shape of the result, and `out` may be the same tensor. `rows` [R] (int64, distinct) needs `out`
+    [T, N]; rows outside 0 ... T - 1 are skipped, because only the device knows them. `out` must not be one of the other
     arguments. Raises ValueError naming the argument that does not fit.
     """
     require_one_of("x", x.dtype, SPEC.tolerances)
@@ -226,7 +226,7 @@ def _torch_product(
     rows: Tensor | None,
     out_RN: Tensor,
 ) -> Tensor:
-    """x W^T + b where the epilogue finds it: in `out_RN`, unless the epilogue still reads what lies there."""
+    """x W^T + b for the epilogue kernel: in `out_RN`, or in new memory if the epilogue still reads `out_RN`."""
     weight_KN = weight_NK.t()
     if residual is not None and _residual_in_product(bias_N, scale_N):
         residual_RN = rows_of("residual", residual)
@@ -245,13 +245,13 @@ def linear(
 ) -> Tensor:
     """As `linear_reference`; with `rows` [R] (int64, distinct), result row r is written to row rows[r] of `out` [T, N].
 
-    Rows outside of `out` are skipped. Conditions and errors: `gemm_epilogue`.
+    Rows outside `out` are skipped. See `gemm_epilogue` for conditions and errors.
     """
     return gemm_epilogue(x, weight_NK, bias_N, rows=rows, out=out)
 
 
 def linear_gelu(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """As `linear_gelu_reference`. Conditions and errors: `gemm_epilogue`."""
+    """As `linear_gelu_reference`. See `gemm_epilogue` for conditions and errors."""
     return gemm_epilogue(x, weight_NK, bias_N, activation="gelu", out=out)
 
 
@@ -264,19 +264,19 @@ def linear_residual(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `linear_residual_reference`; `out` may be the residual itself. Conditions and errors: `gemm_epilogue`."""
+    """As `linear_residual_reference`; `out` may be the residual. See `gemm_epilogue` for conditions and errors."""
     return gemm_epilogue(x, weight_NK, bias_N, residual=residual, scale_N=scale_N, out=out)
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """`padding`: columns of NaN that x, weight and residual are cut from; `fill`: the factor of x in 16 bits.
+    """x, weight and residual are cut from tensors with `padding` more columns of NaN; `fill` scales x in 16 bits.
 
-    In float32 it is 10 at most: results near 0 are what is left of large sums, whose order is nobody's business.
+    In float32 it is at most 10: small results of large sums would depend on the order of summation.
     """
     num_rows, n, k = case["R"], case["N"], case["K"]
     epilogue, padding = case["epilogue"], case.sizes.get("padding", 0)
     fill = case.sizes.get("fill", 1.0)
-    implementation = case.sizes.get("implementation")  # a name below, or one that a plan goes by
+    implementation = case.sizes.get("implementation")  # a key of _IMPLEMENTATIONS, or the name of a plan
 
     def matrix(height: int, width: int, factor: float = 1.0) -> Tensor:
         values = torch.full((height, width + padding), torch.nan, dtype=dtype, device=device)
@@ -298,13 +298,13 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     }
 
 
-# Blocks so small that a small case has several in each dimension, and a last group of fewer rows.
+# Blocks so small that a small case has several in each dimension, and a last group with fewer rows of blocks.
 _SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)
 _IMPLEMENTATIONS: dict[str, Plan] = {
     "cublas": "cublas",
     "fused": _SMALL,
     "tma": replace(_SMALL, use_tma=True),
-    "pieces": replace(_SMALL, block_n=256),  # four groups of columns in the epilogue
+    "pieces": replace(_SMALL, block_n=256),  # the epilogue works on four groups of columns
 }
 
 
@@ -328,14 +328,14 @@ def _model_cases() -> Iterator[Case]:
         *((f"projector_{n}_rows", 256, n, n, "rows", {}) for n in (896, 3584, 8192)),
         ("decoder_3584_out", 256, 3584, 3584, "residual", {"bias": False, "scale": False}),
     )
-    tilings = {  # each with the two epilogues that need most registers, and one with every epilogue
+    tilings = {  # two layers with the epilogues that need most registers; others, so that every epilogue is there
         **dict.fromkeys(("300m_fc1", "300m_out"), ("wide", "square", "low", "pointers")),
         **dict.fromkeys(("300m_qkv", "projector_896_rows", "decoder_3584_out"), ("square",)),
     }
     for tiles in (1, 13):
         for name, per_tile, n, k, epilogue, further in layers:
             sizes = {"R": tiles * per_tile, "N": n, "K": k, "epilogue": epilogue, **further}
-            yield Case(f"{name}_{tiles}_tiles", sizes)  # as the table says
+            yield Case(f"{name}_{tiles}_tiles", sizes)  # with the table's plan
             for tiling in tilings.get(name, ()):
                 yield Case(f"{name}_{tiles}_tiles_{tiling}", {**sizes, "implementation": tiling})
 

@@ -1,9 +1,9 @@
-"""Products of the few rows of a decode step with a weight, and what precedes and follows them, as one kernel.
+"""Products of the few rows of a decode step with a weight, and what comes before and after them, as one kernel.
 
     y = act(norm(x) W^T + b) + residual                norm: RMSNorm or nothing; act: SwiGLU of (gate | up) or nothing
 
-Such a product is as fast as the weight is read: the plan's one concern is that enough bytes are on their way at any
-time. Everything stays in float32 until the result is stored; the reference rounds norm, product and gate besides.
+Such a product takes as long as reading the weight; the plan sees to it that enough bytes are on their way at any time.
+All values stay in float32 until the result is stored; the reference also rounds the norm, the product and the gate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,9 +24,9 @@ Activation = Literal["none", "swiglu"]
 
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 1100 products in another order"),
-    # The reference in float64 rounds nothing; on matrix units x times the norm's weight is rounded, and the result.
-    # SwiGLU multiplies what that makes wrong in gate with up, and the other way round, and either may be 4: of 1000
-    # seeds the worst used 0.76 of the elements' limits and 0.78 of those of rms.
+    # The float64 reference rounds nothing; on matrix units x times the norm's weight is rounded, and so is the result.
+    # SwiGLU multiplies the error of gate with up and the error of up with gate, and either value may be 4: of 1000
+    # seeds the worst used 0.76 of the elements' limits and 0.78 of the rms limits.
     torch.float16: Tolerance(1e-3, 4e-3, 6.5e-4, "operands and result are each rounded to 11 bits"),
     torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5.5e-3, "operands and result are each rounded to 8 bits"),
 }
@@ -43,7 +43,7 @@ def plan_product(
     programmatic_launch: bool,
     target: Target,
 ) -> dict[str, Any]:
-    """What all kernels of this kind are launched with; the arguments, and constexprs, of one only are missing."""
+    """What gemv and gemv_qkv are launched with in common; each adds arguments and constexprs of its own."""
     rows, k = x_RK.shape
     chunks = cdiv(k, plan.block_k)
     args: dict[str, Any] = {
@@ -64,7 +64,7 @@ def plan_product(
         "WARPS": plan.num_warps,
         "MATRIX": plan.matrix,
         "STAGES": plan.num_stages,
-        # float16 has no room for x times the norm's weight. TF32 keeps as many bits, and float32's range.
+        # x times the norm's weight can exceed float16. TF32 keeps as many bits, and has float32's range.
         "WIDE": norm_weight_K is not None and x_RK.dtype == torch.float16,
         "PRECISION": "ieee" if x_RK.dtype == torch.float32 else "tf32",
         "SPLIT": plan.split_k > 1,
@@ -90,17 +90,17 @@ def plan_product(
         "args": args,
         "constexprs": constexprs,
         "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages or 1,  # without stages the kernel itself keeps one chunk ahead
+        "num_stages": plan.num_stages or 1,  # without stages the kernel itself loads one chunk ahead
         "pdl": pdl,
-        # Without stages on those of a warp: a warpgroup's (sm_90) and tcgen05 want 64 rows, and sums of one warp's K.
+        # Without stages a product runs on one warp's units: those of a warpgroup (sm_90) and tcgen05 need 64 rows.
         "matrix_units": plan.num_stages > 0 and plan.block_n >= 64 and x_RK.dtype != torch.float32,
     }
 
 
 def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | None) -> tuple[torch.Size, torch.Size]:
-    """The shapes of x and of the weight, of which `operands` holds x, weight, bias and norm, in this order, by name.
+    """Checks `operands`, which are x, weight, bias and norm by name in this order; returns the shapes of x and weight.
 
-    Raises ValueError naming what does not fit.
+    Raises ValueError naming the operand that does not fit.
     """
     (x_name, x), (weight_name, weight), (bias_name, bias), (norm_name, norm) = operands.items()
     assert x is not None
@@ -131,9 +131,9 @@ def gemv_reference(
     *,
     activation: Activation = "none",
     residual_RN: Tensor | None = None,
-    plan: GemvPlan | None = None,  # says how, never what
+    plan: GemvPlan | None = None,  # does not change the result
 ) -> Tensor:
-    """The weight's rows are (gate | up) of 2F with "swiglu", and the result is [R, F]."""
+    """With "swiglu" the weight's 2F rows are (gate | up), and the result is [R, F]."""
     normed_RK = x_RK if norm_weight_K is None else rms_norm_reference(x_RK, norm_weight_K, eps)
     y_RN = F.linear(normed_RK, weight_NK, bias_N)
     if activation == "swiglu":
@@ -188,12 +188,12 @@ def gemv(
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
 ) -> Tensor:
-    """As `gemv_reference`, of at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
+    """As `gemv_reference`, for at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
 
-    The result has the same bits at every call, and a row of 3 to 16 has them whatever the others are. A plan with
-    splits needs a workspace: without one, it is made for this call, which costs a launch more. On sm_90 and later the
-    kernel reads weight, norm and bias before the kernel before it has ended: that one must not write them. Without
-    `programmatic_launch` it waits for that end as kernels commonly do.
+    Every call gives the same bits. Among 3 to 16 rows, a row also gets the same bits whatever the other rows are. A
+    plan with splits needs a workspace: without one it is made for this call, which takes one more launch. From sm_90 on
+    the kernel reads weight, norm and bias before the previous kernel has ended, so that kernel must not write them.
+    Without `programmatic_launch` it waits for the previous kernel's end, as kernels usually do.
     Raises ValueError naming the argument that does not fit.
     """
     (rows, _), (n, _) = require_operands(
@@ -232,7 +232,9 @@ def gemv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """`padding`: columns of NaN that x, weight and residual are cut from; `factor` scales x. `plan`: one by name."""
+    """x, weight and residual are cut from tensors with `padding` more columns of NaN; `factor` scales x; `plan` is a
+    name in TEST_PLANS.
+    """
     rows, n, k, padding = case["R"], case["N"], case["K"], case.sizes.get("padding", 0)
     swiglu = case.sizes.get("activation") == "swiglu"
 
@@ -296,7 +298,7 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"many_{rows}", rows, 200, 256, **_RESIDUAL)
         yield case(f"wide_{rows}", rows, 20, 1100, **_NORM)
         yield case(f"zeros_{rows}", rows, 16, 64, factor=0.0, **_NORM)
-    yield case("many_swiglu_16", 16, 400, 64, **_SWIGLU)  # so many elements that an error with structure shows
+    yield case("many_swiglu_16", 16, 400, 64, **_SWIGLU)  # with so many elements the rms shows an error with structure
 
 
 MODELS = {  # D, F, H, G, C, V

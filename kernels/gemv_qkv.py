@@ -1,8 +1,8 @@
-"""A decode step's first move as one kernel: RMSNorm, the q, k, v product with its bias, rotary embedding, KV write.
+"""The first part of a decode step's layer as one kernel: RMSNorm, the q, k, v product, rotary embedding, KV write.
 
-It is `rms_norm`, a product and `qkv_rope_kv` (without norms per head) for at most 16 rows. A program makes channels j
-and j + C / 2 of one head, for a few j, and so turns them without anything of another program's: the 1B has no more than
-18 heads, but 72 to 288 such programs. Formulas and meanings: `gemv`, `qkv_rope_kv`.
+It replaces `rms_norm`, a product and `qkv_rope_kv` (without norms per head) for at most 16 rows. A program computes
+channels j and j + C / 2 of one head, for a few j, and so rotates them without another program's results. The 1B has
+only 18 heads, but 72 to 288 such programs. `gemv` and `qkv_rope_kv` hold the formulas and explain the arguments.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def gemv_qkv_reference(
     slot_T: Tensor,
     num_heads: int,
     *,
-    plan: GemvPlan | None = None,  # says how, never what
+    plan: GemvPlan | None = None,  # does not change the result
 ) -> Tensor:
     """Rotated queries [R, H, C]; writes k and v to the cache. Rows of the weight: H q heads | G k heads | G v heads."""
     qkv_RK = F.linear(rms_norm_reference(x_RD, norm_weight_D, eps), weight_KD, bias_K)
@@ -62,7 +62,7 @@ def plan_gemv_qkv(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """A block of the weight's rows never reaches beyond a head."""
+    """A block of the weight's rows never contains rows of two heads."""
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     rows, (n, k) = len(x_RD), weight_KD.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target, normed=True)
@@ -109,9 +109,9 @@ def gemv_qkv(
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
 ) -> Tensor:
-    """As `gemv_qkv_reference`, of at most 16 rows; slots (int32) and caches as in `qkv_rope_kv`, the rest as in `gemv`.
+    """As `gemv_qkv_reference`, for up to 16 rows; slots (int32) and caches as in `qkv_rope_kv`, the rest as in `gemv`.
 
-    A row with slot -1, or one beyond the cache, is a row that fills up a batch: no k and v, and zeros for q.
+    A row with slot -1, or a slot beyond the cache, only fills up a batch: it writes no k and v and gets zeros for q.
     Raises ValueError naming the argument that does not fit.
     """
     dtype, device = x_RD.dtype, x_RD.device
@@ -145,10 +145,10 @@ def gemv_qkv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Rows on random slots of a cache with a block to spare, whose every value would show a stray write.
+    """Rows with random slots of a cache that has a block to spare and random values, so that a stray write shows.
 
-    `padding`: columns of NaN that x and weight are cut from, and channels behind each place; `factor` scales x;
-    `first` is the position of the first row, of which the next are `step` apart; the first `unslotted` have no slot.
+    x and weight are cut from tensors with `padding` more columns of NaN, and the cache has as many channels behind each
+    slot; `factor` scales x; the rows' positions are `step` apart from `first` on; the first `unslotted` have no slot.
     """
     rows, width, heads, groups, channels = (case[letter] for letter in "RDHGC")
     block_size, padding = case.sizes.get("P", 16), case.sizes.get("padding", 0)
@@ -206,7 +206,7 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"{plan}_strided", rows, 2, 1, 32, 72, plan=plan, padding=8, bias=False)
         yield case(f"{plan}_unaligned", rows, 2, 1, 16, 67, plan=plan, padding=3)
         yield case(f"{plan}_unslotted", rows, 2, 1, 16, plan=plan, unslotted=rows - 1, P=1)
-        yield case(f"{plan}_huge", rows, 2, 1, 16, plan=plan, factor=1e4)  # squares beyond float16
+        yield case(f"{plan}_huge", rows, 2, 1, 16, plan=plan, factor=1e4)  # the squares do not fit float16
     yield case("graph_padding_alone", 2, 2, 1, 16, unslotted=2)
 
 
@@ -226,7 +226,7 @@ SPEC = KernelSpec(
     cost=_cost,
     test_cases=tuple(_test_cases()),
     model_cases=tuple(_model_cases()),
-    tolerances={  # as gemv's, but both channels of a pair, up to 6 wide, hand on what was rounded
+    tolerances={  # as in gemv, but a rotated value has the errors of both channels of a pair, which are up to 6
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 130 products in another order; sine and cosine to 2 ulp"),
         torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "operands and result are each rounded to 11 bits"),
         torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "operands and result are each rounded to 8 bits"),

@@ -1,7 +1,8 @@
 """LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b over the last dimension, statistics in float32.
 
-The variance is that of the centred values (passes over registers are free): E[x^2] - E[x]^2 loses everything in float32
-when the mean is large beside the deviation, and so does the mean itself, so the values are centred twice.
+The variance is computed from centred values, which costs little because they are in registers: E[x^2] - E[x]^2 in
+float32 loses all digits when the mean is much larger than the deviation. The mean itself loses some, so values are
+centred twice.
 """
 
 import torch
@@ -22,7 +23,7 @@ from internvl_rt.kernels._contract import (
 )
 from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, target_of
 
-MAX_WIDTH = 16384  # a row is held in the registers of one block
+MAX_WIDTH = 16384  # one program holds a row in registers
 
 
 def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -31,9 +32,9 @@ def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
 
 @triton.jit
 def layer_norm_row(values, inside, D, eps):
-    """One row without weight and bias, for every kernel that ends in a LayerNorm; `values` are 0 where not `inside`."""
+    """Normalises one row without weight and bias, for every kernel with a LayerNorm. `values` are 0 if not `inside`."""
     centred = tl.where(inside, values - tl.sum(values, axis=0) / D, 0.0)
-    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # what the mean's rounding left
+    centred = tl.where(inside, centred - tl.sum(centred, axis=0) / D, 0.0)  # removes what rounding the mean left
     return centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps))
 
 
@@ -43,14 +44,14 @@ def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D, BLOCK: tl
     column = tl.arange(0, BLOCK)
     inside = column < D
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reductions wait for the row
+    w = tl.load(weight + column, mask=inside, other=0.0)  # loaded before the reductions wait for the row
     b = tl.load(bias + column, mask=inside, other=0.0)
     normed = layer_norm_row(values, inside, D, eps) * w.to(tl.float32) + b.to(tl.float32)
     tl.store(y + row * y_stride + column, normed.to(y.dtype.element_ty), mask=inside)
 
 
 def row_warps(width: int) -> int:
-    """Warps for one row held in registers: at most 32 values a thread, at least 8 (16 bytes of bf16)."""
+    """How many warps hold one row in registers: a thread has at most 32 values and at least 8 (16 bytes of bf16)."""
     return min(16, max(1, next_power_of_2(width) // 512))
 
 
@@ -80,7 +81,7 @@ def plan_layer_norm(
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """As `layer_norm_reference`, of rows `x` [..., D] that one stride leads through; D at most MAX_WIDTH.
+    """As `layer_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -98,11 +99,11 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: 
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float]:
-    """`fill` is what the rows are like; `padding` are columns of a wider tensor that the rows are cut from."""
+    """`fill` chooses the kind of rows; they are cut from a tensor with `padding` more columns."""
     rows, width = case["R"], case["D"]
     x = torch.randn(rows, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     fill = case.sizes.get("fill", "normal")
-    if fill == "shifted":  # mean much larger than the deviation
+    if fill == "shifted":  # the mean is much larger than the deviation
         x = 0.1 * x + 1000
     elif fill == "constant":
         x = torch.full_like(x, 3.0)

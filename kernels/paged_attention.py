@@ -1,9 +1,9 @@
-"""Causal attention of a ragged batch over a paged KV cache, chunks and decodes alike.
+"""Causal attention of a batch of sequences of any lengths over a paged KV cache: of prefill chunks and decodes alike.
 
     o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
 
-t is the query at index p of its sequence: the last `query_len` of `seq_len` tokens are this step's queries, and their
-keys and values are in the cache already. Slots beyond a sequence's length are never read.
+t is the query at index p of its sequence. The last `query_len` of a sequence's `seq_len` tokens are this step's
+queries; their keys and values are in the cache already. Slots beyond a sequence's length are never read.
 """
 
 import torch
@@ -19,7 +19,7 @@ def paged_attention_reference(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
 ) -> Tensor:
-    """Attention output [T, H, C]. The integer tensors are int32; a table row is read only as far as its length."""
+    """Attention output [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length."""
     block_size = k_cache_BGPC.shape[2]
     out_THC = torch.empty_like(q_THC)
     starts, lengths = query_start_S1.tolist(), seq_len_S.tolist()
@@ -40,7 +40,7 @@ def _attend(q_HLC: Tensor, k_GLC: Tensor, v_GLC: Tensor) -> Tensor:
     num_queries, seq_len = q_HLC.shape[1], k_GLC.shape[1]
     whole = num_queries == seq_len
     mask = None
-    if not whole and num_queries > 1:  # a chunk behind a cached prefix
+    if not whole and num_queries > 1:  # a prefill chunk that follows a cached prefix
         mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
     q, k, v = q_HLC[None], k_GLC[None], v_GLC[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0]

@@ -1,14 +1,14 @@
-"""Patch embedding: pixels to ViT tokens, patches first (see _contract).
+"""Patch embedding: pixels to tokens of the vision tower, patches first (see _contract).
 
     x[i * L + p] = W patch(i, p) + b + position[1 + p]       patches row-major over the tile
     x[I * L + i] = class + position[0]
 
 uint8 tiles are normalised with the ImageNet statistics, (v / 255 - mean) / std in float32, as the official transform
-does; floating-point tiles are taken as normalised already.
+does; floating-point tiles must be normalised already.
 
-Two launches: the first writes normalised patches as rows of a matrix, the second multiplies. Gathering inside the
-product would touch every byte once per block of columns (8 times at E = 1024), one byte a lane, which takes longer than
-the product; the matrix is small enough to stay in the L2 cache. Its rows are filled up with zeros to whole blocks.
+There are two launches: the first writes the normalised patches as rows of a matrix, the second multiplies. A product
+that gathered pixels itself would read every byte once per block of columns (8 times at E = 1024), one byte a lane,
+which takes longer than the product. The matrix fits the L2 cache. Its rows are padded with zeros to whole blocks.
 """
 
 import math
@@ -29,7 +29,7 @@ TILE_DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 
 
 def normalise_tiles_reference(tiles: Tensor) -> Tensor:
-    """uint8 [I, S, S, 3] to float32 [I, 3, S, S]."""
+    """Normalises uint8 [I, S, S, 3] to float32 [I, 3, S, S]."""
     mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=tiles.device)[:, None, None]
     return (tiles.permute(0, 3, 1, 2).float() / 255 - mean) / std
@@ -38,7 +38,7 @@ def normalise_tiles_reference(tiles: Tensor) -> Tensor:
 def patch_embed_reference(
     tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor
 ) -> Tensor:
-    """Rows [I * (L + 1), E] of tiles given as uint8 [I, S, S, 3] or, normalised, as floating point [I, 3, S, S].
+    """Rows [I * (L + 1), E]. Tiles are uint8 [I, S, S, 3], or floating point and normalised [I, 3, S, S].
 
     K = 3 * patch * patch in the order (channel, row, column), the memory order of the checkpoint's convolution.
     """
@@ -59,10 +59,10 @@ def _patches_kernel(
     K: tl.constexpr, PATCH: tl.constexpr, GRID: tl.constexpr, NORMALISE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Patches [R, K], normalised with a scale and a shift of each channel if NORMALISE holds them, then zeros.
+    """Writes patches [R, K] and zeros behind them. NORMALISE, unless None, holds a scale and a shift of each channel.
 
-    Neighbouring lanes take neighbouring k. Told as channel, row and column: of a plain `k` the compiler would give each
-    thread 8 to store at once, and the pixels that a warp reads together would lie in 18 rows instead of 3.
+    Neighbouring lanes take neighbouring k, as channel, row and column. From a plain `k` the compiler would let each
+    thread store 8 values at once, and the pixels that a warp reads together would be in 18 rows instead of 3.
     """
     patch = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     k = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -90,7 +90,7 @@ def _patch_embed_kernel(
     K: tl.constexpr, PATCHES_STRIDE: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, NUM_PLACES: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of x [num_rows, width]. Rows from num_patches on are class rows: without pixels, they stay as begun."""
+    """Computes a block of x [num_rows, width]. Rows from num_patches on are class rows, which get no product."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_patch = row < num_patches
@@ -123,10 +123,10 @@ def plan_patch_embed(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """Makes, beside the launches, the matrix of patches."""
+    """The launches, and with them the matrix of patches, which is made here."""
     width, depth = weight_EK.shape
     patch = math.isqrt(depth // CHANNELS)
-    grid = tiles.shape[2] // patch  # a side, in both layouts
+    grid = tiles.shape[2] // patch  # patches along a side; the index holds for both layouts
     num_rows, num_patches = len(out), len(tiles) * grid**2
     block_k = 64 if weight_EK.itemsize == 2 else 32
     patches_RK = weight_EK.new_empty(num_patches, cdiv(depth, block_k) * block_k)
@@ -147,7 +147,7 @@ def plan_patch_embed(
                 "patches_stride": patches_RK.stride(0),
             },
             {"K": depth, "PATCH": patch, "GRID": grid, "NORMALISE": normalise, "ROWS": 16, "BLOCK": 128},
-            wide_loads=False,  # neighbours in a patch's row are 3 bytes apart, and its rows end every 14 pixels
+            wide_loads=False,  # neighbours in a patch's row are 3 bytes apart, and a row has 14 pixels
         ),
         Launch(
             _patch_embed_kernel,
@@ -168,7 +168,7 @@ def plan_patch_embed(
             {
                 "K": depth,
                 "PATCHES_STRIDE": patches_RK.stride(0),
-                "WEIGHT_STRIDE": weight_EK.stride(0),  # known to the compiler, which sees that 1176 is 8 * 147
+                "WEIGHT_STRIDE": weight_EK.stride(0),  # a constant, so that the compiler sees that 1176 is 8 * 147
                 "NUM_PLACES": grid**2,
                 "PRECISION": "ieee" if weight_EK.dtype == torch.float32 else None,
                 "ROWS": 128,
@@ -224,7 +224,7 @@ def patch_embed(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`normalised` tiles are floating point; `padding` are pixels beside and below each tile, of a wider tensor."""
+    """`normalised` tiles are floating point; a tile is cut from a tensor with `padding` more pixels on two sides."""
     num_tiles, patch, grid, width = (case[name] for name in ("I", "patch", "grid", "E"))
     side, depth = patch * grid, 3 * patch * patch
     padded = side + case.sizes.get("padding", 0)
@@ -274,7 +274,7 @@ SPEC = KernelSpec(
         _case("patch_2", 2, 2, 7, 5),
         _case("one_patch", 5, 14, 1, 65),
         _case("no_tiles", 0, 14, 2, 64),
-        _case("rows_end_with_a_block", 1, 2, 8, 128),  # 64 patches: the class row begins the next block
+        _case("rows_end_with_a_block", 1, 2, 8, 128),  # 64 patches, so the class row begins the next block
         _case("strided", 2, 4, 3, 33, padding=3),
         _case("normalised", 2, 14, 2, 48, normalised=True),
         _case("normalised_strided", 2, 4, 3, 17, normalised=True, padding=2),
@@ -286,7 +286,7 @@ SPEC = KernelSpec(
     ),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums of 588 products in another order"),
-        # The output is rounded, and before it each of the 12 to 768 pixels in its sum: all of them may be off one way.
+        # The output is rounded, and before it each of the 12 to 768 pixels in its sum; all may be off in one direction.
         torch.float16: Tolerance(1e-3, 2.5e-3, 5e-4, "pixels and output are each rounded to 11 bits"),
         torch.bfloat16: Tolerance(8e-3, 2e-2, 4e-3, "pixels and output are each rounded to 8 bits"),
     },

@@ -1,4 +1,4 @@
-"""Visual tokens to their places among the prompt's embeddings: x[row[j]] = visual[j]."""
+"""Writes visual tokens to their places among the prompt's embeddings: x[row[j]] = visual[j]."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
-BLOCK = 1024  # columns of one program: 8 values of each of 128 threads
+BLOCK = 1024  # columns of one program: 8 values for each of its 128 threads
 
 
 def place_visual_tokens_reference(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
@@ -16,7 +16,7 @@ def place_visual_tokens_reference(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor
     x_TD[row_X] = visual_XD.to(x_TD.dtype)
 
 
-# T changes with every step, and where the rows begin: one kernel for all.
+# Not specialised, so that one kernel serves all steps: T and the address of the rows change with every step.
 @triton.jit(do_not_specialize=["T", "row"])
 def _place_visual_tokens_kernel(x, visual, row, x_stride, visual_stride, T, D, BLOCK: tl.constexpr):
     num_blocks = tl.cdiv(D, BLOCK)
@@ -49,8 +49,8 @@ def plan_place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor, *, 
 
 
 def place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
-    """As `place_visual_tokens_reference`, but a token whose row lies outside [0, T) is left out: the indices are on
-    the GPU, where nobody can raise.
+    """As `place_visual_tokens_reference`, but a token whose row is outside [0, T) is not written: the indices are on
+    the GPU, so the host cannot check them and raise.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -68,7 +68,7 @@ def place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`visual_dtype` where it is not x's; `padding` are columns of wider tensors that both are cut from."""
+    """`visual_dtype` is given if it is not x's; both tensors are cut from ones with `padding` more columns."""
     rows, tokens, width = case["T"], case["X"], case["D"]
     full_width = width + case.sizes.get("padding", 0)
     x = torch.randn(rows, full_width, dtype=torch.float32, device=device).to(dtype)

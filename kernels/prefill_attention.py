@@ -1,10 +1,10 @@
-"""Causal attention of a ragged batch of chunks over a paged KV cache.
+"""Causal attention of a batch of prefill chunks of any lengths over a paged KV cache.
 
     o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
 
-t is the query at index p of its sequence: a row's queries are the last of its seq_len tokens, behind whatever prefix is
-cached, and their own keys and values are in the cache already. Rows with one query are served too, but one program then
-reads all of a kv head's keys: decode_attention spreads them over the chip.
+t is the query at index p of its sequence. A row's queries are the last of its seq_len tokens, after the cached prefix,
+and their own keys and values are in the cache already. Rows with one query work too, but one program then reads all
+keys of a kv head; decode_attention spreads them over the chip.
 """
 
 import math
@@ -36,22 +36,22 @@ def prefill_attention_reference(
     max_query_len: int,
 ) -> Tensor:
     """Attention output [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most."""
-    if q_THC.is_meta:  # lengths are values
+    if q_THC.is_meta:  # a meta tensor has no lengths
         return torch.empty_like(q_THC)
     return paged_attention_reference(q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, query_start_S1, seq_len_S)
 
 
 def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target: Target) -> tuple[int, int, int, int]:
-    """(query, head) pairs and keys of a block, warps, stages."""
+    """Returns the (query, head) pairs of a block, the keys of a block, the warps and the stages."""
     _, num_kv_heads, _, head_dim = cache.shape
-    if cache.dtype == torch.float32:  # for tests: no matrix units
+    if cache.dtype == torch.float32:  # float32 is for tests only: no matrix units
         return 32, 32, 4, 1
-    wide = target.capability in (90, 100, 103)  # matrix units that read keys from shared memory, not from registers
+    wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32
-    # Small blocks where large ones would leave multiprocessors without work.
+    # Blocks are small if large ones would leave multiprocessors without work.
     if cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
         return 64, block_n, 4, 3
-    # tcgen05 gives each thread of four warps a whole row of the scores; 128 channels would leave it too few registers.
+    # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels it would have too few registers.
     num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8
     return 128, block_n, num_warps, 3
 
@@ -72,8 +72,8 @@ def plan_prefill_attention(
     num_blocks, num_kv_heads, block_size, _ = k_cache_BGPC.shape
     num_rows, group = block_table_SN.shape[0], num_heads // num_kv_heads
     block_m, block_n, num_warps, num_stages = _tiling(max_query_len, num_rows, k_cache_BGPC, group, target)
-    # The caches as [B * G * P, C], whose boxes of block_n slots must lie in one block; the copy engine takes multiples
-    # of 16 bytes and counts rows in 32 bits.
+    # The copy engine (TMA) reads the caches as [B * G * P, C], so a box of block_n slots must lie in one block. It
+    # needs addresses at multiples of 16 bytes and counts rows in 32 bits.
     num_lines = num_blocks * num_kv_heads * block_size
     boxes = block_size % block_n == 0 and k_cache_BGPC.is_contiguous() and 0 < num_lines < 2**31
     aligned = k_cache_BGPC.data_ptr() % 16 == 0 and v_cache_BGPC.data_ptr() % 16 == 0
@@ -126,11 +126,11 @@ def prefill_attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `prefill_attention_reference`, of q whose rows lie at any stride; the integer tensors are int32.
+    """As `prefill_attention_reference`, for q with rows at any stride; the integer tensors are int32.
 
-    No row may have more than max_query_len queries: it sizes the grid. What lies before query_start[0] or behind
-    query_start[S] belongs to no sequence here: there the result stays as it is. Table entries and slots beyond a length
-    are not used.
+    No row may have more than max_query_len queries, which determines the grid. Queries before query_start[0] and from
+    query_start[S] on belong to no sequence; their result is not written. Table entries and slots beyond a length are
+    not used.
     Raises ValueError naming the argument that does not fit.
     """
     require(query_start_S1.ndim == 1, "query_start_S1", "one dimension", query_start_S1.ndim)
@@ -149,11 +149,11 @@ def prefill_attention(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int]:
-    """`chunks` holds (cached tokens, new tokens) of each row."""
+    """`chunks` holds (cached tokens, new tokens) for each row."""
     new_lens = [new for _, new in case["chunks"]]
     seq_lens = [cached + new for cached, new in case["chunks"]]
     starts = [sum(new_lens[:row]) for row in range(len(new_lens) + 1)]
-    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, NaN beside it
+    heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, with NaN beside it
     q = torch.full((starts[-1], heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
     q[:, : case["H"]] = torch.randn(starts[-1], case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
     k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)

@@ -1,11 +1,11 @@
-"""Rotary embedding of packed q, k, v at V2PE positions, and the write of k and v to their slots.
+"""Rotates the packed q and k by their V2PE positions (rotary embedding) and writes k and v to their slots.
 
     angle[t, j] = position[t] * inv_freq[j]                     float32; positions may be fractions (V2PE)
     rotate(x)   = (x1 cos - x2 sin, x2 cos + x1 sin)            x1, x2: first and second half of a head's channels
 
 Qwen3 normalises q and k by RMS per head before the rotation. The rotation runs in float32.
 Slot s of the pool is place s % P of block s // P. A row with slot -1 only fills up the batch of a captured graph: its k
-and v are written nowhere, its q is zero. Source of the positions: V2PE, arXiv 2412.09616.
+and v are not written, and its q is zero. Source of the positions: V2PE, arXiv 2412.09616.
 """
 
 import torch
@@ -18,7 +18,7 @@ from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, r
 from internvl_rt.kernels._rope import norm_heads, rope_row
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 
-HEAD_DIMS = (16, 32, 64, 128)  # a half must be a power of two and hold 16 bytes
+HEAD_DIMS = (16, 32, 64, 128)  # half of it must be a power of two and at least 16 bytes
 
 
 def _rotate(x_THC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ def qkv_rope_kv_reference(
 ) -> Tensor:
     """Rotated queries [T, H, C] of packed rows (H q heads | G k heads | G v heads); writes k and v to the cache.
 
-    `position_T` must be float32: half precision cannot tell neighbouring positions apart. `inv_freq_C` is [C / 2].
-    Among float64 (of tests) the two may be float64 as well; their product is one of float32 all the same.
+    `position_T` must be float32: half precision cannot tell neighbouring positions apart. `inv_freq_C` is [C / 2]. In
+    float64, for tests, the two may be float64 as well; their product is still computed in float32.
     """
     if position_T.dtype != torch.float32 and not position_T.dtype == qkv_TK.dtype == torch.float64:
         raise ValueError(f"position_T must be float32, got {position_T.dtype}")
@@ -53,7 +53,7 @@ def qkv_rope_kv_reference(
         q_THC, k_TGC = rms_norm_reference(q_THC, q_norm_C, eps), rms_norm_reference(k_TGC, k_norm_C, eps)
     angle_T1C = (position_T.float()[:, None] * inv_freq_C.float())[:, None]
     cos_T1C, sin_T1C = angle_T1C.cos(), angle_T1C.sin()
-    if not slot_T.is_meta:  # shapes alone do not say which rows have a slot
+    if not slot_T.is_meta:  # a meta tensor does not say which rows have a slot
         has_slot_T = slot_T >= 0
         slot = slot_T[has_slot_T].long()
         k_cache_BGPC[slot // block_size, :, slot % block_size] = _rotate(k_TGC, cos_T1C, sin_T1C)[has_slot_T]
@@ -61,16 +61,16 @@ def qkv_rope_kv_reference(
     return _rotate(q_THC, cos_T1C, sin_T1C).masked_fill_(slot_T[:, None, None] < 0, 0)
 
 
-# One kernel for all models of a head dim, and for index tensors that begin at any element.
+# Not specialised: one kernel serves all models with this head dim, and index tensors at any address.
 @triton.jit(do_not_specialize=["H", "G", "num_slots", "position", "slot"])
 def _qkv_rope_kv_kernel(
     qkv, q_norm, k_norm, position, inv_freq, k_cache, v_cache, slot, q, H, G, num_slots, eps,
     qkv_stride, q_stride, q_head_stride, block_stride, group_stride, place_stride,
     P: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_H of a token's q and k heads, or of its v heads, which are copied.
+    """Rotates BLOCK_H q and k heads of a token, or copies BLOCK_H of its v heads.
 
-    The halves of a head are blocks of their own, so that a channel and its partner lie in the same thread.
+    The halves of a head are separate blocks, so that a channel and its partner are in the same thread.
     """
     HALF: tl.constexpr = C // 2
     token = tl.program_id(0).to(tl.int64)
@@ -121,7 +121,7 @@ def plan_qkv_rope_kv(
 ) -> tuple[Launch, ...]:
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     turned_heads = out.shape[1] + num_kv_heads
-    # At most 16 channels of either half a thread: two heads share what the angles cost.
+    # A thread has at most 16 channels of each half; its two heads share the computation of the angles.
     block_heads = min(2048 // head_dim, next_power_of_2(turned_heads))
     norms = {"q_norm": q_norm_C, "k_norm": k_norm_C}
     return (
@@ -148,7 +148,7 @@ def plan_qkv_rope_kv(
                 "group_stride": k_cache_BGPC.stride(1),
                 "place_stride": k_cache_BGPC.stride(2),
             },
-            # a norm that is missing is a None at compile time
+            # a missing norm is None at compile time
             {
                 **{name: None for name, norm in norms.items() if norm is None},
                 "P": block_size,
@@ -173,9 +173,9 @@ def qkv_rope_kv(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `qkv_rope_kv_reference`, of rows at any stride, with distinct slots (int32) and caches of the same strides.
+    """As `qkv_rope_kv_reference`, for rows at any stride, distinct slots (int32) and caches with the same strides.
 
-    A token whose slot lies beyond the cache is taken for one without: the slots are on the GPU, where nobody can raise.
+    A slot beyond the cache counts as none: the slots are on the GPU, so the host cannot check them and raise.
     Raises ValueError naming the argument that does not fit.
     """
     dtype, device = qkv_TK.dtype, qkv_TK.device
@@ -211,10 +211,10 @@ def qkv_rope_kv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | None]:
-    """Tokens on random slots of a cache with a block to spare, whose every value would show a stray write.
+    """Tokens with random slots of a cache that has a block to spare and random values, so that a stray write shows.
 
-    `far` positions are one unit in the last place apart; `unslotted` tokens in the middle have slot -1; `padding` are
-    NaN columns behind each row, `cache_padding` channels behind each place.
+    `far` positions are one unit in the last place apart; `unslotted` tokens in the middle have slot -1; `padding` NaN
+    columns follow each row, `cache_padding` channels each slot.
     """
     tokens, heads, groups, channels, block_size = (case[letter] for letter in "THGCP")
     width, padding = (heads + 2 * groups) * channels, case.sizes.get("padding", 0)
@@ -273,7 +273,7 @@ SPEC = KernelSpec(
         _case("strided", 5, 4, 2, 32, padding=24, cache_padding=8),
         _case("unaligned", 5, 4, 2, 32, padding=3, cache_padding=1),
         *(_case(f"norms_{channels}", 4, 4, 2, channels, norms=True) for channels in HEAD_DIMS),
-        _case("norms_huge", 3, 2, 2, 64, norms=True, factor=1e4, padding=8, far=True),  # squares beyond float16
+        _case("norms_huge", 3, 2, 2, 64, norms=True, factor=1e4, padding=8, far=True),  # the squares do not fit float16
         _case("norms_zero", 3, 2, 2, 64, norms=True, factor=0.0, unslotted=1),
     ),
     model_cases=tuple(
@@ -287,11 +287,11 @@ SPEC = KernelSpec(
             ("78b", 64, 8, 128, False),
             ("3_5_8b", 32, 8, 128, True),
         )
-        for tokens in (1, 64, 3392)  # a decode step alone and of a batch, and the prompt of 13 tiles
+        for tokens in (1, 64, 3392)  # a decode step of one sequence, one of a batch, and the prompt of 13 tiles
     ),
     tolerances={
         torch.float32: Tolerance(2e-6, 2e-6, 3e-7, "sine and cosine are right to 1.2e-7, pairs up to 6 wide"),
-        # With norms, quotient and product are rounded too; both channels of a pair, up to 6 wide, hand that on.
+        # With norms, quotient and product are rounded too; a rotated value has the errors of two channels of up to 6.
         torch.float16: Tolerance(1e-3, 4e-3, 6e-4, "values are rounded to 11 bits, up to three times"),
         torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5e-3, "values are rounded to 8 bits, up to three times"),
     },

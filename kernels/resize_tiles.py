@@ -1,17 +1,17 @@
-"""A picture stretched to its tile grid and cut into tiles: Pillow's antialiased bicubic, bit for bit, in integers.
+"""Stretches a picture to its tile grid and cuts it into tiles: Pillow's antialiased bicubic, bit for bit, in integers.
 
-Output position o of an axis resized from n to m pixels lies at c = (o + 1/2) n / m and takes the pixels j with
+Output position o of an axis resized from n to m pixels lies at c = (o + 1/2) n / m and uses the pixels j with
 
-    |j + 1/2 - c| < 2 s,  s = max(n / m, 1),    weight  k((j + 1/2 - c) / s) / (sum of them),
+    |j + 1/2 - c| < 2 s,  s = max(n / m, 1),    weight  k((j + 1/2 - c) / s) / (sum of these weights),
 
-k being the cubic convolution kernel with a = -1/2. Weights are rounded to 22 fractional bits, products summed in 32
-bits, and the sum rounded and clamped to 8 bits after each pass, the horizontal pass first. This is what two calls of
-Pillow's `resize`, one for each axis, compute (src/libImaging/Resample.c), and what `internvl_rt.inputs.image` does on
-the CPU.
+where k is the cubic convolution kernel with a = -1/2. Weights are rounded to 22 fractional bits, products are summed in
+32 bits, and the sum is rounded and clamped to 8 bits after each pass; the horizontal pass comes first. Two calls of
+Pillow's `resize`, one for each axis, compute the same (src/libImaging/Resample.c), and so does
+`internvl_rt.inputs.image` on the CPU.
 An axis that keeps its size gets the weights 0, 0, 1, 0, 0, so the pass that Pillow leaves out changes nothing here.
 
-Both passes treat the thumbnail as one more column of tiles, behind the grid's, and one more row of tiles, below them:
-the tables of the two stretches lie one behind the other, and two launches do the whole picture.
+Both passes treat the thumbnail as one more column of tiles to the right of the grid and one more row of tiles below
+it. The tables of the two sizes follow each other, so that two launches do the whole picture.
 """
 
 import math
@@ -27,14 +27,14 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
-FRACTION_BITS = 22  # 8 bits of pixel and 2 of headroom (weights are negative too, and sums pass 1) make 32
-CACHED_TABLES = 32  # of one axis each; a 4000 x 3000 photograph's take 0.5 MB, the largest of 448-pixel tiles 7 MB
+FRACTION_BITS = 22  # with 8 bits of pixel and 2 of headroom (weights may be negative, sums above 1) they make 32
+CACHED_TABLES = 32  # one a picture's axis; a 4000 x 3000 photograph's take 0.5 MB, the largest of 448-pixel tiles 7 MB
 
 
 def bicubic_table(size_in: int, size_out: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """First pixel [size_out] and fixed-point weights [size_out, taps] of every output position of one axis.
+    """First pixel [size_out] and fixed-point weights [size_out, taps] for every output position of one axis.
 
-    Weights behind the last pixel that a position takes are 0. The float64 arithmetic has Pillow's order.
+    Weights after the last pixel of a position are 0. The float64 arithmetic runs in Pillow's order.
     """
     scale = size_in / size_out
     stretch = max(scale, 1.0)
@@ -47,7 +47,7 @@ def bicubic_table(size_in: int, size_out: int) -> tuple[npt.NDArray[np.int32], n
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     weight = np.where(pixel < last[:, None], np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)), 0.0)
-    weight /= np.cumsum(weight, axis=1)[:, -1:]  # summed from left to right
+    weight /= np.cumsum(weight, axis=1)[:, -1:]  # the weights are added up from left to right
     return first, np.trunc(weight * (1 << FRACTION_BITS) + np.copysign(0.5, weight)).astype(np.int32)
 
 
@@ -56,14 +56,14 @@ def _resize_axis_reference(pixels: Tensor, dim: int, size_out: int) -> Tensor:
     shape = [1] * pixels.ndim
     shape[dim] = size_out
     total = torch.full((), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=pixels.device)
-    for tap in range(weights.shape[1]):  # behind the last pixel the weight is 0
+    for tap in range(weights.shape[1]):  # after a position's last pixel the weight is 0
         taken = pixels.index_select(dim, (first + tap).clamp(max=pixels.shape[dim] - 1))
         total = total + taken.to(torch.int32) * weights[:, tap].view(shape)
     return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
 def resize_tiles_reference(image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool) -> Tensor:
-    """uint8 tiles [columns * rows (+ 1), size, size, 3], row by row, then the thumbnail, of a uint8 picture."""
+    """uint8 tiles [columns * rows (+ 1), size, size, 3] of a uint8 picture, row by row, then the thumbnail."""
 
     def stretched(width: int, height: int) -> Tensor:
         return _resize_axis_reference(_resize_axis_reference(image_HW3, 1, width), 0, height)
@@ -83,10 +83,10 @@ def _resize_columns_kernel(
     image, canvas, first, count, weights, height, width, image_stride,
     FRACTION_BITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of canvas [height, width * 3]; neighbouring lanes have neighbouring bytes, so their reads fall together.
+    """Computes a block of canvas [height, width * 3]. Neighbouring lanes have neighbouring bytes and so read together.
 
-    The byte to be written is told as column and channel: a plain `element` would let the compiler give each thread 16
-    neighbours to store at once, and their reads would lie far from those of the next lane.
+    Addresses are computed from column and channel. From a plain `element` the compiler would let each thread store 16
+    neighbouring bytes at once, whose reads lie far from those of the next lane.
     """
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
     element = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -113,12 +113,12 @@ def _resize_lines_kernel(
     canvas, tiles, first, count, weights, columns, grid_tiles, lines, canvas_stride, size,
     FRACTION_BITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tile [size, size * 3], from the columns of the canvas that belong to it."""
+    """Computes a block of one tile [size, size * 3] from the columns of the canvas that belong to the tile."""
     tile = tl.program_id(0)
     y = tl.program_id(1) * LINES + tl.arange(0, LINES)
     element = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
     tile_column = tl.where(tile == grid_tiles, columns, tile % columns)
-    line = tile // columns * size + y  # the thumbnail's lines lie behind the last row's
+    line = tile // columns * size + y  # the thumbnail's lines follow those of the last row of tiles
     begin = tl.load(first + line, mask=y < size, other=0)
     taps = tl.load(count + line, mask=y < size, other=0)
     source = canvas + begin.to(tl.int64)[:, None] * canvas_stride + tile_column * (size * 3) + element
@@ -135,9 +135,9 @@ def _resize_lines_kernel(
 
 @lru_cache(CACHED_TABLES)
 def _device_tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of an axis' stretches, one behind the other: int32 first [m], count [m] and weights [taps, m].
+    """The tables of an axis' stretches, one after the other: int32 first [m], count [m] and weights [taps, m].
 
-    `count` leaves out the zeros behind a position's last weight. Neighbouring positions lie side by side.
+    `count` does not count the zeros after a position's last weight. Neighbouring positions are neighbours in memory.
     """
     tables = [bicubic_table(size_in, size_out) for size_out in sizes_out]
     weights = np.zeros((max(table.shape[1] for _, table in tables), sum(sizes_out)), np.int32)
@@ -150,7 +150,7 @@ def _device_tables(size_in: int, sizes_out: tuple[int, ...], device: torch.devic
 
 
 def _tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`_device_tables`, whose memory nobody gets before the current stream has used it."""
+    """Returns `_device_tables`, whose memory is not given to others before the current stream has used it."""
     tables = _device_tables(size_in, sizes_out, device)
     if device.type == "cuda":
         for table in tables:
@@ -161,7 +161,7 @@ def _tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> t
 def plan_resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor, target: Target
 ) -> tuple[Launch, ...]:
-    """Makes, beside the launches, the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
+    """The launches, and with them the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
     height, width = image_HW3.shape[:2]
     tables_x = _tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
     tables_y = _tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
@@ -181,7 +181,7 @@ def plan_resize_tiles(
                 "image_stride": image_HW3.stride(0),
             },
             {"FRACTION_BITS": FRACTION_BITS, "LINES": 8, "BLOCK": 256},
-            wide_loads=False,  # every position begins at its own byte, `scale` pixels of 3 bytes behind its neighbour
+            wide_loads=False,  # each position starts at its own byte, `scale` pixels of 3 bytes after its neighbour
         ),
         Launch(
             _resize_lines_kernel,
@@ -204,7 +204,7 @@ def plan_resize_tiles(
 def resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor | None = None
 ) -> Tensor:
-    """As `resize_tiles_reference`, of a picture whose rows are contiguous; they may lie apart.
+    """As `resize_tiles_reference`, for a picture with contiguous rows, which may have gaps between them.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -225,7 +225,8 @@ def resize_tiles(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | bool]:
-    """`fill` is noise, or stripes of 0 and 255, whose sums leave 0 ... 255; `padding` are pixels behind each row."""
+    """`fill` is noise, or stripes of 0 and 255, whose resized values must be clamped; `padding` pixels follow each row.
+    """
     width, height = case["width"], case["height"]
     shape = (height, width + case.sizes.get("padding", 0), 3)
     if case.sizes.get("fill") == "stripes":
@@ -237,7 +238,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Every picture once in and every tile once out; 2 operations a tap, of which a position takes 4 at scale 1."""
+    """Reads the picture and writes the tiles once; a tap is 2 operations, and a position has 4 taps at scale 1."""
     width, height, size = case["width"], case["height"], case["size"]
     grids = [(case["columns"], case["rows"]), (1, 1)][: 1 + case["thumbnail"]]
     taps = sum(

@@ -1,7 +1,7 @@
 """RMSNorm: y = w * cast(x / sqrt(mean(x^2) + eps)) over the last dimension.
 
-The quotient is taken in float32 and cast back to x's dtype before the weight is applied, as Qwen2, InternLM2 and
-InternViT-6B do without apex.
+The quotient is computed in float32 and cast back to x's dtype before the weight is applied, as in Qwen2, InternLM2 and,
+without apex, InternViT-6B.
 """
 
 import torch
@@ -30,7 +30,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def rms_norm_row(values, D, eps):
-    """One row without the weight, for every kernel that ends in an RMSNorm; `values` are 0 beyond the D of the row."""
+    """Normalises one row without the weight, for every kernel with an RMSNorm; `values` are 0 from column D on."""
     return values * (1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / D + eps))
 
 
@@ -40,13 +40,13 @@ def _rms_norm_kernel(x, weight, y, x_stride, y_stride, eps, D, BLOCK: tl.constex
     column = tl.arange(0, BLOCK)
     inside = column < D
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reduction waits for the row
+    w = tl.load(weight + column, mask=inside, other=0.0)  # loaded before the reduction waits for the row
     quotient = rms_norm_row(values.to(tl.float32), D, eps).to(values.dtype).to(tl.float32)
     tl.store(y + row * y_stride + column, (quotient * w.to(tl.float32)).to(y.dtype.element_ty), mask=inside)
 
 
 def plan_rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor, target: Target) -> tuple[Launch, ...]:
-    """The width is an argument of the kernel, so that widths up to the same power of two share one."""
+    """The width is an argument of the kernel, so that widths with the same next power of two share one kernel."""
     width = x.shape[-1]
     x_RD, out_RD = rows_of("x", x), rows_of("out", out)
     return (
@@ -69,7 +69,7 @@ def plan_rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor, targe
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """As `rms_norm_reference`, of rows `x` [..., D] that one stride leads through; D at most MAX_WIDTH.
+    """As `rms_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -86,7 +86,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = No
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float]:
-    """`factor` scales the rows; `padding` are columns of a wider tensor that the rows are cut from, full of NaN."""
+    """`factor` scales the rows, which are cut from a tensor with `padding` more columns of NaN."""
     rows, width, padding = case["R"], case["D"], case.sizes.get("padding", 0)
     x = torch.randn(rows, width + padding, dtype=torch.float32, device=device) * case.sizes.get("factor", 1.0)
     x[:, width:] = torch.nan
@@ -117,12 +117,12 @@ SPEC = KernelSpec(
         *(
             Case(f"decoder_{width}_{rows}_rows", {"R": rows, "D": width})
             for width in (896, 1536, 3584, 4096, 5120, 8192)
-            for rows in (1, 3392)  # a decode step, and the prompt of 13 tiles
+            for rows in (1, 3392)  # a decode step; the prompt of a picture of 13 tiles
         ),
     ),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-6, 2e-6, "sums over 16384 values in another order"),
-        # Two roundings are wrong by two half units at most, 9.8e-4 or 7.8e-3 of a value just above a power of two.
+        # Two roundings add up to two half units at most: 9.8e-4 or 7.8e-3 of a value just above a power of two.
         torch.float16: Tolerance(1.25e-3, 1e-6, 5e-4, "quotient and output are each rounded to 11 bits"),
         torch.bfloat16: Tolerance(1e-2, 1e-6, 4e-3, "quotient and output are each rounded to 8 bits"),
     },

@@ -1,24 +1,24 @@
 """Logits to tokens: penalties, temperature, top_k, top_p, min_p, and one draw per row by inverse CDF.
 
     x = penalised logits;  w = floor(2^42 * 2^(-(max x - x) * log2(e) / temperature))      the softmax, in integers
-    kept = the first top_k tokens by x (ties by index), of those the first that reach top_p of their weight,
+    kept = the first top_k tokens by x (ties by index), of those the first ones that reach top_p of their weight,
            and of those the ones with w >= min_p * 2^42
-    token = the first kept one by id whose running weight exceeds u * (weight of all kept)
+    token = the first kept token by id whose running weight exceeds u * (weight of all kept tokens)
 
-The weights are integers and their float32 steps are rounded once each, so sums do not depend on an order and kernel and
-reference agree to the bit on every machine. They are the softmax as well as float32 has it: within a part in 2^24 for
-every half octave below the largest, and what is 2^43 times less likely than that is never drawn. u is the first number
-of `numpy.random.Philox(key=seed, counter=counter)`. The draw runs by id and not by size because logits carry rounding
-noise, of another batch or another chunking: two near ties that swap places change a draw by size, but not one by id.
+The weights are integers and the float32 steps to them round once each, so that sums do not depend on their order, and
+kernel and reference agree to the bit on every machine. They are as exact as a softmax in float32: within a part in 2^24
+for every half octave below the largest; a token 2^43 times less likely than the largest is never drawn. u is the first
+number of `numpy.random.Philox(key=seed, counter=counter)`. The draw runs by id and not by size, because another batch
+or another chunking changes the logits' rounding: two near ties that swap change a draw by size, but not one by id.
 
-Two kernels read the row: one finds the largest logits, one adds up the weights and draws. A row is shared by up to 8
-programs, because one multiprocessor alone takes 5 us to read 0.6 MB from L2; the last of them to arrive draws: the
-weights are summed by spans of some hundred tokens, so it looks for the span, and then in it. There is no sort: for
-top_k and top_p the second kernel lists the largest thousand tokens or so as well, and finds the last that is kept by
-bisection in that list. Where it does not reach far enough (a flat row, a large top_k), some eight passes over the row
-by the drawing program alone, each about 30 us, find the part of the order that matters. Estimated for 16 rows on an
-H200: a greedy row 3 us, a plain one 8 to 10 us, one with top_k or top_p 15 to 18 us, with both 19 to 22 us, where each
-bisection, one multiprocessor a row, takes 4.
+Two kernels read the row: the first finds the largest logits, the second adds up the weights and draws. Up to 8 programs
+share a row, because one multiprocessor alone takes 5 us to read 0.6 MB from L2. The last of them to arrive draws: the
+weights are summed by spans of some hundred tokens, so it finds the span, and then the token in it. Nothing is sorted.
+For top_k and top_p the second kernel also lists the largest thousand tokens or so and finds the last kept token by
+bisection in that list. If the list does not reach far enough (a flat row, a large top_k), the drawing program alone
+makes some eight passes over the row, about 30 us each, to find the part of the order that matters. Estimated for 16
+rows on an H200: a greedy row takes 3 us, one without filters 8 to 10 us, one with top_k or top_p 15 to 18 us, one with
+both 19 to 22 us, of which each bisection takes 4, on one multiprocessor a row.
 """
 
 import numpy as np
@@ -29,9 +29,9 @@ from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, req
 from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
 from internvl_rt.kernels._sample_body import draw_kernel, row_peaks_kernel
 
-MAX_VOCAB = 2**18  # ids beside 32 bits of a key; a row's weights, 2^42 at most each, sum to 2^60 at most
-EDGE = 16  # elements: where memory goes on so far, rows of any length are read 16 bytes at a time
-GROUPS = 128  # groups of tokens of a slice whose largest logits decide what is listed
+MAX_VOCAB = 2**18  # a place holds an id beside a 32-bit key; a row's weights, each up to 2^42, sum to at most 2^60
+EDGE = 16  # elements; if memory goes on up to a multiple of it, rows of any length are read 16 bytes at a time
+GROUPS = 128  # groups of the tokens of a slice; their largest logits decide which tokens are listed
 EXACT = Tolerance(0, 0, 0, "the result is an integer, from integers")
 
 
@@ -48,11 +48,11 @@ def sample_reference(
     seed_R: Tensor,
     counter_R: Tensor,
 ) -> Tensor:
-    """int64 [R]. The largest logit (of equal ones the first) at temperature 0, and where it is NaN or infinite.
+    """int64 [R]. The largest logit (of equal ones the first) is taken at temperature 0, and if it is NaN or infinite.
 
     A row of `penalty_R3` is the penalties for repetition, presence and frequency, which `SamplingParams` describes.
-    The tokens that row r has generated so far are listed_id[listed_start_R1[r] : listed_start_R1[r + 1]], each once,
-    with how often in `listed_count`; a negative count forbids a token. `seed_R` holds the bits of 64-bit seeds.
+    listed_id[listed_start_R1[r] : listed_start_R1[r + 1]] are the tokens that row r has generated so far, each once;
+    `listed_count` says how often, and a negative count forbids a token. `seed_R` holds the bits of 64-bit seeds.
     """
     token_R = logits_RV.argmax(1)
     if logits_RV.is_meta:
@@ -72,14 +72,14 @@ def sample_reference(
 
 
 def _penalised(x_V: Tensor, id_K: Tensor, count_K: Tensor, penalty_3: Tensor) -> Tensor:
-    repetition, presence, frequency = penalty_3.float()  # tensors: CUDA would multiply by the reciprocal of a number
+    repetition, presence, frequency = penalty_3.float()  # tensors, as CUDA multiplies by a number's reciprocal
     seen_K = x_V[id_K]
     seen_K = torch.where(seen_K > 0, seen_K / repetition, seen_K * repetition) - presence - frequency * count_K
     return x_V.index_copy(0, id_K, seen_K.masked_fill(count_K < 0, -torch.inf))
 
 
 def kept_reference(x_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
-    """The ids of the tokens that may be drawn, in their order, and their weights."""
+    """The ids of the tokens that may be drawn, in ascending order, and their weights."""
     x_V, id_V = torch.sort(x_V, descending=True, stable=True)
     weight_V = weight_reference(x_V, temperature)
     weight_V = weight_V[:top_k] if top_k else weight_V
@@ -90,7 +90,7 @@ def kept_reference(x_V: Tensor, temperature: float, top_k: int, top_p: float, mi
 
 
 def draw_reference(total_K: Tensor, seed: int, counter: int) -> int:
-    """Which of the kept tokens is drawn, from the sums of the weights up to each."""
+    """Returns the index of the drawn token among the kept ones; `total_K` is the running sum of their weights."""
     word = np.random.Philox(key=seed % 2**64, counter=counter).random_raw()
     target = (word >> 11) * int(total_K[-1]) >> 53  # u has 53 bits
     return int(torch.searchsorted(total_K, target, right=True))
@@ -109,7 +109,7 @@ def weight_reference(x_V: Tensor, temperature: float) -> Tensor:
 
 
 def _edge_of(x_RV: Tensor) -> int:
-    """EDGE where every row, the last too, is followed by memory up to a multiple of EDGE elements; else 1."""
+    """EDGE if memory goes on behind every row, the last too, up to a multiple of EDGE elements; else 1."""
     rows, vocab = x_RV.shape
     behind_last = x_RV.untyped_storage().nbytes() // x_RV.itemsize - x_RV.storage_offset() - (rows - 1) * x_RV.stride(0)
     return EDGE if behind_last >= cdiv(vocab, EDGE) * EDGE else 1
@@ -134,9 +134,9 @@ def plan_sample(
     rows, vocab = logits_RV.shape
     device = logits_RV.device
     size = next_power_of_2(vocab)
-    # A row costs the same however many there are: 16 rows fill 128 multiprocessors, 64 rows leave 4 blocks on each.
+    # The time of a row does not depend on their number: 16 rows fill 128 multiprocessors, 64 rows put 4 blocks on each.
     slices = min(8, max(1, size // 512))
-    block = min(2048, max(GROUPS, size // slices // 4))  # more takes more registers than 16 warps have
+    block = min(2048, max(GROUPS, size // slices // 4))  # a larger block takes more registers than 16 warps have
     penalised = listed_id.numel() > 0
     x_RV = torch.empty(rows, cdiv(vocab, EDGE) * EDGE, device=device)[:, :vocab] if penalised else logits_RV
     shared: dict[str, Tensor | int] = {
@@ -181,7 +181,7 @@ def plan_sample(
                 "kept_mass": torch.empty(rows, dtype=torch.int64, device=device),
                 "spans": torch.empty(rows, list_len, dtype=torch.int64, device=device),
                 "lengths": torch.empty(rows, slices, dtype=torch.int32, device=device),
-                # of each slice, and of all
+                # one list for each slice, and one for the row
                 "lists": torch.empty(rows, slices + 1, list_len, dtype=torch.int32, device=device),
                 "temperature": temperature_R,
                 "top_k": top_k_R,
@@ -201,7 +201,7 @@ def plan_sample(
                 "EDGE": _edge_of(x_RV),
             },
             num_warps=max(4, block // 128),
-            wide_loads=False,  # 4 elements a thread; and the weights' arithmetic, not the loads, takes the time
+            wide_loads=False,  # 4 elements a thread; the arithmetic of the weights takes the time, not the loads
         ),
     )
 
@@ -221,10 +221,10 @@ def sample(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `sample_reference`, to the bit; V at most MAX_VOCAB. Ids outside the vocabulary in a list are ignored.
+    """Equal to `sample_reference` to the bit. V is at most MAX_VOCAB; listed ids outside the vocabulary are ignored.
 
-    Temperature, top_p, min_p and the penalties are float32; top_k (0: all) and the lists int32; seed and counter
-    int64. Their values are on the device and not looked at here: within the ranges of `SamplingParams`.
+    Temperature, top_p, min_p and the penalties are float32; top_k (0: all) and the lists are int32; seed and counter
+    are int64. Their values are on the device and are not checked; they must be in the ranges of `SamplingParams`.
     Raises ValueError naming the argument that does not fit.
     """
     require_one_of("logits_RV", logits_RV.dtype, SPEC.tolerances)
@@ -273,9 +273,9 @@ MIXED = (
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Row r takes the parameters r of `parameters`, round and round; four rows list 1, 2, 3, 0 times `listed` tokens.
+    """The rows take the rows of `parameters` in turn. Of every four rows they list 1, 2, 3 and 0 times `listed` tokens.
 
-    `fill` is what the rows are like; `padding` are columns of a wider tensor that the rows are cut from, full of NaN.
+    `fill` chooses the kind of logits. The rows are cut from a tensor with `padding` more columns, which hold NaN.
     """
     rows, vocab = case["R"], case["V"]
     logits = 3 * torch.randn(rows, vocab + case.sizes.get("padding", 0), device=device)
@@ -286,7 +286,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         logits = torch.full_like(logits, -2.5)
     elif fill == "huge":
         logits = 1e4 * logits
-    elif fill == "sparse":  # all but one in eight forbidden, in row 0 all
+    elif fill == "sparse":  # all but one token in eight are forbidden, in row 0 all
         logits[:, torch.arange(logits.shape[1], device=device) % 8 != 5] = -torch.inf
         logits[:1] = -torch.inf
     elif fill == "broken":
@@ -334,7 +334,7 @@ SPEC = KernelSpec(
         Case("more_ties_than_listed", {"R": 4, "V": 700, "parameters": (GREEDY, *MIXED[3:6]), "fill": "constant"}),
     ),
     model_cases=tuple(
-        Case(f"vocab_{vocab}_{rows}_rows{'_penalised' * bool(listed)}", sizes)  # rows are padded as the engine's are
+        Case(f"vocab_{vocab}_{rows}_rows{'_penalised' * bool(listed)}", sizes)  # rows are padded as in the engine
         for vocab in (151674, 92553)
         for rows in (1, 16, 64)
         for listed in (0, 20)

@@ -1,6 +1,7 @@
-"""SwiGLU: y = cast(silu(g)) * u, where one product gave the packed rows (g | u).
+"""SwiGLU: y = cast(silu(g)) * u for the packed rows (g | u) of one product.
 
-silu(g) = g / (1 + exp(-g)) is taken in float32 and cast back to g's dtype before it gates, as the official model does.
+silu(g) = g / (1 + exp(-g)) is computed in float32 and cast back to g's dtype before the product with u, as in the
+official model.
 """
 
 import torch
@@ -21,7 +22,7 @@ from internvl_rt.kernels._contract import (
 )
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
-BLOCK = 1024  # columns of one program: 8 values of each of 128 threads, from either half
+BLOCK = 1024  # columns of one program: 8 values of each half for each of its 128 threads
 
 
 def swiglu_reference(gate_up_T2F: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def plan_swiglu(gate_up_T2F: Tensor, *, out: Tensor, target: Target) -> tuple[La
     return (
         Launch(
             _swiglu_kernel,
-            (rows * cdiv(width, BLOCK), 1, 1),  # one dimension: the second holds 65535 only
+            (rows * cdiv(width, BLOCK), 1, 1),  # in one dimension, because the second holds 65535 programs only
             {
                 "gate_up": x_RK,
                 "y": out_RF,
@@ -62,7 +63,7 @@ def plan_swiglu(gate_up_T2F: Tensor, *, out: Tensor, target: Target) -> tuple[La
 
 
 def swiglu(gate_up_T2F: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """As `swiglu_reference`, of rows [..., 2F] that one stride leads through.
+    """As `swiglu_reference`, for [..., 2F] whose rows lie at one stride.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -79,7 +80,7 @@ def swiglu(gate_up_T2F: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`factor` scales the rows; `padding` are columns of a wider tensor that the rows are cut from, full of NaN."""
+    """`factor` scales the rows, which are cut from a tensor with `padding` more columns of NaN."""
     rows, width = case["T"], 2 * case["F"]
     x = torch.randn(rows, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     x *= case.sizes.get("factor", 1.0)
@@ -106,11 +107,11 @@ SPEC = KernelSpec(
     model_cases=tuple(
         Case(f"width_{width}_{rows}_rows", {"T": rows, "F": width})
         for width in (4864, 8960, 18944, 29568)
-        for rows in (1, 3392)  # a decode step, and the prompt of 13 tiles
+        for rows in (1, 3392)  # a decode step; the prompt of a picture of 13 tiles
     ),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-30, 2e-6, "the exponential differs in its last bits"),
-        # Two roundings are wrong by two half units at most, 9.8e-4 or 7.8e-3 of a value just above a power of two.
+        # Two roundings add up to two half units at most: 9.8e-4 or 7.8e-3 of a value just above a power of two.
         torch.float16: Tolerance(1.25e-3, 6e-6, 5e-4, "silu and output are each rounded to 11 bits, or to subnormals"),
         torch.bfloat16: Tolerance(1e-2, 1e-30, 4e-3, "silu and output are each rounded to 8 bits"),
     },

@@ -1,9 +1,9 @@
 """Pixel unshuffle and LayerNorm: n x n neighbouring patches become one visual token of n*n*E channels.
 
-    y[i, (r, c)] = LayerNorm(concat over a, b of x[i, patch(n r + a, n c + b)])         a slow, b fast
+    y[i, (r, c)] = LayerNorm(concat over a, b of x[i, patch(n r + a, n c + b)])         a changes slowly, b fast
 
-The class rows, which lie last (see _contract), are not read. Version v2 stores token (r, c) at row-major place (r, c);
-v1, an early release, at (c, r).
+The class rows, which come last (see _contract), are not read. Version v2 stores token (r, c) at row-major place (r, c);
+v1, an early release, stores it at (c, r).
 """
 
 from math import isqrt
@@ -39,7 +39,7 @@ def unshuffle_norm_reference(
     factor: int,
     version: Literal["v1", "v2"],
 ) -> Tensor:
-    """Visual tokens [I, M, factor^2 * E] of ViT rows [I * (L + 1), E]; here D = factor^2 * E."""
+    """Visual tokens [I, M, factor^2 * E] from rows [I * (L + 1), E] of the tower; here D = factor^2 * E."""
     num_patch_rows, width = len(x_RE) - num_tiles, x_RE.shape[1]
     side = round((num_patch_rows // max(num_tiles, 1)) ** 0.5) // factor
     x = x_RE[:num_patch_rows].view(num_tiles, side, factor, side, factor, width).transpose(2, 3)
@@ -73,10 +73,10 @@ def _unshuffle_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < FACTOR * FACTOR * E
     neighbour = column // E
-    patch_row = (tile * side + r) * FACTOR + neighbour // FACTOR  # of all tiles' patches, seen as one tall picture
+    patch_row = (tile * side + r) * FACTOR + neighbour // FACTOR  # row of patches, if all tiles were one tall picture
     patch = patch_row * (side * FACTOR) + c * FACTOR + neighbour % FACTOR
     values = tl.load(x + patch.to(tl.int64) * x_stride + column % E, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0)  # on its way before the reductions wait for the row
+    w = tl.load(weight + column, mask=inside, other=0.0)  # loaded before the reductions wait for the row
     b = tl.load(bias + column, mask=inside, other=0.0)
     normed = layer_norm_row(values, inside, FACTOR * FACTOR * E, eps) * w.to(tl.float32) + b.to(tl.float32)
     tl.store(y + token.to(tl.int64) * y_stride + column, normed.to(y.dtype.element_ty), mask=inside)
@@ -132,7 +132,7 @@ def unshuffle_norm(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E of at most MAX_WIDTH.
+    """As `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E up to MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -160,7 +160,7 @@ def unshuffle_norm(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | str]:
-    """`side` counts visual tokens; the class rows, and columns cut off by `padding`, are NaN: nobody may read them."""
+    """`side` counts visual tokens. The kernel must not read the class rows and `padding` more columns: they are NaN."""
     tiles, channels, factor = case["I"], case["E"], case.sizes.get("factor", 2)
     num_patch_rows = tiles * (case["side"] * factor) ** 2
     shape = (num_patch_rows + tiles, channels + case.sizes.get("padding", 0))

@@ -1,10 +1,10 @@
-"""Bidirectional attention of a vision tower, straight from the packed projection.
+"""Bidirectional attention of a vision tower, read directly from the packed projection.
 
     o[i, u, h] = softmax(q[i, u, h] . k[i, :, h] / sqrt(C)) v[i, :, h]
 
-The rows lie patches first (see _contract): row i * L + l is patch l of tile i, row I * L + i the class token of tile i.
-Each holds (q | k | v), each [H, C]. InternViT-6B first normalises q and k by RMS over all heads' channels
-together, not per head.
+Patch rows come first (see _contract): row i * L + l is patch l of tile i, and row I * L + i is tile i's class token.
+A row holds (q | k | v), and each of the three is [H, C]. InternViT-6B first normalises q and k by RMS over the channels
+of all heads together, not per head.
 """
 
 import math
@@ -33,7 +33,7 @@ def vit_attention_reference(
     k_norm_E: Tensor | None,
     eps: float,
     *,
-    plan: AttentionPlan | None = None,  # says how, never what
+    plan: AttentionPlan | None = None,  # does not change the result
 ) -> Tensor:
     """Attention output [R, E] of the packed projection [R, 3E]; R = num_tiles * (L + 1)."""
     q, k, v = qkv_RK.chunk(3, dim=-1)
@@ -45,15 +45,15 @@ def vit_attention_reference(
 
 
 def tile_tokens(x_RE: Tensor, num_tiles: int) -> Tensor:
-    """[I, U, E], the class token last, of rows that lie patches first."""
+    """Rows whose patches come first, as [I, U, E] with the class token last."""
     num_patch_rows = len(x_RE) - num_tiles
     patches_ILE = x_RE[:num_patch_rows].view(num_tiles, num_patch_rows // max(num_tiles, 1), x_RE.shape[1])
     return torch.cat((patches_ILE, x_RE[num_patch_rows:, None]), dim=1)
 
 
 def default_plan(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionPlan:
-    """Where nothing was measured. sm_90 runs two blocks of 64 channels on a multiprocessor."""
-    if dtype == torch.float32:  # for tests: no matrix units, and more would not fit the registers
+    """The plan where none was measured. With 64 channels a multiprocessor of sm_90 runs two programs."""
+    if dtype == torch.float32:  # for tests only: no matrix units, and larger blocks would not fit the registers
         return AttentionPlan(32, 16, num_warps=8, num_stages=1)
     num_stages = 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
     return AttentionPlan(128, 64, num_warps=8, num_stages=num_stages)
@@ -71,17 +71,17 @@ def plan_vit_attention(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """`plan` None: the measured one, or the default where none was measured."""
+    """`plan` None: the measured plan, or the default if none was measured."""
     num_rows, width = out.shape
     num_heads = width // head_dim
     num_patches = (num_rows - num_tiles) // max(num_tiles, 1)
     if plan is None:
         plan = choose_attention_plan(num_tiles, num_patches, num_heads, head_dim, qkv_RK.dtype, target)
         plan = plan or default_plan(head_dim, qkv_RK.dtype, target)
-    # 32 values of k, and of v, a thread; half where twice the shared memory would halve the blocks of a multiprocessor,
-    # and half with 16 warps, whose threads have half as many registers.
+    # A thread holds 32 values of k and 32 of v; half of that where twice the shared memory would halve the programs on
+    # a multiprocessor, and half with 16 warps, whose threads have half as many registers.
     class_block = (32 if target.shared_bytes >= 160 * 1024 else 16) * 32 * min(plan.num_warps, 8) // head_dim
-    # Boxes of keys must not cross into another tile's rows; the copy engine takes multiples of 16 bytes.
+    # A box of keys must not reach into another tile's rows; the copy engine (TMA) needs multiples of 16 bytes.
     whole_blocks = num_patches > 0 and num_patches % plan.block_n == 0
     aligned = qkv_RK.data_ptr() % 16 == 0 and qkv_RK.stride(0) * qkv_RK.itemsize % 16 == 0
     use_tma = target.capability in (90, 100, 103) and whole_blocks and aligned
@@ -152,7 +152,7 @@ def vit_attention(
     plan: AttentionPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `vit_attention_reference`, of rows at any stride; head_dim one of HEAD_DIMS; either both norms or neither.
+    """As `vit_attention_reference`, for rows at any stride, a head_dim of HEAD_DIMS, and both norms or neither.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -184,18 +184,18 @@ def vit_attention(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """`fill` is what q and k are like; `padding` are columns of a wider tensor, NaN, that the rows are cut from.
+    """`fill` chooses the kind of q and k; the rows are cut from a tensor with `padding` more columns of NaN.
 
-    `plan` holds in 16 bits; in float32 the default counts, since without matrix units its blocks would not fit.
+    `plan` is used in 16 bits only; in float32, which has no matrix units, its blocks would not fit.
     """
     tiles, heads, channels = case["I"], case["H"], case["C"]
     rows, width = tiles * (case["L"] + 1), heads * channels
     qkv = torch.randn(rows, 3 * width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     qkv[:, 3 * width :] = math.nan
     fill = case.sizes.get("fill", "normal")
-    if fill == "equal":  # all scores
+    if fill == "equal":  # all scores are equal
         qkv[:, width : 2 * width] = 0.5
-    elif fill == "one_huge":  # the score of every tile's second patch
+    elif fill == "one_huge":  # every tile's second patch has a huge score
         qkv[:, :width] = 1.0
         qkv[1 : rows - tiles : max(case["L"], 1), width : 2 * width] = 500.0
     elif fill == "huge":
@@ -225,7 +225,7 @@ def _case(name: str, tiles: int, patches: int, heads: int, channels: int, **more
     return Case(name, {"I": tiles, "L": patches, "H": heads, "C": channels, **more})
 
 
-_PLANS = {  # that a table may hold, far from the default
+_PLANS = {  # plans that a table may hold, far from the default
     "tall": AttentionPlan(256, 64, num_warps=16, num_stages=2),
     "wide": AttentionPlan(128, 128, num_warps=8, num_stages=2),
     "deep": AttentionPlan(64, 64, num_warps=4, num_stages=3),

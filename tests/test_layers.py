@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ MODULES = [
     "checkpoint.config",
     "checkpoint.folder",
     "checkpoint.__init__",
+    "inputs.identity",
+    "inputs.tiles",
+    "inputs.image",
+    "inputs.video",
+    "inputs.tokenizer",
+    "inputs.grammar",
+    "inputs.prompt",
+    "inputs.position",
+    "inputs.sampling_params",
+    "inputs.picture",
+    "inputs.prepare",
+    "inputs.__init__",
     "kernels._launch",
     "kernels._contract",
     "kernels.layer_norm",
@@ -55,45 +68,45 @@ MODULES = [
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
     "kernels._check",
-    "inputs.image",
-    "inputs.video",
-    "inputs.tokenizer",
-    "inputs.grammar",
-    "inputs.prompt",
-    "inputs.position",
-    "inputs.sampling_params",
-    "model.work",
+    "model.linear",
+    "model.step_inputs",
     "model.ops",
     "model.ops_triton",
-    "steps.speculation",
-    "steps.device_stream",
-    "steps.sequence",
-    "steps.visual_cache",
-    "steps.kv_cache",
-    "steps.step",
-    "steps.scheduler",
     "model.vision",
     "model.projector",
     "model.decoder",
     "model.internvl",
+    "model.work",
     "model.weights",
     "model.random_checkpoint",
     "model.card",
+    "model.__init__",
+    "steps.speculation",
+    "steps.device_stream",
+    "steps.sequence",
+    "steps.visual_cache",
+    "steps.uploads",
+    "steps.kv_cache",
+    "steps.step",
+    "steps.scheduler",
     "steps.sampler",
+    "steps.logprobs",
     "steps.cuda_graph",
     "steps.step_graph",
     "steps.runner",
+    "steps.__init__",
     "engine.memory",
-    "engine.reply",
-    "inputs.prepare",
     "engine.options",
     "engine.loading",
+    "engine.reply",
     "engine.trace",
     "engine.request",
+    "engine.sequences",
     "engine.in_flight",
     "engine.loop",
     "engine.engine",
     "engine.async_engine",
+    "engine.__init__",
     "compat",
     "bench.record",
     "bench.prompts",
@@ -104,6 +117,7 @@ MODULES = [
     "bench.serve",
     "bench.command",
     "bench.arguments",
+    "bench.__init__",
     "doctor.finding",
     "doctor.machine",
     "doctor.kernels",
@@ -111,6 +125,7 @@ MODULES = [
     "doctor.checks",
     "doctor.process",
     "doctor.command",
+    "doctor.__init__",
     "cli",
     "__init__",
     "__main__",
@@ -118,17 +133,17 @@ MODULES = [
 
 # Library: the modules that may import it. Everything that is not listed here may be imported anywhere.
 HOMES = {
-    "internvl_rt._C": ["kv_cache", "doctor.machine"],
-    "PIL": ["image", "video"],
-    "av": ["video"],
-    "huggingface_hub": ["checkpoint"],
-    "llguidance": ["grammar"],
-    "sentencepiece": ["tokenizer"],
-    "tokenizers": ["tokenizer"],
+    "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
+    "PIL": ["inputs.tiles", "inputs.image", "inputs.video"],
+    "av": ["inputs.video"],
+    "huggingface_hub": ["checkpoint.folder"],
+    "llguidance": ["inputs.grammar"],
+    "sentencepiece": ["inputs.tokenizer"],
+    "tokenizers": ["inputs.tokenizer"],
     "transformers": [],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-ENVIRONMENT_HOME = "env"
+CALLERS_OF_KERNELS = {"model.ops", "model.ops_triton", "doctor.kernels"}  # the tables, and what checks the kernels
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400
 
@@ -153,7 +168,13 @@ def internal_module(dotted: str) -> str | None:
     if package != "internvl_rt" or parts[:1] == ["_C"]:
         return None
     known = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    known += [f"{parts[0]}.__init__"] if parts else []
     return next((name for name in known if name in MODULES), "__init__")
+
+
+def test_the_modules_of_a_package_stand_together() -> None:
+    packages = [package for package, _ in groupby(name.rpartition(".")[0] for name in MODULES) if package]
+    assert len(packages) == len(set(packages))
 
 
 def test_every_module_is_in_the_list_once() -> None:
@@ -180,11 +201,25 @@ def test_a_library_is_imported_only_in_its_home(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_environment_is_read_only_in_its_home(name: str) -> None:
+def test_a_kernel_is_called_through_the_table_of_operations(name: str) -> None:
+    packages = {(internal_module(dotted) or "").partition(".")[0] for dotted in imported_names(name)}
+    assert "kernels" not in packages or name.startswith("kernels.") or name in CALLERS_OF_KERNELS
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_reads_the_environment(name: str) -> None:
     nodes = ast.walk(ast.parse(module_path(name).read_text()))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
-    assert name == ENVIRONMENT_HOME or not names & {"environ", "environb", "getenv", "putenv"}
+    assert not names & {"environ", "environb", "getenv", "putenv"}
+
+
+def test_the_model_can_be_imported_without_what_requests_and_the_scheduler_need() -> None:
+    others = ("internvl_rt._C", "internvl_rt.inputs", "internvl_rt.steps", "internvl_rt.engine")
+    others += ("PIL", "av", "llguidance", "tokenizers", "transformers")
+    code = f"import sys, internvl_rt.model; print([name for name in {others} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
 
 
 def test_the_model_is_imported_without_what_is_above_it() -> None:

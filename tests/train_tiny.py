@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from internvl_rt import Engine
 from internvl_rt.checkpoint.config import ModelConfig, load_config
-from internvl_rt.inputs.image import ImageOptions, tile_image
 from internvl_rt.inputs.position import STRIDES, build_positions
 from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.model.ops import TORCH, Batch, Linear
+from internvl_rt.model.linear import Linear
+from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
 from internvl_rt.model.weights import DIALECTS, save_weights
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
 from support.digits import (
     MAX_DIGITS,
     Exercise,
@@ -129,12 +129,15 @@ def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[
                 left -= 1
 
 
-def attend_densely(q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, batch: Batch) -> Tensor:
-    """`paged_attention` where block s of the cache is all of sequence s, padded at its end."""
-    num_sequences, _, seq_len, head_dim = k_cache_BGPC.shape
-    q_SHLC = q_THC.view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
-    y_SHLC = F.scaled_dot_product_attention(q_SHLC, k_cache_BGPC, v_cache_BGPC, is_causal=True, enable_gqa=True)
-    return y_SHLC.transpose(1, 2).reshape(q_THC.shape)
+class DenseOps(Ops):
+    """Of a cache whose block s is all of sequence s, padded at its end."""
+
+    def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
+        k_SGLC, v_SGLC = cache.k_cache_BGPC, cache.v_cache_BGPC
+        num_sequences, _, seq_len, head_dim = k_SGLC.shape
+        q_SHLC = q_THC.view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
+        y_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SGLC, v_SGLC, is_causal=True, enable_gqa=True)
+        return y_SHLC.transpose(1, 2).reshape(q_THC.shape)
 
 
 def draw_distortions(rng: np.random.Generator, num_tiles: int, strength: float) -> Tensor:
@@ -303,7 +306,7 @@ def main() -> None:
     print(f"{len(examples)} exercises after {time.perf_counter() - start_s:.0f} s")
     weights = build_weights(config, dtype=torch.float32, device="cpu")
     initialise(weights)
-    train(InternVL(config, weights, replace(TORCH, paged_attention=attend_densely)), examples)
+    train(InternVL(config, weights, DenseOps(**vars(TORCH))), examples)
     shipped = build_weights(config, dtype=torch.bfloat16, device="cpu")
     parameters = named_parameters(weights)
     with torch.no_grad():

@@ -1,7 +1,8 @@
-// In the steady state the bookkeeping must not touch the heap: a lock or a page fault there would stall every request.
+// Checks that the bookkeeping allocates no memory once it has served requests for a while: malloc may take a lock or
+// cause a page fault, and all requests would wait for it.
 //
-// The warm-up fills every entry, ring and scratch vector to the most that the following operations can ask for. Then
-// come random operations, each with the counters of operator new and delete read before and after it.
+// The warm-up makes every vector of the cache as large as the following operations can need it. Then the program runs
+// random operations, and counts the calls of operator new and delete during each of them.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -12,8 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../csrc/paged_kv_cache.h"
 #include "kv_cache_bench.h"
+#include "paged_kv_cache.h"
 
 namespace {
 
@@ -39,7 +40,7 @@ void counted_free(void* memory) noexcept {
 
 }  // namespace
 
-// The forms that are not here (arrays, nothrow) call these.
+// The other forms of operator new and delete (arrays, nothrow) call these.
 void* operator new(std::size_t size) { return counted_malloc(size); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return counted_malloc(size, alignment); }
 void operator delete(void* memory) noexcept { counted_free(memory); }
@@ -54,18 +55,19 @@ constexpr std::int32_t kBlockSize = 16;
 constexpr std::int32_t kMaxLength = 512;  // tokens of a sequence
 constexpr std::int32_t kBlocksEach = kMaxLength / kBlockSize;
 constexpr std::int32_t kMaxSequences = 16;
-constexpr std::int32_t kNumBlocks = 400;  // too few for all sequences at full length, so that there is no space at times
+constexpr std::int32_t kNumBlocks = 400;  // less than all sequences need at full length, so admissions fail at times
 constexpr std::int32_t kMaxPictures = 4;
-constexpr std::int32_t kNumFamilies = 4;  // prompts of a family begin alike
+constexpr std::int32_t kNumFamilies = 4;  // prompts of one family have a common prefix
+
+constexpr std::array<std::int32_t, 1> kOne = {1}, kSampled = {5};  // token; the id of every sampled token
 
 using Ints = std::vector<std::int32_t>;
 
 std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-struct Mirror {  // what the caller of the cache knows of a sequence
+struct Mirror {  // what the caller of the cache has to know about a sequence
   std::int32_t seq_id = -1;
   std::int32_t length = 0, computed = 0, known = 0;
-  bool swapped = false;
 };
 
 class Steady {
@@ -77,34 +79,30 @@ class Steady {
     }
     prompt_.reserve(kMaxLength);
     pictures_.reserve(kMaxPictures);
-    for (Ints* rows : {&seq_ids_, &num_tokens_, &sampled_}) rows->reserve(kMaxSequences);
+    for (Ints* rows : {&seq_ids_, &num_tokens_}) rows->reserve(kMaxSequences);
   }
 
   void warm_up() {
-    // One block for each of many sequences at once, then few of them at full length: every ring sees the whole pool.
+    // In each round some sequences take all blocks of the pool, the others have none. So every queue has to hold all
+    // blocks at some time, and every entry a sequence of full length.
     for (std::int32_t round = 0; round < kMaxSequences; ++round) {
       const std::int32_t num_long = kNumBlocks / kBlocksEach;
-      for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // the long ones start in another entry each round
+      for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // in each round other entries hold the long ones
         const bool is_long = (i + round) % kMaxSequences < num_long;
         start(i, is_long ? kMaxLength : 0, is_long ? kMaxLength : 0);
       }
       for (Mirror& s : sequences_) {
         if (s.known == 0) continue;
-        cache_.append(s.seq_id, s.known - s.length);
+        const std::int32_t num_tokens = s.known - s.length;
+        cache_.append({&s.seq_id, 1}, {&num_tokens, 1});
         s.length = s.known;
       }
       step();
       collect(false);
       for (const Mirror& s : sequences_) num_tokens_.push_back(std::min(s.computed, s.known));
       cache_.publish(seq_ids_, num_tokens_);
-      for (Mirror& s : sequences_) s.swapped = cache_.swap_out(s.seq_id);
-      cache_.take_copies();
       complete(0);
       for (std::int32_t family = 0; family < kNumFamilies; ++family) cache_.match(describe(family, kMaxLength));
-      step();
-      complete(0);
-      for (Mirror& s : sequences_) s.swapped = !cache_.swap_in(s.seq_id);
-      cache_.take_copies();
       for (Mirror& s : sequences_) {
         cache_.release(s.seq_id);
         s.seq_id = -1;
@@ -112,10 +110,11 @@ class Steady {
       step();
       complete(0);
     }
+    for (int list = 0; list < 2; ++list) warm_up_copies();  // the cache has two lists, which it uses in turn
     warm_ = true;
   }
 
-  // The name of the operation.
+  // Runs one random operation and returns its name.
   const char* one() {
     const std::int32_t kind = draw(0, 99);
     Mirror& s = sequences_[as_size(draw(0, kMaxSequences - 1))];
@@ -123,16 +122,7 @@ class Steady {
       admit(s);
       return "admit";
     }
-    if (s.swapped) {
-      if (kind < 20) {
-        counted([&] { cache_.release(s.seq_id); });
-        s.seq_id = -1;
-        return "release (swapped out)";
-      }
-      counted([&] { s.swapped = !cache_.swap_in(s.seq_id); });
-      return "swap_in";
-    }
-    if (kind < 20) return append_batch();
+    if (kind < 20) return append_one_each();
     if (kind < 30) return append(s);
     if (kind < 55) {
       take_copies();
@@ -146,11 +136,6 @@ class Steady {
     if (kind < 80) return publish();
     if (kind < 85) return fork(s);
     if (kind < 89) return rollback(s);
-    if (kind < 92) {
-      take_copies();  // so that the list of copies stays as short as in the warm-up
-      counted([&] { s.swapped = cache_.swap_out(s.seq_id); });
-      return "swap_out";
-    }
     if (kind < 99) {
       counted([&] { cache_.release(s.seq_id); });
       s.seq_id = -1;
@@ -175,7 +160,25 @@ class Steady {
     num_counted_ += num_heap_calls - before;
   }
 
-  // A prompt that begins like its family, with as many pictures as fit.
+  // Makes a list of copies that is longer than any later one: each fork wants to write the block that it shares.
+  void warm_up_copies() {
+    start(0, kBlockSize / 2, kBlockSize / 2);
+    Mirror& s = sequences_[0];
+    cache_.append({&s.seq_id, 1}, {&s.known, 1});
+    s.length = s.known;
+    for (std::int32_t i = 0; i < kNumBlocks / 2; ++i, ++next_id_) {
+      cache_.fork(s.seq_id, next_id_);
+      cache_.append({&next_id_, 1}, kOne);
+      cache_.release(next_id_);
+    }
+    take_copies();
+    step();
+    cache_.release(s.seq_id);
+    s.seq_id = -1;
+    complete(0);
+  }
+
+  // Makes a prompt with the prefix of a family and with as many pictures as fit into it.
   Prompt describe(std::int32_t family, std::int32_t length) {
     prompt_.assign(families_[as_size(family)].begin(), families_[as_size(family)].begin() + length);
     if (warm_ && length > 0 && draw(0, 1) == 0) prompt_[as_size(draw(0, length - 1))] = 100;
@@ -192,7 +195,7 @@ class Steady {
     counted([&] { cached = cache_.admit(next_id_, prompt, num_reserved); });
     if (!cached) return false;
     sequences_[as_size(place)] = {next_id_++, static_cast<std::int32_t>(*cached), static_cast<std::int32_t>(*cached),
-                                  length, false};
+                                  length};
     return true;
   }
   void admit(Mirror& s) {
@@ -200,36 +203,35 @@ class Steady {
     start(static_cast<std::int32_t>(&s - sequences_.data()), length, draw(0, 1) * length);
   }
 
-  // The sequences that are here, into seq_ids_.
+  // Writes the ids of the running sequences into seq_ids_; with_room: only of some that can grow.
   void collect(bool with_room) {
     seq_ids_.clear();
     num_tokens_.clear();
-    sampled_.clear();
     for (const Mirror& s : sequences_)
-      if (s.seq_id >= 0 && !s.swapped && (!with_room || (s.length < kMaxLength && draw(0, 3) > 0)))
-        seq_ids_.push_back(s.seq_id);
+      if (s.seq_id >= 0 && (!with_room || (s.length < kMaxLength && draw(0, 3) > 0))) seq_ids_.push_back(s.seq_id);
   }
   Mirror& of(std::int32_t seq_id) { return *std::ranges::find(sequences_, seq_id, &Mirror::seq_id); }
 
-  // One token each, sampled now.
-  const char* append_batch() {
+  // Appends one token to each sequence, as a decode step does, and adds its id.
+  const char* append_one_each() {
     collect(true);
     num_tokens_.assign(seq_ids_.size(), 1);
     bool appended = false;
-    counted([&] { appended = cache_.append_batch(seq_ids_, num_tokens_); });
-    if (!appended) return "append_batch";
-    for (const std::int32_t seq_id : seq_ids_) ++of(seq_id).length;
-    std::erase_if(seq_ids_, [&](std::int32_t seq_id) { return of(seq_id).known >= of(seq_id).length; });
-    sampled_.assign(seq_ids_.size(), 5);
-    counted([&] { cache_.extend_batch(seq_ids_, sampled_); });
-    for (const std::int32_t seq_id : seq_ids_) ++of(seq_id).known;
-    return "append_batch and extend_batch";
+    counted([&] { appended = cache_.append(seq_ids_, num_tokens_); });
+    if (!appended) return "append";
+    for (const std::int32_t seq_id : seq_ids_) {
+      Mirror& s = of(seq_id);
+      if (s.known >= ++s.length) continue;
+      counted([&] { cache_.extend(seq_id, kSampled); });
+      ++s.known;
+    }
+    return "append and extend";
   }
-  // A chunk of the prompt, or some tokens beyond it.
+  // Appends the tokens of a chunk of the prompt, or some tokens behind the prompt.
   const char* append(Mirror& s) {
     const std::int32_t num_tokens = draw(0, kMaxLength - s.length);
     bool appended = false;
-    counted([&] { appended = cache_.append(s.seq_id, num_tokens); });
+    counted([&] { appended = cache_.append({&s.seq_id, 1}, {&num_tokens, 1}); });
     if (!appended) return "append";
     s.length += num_tokens;
     if (s.known >= s.length) return "append";
@@ -257,7 +259,7 @@ class Steady {
                                      .split_W3 = split_W3_});
     });
   }
-  // Steps end some steps after they were filled.
+  // Says that all steps but the last `lag` have ended, as if the device were so many steps behind.
   void complete(std::int64_t lag, bool failed = false) {
     completed_ = std::max(completed_, last_step_ - lag);
     counted([&] { cache_.complete(completed_, failed); });
@@ -288,11 +290,11 @@ class Steady {
     return "rollback";
   }
 
-  PagedKVCache cache_{{.num_blocks = kNumBlocks, .block_size = kBlockSize, .num_host_blocks = kNumBlocks}};
+  PagedKVCache cache_{{.num_blocks = kNumBlocks, .block_size = kBlockSize}};
   std::mt19937 random_;
   std::array<Ints, kNumFamilies> families_;
   std::array<Mirror, kMaxSequences> sequences_;
-  Ints prompt_, seq_ids_, num_tokens_, sampled_;
+  Ints prompt_, seq_ids_, num_tokens_;
   std::vector<Picture> pictures_;
   Ints query_start_S1_ = Ints(kMaxSequences + 1), seq_len_S_ = Ints(kMaxSequences);
   Ints block_table_SN_ = Ints(kMaxSequences * kBlocksEach), slot_T_ = Ints(kMaxSequences * kMaxLength);
@@ -319,11 +321,11 @@ bool check_allocations(std::uint32_t seed, std::int64_t num_operations) {
   }
   steady.check_invariants();
   const CacheStats stats = steady.stats();
-  std::printf("{\"operations\": %lld, \"heap_calls\": 0, \"warm_up_heap_calls\": %lld, \"hit_tokens\": %lld, "
-              "\"evictions\": %lld, \"device_copies\": %lld}\n",
-              static_cast<long long>(num_operations), static_cast<long long>(warm),
-              static_cast<long long>(stats.hit_tokens), static_cast<long long>(stats.num_evictions),
-              static_cast<long long>(stats.num_device_copies));
+  std::printf(
+      "{\"operations\": %lld, \"heap_calls\": 0, \"warm_up_heap_calls\": %lld, \"hit_tokens\": %lld, "
+      "\"evictions\": %lld, \"copies\": %lld}\n",
+      static_cast<long long>(num_operations), static_cast<long long>(warm), static_cast<long long>(stats.hit_tokens),
+      static_cast<long long>(stats.num_evictions), static_cast<long long>(stats.num_copies));
   return true;
 }
 

@@ -1,12 +1,11 @@
-// What the bookkeeping of the KV cache costs, without Python around it.
+// Measures what the bookkeeping of the KV cache costs in C++, without Python. bench/kv_cache.py builds and runs it.
 //
-//   g++ -O3 -std=c++20 bench/csrc/*.cpp csrc/block_pool.cpp csrc/p*.cpp -o kv_cache_bench    (bench/kv_cache.py does)
-//   ./kv_cache_bench                                            medians of all operations, as JSON
-//   ./kv_cache_bench --only NAME --repetitions N                one of them
-//   ./kv_cache_bench --check-allocations [--operations N] [--seed N]
+//   kv_cache_bench                                    prints the medians of all operations as JSON
+//   kv_cache_bench --only NAME --repetitions N        measures one operation
+//   kv_cache_bench --check-allocations [--operations N] [--seed N]
 //
-// Only measured_region runs on the clock, so `valgrind --tool=callgrind --toggle-collect=measured_region` counts the
-// instructions of an operation and nothing else.
+// Time is measured around measured_region alone. So `valgrind --tool=callgrind --toggle-collect=measured_region` counts
+// the instructions of an operation and nothing else.
 #include "kv_cache_bench.h"
 
 #include <algorithm>
@@ -20,14 +19,14 @@
 using internvl_rt::bench::Benchmark;
 using internvl_rt::bench::Case;
 
-// A name that a profiler finds, so neither inlined nor hidden in a namespace.
+// A profiler looks for this function by its name, so it must not be inlined and has no namespace.
 extern "C" [[gnu::noinline]] void measured_region(Case& operation) { operation.run(); }
 
 namespace {
 
 struct Options {
   std::string_view only;
-  std::int64_t repetitions = 0;  // 0: each benchmark's own
+  std::int64_t repetitions = 0;  // 0: each benchmark has a number of its own
   bool check_allocations = false;
   std::int64_t operations = 20'000;
   std::uint32_t seed = 1;
@@ -86,11 +85,11 @@ void measure(const Benchmark& benchmark, std::int64_t repetitions, bool first) {
   }
   std::ranges::sort(times);
   const double scale = nanoseconds_in(benchmark.unit) * static_cast<double>(benchmark.work);
-  std::printf("%s  \"%s\": {\"unit\": \"%s\", \"median\": %.4g, \"lowest\": %.4g, \"highest\": %.4g, "
-              "\"repetitions\": %lld, \"work\": %lld}",
-              first ? "" : ",\n", benchmark.name, benchmark.unit, times[times.size() / 2] / scale,
-              times.front() / scale, times.back() / scale, static_cast<long long>(repetitions),
-              static_cast<long long>(benchmark.work));
+  std::printf(
+      "%s  \"%s\": {\"unit\": \"%s\", \"median\": %.4g, \"lowest\": %.4g, \"highest\": %.4g, "
+      "\"repetitions\": %lld, \"work\": %lld}",
+      first ? "" : ",\n", benchmark.name, benchmark.unit, times[times.size() / 2] / scale, times.front() / scale,
+      times.back() / scale, static_cast<long long>(repetitions), static_cast<long long>(benchmark.work));
 }
 
 int run(const Options& options) {

@@ -1,4 +1,4 @@
-// What the two halves of the driver share: the cases that are measured, and the check that nothing allocates memory.
+// Declares what main() calls: the list of operations that are measured, and the check that none allocates memory.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace internvl_rt::bench {
 
-// One operation: prepare() restores the state before it and is not measured, run() is.
+// One operation that is measured. prepare() restores the state before it and is not measured; run() is.
 class Case {
  public:
   virtual ~Case() = default;
@@ -18,15 +18,15 @@ class Case {
 
 struct Benchmark {
   const char* name;
-  const char* unit;         // "ns", "us" or "ms"
-  std::int64_t work;        // divides the time of one run(): blocks, or 1
+  const char* unit;   // "ns", "us" or "ms"
+  std::int64_t work;  // the time of one run() is divided by it: a number of blocks, or 1
   std::int64_t repetitions;
   std::function<std::unique_ptr<Case>()> build;
 };
 
 std::vector<Benchmark> benchmarks();
 
-// Runs random operations on a warm cache; prints the first one that allocates memory and returns false.
+// Runs random operations after a warm-up. If one allocates memory, it prints that operation's name and returns false.
 bool check_allocations(std::uint32_t seed, std::int64_t num_operations);
 
 }  // namespace internvl_rt::bench

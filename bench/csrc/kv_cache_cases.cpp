@@ -1,5 +1,5 @@
-// The cases that are measured. Blocks are handed out in random order, as after hours of service: in a fresh pool
-// neighbours lie side by side, which flatters every list.
+// The operations that are measured. The free blocks are in random order, as after hours of service. In a new pool they
+// are in ascending order, so that lists would be faster than they are in practice.
 #include <algorithm>
 #include <array>
 #include <numeric>
@@ -8,19 +8,19 @@
 #include <stdexcept>
 #include <utility>
 
-#include "../../csrc/paged_kv_cache.h"
 #include "kv_cache_bench.h"
+#include "paged_kv_cache.h"
 
 namespace internvl_rt::bench {
 namespace {
 
 constexpr std::int32_t kNumBlocks = 65'536;
 constexpr std::int32_t kBlockSize = 64;
-constexpr std::int32_t kBatch = 256;          // sequences that decode together
-constexpr std::int32_t kContext = 2'048;      // their length, about
-constexpr std::int32_t kTableWidth = 64;      // blocks: room for 4,096 tokens in a row of the table
-constexpr std::int32_t kManyBlocks = 4'096;   // of a case that is counted by the block
-constexpr std::int32_t kLongBlocks = 64;      // of one long sequence: 4,096 tokens
+constexpr std::int32_t kBatch = 256;           // so many sequences decode in one step
+constexpr std::int32_t kContext = 2'048;       // they are about so long, in tokens
+constexpr std::int32_t kTableWidth = 64;       // blocks in a row of the block table, for 4,096 tokens
+constexpr std::int32_t kManyBlocks = 4'096;    // in cases whose time is given for one block
+constexpr std::int32_t kLongBlocks = 64;       // blocks of one long sequence of 4,096 tokens
 constexpr std::int32_t kPromptLength = 3'392;  // 13 tiles of 256 tokens, and 64 tokens of text
 
 using Ints = std::vector<std::int32_t>;
@@ -74,17 +74,19 @@ struct Free : Blocks {
 
 struct Cached : Case {
   Cached() : cache({.num_blocks = kNumBlocks, .block_size = kBlockSize}) {
-    // 256 sequences that grow a block at a time, in random turns: what they give back lies in random order.
+    // 256 sequences grow by one block at a time, in random order, until the pool is full. So the blocks that they give
+    // back afterwards are in random order.
     std::mt19937 random(1);
     for (std::int32_t seq_id = 0; seq_id < kBatch; ++seq_id) cache.admit(seq_id, {}, 0);
     for (std::int32_t i = 0; i < kNumBlocks; ++i)
-      expect(cache.append(static_cast<std::int32_t>(random() % kBatch), kBlockSize), "the pool is full too early");
+      expect(append(static_cast<std::int32_t>(random() % kBatch), kBlockSize), "the pool is full too early");
     for (std::int32_t seq_id = 0; seq_id < kBatch; ++seq_id) cache.release(seq_id);
   }
 
-  // One step in which one sequence computes its last `num_tokens` tokens.
-  std::int64_t step(std::int32_t seq_id, std::int32_t num_tokens) {
-    const std::int64_t num_columns = (cache.length(seq_id) + kBlockSize - 1) / kBlockSize;
+  bool append(std::int32_t seq_id, std::int32_t num_tokens) { return cache.append({&seq_id, 1}, {&num_tokens, 1}); }
+  // Fills a step in which one sequence of `length` tokens computes the last `num_tokens` of them.
+  std::int64_t step(std::int32_t seq_id, std::int32_t length, std::int32_t num_tokens) {
+    const std::int64_t num_columns = (length + kBlockSize - 1) / kBlockSize;
     one_table.resize(std::max(one_table.size(), as_size(num_columns)));
     one_slot_T.resize(std::max(one_slot_T.size(), as_size(num_tokens)));
     return cache.fill_step({.seq_ids = {&seq_id, 1},
@@ -99,19 +101,21 @@ struct Cached : Case {
   }
   void publish(std::int32_t seq_id, std::int32_t num_tokens) { cache.publish({&seq_id, 1}, {&num_tokens, 1}); }
 
-  // What one prompt costs from its arrival to the end of its prefill; returns how many of its tokens were cached.
+  // Makes all calls of one prompt's prefill, from admission to the end of its step. Returns how many of its tokens were
+  // cached.
   std::int64_t prefill(std::int32_t seq_id, const Prompt& prompt) {
     const auto length = static_cast<std::int32_t>(prompt.token_ids.size());
     const auto cached = cache.admit(seq_id, prompt, length);
     expect(cached.has_value(), "no space for a prompt");
     const auto num_new = static_cast<std::int32_t>(length - *cached);
-    expect(cache.append(seq_id, num_new), "no space for a reserved token");
-    const std::int64_t number = step(seq_id, num_new);
+    expect(append(seq_id, num_new), "no space for a reserved token");
+    const std::int64_t number = step(seq_id, length, num_new);
     publish(seq_id, length);
     cache.complete(number);
     return *cached;
   }
-  // Afterwards every block must be evicted before it can be handed out: where a busy cache always is.
+  // Fills the pool with cached blocks, as a busy server does: from now on a block must be evicted before it is handed
+  // out.
   void fill_with_cached_blocks() {
     for (std::int32_t i = 0; i < kNumBlocks / kManyBlocks; ++i) leave_cached(-1 - i, kManyBlocks);
     expect(cache.stats().num_cached == kNumBlocks, "some block is not cached");
@@ -129,7 +133,7 @@ struct Cached : Case {
   Ints one_query_start = Ints(2), one_seq_len = Ints(1), one_table, one_slot_T;
 };
 
-// A sequence that takes many blocks out of a pool in which everything is cached.
+// One sequence takes many blocks from a pool in which all blocks are cached.
 struct Evict : Cached {
   Evict() { fill_with_cached_blocks(); }
   void prepare() override {
@@ -141,14 +145,14 @@ struct Evict : Cached {
   std::int32_t next_token = 0;
 };
 
-// One sequence of 64 blocks whose tokens are known and in a complete step.
+// There is one sequence of 64 blocks. Its token ids are known, and the step that computes them is complete.
 struct Long : Cached {
   Long() { token_ids.assign(as_size(kLongBlocks * kBlockSize), 7); }
   void start() {
     ++token_ids[0];
     cache.admit(0, text_prompt(), std::ssize(token_ids));
-    cache.append(0, std::ssize(token_ids));
-    cache.complete(step(0, length()));
+    append(0, length());
+    cache.complete(step(0, length(), length()));
   }
   std::int32_t length() const { return static_cast<std::int32_t>(token_ids.size()); }
 };
@@ -165,7 +169,7 @@ struct Match : Long {
   Match() {
     start();
     publish(0, length());
-    token_ids.push_back(1);  // a match leaves one token to compute
+    token_ids.push_back(1);  // because a match leaves at least one token to compute
     expect(cache.match(text_prompt()) == kLongBlocks * kBlockSize, "the prompt is not cached");
   }
   void run() override { cache.match(text_prompt()); }
@@ -219,7 +223,7 @@ struct AdmitWarm : Admission {
   void run() override { cache.admit(0, prompt(), kPromptLength); }
 };
 
-// From arrival to the end of the prefill, in a pool where every block must be evicted first.
+// All calls of a prefill, in a pool where every block must be evicted first.
 struct PrefillCold : Admission {
   PrefillCold() : Admission(true) {}
   void prepare() override {
@@ -231,15 +235,17 @@ struct PrefillCold : Admission {
 
 // --- steps of a batch that decodes ---------------------------------------------------------------------------------
 
-enum class Crossing { kSome, kAll };  // sequences that need a block in the step: 4 of 256 (one in block_size), or all
+// How many of the 256 sequences need a new block in the step: 4 (one in block_size), or all.
+enum class Crossing { kSome, kAll };
 
 struct Decode : Cached {
   explicit Decode(Crossing crossing) : crossing(crossing), seq_ids(as_size(kBatch)), ones(as_size(kBatch), 1) {
     std::iota(seq_ids.begin(), seq_ids.end(), 0);
-    lengths = sampled = seq_ids;
+    lengths = seq_ids;
     fill_with_cached_blocks();
   }
-  // Lengths grow, so every 64 steps the batch starts again; so it does before each step in which all cross a border.
+  // The sequences grow in each step. So the batch is started anew every 64 steps, or before each step if all sequences
+  // need a new block in it.
   void restart_when_due() {
     if (crossing == Crossing::kSome && num_steps++ % kBlockSize != 0) return;
     const bool again = cache.num_sequences() > 0;
@@ -247,12 +253,12 @@ struct Decode : Cached {
       if (again) cache.release(seq_id);
       const std::int32_t length = crossing == Crossing::kAll ? kContext : kContext - kBlockSize + seq_id % kBlockSize;
       token_ids.assign(as_size(length), 7);
-      token_ids[0] = next_token++;  // no sequence finds another one's blocks
+      token_ids[0] = next_token++;  // so that no sequence finds the blocks of another
       prefill(seq_id, text_prompt());
       lengths[as_size(seq_id)] = length;
     }
   }
-  void append() { cache.append_batch(seq_ids, ones); }
+  void append_one_each() { cache.append(seq_ids, ones); }
   std::int64_t fill(bool with_splits) {
     return cache.fill_step({.seq_ids = seq_ids,
                             .num_new_tokens = ones,
@@ -265,12 +271,12 @@ struct Decode : Cached {
                             .split_W3 = with_splits ? std::span(split_W3) : std::span<std::int32_t>()});
   }
   void finish() {
-    cache.extend_batch(seq_ids, sampled);
+    for (const std::int32_t seq_id : seq_ids) cache.extend(seq_id, sampled);
     for (std::int32_t& length : lengths) ++length;
     cache.publish(seq_ids, lengths);
   }
   Crossing crossing;
-  Ints seq_ids, ones, lengths, sampled;
+  Ints seq_ids, ones, lengths, sampled = Ints(1);
   Ints query_start_S1 = Ints(kBatch + 1), seq_len_S = Ints(kBatch), table = Ints(kBatch * kTableWidth);
   Ints slot_T = Ints(kBatch), split_start_S1 = Ints(kBatch + 1), split_W3 = Ints(3 * 2 * kBatch);
   std::int64_t num_steps = 0;
@@ -280,26 +286,26 @@ struct Decode : Cached {
 struct Append : Decode {
   using Decode::Decode;
   void prepare() override { restart_when_due(); }
-  void run() override { append(); }
+  void run() override { append_one_each(); }
 };
 
 struct FillStep : Decode {
   FillStep(Crossing crossing, bool with_splits) : Decode(crossing), with_splits(with_splits) {}
   void prepare() override {
     restart_when_due();
-    append();
+    append_one_each();
   }
   void run() override { last = fill(with_splits); }
   bool with_splits;
   std::int64_t last = 0;
 };
 
-// All that the scheduler asks of the cache in a step: slots, buffers, sampled tokens, full blocks, the fence.
+// All calls that the scheduler makes for one step.
 struct DecodeStep : Decode {
   using Decode::Decode;
   void prepare() override { restart_when_due(); }
   void run() override {
-    append();
+    append_one_each();
     const std::int64_t number = fill(true);
     finish();
     cache.complete(number);

@@ -1,4 +1,4 @@
-"""The arguments of `internvl-rt bench`, and what they are where they are not given. Nothing heavy is imported here."""
+"""Defines the arguments of `internvl-rt bench` and their defaults. Nothing heavy is imported here."""
 
 import argparse
 from collections.abc import Callable
@@ -13,12 +13,12 @@ PARTS = {
     "decode": "the time of each token after the first, by batch and context",
     "serve": "requests that arrive at random, through the asynchronous engine",
 }
-# What can be turned off, to see what it is worth or whether it is to blame: option of the engine, what it does.
+# Engine options that can be turned off, to see what they are worth or whether they cause a fault, and the effect.
 SWITCHES = {
     "cuda_graphs": "launch kernels one by one, not as CUDA graphs",
     "programmatic_launch": "start no kernel before the one before it has ended",
 }
-# Of each argument: what it is, and its value without and with --quick.
+# Of each argument: a description, the default, and the default with --quick.
 SETTINGS: dict[str, dict[str, tuple[str, Any, Any]]] = {
     "vision": {"tiles": ("tiles of a pass", [*range(1, 14)], [1, 3])},
     "prefill": {

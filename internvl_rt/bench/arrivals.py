@@ -1,4 +1,4 @@
-"""Requests that arrive by chance: a Poisson process of texts and pictures, the same for the same seed."""
+"""Draws requests that arrive at random: a Poisson process of texts and pictures, the same for the same seed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 SYSTEM = "You are a careful assistant. Answer in full sentences, and say so where you are not certain. " * 2
-PICTURES = 0.5  # share of the requests that have one
+PICTURES = 0.5  # share of the requests that have a picture
 AGAIN = 0.3  # share of the pictures that came before, with another question
 GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 4))  # columns and rows of tiles
 
@@ -21,7 +21,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What is asked: at most so much of each, so that every request fits the model."""
+    """Limits of a request's parts, so that every request fits the model."""
 
     tile_side: int  # pixels
     max_tiles: int  # without the thumbnail
@@ -30,14 +30,14 @@ class Mix:
 
 
 def fitting_mix(max_model_len: int, tile_side: int, tokens_per_tile: int, max_tiles: int) -> Mix:
-    """A picture takes at most half of the window, question and answer an eighth each."""
+    """Gives a picture at most half of the window, question and answer at most an eighth each."""
     room = max_model_len // 8
-    tiles = min(max_tiles, max_model_len // 2 // tokens_per_tile - 1)  # and a thumbnail
+    tiles = min(max_tiles, max_model_len // 2 // tokens_per_tile - 1)  # less a thumbnail
     return Mix(tile_side, max(1, tiles), max_characters=min(1024, room), max_tokens=min(128, room))
 
 
 def draw_arrivals(rate: float, seconds: float, mix: Mix, seed: int) -> list[Arrival]:
-    """Requests at `rate` a second. Lengths of questions and answers are even on a logarithmic scale: most are short."""
+    """Draws requests at `rate` a second. Lengths of questions and answers are log-uniform: most are short."""
     rng = np.random.default_rng(seed)
     side = mix.tile_side
     grids = [grid for grid in GRIDS if grid[0] * grid[1] <= mix.max_tiles]

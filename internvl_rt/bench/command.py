@@ -1,4 +1,4 @@
-"""Runs one bench: the model's static card, the sweep, and the record of it as the last line."""
+"""Runs one bench: prints the model's static card, measures, and prints the record as the last line."""
 
 import argparse
 import time
@@ -15,8 +15,7 @@ from internvl_rt.engine.loading import choose_device, choose_dtype
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.model.card import model_card, render_card
 from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config
-from internvl_rt.model.work import data_sheet_roof, decoder_work, roof_of, vision_work
-from internvl_rt.steps.kv_cache import kv_bytes_per_token
+from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -25,11 +24,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "decode": decode.COLUMNS,
     "serve": serve.COLUMNS,
 }
-SHEET = "NVIDIA H200"  # whose floors are computed where this device's data sheet is not known
+SHEET = "NVIDIA H200"  # its floors are computed if this device's data sheet is not known
 
 
 def run(args: argparse.Namespace) -> int:
-    """Arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt."""
+    """Takes arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt."""
     device = choose_device(args.device)
     if args.model.startswith(RANDOM_PREFIX):
         config, name = random_config(args.model.removeprefix(RANDOM_PREFIX)), args.model
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """The least time that the work of some passes takes: computed, not measured."""
+    """Prints the least time that the work of some passes takes: computed, not measured."""
     roof = roof_of(device, dtype) or data_sheet_roof(SHEET, dtype)
     assert roof is not None, "its data sheet is known"
     decoder = config.decoder
@@ -91,7 +90,7 @@ def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: tor
 
 
 def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
-    """What each bench needs room for; what would be reused is not kept, but where reuse is measured."""
+    """Returns the options that each bench needs; caches are off unless reuse is measured."""
     window = config.decoder.max_position
     if args.part == "serve":
         return {"max_num_seqs": args.max_num_seqs}
@@ -106,7 +105,7 @@ def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, 
 
 
 def _decode_cases(args: argparse.Namespace) -> list[tuple[int, int]]:
-    """The short contexts first: they take the least time."""
+    """Puts the short contexts first: they take the least time."""
     return [(batch, context) for context in sorted(args.context) for batch in args.batch]
 
 

@@ -1,7 +1,7 @@
-"""`internvl-rt bench decode`: the time of a step in which every sequence gets one token.
+"""`internvl-rt bench decode` measures the time of a step in which every sequence gets one token.
 
-Measured from step to step on the host, as whoever waits for the tokens sees it. Each sequence has a prompt of its own
-that was really computed, so that no keys and values are shared and none are constant.
+It measures from step to step on the host, as a caller who waits for the tokens sees it. Each sequence has a prompt of
+its own that was really computed, so that no keys and values are shared and none are constant.
 """
 
 import time
@@ -31,16 +31,16 @@ WARM_STEPS = 4
 
 
 def room_for(batch: int, context: int, num_steps: int, max_tokens_per_step: int) -> int:
-    """Tokens that a sequence may draw before the last step that is timed.
+    """Counts the tokens that a sequence may draw before the last step that is timed.
 
-    Those whose prompts are computed first go on drawing while the others' are: one token a step, and a step of prompts
-    is at least half full.
+    Sequences whose prompts are computed first go on drawing while other prompts are computed: one token a step, and a
+    step of prompts is at least half full.
     """
     return num_steps + WARM_STEPS + 4 + 2 * -(-batch * context // max_tokens_per_step)
 
 
 def longest(cases: Iterable[tuple[int, int]], num_steps: int, max_tokens_per_step: int, window: int) -> int:
-    """What `max_model_len` has to be for the cases (batch, context), as far as the window allows them."""
+    """Returns the `max_model_len` that the cases (batch, context) need, as far as the window allows them."""
     lengths = [context + room_for(batch, context, num_steps, max_tokens_per_step) for batch, context in cases]
     return max((length for length in lengths if length <= window), default=window)
 
@@ -49,7 +49,7 @@ def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]
     """cases: batch and context, the tokens of each sequence when the first one is drawn."""
     prompter = Prompter(engine, seed)
     blocks, block_size = engine.cache.blocks.num_blocks, engine.cache.block_size
-    blocks -= blocks // WATERMARK  # which the last sequence is not admitted to
+    blocks -= blocks // WATERMARK  # blocks that admission leaves free
     for batch, context in cases:
         case = f"{batch}x{context}"
         length = context + room_for(batch, context, num_steps, engine.options.max_tokens_per_step)
@@ -90,10 +90,10 @@ class _NoTimeError(Exception):
 def _time_steps(
     engine: Engine, record: Record, batch: int, context: int, num_steps: int, prompter: Prompter
 ) -> tuple[list[float], Work]:
-    """Seconds of each step, and the work of the one in the middle."""
-    params = SamplingParams(max_tokens=engine.max_model_len, ignore_eos=True)  # cut to the room
-    requests = [engine.build_request(prompter.prompt(context), params) for _ in range(batch)]
-    loop, last = engine._loop, requests[-1]
+    """Returns the seconds of each step, and the work of the one in the middle."""
+    params = SamplingParams(max_tokens=engine.max_model_len, ignore_eos=True)  # the engine cuts this to the room
+    requests = [engine.new_request(prompter.prompt(context), params) for _ in range(batch)]
+    loop, last = engine.loop, requests[-1]
     try:
         for request in requests:
             loop.submit(request)
@@ -122,7 +122,7 @@ def _time_steps(
 
 
 def _check(requests: Iterable[Request]) -> None:
-    """All are still there, or the steps were not of the batch that they are said to be."""
+    """Checks that all requests still run, so that every step was of the whole batch."""
     for request in requests:
         if request.error is not None:
             raise request.error

@@ -1,7 +1,7 @@
-"""`internvl-rt bench prefill`: the time to the first token of one request that finds the engine idle.
+"""`internvl-rt bench prefill` measures the time to the first token of one request that finds the engine idle.
 
-From the request's submission to its first token on the host: tokens and tiles are there already, since reading and
-cutting pictures depends on the pictures. Nothing of a prompt is in any cache.
+It measures from the request's submission to its first token on the host: tokens and tiles are ready before, since the
+time to read and cut pictures depends on the pictures. Nothing of a prompt is in any cache.
 """
 
 import time
@@ -27,12 +27,12 @@ COLUMNS = (
     Column("% of peak", "sheet_peak_percent"),
     Column("GB peak", "peak_memory_bytes", 1e-9),
 )
-TEXT_TOKENS = 64  # around a picture
+TEXT_TOKENS = 64  # text tokens around a picture
 _ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 
 
 def prompt_lengths(tokens: Sequence[int], tiles: Sequence[int], tokens_per_tile: int) -> Iterator[tuple[str, int, int]]:
-    """Name, tokens and tiles of each case: text alone, then a picture with a few words."""
+    """Yields name, tokens and tiles of each case: text alone, then a picture with a few words."""
     for num_tokens in tokens:
         yield f"{num_tokens}_tokens", num_tokens, 0
     for num_tiles in tiles:
@@ -52,7 +52,7 @@ def sweep_prefill(
         reset_peak(engine.device)
         picture = prompter.picture(num_tiles) if num_tiles else None
         prompt = prompter.prompt(num_tokens, picture)
-        _ask(engine, prompt)  # compiles, and fills what is filled once
+        _ask(engine, prompt)  # the first request also compiles kernels
         first = _ask(engine, prompt)
         timings = [_ask(engine, prompt).timings for _ in range(pace.repeats(first.timings.total_s))]
         seconds = [each.first_token_s for each in timings]

@@ -1,4 +1,4 @@
-"""Prompts of exactly so many tokens, made of random ids: what is in them changes no time, only their lengths do."""
+"""Makes prompts of a given length from random ids: times depend on their lengths, not on their ids."""
 
 import time
 
@@ -6,10 +6,9 @@ import numpy as np
 import torch
 
 from internvl_rt.engine.engine import Engine
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.prompt import Prompt, VisualSpan
-from internvl_rt.steps.device_stream import Arriving
-from internvl_rt.steps.sequence import Picture
 
 
 class Prompter:
@@ -23,18 +22,18 @@ class Prompter:
         self._rng = np.random.default_rng(seed)
 
     def picture(self, num_tiles: int) -> Picture:
-        """Behind the first token of a prompt; uint8 tiles [I, S, S, 3] of noise that lie on the engine's device.
+        """Makes a picture after a prompt's first token: uint8 tiles [I, S, S, 3] of noise on the engine's device.
 
-        Not zeros: products of zeros run faster than others.
+        The tiles are not zeros, since products of zeros run faster than others.
         """
         side = self._config.vision.image_size
         noise = self._rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8)
         tiles = torch.from_numpy(noise).to(self._device)
         span = VisualSpan(1, num_tiles * self._config.tokens_per_tile)
-        return Picture(span, self._rng.bytes(32), num_tiles, lambda: Arriving(tiles))
+        return Picture(self._rng.bytes(32), num_tiles, tiles=tiles, span=span)
 
     def prompt(self, num_tokens: int, picture: Picture | None = None) -> Prepared:
-        """num_tokens: in all, those of the picture included."""
+        """num_tokens: all tokens, those of the picture included."""
         ids = self._rng.choice(self._plain, num_tokens)
         pictures = () if picture is None else (picture,)
         for span in (each.span for each in pictures):

@@ -1,4 +1,4 @@
-"""What a bench says: a table line for each row as it is measured, and one line of JSON at the end, whatever happened.
+"""Prints what a bench measures: a table line for each row at once, one line of JSON at the end, whatever happened.
 
 Rows are flat: numbers with their unit in the name, and strings. What was not measured is absent; a case that was left
 out is a row that says why. Floors and shares named `sheet_` are computed from the device's data sheet.
@@ -26,11 +26,11 @@ from internvl_rt.model.work import Roof, Work
 
 Row = dict[str, int | float | str]
 
-_ROOT = Path(__file__).parents[2]  # of the repository, where the package lies in one
+_ROOT = Path(__file__).parents[2]  # root of the repository, if the package lies in one
 
 
 class Column(NamedTuple):
-    """Of the table: a row's value, shown times `scale`."""
+    """A column of the table: it shows a row's value at `key`, times `scale`."""
 
     label: str
     key: str
@@ -38,7 +38,7 @@ class Column(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How often a case is repeated: for so long, within limits."""
+    """How often a case is repeated: for `seconds`, but between `least` and `most` times."""
 
     seconds: float
     least: int
@@ -49,7 +49,7 @@ class Pace(NamedTuple):
 
 
 class Record:
-    """The rows of one command. Inside `with`, they are kept whatever ends the block."""
+    """Keeps the rows of one command. At the end of a `with` block it prints them, whatever ended the block."""
 
     def __init__(
         self,
@@ -61,10 +61,9 @@ class Record:
         columns: Sequence[Column],
         switches: Mapping[str, bool] | None = None,
     ) -> None:
-        """Rows are named `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each that is off.
+        """Names rows `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each that is off.
 
-        budget_s: but for the first, no case starts later than this. switches: of the engine; every row has them where
-        they do something, which is on CUDA.
+        budget_s: no case but the first starts later than this. switches: of the engine; on CUDA every row has them.
         """
         self.part = part
         self.rows: list[Row] = []
@@ -86,7 +85,7 @@ class Record:
         )
 
     def note(self, case: str, row: Row) -> None:
-        """A row that is not in the table."""
+        """Adds a row that is not in the table."""
         self._append(case, row)
 
     def leave_out(self, case: str, why: str) -> None:
@@ -94,14 +93,14 @@ class Record:
         _say(f"{case:<16}  left out: {why}")
 
     def may_start(self, case: str, needs_s: float = 0.0) -> bool:
-        """Whether there is time for a case, which the first one always has; others are noted as left out."""
+        """Says whether there is time for a case, as always for the first; a case without time is left out."""
         if not self.is_spent(needs_s):
             return True
         self.leave_out(case, f"{self._spent_s:.0f} s of the budget of {self._budget_s:g} s were spent")
         return False
 
     def is_spent(self, needs_s: float = 0.0) -> bool:
-        """Whether there is a result and no time for more."""
+        """Says whether there is a result and no time for more."""
         return self.num_measured > 0 and self._budget_s is not None and self._spent_s + needs_s > self._budget_s
 
     @property
@@ -132,13 +131,13 @@ class Record:
 
 
 def spread(seconds: Sequence[float], prefix: str = "") -> Row:
-    """Percentiles of samples in microseconds: `median_us`, and the 10th, 90th and 99th."""
+    """Returns percentiles of samples in microseconds: `median_us`, and the 10th, 90th and 99th."""
     low, median, high, last = np.percentile(np.asarray(seconds) * 1e6, (10, 50, 90, 99)).tolist()
     return {f"{prefix}median_us": median, f"{prefix}low_us": low, f"{prefix}high_us": high, f"{prefix}p99_us": last}
 
 
 def shares(work: Work, seconds: float, roof: Roof | None) -> Row:
-    """What was achieved, and how much of what the data sheet promises; of no known device only the first."""
+    """Returns what was achieved and, for a device with a data sheet, how much that is of what the sheet promises."""
     row: Row = {
         "flops": work.flops,
         "bytes": work.bytes,
@@ -161,11 +160,11 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> Row:
-    """Most memory so far: of the device since `reset_peak`, or of the process since its start where it is the host."""
+    """Returns the most memory in use: of the GPU since `reset_peak`, or else of the process since its start."""
     if device.type == "cuda":
         return {
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),  # with the private pools of CUDA graphs
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),  # includes the private pools of CUDA graphs
         }
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     (kib,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
@@ -173,7 +172,7 @@ def peak(device: torch.device) -> Row:
 
 
 def environment(device: torch.device) -> dict[str, int | str | None]:
-    """Where and when something was measured; None for what is not known or does not apply."""
+    """Returns where and when something was measured; None is not known or does not apply."""
     found: dict[str, int | str | None] = {"device": _cpu_name(), "device_kind": device.type, "num_sms": None}
     found |= {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
     found |= {"driver": None, "sm_clock_mhz": None}
@@ -182,13 +181,11 @@ def environment(device: torch.device) -> dict[str, int | str | None]:
         found |= {"device": properties.name, "num_sms": properties.multi_processor_count}
         found |= {"memory_bytes": properties.total_memory}
         found |= {"driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
-        with suppress(
-            Exception
-        ):  # NVML's own kinds: its Python package is missing, or the machine does not let it look
+        with suppress(Exception):  # NVML may be missing or refuse
             found |= {"sm_clock_mhz": torch.cuda.clock_rate(device)}
     commit = None
-    if (_ROOT / ".git").exists():  # else the package was installed, maybe below a repository of something else
-        git = ("git", "--no-optional-locks", "-C", str(_ROOT))  # without locks, so that nobody else's git waits
+    if (_ROOT / ".git").exists():  # else the package is installed, maybe inside another repository
+        git = ("git", "--no-optional-locks", "-C", str(_ROOT))  # takes no lock that another git would wait for
         commit = _output_of(*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
     return found | {
         "python": platform.python_version(),
@@ -209,7 +206,7 @@ def _cpu_name() -> str:
 
 
 def _output_of(*command: str) -> str | None:
-    """The first line that a program prints; None where it is not there, fails, or takes long."""
+    """Returns the first line that a program prints; None if it is missing, fails, or takes long."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return done.stdout.partition("\n")[0].strip() or None

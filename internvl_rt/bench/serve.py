@@ -1,7 +1,7 @@
-"""`internvl-rt bench serve`: an engine under requests that arrive at random, whether it keeps up or not.
+"""`internvl-rt bench serve` loads an engine with requests that arrive at random, whether it keeps up or not.
 
-Times count from when a request was to arrive, so that nothing is gained by keeping it from arriving. Reading and
-cutting pictures is part of them.
+Times count from when a request was to arrive, so that nothing is gained by delaying its arrival. They include reading
+and cutting pictures.
 """
 
 import asyncio
@@ -40,15 +40,15 @@ _COUNTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a request: neither reply nor refusal where it was not done in time."""
+    """What became of a request: it has neither reply nor refusal if it was not done in time."""
 
-    late_s: float = 0.0  # from when it was to arrive until it did
+    late_s: float = 0.0  # from the planned to the real arrival
     reply: Reply | None = None
     refused: bool = False
 
 
 def sweep_serve(engine: Engine, record: Record, rates: Sequence[float], seconds: float, seed: int) -> None:
-    """At each rate for so long, and until all are answered, within DRAIN_S."""
+    """Sends requests for `seconds` at each rate, and waits for their answers for at most DRAIN_S."""
     asyncio.run(_sweep(engine, record, rates, seconds, seed))
 
 
@@ -58,7 +58,7 @@ async def _sweep(engine: Engine, record: Record, rates: Sequence[float], seconds
     mix = fitting_mix(engine.max_model_len, config.vision.image_size, config.tokens_per_tile, most)
     async with AsyncEngine(engine) as served:
         warm = draw_arrivals(WARM_REQUESTS, 1.0, mix, seed + 1)
-        await _serve(served, warm, 600.0, WARM_TOKENS)  # compiles, and fills what is filled once
+        await _serve(served, warm, 600.0, WARM_TOKENS)  # the first requests also compile kernels
         for number, rate in enumerate(rates):
             case = f"{rate:g}_per_s"
             if not record.may_start(case, seconds):
@@ -80,7 +80,7 @@ async def _sweep(engine: Engine, record: Record, rates: Sequence[float], seconds
 async def _serve(
     engine: AsyncEngine, arrivals: Sequence[Arrival], drain_s: float, max_tokens: int = 1 << 30
 ) -> list[Outcome]:
-    """One outcome for each, when all are done or `drain_s` after the last arrival."""
+    """Returns one outcome for each arrival, when all are done or `drain_s` after the last arrival."""
     start_s = time.perf_counter()
 
     async def ask(arrival: Arrival) -> Outcome:
@@ -106,7 +106,7 @@ async def _serve(
 
 
 def _figures(arrivals: Sequence[Arrival], outcomes: Sequence[Outcome], changes: dict[str, float], wall_s: float) -> Row:
-    """Percentiles are of the requests that were answered; how many were not stands beside them."""
+    """Returns percentiles of the requests that were answered, and the numbers of all others."""
     answered = [(outcome.late_s, outcome.reply) for outcome in outcomes if outcome.reply is not None]
     row: Row = {
         "requests": len(outcomes),

@@ -1,4 +1,4 @@
-"""`internvl-rt bench vision`: passes of vision tower and projector over one picture's tiles."""
+"""`internvl-rt bench vision` times passes of vision tower and projector over one picture's tiles."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pace, seed: int) -> None:
-    """The engine keeps no visual tokens, so that each pass is computed."""
+    """Times passes. The engine must keep no visual tokens, so that each pass is computed."""
     prompter = Prompter(engine, seed)
     for num_tiles in tiles:
         case = f"{num_tiles}_tiles"
@@ -34,8 +34,8 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
         if not record.may_start(case):
             continue
         reset_peak(engine.device)
-        encode = partial(engine._runner.encode, prompter.picture(num_tiles), None)
-        seconds = _time_passes(encode, engine._runner.stream, pace)
+        encode = partial(engine.runner.encode, prompter.picture(num_tiles), None)
+        seconds = _time_passes(encode, engine.runner.stream, pace)
         work = vision_work(engine.config, engine.model.dtype, num_tiles)
         median_s = float(np.median(seconds))
         record.add(
@@ -53,7 +53,7 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
 
 
 def _time_passes(run: Callable[[], object], stream: DeviceStream, pace: Pace) -> list[float]:
-    """Seconds of each pass, on the device's clock: one behind the other, so that a GPU never waits for the host."""
+    """Times passes by the device's clock; they follow each other, so that a GPU never waits for the host."""
 
     def passes(number: int) -> list[float]:
         with stream.use():
@@ -65,4 +65,4 @@ def _time_passes(run: Callable[[], object], stream: DeviceStream, pace: Pace) ->
         return [before.seconds_until(after) for before, after in pairwise(moments)]
 
     warm_s = min(passes(2))
-    return passes(1 + pace.repeats(warm_s))[1:]  # the first waited for the host
+    return passes(1 + pace.repeats(warm_s))[1:]  # the first pass waited for the host

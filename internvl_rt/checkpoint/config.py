@@ -1,4 +1,4 @@
-"""The model's configuration: every field the runtime decides by, read once from config.json, frozen.
+"""The model's configuration: the fields on which the runtime's decisions rest, read once from config.json.
 
 One `VisionConfig` and one `DecoderConfig` cover the whole family (InternViT-300M and -6B; Qwen2, Qwen3, Llama and
 InternLM2-layout language models) through explicit flags; there is no class per model.
@@ -199,7 +199,7 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
         vision.support("layer_norm_eps", 1e-6)  # the class has this value built in for q and k
     model_type = text.choice("model_type", ("qwen2", "qwen3", "llama"), "qwen2")
     decoder_class = next(one for one in _DECODERS.values() if one.model_type == model_type)
-    # transformers 4 goes by the inner flag, 5 by the outer one; where they differ, `load_weights` looks at the file.
+    # transformers 4 reads the inner flag, 5 the outer one; where they differ, `load_weights` looks at the tensors.
     tied = text.flag("tie_word_embeddings", False) or top.flag("tie_word_embeddings", False)
     # Its crop_to_patches is not read: InternVLProcessor turns tiling on whatever the file says.
     processor = _read_image_processor(top.file.parent)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, load_config
-from internvl_rt.checkpoint.tensor_file import TensorEntry, parse_object, read_header, read_tensor, write_file
+from internvl_rt.checkpoint.json_section import parse_object
+from internvl_rt.checkpoint.tensor_file import TensorEntry, read_chunks, read_header, read_tensor, write_file
 from internvl_rt.errors import CheckpointError
 
 _TINY = Path(__file__).parents[1] / "tiny"
@@ -24,7 +25,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _ALL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 24
 
 
 def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
@@ -42,9 +42,10 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def find_config(model: str | Path, *, revision: str | None = None) -> tuple[ModelConfig, str]:
-    """The configuration and the name of what `resolve_model` takes, of a config.json, or of a known model.
+    """A model's configuration and name.
 
-    Of a hub id only the configuration is downloaded. Raises CheckpointError or ConfigError.
+    model: what `resolve_model` takes, the path of a config.json, or one of `KNOWN_MODELS`. Of a hub id only the
+    configuration is downloaded. Raises CheckpointError or ConfigError.
     """
     if str(model) in KNOWN_MODELS and not os.path.exists(model):
         return load_config(KNOWN_MODELS[str(model)]), str(model)
@@ -87,7 +88,7 @@ def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
             f"{name} is not in the cache, or only in part, and the hub cannot be reached; check the network, unset "
             "HF_HUB_OFFLINE if it is set, or give a folder on disk"
         )
-    # The first is the base class of whichever HTTP library it uses; hf_xet raises RuntimeError.
+    # HTTPError is that of the HTTP library which huggingface_hub uses; hf_xet raises RuntimeError.
     except (hub.HTTPError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         problem = f"{name} could not be downloaded: {reason}; run again to go on where it stopped"
@@ -96,52 +97,20 @@ def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a folder by name, described by checked headers; their data is read when asked for.
-
-    Files are read, not mapped: mapped pages would count as memory of the process.
-    """
+    """The tensors of a folder by name, described by checked headers; their data is read when asked for."""
 
     folder: Path
     entries: Mapping[str, TensorEntry]
 
-    def tensor(self, name: str) -> Tensor:
-        """A copy in host memory, as stored."""
-        entry = self.entries[name]
-        out = torch.empty(entry.shape, dtype=entry.dtype)
-        read_tensor(entry, out)
-        return out
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fills `out`, contiguous and of as many elements, in its dtype on its device.
-
-        The file is read straight into it where neither differs, and through a small buffer otherwise.
-        """
-        entry = self.entries[name]
-        assert out.is_contiguous(), name
-        assert out.numel() == math.prod(entry.shape), name
-        if out.device.type == "cpu" and out.dtype == entry.dtype:
-            read_tensor(entry, out)
-            return
-        buffer = torch.empty(min(out.numel(), _CHUNK_BYTES // entry.dtype.itemsize), dtype=entry.dtype)
-        flat = out.view(-1)
-        for start in range(0, len(flat), len(buffer)):
-            part = flat[start : start + len(buffer)]
-            read_tensor(entry, buffer[: len(part)], start)
-            part.copy_(buffer[: len(part)])
+    def read_into(self, name: str, out: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
+        """`read_tensor` of a tensor, by default of all of it."""
+        read_tensor(self.entries[name], out, rows, columns)
 
     def same_bytes(self, name: str, other: str) -> bool:
         """Whether two tensors are equal bit for bit, compared in small chunks."""
         one, two = self.entries[name], self.entries[other]
-        if (one.dtype, one.shape) != (two.dtype, two.shape):
-            return False
-        with one.file.open("rb") as file, two.file.open("rb") as other_file:
-            file.seek(one.offset_bytes)
-            other_file.seek(two.offset_bytes)
-            for done in range(0, one.num_bytes, _CHUNK_BYTES):
-                size = min(_CHUNK_BYTES, one.num_bytes - done)
-                if file.read(size) != other_file.read(size):
-                    return False
-        return True
+        same_kind = (one.dtype, one.shape) == (two.dtype, two.shape)
+        return same_kind and all(a == b for a, b in zip(read_chunks(one), read_chunks(two), strict=True))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -159,7 +128,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = parse_object(index, index.read_bytes()).get("weight_map")
+    weight_map = parse_object(index, index.read_bytes(), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
         for shard in weight_map.values()

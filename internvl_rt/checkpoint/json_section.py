@@ -1,4 +1,7 @@
-"""A JSON file of a checkpoint, read key by key with types; every refusal names file, key and value."""
+"""JSON files of a checkpoint: one reader of objects, and access to one key by key with types.
+
+Every refusal names the file, the key and the value.
+"""
 
 import json
 import reprlib
@@ -6,25 +9,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from internvl_rt.errors import ConfigError
+from internvl_rt.errors import ConfigError, InternVLError
 
 _S = TypeVar("_S", bound=str)
-_MAX_SIZE = 1 << 24  # of any one dimension: far above every model, and a product of two still fits 64 bits
+_MAX_SIZE = 1 << 24  # the largest dimension that is accepted: above every model's, and a product of two fits 64 bits
 _DOWNLOAD = "download the file again"
 UNSUPPORTED = "this kind of model is not supported; choose another of the InternVL family"
+
+
+def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[str, Any]:
+    """The JSON object in `text`, the content of `file` or of a part of it.
+
+    Raises `refusal` if there is none, or if any object in it names a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"{key!r} is there twice")
+            values[key] = value
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise refusal(f"{file} is not JSON: {error}; {_DOWNLOAD}") from error
+    if not isinstance(values, dict):
+        raise refusal(f"{file}: expected a JSON object, got {type(values).__name__}; {_DOWNLOAD}")
+    return values
 
 
 def read_json(file: Path) -> "Section":
     """The object in `file`. Raises ConfigError if there is none."""
     try:
-        values = json.loads(file.read_bytes())
+        text = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{file}: no such file; give the folder of a checkpoint, with its config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}; {_DOWNLOAD}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a JSON object, got {type(values).__name__}; {_DOWNLOAD}")
-    return Section(file, "", values)
+    return Section(file, "", parse_object(file, text, ConfigError))
 
 
 class Section:
@@ -66,7 +88,7 @@ class Section:
         raise self.refusal(key, " or ".join(map(repr, options)), UNSUPPORTED)
 
     def side(self, key: str, default: int) -> int:
-        """Of a square, written as one number or as [height, width]."""
+        """The side of a square, which the file gives as one number or as [height, width]."""
         value = self.values.get(key)
         if not isinstance(value, list):
             return self.integer(key, default)

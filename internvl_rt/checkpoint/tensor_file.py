@@ -1,21 +1,24 @@
-"""One safetensors file: its header checked in full before anything else, its tensors read and written one at a time.
+"""One safetensors file: its header is checked in full before anything else, its tensors are read and written in parts.
 
 Format: an 8-byte little-endian length, that many bytes of JSON (name -> dtype, shape, range of bytes), then the data,
-little-endian, in C order and without gaps (github.com/huggingface/safetensors). Files are read, not mapped: mapped
-pages would count as memory of the process.
+little-endian, in C order and without gaps (github.com/huggingface/safetensors). The library checks the header. The data
+is read from the file, because the library either maps it, so that it counts as memory of the process and a file that
+becomes shorter ends the process, or reads a whole tensor for every part of one (fact 33 in bench/FACTS.md).
 """
 
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError
 
 _DTYPES = {
@@ -32,13 +35,13 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_DIMENSIONS = 8
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Where one tensor lies, and what it is."""
 
     file: Path
     dtype: torch.dtype
@@ -52,83 +55,73 @@ class TensorEntry:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors by name, in the order in which they lie. Raises CheckpointError for a malformed or truncated file."""
-    size = file.stat().st_size
+    try:
+        # Checks the header's size, its JSON, each tensor's dtype, shape and range, and that the ranges fill the file.
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {_quoted(str(error))}; download it again") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise _damaged(file, f"its header should take {length:,} bytes of a file of {size:,}")
-        header = parse_object(file, stream.read(length))
+        header = parse_object(file, stream.read(length), CheckpointError)
     header.pop("__metadata__", None)
-    parsed = [(name, _parse_entry(file, name, value, 8 + length)) for name, value in header.items()]
-    entries = dict(sorted(parsed, key=lambda item: (item[1].offset_bytes, item[1].num_bytes)))
-    end = 8 + length
-    for name, entry in entries.items():
-        if entry.offset_bytes != end:
-            raise _damaged(file, f"{name!r} starts at byte {entry.offset_bytes:,}, but its predecessor ends at {end:,}")
-        end += entry.num_bytes
-    if end != size:
-        raise _damaged(file, f"it is {'truncated' if size < end else 'too long'}: {size:,} bytes instead of {end:,}")
+    entries = {}
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = _DTYPES.get(value["dtype"]), tuple(value["shape"])
+        if dtype is None or len(shape) > _MAX_DIMENSIONS or not name.isprintable():
+            raise CheckpointError(
+                f"{file}: {_quoted(name)} is described by {reprlib.repr(value)}, expected a printable name, at most "
+                f"{_MAX_DIMENSIONS} dimensions and one of the dtypes {', '.join(_DTYPES)}; use another checkpoint"
+            )
+        entries[name] = TensorEntry(file, dtype, shape, 8 + length + value["data_offsets"][0])
     return entries
 
 
-def _parse_entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
-    match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
-            name.isprintable()
-            and dtype in _DTYPES
-            and len(shape) <= _MAX_DIMENSIONS
-            and all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        ):
-            entry = TensorEntry(file, _DTYPES[dtype], tuple(shape), data_start + begin)
-            if entry.num_bytes == end - begin:
-                return entry
-    raise _damaged(file, f"{name!r} is described by {reprlib.repr(value)}")
+def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) -> None:
+    """Fills `out`, contiguous, in its dtype and on its device, with a part of a tensor.
 
+    rows, columns: of the stored tensor as a matrix, whose columns are its last dimension.
 
-def parse_object(file: Path, text: bytes) -> dict[str, Any]:
-    """The JSON object `text` of `file`. Raises CheckpointError if it is none, or a name is there twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in values:
-                raise ValueError(f"{name!r} is there twice")
-            values[name] = value
-        return values
-
-    try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its JSON is malformed: {error}") from error
-    if not isinstance(values, dict):
-        raise _damaged(file, "its JSON is not an object")
-    return values
-
-
-def _damaged(file: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged: {problem}; download it again")
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def read_tensor(entry: TensorEntry, out: Tensor, start: int = 0) -> None:
-    """Fills `out`, a contiguous CPU tensor of the entry's dtype, with the elements from `start` on."""
-    view, done = _bytes_of(out), 0
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.offset_bytes + start * entry.dtype.itemsize)
-        while done < len(view):
-            if not (count := file.readinto(view[done:])):
+    The file is read straight into `out` where nothing has to change on the way, and otherwise through a buffer of
+    16 MiB, or of one row. Raises CheckpointError if the file has become shorter.
+    """
+    width = entry.shape[-1] if entry.shape else 1
+    first, stop, _ = rows.indices(math.prod(entry.shape[:-1]))
+    num_columns = len(range(width)[columns])
+    assert out.is_contiguous(), entry
+    assert out.numel() == (stop - first) * num_columns, entry
+    if out.numel() == 0:
+        return
+    out = out.view(stop - first, num_columns)
+    straight = out.device.type == "cpu" and out.dtype == entry.dtype and num_columns == width
+    size = len(out) if straight else min(len(out), max(1, _CHUNK_BYTES // (width * entry.dtype.itemsize)))
+    buffer = out if straight else torch.empty((size, width), dtype=entry.dtype)
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset_bytes + first * width * entry.dtype.itemsize)
+        for start in range(0, len(out), size):
+            part = out[start : start + size]
+            memory = _bytes_of(buffer[: len(part)])
+            if file.readinto(memory) < len(memory):
                 raise CheckpointError(f"{entry.file} became shorter while it was read; download it again")
-            done += count
+            if not straight:
+                part.copy_(buffer[: len(part), columns])
+
+
+def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
+    """A tensor's bytes, in order, in pieces of at most 16 MiB."""
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset_bytes)
+        for done in range(0, entry.num_bytes, _CHUNK_BYTES):
+            yield file.read(min(_CHUNK_BYTES, entry.num_bytes - done))
 
 
 def write_file(
     file: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor], dtype: torch.dtype
 ) -> None:
-    """Writes tensors of one dtype; `make(name)` is called once for each, in order, and its result dropped."""
+    """Writes tensors of one dtype; `make(name)` is called once for each, in order, and its result dropped.
+
+    The library would need all tensors in memory at once.
+    """
     dtype_name = next(name for name, known in _DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -141,3 +134,13 @@ def write_file(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             stream.write(_bytes_of(make(name)))
+
+
+def _quoted(text: str) -> str:
+    """One printable line of at most about 250 characters."""
+    return repr(text if len(text) <= 250 else f"{text[:250]}...")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

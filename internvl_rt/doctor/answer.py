@@ -1,26 +1,27 @@
-"""Checks of the whole: which backend an engine chooses here, and what the checkpoint in the package answers."""
+"""Checks a whole engine: which backend it chooses here, and what the checkpoint in the package answers."""
 
 from pathlib import Path
+
+import torch
 
 from internvl_rt.doctor.finding import Finding
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.kernels._launch import target_of
 
 SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # named after the digits that it shows
 
 
 def check_backend() -> Finding:
-    """What `Engine.from_pretrained(model)` computes with where nobody asks for anything else."""
+    """Finds the backend that `Engine.from_pretrained(model)` chooses here by default."""
     model, *_ = load_parts("tiny", EngineOptions(max_num_seqs=1))
     name, device = model.ops.name, model.device
     if device.type == "cpu":
         why = "plain torch, as there is no GPU for the kernels"
     else:
-        capability = target_of(device).capability
-        why = f"the kernels, as the GPU's compute capability {capability / 10} is 8.0 or newer"
+        major, minor = torch.cuda.get_device_capability(device)
+        why = f"the kernels, as the GPU's compute capability {major}.{minor} is 8.0 or newer"
     return Finding("ok", f'"{name}": {why}', {"backend": name, "device": str(device)})
 
 

@@ -1,4 +1,4 @@
-"""The process in which checks run: reads the name of one from stdin, writes what it found to stdout, and so on."""
+"""The process in which checks run: it reads names of checks from stdin and writes what each finds to stdout."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from internvl_rt.doctor import machine
 from internvl_rt.doctor.finding import Finding, describe
 
-KERNEL = "kernel "  # begins the names of the checks of single operations
+KERNEL = "kernel "  # prefix of the names of checks of single operations
 
 
 def _launch() -> Finding:
@@ -30,7 +30,7 @@ def _answer(backend: str) -> Finding:
     return check_answer(backend)
 
 
-# Name: the check, and what to do where it raises.
+# Name: the check, and what to do if it raises.
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "internvl-rt": (machine.check_package, "install it: pip install internvl-rt, or pip install -e . in a checkout"),
     "python": (machine.check_python, "use Python 3.11 or newer"),
@@ -49,7 +49,7 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
 
 
 def run(name: str) -> Finding:
-    """Whatever a check raises becomes a finding."""
+    """Runs a check; whatever it raises becomes a finding."""
     check, advice = CHECKS.get(name, (lambda: _kernel(name.removeprefix(KERNEL)), "report this"))
     try:
         return check()
@@ -64,7 +64,7 @@ def _kernel(operation: str) -> Finding:
 
 
 def serve() -> None:
-    """Ends with stdin. What else writes to stdout, as libraries may, goes to stderr."""
+    """Runs checks until stdin ends. What else writes to stdout, as libraries may, goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""`internvl-rt doctor`: the order of the checks, what each needs, and the report."""
+"""`internvl-rt doctor` runs the checks in order, skips those that cannot pass, and prints the report."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from internvl_rt.doctor.process import CheckProcess
 
 Ask = Callable[[str], Finding]
 
-# Check: those without which it can only fail for their reasons.
+# Check: the checks that must not fail before it, since it would only fail for the same reason.
 CHECKS: dict[str, tuple[str, ...]] = {
     "internvl-rt": (),
     "python": (),
@@ -28,7 +28,7 @@ ENGINE = ("torch", "device", "triton", "compiled part")
 
 
 def diagnose(ask: Ask) -> Iterator[tuple[str, Finding]]:
-    """Every check's name and what it found, as soon as that is known; `ask` runs a check."""
+    """Yields every check's name and finding, as soon as it is known; `ask` runs a check."""
     found: dict[str, Finding] = {}
 
     def check(name: str, needs: tuple[str, ...]) -> tuple[str, Finding]:
@@ -46,12 +46,12 @@ def diagnose(ask: Ask) -> Iterator[tuple[str, Finding]]:
         why = launch.text if launch.status == "not checked" else "needs launch, which failed"
         yield "kernels", Finding("not checked", why)
     yield check("answer", (*ENGINE, "backend", "compiler", "launch"))
-    if found["device"].facts.get("kind") == "cuda":  # so that a failure tells kernels from the rest
+    if found["device"].facts.get("kind") == "cuda":  # shows whether the kernels or the rest fail
         yield check("answer by torch", ENGINE)
 
 
 def run(*, as_json: bool) -> int:
-    """Prints a line for each check, or one JSON document; returns the exit code: 1 where any check failed."""
+    """Prints a line for each check, or one JSON document; returns the exit code: 1 if any check failed."""
     process, found = CheckProcess(), {}
     try:
         for name, finding in diagnose(process.ask):

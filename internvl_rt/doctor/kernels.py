@@ -1,4 +1,4 @@
-"""Checks of the kernels on this device: that one can be launched, and each operation once against its reference."""
+"""Checks the kernels on this device: that one can be launched, and each operation once against its reference."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from internvl_rt.kernels._check import check_call, discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import Launch, Target, target_of
 
-MAX_CASES = 3  # of one operation, in each dtype
+MAX_CASES = 3  # cases of one operation in each dtype
 WITHOUT = 'backend="torch" computes without the kernels'
 
 
@@ -18,9 +18,9 @@ def _device() -> torch.device:
 
 
 def check_launch() -> Finding:
-    """Triton's own tools: one call is built, launched and waited for, whatever it computes.
+    """Checks Triton's own tools: builds, launches and awaits one call, whatever it computes.
 
-    The names of all operations are among the facts, as `operations`.
+    The facts hold the names of all operations, as `operations`.
     """
     device, dtype = _device(), torch.float32
     try:
@@ -38,7 +38,7 @@ def check_launch() -> Finding:
 
 
 def check_operation(name: str) -> Finding:
-    """In every dtype that the operation has here; bfloat16 is wrong in Triton's interpreter, and left out there."""
+    """Checks an operation in every dtype that it has here, without bfloat16 in Triton's interpreter, which errs."""
     spec, device = discover_specs()[name], _device()
     target = target_of(device)
     dtypes = [dtype for dtype in spec.tolerances if not (target.interpreted and dtype == torch.bfloat16)]
@@ -63,7 +63,7 @@ def check_operation(name: str) -> Finding:
 
 
 def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[Case]:
-    """The test case that moves the most bytes, and the largest of those that launch another variant of a kernel."""
+    """Returns the test case that moves the most bytes, and the largest of other variants of a kernel."""
     chosen: list[Case] = []
     seen: set[object] = set()
     for case in sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True):
@@ -75,7 +75,7 @@ def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[C
 
 
 def _planned(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
-    """What a case launches, found out from shapes alone."""
+    """Yields what a case launches, found from shapes alone."""
     meta = torch.device("meta")
     expected = spec.reference(**spec.make_inputs(case, dtype, meta))
     out = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=meta)}
@@ -84,6 +84,6 @@ def _planned(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -
 
 
 def _variant(launch: Launch) -> object:
-    """The kernel and its switches; sizes of blocks make no other variant."""
+    """Returns the kernel and its switches; block sizes make no other variant."""
     switches = [(name, value) for name, value in launch.constexprs.items() if isinstance(value, bool | str | None)]
     return launch.kernel.__name__, tuple(switches)

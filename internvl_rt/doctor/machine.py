@@ -1,6 +1,6 @@
-"""Checks of what the runtime stands on: Python, packages, driver, torch, device, the compiled part, Triton's tools.
+"""Checks what the runtime needs: Python, packages, driver, torch, device, the compiled part, Triton's tools.
 
-Nothing heavy is imported before a check asks for it, because any of it may be broken. A check raises what it does not
+A heavy module is imported only by the check that needs it, because it may be broken. A check raises what it does not
 expect; `doctor.checks` says what to do then.
 """
 
@@ -25,7 +25,7 @@ CUDA_NO_DEVICE = 100
 
 
 def check_package() -> Finding:
-    """The version, and the commit where the package lies in a checkout."""
+    """Finds the version, and the commit if the package lies in a checkout."""
     found, commit, root = version("internvl-rt"), None, PACKAGE.parent
     if (root / ".git").exists():
         git = ("git", "--no-optional-locks", "-C", str(root))
@@ -40,7 +40,7 @@ def check_python() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Everything that `internvl-rt` requires, against the oldest version that it allows."""
+    """Compares everything that `internvl-rt` requires with the oldest version that it allows."""
     found: dict[str, str | None] = {}
     wanting = []
     for requirement in requires("internvl-rt") or ():
@@ -63,13 +63,13 @@ def check_packages() -> Finding:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """The numbers of a version, so that they can be compared: 2.13.0+cpu gives 2, 13, 0."""
+    """Returns the numbers of a version, so that they can be compared: 2.13.0+cpu gives 2, 13, 0."""
     numbers = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(number) for number in numbers.group().split(".")) if numbers else ()
 
 
 def check_driver() -> Finding:
-    """The kernel driver as nvidia-smi knows it, and the CUDA version of the library that programs load."""
+    """Finds the kernel driver, by nvidia-smi, and the CUDA version of the library that programs load."""
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     library = _load_cuda()
     facts = {"driver": driver, "cuda": library.version, "num_devices": library.num_devices}
@@ -86,9 +86,9 @@ def check_driver() -> Finding:
 
 
 class _CudaLibrary(NamedTuple):
-    version: str | None  # of CUDA; None where the library cannot be loaded
-    error: int  # of its initialisation
-    num_devices: int  # that a program may use
+    version: str | None  # CUDA version; None if the library cannot be loaded
+    error: int  # error code of its initialisation
+    num_devices: int  # devices that a program may use
 
 
 def _load_cuda() -> _CudaLibrary:
@@ -112,7 +112,7 @@ def check_torch() -> Finding:
 
 
 def check_device() -> Finding:
-    """What an engine computes on by default, and that it computes. A GPU that torch cannot use is a failure."""
+    """Finds the engine's default device, and checks that it computes. A GPU that torch cannot use is a failure."""
     import torch
 
     if torch.cuda.is_available():
@@ -142,7 +142,7 @@ def check_device() -> Finding:
 
 
 def check_compiled_part() -> Finding:
-    """The books of the paged KV cache, in C++."""
+    """Checks that the C++ part, which assigns the blocks of the paged KV cache, loads."""
     try:
         from internvl_rt._C import PagedKVCache
     except ImportError as error:
@@ -165,11 +165,11 @@ def check_triton() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """Triton builds what launches its kernels when one is first launched, with a C compiler and Python's headers."""
+    """Checks for a C compiler and Python's headers, with which Triton builds what launches its kernels."""
     import torch
     import triton
 
-    # Both as Triton looks for them; Debian's own scheme has no headers.
+    # Compiler and headers are looked up as Triton does it; Debian's own scheme has no headers.
     scheme = sysconfig.get_default_scheme()
     include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
     compiler = triton.knobs.build.cc or shutil.which("gcc") or shutil.which("clang")
@@ -184,7 +184,7 @@ def check_compiler() -> Finding:
 
 
 def _compile(compiler: str, include: str) -> str:
-    """Builds an empty module; says in words what is missing for that."""
+    """Builds an empty module; returns what is missing for that, in words."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.c"
         source.write_text("#include <Python.h>\n")
@@ -203,7 +203,7 @@ def _compile(compiler: str, include: str) -> str:
 
 
 def output_of(*command: str) -> str | None:
-    """The first line that a program prints; None where it is not there, fails, or takes long."""
+    """Returns the first line that a program prints; None if it is missing, fails, or takes long."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.partition("\n")[0].strip() or None

@@ -1,4 +1,4 @@
-"""Runs checks in a process of their own, so that one that dies or hangs takes nothing with it but itself."""
+"""Runs checks in a process of their own, so that a check that dies or hangs disturbs no other."""
 
 import json
 import selectors
@@ -12,26 +12,26 @@ from typing import IO
 
 from internvl_rt.doctor.finding import Finding, one_line
 
-# The path is this process's own, so that the checks import what it would, and nothing from the current folder.
+# The checks get this process's path, so that they import what it would, and nothing from the current folder.
 SERVE = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from internvl_rt.doctor.checks import serve
 serve()
 """
-TIMEOUT_S = 180  # of one check: one that builds several kernels takes half a minute
-MAX_LOST = 3  # processes that may die or hang, before the rest is not checked any more
+TIMEOUT_S = 180  # for one check; a check that builds several kernels takes half a minute
+MAX_LOST = 3  # after this many processes that died or hung, no more checks are run
 
 
 class CheckProcess:
-    """Answers one check after another in one process, and in a new one after each that failed.
+    """Runs one check after another in one process, and in a new one after each that failed.
 
-    What a failed check leaves behind, such as a device that refuses everything after an error, then cannot make the
-    next one fail.
+    What a failed check leaves behind, such as a device that refuses everything after an error, then cannot harm the
+    next one.
     """
 
     def __init__(self, command: Sequence[str] | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """command: what answers as `checks.serve` does."""
+        """command: starts a process that answers as `checks.serve` does."""
         self._command = command or (sys.executable, "-P", "-c", SERVE, json.dumps(sys.path))
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[str] | None = None
@@ -45,7 +45,7 @@ class CheckProcess:
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
-        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):  # broken: it has died already
+        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):  # the process has died
             selector.register(process.stdout, selectors.EVENT_READ)
             process.stdin.write(f"{name}\n")
             process.stdin.flush()
@@ -77,7 +77,7 @@ class CheckProcess:
         return Finding("failed", f"{how}{last}; report this")
 
     def close(self) -> None:
-        """Ends the process, whatever it does. One that waits for its device in the kernel is left to end later."""
+        """Kills the process. One that waits for its device in the kernel is left to end later."""
         if self._process is None or self._errors is None:
             return
         self._process.kill()

@@ -1,4 +1,4 @@
-"""The asynchronous interface: many callers, a few threads that prepare what they ask, and one that runs the steps."""
+"""The engine for asyncio: a few threads prepare requests, and one worker thread runs the steps."""
 
 import asyncio
 import logging
@@ -18,55 +18,57 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
+from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
+from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Request
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
 from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.prepare import Delta
+from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.steps.device_stream import on_this_stream
 
 LOG = logging.getLogger("internvl_rt")
-PREPARING_THREADS = 4  # they run in parallel, for decoding a picture lets go of the interpreter
+PREPARING_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
 
 T = TypeVar("T")
 
 
 class AsyncEngine:
-    """An `Engine` for asyncio, which owns it: `close` closes both.
+    """Owns an `Engine` and answers requests in asyncio; `close` closes both.
 
-    Any number of tasks may call, in one event loop or in those of several threads; the engine's own methods refuse
-    requests meanwhile. No event loop waits for a step or a picture. A caller that goes away, because its task is
-    cancelled or because it closes or drops its stream, cancels its request; one that only stops reading keeps it,
-    within its `timeout_s`.
+    Tasks may call it in the event loops of any threads; meanwhile the engine's own methods refuse requests. No event
+    loop waits for a step or for the decoding of a picture. A caller cancels its request when its task is cancelled, or
+    when it closes or drops its stream; a caller that only stops reading keeps its request, within its `timeout_s`.
     """
 
     def __init__(self, engine: Engine) -> None:
         """Raises RequestError if the engine is closed or has an AsyncEngine already."""
-        self._engine, self._steps = engine, engine._loop
+        self._engine, self._steps = engine, engine.loop
         self._most_preparing = engine.options.max_num_seqs + engine.options.max_waiting
         self._preparing: set[Future[Any]] = set()
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="internvl_rt prepares")
-        self._bell = _Bell()
-        self._steps.appoint(self._bell.ring)
-        # A daemon, because the interpreter waits for all other threads before it calls anything that could end them: a
-        # program that forgets to close would not end. `_let_go` ends this one in time. It knows nothing of this object,
-        # which would otherwise never be forgotten.
+        wake_ups = _WakeUps()
+        self._steps.use_worker(wake_ups.wake)
+        # The thread is a daemon, because at exit the interpreter joins all other threads before it runs anything that
+        # could end them: a program that forgets to close would never end. `_stop_worker` ends the thread in time. The
+        # thread does not refer to this object, which could otherwise never be collected.
         self._thread = threading.Thread(
-            target=_run_steps, args=(self._steps, self._bell), name="internvl_rt steps", daemon=True
+            target=_run_steps, args=(self._steps, wake_ups), name="internvl_rt steps", daemon=True
         )
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _let_go, self._bell, self._thread)
+        self._finalizer = weakref.finalize(self, _stop_worker, wake_ups, self._thread)
         self._close_lock = threading.Lock()
         self._closer: threading.Thread | None = None
         self._closed: Future[None] = Future()
-        self._closed.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, but not the closing
+        self._closed.set_running_or_notify_cancel()  # cancelling a caller of `close` does not cancel the closing
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> Self:
-        """As `Engine.from_pretrained`, with the same arguments. Takes as long as loading takes; nothing else runs."""
-        return cls(Engine.from_pretrained(model, **options))
+    @takes_options(EngineOptions)
+    def from_pretrained(cls, model: str | Path, options: EngineOptions) -> "AsyncEngine":
+        """Loads a checkpoint as `Engine.from_pretrained` does, and blocks the event loop meanwhile."""
+        return cls(Engine(*load_parts(model, options), options))
 
     async def stream(
         self,
@@ -77,11 +79,10 @@ class AsyncEngine:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Piece, None]:
-        """As `Engine.stream`: text as it becomes certain; the last piece has the whole reply.
+        """Answers as `Engine.stream` does: text as it becomes certain; the last piece has the whole reply.
 
-        timeout_s counts from the first `anext`, and ends what is prepared. Raises RequestError or MediaError,
-        QueueFullError if there are more requests than the engine takes, EngineDeadError if the thread that runs the
-        steps has died.
+        timeout_s counts from the first `anext`; it does not interrupt preparation. Raises RequestError or MediaError,
+        QueueFullError if there are more requests than the engine takes, EngineDeadError if the worker thread has died.
         """
         make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
         call = await self._start(make, every_piece=True)
@@ -103,7 +104,7 @@ class AsyncEngine:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> Reply:
-        """As `Engine.chat`. Raises what `stream` raises."""
+        """Answers as `Engine.chat` does. Raises what `stream` raises."""
         make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
         call = await self._start(make)
         try:
@@ -120,7 +121,7 @@ class AsyncEngine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[Score]:
-        """As `Engine.score`. Raises what `stream` raises."""
+        """Scores responses as `Engine.score` does. Raises what `stream` raises."""
         prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
         calls: list[_Call] = []
         replies: list[Reply] = []
@@ -129,7 +130,7 @@ class AsyncEngine:
             for prepared in scored:
                 if len(calls) - len(replies) == self._engine.options.max_num_seqs:
                     replies.append(await calls[len(replies)].reply())
-                calls.append(await self._start(partial(self._engine.build_request, prepared, SCORING)))
+                calls.append(await self._start(partial(self._engine.new_request, prepared, SCORING)))
             while len(replies) < len(calls):
                 replies.append(await calls[len(replies)].reply())
         finally:
@@ -138,17 +139,17 @@ class AsyncEngine:
         return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
 
     async def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
-        """As `Engine.encode_images`. Raises what `stream` raises."""
+        """Encodes pictures as `Engine.encode_images` does. Raises what `stream` raises."""
         return await self._in_pool(partial(self._engine.encode_images, images, cache_salt=cache_salt))
 
     def stats(self) -> dict[str, int | float]:
-        """As `Engine.stats`, and how many calls are being prepared, or wait for that."""
+        """Returns what `Engine.stats` does, and the number of calls that are being prepared or wait for that."""
         return {"preparing": len(self._preparing), **self._engine.stats()}
 
     async def close(self) -> None:
-        """Cancels what runs and refuses everything after. Returns when all threads have ended, every time it is called.
+        """Cancels all requests, whose callers get RequestError, and refuses new ones.
 
-        Callers get RequestError. A picture that is being decoded is decoded to its end.
+        Every call returns when all threads have ended. A picture that is being decoded is decoded to its end.
         """
         with self._close_lock:
             if self._closer is None:
@@ -182,11 +183,11 @@ class AsyncEngine:
         timeout_s: float | None,
         start_s: float,
     ) -> Request:
-        prepared = self._engine._preparer.prepare(messages, v2pe_delta, cache_salt)
-        return self._engine.build_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+        prepared = self._engine.prepare(messages, v2pe_delta, cache_salt)
+        return self._engine.new_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
 
     async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
-        """Makes a request and submits it, both in the pool."""
+        """Makes a request and submits it, both in a thread of the pool."""
         event_loop = asyncio.get_running_loop()
 
         def start() -> _Call:
@@ -215,12 +216,12 @@ class AsyncEngine:
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            future.add_done_callback(_cancel_result)  # it may be running, and submit a request that nobody waits for
+            future.add_done_callback(_cancel_result)  # the work may run on and submit a request that nobody waits for
             raise
 
 
 class _Call:
-    """A request, and the event loop in which its caller waits for it."""
+    """Hands the pieces of one request to the event loop in which its caller waits."""
 
     def __init__(
         self, steps: StepLoop, request: Request, event_loop: asyncio.AbstractEventLoop, *, every_piece: bool
@@ -229,11 +230,11 @@ class _Call:
         self._steps, self._event_loop, self._every_piece = steps, event_loop, every_piece
         self._arrived: deque[Piece] = deque()
         self._changed = asyncio.Event()
-        self._told = False  # and the caller has not looked yet
+        self._is_waking = False  # whether `_wake` is scheduled and has not run yet
         request.notify = self._notify
 
     async def next_piece(self) -> Piece:
-        """Raises what made the request fail, when there is nothing left from before."""
+        """Waits for the next piece. Raises the request's error once all earlier pieces are taken."""
         while not self._arrived:
             if self.request.error is not None:
                 raise self.request.error
@@ -250,62 +251,62 @@ class _Call:
         self._steps.cancel(self.request)
 
     def _notify(self) -> None:
-        """Called by the thread that steps."""
+        """Takes new text and wakes the caller up. The worker thread calls it between steps."""
         if not (self._every_piece or self.request.done):
             return
         if self.request.error is None:
-            self._arrived += pieces_of(self._steps.take(self.request), self.request.reply)
-        if self._told:
+            self._arrived += pieces_of(self._steps.poll(self.request), self.request.reply)
+        if self._is_waking:
             return
-        self._told = True
+        self._is_waking = True
         try:
-            self._event_loop.call_soon_threadsafe(self._look)
-        except RuntimeError:  # the event loop was closed around the caller
+            self._event_loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the caller's event loop was closed while it waited
             self.cancel()
 
-    def _look(self) -> None:
-        self._told = False  # first: what comes from here on may be missed by the caller
+    def _wake(self) -> None:
+        self._is_waking = False  # comes first, so that a piece which arrives from here on schedules another wake-up
         self._changed.set()
 
 
-class _Bell:
-    """Wakes the thread that runs the steps, and tells it when to stop.
+class _WakeUps:
+    """Wakes the worker thread up, and tells it when to stop.
 
-    A SimpleQueue is the one thing in the standard library that may be rung while the garbage is collected, in the
-    middle of whatever the collecting thread does, its own calls included.
+    The garbage collector may call it in the middle of any other call, even of one to this object. In the standard
+    library only SimpleQueue is made for that.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._rings: SimpleQueue[None] = SimpleQueue()
+        self._queue: SimpleQueue[None] = SimpleQueue()
 
-    def ring(self) -> None:
-        self._rings.put(None)
+    def wake(self) -> None:
+        self._queue.put(None)
 
     def stop(self) -> None:
         self.stopped = True
-        self.ring()
+        self.wake()
 
     def wait(self) -> None:
-        """Until it has rung once more than was waited for."""
-        self._rings.get()
+        """Waits for work; returns once for each call of `wake`."""
+        self._queue.get()
 
 
-def _run_steps(steps: StepLoop, bell: _Bell) -> None:
+def _run_steps(steps: StepLoop, wake_ups: _WakeUps) -> None:
     try:
-        while not bell.stopped:
+        while not wake_ups.stopped:
             if not steps.step():
-                bell.wait()
+                wake_ups.wait()
         steps.close()
     except BaseException as error:
         LOG.exception("the thread that runs the engine's steps has died")
-        steps.die(error)
+        steps.fail_worker(error)
 
 
-def _let_go(bell: _Bell, thread: threading.Thread) -> None:
-    """Of an AsyncEngine that is closed, or was forgotten, when it is collected or when the interpreter ends."""
-    bell.stop()
-    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut off a step in its middle
+def _stop_worker(wake_ups: _WakeUps, thread: threading.Thread) -> None:
+    """Runs when an AsyncEngine is closed or collected as garbage, or when the interpreter ends."""
+    wake_ups.stop()
+    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut the thread off within a step
         thread.join()
 
 

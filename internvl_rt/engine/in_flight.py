@@ -1,4 +1,4 @@
-"""The requests in flight: what a step drew becomes their tokens, what ends becomes a reply."""
+"""Gives the tokens that a step drew to the requests in flight, and makes replies of requests that end."""
 
 import json
 import logging
@@ -13,7 +13,8 @@ from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.grammar import Matcher
-from internvl_rt.steps.runner import Running, StepResult, TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
+from internvl_rt.steps.runner import LaunchedStep, StepResult
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.sequence import FinishReason
 from internvl_rt.steps.step import Chunk, Step
@@ -22,16 +23,16 @@ LOG = logging.getLogger("internvl_rt")
 
 
 class InFlight:
-    """The books of the requests in flight. One thread at a time."""
+    """Holds the requests in flight. One thread at a time may call it."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._requests: dict[Request, None] = {}
         self._with_deadline: dict[Request, None] = {}
-        self._answers: dict[int, Answer] = {}  # by sequence
+        self._answers: dict[int, Answer] = {}  # by seq_id
         self.trace: Trace | None = None
         self.num_generated = 0
-        self.finished: Counter[str] = Counter()  # requests, by how they ended
+        self.finished: Counter[str] = Counter()  # requests, by outcome
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -53,18 +54,18 @@ class InFlight:
             request.notify()
 
     def fail_all(self, error: Callable[[], BaseException], outcome: str) -> None:
-        """Each gets an error of its own: raising one adds to it."""
+        """Fails every request, each with an error of its own, because raising an error changes it."""
         for request in list(self._requests):
             self.fail(request, error(), outcome)
 
     def fail_chunks(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """Ends the requests that have a part in a step."""
+        """Fails the requests that the chunks belong to."""
         for chunk in chunks:
             if answer := self._answers.get(chunk.sequence.seq_id):
                 self.fail(answer.request, error, "error")
 
     def abandon(self, error: Callable[[], BaseException]) -> None:
-        """As `fail_all`, but touches no other books, since nothing is known of them."""
+        """Fails every request without a call to the scheduler, which an error may have left in any state."""
         self.finished["error"] += len(self._requests)
         requests = list(self._requests)
         for left in (self._requests, self._with_deadline, self._answers):
@@ -73,7 +74,7 @@ class InFlight:
             self.fail(request, error(), "error")
 
     def end_late(self) -> None:
-        """Ends the requests whose deadline has passed, with what they have."""
+        """Ends the requests whose deadline has passed; their answers keep the text so far."""
         if not self._with_deadline:
             return
         now_s = time.perf_counter()
@@ -85,13 +86,13 @@ class InFlight:
             if request.notify is not None:
                 request.notify()
 
-    def collect(self, running: Running, result: StepResult) -> None:
-        """Hands out what a step drew. Answers that ended meanwhile are passed over."""
-        step, token_ids, answers = running.step, result.token_ids, self._answers
+    def collect(self, launched: LaunchedStep, result: StepResult) -> None:
+        """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""
+        step, token_ids, answers = launched.step, result.token_ids, self._answers
         computed = [(answer, chunk) for chunk in step.chunks if (answer := answers.get(chunk.sequence.seq_id))]
         self._scheduler.publish([chunk.sequence for _, chunk in computed])
-        touched = self._charge(computed, running, result)
-        if step.scores:
+        touched = self._charge(computed, launched, result)
+        if step.scored:
             self._accept_scores(step, result.scores)
         self.num_generated += len(step.draws)
         rejected: set[int] = set()
@@ -106,19 +107,19 @@ class InFlight:
             sequence.token_ids.append(token_id)
             num_generated = len(sequence.token_ids) - sequence.num_prompt
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
-                continue  # as nearly all tokens
+                continue  # nearly every token needs nothing more
             self._accept(answer, token_id, result.logprobs[row], num_generated)
         for request in touched:
             if request.notify is not None:
                 request.notify()
 
     def trace_unfinished(self) -> None:
-        """Writes the requests in flight to the trace, as far as they have come."""
+        """Writes the requests in flight to the trace, with their numbers so far."""
         for request in self._requests:
             self._trace_request(request, "in flight")
 
     def _reject(self, step: Step, token_ids: list[int]) -> set[int]:
-        """Takes back what was computed for wrong guesses; returns the draws behind them, which count for nothing."""
+        """Takes back what was computed for wrong draft tokens; returns the rows of the void draws after them."""
         rejected: set[int] = set()
         row_of = {(draw.sequence, draw.place): row for row, draw in enumerate(step.draws)}
         for sequence, start, _, drafts in step.chunks:
@@ -132,24 +133,26 @@ class InFlight:
         return rejected
 
     def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
-        """Keeps how likely tokens of a prompt are; a request for nothing else ends with its prompt."""
-        for score, logprobs in zip(step.scores, scores, strict=True):
-            answer = self._answers.get(score.sequence.seq_id)
+        """Keeps log-probabilities of prompt tokens; a request that wants nothing else ends with its prompt."""
+        for span, logprobs in zip(step.scored, scores, strict=True):
+            answer = self._answers.get(span.sequence.seq_id)
             if answer is None:
                 continue
-            answer.request.scores |= zip(range(score.first, score.last + 1), logprobs, strict=True)
-            if score.sequence.max_tokens == 0 and score.last == score.sequence.num_prompt - 1:
+            answer.request.scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
+            if span.sequence.max_tokens == 0 and span.last == span.sequence.num_prompt - 1:
                 self._finish(answer, "length")
 
-    def _charge(self, computed: list[tuple[Answer, Chunk]], running: Running, result: StepResult) -> Iterable[Request]:
-        """Adds a step's time and work to the requests that had a part in it; returns them."""
-        prefills: dict[Request, bool] = {}  # whether it computed some of a prompt
+    def _charge(
+        self, computed: list[tuple[Answer, Chunk]], launched: LaunchedStep, result: StepResult
+    ) -> Iterable[Request]:
+        """Adds a step's time and work to each request that it computed tokens of; returns these requests."""
+        prefills: dict[Request, bool] = {}  # whether the step computed a part of the request's prompt
         for answer, (sequence, start, _, _) in computed:
             prefills[answer.request] = start < sequence.num_prompt or prefills.get(answer.request, False)
         seconds, work = result.vision_s + result.decoder_s, result.vision_work + result.decoder_work
         for request, is_prefill in prefills.items():
             if is_prefill:
-                request.started_s = request.started_s or running.start.host_s
+                request.started_s = request.started_s or launched.start.host_s
                 request.vision.add(result.vision_s, result.vision_work)
                 request.prefill.add(result.decoder_s, result.decoder_work)
             else:
@@ -157,7 +160,7 @@ class InFlight:
         return prefills
 
     def _accept(self, answer: Answer, token_id: int, logprob: TokenLogprob | None, num_generated: int) -> None:
-        """Does what a token asks for that was appended as the so-manieth; ends the answer if it was the last."""
+        """Handles token number `num_generated`, just appended; ends the answer if it was the last."""
         sequence, request = answer.sequence, answer.request
         if logprob is not None:
             answer.logprobs.append(logprob)
@@ -167,7 +170,7 @@ class InFlight:
             answer.read(num_generated - 1)
             self._finish(answer, "stop")
             return
-        if sequence.params.stop:  # else text is made when somebody takes it
+        if sequence.params.stop:  # without stop strings, text is made when a caller takes it
             answer.read(num_generated)
         if answer.text.stopped:
             self._finish(answer, "stop")
@@ -178,7 +181,7 @@ class InFlight:
             self._follow(answer, sequence.matcher, token_id, sequence.mask_W)
 
     def _follow(self, answer: Answer, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:
-        """Moves on in the grammar; where that cannot be, the request ends."""
+        """Advances the answer's grammar by a token, or fails the request if the grammar forbids it."""
         try:
             if not matcher.accept(token_id):
                 raise RequestError(
@@ -190,8 +193,8 @@ class InFlight:
             self.fail(answer.request, error, "error")
 
     def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        """Ends an answer, and the request when it was the last."""
-        answer.fresh += answer.text.finish()
+        """Ends an answer, and with the last one its request."""
+        answer.new_text += answer.text.finish()
         answer.sequence.finish_reason = reason
         self._release(answer)
         request = answer.request

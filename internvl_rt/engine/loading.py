@@ -1,7 +1,8 @@
-"""A checkpoint to what an engine runs: model, tokenizer, and a KV cache in the memory that is left."""
+"""Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -11,23 +12,20 @@ from internvl_rt.engine.memory import MemoryPlan, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.kernels._launch import target_of
 from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_tokenizer, random_weights
+from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
 
-def load_parts(
-    model: str | Path, options: EngineOptions, *, revision: str | None = None
-) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
+def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
     """Raises ConfigError, CheckpointError or RequestError."""
     target = choose_device(options.device)
     ops = _choose_ops(options, target)
-    config, tokenizer, load = _open(model, revision, options.seed or 0)
+    config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     weights = load(chosen, target)
     memory = plan_memory(
@@ -50,8 +48,7 @@ def load_parts(
         block_size=options.block_size,
         dtype=chosen,
         device=target,
-        num_sms=target_of(target).num_sms if ops.plans_splits else 0,
-        copy_blocks=ops.copy_blocks,
+        ops=ops,
     )
     return InternVL(config, weights, ops), tokenizer, cache, memory
 
@@ -59,12 +56,14 @@ def load_parts(
 def _open(
     model: str | Path, revision: str | None, seed: int
 ) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
-    """All but the weights, and what makes those; seed: of random ones."""
+    """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
     if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
         config = random_config(model.removeprefix(RANDOM_PREFIX))
-        tokenizer = random_tokenizer(config)
+        with TemporaryDirectory() as scratch:
+            write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
+            tokenizer = load_tokenizer(Path(scratch))
         return config, tokenizer, lambda dtype, device: random_weights(config, dtype=dtype, device=device, seed=seed)
     folder = resolve_model(model, revision=revision)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
@@ -81,7 +80,7 @@ def _open(
 
 
 def choose_device(device: str) -> torch.device:
-    """For "auto" CUDA where there is a GPU. Raises RequestError."""
+    """Takes CUDA for "auto" if there is a GPU. Raises RequestError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -101,15 +100,11 @@ def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
         raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
     if backend == "torch" or (backend == "auto" and device.type == "cpu"):
         return TORCH
-    try:
-        target_of(device)
-    except ValueError as error:
-        raise RequestError(f"backend {backend!r} cannot run here: {error}; choose 'torch'") from error
-    return triton_ops(Switches(programmatic_launch=options.programmatic_launch))
+    return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """For "auto" the checkpoint's on CUDA, float32 on the CPU. Raises RequestError."""
+    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU. Raises RequestError."""
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,4 +1,4 @@
-"""The step loop, which whoever waits drives, or one thread for all; and what each request gets from it."""
+"""Runs steps while there are requests, and gives each request the tokens that steps drew for it."""
 
 import threading
 from collections import deque
@@ -10,57 +10,61 @@ from internvl_rt.engine.in_flight import InFlight
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prepare import Prepared
-from internvl_rt.steps.runner import Runner, Running
+from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
-from internvl_rt.steps.sequence import Picture
 from internvl_rt.steps.step import Chunk, plan_step
 
 
 class StepLoop:
-    """Owns the requests in flight. Any thread may call any method; steps exclude each other.
+    """Owns the requests in flight and runs their steps: in the thread that waits for one, or in one worker thread.
 
-    `check`, `num_cached`, `stats`, and `cancel` where a thread is appointed, wait for no step: an event loop may call
-    them.
+    Any thread may call any method; steps exclude each other. `check`, `num_cached` and `stats`, and `cancel` if there
+    is a worker thread, do not wait for a step, so an event loop may call them.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, *, max_requests: int, run_ahead: bool) -> None:
-        """max_requests: how many may be in flight, those that wait included. run_ahead: whether a step is launched
-        before the one before it has ended, as a GPU wants it.
+        """max_requests: how many may be in flight, waiting ones included.
+        run_ahead: whether a step is launched before the one before it has ended, which keeps a GPU busy.
         """
         self._scheduler, self._runner = scheduler, runner
         self._max_requests, self._run_ahead = max_requests, run_ahead
         self._in_flight = InFlight(scheduler)
-        self._running: deque[Running] = deque()
+        self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
         self._lock = threading.RLock()
-        # Held while waiting for the lock. Without it a thread that steps again and again has it again before those who
-        # wait have woken: for hundreds of steps when eight others submit.
-        self._door = threading.Lock()
-        self._ring: Callable[[], None] | None = None  # wakes the thread that runs all steps, if one is appointed
-        self._death: BaseException | None = None  # what ended it
+        # A thread holds this lock while it waits for `_lock`. A thread that runs step after step passes through it
+        # before each one; else it would take `_lock` again before those that wait for it have woken up.
+        self._queue_lock = threading.Lock()
+        self._wake_worker: Callable[[], None] | None = None  # None: there is no worker thread
+        self._worker_error: BaseException | None = None  # what ended the worker thread
         self._closed = False
         self._num_steps = 0
 
-    def appoint(self, ring: Callable[[], None]) -> None:
-        """From now on one thread calls `step` and nobody else; `ring`, in any thread, tells it that there is work."""
-        with self._door, self._lock:
+    def use_worker(self, wake: Callable[[], None]) -> None:
+        """From now on one worker thread calls `step`, and no other thread runs steps.
+
+        wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread
+        already.
+        """
+        with self._queue_lock, self._lock:
             self.check()
-            if self._ring is not None:
+            if self._wake_worker is not None:
                 raise RequestError("this engine has an AsyncEngine already; use that one, or load the model again")
-            self._ring = ring
+            self._wake_worker = wake
 
     def check(self) -> None:
-        """Raises what keeps every request out."""
-        if self._death is not None:
-            raise _dead(self._death)
+        """Raises RequestError or EngineDeadError if the engine takes no requests any more."""
+        if self._worker_error is not None:
+            raise _dead(self._worker_error)
         if self._closed:
             raise RequestError("the engine is closed")
 
     def submit(self, request: Request) -> None:
-        with self._door, self._lock:
+        with self._queue_lock, self._lock:
             self.check()
-            if self._ring is not None and request.notify is None:
+            if self._wake_worker is not None and request.notify is None:
                 raise RequestError(
                     "an AsyncEngine runs the steps of this engine; call its methods, from an event loop in any thread, "
                     "or load the model again"
@@ -71,37 +75,34 @@ class StepLoop:
                     "max_num_seqs or max_waiting"
                 )
             self._in_flight.add(request)
-        if self._ring is not None:
-            self._ring()
+        if self._wake_worker is not None:
+            self._wake_worker()
 
     def advance(self, request: Request) -> list[tuple[int, str]]:
-        """Runs one step unless `request` is done; returns what became visible of its answers since the last call.
-
-        Raises what made the request fail.
-        """
+        """Runs one step unless `request` is done, and returns its new text as `poll` does."""
         self._let_others_in()
         with self._lock:
             if not request.done:
                 self._step()
-            return self.take(request)
+            return self.poll(request)
 
-    def take(self, request: Request) -> list[tuple[int, str]]:
-        """What became visible of its answers since the last call, by index. Raises what made the request fail.
+    def poll(self, request: Request) -> list[tuple[int, str]]:
+        """Returns text that became visible since the last call, with the index of the answer it belongs to.
 
-        For `notify`, which is called between two steps, and for a request that is done.
+        May be called between two steps, from `notify`, or when the request is done. Raises the request's error.
         """
         if request.error is not None:
             raise request.error
         for answer in request.answers:
-            if answer.sequence.finish_reason is None:  # else all of it was read
+            if answer.sequence.finish_reason is None:  # the tokens of an answer that has ended are text already
                 answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
-        fresh = [(answer.index, answer.fresh) for answer in request.answers if answer.fresh]
+        new_texts = [(answer.index, answer.new_text) for answer in request.answers if answer.new_text]
         for answer in request.answers:
-            answer.fresh = ""
-        return fresh
+            answer.new_text = ""
+        return new_texts
 
     def num_cached(self, prepared: Prepared) -> int:
-        """How many leading tokens of the prompt the cache holds right now; one call into C++, which nothing divides."""
+        """Counts the leading tokens of a prompt that the cache holds now. It calls C++ once, so it needs no lock."""
         return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
 
     def cancel(self, request: Request) -> None:
@@ -109,39 +110,39 @@ class StepLoop:
         if request.done:
             return
         self._cancelled.append(request)
-        if self._ring is not None:
-            self._ring()
+        if self._wake_worker is not None:
+            self._wake_worker()
             return
-        with self._door, self._lock:
+        with self._queue_lock, self._lock:
             self._end_cancelled()
-            if not self._in_flight:  # nobody would drive what is under way, which holds blocks
+            if not self._in_flight:  # no other call would collect the launched steps, which hold blocks
                 self._collect_down_to(0)
 
-    def die(self, cause: BaseException) -> None:
-        """The thread that ran the steps has come to its end: everybody who waits learns why, and nobody is let in.
+    def fail_worker(self, cause: BaseException) -> None:
+        """Fails every request because the worker thread has died of `cause`, and refuses new ones.
 
-        The books are not touched, since nothing is known of them.
+        Leaves the scheduler and the cache alone, since the thread may have died in the middle of changing them.
         """
-        with self._door, self._lock:
-            self._death = cause
-            self._running.clear()
+        with self._queue_lock, self._lock:
+            self._worker_error = cause
+            self._launched.clear()
             self._cancelled.clear()
             self._in_flight.abandon(lambda: _dead(cause))
 
     def close(self) -> None:
-        with self._door, self._lock:
+        with self._queue_lock, self._lock:
             self._closed = True
             self._in_flight.fail_all(lambda: RequestError("the engine was closed"), "cancelled")
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture, for the calling thread's stream."""
-        with self._door, self._lock:
+        """Computes the visual tokens [X, D] of a picture, for the calling thread's stream."""
+        with self._queue_lock, self._lock:
             self.check()
             return self._runner.encode(picture, salt)
 
     def stats(self) -> dict[str, int | float]:
-        """Counts, tokens and bytes; what has no other unit counts events since the start."""
+        """Counts what runs and waits now, events since the start, and the runner's tokens and bytes."""
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
@@ -153,11 +154,11 @@ class StepLoop:
         }
 
     def set_trace(self, trace: Trace | None) -> None:
-        """Writes to `trace` what ends from now on, until None is set: steps, and requests, which may have begun before.
+        """Writes the steps and requests that end from now on to `trace`. None ends the trace.
 
-        Requests in flight are written when it is taken away. Raises RequestError if there is another one.
+        At the end the requests in flight are written too. Raises RequestError if there is a trace already.
         """
-        with self._door, self._lock:
+        with self._queue_lock, self._lock:
             if trace is not None and self._in_flight.trace is not None:
                 raise RequestError("this engine writes a trace already, and only one at a time; end that one first")
             if trace is None and self._in_flight.trace is not None:
@@ -165,13 +166,13 @@ class StepLoop:
             self._in_flight.trace = trace
 
     def step(self) -> bool:
-        """Runs one step, if there is anything to do; whether there was."""
+        """Runs one step; returns False if there was nothing to do."""
         self._let_others_in()
         with self._lock:
             return self._step()
 
     def _let_others_in(self) -> None:
-        with self._door:  # whoever has it waits for the lock
+        with self._queue_lock:  # the thread that holds it waits for `_lock`, and gets it first
             pass
 
     def _step(self) -> bool:
@@ -180,56 +181,56 @@ class StepLoop:
         if not self._in_flight:
             self._collect_down_to(0)
             return False
-        chunks = self._scheduler.schedule(in_flight=bool(self._running))
+        chunks = self._scheduler.schedule(in_flight=bool(self._launched))
         if chunks:
             self._launch(chunks)
         else:
-            assert self._running, "a step without work: an unfinished sequence can always run"
+            assert self._launched, "a step without work: an unfinished sequence can always run"
         self._collect_down_to(1 if chunks and self._run_ahead else 0)
         if not self._in_flight:
             self._collect_down_to(0)
         return True
 
     def _collect_down_to(self, most: int) -> None:
-        """Waits until at most so many steps are under way."""
-        while len(self._running) > most:
-            self._collect(self._running.popleft())
+        """Collects the oldest steps until at most `most` are launched."""
+        while len(self._launched) > most:
+            self._collect(self._launched.popleft())
 
     def _launch(self, chunks: list[Chunk]) -> None:
         step = plan_step(chunks)
         try:
-            running = self._runner.launch(step)
-        except BaseException as error:  # the chunks' cache contents are unknown now, so their requests end here
+            launched = self._runner.launch(step)
+        except BaseException as error:  # the cache's content for the chunks is unknown now, so their requests end
             self._collect_down_to(0)
             self._end_step_of(chunks, error)
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, place = step.draws[row]
-            if place == sequence.num_tokens - sequence.num_prompt:  # not one behind a guess
-                sequence.draw_row = row
+            if place == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
+                sequence.unread_row = row
                 sequence.num_tokens += 1
         self._scheduler.launched(chunks)
-        self._running.append(running)
+        self._launched.append(launched)
         self._num_steps += 1
 
     def _end_step_of(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """A step has failed. An interrupt is for this thread, an error for those who wait."""
+        """Fails the requests of a failed step; raises `error` here too if it interrupts this thread."""
         self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
         self._collect_down_to(0)
         self._runner.fail()
         if not isinstance(error, Exception):
             raise error
 
-    def _collect(self, running: Running) -> None:
-        """Waits for a step and hands out what it drew."""
+    def _collect(self, launched: LaunchedStep) -> None:
+        """Waits for a launched step and gives its tokens to their requests."""
         try:
-            result = self._runner.collect(running)
-        except BaseException as error:  # what it drew is lost, to those too that another step computes meanwhile
-            self._end_step_of(running.step.chunks, error)
+            result = self._runner.collect(launched)
+        except BaseException as error:  # the tokens it drew are lost
+            self._end_step_of(launched.step.chunks, error)
             return
         if self._in_flight.trace is not None:
-            self._in_flight.trace.step(running, result, self.stats())
-        self._in_flight.collect(running, result)
+            self._in_flight.trace.step(launched, result, self.stats())
+        self._in_flight.collect(launched, result)
 
     def _end_cancelled(self) -> None:
         while self._cancelled:

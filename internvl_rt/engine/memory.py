@@ -1,4 +1,4 @@
-"""Where a device's memory goes: weights, workspaces of the vision tower and of a step, and the KV cache."""
+"""Plans a device's memory: weights, workspaces of the vision tower and of a step, and the KV cache."""
 
 import gc
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
-from internvl_rt.steps.kv_cache import kv_bytes_per_token, plan_num_blocks
+from internvl_rt.steps.kv_cache import plan_num_blocks
 from internvl_rt.steps.step_graph import prefill_buckets
 
-DEFAULT_CPU_CACHE_BYTES = 4 << 30  # committed by the system only as far as it is used
-RESERVE = 0.05  # of a GPU's free memory: fragmentation, sampling, the driver's own
+DEFAULT_CPU_CACHE_BYTES = 4 << 30  # the system commits memory only as it is used
+RESERVE = 0.05  # part of a GPU's free memory, left for fragmentation, sampling and the driver
 # torch keeps a workspace of 32 MiB (on sm_90, less elsewhere) for each of cuBLAS and cuBLASLt, and for each thread that
 # multiplies: the one that builds the engine and captures graphs, and the one that runs the steps.
 CUBLAS_BYTES = 2 * 2 * (32 << 20)
@@ -22,12 +23,12 @@ class MemoryPlan:
     """Bytes on one device. Workspaces are computed from shapes, for the largest pass that the engine makes."""
 
     device: str
-    total_bytes: int | None  # of the device; None on the CPU, where the system shares memory out
+    total_bytes: int | None  # None on the CPU, whose memory other programs share
     weight_bytes: int
     vision_bytes: int
     step_bytes: int
-    graph_bytes: int  # what CUDA graphs keep to themselves
-    cublas_bytes: int  # workspaces of cuBLAS
+    graph_bytes: int  # memory that CUDA graphs keep
+    cublas_bytes: int
     visual_cache_bytes: int
     block_size: int  # tokens
     num_blocks: int
@@ -38,7 +39,7 @@ class MemoryPlan:
         return self.num_blocks * self.block_bytes
 
     def render(self) -> str:
-        """The plan as a card for people."""
+        """Formats the plan as a table for people."""
         num_tokens = self.num_blocks * self.block_size
         cache = f"{_size(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
         rows = [
@@ -72,11 +73,10 @@ def plan_memory(
     max_tiles_per_pass: int,
     graphs: bool,
 ) -> MemoryPlan:
-    """With the weights on the device: the cache gets `kv_cache_bytes`, or what the workspaces leave.
+    """Plans the memory once the weights are loaded: the KV cache gets `kv_cache_bytes`, or what is left.
 
-    graphs: whether CUDA graphs will be captured.
-
-    Raises RequestError when not even one sequence of `max_model_len` tokens fits.
+    graphs: whether CUDA graphs will be captured. Raises RequestError if not one sequence of `max_model_len` tokens
+    fits.
     """
     vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
@@ -114,10 +114,10 @@ def plan_memory(
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:
-    """Bytes of the device that can still be allocated, and all that it has.
+    """Returns the bytes of the device that can still be allocated, and the bytes that it has.
 
-    torch keeps memory that was freed; what it can give back is free too. An engine that nobody refers to is a cycle,
-    whose memory is freed when the garbage is collected.
+    Memory that torch keeps but can give back is free too. An unused engine is a reference cycle, whose memory is freed
+    when the garbage is collected.
     """
     gc.collect()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -129,10 +129,9 @@ def _free_bytes(device: torch.device) -> tuple[int, int]:
 def graphs_bytes(
     config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int, max_tiles_per_pass: int
 ) -> int:
-    """What all CUDA graphs together keep: their common workspace, and inputs and results, which lie at fixed places.
+    """Adds up what all CUDA graphs keep: a common workspace, and inputs and results at fixed addresses.
 
-    Every graph of tiles has a result of its own, those of decode steps share theirs, and prefills leave theirs in the
-    place of their input.
+    Each graph of tiles has its own result, the graphs of decode steps share one, and a prefill overwrites its input.
     """
     decoder, vision = config.decoder, config.vision
     num_tokens = max(prefill_buckets(decoder, max_tokens_per_step), default=0)
@@ -148,7 +147,7 @@ def graphs_bytes(
 
 
 def vision_workspace_bytes(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> int:
-    """What a pass over `num_tiles` tiles holds at its fullest moment, pixels and visual tokens included."""
+    """Counts the most that a pass over `num_tiles` tiles holds, with pixels and visual tokens."""
     vision, width = config.vision, config.vision.hidden_size
     pixels = num_tiles * 3 * vision.image_size**2
     patches = num_tiles * vision.num_patches * 3 * vision.patch_size**2
@@ -160,7 +159,7 @@ def vision_workspace_bytes(config: ModelConfig, dtype: torch.dtype, num_tiles: i
 
 
 def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:
-    """The same for a step of `num_tokens` tokens, with logits and float32 copies of them for `num_seqs` draws."""
+    """Counts the most that a step of `num_tokens` tokens holds, with logits and float32 copies for `num_seqs` draws."""
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     attention = qkv + 2 * config.num_heads * config.head_dim
     layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))

@@ -1,23 +1,64 @@
-"""What an engine is asked to be, checked once."""
+"""The options of an engine: keyword arguments of `Engine.from_pretrained`, checked once."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import update_wrapper
+from pathlib import Path
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
+from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.prepare import Delta
+from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 
-DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # some ten pictures of 13 tiles on the 8B
-MAX_DRAFT_TOKENS = 15  # with the token before them 16 rows, as many as the products of few rows take
+DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
+MAX_DRAFT_TOKENS = 15  # with the token before them they are 16 rows, the most of a product for few rows
+
+P = ParamSpec("P")
+C = TypeVar("C")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The arguments of `Engine.from_pretrained`, which says what they mean. Raises RequestError naming a bad one."""
+    """Options of an engine. Raises RequestError that names a bad one.
+
+    device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
+    dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
+    revision: a branch, tag or commit of the hub's repository; None is its newest.
+    max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
+    kv_cache_bytes: size of the KV cache; None is 4 GiB on the CPU, and on CUDA what weights and workspaces leave
+        (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
+    block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
+    max_num_seqs: most sequences that run together.
+    max_tokens_per_step: most tokens that one step computes.
+    max_waiting: most requests that may wait until they run; more are refused.
+    prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
+    visual_cache_bytes: memory for visual tokens of pictures that may come again.
+    num_draft_tokens: most tokens that are guessed from the text so far and checked in one step; the answer stays the
+        same.
+    v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
+    max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
+    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
+    alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
+    max_pixels: a picture of more pixels is refused before it is decoded.
+    seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
+    backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
+    cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
+        graphs are captured while the engine is built, which takes seconds before the first answer; no other thread may
+        call `torch.cuda.synchronize` meanwhile. Without graphs the CPU launches each kernel, which is slower.
+    programmatic_launch: whether a kernel of a decode step begins before the previous one has ended (from compute
+        capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
+        off to see what it is worth, or whether it causes a fault.
+    """
 
     device: str = "auto"
     dtype: str | torch.dtype = "auto"
+    revision: str | None = None
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     block_size: int = 64
@@ -29,6 +70,9 @@ class EngineOptions:
     num_draft_tokens: int = 0
     v2pe_delta: Delta = 1.0
     max_tiles: int | None = None
+    exif: Literal["ignore", "apply"] = "ignore"
+    alpha: Literal["drop", "white"] = "drop"
+    max_pixels: int = ImageOptions().max_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -49,3 +93,35 @@ class EngineOptions:
             raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
         if self.block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
+
+    def images(self, config: ModelConfig) -> ImageOptions:
+        """Returns how pictures are read and cut into tiles for a model."""
+        most = config.max_tiles if self.max_tiles is None else self.max_tiles
+        return ImageOptions(
+            image_size=config.vision.image_size,
+            min_tiles=min(config.min_tiles, most),
+            max_tiles=most,
+            thumbnail=config.thumbnail,
+            exif=self.exif,
+            alpha=self.alpha,
+            max_pixels=self.max_pixels,
+        )
+
+
+def takes_options(
+    options: Callable[P, EngineOptions],
+) -> Callable[[Callable[[C, str | Path, EngineOptions], T]], Callable[Concatenate[C, str | Path, P], T]]:
+    """Makes a function of (class, model, options) take keyword arguments, also for help() and type checkers."""
+
+    def decorate(load: Callable[[C, str | Path, EngineOptions], T]) -> Callable[Concatenate[C, str | Path, P], T]:
+        def loads(cls: C, model: str | Path, /, *args: P.args, **given: P.kwargs) -> T:
+            return load(cls, model, options(*args, **given))
+
+        update_wrapper(loads, load)
+        own, keywords = inspect.signature(load), inspect.signature(options).parameters.values()
+        parameters = [*list(own.parameters.values())[:2], *keywords]
+        loads.__dict__["__signature__"] = own.replace(parameters=parameters)
+        return loads
+
+    return decorate

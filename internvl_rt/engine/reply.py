@@ -1,4 +1,4 @@
-"""What a request gives back: the text as it becomes visible, and the finished reply with its costs."""
+"""The text of an answer as it becomes visible, and the finished reply with its costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
 from internvl_rt.model.work import Roof, Work
-from internvl_rt.steps.runner import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    prompt_tokens: int  # with the visual ones
+    prompt_tokens: int  # visual tokens included
     image_tokens: int
-    completion_tokens: int  # with the stop tokens, of all answers
-    cached_tokens: int = 0  # of the prompt, whose keys and values were still in the cache
+    completion_tokens: int  # of all answers, stop tokens included
+    cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache
 
     @property
     def total_tokens(self) -> int:
@@ -24,24 +24,24 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Wall-clock seconds by stage, as this request saw them; a step shared with others counts in full for each.
+    """Wall-clock seconds and work by stage. A step that requests share counts in full for each of them.
 
-    So does the work: that of the steps which the seconds count, whoever they worked for. Work over time is what the
-    device achieved while it served this request; it is not this request's share, and does not add up over requests.
+    So work over time is what the device achieved while it served this request; it is not this request's share, and does
+    not add up over requests.
     """
 
     media_s: float  # reading and identifying pictures, decoding videos
-    tile_s: float  # decoding pictures, resizing, cutting; nothing for those that the cache holds
+    tile_s: float  # decoding, resizing and cutting pictures; 0 for pictures in the cache
     vision_s: float  # vision tower and projector
     prefill_s: float  # decoder steps up to the first token, that token's draw included
     decode_s: float  # decoder steps after the first token
-    queued_s: float  # from the call's end of preparation until the first step with one of its tokens began
+    queued_s: float  # from the end of preparation until the request's first step began
     first_token_s: float  # from the call to the first token
     total_s: float
-    num_decoded: int  # tokens after the first, of the longest answer
+    num_decoded: int  # tokens of the longest answer after its first
     vision_work: Work
     prefill_work: Work
-    decode_work: Work  # pictures of others that were encoded between its steps included, as in decode_s
+    decode_work: Work  # includes other requests' pictures, as decode_s does
 
     @property
     def per_token_s(self) -> float:
@@ -49,10 +49,10 @@ class Timings:
         return self.decode_s / self.num_decoded if self.num_decoded else 0.0
 
     def render(self, roof: Roof | None = None) -> str:
-        """A table for people. With a roof: the least time for a stage's work, and its share of the time it took.
+        """Formats a table. A roof adds the least time for a stage's work, and its share of the time taken.
 
-        The least time is that of the whole stage's work at once. Where long prefills and short decode steps of others
-        are mixed, each step's own least times add up to more, so the share is never too high.
+        The least time is that of the whole stage's work at once. The steps' own least times add up to more, where long
+        prefills are mixed with short decode steps, so the share is never too high.
         """
         worked = {
             "vision": (self.vision_s, self.vision_work),
@@ -73,23 +73,23 @@ class Timings:
 
 
 def _figure(value: float) -> str:
-    """Three digits."""
+    """Formats a number with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer."""
+    """One answer to a request."""
 
-    text: str  # without special tokens, surrounding whitespace removed, as the official chat returns it
+    text: str  # without special tokens and surrounding whitespace, as the official chat returns it
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
-    logprobs: tuple[TokenLogprob, ...] | None  # one for each token, where asked for
+    logprobs: tuple[TokenLogprob, ...] | None  # one for each token, if requested
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a request gets: its answers, `n` of them, and what they took. The first one's parts can be read directly."""
+    """The `n` answers to a request, and what they cost. `text` and so on read the first answer."""
 
     choices: tuple[Choice, ...]
     usage: Usage
@@ -115,19 +115,16 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Newly visible text of a streamed answer; of each choice the texts add up to its text.
-
-    The last piece has the finished reply.
-    """
+    """Newly visible text of a streamed answer, whose pieces add up to its text; the last one has the reply."""
 
     text: str
     reply: Reply | None = None
     choice: int = 0  # index of the answer that the text belongs to
 
 
-def pieces_of(fresh: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
-    """What became visible, by index of the answer, as pieces; with a reply the last one carries it."""
-    *others, (index, text) = fresh or [(0, "")]
+def pieces_of(new_texts: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
+    """Yields a piece for each (answer index, text). The last piece carries the reply, if there is one."""
+    *others, (index, text) = new_texts or [(0, "")]
     for other_index, other_text in others:
         yield Piece(other_text, choice=other_index)
     if text or reply is not None:
@@ -136,7 +133,7 @@ def pieces_of(fresh: list[tuple[int, str]], reply: Reply | None) -> Iterator[Pie
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a response is, token by token."""
+    """Says how likely each token of a response is."""
 
     tokens: tuple[TokenLogprob | None, ...]
 
@@ -146,15 +143,15 @@ class Score:
 
     @property
     def total(self) -> float:
-        """The logarithm of the probability of the whole response."""
+        """The log-probability of the whole response."""
         return sum(self.logprobs)
 
 
 class AnswerText:
     """Grows an answer's visible text token by token.
 
-    Held back until it is certain: the beginning of what may become a stop string, whitespace that may turn out to be
-    trailing, and (by `TextStream`) incomplete UTF-8.
+    It holds text back until it is certain: the beginning of what may become a stop string, whitespace that may turn out
+    to be trailing, and (by `TextStream`) incomplete UTF-8.
     """
 
     def __init__(self, stream: TextStream, params: SamplingParams) -> None:
@@ -165,7 +162,7 @@ class AnswerText:
         self.stopped = False  # a stop string was seen; nothing becomes visible after it
 
     def push(self, token_id: int) -> str:
-        """The text that becomes visible with the next token, often empty."""
+        """Adds a token; returns the text that becomes visible, often empty."""
         self._num_tokens += 1
         text = self._stream.push(token_id)
         if self._stops or self._pending or not self.text:
@@ -177,7 +174,7 @@ class AnswerText:
         return ready
 
     def finish(self) -> str:
-        """The text that was held back and now turns out to belong to the answer."""
+        """Returns the text that was held back and now turns out to belong to the answer."""
         return self._add(self._stream.flush(), final=True)
 
     def _add(self, text: str, *, final: bool) -> str:
@@ -187,7 +184,7 @@ class AnswerText:
         hold = 0
         if self._stops and self._num_tokens >= self._min_tokens:
             found = [(place + len(stop), place) for stop in self._stops if (place := pending.find(stop)) >= 0]
-            if found:  # the one that ended first counts, so that nothing depends on how tokens cut the text
+            if found:  # the stop string that ends first counts, however tokens cut the text
                 self.stopped = final = True
                 pending = pending[: min(found)[1]]
             elif not final:
@@ -200,7 +197,7 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Returns the length of the longest end of `text` that is a beginning of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,4 +1,4 @@
-"""A request's answers while they grow, and the reply that they become."""
+"""A request with its growing answers, and the reply built from them."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from internvl_rt.engine.reply import AnswerText, Choice, Reply, Timings, Usage
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.model.work import Tally
-from internvl_rt.steps.runner import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import Sequence
 
 
@@ -19,27 +19,27 @@ class Answer:
     index: int
     sequence: Sequence
     text: AnswerText
-    num_read: int = 0  # generated tokens that `text` has
-    fresh: str = ""  # visible text that nobody has taken yet
+    num_read: int = 0  # generated tokens that were added to `text`
+    new_text: str = ""  # visible text that the caller has not taken
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def read(self, num_tokens: int) -> None:
-        """Makes text of the first so many generated tokens, as far as that was not done."""
+        """Adds the first `num_tokens` generated tokens to the text, except those that it has."""
         start = self.sequence.num_prompt
         for token_id in self.sequence.token_ids[start + self.num_read : start + num_tokens]:
-            self.fresh += self.text.push(token_id)
+            self.new_text += self.text.push(token_id)
         self.num_read = max(self.num_read, num_tokens)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The answers to one prompt, with what their caller waits for."""
+    """The answers to one prompt, and the reply or error that the caller waits for."""
 
     prepared: Prepared
-    deadline_s: float | None = None  # perf_counter
-    notify: Callable[[], None] | None = None  # called between steps when there is something to take, or an error
+    deadline_s: float | None = None  # by perf_counter
+    notify: Callable[[], None] | None = None  # called between steps when there is text, a reply or an error
     answers: list[Answer] = field(default_factory=list)
-    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # of the prompt's tokens, where wanted
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # of prompt tokens by index, if requested
     submitted_s: float = 0.0
     started_s: float = 0.0
     vision: Tally = field(default_factory=Tally)
@@ -55,7 +55,7 @@ class Request:
 
 
 def build_reply(request: Request) -> Reply:
-    """Of a request whose answers have ended."""
+    """Builds the reply to a request whose answers have ended."""
     prepared, first = request.prepared, request.answers[0].sequence
     longest = max(len(answer.sequence.generated_ids) for answer in request.answers)
     prompt_logprobs = None
@@ -96,7 +96,7 @@ def build_reply(request: Request) -> Reply:
 
 
 def figures_of(request: Request, outcome: str) -> dict[str, object]:
-    """Of a request, for logs and traces: numbers alone, nothing of what was asked or answered."""
+    """Returns a request's numbers for logs and traces, and no text of prompt or answer."""
     first = request.answers[0].sequence
     line: dict[str, object] = {"outcome": outcome, "prompt_tokens": first.num_prompt}
     if request.reply is not None:

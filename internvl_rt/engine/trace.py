@@ -1,8 +1,7 @@
-"""A run as Trace Event JSON, which Perfetto and chrome://tracing show: steps, requests, and what the cache holds.
+"""Writes steps, requests and cache use as Trace Event JSON, which Perfetto and chrome://tracing show.
 
-It holds numbers alone, nothing of what was asked or answered. Events go to a file as they happen, some hundred bytes
-each, so memory stays bounded by the file's buffer however long the run; the file appears under its name when it is
-whole.
+The file holds numbers alone, nothing of prompts and answers. Each event, of some hundred bytes, is written as it
+happens, so memory stays bounded; the file gets its name when it is whole.
 """
 
 import json
@@ -16,9 +15,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from internvl_rt.errors import RequestError
-from internvl_rt.steps.runner import Running, StepResult
+from internvl_rt.steps.runner import LaunchedStep, StepResult
 
-Phase = tuple[str, float]  # what begins, and when: perf_counter
+Phase = tuple[str, float]  # name of what begins, and its time by perf_counter
 
 _PROCESS = {"pid": 1, "tid": 1}
 _NAMES = (
@@ -28,14 +27,14 @@ _NAMES = (
 
 
 class Trace:
-    """Open it with `with`, and call the others inside, one at a time. Times are perf_counter's."""
+    """Open it with `with`; inside, one thread at a time may call its methods. Times are by perf_counter."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RequestError when nothing can be written there."""
+        """Raises RequestError if the file cannot be written."""
         self._path = path
         self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         self._error: OSError | None = None
-        self._end_s = 0.0  # of the latest step
+        self._end_s = 0.0  # when the latest step ended
         self._num_requests = 0
         if path.is_dir():
             raise RequestError(f"{path}: the trace needs the name of a file, but this is a folder; add a name to it")
@@ -47,17 +46,17 @@ class Trace:
         if self._error is not None:
             raise self._refusal(self._error) from self._error
 
-    def step(self, running: Running, result: StepResult, stats: Mapping[str, int | float]) -> None:
-        """A step that has ended, with the engine's `stats()` before anybody takes what it drew."""
-        # Steps follow each other on the device: each begins when it was launched or the one before it ended.
-        start_s = max(running.start.host_s, self._end_s)
+    def step(self, launched: LaunchedStep, result: StepResult, stats: Mapping[str, int | float]) -> None:
+        """Writes a step that has ended, and the engine's `stats()` before its tokens are handed out."""
+        # Steps run one after another: each begins at its launch or at the previous step's end, whichever is later.
+        start_s = max(launched.start.host_s, self._end_s)
         encoded_s = start_s + result.vision_s
         self._end_s = encoded_s + result.decoder_s
-        chunks = running.step.chunks
+        chunks = launched.step.chunks
         shape = {
             "sequences": len(chunks),
             "tokens": sum(chunk.num_tokens for chunk in chunks),
-            "draws": len(running.step.draws),
+            "draws": len(launched.step.draws),
             "tiles": result.num_tiles,
         }
         for name, begin_s, seconds, work in (
@@ -71,7 +70,7 @@ class Trace:
         self._event("requests", "C", self._end_s, args={name: stats[name] for name in ("running", "waiting")})
 
     def request(self, phases: Items[Phase], end_s: float, args: Mapping[str, object]) -> None:
-        """A request that has ended, or that is still in flight when the trace ends; each phase ends the one before."""
+        """Writes a request that has ended, or is in flight when the trace ends; a phase ends where the next begins."""
         self._num_requests += 1
         same = {"cat": "request", "id": self._num_requests}
         ends = [*(start_s for _, start_s in phases[1:]), end_s]
@@ -85,7 +84,7 @@ class Trace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Puts the file in its place, also when the block failed, unless it failed before there was anything to see.
+        """Gives the file its name, also if the block failed, but not if it failed before the first event.
 
         Raises RequestError if the file could not be written.
         """
@@ -105,7 +104,7 @@ class Trace:
         self._write(",\n" + json.dumps({"name": name, "ph": phase, "ts": _us(at_s), **_PROCESS, **more}))
 
     def _write(self, text: str, *, flush: bool = False) -> None:
-        """A disk that is full must not end the requests that run: it ends the trace, and whoever made it is told."""
+        """Writes to the file. A full disk ends the trace, not the requests; the end of the `with` block reports it."""
         if self._error is not None:
             return
         try:
@@ -121,7 +120,7 @@ class Trace:
 
     def _discard(self) -> None:
         with suppress(OSError):
-            self._file.close()  # tries to write again what did not fit
+            self._file.close()  # tries again to write what did not fit
         with suppress(OSError):
             self._part.unlink(missing_ok=True)
 
@@ -133,5 +132,5 @@ class Trace:
 
 
 def _us(seconds: float) -> float:
-    """Microseconds, to the nanosecond."""
+    """Converts to microseconds, rounded to nanoseconds."""
     return round(seconds * 1e6, 3)

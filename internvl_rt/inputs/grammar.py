@@ -1,9 +1,9 @@
-"""Answers that keep to a grammar: a JSON schema or a regular expression as masks over the next token.
+"""Keeps answers to a JSON schema or a regular expression, by masks over the next token.
 
-Only this module imports llguidance, when the first grammar is compiled. The language is defined on the text that
+Only this module imports llguidance, when the first grammar is compiled. A grammar holds for the text that
 `Tokenizer.decode` gives: every split of it into tokens is allowed, and special tokens are never part of it. Grammars
-come from requests, so all they cost is bounded: what would explode is counted and refused before it is compiled, and
-what grows too large later ends its own answer with an error.
+come from requests, so their costs are bounded: a grammar that would explode is counted and refused before it is
+compiled, and one that grows too large later ends its own answer with an error.
 """
 
 import json
@@ -26,18 +26,18 @@ T = TypeVar("T")
 GrammarKind = Literal["json_schema", "regex"]
 
 MAX_GRAMMAR_BYTES = 64 << 10
-# The library bounds its own work, but not what comes from these: its time grows with the square of the first, with a
-# higher power of the second, and doubles with each of the third. Below all of them no call takes a second.
+# The library does not bound its own work for these: its time grows with the square of the properties, with a higher
+# power of the operators, and doubles with each combined pattern. Within these limits no call takes a second.
 MAX_PROPERTIES = 1000
 MAX_REGEX_OPERATORS = 512
 MAX_COMBINED_PATTERNS = 10
 
 _CACHED = 64
-_MAX_LEXER_STATES = 50_000  # of one grammar, about half a kB each
-_OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # what repeats or groups; escaped ones count too
+_MAX_LEXER_STATES = 50_000  # states of one grammar, about half a kB each
+_OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # repetitions and groups; escaped ones count too
 _VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
-_TOO_COMPLEX = re.compile(r"fuel|too (many|big|large|complex)|max is")  # the library's own limits
-# A schema with one of the former beside another of both is the intersection of two.
+_TOO_COMPLEX = re.compile(r"fuel|too (many|big|large|complex)|max is")  # errors by the library's own limits
+# A schema with a `_REFERENCES` keyword and another one of either set is an intersection of two schemas.
 _REFERENCES = {"$ref", "anyOf", "oneOf"}
 _ASSERTIONS = {"additionalProperties", "format", "items", "pattern", "prefixItems", "properties"}
 _EXPECTED = {
@@ -67,7 +67,7 @@ class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest; any number of threads may use it at once."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: of the model's logits; ids that the tokenizer does not have are never allowed."""
+        """vocab_size: width of the model's logits; ids that the tokenizer does not have are never allowed."""
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._stop_id = tokenizer.token_id("<|im_end|>")
         self._lock = Lock()
@@ -75,10 +75,10 @@ class GrammarCompiler:
         self._compile = lru_cache(maxsize=_CACHED)(self._compile_anew)
 
     def compile(self, kind: GrammarKind, text: str) -> "Grammar":
-        """The grammar of a JSON schema, given as JSON, or of a regular expression that the whole answer must match.
+        """Compiles a JSON schema, given as JSON, or a regular expression that the whole answer must match.
 
-        Raises RequestError if it is invalid, uses what the library does not know, is beyond the limits or matches
-        nothing, and if llguidance is not installed.
+        Raises RequestError if the grammar is invalid, unknown to the library, beyond the limits or matches nothing, and
+        if llguidance is not installed.
         """
         check_grammar_size(kind, text)
         return self._compile(kind, text)
@@ -88,10 +88,10 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            max_items_in_row=10_000,  # MAX_PROPERTIES, none of them required, need 4000
-            step_max_items=100_000,  # and 60 000
+            max_items_in_row=10_000,  # MAX_PROPERTIES optional properties need 4000
+            step_max_items=100_000,  # MAX_PROPERTIES optional properties need 60 000
             max_lexer_states=_MAX_LEXER_STATES,
-            verbose_errors=False,  # they would show the schema and the answer
+            verbose_errors=False,  # verbose errors would show the schema and the answer
         )
         source = _describe(kind, text, drops_space=self._tokenizer.pieces)
         grammar = Grammar(
@@ -99,7 +99,7 @@ class GrammarCompiler:
         )
         state = grammar.state
         if not state.is_error():
-            mask = state.compute_bitmask()  # builds what every answer begins with, and finds out whether there is one
+            mask = state.compute_bitmask()  # prepares the first mask of every answer, and fails if none exists
         if state.is_error() or int.from_bytes(mask, "little") == 1 << self._stop_id:
             reason = _reason(state) if state.is_error() else "it matches only the empty text"
             raise RequestError(
@@ -108,7 +108,7 @@ class GrammarCompiler:
         return grammar
 
     def _build_vocabulary(self) -> "LLTokenizer":
-        """The library's trie of all tokens, built once."""
+        """Builds the library's trie of all tokens, once."""
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError as error:
@@ -123,8 +123,8 @@ class GrammarCompiler:
 class Grammar:
     """A compiled grammar, shared by any number of answers in any threads.
 
-    What the library finds out about a grammar while answers go through it, it keeps for all of them. That saves most of
-    the work, but is limited for all of them together; `is_used_up` says that a new beginning is due.
+    The library keeps what it learns about a grammar for all answers. That saves most of the work, but its limits then
+    hold for all of them together; `is_used_up` says that a new state is due.
     """
 
     def __init__(self, build: Callable[[], "LLMatcher"], stop_id: int, vocab_size: int) -> None:
@@ -133,25 +133,25 @@ class Grammar:
         self.is_used_up = False
 
     def start(self) -> "Matcher":
-        """The state of a new answer."""
+        """Begins a new answer."""
         if self.is_used_up:
             self.state, self.is_used_up = self.build(), False
         return Matcher(self, self.state.deep_copy(), [])
 
 
 class Matcher:
-    """One answer's place in its grammar; for one thread at a time."""
+    """One answer's place in its grammar; one thread at a time may use it."""
 
     def __init__(self, grammar: Grammar, state: "LLMatcher", token_ids: list[int]) -> None:
-        """token_ids: what `state` has accepted."""
+        """token_ids: the tokens that `state` has accepted."""
         self._grammar, self._state, self._token_ids = grammar, state, token_ids
-        self._is_shared = True  # whether what the library knows is also that of other answers
+        self._is_shared = True  # whether `state` shares what the library knows with other answers
 
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
-        """Sets bit t % 32 of word t // 32 where token t may come next, and clears all others.
+        """Sets bit t % 32 of word t // 32 if token t may come next, and clears all others.
 
-        The stop token may come where the text is complete; after it, only itself. `mask_W` is contiguous and has
-        ceil(vocab_size / 32) words. Raises RequestError if no token can go on, or the grammar has become too complex.
+        The stop token may come when the text is complete; after it, only itself. `mask_W` is contiguous and has
+        ceil(vocab_size / 32) words. Raises RequestError if no token may come, or the grammar has become too complex.
         """
         assert mask_W.dtype == np.int32
         assert mask_W.shape == (-(-self._grammar.vocab_size // 32),)
@@ -159,7 +159,7 @@ class Matcher:
         self._try(lambda state: state.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes))
 
     def accept(self, token_id: int) -> bool:
-        """Moves on by one token; False, and no move, if it does not fit. Raises RequestError as `fill_mask` does."""
+        """Advances by one token, or returns False if it does not fit. Raises RequestError as `fill_mask` does."""
         if not 0 <= token_id < self._grammar.vocab_size:
             return False
         if self.is_complete:
@@ -168,7 +168,7 @@ class Matcher:
         def consume(state: "LLMatcher") -> bool:
             if state.try_consume_tokens([token_id]):
                 return True
-            state.compute_bitmask()  # an error if not the token, but the library's limits are why
+            state.compute_bitmask()  # fails if the library's limits, not the token, are the reason
             return False
 
         if not self._try(consume):
@@ -176,18 +176,13 @@ class Matcher:
         self._token_ids.append(token_id)
         return True
 
-    def copy(self) -> "Matcher":
-        """The same place, for another answer that goes on from here."""
-        self._is_shared = True
-        return Matcher(self._grammar, self._state.deep_copy(), self._token_ids.copy())
-
     @property
     def is_complete(self) -> bool:
         """Whether nothing but the stop token may follow."""
         return self._state.is_stopped() and not self._state.is_error()
 
     def _try(self, act: Callable[["LLMatcher"], T]) -> T:
-        """The result of `act`, from a new beginning of its own where other answers have used up what is shared."""
+        """Returns the result of `act`; if other answers have used up the shared state, this answer gets its own."""
         result = act(self._state)
         if self._state.is_error() and self._is_shared and _TOO_COMPLEX.search(self._state.get_error()):
             self._grammar.is_used_up = True
@@ -200,7 +195,7 @@ class Matcher:
 
 
 class _Vocabulary:
-    """A tokenizer's tokens as the library wants them."""
+    """Gives a tokenizer's tokens to the library in the form that it expects."""
 
     bos_token_id = None
 
@@ -216,7 +211,7 @@ class _Vocabulary:
 
 
 def _describe(kind: GrammarKind, text: str, *, drops_space: bool) -> str:
-    """The grammar in the library's own format. drops_space: an answer's first byte is not text if it is a space."""
+    """Writes a grammar in the library's format. drops_space: a space that begins an answer is not part of its text."""
     from llguidance import regex_to_lark
 
     if kind == "json_schema":
@@ -224,15 +219,15 @@ def _describe(kind: GrammarKind, text: str, *, drops_space: bool) -> str:
     else:
         rules = f"start: TEXT\nBODY: /{regex_to_lark(text)}/\nSPACED: / (.|\\n)*/\n"
         rules += 'TEXT: " " BODY | BODY & ~SPACED' if drops_space else "TEXT: BODY"
-    # Without no_forcing, text that has only one way to go on would have to be split as the tokenizer does.
+    # Without no_forcing, text that can go on in one way only would have to be split as the tokenizer does.
     grammars = [json.dumps({"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{rules}'})]
     if kind == "json_schema":
-        grammars.append(f'{{"name": "value", "json_schema": {text}}}')  # as it is: numbers keep all their digits
+        grammars.append(f'{{"name": "value", "json_schema": {text}}}')  # as text: numbers keep all digits
     return f'{{"grammars": [{", ".join(grammars)}]}}'
 
 
 def _reason(state: "LLMatcher") -> str:
-    """The library's error in one line, without the source it quotes."""
+    """Returns the library's error in one line, without the source that it quotes."""
     message = state.get_error()
     if "NoExtension" in message:
         return "no text matches from here on"
@@ -260,7 +255,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check_regex(text: str) -> None:
-    """Refuses what the library would silently read as something else, and too many operators."""
+    """Refuses text that the library would silently read in another sense, and too many operators."""
     if (len(text) - len(text.rstrip("\\"))) % 2:
         raise RequestError(f"the regex ends in a backslash that escapes nothing: {_excerpt(text)}; remove or double it")
     if "\n" in text and _VERBOSE.search(text):
@@ -274,7 +269,7 @@ def _check_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise RequestError(f"the json_schema is not JSON: {reason}; got {_excerpt(text)}; correct it") from error
-    if isinstance(schema, dict) and "x-guidance" in schema:  # the library's options: lenient, separators, ...
+    if isinstance(schema, dict) and "x-guidance" in schema:  # sets options of the library: lenient, separators, ...
         raise RequestError("the json_schema has x-guidance, which is no keyword of JSON Schema; remove it")
     num_properties, patterns, combined = 0, set[str](), False
     pending = [schema]

@@ -1,10 +1,11 @@
 """Rotary positions of a prompt with variable visual position encoding (V2PE).
 
-Source: `get_rope_pos_id` of OpenGVLab/V2PE and section 2.1 of the InternVL3 report (arXiv 2504.10479). Deltas are
-strides in units of 1/256 position, so all sums are exact; stride 256 is delta 1, the plain positions 0, 1, 2, ...
+Source: `get_rope_pos_id` of OpenGVLab/V2PE and section 2.1 of the InternVL3 report (arXiv 2504.10479). A stride is a
+delta in units of 1/256 position, so all sums are exact; stride 256 is delta 1, the plain positions 0, 1, 2, ...
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,14 @@ from numpy.typing import NDArray
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prompt import VisualSpan
 
+Delta = float | Literal["auto"]  # rotary positions per visual token; "auto": see `auto_stride`
+
 UNIT = 256  # strides per position
-STRIDES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # deltas 1, 1/2, ..., 1/256: those of the training
+STRIDES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the deltas of training: 1, 1/2, ..., 1/256
 
 
 def parse_delta(delta: float) -> int:
-    """The stride of a delta. Raises RequestError unless it is a power of two from 1 to 1/256."""
+    """Returns the stride of a delta. Raises RequestError unless it is a power of two from 1 to 1/256."""
     if isinstance(delta, bool) or not isinstance(delta, int | float) or delta * UNIT not in STRIDES:
         raise RequestError(f"v2pe_delta: expected a power of two from 1 to 1/256, got {delta!r}; use one, such as 0.25")
     return int(delta * UNIT)
@@ -26,10 +29,10 @@ def parse_delta(delta: float) -> int:
 def build_positions(
     num_tokens: int, spans: Sequence[VisualSpan], strides: Sequence[int]
 ) -> tuple[NDArray[np.float32], int]:
-    """float32 [num_tokens] positions of a prompt, and the position of the token after it.
+    """Returns float32 [num_tokens] positions of a prompt, and the position of the token after it.
 
-    strides: of each picture. A text token is one position after its predecessor, a visual token one stride; after a
-    picture the count goes on from the next integer. Exact below 65536 positions.
+    strides: one for each picture. A text token is one position after its predecessor, a visual token one stride; after
+    a picture the count goes on from the next integer. Exact below 65536 positions.
     """
     steps = np.full(num_tokens + 1, UNIT, np.int64)
     steps[0] = 0
@@ -42,9 +45,9 @@ def build_positions(
 
 
 def auto_stride(num_tokens: int, spans: Sequence[VisualSpan], limit: int) -> int:
-    """The largest stride with which the prompt takes at most `limit` positions.
+    """Returns the largest stride with which the prompt takes at most `limit` positions.
 
-    Raises RequestError if it takes more with the smallest.
+    Raises RequestError if it takes more even with the smallest.
     """
     num_text = num_tokens - sum(span.num_tokens for span in spans)
     for stride in STRIDES:

@@ -1,8 +1,8 @@
-"""A conversation as token ids: the `internvl2_5` template, with runs of placeholder ids where pictures go.
+"""Renders a conversation as token ids: the `internvl2_5` template, with runs of placeholder ids for pictures.
 
 Source: `internvl_chat/internvl/conversation.py` and `InternVLChatModel.chat` of OpenGVLab/InternVL. Text between two
-special tokens of the template is encoded as one piece, which gives the ids of the whole rendered prompt; special
-tokens are inserted by id, so that nothing a user writes can end a turn or take a picture's place.
+special tokens of the template is encoded as one piece, which gives the ids of the whole rendered prompt; special tokens
+are inserted by id, so that nothing a user writes can end a turn or take a picture's place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ class _Token(Enum):
 def build_prompt(
     turns: Sequence[Turn], tokenizer: Tokenizer, image_token_counts: Sequence[int], *, user_specials: bool = False
 ) -> Prompt:
-    """Renders `turns` and, after a last user turn, the opening of the answer.
+    """Renders `turns` and, after a last user turn, the beginning of the answer.
 
     image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. A user or assistant turn with
     neither text nor picture renders its role alone, as in the official template. With `user_specials` special tokens
@@ -110,7 +110,7 @@ def _render(turns: Sequence[Turn]) -> Iterator[str | ImageMarker | _Token]:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A picture, a video or a picture's visual tokens as the request gives them, not yet looked at."""
+    """A picture, a video or a picture's visual tokens as the request gives them, not yet read."""
 
     kind: Literal["image", "video", "image_embeds"]
     source: Any
@@ -123,13 +123,12 @@ class Message:
 
 
 def parse_messages(messages: object) -> tuple[Message, ...]:
-    """Checks a conversation in OpenAI's form; nothing is loaded.
+    """Checks a conversation in OpenAI's form, and loads nothing.
 
-    Each message is {"role", "content"}, its content a string or a list of {"type": "text", "text": str}, {"type":
+    Each message is {"role", "content"}; content is a string or a list of {"type": "text", "text": str}, {"type":
     "image", "image": ...}, {"type": "video", "video": ...}, {"type": "image_embeds", "image_embeds": ...} and {"type":
     "image_url", "image_url": {"url": str}}. Only the first message may be a system message, only user messages hold
-    media, and the last one is a user's.
-    Raises RequestError that names the place, such as messages[1].content[0].
+    media, and the last one is a user's. Raises RequestError that names the place, such as messages[1].content[0].
     """
     items = _list_of(messages, "messages", "message")
     parsed = tuple(_parse_message(item, f"messages[{index}]") for index, item in enumerate(items))
@@ -210,11 +209,11 @@ def _shown(value: object) -> str:
 def turns_from_messages(
     messages: Sequence[Message], num_frames: Sequence[int], *, system: str | None, number_images: bool = True
 ) -> tuple[Turn, ...]:
-    """The turns of a checked conversation.
+    """Builds the turns of a checked conversation.
 
     num_frames: pictures that each video was decoded to, in order. system: the system message unless the conversation
-    brings its own; None for no system turn. A picture is a line "<image>"; with several in one message each is
-    "Image-k: <image>", k counting over the conversation (not with `number_images` false, as in the templates of -hf
+    has its own; None for no system turn. A picture is a line "<image>"; with several in one message each is "Image-k:
+    <image>", k counting over the conversation (not with `number_images` false, as in the templates of -hf
     repositories). Frames of a video are "Framek: <image>". Text is left as it is.
     """
     frames = iter(num_frames)
@@ -237,7 +236,7 @@ def turns_from_messages(
 
 
 def tiles_per_image(num_tiles: int, num_patches_list: Sequence[int] | None) -> list[int]:
-    """Tiles of each picture as the official `chat` has it: all belong to one unless a list says otherwise.
+    """Counts the tiles of each picture as the official `chat` does: all are one picture's unless a list is given.
 
     Raises RequestError if the list does not account for every tile.
     """
@@ -254,7 +253,7 @@ def tiles_per_image(num_tiles: int, num_patches_list: Sequence[int] | None) -> l
 def turns_from_question(
     question: str, history: Sequence[tuple[str, str]] | None, *, num_images: int, system: str | None
 ) -> tuple[tuple[Turn, ...], str]:
-    """The turns of the official `chat`, and the question as it goes into the history.
+    """Builds the turns of the official `chat`; returns them and the question as it goes into the history.
 
     A question without history, with pictures and without "<image>" gets "<image>\\n" in front. Pictures take the place
     of the first `num_images` "<image>" of the whole prompt, system message and old answers included; further ones stay

@@ -1,4 +1,4 @@
-"""How an answer is drawn and when it ends: what a caller may ask for, checked once."""
+"""Sampling parameters: what a caller may request of an answer, checked once."""
 
 import json
 from collections.abc import Sequence as Items
@@ -19,28 +19,28 @@ class SamplingParams:
     """How an answer is drawn and when it ends.
 
     Temperature 0, the default, is greedy. The filters act in the order penalties, temperature, top_k, top_p, min_p.
-    Penalties look at generated tokens only: the official code generates from embeddings, where no prompt ids exist.
+    Penalties count generated tokens only: the official code generates from embeddings, where no prompt ids exist.
     `seed` makes a draw reproducible whatever else runs; without it the engine's own seed decides.
     """
 
     max_tokens: int = 1024
-    min_tokens: int = 0  # no stop token before this many
+    min_tokens: int = 0  # no stop token is drawn before this many tokens
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # 0: all tokens
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     n: int = 1  # answers to the same prompt, which is computed once; each draws with a seed of its own
     seed: int | None = None
-    stop: str | Items[str] = ()  # the answer ends before the first of these strings to be complete
+    stop: str | Items[str] = ()  # the answer ends before the string that is complete first
     stop_token_ids: Items[int] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # of each generated token, and of so many of the likeliest in its place
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    logprobs: int | None = None  # requests each generated token's log-probability, and this many of the likeliest
+    prompt_logprobs: int | None = None  # requests the same of the prompt's tokens
     json_schema: str | dict[str, Any] | bool | None = None  # the answer is a JSON value of this schema; True: of any
-    regex: str | None = None  # the answer as a whole matches this
+    regex: str | None = None  # the whole answer matches this
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -93,7 +93,7 @@ class SamplingParams:
 
     @property
     def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
-        """What the answer's text has to be, for a grammar compiler. Raises RequestError for a dict that is no JSON."""
+        """The kind and text of the grammar of the answer. Raises RequestError for a dict that is no JSON."""
         if self.regex is not None:
             return "regex", self.regex
         if self.json_schema is None:

@@ -6,7 +6,6 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, RequestError
 
-# Never read from a user's text, whatever the checkpoint's flags say: they end turns and take the place of pictures.
+# These are never read from a user's text, whatever the checkpoint's flags say: they end turns and stand for pictures.
 TEMPLATE_TOKENS = frozenset(
     ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>"]
     + [f"<{slash}{name}>" for name in ("img", "quad", "ref", "box") for slash in ("", "/")]
@@ -31,7 +31,7 @@ _BYTE_OF_CHAR = {
     256 + n: byte for n, byte in enumerate(b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or b >= 174))
 }
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # what "surrogateescape" leaves, one per byte
+_UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescape" gives one of these per byte
 
 
 class TextStream:
@@ -40,18 +40,18 @@ class TextStream:
     def __init__(
         self, token_bytes: Mapping[int, bytes], skipped: Collection[int], whole: dict[int, str], *, pieces: bool
     ) -> None:
-        """whole: keeps the texts of tokens that are whole characters, for all streams of a tokenizer."""
+        """whole: a cache of the texts of tokens that are whole characters, shared by a tokenizer's streams."""
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._whole = whole
-        self._is_between = not pieces  # no incomplete character is held, and nothing special begins the text
+        self._is_between = not pieces  # no incomplete character is held, and no space will be dropped
         self._pieces = pieces
         self._at_start = pieces
         # A broken character is one U+FFFD with byte-level BPE, and one for each of its bytes with sentencepiece.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if pieces else "replace")
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; "" while a character is incomplete, for skipped and for unknown ids."""
+        """Returns the text that `token_id` completes: "" within a character, for skipped and for unknown ids."""
         if token_id in self._skipped:
             return ""
         if self._is_between and (text := self._whole.get(token_id)) is not None:
@@ -67,7 +67,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """The rest: the bytes of an incomplete character become U+FFFD."""
+        """Returns the rest: the bytes of an incomplete character become U+FFFD."""
         return self._text(b"", final=True)
 
     def _text(self, data: bytes, *, final: bool = False) -> str:
@@ -86,7 +86,7 @@ class Tokenizer:
     token_bytes: Mapping[int, bytes]
     special_ids: frozenset[int]
     pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
-    _whole: dict[int, str] = field(default_factory=dict)  # texts of tokens that are whole characters, as they come up
+    _whole: dict[int, str] = field(default_factory=dict)  # cached texts of tokens that are whole characters
 
     @property
     def vocab_size(self) -> int:
@@ -94,13 +94,13 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def token_id(self, token: str) -> int:
-        """The id of one token, given as the vocabulary spells it. Raises CheckpointError if there is none."""
+        """Returns the id of a token, spelt as in the vocabulary. Raises CheckpointError if there is none."""
         if (token_id := self.find_token_id(token)) is None:
             raise CheckpointError(f"the tokenizer has no token {token!r}; take all tokenizer files from one checkpoint")
         return token_id
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of `text`, without `prefix_ids`.
+        """Returns the ids of `text`, without `prefix_ids`.
 
         With `specials` the special tokens written in `text` are read as such, as the official code does with a rendered
         prompt. Without, they stay ordinary text; added tokens that are not special, such as <tool_call>, are read as
@@ -115,12 +115,12 @@ class Tokenizer:
         return self._encode_all(text) if specials else self._encode_plain(text)
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
-        """Text of `ids`; broken UTF-8 becomes U+FFFD, spaces are left as they are."""
+        """Returns the text of `ids`; broken UTF-8 becomes U+FFFD, spaces are left as they are."""
         stream = self.stream(skip_specials=skip_specials)
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self, *, skip_specials: bool = True) -> TextStream:
-        """A fresh decoder for a sequence whose ids come one by one."""
+        """Starts to decode a sequence whose ids come one by one."""
         skipped = self.special_ids if skip_specials else ()
         return TextStream(self.token_bytes, skipped, self._whole, pieces=self.pieces)
 
@@ -206,7 +206,7 @@ def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
 def _with_added(
     folder: Path, base: tokenizers.Tokenizer, added: Mapping[int, AddedToken], hidden: Collection[str]
 ) -> tokenizers.Tokenizer:
-    """A tokenizer that shares the vocabulary of `base` and reads all added tokens but the `hidden` ones."""
+    """Builds a tokenizer that shares the vocabulary of `base` and reads all added tokens but the `hidden` ones."""
     result = tokenizers.Tokenizer(base.model)
     result.normalizer = base.normalizer
     result.pre_tokenizer = base.pre_tokenizer
@@ -228,7 +228,7 @@ def _with_added(
 
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
-    """As the slow InternLM2 and InternLM3 tokenizers (remote code): text between added tokens is encoded on its own."""
+    """Encodes text between added tokens by itself, as the slow InternLM2 and InternLM3 tokenizers do."""
     path = folder / "tokenizer.model"
     try:
         from sentencepiece import SentencePieceProcessor
@@ -246,7 +246,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     added |= {token.content: token_id for token_id, token in declared.items()}
     special_ids = frozenset(own) | {token_id for token_id, token in declared.items() if token.special}
     visible = {t: i for t, i in added.items() if i not in special_ids and t not in TEMPLATE_TOKENS}
-    # A special token may sit on an unused piece of the model, whose own spelling must not lead to it: bytes instead.
+    # A special token may use an unused piece of the model. Text spelt like the piece must not give it, but bytes.
     spelled = {
         token_id: [model.piece_to_id(f"<0x{byte:02X}>") for byte in model.id_to_piece(token_id).encode()]
         for token, token_id in added.items()
@@ -321,12 +321,4 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
-    return value
+    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}

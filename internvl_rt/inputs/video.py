@@ -1,4 +1,4 @@
-"""Videos in, RGB frames out: the official choice of frames on a stream that is counted, not believed.
+"""Reads videos as RGB frames: the official choice of frames, from a stream whose frames are counted.
 
 Only this module imports PyAV (`av`), when a video is read.
 """
@@ -19,34 +19,33 @@ if TYPE_CHECKING:
     from av import CodecContext, VideoFrame, VideoStream
     from av.container import InputContainer
 
-# Playlists (HLS, DASH, concat) would open further files and URLs, and rarely used decoders are an attack surface.
+# Playlists (HLS, DASH, concat), which open further files and URLs, and rarely used decoders are left out for safety.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 _DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,theora,mjpeg,prores,gif"
 
-_WHOLE = (-100_000.0, 100_000.0)  # seconds; what the official code takes as no bound
+_WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no bound
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """What `load_video` refuses to go beyond."""
+    """The limits beyond which `load_video` refuses a video."""
 
-    num_frames: int = 108_000  # decoded to reach the end, or the end of the bound: an hour at 30 per second
-    frame_pixels: int = 1 << 25  # of one frame: 8K has 33.2 million
-    total_pixels: int = 1 << 28  # of all frames returned: 32 in 4K, which are 1 GiB as PIL images
+    num_frames: int = 108_000  # frames decoded up to the end, or the end of the bound: an hour at 30 per second
+    frame_pixels: int = 1 << 25  # pixels of one frame: 8K has 33.2 million
+    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K, which are 1 GiB as PIL images
 
 
 def choose_frame_indices(
     num_frames: int, fps: float, num_segments: int = 32, bound: tuple[float, float] | None = None
 ) -> list[int]:
-    """The middle frame of each of `num_segments` equal spans (official `get_index`, InternVL README.md).
+    """Returns the middle frame of each of `num_segments` equal spans (official `get_index`).
 
-    Args:
-        num_frames: frames in the video, at least 1; the last index is num_frames - 1.
-        fps: frames per second.
-        num_segments: length of the result, at least 1; short videos repeat frames.
-        bound: start and end in seconds, both finite. A start beyond the end of the video gives indices beyond it.
+    num_frames: frames in the video, at least 1; the last index is num_frames - 1.
+    fps: frames per second.
+    num_segments: length of the result, at least 1; short videos repeat frames.
+    bound: start and end in seconds, both finite. A start beyond the end of the video gives indices beyond it.
     """
     start_s, end_s = bound or _WHOLE
     start = max(0, round(start_s * fps))
@@ -62,21 +61,18 @@ def load_video(
     bound: tuple[float, float] | None = None,
     limits: VideoLimits | None = None,
 ) -> list[Image.Image]:
-    """Read the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
+    """Reads the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
 
-    The number of frames is that of the decoded stream: the one in the header only decides whether decoding once is
+    The decoded stream decides how many frames there are: the number in the header only decides whether decoding once is
     enough. At most the returned frames are held; an index that occurs twice gives the same object. Frames are turned as
     the container asks, pixels that are not square stay as they are.
 
-    Args:
-        source: path, `data:` URL or encoded bytes.
-        num_segments: number of frames, at least 1.
-        bound: start and end in seconds; by default the whole video.
-        limits: by default `VideoLimits()`.
+    source: path, `data:` URL or encoded bytes.
+    num_segments: number of frames, at least 1.
+    bound: start and end in seconds; by default the whole video.
 
-    Raises:
-        MediaError: the video cannot be read, is beyond the limits, or PyAV is not installed.
-        RequestError: `num_segments` or `bound` is invalid, or `bound` lies outside the video.
+    Raises MediaError if the video cannot be read, is beyond the limits, or PyAV is not installed; RequestError if
+    `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
     if not 1 <= num_segments <= limits.num_frames:
@@ -111,7 +107,7 @@ def load_video(
 def _decode(
     stream: BinaryIO, name: str, chosen: set[int], needed: int, limits: VideoLimits
 ) -> tuple[int, dict[int, Image.Image]]:
-    """Decode at most `needed` frames; returns how many there were and the chosen ones among them."""
+    """Decodes at most `needed` frames; returns their number and the chosen ones among them."""
     num_frames, num_pixels, frames = 0, 0, {}
     with _open_track(stream, name, limits) as (container, track):
         for frame in container.decode(track):
@@ -138,21 +134,21 @@ def _to_image(frame: "VideoFrame") -> Image.Image:
 
 @contextmanager
 def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """The container and its main video stream, ready to be decoded from the first frame."""
+    """Opens the container and its main video stream, ready to be decoded from the first frame."""
     import av
 
     stream.seek(0)
     options = {
         "format_whitelist": _CONTAINERS,
         "codec_whitelist": _DECODERS,
-        # Stops frames that grow on the way; FFmpeg counts their padding, hence the slack.
+        # Stops frames that grow during decoding; FFmpeg counts their padding, hence the slack.
         "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
     with av.open(stream, "r", options=options, metadata_errors="replace") as container:
         track = container.streams.best("video")
         if not isinstance(track, av.VideoStream):
             raise MediaError(f"{name} has no video stream")
-        context: CodecContext | None = track.codec_context  # None where FFmpeg knows no decoder
+        context: CodecContext | None = track.codec_context  # None if FFmpeg has no decoder
         if context is None or context.codec.name not in _DECODERS.split(","):
             codec = context.codec.name if context else "an unknown codec"
             raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
@@ -160,7 +156,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
             raise MediaError(
                 f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed"
             )
-        context.options = options  # those of `open` only reach the decoders that probe the file
+        context.options = options  # the options of `open` only reach the decoders that probe the file
         track.thread_type = "AUTO"
         yield container, track
 

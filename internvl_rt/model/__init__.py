@@ -1,16 +1,15 @@
-"""The forward pass and nothing above it: weights, the operations they are multiplied with, both towers, a KV cache's view.
+"""The forward pass and nothing above it: weights, the operations that they are multiplied with, and both towers.
 
 It loads neither a tokenizer nor the scheduler, so that it can be used, tested, quantised and sharded alone.
 """
 
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.ops_triton import TRITON, triton_ops
+from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.weights import load_weights, save_weights
 
 __all__ = [
     "TORCH",
-    "TRITON",
     "InternVL",
     "ModelWeights",
     "Ops",

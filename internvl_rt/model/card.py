@@ -1,4 +1,4 @@
-"""A model's static card: what follows from its config.json alone."""
+"""A model's card: the sizes and limits that follow from its config.json alone."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.steps.kv_cache import kv_bytes_per_token
+from internvl_rt.model.work import kv_bytes_per_token
 
-GPUS_GIB = (24, 48, 80, 141)  # memory of common ones
+GPUS_GIB = (24, 48, 80, 141)  # memory of common GPUs
 
 
 def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
-    """Sizes and limits, as plain values for JSON. Nothing is loaded; parameters are counted on the meta device.
+    """Sizes and limits as plain values for JSON. Parameters are counted on the meta device, so nothing is loaded.
 
-    `fits` says for each size of GPU memory whether 16-bit weights fit, and how many tokens of 16-bit KV cache the rest
-    would hold: an upper bound, since activations and the CUDA context take their share.
+    `fits` says for each size of GPU memory whether 16-bit weights fit, and at most how many tokens of 16-bit KV cache
+    fit beside them. Activations and the CUDA context leave room for fewer.
     """
     counts = {"vision": 0, "projector": 0, "decoder": 0}
     for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():

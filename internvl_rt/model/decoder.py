@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
-from internvl_rt.model.ops import Linear, Norm, Ops
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Ops
+from internvl_rt.model.step_inputs import LayerCache, StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +45,12 @@ def run_layers(
     step: StepInputs,
     x_TD: Tensor,
 ) -> Tensor:
-    """What the last layer leaves; the keys and values of every token are left in the cache."""
+    """x_TD behind the last layer. The keys and values of every token are written to their slots in the caches."""
     for layer, cache in zip(weights.layers, caches, strict=True):
-        k_cache, v_cache = cache.k_cache_BGPC, cache.v_cache_BGPC
-        q_THC = ops.norm_qkv_rope_kv(
-            x_TD,
-            layer.norm1,
-            layer.qkv,
-            layer.q_norm,
-            layer.k_norm,
-            step.position_T,
-            inv_freq_C,
-            k_cache,
-            v_cache,
-            step.slot_T,
-        )
-        y_THC = ops.paged_attention(q_THC, k_cache, v_cache, step.batch)
-        x_TD = ops.linear_residual(y_THC.flatten(1), layer.o, x_TD)
-        y_TF = ops.norm_linear_swiglu(x_TD, layer.norm2, layer.gate_up)
-        x_TD = ops.linear_residual(y_TF, layer.down, x_TD)
+        projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
+        q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, inv_freq_C, cache, step.slot_T)
+        y_THC = ops.paged_attention(q_THC, cache, step.batch)
+        x_TD = ops.linear(y_THC.flatten(1), layer.o, residual=x_TD)
+        y_TF = ops.linear(x_TD, layer.gate_up, norm=layer.norm2, activation="swiglu")
+        x_TD = ops.linear(y_TF, layer.down, residual=x_TD)
     return x_TD

@@ -1,4 +1,4 @@
-"""The whole model as one value: configuration, weights, operations; and the two passes over them."""
+"""The whole model as one value: configuration, weights and operations, with a pass over each tower."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
-from internvl_rt.model.ops import Linear, Norm, Ops, padded_rows
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
+from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
-from internvl_rt.steps.kv_cache import LayerCache
-from internvl_rt.steps.step import StepInputs
 
+ROW_MULTIPLE = 16  # elements; Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
+ParameterPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,15 @@ class ModelWeights:
 
 
 class InternVL:
-    """A model ready to run: frozen weights, one table of operations."""
+    """A model ready to run: frozen weights and a table of operations.
+
+    buffers: tensors on the device that are no weights
+    """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
-        self.buffers = (self._inv_freq_C,)  # tensors on the device beside the weights
+        self.buffers = (self._inv_freq_C,)
 
     @property
     def device(self) -> torch.device:
@@ -49,29 +54,32 @@ class InternVL:
         )
 
     def embed(self, step: StepInputs) -> Tensor:
-        """x_TD of a step's tokens, the visual ones in their places."""
+        """x_TD of a step's tokens. Visual tokens take the place of their placeholders."""
         x_TD = self.ops.embed_tokens(step.token_id_T, step.drawn_R, self.weights.decoder.embedding_VD)
         if step.visual_XD is not None and step.visual_row_X is not None:
             self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
         return x_TD
 
     def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
-        """What the decoder's last layer leaves of x_TD, in its memory or not; all keys and values are in the cache."""
+        """x_TD behind the decoder's last layer, perhaps in the memory of the given one. Fills the caches' slots."""
         return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
 
     def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
-        """The decoder's x_RD, of the rows whose logits are wanted: prefill chunks and decodes together."""
+        """x_RD behind the decoder's last layer, of the rows whose logits are wanted. Fills the caches' slots."""
         x_TD = self.run_layers(step, self.embed(step), caches)
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of what `run_step` returns; in `out`, of `logits_memory`, where that is given."""
-        return self.ops.norm_linear(x_RD, self.weights.decoder.norm, self.weights.decoder.lm_head, out)
+        """Logits [R, V] of what `run_step` returns. They are written to `out`, which is `logits_memory` by default."""
+        weights = self.weights.decoder
+        out = self.logits_memory(len(x_RD)) if out is None else out
+        return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)
 
     def logits_memory(self, num_rows: int) -> Tensor:
-        """Memory for logits [num_rows, V], every row of which is read as fast as can be."""
-        embedding_VD = self.weights.decoder.embedding_VD
-        return padded_rows(num_rows, len(embedding_VD), embedding_VD)
+        """Memory for logits [num_rows, V], every row of which begins at a multiple of ROW_MULTIPLE elements."""
+        num_columns = self.weights.decoder.lm_head.num_outputs
+        stride = -(-num_columns // ROW_MULTIPLE) * ROW_MULTIPLE
+        return torch.empty(num_rows, stride, dtype=self.dtype, device=self.device)[:, :num_columns]
 
 
 def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
@@ -140,21 +148,23 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
 
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
     """Every parameter by its dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
+    return {".".join(map(str, path)): tensor for path, tensor in walk_parameters(weights)}
 
-    def walk(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+
+def walk_parameters(weights: ModelWeights) -> Iterator[tuple[ParameterPath, Tensor]]:
+    """As `named_parameters`, with the fields and indices of each path, such as ("decoder", "layers", 3, "qkv", ...)."""
+    seen: set[int] = set()
+
+    def walk(path: ParameterPath, value: Any) -> Iterator[tuple[ParameterPath, Tensor]]:
         if isinstance(value, Tensor):
-            yield path, value
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield path, value
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
-                yield from walk(f"{path}.{index}", item)
+                yield from walk((*path, index), item)
         elif is_dataclass(value):
             for field in fields(value):
-                yield from walk(f"{path}.{field.name}" if path else field.name, getattr(value, field.name))
+                yield from walk((*path, field.name), getattr(value, field.name))
 
-    parameters: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, tensor in walk("", weights):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            parameters[path] = tensor
-    return parameters
+    return walk((), weights)

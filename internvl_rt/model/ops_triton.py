@@ -1,17 +1,21 @@
-"""Tables of Triton kernels: `Ops` for CUDA devices (and, slowly, for Triton's interpreter)."""
+"""Tables of the Triton kernels, for CUDA devices. They run in Triton's interpreter too, slowly."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvWorkspace, build_gemv_workspace
+from internvl_rt.errors import RequestError
+from internvl_rt.kernels._gemv_plan import MAX_ROWS, build_gemv_workspace
+from internvl_rt.kernels._launch import target_of
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.embed_tokens import embed_tokens
-from internvl_rt.kernels.gemm_epilogue import linear, linear_gelu, linear_residual
+from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.gemv import gemv
 from internvl_rt.kernels.gemv_qkv import gemv_qkv
 from internvl_rt.kernels.layer_norm import layer_norm
@@ -25,91 +29,67 @@ from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.ops import (
-    Batch,
-    Linear,
-    Norm,
-    Ops,
-    Sampling,
-    bias_of,
-    padded_rows,
-    qk_weights,
-    sampling_arguments,
-)
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Activation, Ops
+from internvl_rt.model.step_inputs import Batch, LayerCache, Sampling
 
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
 
-def _norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.bias_D is None:
-        return rms_norm(x, norm.weight_D, norm.eps)
-    return layer_norm(x, norm.weight_D, norm.bias_D, norm.eps)
-
-
-def _linear(x: Tensor, part: Linear) -> Tensor:
-    return linear(x, part.weight_NK, part.bias_N)
-
-
-def _patch_embed(tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
-    return patch_embed(tiles, patch.weight_NK, bias_of(patch), class_E, position_UE)
-
-
-def _vit_attention(qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None) -> Tensor:
-    return vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
-
-
-def _linear_residual_norm(
-    y_RK: Tensor, part: Linear, x_RE: Tensor, scale_E: Tensor, norm: Norm | None
-) -> tuple[Tensor, Tensor]:
-    """The product alone, then bias, LayerScale, residual and norm in one pass over the rows."""
-    if norm is None:
-        x_RE = linear_residual(y_RK, part.weight_NK, part.bias_N, x_RE, scale_E, out=x_RE)
-        return x_RE, x_RE
-    product_RE = linear(y_RK, part.weight_NK, None)
-    normed_RE = add_norm(x_RE, product_RE, part.bias_N, scale_E, norm.weight_D, norm.bias_D, norm.eps, out=product_RE)
-    return x_RE, normed_RE
-
-
-def _unshuffle_norm(x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, version: Literal["v1", "v2"]) -> Tensor:
-    return unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
-
-
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What the kernels can do with and without, so that each can be timed, and a fault can be told from its use."""
+    """Features of the kernels that can be turned off, to time them and to find out whether they cause a fault."""
 
-    programmatic_launch: bool = True  # kernels of decode steps start before the one before them has ended (sm_90 on)
+    programmatic_launch: bool = True  # kernels of a decode step start before the previous one has ended (sm_90 on)
 
 
-class _FewRows:
-    """The products and the attention of a decode step, and the wider ones of the same moves.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TritonOps(Ops):
+    """Calls the kernels as `Ops` says, and fused kernels in their place where there are any.
 
-    They share memory between calls, so one of these serves one stream.
+    The fused kernels share memory between calls. Therefore a table serves one stream, and every engine has its own.
     """
 
-    def __init__(self, switches: Switches) -> None:
-        self._programmatic_launch = switches.programmatic_launch
-        self._workspaces: dict[torch.device, GemvWorkspace] = {}
-        self._counters: dict[torch.device, Tensor] = {}
+    switches: Switches
+    _shared: dict[torch.device, dict[str, Any]] = field(default_factory=dict)  # see _shared_arguments
+    _counters: dict[torch.device, Tensor] = field(default_factory=dict)  # see _zero_counters
 
-    def norm_linear(self, x: Tensor, norm: Norm, part: Linear, out: Tensor | None) -> Tensor:
-        if out is None:
-            out = padded_rows(len(x), len(part.weight_NK), x)
-        if _is_decode(x, norm):
-            weights = part.weight_NK, part.bias_N, norm.weight_D
-            return gemv(x, *weights, norm.eps, out=out, **self._shared(x.device))
-        return linear(_norm(x, norm), part.weight_NK, part.bias_N, out=out)
+    def linear(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        norm: Norm | None = None,
+        bias: bool = True,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        scale_N: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `Ops.linear`. A product of the decoder is one kernel when it has few rows.
 
-    def norm_linear_swiglu(self, x: Tensor, norm: Norm, gate_up: Linear) -> Tensor:
-        if _is_decode(x, norm):
-            weights = gate_up.weight_NK, gate_up.bias_N, norm.weight_D
-            return gemv(x, *weights, norm.eps, activation="swiglu", **self._shared(x.device))
-        return swiglu(_linear(_norm(x, norm), gate_up))
+        The decoder's products have an RMSNorm or a residual. The vision tower has the plain ones and those with GELU
+        or LayerScale, always of many rows.
+        """
+        out = residual if out is None else out
+        is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
+        if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= MAX_ROWS):
+            rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out}
+            return Ops.linear(self, x, linear, norm=norm, bias=bias, activation=activation, **rest)
+        norm_weight_K, eps = (None, 0.0) if norm is None else (norm.weight_D, norm.eps)
+        operands = x, linear.weight_NK, linear.bias_N, norm_weight_K, eps
+        shared = self._shared_arguments(x.device)
+        return gemv(*operands, activation=activation, residual_RN=residual, out=out, **shared)
 
-    def linear_residual(self, y: Tensor, part: Linear, x: Tensor) -> Tensor:
-        if _is_decode(y):
-            return gemv(y, part.weight_NK, part.bias_N, None, 0.0, residual_RN=x, out=x, **self._shared(x.device))
-        return linear_residual(y, part.weight_NK, part.bias_N, x, None, out=x)
+    def linear_residual_norm(
+        self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Ops.linear_residual_norm`. Everything but the product is one pass over the rows."""
+        if norm is None:
+            return Ops.linear_residual_norm(self, y, linear, residual, scale_N, norm)
+        product = self.linear(y, linear, bias=False)
+        weights = norm.weight_D, norm.bias_D, norm.eps
+        return residual, add_norm(residual, product, linear.bias_N, scale_N, *weights, out=product)
 
     def norm_qkv_rope_kv(
         self,
@@ -120,45 +100,50 @@ class _FewRows:
         k_norm: Norm | None,
         position_T: Tensor,
         inv_freq_C: Tensor,
-        k_cache_BGPC: Tensor,
-        v_cache_BGPC: Tensor,
+        cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        where = position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T
-        if q_norm is None and _is_decode(x_TD, norm):
-            head_dim = k_cache_BGPC.shape[3]
-            num_heads = len(qkv.weight_NK) // head_dim - 2 * k_cache_BGPC.shape[1]
-            weights = norm.weight_D, norm.eps, qkv.weight_NK, qkv.bias_N
-            return gemv_qkv(x_TD, *weights, *where, num_heads, **self._shared(x_TD.device))
-        return qkv_rope_kv(_linear(_norm(x_TD, norm), qkv), *qk_weights(q_norm, k_norm), *where)
+        """As `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows and no norms on q and k."""
+        if q_norm is not None or norm.bias_D is not None or not 0 < len(x_TD) <= MAX_ROWS:
+            where = position_T, inv_freq_C, cache, slot_T
+            return Ops.norm_qkv_rope_kv(self, x_TD, norm, qkv, q_norm, k_norm, *where)
+        _, num_kv_heads, _, head_dim = cache.k_cache_BGPC.shape
+        num_heads = qkv.num_outputs // head_dim - 2 * num_kv_heads
+        weights = norm.weight_D, norm.eps, qkv.weight_NK, qkv.bias_N
+        places = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
+        return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
-    def paged_attention(self, q_THC: Tensor, k_cache_BGPC: Tensor, v_cache_BGPC: Tensor, batch: Batch) -> Tensor:
-        """Sequences with one new token by the split kernel, the others behind them by the causal one."""
+    def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
+        """As `Ops.paged_attention`. Sequences with one new token have a kernel of their own, whose work is split."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
-        caches = k_cache_BGPC, v_cache_BGPC
+        caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
             assert batch.split_start_S1 is not None, "a cache for these kernels plans the splits"
             assert batch.split_W3 is not None, "a cache for these kernels plans the splits"
             decodes = batch.block_table_SN[:n], batch.seq_len_S[:n], batch.split_start_S1[: n + 1], batch.split_W3
-            counters_SG = self._zero_counters(q_THC.device, n, k_cache_BGPC.shape[1])
-            operands = (q_THC[:n], *caches, *decodes, counters_SG)
-            decode_attention(*operands, programmatic_launch=self._programmatic_launch, out=y_THC[:n])
+            operands = (q_THC[:n], *caches, *decodes, self._zero_counters(q_THC.device, n, caches[0].shape[1]))
+            decode_attention(*operands, programmatic_launch=self.switches.programmatic_launch, out=y_THC[:n])
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_S1[n:], batch.seq_len_S[n:]
             prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, out=y_THC)
         return y_THC
 
-    def _shared(self, device: torch.device) -> dict[str, Any]:
-        """What every product of few rows is launched with: how, and what its splits leave for the last of them."""
-        workspace = self._workspaces.get(device)
-        if workspace is None:
-            workspace = self._workspaces[device] = build_gemv_workspace(device)
-        return {"workspace": workspace, "programmatic_launch": self._programmatic_launch}
+    def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
+        sample(logits_RV, *sampling, out=token_id_R)
+
+    def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
+        """The arguments that all products of few rows have in common. The parts of a product meet in the workspace."""
+        shared = self._shared.get(device)
+        if shared is None:
+            workspace = build_gemv_workspace(device)
+            shared = {"workspace": workspace, "programmatic_launch": self.switches.programmatic_launch}
+            self._shared[device] = shared
+        return shared
 
     def _zero_counters(self, device: torch.device, rows: int, kv_heads: int) -> Tensor | None:
-        """How many splits of a row have arrived, for decode attention: zeros, which every call leaves as zeros.
+        """Counters with which decode attention counts the finished parts of a row: zeros before and after every call.
 
-        None where there are so many that the call must make its own.
+        None where so many are needed that the call must make its own.
         """
         if rows * kv_heads > MAX_COUNTERS:
             return None
@@ -168,41 +153,28 @@ class _FewRows:
         return counters[: rows * kv_heads].view(rows, kv_heads)
 
 
-def _is_decode(x: Tensor, norm: Norm | None = None) -> bool:
-    """Whether the rows are few enough to be multiplied as fast as the weight is read; an RMSNorm goes in front."""
-    return 0 < len(x) <= MAX_ROWS and (norm is None or norm.bias_D is None)
-
-
-def _sample(logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
-    sample(logits_RV, **sampling_arguments(sampling), out=token_id_R)
-
-
-def triton_ops(switches: Switches = Switches()) -> Ops:
-    """A table with memory of its own that its kernels share: for one stream, so one for each engine."""
-    few = _FewRows(switches)
-    return Ops(
+def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:
+    """A table for one stream of a device. Raises RequestError for a device on which the kernels cannot run."""
+    try:
+        target = target_of(device)
+    except ValueError as error:
+        raise RequestError(f"backend 'triton' cannot run here: {error}; choose 'torch'") from error
+    return TritonOps(
         name="triton",
-        plans_splits=True,
         captures_graphs=True,
         resizes_on_device=True,
+        num_split_items=partial(num_split_items, num_sms=target.num_sms),
         resize_tiles=resize_tiles,
-        patch_embed=_patch_embed,
-        norm=_norm,
-        vit_attention=_vit_attention,
-        linear=_linear,
-        linear_gelu=lambda x, part: linear_gelu(x, part.weight_NK, part.bias_N),
-        linear_residual_norm=_linear_residual_norm,
-        unshuffle_norm=_unshuffle_norm,
+        patch_embed=patch_embed,
+        layer_norm=layer_norm,
+        rms_norm=rms_norm,
+        gemm_epilogue=gemm_epilogue,
+        swiglu=swiglu,
+        vit_attention=vit_attention,
+        unshuffle_norm=unshuffle_norm,
         embed_tokens=embed_tokens,
         place_visual_tokens=place_visual_tokens,
-        norm_qkv_rope_kv=few.norm_qkv_rope_kv,
-        paged_attention=few.paged_attention,
-        norm_linear=few.norm_linear,
-        norm_linear_swiglu=few.norm_linear_swiglu,
-        linear_residual=few.linear_residual,
-        sample=_sample,
+        qkv_rope_kv=qkv_rope_kv,
         copy_blocks=copy_blocks,
+        switches=switches,
     )
-
-
-TRITON = triton_ops()  # for whoever runs the kernels on one stream, without an engine

@@ -5,7 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from internvl_rt.model.ops import Linear, Norm, Ops
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,5 +20,5 @@ def project_tiles(
     ops: Ops, weights: ProjectorWeights, x_RE: Tensor, num_tiles: int, factor: int, version: Literal["v1", "v2"]
 ) -> Tensor:
     """Visual tokens [I, M, D] of ViT features [I * U, E]."""
-    y_IMK = ops.unshuffle_norm(x_RE, num_tiles, weights.norm, factor, version)
-    return ops.linear(ops.linear_gelu(y_IMK, weights.fc1), weights.fc2)
+    y_IMK = ops.merge_patches(x_RE, num_tiles, weights.norm, factor, version)
+    return ops.linear(ops.linear(y_IMK, weights.fc1, activation="gelu"), weights.fc2)

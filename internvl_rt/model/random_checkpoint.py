@@ -16,11 +16,10 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, parse_confi
 from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.checkpoint.json_section import Section, read_json
 from internvl_rt.errors import CheckpointError, ConfigError
-from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
-from internvl_rt.model.weights import DIALECTS, FLOATS, Placement, plan_placements
+from internvl_rt.model.weights import DIALECTS, FLOATS, PlannedTensor, plan_tensors
 
-RANDOM_PREFIX = "random:"  # of a model's name, where an engine is to make its weights itself
+RANDOM_PREFIX = "random:"  # starts a model's name where the engine is to make the weights itself
 
 _ADDED_FROM = 151643  # the official id of the first added token
 _QWEN_SPECIAL = [
@@ -45,11 +44,13 @@ def write_random_checkpoint(
 ) -> None:
     """Writes a checkpoint folder in the original format, complete or not at all, taking the memory of one tensor.
 
-    model: one of `KNOWN_MODELS`, the path of a config.json or its folder, or the content of a config.json. A tensor
-    depends on `seed` and its name: matrices and biases are normal with deviation 0.02, norms 1, LayerScale uniform in
-    0.1 ... 1, so that logits are finite at any size. The tokenizer is a byte-level BPE without merges: 256 bytes,
-    unused entries, and the official added tokens at their ids 151643 ... 151673, or at the end of a smaller vocabulary.
-    An InternLM2-layout model (the 9B) gets the same files, although its own tokenizer is a sentencepiece one.
+    model: one of `KNOWN_MODELS`, the path of a config.json or its folder, or the content of a config.json.
+    seed: with its name it decides what a tensor holds. Matrices and biases are normal with deviation 0.02, norms 1,
+        LayerScale uniform in 0.1 ... 1, so that logits are finite at any size.
+
+    The tokenizer is a byte-level BPE without merges: 256 bytes, unused entries, and the official added tokens at their
+    ids 151643 ... 151673, or at the end of a smaller vocabulary. An InternLM2-layout model (the 9B) gets the same
+    files, although its own tokenizer is a sentencepiece one.
 
     Raises CheckpointError if `folder` is there and not empty, or the disk too small; ConfigError for an unsupported
     model.
@@ -58,22 +59,22 @@ def write_random_checkpoint(
     top = _find(model)
     config = _parse(top)
     internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
-    plan = plan_placements(config, DIALECTS["internlm2" if internlm2 else "original"])
+    plan = plan_tensors(config, DIALECTS["internlm2" if internlm2 else "original"])
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there already and is not an empty folder; give a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(math.prod(place.shape) for place in plan.values()) * dtype.itemsize
+    num_bytes = sum(math.prod(planned.shape) for planned in plan.values()) * dtype.itemsize
     if (free := shutil.disk_usage(folder.parent).free) < num_bytes * 1.01:
         raise CheckpointError(f"{folder.parent} has {free:,} bytes free, but the weights take {num_bytes:,}; make room")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
         _write_json(unfinished / "config.json", {**top.values, "torch_dtype": str(dtype).removeprefix("torch.")})
-        _write_tokenizer(unfinished, config.decoder.vocab_size)
+        write_random_tokenizer(unfinished, config.decoder.vocab_size)
         write_tensors(
             unfinished,
-            {name: place.shape for name, place in plan.items()},
+            {name: planned.shape for name, planned in plan.items()},
             lambda name: _random_tensor(seed, name, plan[name], dtype),
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
@@ -82,23 +83,16 @@ def write_random_checkpoint(
 
 
 def random_config(model: str | Path) -> ModelConfig:
-    """Of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
+    """The configuration of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
     return _parse(_find(model))
-
-
-def random_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The one that `write_random_checkpoint` writes. Raises ConfigError."""
-    with tempfile.TemporaryDirectory() as scratch:
-        _write_tokenizer(Path(scratch), config.decoder.vocab_size)
-        return load_tokenizer(Path(scratch))
 
 
 def random_weights(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ModelWeights:
-    """Weights made where they are to be, without a file or a copy, distributed as `write_random_checkpoint` says.
+    """Random weights on `device`, made there without a file or a copy, distributed as `write_random_checkpoint` says.
 
-    A parameter depends on `seed`, its path, the dtype and the kind of device.
+    What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
     """
     weights = build_weights(config, dtype=dtype, device=device)
     for path, parameter in named_parameters(weights).items():
@@ -122,8 +116,8 @@ def _find(model: str | Path | Mapping[str, Any]) -> Section:
     return read_json(path / "config.json" if path.is_dir() else path)
 
 
-def _random_tensor(seed: int, name: str, place: Placement, dtype: torch.dtype) -> Tensor:
-    return _fill(torch.empty(place.shape, dtype=dtype), place.parameter, f"{seed} {name}")
+def _random_tensor(seed: int, name: str, planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
+    return _fill(torch.empty(planned.shape, dtype=dtype), planned.placements[0].parameter, f"{seed} {name}")
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
@@ -139,7 +133,8 @@ def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
             return tensor.normal_(0, 0.02, generator=generator)
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Writes the tokenizer of `write_random_checkpoint`. Raises ConfigError."""
     added = _QWEN_SPECIAL + _QWEN_PLAIN + _INTERNVL
     first = min(_ADDED_FROM, vocab_size - len(added))
     if first < 256:

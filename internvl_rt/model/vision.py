@@ -6,7 +6,8 @@ from itertools import zip_longest
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import VisionConfig
-from internvl_rt.model.ops import Linear, Norm, Ops
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,15 @@ class VisionWeights:
 
 
 def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: Tensor) -> Tensor:
-    """Features [I * U, E], patches first, after the last layer (there is no final norm) of `patch_embed`'s tiles."""
-    x_RE = ops.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
+    """Features [I * U, E] of tiles as `Ops.embed_tiles` takes them, patches first. No norm follows the last layer."""
+    x_RE = ops.embed_tiles(tiles, weights.patch, weights.class_E, weights.position_UE)
     n_RE = ops.norm(x_RE, weights.layers[0].norm1)
     for layer, next_layer in zip_longest(weights.layers, weights.layers[1:]):
-        # One name for what passes from move to move: a second would keep its memory to the end of the layer.
+        # One name for all results between the moves: a second would keep its tensor alive to the end of the layer.
         y_RK = ops.linear(n_RE, layer.qkv)
-        y_RK = ops.vit_attention(y_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
+        y_RK = ops.attend_tiles(y_RK, len(tiles), config.head_dim, layer.q_norm, layer.k_norm)
         x_RE, n_RE = ops.linear_residual_norm(y_RK, layer.proj, x_RE, layer.scale1_E, layer.norm2)
-        y_RK = ops.linear_gelu(n_RE, layer.fc1)
+        y_RK = ops.linear(n_RE, layer.fc1, activation="gelu")
         next_norm = next_layer.norm1 if next_layer else None
         x_RE, n_RE = ops.linear_residual_norm(y_RK, layer.fc2, x_RE, layer.scale2_E, next_norm)
     return x_RE

@@ -1,24 +1,27 @@
 """Checkpoint tensors to parameters: one table of names for each dialect, read in both directions.
 
-`plan_placements` spells a dialect out for a configuration, as tensor name -> rows of a parameter. It cuts every
-parameter into rows without overlap or gap, so weights are complete exactly if every planned tensor is there. Loading
-copies along the plan, saving goes the other way.
+`plan_tensors` spells a dialect out for a configuration: every tensor that a checkpoint holds, and where its values
+belong. The plan cuts every parameter into rows without overlap or gap, so weights are complete exactly if every planned
+tensor is there. Loading copies along the plan, saving goes the other way.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.folder import Checkpoint, write_tensors
 from internvl_rt.errors import CheckpointError
-from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
+from internvl_rt.model.internvl import ModelWeights, ParameterPath, build_weights, named_parameters, walk_parameters
 
-# `#` is the layer's number; `{a,b}` are several tensors that fill the parameter's rows in this order.
+# Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
+# the parameter's rows in this order. A path that ends at a linear or a norm stands for its weight and its bias.
 # fmt: off
 _VISION = (  # parameters      original name                   -hf name
     ("class_E",                "embeddings.class_embedding",   "embeddings.cls_token"),
@@ -55,9 +58,13 @@ _DECODER = (  # parameters     Qwen2, Qwen3, Llama                 InternLM2
 # fmt: on
 
 
+# This tensor holds one group of rows for each key/value head: its query heads, its key, its value.
+_GROUPED = "layers.#.attention.wqkv"
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """A naming of the tensors: columns of the tables, and what stands before the names."""
+    """One way to name the tensors: which columns of the tables it uses, and what stands before their names."""
 
     vision_prefix: str
     vision_column: int
@@ -67,99 +74,125 @@ class Dialect:
     lm_head: str
 
     def table(self) -> dict[str, str]:
+        """The tensors' names by the parameter's path, both with `#` for indices."""
         rows = [(f"vision.{row[0]}", self.vision_prefix + row[self.vision_column]) for row in _VISION]
         rows += [(f"projector.{row[0]}", self.projector_prefix + row[self.vision_column]) for row in _PROJECTOR]
         rows += [(f"decoder.{row[0]}", self.decoder_prefix + row[self.decoder_column]) for row in _DECODER]
         return {**dict(rows), "decoder.lm_head": self.lm_head}
 
+    def telltales(self) -> set[str]:
+        """A few tensors of every checkpoint in this dialect, which together none has in another one."""
+        table = self.table()
+        norms = {f"{table[path].replace('#', '0')}.weight" for path in ("decoder.layers.#.norm1", "projector.norm")}
+        return norms | {table["vision.class_E"], table["decoder.embedding_VD"]}
+
 
 DIALECTS: Mapping[str, Dialect] = {
     "original": Dialect("vision_model.", 1, "", "language_model.model.", 1, "language_model.lm_head"),
     "internlm2": Dialect("vision_model.", 1, "", "language_model.model.", 2, "language_model.output"),
-    # Two ways in which transformers names the same: in the files on the hub, and in memory and some newer files.
+    # transformers names the same tensors in two ways: in the files on the hub, and in memory and some newer files.
     "hf": Dialect("vision_tower.", 2, "multi_modal_projector.", "language_model.model.", 1, "language_model.lm_head"),
     "hf-nested": Dialect(
         "model.vision_tower.", 2, "model.multi_modal_projector.", "model.language_model.", 1, "lm_head"
     ),
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_PARAMETER = re.compile(r"(?P<module>.+?)(\.(?P<kind>weight|bias)_[A-Z]+)?")
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Buffers that some versions of transformers wrote, and a training-time token that the class declares but does not use.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where one tensor of a checkpoint belongs: rows [start, stop) of a parameter, whatever the tensor's own shape."""
+class Placement(NamedTuple):
+    """Rows [start, stop) of a parameter, and the part of a stored tensor that fills them.
+
+    rows, columns: of the stored tensor as a matrix, whose columns are its last dimension; by default all of it.
+    """
 
     parameter: str
     start: int
     stop: int
-    shape: tuple[int, ...]  # in the file
-    # (key/value heads, channels) of a merged wqkv, whose rows go by key/value head: its query heads, its key, its value
-    grouped: tuple[int, int] | None = None
+    rows: slice = slice(None)
+    columns: slice = slice(None)
 
 
-def plan_placements(config: ModelConfig, dialect: Dialect) -> dict[str, Placement]:
-    """Every tensor that a checkpoint in this dialect must hold, and its place."""
+class PlannedTensor(NamedTuple):
+    """A tensor that a checkpoint must hold: its shape there, and where its values belong."""
+
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+
+
+def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTensor]:
+    """Every tensor that a checkpoint in this dialect must hold, by name."""
     v, d, table = config.vision, config.decoder, dialect.table()
-    parameters = named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta"))
     shapes_in_file = {
         "vision.class_E": (1, 1, v.hidden_size),
         "vision.position_UE": (1, 1 + v.num_patches, v.hidden_size),
         "vision.patch.weight_NK": (v.hidden_size, 3, v.patch_size, v.patch_size),
     }
     plan = {}
-    for path, parameter in parameters.items():
-        match = _PARAMETER.fullmatch(path)
-        assert match, path
-        layer = _LAYER.search(path)
-        pattern = table[_LAYER.sub("#", match["module"])].replace("#", layer[0] if layer else "#")
-        suffix = f".{match['kind']}" if match["kind"] else ""
-        names = [name + suffix for name in _expand(pattern)]
-        num_rows = parameter.shape[0]
-        kv_rows = v.hidden_size if path.startswith("vision.") else d.num_kv_heads * d.head_dim
-        sizes = [num_rows - 2 * kv_rows, kv_rows, kv_rows] if len(names) == 3 else [num_rows // len(names)] * len(names)
-        grouped = (d.num_kv_heads, d.head_dim) if pattern.endswith(".wqkv") else None
-        start = 0
-        for name, size in zip(names, sizes, strict=True):
-            shape = shapes_in_file.get(path, (size, *parameter.shape[1:]))
-            plan[name] = Placement(path, start, start + size, shape, grouped)
-            start += size
+    for path, parameter in walk_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")):
+        dotted, num_rows = ".".join(map(str, path)), len(parameter)
+        pattern, names = find_names(table, path)
+        if pattern.endswith(_GROUPED):
+            (name,) = names
+            plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(dotted, d))
+            continue
+        sizes = [num_rows // len(names)] * len(names)
+        if len(names) == 3:  # q, k and v
+            kv_rows = v.hidden_size if path[0] == "vision" else d.num_kv_heads * d.head_dim
+            sizes = [num_rows - 2 * kv_rows, kv_rows, kv_rows]
+        for name, size, stop in zip(names, sizes, accumulate(sizes), strict=True):
+            shape = shapes_in_file.get(dotted, (size, *parameter.shape[1:]))
+            plan[name] = PlannedTensor(shape, (Placement(dotted, stop - size, stop),))
     return plan
 
 
-def _expand(pattern: str) -> list[str]:
-    """["a.x_b", "a.y_b"] of "a.{x,y}_b"."""
-    before, brace, rest = pattern.partition("{")
+def find_names(table: Mapping[str, str], path: ParameterPath) -> tuple[str, list[str]]:
+    """The pattern of the tensors that fill a parameter, and their names in the order of its rows."""
+    fields = ["#" if isinstance(field, int) else field for field in path]
+    pattern, suffix = table.get(".".join(fields)), ""
+    if pattern is None:  # the weight or the bias of a linear or a norm
+        pattern, suffix = table[".".join(fields[:-1])], f".{fields[-1].partition('_')[0]}"
+    before, *parts = pattern.split("#")
+    indices = [field for field in path if isinstance(field, int)]
+    name = before + "".join(f"{index}{part}" for index, part in zip(indices, parts, strict=True))
+    before, _, rest = name.partition("{")
     inside, _, after = rest.partition("}")
-    return [before + part + after for part in inside.split(",")] if brace else [pattern]
+    return pattern, [before + part + after + suffix for part in inside.split(",")]
+
+
+def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
+    """Where the rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
+    queries = c.num_heads // c.num_kv_heads
+    sizes = [queries * c.head_dim, c.head_dim, c.head_dim]
+    firsts = [0, c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
+    placements, stored = [], 0
+    for group in range(c.num_kv_heads):
+        for size, first in zip(sizes, firsts, strict=True):
+            start = first + group * size
+            placements.append(Placement(parameter, start, start + size, slice(stored, stored + size)))
+            stored += size
+    return tuple(placements)
 
 
 def load_weights(
     checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
 ) -> ModelWeights:
-    """The checkpoint's weights in `dtype` on `device`; the dialect is the one whose names it uses.
+    """The checkpoint's weights in `dtype` on `device`.
 
     Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
     before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers.
     """
-    names = checkpoint.entries.keys()
-    dialect = max(DIALECTS.values(), key=lambda one: len(plan_placements(config, one).keys() & names))
+    dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
     config = _settle_tying(checkpoint, config, dialect)
-    plan = plan_placements(config, dialect)
+    plan = plan_tensors(config, dialect)
     _check(checkpoint, config, dialect, plan)
     weights = build_weights(config, dtype=dtype, device=device)
     parameters = named_parameters(weights)
     for name in (name for name in checkpoint.entries if name in plan):
-        place = plan[name]
-        rows = parameters[place.parameter][place.start : place.stop]
-        if place.grouped is None:
-            checkpoint.read_into(name, rows)
-        else:
-            for ours, stored in _pair_rows(rows, checkpoint.tensor(name), place.grouped):
-                ours.copy_(stored)
+        for place in plan[name].placements:
+            rows = parameters[place.parameter][place.start : place.stop]
+            checkpoint.read_into(name, rows, place.rows, place.columns)
     return weights
 
 
@@ -167,39 +200,29 @@ def save_weights(
     weights: ModelWeights, config: ModelConfig, folder: Path, *, dialect: Dialect, max_shard_bytes: int = 5 << 30
 ) -> None:
     """Writes what `load_weights` reads, in the parameters' dtype; config.json and the tokenizer are not written."""
-    plan, parameters = plan_placements(config, dialect), named_parameters(weights)
+    plan, parameters = plan_tensors(config, dialect), named_parameters(weights)
+    dtype = weights.decoder.embedding_VD.dtype
 
     def make(name: str) -> Tensor:
-        place = plan[name]
-        rows = parameters[place.parameter][place.start : place.stop].cpu()
-        if place.grouped is None:
-            return rows
-        tensor = torch.empty(place.shape, dtype=rows.dtype)
-        for ours, stored in _pair_rows(rows, tensor, place.grouped):
-            stored.copy_(ours)
+        planned = plan[name]
+        tensor = torch.empty(planned.shape, dtype=dtype)
+        matrix = tensor.view(-1, tensor.shape[-1])
+        for place in planned.placements:
+            part = matrix[place.rows, place.columns]
+            part.copy_(parameters[place.parameter][place.start : place.stop].reshape(part.shape))
         return tensor
 
-    shapes = {name: place.shape for name, place in plan.items()}
-    dtype = weights.decoder.embedding_VD.dtype
+    shapes = {name: planned.shape for name, planned in plan.items()}
     write_tensors(folder, shapes, make, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
-def _pair_rows(rows: Tensor, wqkv: Tensor, grouped: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the same values: of all q, all k, all v in order, and of a tensor that is grouped by key/value head."""
-    num_kv_heads, head_dim = grouped
-    by_group = wqkv.view(num_kv_heads, -1, head_dim, wqkv.shape[1])
-    by_head = rows.view(-1, head_dim, rows.shape[1])
-    yield by_head[: -2 * num_kv_heads].view(by_group[:, :-2].shape), by_group[:, :-2]
-    yield by_head[-2 * num_kv_heads : -num_kv_heads], by_group[:, -2]
-    yield by_head[-num_kv_heads:], by_group[:, -1]
-
-
 def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect) -> ModelConfig:
-    """The configuration that holds for this checkpoint, where it has an lm_head although its config ties it.
+    """The configuration, with `tie_embeddings` as this checkpoint means it.
 
-    An lm_head equal to the embedding changes nothing. One that differs is used in the -hf format, as transformers does.
+    A checkpoint may hold an lm_head although its config ties it to the embedding. One that is equal changes nothing;
+    one that differs is used in the -hf format, as transformers does, and refused in the original format.
     """
-    head, (embedding,) = f"{dialect.lm_head}.weight", _expand(dialect.table()["decoder.embedding_VD"])
+    head, embedding = f"{dialect.lm_head}.weight", dialect.table()["decoder.embedding_VD"]
     if not config.decoder.tie_embeddings or not {head, embedding} <= checkpoint.entries.keys():
         return config
     if checkpoint.same_bytes(head, embedding):
@@ -212,7 +235,7 @@ def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect)
     return replace(config, decoder=replace(config.decoder, tie_embeddings=False))
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: Mapping[str, Placement]) -> None:
+def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: Mapping[str, PlannedTensor]) -> None:
     entries, head = checkpoint.entries, f"{dialect.lm_head}.weight"
     missing = [name for name in plan if name not in entries]
     if len(missing) == len(plan):
@@ -223,11 +246,9 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: 
     extra = [name for name in entries if name not in plan and not _IGNORED.fullmatch(name)]
     if config.decoder.tie_embeddings and head in extra:
         extra.remove(head)
-    both = [(name, place, entries[name]) for name, place in plan.items() if name in entries]
+    both = [(name, planned.shape, entries[name]) for name, planned in plan.items() if name in entries]
     shapes = [
-        f"{name} is {list(entry.shape)}, expected {list(place.shape)}"
-        for name, place, entry in both
-        if entry.shape != place.shape
+        f"{name} is {list(entry.shape)}, expected {list(shape)}" for name, shape, entry in both if entry.shape != shape
     ]
     dtypes = [f"{name} is {entry.dtype}" for name, _, entry in both if entry.dtype not in FLOATS]
     problems = [

@@ -1,8 +1,8 @@
-"""What a pass has to do at least, in FLOPs and bytes, and how long a device needs for that: the floor under its time.
+"""The least work of a pass in FLOPs and bytes, and the least time that a device needs for it.
 
-Only products and attention are counted as FLOPs. Bytes are weights, read once, embeddings, keys and values: what no
-implementation can keep on the chip. Norms, rotary positions, softmax and activations are left out, so a floor is below
-what any kernel reaches. The functions are pure, so that benches, tests and the engine count alike.
+FLOPs are those of products and attention. Bytes are weights (read once), embeddings, keys and values: what no
+implementation can keep on the chip. Norms, rotary positions, softmax and activations are left out, so that no kernel
+can take less time than counted here. The functions are pure, so that benches, tests and the engine count alike.
 """
 
 from collections.abc import Sequence as Items
@@ -28,7 +28,7 @@ NO_WORK = Work(0, 0)
 
 @dataclass(slots=True)
 class Tally:
-    """Time and work of one stage, summed up. Plain numbers: it is added to for every request of every step."""
+    """Time and work of one stage, summed up. The numbers are plain, because a step adds to them for each request."""
 
     seconds: float = 0.0
     flops: int = 0
@@ -44,12 +44,17 @@ class Tally:
         return Work(self.flops, self.bytes)
 
 
+def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
-    """One pass of vision tower and projector over so many tiles; nothing for none."""
+    """One pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none."""
     if num_tiles == 0:
         return NO_WORK
     vision, width = config.vision, config.vision.hidden_size
-    rows = vision.num_patches + 1  # of a tile, the class token's with them
+    rows = vision.num_patches + 1  # of a tile, with the class token
     patch = 3 * vision.patch_size**2 * width
     layer = 4 * width**2 + 2 * width * vision.intermediate_size
     merged, visual = width * config.downsample**2, config.decoder.hidden_size
@@ -69,14 +74,15 @@ def decoder_work(
 ) -> Work:
     """One step of the decoder, logits included.
 
-    chunk_lens: the tokens that are computed of each sequence; seq_lens: those and all before them, whose keys and
-    values are read, once for each sequence even where sequences share them. Every computed token's own are written.
+    chunk_lens: how many tokens of each sequence are computed; their keys and values are written
+    seq_lens: how many tokens each sequence has with these; their keys and values are read, once for each sequence, even
+        where sequences share them
     """
     width, num_tokens, num_seen = config.hidden_size, sum(chunk_lens), sum(seq_lens)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
     head = config.vocab_size * width
-    # A token sees itself and all before it: of a chunk of n with s in all, n * s - (0 + 1 + ... + n - 1) pairs.
+    # A token attends to itself and all before it. A chunk of n in a sequence of s: n * s - (0 + 1 + ... + n - 1) pairs.
     num_pairs = sum(map(mul, chunk_lens, seq_lens)) - (sum(map(mul, chunk_lens, chunk_lens)) - num_tokens) // 2
     flops = config.num_layers * (2 * num_tokens * matrices + 4 * num_pairs * q) + 2 * num_logit_rows * head
     vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
@@ -89,19 +95,19 @@ def decoder_work(
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What a device can do at most."""
+    """The most that a device can do."""
 
     flops_per_s: float
     bytes_per_s: float
     name: str
 
     def floor_s(self, work: Work) -> float:
-        """No device under this roof does the work in less."""
+        """Seconds below which no device under this roof can do the work."""
         return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
 
 
-# By CUDA's name for the device, from NVIDIA's data sheets: TFLOP/s of dense products of 16-bit numbers with float32
-# sums, TFLOP/s in float32 proper (the kernels do not round to TF32), GB/s of memory.
+# From NVIDIA's data sheets, by CUDA's device name: TFLOP/s of dense products of 16-bit numbers with float32 sums,
+# TFLOP/s of float32 products without rounding to TF32, GB/s of memory.
 _DATA_SHEETS = {
     "NVIDIA A100-SXM4-80GB": (312.0, 19.5, 2039.0),
     "NVIDIA A100 80GB PCIe": (312.0, 19.5, 1935.0),
@@ -114,12 +120,12 @@ _DATA_SHEETS = {
 
 
 def roof_of(device: torch.device, dtype: torch.dtype) -> Roof | None:
-    """By the data sheet; None for the CPU and for devices whose data sheet is not known here."""
+    """The device's roof by its data sheet; None for the CPU and for devices whose data sheet is not in the table."""
     return None if device.type != "cuda" else data_sheet_roof(torch.cuda.get_device_name(device), dtype)
 
 
 def data_sheet_roof(device_name: str, dtype: torch.dtype) -> Roof | None:
-    """As `roof_of`, by the name that CUDA gives a device."""
+    """As `roof_of`, for a device with this CUDA name."""
     if device_name not in _DATA_SHEETS:
         return None
     half, single, memory = _DATA_SHEETS[device_name]

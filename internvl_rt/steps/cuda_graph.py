@@ -1,8 +1,8 @@
-"""CUDA graphs: many kernels as one launch; here a pass of the vision tower, in `step_graph` the decoder's steps.
+"""CUDA graphs launch many kernels at once: here a pass of the vision tower, in `step_graph` the decoder's steps.
 
-A pass is some two hundred kernels of a few microseconds; launched one by one, the CPU takes longer than the GPU. The
-graphs of a kind share one memory pool: the largest is captured first and the others find its memory. They must not run
-at the same time, and a result is dead after the next replay.
+A pass is some two hundred kernels of a few microseconds, which the CPU launches more slowly than the GPU runs them. The
+graphs of a kind share one memory pool: the largest is captured first and the others reuse its memory. So they must not
+run at the same time, and a replay overwrites earlier results.
 """
 
 import threading
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Replay(NamedTuple):
-    """What a capture gives: `run` computes again, into `result`."""
+    """A captured graph: `run` computes again, into `result`."""
 
     run: Callable[[], None]
     result: Tensor
@@ -23,11 +23,11 @@ class Replay(NamedTuple):
 
 Capture = Callable[[Callable[[], Tensor]], Replay]
 
-TILE_BUCKETS = (*range(1, 14), 16)  # the next larger bucket runs, on whatever lies in the tiles behind
+TILE_BUCKETS = (*range(1, 14), 16)  # other numbers of tiles run in the next larger bucket, padded with old tiles
 
 
 class TileGraphs:
-    """Runs `encode`, uint8 tiles [I, S, S, 3] to visual tokens [I, M, D], from graphs that are captured here."""
+    """Captures `encode`, from uint8 tiles [I, S, S, 3] to visual tokens [I, M, D], in graphs and runs them."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class TileGraphs:
         return len(self._tiles)
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """Visual tokens [I, M, D], memory of their own, of 1 to `max_tiles` uint8 tiles on any device."""
+        """Returns visual tokens [I, M, D] in new memory, for 1 to `max_tiles` uint8 tiles on any device."""
         num_tiles = len(tiles)
         replay = self._replays[min(bucket for bucket in self._replays if bucket >= num_tiles)]
         self._tiles[:num_tiles].copy_(tiles, non_blocking=True)
@@ -55,23 +55,22 @@ class TileGraphs:
         return replay.result[:num_tiles].clone()
 
 
-# torch keeps one state of its random numbers, which every capture begins and ends: captures of a process exclude each
-# other.
+# Every capture changes torch's one state of random numbers, so a process captures one graph at a time.
 _CAPTURING = threading.Lock()
 
 
 def cuda_capture() -> Capture:
     """Captures what is launched on the current stream, into one pool. Replays belong on the same stream.
 
-    Other threads may go on working on other streams meanwhile, and allocate. What they must not do is to wait for the
-    whole device, which is why `torch.cuda.graph`, which does that, is not used.
+    Other threads may meanwhile launch on other streams and allocate, but must not wait for the whole device;
+    `torch.cuda.graph` does that, so it is not used.
     """
     pool = torch.cuda.graph_pool_handle()
     with _CAPTURING:
-        torch.cuda.empty_cache()  # a capture cannot ask for what the allocator keeps for others
+        torch.cuda.empty_cache()  # a capture cannot take memory that the allocator keeps
 
     def capture(compute: Callable[[], Tensor]) -> Replay:
-        compute()  # compiles what is not compiled yet, which a capture cannot
+        compute()  # compiles kernels, which cannot be done within a capture
         graph = torch.cuda.CUDAGraph()
         with _CAPTURING:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")

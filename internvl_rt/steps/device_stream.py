@@ -1,10 +1,10 @@
 """A stream on which an engine's device does one thing after another, and copies that the host does not wait for.
 
-On the CPU there are no streams: everything is done when it is called, and nothing here has anything to do.
+On the CPU there are no streams: work is done when it is called, and this module does nothing.
 
-Memory that was allocated on one stream and is used on another must not be given away before that use has ended:
-`record_stream` tells torch's allocator so. Pinned memory comes from torch's host allocator, which gives it away only
-when the copies from and to it have ended.
+Memory that was allocated on one stream and is used on another must not be reused before that use has ended:
+`record_stream` tells torch's allocator so. Pinned memory comes from torch's host allocator, which reuses it only when
+the copies from and to it have ended.
 """
 
 import time
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class DeviceStream:
-    """A stream of a device that no other object of this class has, as long as torch has one left."""
+    """A stream of a device that no other DeviceStream has, as long as torch has one left."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -31,7 +31,7 @@ class DeviceStream:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """What the calling thread launches inside goes to this stream."""
+        """Sends what the calling thread launches inside the `with` block to this stream."""
         if self._stream is None:
             yield
             return
@@ -39,7 +39,7 @@ class DeviceStream:
             yield
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors that the calling thread's stream has filled, or is filling, are used on this stream from now on."""
+        """Makes this stream wait for the calling thread's stream, whose tensors it uses from now on."""
         if self._stream is None:
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -47,7 +47,7 @@ class DeviceStream:
             tensor.record_stream(self._stream)
 
     def hand_over(self, tensor: Tensor) -> Tensor:
-        """A tensor of this stream, which the calling thread's stream uses from now on: in order."""
+        """Makes the calling thread's stream wait for this stream, whose tensor it uses from now on."""
         if self._stream is not None:
             caller = torch.cuda.current_stream(self.device)
             caller.wait_stream(self._stream)
@@ -60,8 +60,8 @@ class DeviceStream:
             self._stream.synchronize()
 
 
-# torch makes 32 streams and gives them out in turn, again and again. Two engines on one would wait for each other, and
-# what one launches while the other captures a graph would become part of that.
+# torch has 32 streams and gives them out in turn, again and again. Two engines on one would wait for each other, and a
+# graph that one captures would contain what the other launches.
 _NUM_STREAMS = 32
 _IN_USE: "WeakValueDictionary[tuple[int, int], DeviceStream]" = WeakValueDictionary()
 
@@ -78,19 +78,19 @@ class Arriving(NamedTuple):
     """A tensor that a stream may still be filling."""
 
     tensor: Tensor
-    filled: torch.cuda.Event | None = None  # None: it is there
+    filled: torch.cuda.Event | None = None  # None: the tensor is filled
 
     @classmethod
     def on_current_stream(cls, tensor: Tensor) -> "Arriving":
-        """What the current stream fills with what it has been given so far."""
+        """Wraps a tensor that the current stream fills with the work it has been given so far."""
         if tensor.device.type != "cuda":
             return cls(tensor)
         filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
         filled.record(torch.cuda.current_stream(tensor.device))
         return cls(tensor, filled)
 
-    def take(self) -> Tensor:
-        """The tensor, for what the current stream is given from now on."""
+    def get(self) -> Tensor:
+        """Returns the tensor. Work that the current stream is given from now on finds it filled."""
         if self.tensor.device.type == "cuda":
             stream = torch.cuda.current_stream(self.tensor.device)
             if self.filled is not None:
@@ -100,10 +100,10 @@ class Arriving(NamedTuple):
 
 
 class Moment:
-    """A point on the timeline of the device's current stream; of a CPU, on the host's."""
+    """A point in time on the device's current stream, or on the host's clock for a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.host_s = time.perf_counter()  # when the host asked for it
+        self.host_s = time.perf_counter()  # when the host recorded it
         self._event = None
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -114,14 +114,14 @@ class Moment:
             self._event.synchronize()
 
     def seconds_until(self, later: "Moment") -> float:
-        """Both have passed."""
+        """Both moments must have passed."""
         if self._event is None or later._event is None:
             return later.host_s - self.host_s
         return float(self._event.elapsed_time(later._event)) / 1e3
 
 
 class Fence:
-    """The last point of the current stream at which it was set; the host may wait until the stream has passed it."""
+    """A point of the current stream, which may be set again; the host can wait until the stream has passed it."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -131,13 +131,13 @@ class Fence:
             self._event.record()
 
     def wait(self) -> None:
-        """Returns at once where it was never set."""
+        """Returns at once if the fence was never set."""
         if self._event is not None:
             self._event.synchronize()
 
 
 def on_this_stream(work: Callable[[], T], device: torch.device) -> Callable[[], T]:
-    """`work` for another thread to do, on the stream that is the calling thread's now."""
+    """Returns `work` for another thread, on the stream that the calling thread uses now."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -150,14 +150,14 @@ def on_this_stream(work: Callable[[], T], device: torch.device) -> Callable[[], 
 
 
 def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory [size] of the host that is copied to or from the device without waiting."""
+    """Allocates host memory [size] that is copied to or from the device without waiting."""
     return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """The same tensor on the device, where the current stream finds it; the host goes on without waiting.
+    """Copies a tensor to the device, in the order of the current stream; the host does not wait.
 
-    The host may change what it gave, unless that is pinned. Nothing is copied where the device is the CPU.
+    The host may change its tensor afterwards, unless that is pinned. If the device is the CPU, nothing is copied.
     """
     if device.type != "cuda" or host.device.type != "cpu":
         return host.to(device)
@@ -165,7 +165,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host that is filled when the current stream has come so far."""
+    """Returns a host copy that is filled when the current stream has reached this point."""
     if tensor.device.type != "cuda":
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,14 +1,11 @@
 """The paged KV cache: C++ decides which block holds which token, torch owns the memory.
 
-A block holds `block_size` tokens of every layer. Sequences hold whole blocks, which they share where their beginnings
-are the same; the kernels find a sequence's tokens through its row of the block table and write new ones by slot,
-`block * block_size + offset`.
+A block holds `block_size` tokens of every layer. Sequences hold whole blocks and share those of a common prefix.
+Kernels find a sequence's tokens through its row of the block table and write new ones by slot, `block * block_size +
+offset`.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -18,28 +15,19 @@ from torch import Tensor
 from internvl_rt._C import PagedKVCache
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.inputs.picture import Picture
+from internvl_rt.model.ops import Ops
+from internvl_rt.model.step_inputs import LayerCache
+from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.device_stream import to_device
-from internvl_rt.steps.sequence import Picture, Sequence
-
-CopyBlocks = Callable[[Tensor, Tensor, Tensor], None]  # pool, source blocks, destination blocks
+from internvl_rt.steps.sequence import Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
-ON_DEVICE, TO_HOST, TO_DEVICE = 0, 1, 2  # kinds of copies, as csrc/paged_kv_cache.h numbers them
-WATERMARK = 50  # one block in so many is kept for the growth of those that run when others want to be admitted
-IDENTITY_VERSION = b"1"  # of what a block holds and of what its digest covers
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys (rotated) and values of one decoder layer, by block, head, place in the block and channel."""
-
-    k_cache_BGPC: Tensor
-    v_cache_BGPC: Tensor
+WATERMARK = 50  # admission leaves this fraction of the blocks, 1 / WATERMARK, for running sequences to grow
 
 
 class KVCache:
-    """`blocks` keeps the books (see csrc/paged_kv_cache.h), `layers` holds the memory, zeroed."""
+    """`blocks` (csrc/paged_kv_cache.h) knows which block holds what; `layers` is the memory, zeroed at first."""
 
     def __init__(
         self,
@@ -49,41 +37,36 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        num_host_blocks: int = 0,
-        num_sms: int = 0,
-        copy_blocks: CopyBlocks = copy_blocks_reference,
+        ops: Ops,
     ) -> None:
-        """Takes `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
+        """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
-        num_host_blocks: room in the host's memory for sequences that are swapped out. num_sms: of a device whose decode
-        attention wants a split plan, else 0. copy_blocks: how blocks are copied on the device.
+        ops: copies blocks on the device, and says how attention is split.
         Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
         """
         if block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-        self.block_size, self.num_kv_heads, self.num_sms = block_size, config.num_kv_heads, num_sms
+        self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
         watermark_blocks = num_blocks // WATERMARK
-        self._copy = copy_blocks
-        self.blocks = PagedKVCache(
-            num_blocks, block_size, num_host_blocks=num_host_blocks, watermark_blocks=watermark_blocks
-        )
+        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark_blocks)
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
         self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
-        self._host_pool = _zeros((config.num_layers, 2, num_host_blocks, *block_shape), dtype, torch.device("cpu"))
-        if device.type == "cuda" and num_host_blocks:
-            self._host_pool = self._host_pool.pin_memory()
         self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
-        self.buffers = (self._device_pool,)  # all that `layers` are parts of
+        self.buffers = (self._device_pool,)  # the tensors that `layers` are views of
+
+    def num_split_items(self, num_rows: int) -> int:
+        """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan."""
+        return self._ops.num_split_items(num_rows, self._num_kv_heads)
 
     def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
-        """How many leading tokens of a prompt are cached: whole blocks, and at most all tokens but one."""
+        """Counts the leading tokens of a prompt that are cached: whole blocks, and at most all tokens but one."""
         return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
 
     def admit(self, sequence: Sequence) -> int | None:
-        """Takes blocks for the tokens that a sequence has.
+        """Takes blocks for all tokens of a sequence.
 
-        Returns how many leading tokens are cached, or None for no room, and then nothing has changed.
+        Returns how many leading tokens are cached, or None if there is no room; then nothing has changed.
         """
         return self.blocks.admit(
             sequence.seq_id,
@@ -95,13 +78,13 @@ class KVCache:
         )
 
     def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
-        """Slots for each sequence's next tokens; False for no room, and then nothing has changed."""
-        return self.blocks.append_batch(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+        """Takes slots for each sequence's next tokens. False: there is no room, and nothing has changed."""
+        return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
 
     def publish(self, final: Items[tuple[Sequence, int]]) -> None:
-        """Lets others reuse the first tokens of sequences, given with how many, once the steps under way have ended.
+        """Lets others reuse the first tokens of sequences, given with their number, when launched steps have ended.
 
-        Their ids must be known, and they must have been computed.
+        The ids must be known, and steps must compute the tokens or have computed them.
         """
         if not final:
             return
@@ -115,11 +98,11 @@ class KVCache:
         self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
 
     def end_step(self, step: int, *, failed: bool = False) -> None:
-        """All steps up to this one have ended on the device; if it failed, nothing that it wrote will be reused."""
+        """Records that all steps up to this one have ended; nothing that a failed one wrote will be reused."""
         self.blocks.complete(step, failed=failed)
 
     def end_all_steps(self) -> None:
-        """After a failure: no step is under way, and what waits for the next one, as copied blocks do, waits no more.
+        """Records, after a failure, that all steps have ended, and makes the block copies that wait for a step.
 
         Nothing that the failed step wrote will be reused.
         """
@@ -129,43 +112,18 @@ class KVCache:
         self.end_step(step, failed=True)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
-        """Makes the copies [number, 3] of (kind, source, destination) that `take_copies` lists, in their order.
+        """Copies blocks from (source, destination) pairs [number, 2], as `take_copies` lists them.
 
-        Copies on the device that follow each other are one operation over all layers. Nobody waits for any of them.
+        One operation copies all layers, and the host does not wait for it.
         """
-        for kind, run in groupby(copies.tolist(), key=lambda copy: copy[0]):
-            pairs = np.array(list(run), np.int64)[:, 1:].T
-            if kind == ON_DEVICE:
-                source, destination = to_device(torch.from_numpy(pairs.copy()), self._device_pool.device)
-                self._copy(self._device_pool, source, destination)
-                continue
-            pools = (self._device_pool, self._host_pool)
-            from_pool, to_pool = pools[kind == TO_DEVICE], pools[kind == TO_HOST]
-            for from_kind, to_kind in zip(from_pool.flatten(0, 1), to_pool.flatten(0, 1), strict=True):
-                for from_block, to_block in pairs.T.tolist():
-                    to_kind[to_block].copy_(from_kind[from_block], non_blocking=True)
-
-
-def build_identity(**parts: str | int | float | bytes | None) -> bytes:
-    """All that keys and values depend on besides tokens and pictures, as one string for the prefix index.
-
-    Every part is typed and has its length in front, so that no two different sets of parts look the same.
-    """
-
-    fields = [IDENTITY_VERSION]
-    for name, value in sorted(parts.items()):
-        fields += [name.encode(), type(value).__name__.encode()]
-        fields.append(value if isinstance(value, bytes) else repr(value).encode())
-    return b"".join(len(field).to_bytes(8, "little") + field for field in fields)
+        if len(copies):
+            pairs = torch.from_numpy(np.ascontiguousarray(copies.T, np.int64))
+            source, destination = to_device(pairs, self._device_pool.device)
+            self._ops.copy_blocks(self._device_pool, source, destination)
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
     return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
-
-
-def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def plan_num_blocks(
@@ -177,10 +135,10 @@ def plan_num_blocks(
     max_num_seqs: int,
     max_model_len: int | None,
 ) -> int:
-    """Blocks for `max_num_seqs` sequences of `max_model_len` tokens, or as many of them as `cache_bytes` holds.
+    """Counts blocks for `max_num_seqs` sequences of `max_model_len` tokens, at most those that fit `cache_bytes`.
 
-    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do.
-    Raises RequestError when the cache cannot hold a single sequence of `max_model_len`.
+    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do. Raises
+    RequestError if the cache cannot hold a single sequence of `max_model_len`.
     """
     bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
     affordable = cache_bytes // bytes_per_block
@@ -192,7 +150,7 @@ def plan_num_blocks(
             "raise kv_cache_bytes or lower max_model_len"
         )
     used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
-    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the last is admitted above the watermark too
+    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # with room for the watermark
 
 
 def _ceil_div(tokens: int, block_size: int) -> int:
@@ -200,8 +158,8 @@ def _ceil_div(tokens: int, block_size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu" or 0 in shape:
+    if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros are calloc's: the system commits a page when a token is first written to it. torch's are written.
+    # numpy.zeros calls calloc: the system commits a page when it is first written. torch.zeros writes every page.
     num_bytes = dtype.itemsize * int(np.prod(shape))
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

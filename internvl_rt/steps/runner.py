@@ -1,68 +1,61 @@
-"""Runs steps on the device: encodes the pictures they touch, computes their tokens, draws the next ones.
+"""Runs steps on the device: encodes their pictures, computes their tokens, draws the next ones.
 
-A step is launched and collected later, so that on a GPU the next one can be launched while it runs. What it draws stays
-on the device, where the next step finds it, and comes to the host beside. Between the launch of a step and the launch
-of the next nothing waits for the device.
+A step is launched and collected later, so that on a GPU the next one can be launched while it runs. The drawn tokens
+stay on the device, where the next step reads them, and are also copied to the host. From one launch to the next the
+host does not wait for the device.
 
-All work goes to one stream, whatever the calling thread's own stream is: steps follow each other whoever runs them.
+All work goes to one stream, whatever the calling thread's own stream is, so steps run one after another.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import Work, decoder_work, vision_work
 from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
 from internvl_rt.steps.sampler import Sampler, forbid
-from internvl_rt.steps.sequence import Picture
-from internvl_rt.steps.step import Chunk, Step, StepInputs, build_step
+from internvl_rt.steps.step import Chunk, Step, build_step
 from internvl_rt.steps.step_graph import DecodeGraphs, PrefillGraphs, prefill_buckets
+from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
 MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture has at most 13 by default
-SCORED_PER_PASS = 256  # rows whose logits exist at a time when a prompt is scored: 155 MB of float32 at 152k tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log-probability by the model itself, before penalties and temperature; and the likeliest tokens."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # token ids with their log-probabilities, the likeliest first
+SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155 MB of float32 at 152k tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     token_ids: list[int]  # one for each draw of the step
-    logprobs: list[TokenLogprob | None]  # of the drawn tokens, where wanted
-    scores: list[list[TokenLogprob]]  # one list for each of the step's scores
+    logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
+    scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
     vision_s: float
     decoder_s: float  # decoder and sampling
-    num_tiles: int  # that were encoded
+    num_tiles: int  # encoded tiles
     vision_work: Work
     decoder_work: Work
 
 
 @dataclass(slots=True)
-class Running:
-    """A step under way. Tensors are on the host, and filled when `done` has passed."""
+class LaunchedStep:
+    """A step that runs on the device. Its tensors are on the host; they are filled when `done` has passed."""
 
     step: Step
-    number: int  # as the cache counts steps
+    number: int  # the KV cache's number for this step
     start: Moment
     encoded: Moment
     done: Moment
     num_tiles: int
     token_id_R: Tensor
-    drawn: "_Logprobs | None"
-    scores: list["_Logprobs"] = field(default_factory=list)
+    drawn: Logprobs | None
+    scored: list[Logprobs]
 
 
 class Runner:
@@ -71,11 +64,12 @@ class Runner:
         model: InternVL,
         cache: KVCache,
         visual_cache: VisualCache,
+        uploads: Uploads,
         *,
         max_draws: int,
     ) -> None:
-        """max_draws: most that a step can draw. Everything runs kernel by kernel until `capture` is called."""
-        self._model, self._cache, self._visual_cache = model, cache, visual_cache
+        """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called."""
+        self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
         self.stream = DeviceStream(model.device)
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
         self._tile_graphs: TileGraphs | None = None
@@ -90,7 +84,7 @@ class Runner:
     def capture(
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
-        """From now on passes of the vision tower, decode steps and short prefills run from CUDA graphs."""
+        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on."""
         with self.stream.use():
             self._capture(max_num_seqs, max_model_len, max_tokens_per_step, capture or cuda_capture())
 
@@ -125,75 +119,62 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Running:
-        """Starts a step; returns before a GPU has ended it. Nothing is appended to the sequences."""
+    def launch(self, step: Step) -> LaunchedStep:
+        """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences."""
         with self.stream.use():
             return self._launch(step)
 
-    def _launch(self, step: Step) -> Running:
+    def _launch(self, step: Step) -> LaunchedStep:
         start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
         if step.has_prompts:
             for chunk in step.chunks:
                 self._encode_pictures(chunk)
         encoded = Moment(self._model.device) if step.has_prompts else start
-        scores: list[_Logprobs] = []
+        scored: list[Logprobs] = []
         is_drawn = False
         if self._decode_graphs is not None and self._decode_graphs.takes(step):
             logits_RV = self._decode_graphs.run(step)
             is_drawn = self._decode_graphs.draws(step)
         else:
-            logits_RV, scores = self._compute(step)
+            logits_RV, scored = self._compute(step)
         token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
-        return Running(
+        return LaunchedStep(
             step=step,
             number=self._cache.blocks.num_steps,
             start=start,
             encoded=encoded,
             token_id_R=token_id_R,
             drawn=drawn,
-            scores=scores,
+            scored=scored,
             done=Moment(self._model.device),
             num_tiles=self.num_encoded_tiles - num_encoded_tiles,
         )
 
-    def collect(self, running: Running) -> StepResult:
-        """Waits for a step to end."""
-        running.done.wait()
-        self._cache.end_step(running.number)
-        token_ids: list[int] = running.token_id_R.tolist()
-        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
-        if running.drawn is not None:
-            wanted = [draw.sequence.params.logprobs for draw in running.step.draws]
-            rows = [row for row, count in enumerate(wanted) if count is not None]
-            tops = [count for count in wanted if count is not None]
-            for row, logprob in zip(rows, running.drawn.read(tops), strict=True):
-                logprobs[row] = logprob
-        config, dtype, chunks = self._model.config, self._model.dtype, running.step.chunks
+    def collect(self, launched: LaunchedStep) -> StepResult:
+        """Waits for a step to end and returns its results."""
+        launched.done.wait()
+        self._cache.end_step(launched.number)
+        config, dtype, step = self._model.config, self._model.dtype, launched.step
+        stops = [chunk.stop for chunk in step.chunks]
         return StepResult(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            scores=self._read_scores(running),
-            vision_s=running.start.seconds_until(running.encoded),
-            decoder_s=running.encoded.seconds_until(running.done),
-            num_tiles=running.num_tiles,
-            vision_work=vision_work(config, dtype, running.num_tiles),
-            decoder_work=decoder_work(
-                config.decoder,
-                dtype,
-                running.step.counts,
-                [chunk.stop for chunk in chunks],
-                len(running.step.logit_rows),
-            ),
+            token_ids=launched.token_id_R.tolist(),
+            logprobs=read_drawn(step, launched.drawn),
+            scores=read_scores(step, launched.scored),
+            vision_s=launched.start.seconds_until(launched.encoded),
+            decoder_s=launched.encoded.seconds_until(launched.done),
+            num_tiles=launched.num_tiles,
+            vision_work=vision_work(config, dtype, launched.num_tiles),
+            decoder_work=decoder_work(config.decoder, dtype, step.counts, stops, len(step.logit_rows)),
         )
 
     def fail(self) -> None:
-        """A launch has failed, and no other step is under way: nothing that it wrote will be reused."""
+        """Follows a failed launch, when no other step is under way: nothing that it wrote will be reused."""
         self.stream.synchronize()
         with self.stream.use():
             self._cache.end_all_steps()
 
     def stats(self) -> dict[str, int | float]:
-        """What the caches hold and have saved; tokens and bytes."""
+        """Counts what the caches hold and have saved, in tokens and bytes."""
         books, visual = self._cache.blocks.stats(), self._visual_cache
         return {
             "kv_blocks": books["num_blocks"],
@@ -207,27 +188,29 @@ class Runner:
             "encoded_tiles": self.num_encoded_tiles,
         }
 
-    def _compute(self, step: Step) -> tuple[Tensor, list["_Logprobs"]]:
-        """Logits of the draws, and how likely the scored tokens are."""
+    def _compute(self, step: Step) -> tuple[Tensor, list[Logprobs]]:
+        """Computes the logits of the draws, and the log-probabilities of the scored tokens."""
         model = self._model
         if self._prefill_graphs is not None and self._prefill_graphs.takes(step):
             x_RD = self._prefill_graphs.run(step, model.embed)
         else:
             x_RD = model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
         logits_RV = model.logits(x_RD[: step.num_draw_rows])
-        scored = [token for score in step.scores for token in score.sequence.token_ids[score.first : score.last + 1]]
-        num_top = max((score.sequence.params.prompt_logprobs or 0 for score in step.scores), default=0)
-        scores = []
-        for first in range(0, len(scored), SCORED_PER_PASS):
+        token_ids = [
+            token_id for span in step.scored for token_id in span.sequence.token_ids[span.first : span.last + 1]
+        ]
+        num_top = max((span.sequence.params.prompt_logprobs or 0 for span in step.scored), default=0)
+        scored = []
+        for first in range(0, len(token_ids), SCORED_PER_PASS):
             rows = slice(step.num_draw_rows + first, step.num_draw_rows + first + SCORED_PER_PASS)
-            targets = to_device(torch.tensor(scored[first : first + SCORED_PER_PASS]), model.device)
-            scores.append(_Logprobs(model.logits(x_RD[rows]), targets, num_top))
-        return logits_RV, scores
+            targets = to_device(torch.tensor(token_ids[first : first + SCORED_PER_PASS]), model.device)
+            scored.append(Logprobs(model.logits(x_RD[rows]), targets, num_top))
+        return logits_RV, scored
 
-    def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, "_Logprobs | None"]:
-        """Draws tokens into `drawn_R`; returns them on the host, and how likely those are who want to know.
+    def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, Logprobs | None]:
+        """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities.
 
-        is_drawn: a graph has done it, and nobody wants to know.
+        is_drawn: a graph has drawn them already, and no log-probabilities are requested.
         """
         draws = step.draws
         if not draws:
@@ -239,7 +222,7 @@ class Runner:
         if not step.is_plain:
             logits_RV = self._rows(logits_RV, [draw.row for draw in draws])
             wanted = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
-            raw_RV = self._rows(logits_RV, wanted)  # before anything is forbidden
+            raw_RV = self._rows(logits_RV, wanted)  # before a grammar forbids tokens
             masks = {row: draw.sequence.mask_W for row, draw in enumerate(draws) if draw.sequence.mask_W is not None}
             if masks:
                 forbid(logits_RV, list(masks), np.stack(list(masks.values())))
@@ -248,28 +231,15 @@ class Runner:
         drawn = None
         if wanted and raw_RV is not None:
             num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
-            drawn = _Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
+            drawn = Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
         return to_host(token_id_R), drawn
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
-        """A copy of some rows."""
+        """Copies some rows."""
         return tensor[to_device(torch.tensor(rows, dtype=torch.int64), tensor.device)]
 
-    def _read_scores(self, running: Running) -> list[list[TokenLogprob]]:
-        tops = [
-            score.sequence.params.prompt_logprobs or 0 for score in running.step.scores for _ in range(score.num_tokens)
-        ]
-        flat: list[TokenLogprob] = []
-        for part in running.scores:
-            flat += part.read(tops[len(flat) : len(flat) + part.num_tokens])
-        found, first = [], 0
-        for score in running.step.scores:
-            found.append(flat[first : first + score.num_tokens])
-            first += score.num_tokens
-        return found
-
     def _encode_pictures(self, chunk: Chunk) -> None:
-        """A picture is encoded when the first chunk touches it and dropped when a chunk starts behind it."""
+        """Encodes a picture when the first chunk touches it, and drops it when a chunk starts after it."""
         sequence = chunk.sequence
         touched = sequence.pictures_within(chunk.start, chunk.stop)
         for index in [index for index in sequence.visual if index not in touched]:
@@ -280,23 +250,23 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Visual tokens [X, D] of a picture, for whatever the calling thread's own stream does with them."""
+        """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream."""
         with self.stream.use():
             visual_XD = self._visual_of(picture, salt)
         return self.stream.hand_over(visual_XD)
 
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
-        """Given with the picture, kept from an earlier time, or computed."""
+        """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
-            return picture.visual_XD.take().to(self._model.device, self._model.dtype)
+            return self._uploads.load(picture).get().to(self._model.device, self._model.dtype)
         visual_XD = self._visual_cache.get(picture.digest, salt)
         if visual_XD is None:
-            visual_XD = self._encode(picture.tiles().take().to(self._model.device))
+            visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))
             self._visual_cache.put(picture.digest, salt, visual_XD)
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        """Visual tokens [X, D] of one picture's tiles, which are on the device."""
+        """Encodes one picture's tiles, which are on the device, to visual tokens [X, D]."""
         self.num_encoded_tiles += len(tiles)
         parts = []
         for part in torch.split(tiles, MAX_TILES_PER_PASS):
@@ -305,24 +275,3 @@ class Runner:
             else:
                 parts.append(self._model.encode_tiles(part))
         return torch.cat(parts).flatten(0, 1)
-
-
-class _Logprobs:
-    """Log-probabilities of target tokens and of the likeliest ones, on their way to the host."""
-
-    def __init__(self, logits_RV: Tensor, target_R: Tensor, num_top: int) -> None:
-        logits_RV = logits_RV.float()
-        total_R1 = logits_RV.logsumexp(-1, keepdim=True)
-        top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
-        self.num_tokens = len(target_R)
-        self._target_R = to_host(target_R)
-        self._logprob_R = to_host((logits_RV.gather(1, target_R[:, None]) - total_R1)[:, 0])
-        self._top_id_RK, self._top_logprob_RK = to_host(top.indices), to_host(top.values - total_R1)
-
-    def read(self, num_top_R: list[int]) -> list[TokenLogprob]:
-        """With so many of the likeliest for each token."""
-        columns = (self._target_R, self._logprob_R, self._top_id_RK, self._top_logprob_RK)
-        return [
-            TokenLogprob(token_id, logprob, tuple(zip(ids[:count], logprobs[:count], strict=True)))
-            for token_id, logprob, ids, logprobs, count in zip(*(c.tolist() for c in columns), num_top_R, strict=True)
-        ]

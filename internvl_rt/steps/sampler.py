@@ -1,4 +1,4 @@
-"""What is drawn in a step, as arrays for the device. A draw depends on its logits, parameters, seed and index alone."""
+"""Arguments of a step's draws, as arrays for the device. A draw depends on its logits, parameters, seed and index."""
 
 from collections import Counter
 from collections.abc import Sequence as Items
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw
@@ -33,16 +33,16 @@ WORDS_PER_ROW = 11  # seed and counter two each, temperature, top_k, top_p, min_
 class Sampler:
     """Builds the arguments of `Ops.sample`; one copy brings them to the device.
 
-    In a decode step they are those of the step before but for the counters, so they are kept.
+    From one decode step to the next only the counters change, so the other arguments are kept.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sequences: list[Sequence] = []  # whose arguments `_flat` holds
+        self._sequences: list[Sequence] = []  # the sequences whose arguments `_flat` holds
         self._flat = np.empty(0, np.int32)
 
     def build(self, draws: Items[Draw]) -> Sampling:
-        """One row for each draw."""
+        """Returns one row for each draw."""
         sequences = [draw.sequence for draw in draws]
         lists = [_listed(draw) if draw.sequence.lists_tokens else {} for draw in draws]
         num_rows, num_listed = len(draws), sum(map(len, lists))
@@ -61,19 +61,18 @@ class Sampler:
 
 
 class PlainArguments:
-    """The arguments of draws that list no tokens, in memory of the host that one copy brings to the device.
+    """The arguments of draws that list no tokens, in host memory that one copy brings to the device.
 
-    They lie at the same places whatever is drawn, so a CUDA graph can read them: `num_rows` rows, behind the draws'
-    own such as draw greedily.
+    They lie at fixed places, so a CUDA graph can read them: `num_rows` rows; rows after those of the draws are greedy.
     """
 
     def __init__(self, flat: NDArray[np.int32], num_rows: int) -> None:
         """flat: [plain_words(num_rows)]."""
         self._flat, self._views = flat, _plain_views(flat, num_rows, np.int64, np.float32)
-        self._sequences: list[Sequence] | None = None  # whose arguments are there
+        self._sequences: list[Sequence] | None = None  # the sequences whose arguments are there
 
     def forget(self) -> None:
-        """Something else has been written there."""
+        """Must be called when something else has been written to the memory."""
         self._sequences = None
 
     def fill(self, draws: Items[Draw]) -> None:
@@ -88,12 +87,12 @@ class PlainArguments:
 
 
 def plain_words(num_rows: int) -> int:
-    """Of 32 bits, in PlainArguments; a multiple of 16 bytes."""
+    """Returns the length of PlainArguments in words of 32 bits; a multiple of 16 bytes."""
     return -(-(num_rows * WORDS_PER_ROW + num_rows + 1) // 4) * 4
 
 
 def wrap_plain(flat: Tensor, num_rows: int) -> Sampling:
-    """What PlainArguments wrote, in a copy `flat` of its memory."""
+    """Wraps what PlainArguments wrote, in a copy `flat` of its memory."""
     return Sampling(**_plain_views(flat, num_rows, torch.int64, torch.float32))
 
 
@@ -102,9 +101,9 @@ def _plain_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str
 
 
 def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) -> dict[str, Any]:
-    """The arrays inside `flat`, of numpy or torch, whose wider types are given. Those of 64 bits first: aligned."""
+    """Splits `flat` (numpy or torch) into arrays; int64 and float32 are its types. 64-bit arrays are first: aligned."""
     sizes = [2 * num_rows] * 2 + [num_rows] * 4 + [3 * num_rows, num_rows + 1, num_listed, num_listed]
-    is_tensor = isinstance(flat, Tensor)  # of which every slice takes a microsecond
+    is_tensor = isinstance(flat, Tensor)  # one split is faster: every slice of a tensor takes a microsecond
     parts: Any = torch.split(flat, sizes) if is_tensor else np.split(flat, list(accumulate(sizes))[:-1])
     found = dict(zip(_NAMES, parts, strict=True))
     for name in ("seed_R", "counter_R"):
@@ -116,7 +115,7 @@ def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) 
 
 
 def _fill(out: dict[str, np.ndarray], sequences: Items[Sequence], lists: list[dict[int, int]]) -> None:
-    """All but the counters."""
+    """Fills all arrays but the counters."""
     params = [sequence.params for sequence in sequences]
     out["seed_R"].view(np.uint64)[:] = [sequence.seed for sequence in sequences]
     for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -128,17 +127,17 @@ def _fill(out: dict[str, np.ndarray], sequences: Items[Sequence], lists: list[di
 
 
 def _listed(draw: Draw) -> dict[int, int]:
-    """Tokens that penalties act on, with how often each was generated; -1 forbids one."""
+    """Returns the tokens that penalties act on, with how often each was generated; -1 forbids a token."""
     sequence = draw.sequence
     listed: dict[int, int] = Counter(sequence.generated_ids) if sequence.params.has_penalties else {}
-    is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # nothing is left but to stop
+    is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # only a stop token may follow
     if draw.place < sequence.params.min_tokens and not is_complete:
         listed |= dict.fromkeys(sequence.stop_ids, -1)
     return listed
 
 
 def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:
-    """Makes tokens impossible in some rows of logits: those whose bit, t % 32 of word t // 32, is not set."""
+    """Sets to -inf, in some rows of logits, every token t whose bit, t % 32 of word t // 32, is not set."""
     mask = to_device(torch.from_numpy(mask_RW), logits_RV.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
     allowed = (mask[:, :, None] >> bits & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
@@ -147,5 +146,5 @@ def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """The seed of the request `number` of an engine, or of the answer `number` of a request."""
+    """Derives the seed of an engine's request `number`, or of a request's answer `number`."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])

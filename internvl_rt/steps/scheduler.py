@@ -1,19 +1,20 @@
-"""Which tokens run in the next step: continuous batching with chunked prefill, decodes first.
+"""Chooses the tokens that run in the next step: continuous batching with chunked prefill, decodes first.
 
-What the cache holds of a prompt is not computed again. A sequence is admitted when the cache has room for the tokens it
-has; those that run grow block by block, and when there is no block left, the one that was admitted last gives its own
-back and starts anew later. Admission is first come, first served, but one that does not fit is overtaken a few times.
+Cached tokens of a prompt are not computed again. A sequence is admitted when the cache has room for all its tokens.
+Running sequences grow block by block; when no block is left, the one that was admitted last is preempted: it returns
+its blocks and starts again later. Admission is first come, first served, but a sequence that does not fit is overtaken.
 """
 
 from collections import deque
 from collections.abc import Sequence as Items
 
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk
 
-MAX_OVERTAKEN = 16  # how often others are admitted past a sequence that has to wait for blocks
-LOOK_AHEAD = 8  # how many of those that wait are tried
+MAX_OVERTAKEN = 16  # how often others are admitted before a sequence that waits for blocks
+LOOK_AHEAD = 8  # how many waiting sequences are tried
 
 
 class Scheduler:
@@ -53,10 +54,10 @@ class Scheduler:
         sequence.visual.clear()
 
     def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
-        """The next step's chunks, which have their slots now; empty when nothing can run before tokens are read.
+        """Takes slots for the next step's chunks and returns them; none if nothing can run before tokens are read.
 
-        in_flight: whether steps are under way. Blocks and tokens may come back from them, so while there are any
-        nothing is preempted: None says that there is no room now, and that nothing has changed.
+        in_flight: whether steps are under way. They may give back blocks and tokens, so meanwhile nothing is preempted:
+        None says that there is no room now, and that nothing has changed.
         """
         preempted = False
         while True:
@@ -74,10 +75,10 @@ class Scheduler:
             return decodes
         prefills = self._prefills(budget, prefilling)
         assert self._append(prefills), "admission took room for all tokens that a sequence has"
-        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # attention takes these apart
+        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # single tokens first
 
     def launched(self, chunks: Items[Chunk]) -> None:
-        """The chunks are on their way; siblings fork off prompts that are computed."""
+        """Records that the chunks were launched; siblings fork off when their prompt is computed."""
         for sequence, _, stop, _ in chunks:
             sequence.num_computed = stop
             if sequence.visual and stop >= sequence.num_prompt:
@@ -95,12 +96,12 @@ class Scheduler:
         self._running.append(sibling)
 
     def publish(self, sequences: Items[Sequence]) -> None:
-        """Lets others reuse what steps have computed of these sequences, as far as the tokens are known."""
+        """Lets other sequences reuse what steps have computed of these, as far as the tokens are known."""
         final = []
         block_size = self._cache.block_size
         for sequence in sequences:
             if sequence.num_computed < (sequence.num_published_blocks + 1) * block_size:
-                continue  # nearly always
+                continue  # nearly always no whole block is new
             num_blocks = min(sequence.num_computed, len(sequence.token_ids)) // block_size
             if num_blocks > sequence.num_published_blocks and sequence.identity is not None:
                 final.append((sequence, num_blocks * block_size))
@@ -108,15 +109,15 @@ class Scheduler:
         self._cache.publish(final)
 
     def reject(self, sequence: Sequence, num_tokens: int) -> None:
-        """The last tokens that a step computed were wrong guesses."""
+        """Takes back the last tokens that a step computed, because they were wrong draft tokens."""
         if num_tokens:
             self._cache.blocks.rollback(sequence.seq_id, num_tokens)
             sequence.num_computed -= num_tokens
 
     def _decodes(self) -> tuple[list[Chunk], list[Sequence]]:
-        """One token, and guesses behind it, of each sequence whose others are computed, within the budget.
+        """Chooses the sequences that lack only their last token: that token and draft tokens, within the budget.
 
-        And those that have more to compute than their last token, or some of their prompt.
+        Also returns the sequences that have more to compute, or a part of their prompt.
         """
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
@@ -137,10 +138,10 @@ class Scheduler:
         return chunks, prefilling
 
     def _prefills(self, budget: int, prefilling: Items[Sequence]) -> list[Chunk]:
-        """Chunks of the sequences that have more to compute.
+        """Chooses chunks of the sequences that have more to compute.
 
-        The oldest may take at least half of the budget, so that it gets on; what others need less of comes before
-        what they need more of, so that a short prompt does not wait for a long one.
+        The oldest may take at least half of the budget, so that it gets on. The others follow, the shortest first, so
+        that a short prompt does not wait for a long one.
         """
         stops: dict[Sequence, int] = {}
         tiles = self._max_tiles_per_step
@@ -148,7 +149,7 @@ class Scheduler:
         def take(sequence: Sequence, most: int) -> None:
             nonlocal budget, tiles
             start = stops.get(sequence, sequence.num_computed)
-            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, fresh=tiles == self._max_tiles_per_step)
+            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, is_first=tiles == self._max_tiles_per_step)
             if stop > start:
                 stops[sequence] = stop
                 budget -= stop - start
@@ -163,11 +164,14 @@ class Scheduler:
             take(oldest, budget)
         return [Chunk(sequence, sequence.num_computed, stop) for sequence, stop in stops.items()]
 
-    def _chunk_stop(self, sequence: Sequence, start: int, budget: int, tiles: int, *, fresh: bool) -> tuple[int, int]:
-        """Where a chunk from `start` on ends, and how many tiles must be encoded for it.
+    def _chunk_stop(
+        self, sequence: Sequence, start: int, budget: int, tiles: int, *, is_first: bool
+    ) -> tuple[int, int]:
+        """Returns where a chunk from `start` on ends, and how many tiles must be encoded for it.
 
-        It ends at the budget, moved back to a picture's start if it would cut a picture that fits a step, or at a
-        picture too many for the step's tiles. The first picture of a step is always taken (`fresh`).
+        It ends at the budget, moved back to a picture's start if it would cut a picture that fits a step, or at the
+        picture that exceeds the step's tiles. The first picture of a step is always taken (is_first: this chunk may
+        hold it).
         """
         stop = min(sequence.num_tokens, start + budget)
         num_tiles = 0
@@ -181,15 +185,15 @@ class Scheduler:
             if stop < behind and uncut and picture.span.num_tokens <= self._max_tokens_per_step:
                 return first, num_tiles
             if picture.visual_XD is None and index not in sequence.visual:
-                if num_tiles + picture.num_tiles > tiles and not (fresh and num_tiles == 0):
+                if num_tiles + picture.num_tiles > tiles and not (is_first and num_tiles == 0):
                     return max(first, start), num_tiles
                 num_tiles += picture.num_tiles
         return stop, num_tiles
 
     def _admit_waiting(self, budget: int, prefilling: list[Sequence]) -> None:
-        """Admits while the budget has room: half of it is for others than the oldest that computes its prompt."""
+        """Admits while the budget has room; half of it is for sequences other than the oldest in prefill."""
         remaining = [sequence.num_tokens - sequence.num_computed for sequence in prefilling]
-        passed: list[Sequence] = []  # those that did not fit
+        passed: list[Sequence] = []  # sequences that did not fit
         while len(passed) < min(len(self._waiting), LOOK_AHEAD):
             if sum(remaining[1:]) >= max(budget - sum(remaining[:1]), budget // 2):
                 break
@@ -212,7 +216,7 @@ class Scheduler:
         return sum(len(sequence.siblings) for sequence in self._running)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Takes blocks for the tokens of a sequence; what the cache holds of them need not be computed."""
+        """Takes blocks for a sequence's tokens, if there is room; cached tokens need not be computed."""
         num_cached = self._cache.admit(sequence)
         if num_cached is None:
             return False

@@ -1,6 +1,5 @@
-"""One answer's tokens on their way through the engine: prompt, pictures, positions, progress."""
+"""A sequence: the tokens of one answer, from its prompt on, and how far steps have computed them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,60 +8,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.inputs.grammar import Matcher
-from internvl_rt.inputs.prompt import VisualSpan
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.steps.device_stream import Arriving
 from internvl_rt.steps.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "timeout"]
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture's place in the prompt and what stands there: tiles, thumbnail last, or finished visual tokens."""
-
-    span: VisualSpan
-    digest: bytes  # 32 bytes: pictures of equal digest have equal visual tokens
-    num_tiles: int
-    tiles: Callable[[], Arriving]  # uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]; may decode
-    visual_XD: Arriving | None = None  # there already: the tiles are not asked for
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A running answer. Steps compute its tokens in order; each that reaches the last one draws the next.
+    """A running answer. Steps compute its tokens in order; a step that computes the last one draws the next.
 
-    A drawn token may still be on the device while the next step, which computes it, is launched: it counts in
-    `num_tokens`, but `token_ids` has it only later. Counts are plain fields, since a step looks at each of them often.
+    A drawn token may still be on the device when the next step, which computes it, is launched: `num_tokens` counts it
+    at once, `token_ids` gets it later. Counts are plain fields, since a step reads each of them often.
     """
 
     seq_id: int
-    token_ids: list[int]  # the prompt, then what was generated
+    token_ids: list[int]  # the prompt, then the generated tokens
     position_T: np.ndarray  # float32 positions of the prompt
-    next_position: int  # of the first generated token; each later one adds 1
+    next_position: int  # position of the first generated token; each later token adds 1
     pictures: tuple[Picture, ...]
     params: SamplingParams
     max_tokens: int  # params.max_tokens, cut to the room in the context window; 0: only the prompt is computed
     stop_ids: frozenset[int]
     seed: int
-    identity: bytes | None = None  # what else its keys and values depend on; None: shares no prefix with others
+    identity: bytes | None = None  # what else keys and values depend on; None: it shares no prefix
     salt: str | None = None  # only requests of equal salt share visual tokens
-    matcher: Matcher | None = None  # of the grammar that the answer follows, where the answer is
-    mask_W: NDArray[np.int32] | None = None  # the tokens that the grammar allows next, a bit each
-    score_from: int | None = None  # log-probabilities are wanted from this token of the prompt on
-    siblings: list["Sequence"] = field(default_factory=list)  # fork off when the prompt is computed
-    drafter: PromptLookup | None = None  # guesses next tokens, which a step then checks together
+    matcher: Matcher | None = None  # the place in the grammar that the answer has reached
+    mask_W: NDArray[np.int32] | None = None  # one bit for each token: whether the grammar allows it next
+    score_from: int | None = None  # log-probabilities are requested from this prompt token on
+    siblings: list["Sequence"] = field(default_factory=list)  # sequences that fork off when the prompt is computed
+    drafter: PromptLookup | None = None  # guesses draft tokens, which a step then checks
     num_prompt: int = field(init=False)
-    num_tokens: int = field(init=False)  # prompt and all that was drawn
-    is_plain: bool = field(init=False)  # a drawn token has to be looked at only by its id
-    lists_tokens: bool = field(init=False)  # penalties or min_tokens act on some tokens
-    needs_tokens: bool = field(init=False)  # its earlier tokens must be known to draw the next: it never runs ahead
+    num_tokens: int = field(init=False)  # prompt and drawn tokens
+    is_plain: bool = field(init=False)  # only a drawn token's id matters: no stop strings, log-probabilities or grammar
+    lists_tokens: bool = field(init=False)  # penalties or min_tokens change the logits of some tokens
+    needs_tokens: bool = field(init=False)  # the next draw needs all earlier ids on the host: it never runs ahead
     num_computed: int = 0  # tokens that steps have computed or are computing
-    draw_row: int = 0  # of the token that was not read yet, among those that the latest step drew
-    num_told: int = 0  # ids that the cache's books know
-    num_published_blocks: int = 0  # that others may reuse
-    num_cached: int = 0  # tokens whose keys and values were in the cache when it was first admitted
-    num_overtaken: int = 0  # how often others were admitted although this one came first
+    unread_row: int = 0  # row, in the latest step's draws, of the token whose id the host does not know yet
+    num_told: int = 0  # token ids that the KV cache knows
+    num_published_blocks: int = 0  # blocks that other sequences may reuse
+    num_cached: int = 0  # tokens whose keys and values were cached when it was first admitted
+    num_overtaken: int = 0  # how often later sequences were admitted before this one
     was_admitted: bool = False
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed

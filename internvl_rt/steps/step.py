@@ -1,4 +1,4 @@
-"""One step's inputs, as one frozen value: nothing about a step travels any other way.
+"""One step's plan and inputs, as frozen values: nothing about a step travels any other way.
 
 All numbers that the host decides lie in one flat int32 array, so that one copy brings a step to the device.
 """
@@ -16,15 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from internvl_rt.kernels._split_plan import num_split_items
-from internvl_rt.model.ops import Batch
+from internvl_rt.model.step_inputs import Batch, StepInputs
 from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, stop) of a sequence, computed in one step; the last `drafts` of them are guesses."""
+    """Tokens [start, stop) of a sequence, computed in one step; the last ones are its draft tokens."""
 
     sequence: Sequence
     start: int
@@ -41,12 +40,12 @@ class Draw(NamedTuple):
 
     sequence: Sequence
     row: int
-    place: int  # how many tokens the sequence has generated before it
+    place: int  # how many tokens the sequence has generated before this one
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Tokens [first, last] of a prompt whose log-probabilities are wanted; their logits are rows of the step's."""
+class ScoredSpan:
+    """Tokens [first, last] of a prompt whose log-probabilities are requested; their logits are rows of the step."""
 
     sequence: Sequence
     first: int
@@ -59,29 +58,29 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What runs together and what is drawn from it: decided once, before anything moves on."""
+    """The chunks that run together and the tokens that are drawn, planned before any sequence changes."""
 
-    chunks: tuple[Chunk, ...]  # those of one token first
+    chunks: tuple[Chunk, ...]  # chunks of one token first
     counts: tuple[int, ...]  # tokens of each chunk
     num_tokens: int
     draws: tuple[Draw, ...]
-    scores: tuple[Score, ...]
-    # Of the chunks' tokens, one after another, those whose logits are wanted: for the draws, then for the scores.
+    scored: tuple[ScoredSpan, ...]
+    # Indices into all chunks' tokens of those whose logits are needed: for the draws, then for the scored spans.
     logit_rows: tuple[int, ...]
     num_draw_rows: int
-    has_prompts: bool  # some of a prompt is computed
-    is_plain: bool  # one draw from each row, none with a grammar or log-probabilities
+    has_prompts: bool  # some prompt tokens are computed
+    is_plain: bool  # one draw from each row, no grammar, no log-probabilities
 
 
 def plan_step(chunks: Items[Chunk]) -> Step:
-    """A chunk that reaches its sequence's last token draws the next, one behind each guess besides.
+    """Plans draws: a chunk that ends at its sequence's last token draws the next, and one after each draft token.
 
     Siblings that wait for their prompt draw from the same row.
     """
     draws: list[Draw] = []
-    scores: list[Score] = []
+    scored: list[ScoredSpan] = []
     draw_rows: list[int] = []
-    score_rows: list[int] = []
+    scored_rows: list[int] = []
     counts: list[int] = []
     first_row = 0
     has_prompts, is_plain = False, True
@@ -91,8 +90,8 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         if sequence.score_from is not None and start < sequence.num_prompt:
             first, last = max(sequence.score_from, start + 1), min(stop, sequence.num_prompt - 1)
             if first <= last:
-                scores.append(Score(sequence, first, last))
-                score_rows += range(first_row + first - 1 - start, first_row + last - start)
+                scored.append(ScoredSpan(sequence, first, last))
+                scored_rows += range(first_row + first - 1 - start, first_row + last - start)
         counts.append(stop - start)
         first_row += stop - start
         if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
@@ -112,26 +111,12 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         counts=tuple(counts),
         num_tokens=first_row,
         draws=tuple(draws),
-        scores=tuple(scores),
-        logit_rows=(*draw_rows, *score_rows),
+        scored=tuple(scored),
+        logit_rows=(*draw_rows, *scored_rows),
         num_draw_rows=len(draw_rows),
         has_prompts=has_prompts,
         is_plain=is_plain,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """A ragged batch: the new tokens of S sequences, one after another; prefill chunks and decodes alike."""
-
-    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
-    drawn_R: Tensor  # int64, the tokens that the step before drew
-    position_T: Tensor  # float32 rotary positions, fractions allowed
-    slot_T: Tensor  # int32, place of each token's key and value in the pool
-    batch: Batch
-    logit_row_R: Tensor | None  # int64, rows whose logits are wanted, of the last layer's output; None: all of them
-    visual_XD: Tensor | None = None  # visual tokens of this step,
-    visual_row_X: Tensor | None = None  # int64, and the rows they overwrite
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +126,16 @@ class StepShape:
     num_tokens: int
     num_rows: int
     table_width: int
-    num_items: int  # of the split plan; 0: none is wanted
+    num_items: int  # items of the plan that splits attention; 0: no plan
 
     @property
     def size(self) -> int:
         return _layout(self)[-1][2]
 
     def views(self, flat: Any, float32: Any) -> dict[str, Any]:
-        """The arrays inside `flat`, int32 [size] of numpy or torch, whose float32 is given; positions are floats."""
+        """Splits `flat`, int32 [size] of numpy or torch, into arrays; float32 is the type of its positions."""
         layout = _layout(self)
-        if isinstance(flat, Tensor):  # every slice of a tensor takes a microsecond
+        if isinstance(flat, Tensor):  # one split is faster: every slice of a tensor takes a microsecond
             sizes = [stop - start for _, start, stop, _ in layout]
             parts: Any = torch.split(flat[: layout[-1][2]], sizes)
         else:
@@ -165,7 +150,7 @@ class StepShape:
 
 @lru_cache(maxsize=4096)
 def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
-    """Name, start, stop and shape of each array."""
+    """Returns name, start, stop and shape of each array."""
     per_token, starts = (shape.num_tokens,), (shape.num_rows + 1,)
     arrays: dict[str, tuple[int, ...]] = {"token_id_T": per_token, "position_T": per_token, "slot_T": per_token}
     arrays |= {"query_start_S1": starts, "seq_len_S": (shape.num_rows,)}
@@ -177,20 +162,20 @@ def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
 
 
 def shape_of(step: Step, cache: KVCache) -> StepShape:
-    """What a step needs, without padding."""
+    """Returns the shape that a step needs, without padding."""
     num_rows = len(step.chunks)
     return StepShape(
         num_tokens=step.num_tokens,
         num_rows=num_rows,
         table_width=-(-max([chunk.stop for chunk in step.chunks]) // cache.block_size),
-        num_items=num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0,
+        num_items=cache.num_split_items(num_rows),
     )
 
 
 def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> None:
     """Writes a step into the arrays `out` of a shape (`StepShape.views`), and makes the block copies that it needs.
 
-    The cache has slots for the chunks' tokens already. Chunks of one token come first.
+    The cache must have slots for the chunks' tokens. Chunks of one token come first.
     """
     chunks, counts = step.chunks, step.counts
     num_decodes = counts.count(1)
@@ -200,13 +185,13 @@ def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> No
     positions: list[float] = []
     for sequence, index, _, _ in chunks[:num_decodes]:
         known, ahead = sequence.token_ids, index - sequence.num_prompt
-        token_ids.append(known[index] if index < len(known) else -1 - sequence.draw_row)
+        token_ids.append(known[index] if index < len(known) else -1 - sequence.unread_row)
         positions.append(sequence.next_position + ahead if ahead >= 0 else sequence.position_T[index])
     token_id_T[:num_decodes], position_T[:num_decodes] = token_ids, positions
     row = num_decodes
     for chunk, count in zip(chunks[num_decodes:], counts[num_decodes:], strict=True):
         known = chunk.sequence.token_ids[chunk.start : chunk.stop]
-        unread = [-1 - chunk.sequence.draw_row] * (count - len(known) - len(chunk.drafts))
+        unread = [-1 - chunk.sequence.unread_row] * (count - len(known) - len(chunk.drafts))
         token_id_T[row : row + count] = [*known, *unread, *chunk.drafts]
         position_T[row : row + count] = chunk.sequence.positions(chunk.start, chunk.stop)
         row += count
@@ -219,14 +204,14 @@ def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> No
 
 
 def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len: int, **rest: Any) -> StepInputs:
-    """The step whose numbers lie in `flat` on the device; `rest` are the other fields of StepInputs."""
+    """Builds StepInputs whose numbers lie in `flat` on the device; `rest` are its other fields."""
     found = shape.views(flat, torch.float32)
     per_token = {name: found.pop(name) for name in ("token_id_T", "position_T", "slot_T")}
     return StepInputs(**per_token, batch=Batch(**found, num_decodes=num_decodes, max_query_len=max_query_len), **rest)
 
 
 def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
-    """Of StepInputs: the rows whose logits are wanted, visual tokens, and the rows where these go.
+    """Returns fields of StepInputs: the rows whose logits are needed, visual tokens, and the rows they go to.
 
     Every picture that a chunk touches must be encoded (`Sequence.visual`).
     """
@@ -241,7 +226,7 @@ def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
                 visual.append(sequence.visual[index][first - span.start : last - span.start])
                 visual_rows.append(np.arange(first, last) - start + num_tokens)
         num_tokens += stop - start
-    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scores)
+    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scored)
     found: dict[str, Any] = {"logit_row_R": None}
     if not visual and not picks_logits:
         return found
@@ -257,7 +242,7 @@ def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
 
 
 def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
-    """The inputs of a step, without padding; pictures as for `picked_rows`."""
+    """Builds a step's inputs, without padding. Its pictures must be encoded, as for `picked_rows`."""
     device = drawn_R.device
     shape = shape_of(step, cache)
     flat = host_memory(shape.size, torch.int32, device)

@@ -1,7 +1,7 @@
-"""CUDA graphs of the decoder's steps: decode steps whole, prefills of few tokens layer by layer.
+"""Runs decoder steps from CUDA graphs: decode steps whole, of prefills with few tokens the layers.
 
-A graph is captured for one shape; a step runs in the next larger one, with padding behind it: rows of length 0, tokens
-without a slot. Graphs read a step's numbers from one buffer on the device.
+A graph is captured for one shape; a step runs in the next larger shape, padded with rows of length 0 and tokens without
+a slot. Graphs read a step's numbers from one buffer on the device.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,25 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
-from internvl_rt.kernels._split_plan import num_split_items
-from internvl_rt.model.ops import Sampling
+from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
 from internvl_rt.steps.device_stream import Fence, host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import PlainArguments, plain_words, wrap_plain
-from internvl_rt.steps.step import Draw, Step, StepInputs, StepShape, fill_step, picked_rows, wrap_step
+from internvl_rt.steps.step import Draw, Step, StepShape, fill_step, picked_rows, wrap_step
 
-# Sequences of a prefill from a graph, decodes among them included: one, which is what a lone user waits for, or a few;
-# attention starts programs for every row and all the tokens of the bucket, and those of empty rows take time to end.
+# Rows of a prefill graph, one for each sequence: one row, for a single user, or a few, decodes included. Not more:
+# attention starts programs for every row and all the tokens of the bucket, and empty rows take time too.
 PREFILL_ROWS = (1, 8)
 PREFILL_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
-# Of a layer, from which the GPU takes longer for it than the CPU for its ten launches: 0.7 ms beside an H100.
+# At this work per layer an H100 takes as long as its CPU takes for the layer's ten launches, 0.7 ms.
 FLOPS_OF_LAUNCHES = 450e9
 
 
 class _Stage:
-    """Memory of the host from which steps go to the device, and the arrays in it of every shape that it has held."""
+    """Host memory from which steps are copied to the device, and its arrays for every shape that it has held."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = host_memory(size, torch.int32, device)
@@ -42,7 +41,7 @@ class _Stage:
         self._held: StepShape | None = None
 
     def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], PlainArguments]:
-        """A step's arrays from `start` on, and the arguments of its draws before them."""
+        """Returns a step's arrays, from `start` on, and the arguments of its draws before them."""
         if shape not in self._arrays:
             flat = self.flat.numpy()
             views = shape.views(flat[start : start + shape.size], np.float32)
@@ -55,7 +54,7 @@ class _Stage:
 
 
 class _Buffer:
-    """Where graphs find a step's numbers: the arguments of its draws, if they draw, then its arrays.
+    """Device memory in which graphs find a step's numbers: the arguments of its draws, if any, then its arrays.
 
     The host fills one of several stages, so that it never writes what a copy may still read.
     """
@@ -70,16 +69,16 @@ class _Buffer:
         self._next = 0
 
     def arrays(self, shape: StepShape) -> Tensor:
-        """Where a step's arrays are on the device."""
+        """Returns the part of the buffer that holds a step's arrays."""
         start = self._start(shape)
         return self._flat[start : start + shape.size]
 
     def sampling(self, shape: StepShape) -> Sampling:
-        """The arguments of its draws."""
+        """Returns the arguments of a step's draws."""
         return wrap_plain(self._flat, shape.num_rows)
 
     def pad(self, shape: StepShape) -> None:
-        """Fills it with a step without sequences, for a capture."""
+        """Fills the buffer with a step without sequences, for a capture."""
         self.arrays(shape).copy_(torch.from_numpy(_padding(shape)))
 
     def fill(self, step: Step, shape: StepShape, draws: Sequence[Draw] = ()) -> None:
@@ -99,11 +98,10 @@ class _Buffer:
 
 
 class DecodeGraphs:
-    """Runs steps in which every sequence has one new token from graphs, one for each number of sequences.
+    """Runs steps in which every sequence has one new token, with one graph for each number of sequences.
 
-    `compute` takes a step's inputs to logits, which it leaves in the memory [S, V] that it is given: all graphs share
-    `logits_SV`. `drawn_R` is where it finds what the step before drew, and where it leaves what it draws by the
-    arguments that it is given.
+    `compute` writes logits into the memory [S, V] that it is given, a part of `logits_SV`, which all graphs share. It
+    reads the previous step's tokens from `drawn_R` and writes there the tokens that it draws.
     """
 
     def __init__(
@@ -118,7 +116,7 @@ class DecodeGraphs:
         max_model_len: int,
     ) -> None:
         width = -(-max_model_len // cache.block_size)
-        shapes = [StepShape(n, n, width, _num_items(cache, n)) for n in reversed(decode_buckets(max_num_seqs))]
+        shapes = [StepShape(n, n, width, cache.num_split_items(n)) for n in reversed(decode_buckets(max_num_seqs))]
         self._buffer = _Buffer(cache, shapes, drawn_R.device, draws=True)
         self._buckets: dict[int, tuple[StepShape, Replay]] = {}
         for shape in shapes:
@@ -129,17 +127,17 @@ class DecodeGraphs:
             self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows], how))
 
     def takes(self, step: Step) -> bool:
-        """Whether a step can run here: sequences that compute their last token, none of a prompt, and draw one."""
+        """Says whether a step can run here: each sequence computes its last token, no prompt, and draws one."""
         num_rows = len(step.chunks)
         return not step.has_prompts and len(step.draws) == step.num_tokens == num_rows <= max(self._buckets)
 
     @staticmethod
     def draws(step: Step) -> bool:
-        """Whether such a step's tokens are drawn here too; else what is drawn means nothing."""
+        """Says whether the graph also draws such a step's tokens; if not, the tokens that it draws are void."""
         return step.is_plain and not any(draw.sequence.lists_tokens for draw in step.draws)
 
     def run(self, step: Step) -> Tensor:
-        """Logits [S, V], which the next call overwrites."""
+        """Returns logits [S, V], which the next call overwrites."""
         num_rows = len(step.chunks)
         shape, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_rows)]
         self._buffer.fill(step, shape, step.draws if self.draws(step) else ())
@@ -148,11 +146,10 @@ class DecodeGraphs:
 
 
 class PrefillGraphs:
-    """Runs the layers of other steps of few tokens from graphs, one for each number of sequences and of tokens.
+    """Runs the layers of other steps with few tokens, with a graph for each number of sequences and of tokens.
 
-    `compute` takes a step's inputs and x_TD to what the last layer leaves. Embeddings before it, with visual tokens at
-    changing places, and logits behind it are a few launches of their own. All sequences are treated as prefills, of
-    one token too.
+    `compute` maps a step's inputs and x_TD to the output of the last layer. Embeddings before it, with visual tokens at
+    changing places, and logits after it are launched without a graph. All sequences run as prefills, even of one token.
     """
 
     def __init__(
@@ -171,7 +168,7 @@ class PrefillGraphs:
         shapes = [StepShape(n, rows, width, num_items=0) for n in reversed(buckets) for rows in all_rows]
         self._buffer = _Buffer(cache, shapes, x_TD.device, draws=False) if shapes else None
         self._x_TD = x_TD
-        self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by rows and tokens
+        self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by (rows, tokens)
         self._shapes = {(shape.num_rows, shape.num_tokens): shape for shape in shapes}
         for place, shape in self._shapes.items():
             assert self._buffer is not None, "there are shapes"
@@ -185,7 +182,7 @@ class PrefillGraphs:
         return len(step.chunks) <= rows and step.num_tokens <= tokens
 
     def run(self, step: Step, embed: Callable[[StepInputs], Tensor]) -> Tensor:
-        """x_RD of the rows whose logits are wanted, which the next call may overwrite."""
+        """Returns x_RD of the rows whose logits are needed; the next call may overwrite it."""
         num_rows, num_tokens = len(step.chunks), step.num_tokens
         place = min(p for p in self._buckets if p[0] >= num_rows and p[1] >= num_tokens)
         shape, (inputs, replay) = self._shapes[place], self._buckets[place]
@@ -199,7 +196,7 @@ class PrefillGraphs:
 
 
 def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
-    """Tokens of the prefills that run from graphs, ascending: up to where the GPU no longer waits for launches."""
+    """Returns token counts of prefill graphs, ascending, up to where the GPU no longer waits for launches."""
 
     def layer_flops(num_tokens: int) -> float:
         return decoder_work(config, torch.bfloat16, [num_tokens], [num_tokens], 0).flops / config.num_layers
@@ -208,16 +205,12 @@ def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, 32, ... and `max_num_seqs`, ascending."""
+    """Returns 1, 2, 4, 8, 16, 24, 32, ... and `max_num_seqs`, ascending."""
     return sorted({n for n in (1, 2, 4, *range(8, max_num_seqs, 8)) if n < max_num_seqs} | {max_num_seqs})
 
 
-def _num_items(cache: KVCache, num_rows: int) -> int:
-    return num_split_items(num_rows, cache.num_kv_heads, cache.num_sms) if cache.num_sms else 0
-
-
 def _padding(shape: StepShape) -> NDArray[np.int32]:
-    """A step without sequences: lengths 0, no slots, nothing to split."""
+    """Builds a step without sequences: lengths 0, no slots, nothing to split."""
     flat = np.zeros(shape.size, np.int32)
     found = shape.views(flat, np.float32)
     for name in found.keys() & {"slot_T", "block_table_SN", "split_W3"}:

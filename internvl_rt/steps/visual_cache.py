@@ -1,4 +1,4 @@
-"""Visual tokens of pictures that were encoded, so that a picture that comes again is neither decoded nor encoded."""
+"""Keeps the visual tokens of pictures, so that a picture that comes again is neither decoded nor encoded."""
 
 import threading
 from collections import OrderedDict
@@ -9,26 +9,26 @@ Key = tuple[bytes, str | None]  # digest, salt
 
 
 class VisualCache:
-    """Keeps the visual tokens that were used last, up to so many bytes. Any thread may use it.
+    """Keeps the visual tokens that were used last, up to `capacity_bytes`. Any thread may use it.
 
-    The key is a picture's digest, which covers its bytes and how it is cut, and the request's salt: whether a picture
-    is here can be learned from timings, and a tenant must not learn what another has sent.
+    The key is a picture's digest, which covers its bytes and how it is cut, and the request's salt: timings tell
+    whether a picture is here, and a tenant must not learn what another has sent.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[Key, Tensor] = OrderedDict()  # the one used last comes last
+        self._entries: OrderedDict[Key, Tensor] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self.num_bytes = 0
         self.num_queries = 0
         self.num_hits = 0
 
     def has(self, digest: bytes, salt: str | None) -> bool:
-        """Whether a picture's visual tokens are here right now."""
+        """Says whether a picture's visual tokens are here, and counts no query."""
         return (digest, salt) in self._entries
 
     def get(self, digest: bytes, salt: str | None) -> Tensor | None:
-        """Visual tokens [X, D]."""
+        """Returns visual tokens [X, D], or None if they are not here."""
         with self._lock:
             self.num_queries += 1
             visual_XD = self._entries.get((digest, salt))
@@ -38,7 +38,7 @@ class VisualCache:
             return visual_XD
 
     def put(self, digest: bytes, salt: str | None, visual_XD: Tensor) -> None:
-        """What is larger than the whole cache is not kept."""
+        """Keeps visual tokens, unless they are larger than the whole cache."""
         with self._lock:
             if visual_XD.nbytes > self._capacity_bytes or (digest, salt) in self._entries:
                 return

@@ -143,10 +143,10 @@ def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(
     options = {"max_tokens_per_step": step, "max_num_seqs": batch, "max_model_len": length, "block_size": 16}
     with Engine.from_pretrained("tiny", device="cpu", prefix_cache=False, visual_cache_bytes=0, **options) as engine:
         if like_a_gpu:
-            engine._runner.capture(
+            engine.runner.capture(
                 max_num_seqs=batch, max_model_len=length, max_tokens_per_step=step, capture=Recorder()
             )
-            engine._loop._run_ahead = True
+            engine.loop._run_ahead = True
         record = Record("decode", "decode/tiny", "float32", CPU, None, ())
         cases = [(batch, context), (9, context // 2), (2, 9 * context)]
         sweep_decode(engine, record, cases, num_steps, seed=0)

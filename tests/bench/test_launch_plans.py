@@ -16,8 +16,9 @@ from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
 from internvl_rt.kernels.sample import SPEC as SAMPLE
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.ops import Batch, Linear, Norm
-from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops_triton import triton_ops
+from internvl_rt.model.step_inputs import Batch, LayerCache
 from support.specs import discover_specs
 
 BENCH = Path(__file__).parents[2] / "bench" / "launch_plans.py"
@@ -95,21 +96,23 @@ def run_step_of_one_layer(c: DecoderConfig, batch: int) -> None:
     def linear(n: int, k: int, *, bias: bool = False) -> Linear:
         return Linear(empty(n, k), empty(n) if bias else None)
 
+    ops = triton_ops(torch.device("cpu"))
     norm = Norm(empty(c.hidden_size), None, 1e-6)
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     caches = [empty(batch * 32 + 1, c.num_kv_heads, 64, c.head_dim) for _ in "kv"]
-    where = torch.empty(batch), torch.empty(c.head_dim // 2), *caches, index(batch)
+    cache = LayerCache(*caches)
+    where = torch.empty(batch), torch.empty(c.head_dim // 2), cache, index(batch)
     num_items = num_split_items(batch, c.num_kv_heads, num_sms=132)
     split = {"split_start_S1": index(batch + 1), "split_W3": index(num_items, 3)}
     tables = Batch(index(batch + 1), index(batch), index(batch, 32), num_decodes=batch, max_query_len=1, **split)
-    x = TRITON.embed_tokens(index(batch), index(batch).long(), empty(c.vocab_size, c.hidden_size))
+    x = ops.embed_tokens(index(batch), index(batch).long(), empty(c.vocab_size, c.hidden_size))
     qkv = linear(q_width + 2 * kv_width, c.hidden_size, bias=c.qkv_bias)
-    q_THC = TRITON.norm_qkv_rope_kv(x, norm, qkv, None, None, *where)
-    y_THC = TRITON.paged_attention(q_THC, *caches, tables)
-    x = TRITON.linear_residual(y_THC.flatten(1), linear(c.hidden_size, q_width), x)
-    y_TF = TRITON.norm_linear_swiglu(x, norm, linear(2 * c.intermediate_size, c.hidden_size))
-    x = TRITON.linear_residual(y_TF, linear(c.hidden_size, c.intermediate_size), x)
-    TRITON.norm_linear(x, norm, linear(c.vocab_size, c.hidden_size), None)
+    q_THC = ops.norm_qkv_rope_kv(x, norm, qkv, None, None, *where)
+    y_THC = ops.paged_attention(q_THC, cache, tables)
+    x = ops.linear(y_THC.flatten(1), linear(c.hidden_size, q_width), residual=x)
+    y_TF = ops.linear(x, linear(2 * c.intermediate_size, c.hidden_size), norm=norm, activation="swiglu")
+    x = ops.linear(y_TF, linear(c.hidden_size, c.intermediate_size), residual=x)
+    ops.linear(x, linear(c.vocab_size, c.hidden_size), norm=norm, out=empty(batch, c.vocab_size))
 
 
 def test_every_share_is_of_a_roof(bench: ModuleType) -> None:

@@ -161,6 +161,7 @@ def test_a_missing_key_without_a_meaning_is_named(key):
         (b"\xff\xfe", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "expected a JSON object, got list"),
+        (b'{"llm_config": {"a": 1, "a": 1}}', "is not JSON: 'a' is there twice"),
         (None, "no such file"),
     ],
 )

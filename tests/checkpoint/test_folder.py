@@ -40,12 +40,14 @@ def test_written_files_are_read_by_the_safetensors_library_and_by_this_package(t
     assert theirs.keys() == ours.entries.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(theirs[name], tensor)
-        assert torch.equal(ours.tensor(name), tensor)
+        read = torch.empty_like(tensor)
+        ours.read_into(name, read)
+        assert torch.equal(read, tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reading_into_a_tensor_converts_across_the_borders_of_the_buffer(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("internvl_rt.checkpoint.folder._CHUNK_BYTES", 28)
+    monkeypatch.setattr("internvl_rt.checkpoint.tensor_file._CHUNK_BYTES", 28)
     stored = torch.randn(3, 11)
     save_file({"x": stored}, tmp_path / "model.safetensors")
     out = torch.full((2, 33), 5.0, dtype=dtype)
@@ -55,7 +57,7 @@ def test_reading_into_a_tensor_converts_across_the_borders_of_the_buffer(tmp_pat
 
 
 def test_tensors_are_compared_bit_for_bit_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("internvl_rt.checkpoint.folder._CHUNK_BYTES", 8)
+    monkeypatch.setattr("internvl_rt.checkpoint.tensor_file._CHUNK_BYTES", 8)
     ones, other = torch.ones(7), torch.ones(7)
     other[6] = 2
     tensors = {"a": ones, "b": ones.clone(), "c": other, "d": ones[None].clone(), "e": ones.double()}
@@ -108,7 +110,9 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, weight_map, p
     assert problem in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}', '{"weight_map": {"x": "1", "x": "1"}}']
+)
 def test_a_malformed_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     refusal(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 from contextlib import suppress
 
@@ -28,6 +29,14 @@ def write_raw(file, header, data=b"", length=None):
     file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
+def read(checkpoint, name):
+    """A whole tensor as it is stored."""
+    entry = checkpoint.entries[name]
+    out = torch.empty(entry.shape, dtype=entry.dtype)
+    checkpoint.read_into(name, out)
+    return out
+
+
 def refusal(folder):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
@@ -42,8 +51,23 @@ def test_files_of_the_safetensors_library_are_read_bit_for_bit(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.entries.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert checkpoint.tensor(name).dtype == tensor.dtype
-        assert torch.equal(checkpoint.tensor(name), tensor)
+        assert checkpoint.entries[name].dtype == tensor.dtype
+        assert torch.equal(read(checkpoint, name), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [1, 60, 1 << 24])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 8), slice(11, 12), slice(4, 4)])
+@pytest.mark.parametrize("columns", [slice(None), slice(2, 5), slice(4, 5)])
+def test_a_part_of_a_tensor_is_read_by_rows_and_columns(tmp_path, monkeypatch, dtype, chunk_bytes, rows, columns):
+    monkeypatch.setattr("internvl_rt.checkpoint.tensor_file._CHUNK_BYTES", chunk_bytes)
+    stored = torch.randn(3, 4, 5)  # three experts of four rows: a matrix of twelve
+    save_file({"before": torch.ones(7), "x": stored}, tmp_path / "model.safetensors")
+    expected = stored.view(12, 5)[rows, columns].to(dtype)
+    out = torch.full((2, *expected.shape), 5.0, dtype=dtype)
+    open_checkpoint(tmp_path).read_into("x", out[0], rows, columns)
+    assert torch.equal(out[0], expected)
+    assert torch.equal(out[1], torch.full_like(expected, 5.0))
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
@@ -52,7 +76,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     os.truncate(file, file.stat().st_size - 4)
     with pytest.raises(CheckpointError, match="became shorter"):
-        checkpoint.tensor("x")
+        read(checkpoint, "x")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 30, -1, -60])
@@ -67,7 +91,7 @@ def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     with (tmp_path / "model.safetensors").open("ab") as stream:
         stream.write(b"\0")
-    assert "too long" in refusal(tmp_path)
+    assert "file not fully covered" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**40, 200_000_001])
@@ -79,7 +103,7 @@ def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_i
     message = refusal(tmp_path)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert f"header should take {length:,} bytes" in message
+    assert "header too large" in message
     assert peak_bytes < 1_000_000
 
 
@@ -87,40 +111,52 @@ def entry(begin, end, dtype="F32", shape=(2,)):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+TWICE = b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "\\u0078": %s}'
+
+
 @pytest.mark.parametrize(
     ("header", "problem"),
     [
-        (b"", "JSON is malformed"),
-        (b"{", "JSON is malformed"),
-        (b"\xff{}", "JSON is malformed"),
-        (b"[" * 100_000, "JSON is malformed"),
-        (b"[]", "not an object"),
-        (b'{"x": 1, "x": 2}', "'x' is there twice"),
-        ({"x": 5}, "'x' is described by 5"),
-        ({"x": {"dtype": "F32", "shape": [2]}}, "'x' is described by"),
-        ({"x": entry(0, 16, dtype="F4")}, "'x' is described by"),
-        ({"x": entry(0, 16, dtype=["F32"])}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(3,))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(-2, -2))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(True, 4))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(4.0,))}, "'x' is described by"),
-        ({"x": entry(0, 16, shape="4")}, "'x' is described by"),
-        ({"x": entry(0, 16, shape=(1,) * 9)}, "'x' is described by"),
-        ({"x": entry(16, 8)}, "'x' is described by"),
-        ({"x": entry(-8, 0)}, "'x' is described by"),
-        ({"x\ny": entry(0, 16, shape=(4,))}, r"'x\ny' is described by"),
-        ({"x": entry(0, 8), "y": entry(4, 12)}, "'y' starts at byte"),
-        ({"x": entry(0, 8), "y": entry(0, 8)}, "'y' starts at byte"),
-        ({"x": entry(8, 16)}, "'x' starts at byte"),
-        ({"x": entry(0, 8), "y": entry(8, 16), "z": entry(16, 24)}, "truncated"),
-        ({"x": entry(0, 8)}, "too long"),
+        (b"", "is damaged: .*invalid JSON"),
+        (b"{", "is damaged: .*invalid JSON"),
+        (b"\xff{}", "is damaged: .*invalid UTF-8"),
+        (b"[" * 100_000, "is damaged: .*invalid JSON"),
+        (b"[]", "is damaged: .*invalid JSON"),
+        (b'{"x": 1, "x": 2}', "is damaged: .*invalid type: integer `1`"),
+        (TWICE % json.dumps(entry(0, 16, shape=(4,))).encode(), "is not JSON: 'x' is there twice"),
+        (TWICE % json.dumps(entry(0, 16, "F16", (8,))).encode(), "is not JSON: 'x' is there twice"),
+        ({"x": 5}, "is damaged: .*invalid type: integer `5`"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, "is damaged: .*missing field `data_offsets`"),
+        ({"x": entry(0, 16, dtype="F5")}, "is damaged: .*unknown variant `F5`"),
+        ({"x": entry(0, 16, dtype="F4")}, "is damaged: .*invalid shape"),
+        ({"x": entry(0, 16, dtype="F4", shape=(32,))}, "'x' is described by"),
+        ({"x": entry(0, 16, dtype="C64")}, "'x' is described by"),
+        ({"x": entry(0, 16, dtype=["F32"])}, "is damaged: .*invalid type: sequence"),
+        ({"x": entry(0, 16, shape=(3,))}, "is damaged: .*invalid shape"),
+        ({"x": entry(0, 16, shape=(-2, -2))}, "is damaged: .*invalid value: integer `-2`"),
+        ({"x": entry(0, 16, shape=(True, 4))}, "is damaged: .*invalid type: boolean"),
+        ({"x": entry(0, 16, shape=(4.0,))}, "is damaged: .*invalid type: floating point"),
+        ({"x": entry(0, 16, shape="4")}, "is damaged: .*invalid type: string"),
+        ({"x": entry(0, 16, shape=(2**62, 2**62, 0))}, "is damaged: .*overflow"),
+        ({"x": entry(0, 16, shape=(1,) * 8 + (4,))}, "'x' is described by .* at most 8 dimensions"),
+        ({"x": entry(16, 8)}, "is damaged: .*invalid offset for tensor `x`"),
+        ({"x": entry(-8, 0)}, "is damaged: .*invalid value: integer `-8`"),
+        ({"x\ny": entry(0, 16, shape=(4,))}, r"'x\\ny' is described by .* a printable name"),
+        ({"x\ny": entry(8, 16)}, r"is damaged: .*invalid offset for tensor `x\\ny`"),
+        ({"x" * 5000: entry(8, 16)}, "is damaged: .*invalid offset for tensor `xxx"),
+        ({"x" * 5000: entry(0, 16, dtype="C64")}, "'xxx.* is described by"),
+        ({"x": entry(0, 8), "y": entry(4, 12)}, "is damaged: .*invalid offset for tensor `y`"),
+        ({"x": entry(0, 8), "y": entry(0, 8)}, "is damaged: .*invalid offset for tensor `[xy]`"),
+        ({"x": entry(8, 16)}, "is damaged: .*invalid offset for tensor `x`"),
+        ({"x": entry(0, 8), "y": entry(8, 16), "z": entry(16, 24)}, "is damaged: .*file not fully covered"),
+        ({"x": entry(0, 8)}, "is damaged: .*file not fully covered"),
     ],
 )
 def test_a_malformed_header_is_refused(tmp_path, header, problem):
     write_raw(tmp_path / "model.safetensors", header, data=b"\0" * 16)
     message = refusal(tmp_path)
-    assert problem in message
-    assert len(message) < 400 + len(str(tmp_path))
+    assert re.search(problem, message)
+    assert len(message) < 600 + len(str(tmp_path))
 
 
 @settings(max_examples=200, deadline=None)
@@ -135,4 +171,4 @@ def test_any_bytes_are_either_read_or_refused_with_a_checkpoint_error(tmp_path_f
     with suppress(CheckpointError):
         checkpoint = open_checkpoint(folder)
         for name in checkpoint.entries:
-            checkpoint.tensor(name)
+            read(checkpoint, name)

@@ -73,7 +73,7 @@ def test_chat_score_and_encoded_pictures_are_those_of_the_engine():
 @pytest.mark.parametrize("run_ahead", [False, True])  # True as on a GPU
 def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(run_ahead):
     engine = load(max_num_seqs=12)
-    engine._loop._run_ahead = run_ahead
+    engine.loop._run_ahead = run_ahead
     expected = engine.generate(CONVERSATIONS, SHORT)
     draw = random.Random(3)
 
@@ -97,14 +97,14 @@ def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(r
 
 def test_call_that_is_cancelled_while_it_is_prepared_never_runs(monkeypatch):
     engine, prepared, go_on = load(), [], threading.Event()
-    prepare = engine._preparer.prepare
+    prepare = engine.preparer.prepare
 
     def prepare_late(*arguments):
         go_on.wait()
         prepared.append(prepare(*arguments))
         return prepared[-1]
 
-    monkeypatch.setattr(engine._preparer, "prepare", prepare_late)
+    monkeypatch.setattr(engine.preparer, "prepare", prepare_late)
 
     async def main():
         async with AsyncEngine(engine) as e:
@@ -153,8 +153,8 @@ def test_full_queue_refuses_and_takes_the_next_when_there_is_room():
 
 def test_calls_that_wait_to_be_prepared_are_bounded_too(monkeypatch):
     engine, go_on = load(max_num_seqs=1, max_waiting=6), threading.Event()
-    prepare = engine._preparer.prepare
-    monkeypatch.setattr(engine._preparer, "prepare", lambda *arguments: go_on.wait() and prepare(*arguments))
+    prepare = engine.preparer.prepare
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: go_on.wait() and prepare(*arguments))
 
     async def main():
         async with AsyncEngine(engine) as e:
@@ -171,8 +171,8 @@ def test_calls_that_wait_to_be_prepared_are_bounded_too(monkeypatch):
 def test_event_loop_goes_on_while_a_request_is_prepared_and_its_steps_run(monkeypatch):
     """The bound is far more than a busy machine needs, and far less than what would block the loop."""
     engine, pause_s = load(), 1.0
-    prepare, run_step = engine._preparer.prepare, engine.model.run_step
-    monkeypatch.setattr(engine._preparer, "prepare", lambda *arguments: time.sleep(pause_s) or prepare(*arguments))
+    prepare, run_step = engine.preparer.prepare, engine.model.run_step
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(pause_s) or prepare(*arguments))
     steps = []
 
     def run_first_step_slowly(*arguments):
@@ -235,13 +235,13 @@ def test_submitting_waits_for_few_steps_while_another_thread_steps_all_the_time(
 def steps_that_nine_in_ten_wait_for():
     engine = load()
     e, passed = AsyncEngine(engine), []
-    prepared = engine._preparer.prepare(ask("Hello"))
+    prepared = engine.preparer.prepare(ask("Hello"))
 
     def submit(params):
-        request = engine.build_request(prepared, params)
+        request = engine.new_request(prepared, params)
         request.notify = lambda: None
         num_steps = engine.stats()["steps"]
-        engine._loop.submit(request)
+        engine.loop.submit(request)
         passed.append(engine.stats()["steps"] - num_steps)
         return request
 

@@ -165,7 +165,7 @@ def test_dead_step_thread_fails_everyone_at_once_and_says_why(monkeypatch, caplo
             while e.stats()["waiting"] < 4:
                 await asyncio.sleep(0.001)
             if place == "scheduler":
-                monkeypatch.setattr(engine._loop._scheduler, "schedule", fail)
+                monkeypatch.setattr(engine.loop._scheduler, "schedule", fail)
             else:
                 monkeypatch.setattr(engine.model, "run_step", fail)
             start_s = time.perf_counter()

@@ -145,7 +145,7 @@ def test_failure_in_a_step_ends_its_requests_and_nothing_else(engine, alone, mon
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("device fault"), KeyboardInterrupt()])
 def test_a_step_whose_tokens_are_lost_ends_its_requests_and_nothing_else(engine, alone, monkeypatch, error, run_ahead):
-    original, calls = engine._runner.collect, []
+    original, calls = engine.runner.collect, []
 
     def fail_third(running):
         calls.append(running)
@@ -153,8 +153,8 @@ def test_a_step_whose_tokens_are_lost_ends_its_requests_and_nothing_else(engine,
             raise error
         return original(running)
 
-    monkeypatch.setattr(engine._loop, "_run_ahead", run_ahead)
-    monkeypatch.setattr(engine._runner, "collect", fail_third)
+    monkeypatch.setattr(engine.loop, "_run_ahead", run_ahead)
+    monkeypatch.setattr(engine.runner, "collect", fail_third)
     with pytest.raises(type(error)):
         engine.chat(CONVERSATIONS[0], GREEDY)
     assert engine.chat(CONVERSATIONS[0], GREEDY).token_ids == alone[0].token_ids

@@ -67,7 +67,7 @@ def test_several_answers_share_one_prompt(engine, monkeypatch):
     assert counts == [reply.usage.prompt_tokens, *[4] * 7]
     assert len({tuple(choice.token_ids) for choice in reply.choices}) > 1
     assert reply.usage.completion_tokens == 32
-    assert engine.cache.blocks.stats()["num_device_copies"] >= 3, "the prompt's last block is copied on write"
+    assert engine.cache.blocks.stats()["num_copies"] >= 3, "the prompt's last block is copied on write"
 
 
 def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, monkeypatch):
@@ -142,7 +142,7 @@ def test_prompt_log_probabilities_are_those_of_the_official_logits(max_tokens_pe
         messages = ask("Read the digits.", SAMPLE)
         for _ in range(2):  # the second time the prefix is cached, and must be computed all the same
             reply = engine.chat(messages, replace(GREEDY, max_tokens=1, prompt_logprobs=2))
-        prompt = engine._preparer.prepare(messages).prompt
+        prompt = engine.preparer.prepare(messages).prompt
         first, *others = reply.prompt_logprobs
         assert first is None
         assert [token.token_id for token in others] == list(prompt.token_ids[1:])
@@ -167,7 +167,7 @@ def test_a_better_response_scores_higher_and_the_prompt_is_computed_once(engine,
     counts = computed_tokens(engine, monkeypatch)
     right, wrong = engine.score(messages, ["4719", "4718"], cache_salt="score")
     assert right.total > wrong.total
-    prompt_len = len(engine._preparer.prepare(messages).prompt.token_ids)
+    prompt_len = len(engine.preparer.prepare(messages).prompt.token_ids)
     assert sum(counts) < 2 * prompt_len + 16
     assert sum(engine.score(messages, ["4719"], cache_salt="score")[0].logprobs) == pytest.approx(right.total, abs=1e-4)
     assert counts[-1] < BLOCK + 8

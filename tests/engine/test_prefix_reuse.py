@@ -8,7 +8,7 @@ from PIL import Image
 
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams
 from internvl_rt.inputs import image as image_module
-from internvl_rt.steps.kv_cache import build_identity
+from internvl_rt.inputs.identity import build_identity
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 BLOCK = 16

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.model import ops_triton
-from internvl_rt.model.ops import Linear, Norm
+from internvl_rt.model.linear import Linear, Norm
 from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.steps.runner import Runner
 
@@ -139,8 +139,8 @@ def test_tables_of_kernels_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ops_triton, "gemv", note)
     monkeypatch.setattr(ops_triton, "build_gemv_workspace", lambda device: object())
     x, norm, linear = torch.zeros(1, 8), Norm(torch.ones(8), None, 1e-6), Linear(torch.zeros(8, 8), None)
-    tables = triton_ops(), triton_ops()
+    tables = triton_ops(x.device), triton_ops(x.device)
     for table in (*tables, *tables):
-        table.norm_linear(x, norm, linear, None)
+        table.linear(x, linear, norm=norm)
     assert used[:2] == used[2:]
     assert used[0] is not used[1]

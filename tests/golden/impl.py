@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.compat import ChatModel
-from internvl_rt.inputs.image import ImageOptions, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.inputs.image import load_image
 from internvl_rt.inputs.position import build_positions
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.prompt import (
@@ -23,6 +23,7 @@ from internvl_rt.inputs.prompt import (
     tiles_per_image,
     turns_from_question,
 )
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.inputs.video import choose_frame_indices
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference

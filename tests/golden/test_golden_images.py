@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_rt.inputs.image import ImageOptions, ImageSource, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.inputs.image import ImageSource, load_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 from internvl_rt.inputs.video import choose_frame_indices
 
 SETS = sorted(Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("set*"))

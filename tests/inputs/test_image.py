@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageFile
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.image import ImageOptions, ImageSource, load_image
+from internvl_rt.inputs.image import ImageSource, load_image
+from internvl_rt.inputs.tiles import ImageOptions
 
 Pixels = npt.NDArray[np.uint8]
 OFFICIAL = ImageOptions()
@@ -264,5 +265,5 @@ def test_settings_of_pillow_are_left_alone() -> None:
     ],
 )
 def test_options_out_of_range_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=f"ImageOptions.{next(iter(values))} must be"):
+    with pytest.raises(RequestError, match=f"{next(iter(values))} must be"):
         ImageOptions(**values)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_rt.inputs.image import ImageOptions, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.inputs.image import load_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 
 Pixels = npt.NDArray[np.uint8]
 OFFICIAL = ImageOptions()

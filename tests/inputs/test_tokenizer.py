@@ -207,6 +207,7 @@ def test_a_folder_without_tokenizer_files_is_refused_with_the_names_looked_for(t
     [
         ("vocab.json", "{", r"vocab\.json is not JSON"),
         ("vocab.json", "[]", r"vocab\.json: expected a JSON object, got list"),
+        ("vocab.json", '{"a": 1, "a": 2}', r"vocab\.json is not JSON: 'a' is there twice"),
         ("vocab.json", '{"a": "b"}', r"merges\.txt line 2"),
         ("merges.txt", "#version: 0.2\nĠi s\nt h e\n", r"merges\.txt line 3: .*'t h e'"),
         ("merges.txt", "t \u4f60\n", r"merges\.txt line 1"),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import internvl_rt
-from internvl_rt.inputs.image import ImageOptions, choose_grid, load_image, num_tiles, tile_image
+from internvl_rt.inputs.image import load_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 from internvl_rt.kernels.resize_tiles import (
     CACHED_TABLES,
     FRACTION_BITS,

@@ -7,7 +7,7 @@ import torch
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import TORCH
-from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.random_checkpoint import random_config, random_weights
 from support.agreement import in_float32, layer_errors, logits_of, rms_error, top1_agreement, tower_cosine
 from support.small_models import VIT_6B, build_model
@@ -19,7 +19,7 @@ SURE = 6.0
 
 def random_model(name: str, dtype: torch.dtype) -> InternVL:
     config = random_config(name)
-    return InternVL(config, random_weights(config, dtype=dtype, device="cuda"), TRITON)
+    return InternVL(config, random_weights(config, dtype=dtype, device="cuda"), triton_ops(torch.device("cuda")))
 
 
 def draw_tiles(num_tiles: int, side: int, device: str) -> torch.Tensor:
@@ -61,13 +61,13 @@ def test_decode_graphs_give_the_bits_of_eager_steps() -> None:
     conversations = [[{"role": "user", "content": "digits " * n}] for n in (3, 40, 7, 20)]
     found = []
     with Engine.from_pretrained("random:InternVL3-1B", device="cuda", max_num_seqs=4, max_model_len=512) as engine:
-        engine._runner._prefill_graphs = None  # whose products are of other sizes
+        engine.runner._prefill_graphs = None  # whose products are of other sizes
         for _ in range(2):
             for batch in (conversations[:1], conversations):
                 replies = engine.generate(batch, params)
                 found.append([[(t.token_id, t.logprob) for t in reply.logprobs or ()] for reply in replies])
             engine.cache.blocks.reset()
-            engine._runner._decode_graphs = None
+            engine.runner._decode_graphs = None
     assert found[0] == found[2]
     assert found[1] == found[3]
 
@@ -86,7 +86,7 @@ def test_layers_run_one_by_one_are_the_tower() -> None:
     """On the kernels, in the interpreter: the layers that are compared are those that the engine runs."""
     model = build_model(VIT_6B)
     tiles = draw_tiles(1, 56, "cpu")
-    assert max(layer_errors(InternVL(model.config, model.weights, TRITON), model, tiles)) < 1e-5
+    assert max(layer_errors(InternVL(model.config, model.weights, triton_ops(model.device)), model, tiles)) < 1e-5
 
 
 @pytest.mark.parametrize("part", ["vision.layers.1.fc1", "vision.layers.2.proj"])

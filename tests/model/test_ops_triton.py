@@ -1,19 +1,24 @@
 """The whole model on the Triton kernels against the references: both kinds of ViT, every decoder layout."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
 
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DecoderConfig, VisionConfig
+from internvl_rt.kernels._launch import target_of
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.model.ops_triton import TRITON
+from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
 from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+from support.specs import discover_specs
 
 
 def on_triton(model: InternVL) -> InternVL:
-    return InternVL(model.config, model.weights, TRITON)
+    return InternVL(model.config, model.weights, triton_ops(DEVICE))
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
@@ -90,6 +95,24 @@ def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
             assert together[1].usage.cached_tokens > first.usage.image_tokens
             answers.append([reply.token_ids for reply in (first, *together)])
     assert answers[0] == answers[1]
+
+
+def test_a_function_of_the_tables_is_the_kernel_of_its_name_or_the_reference_beside_it() -> None:
+    specs, table = discover_specs(), triton_ops(DEVICE)
+    functions = [one.name for one in fields(Ops) if one.name in specs]
+    assert len(functions) == 12
+    for name in functions:
+        assert getattr(TORCH, name) is specs[name].reference
+        assert getattr(table, name) is specs[name].launcher
+
+
+def test_the_kernels_are_refused_on_a_device_that_cannot_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    target_of.cache_clear()
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    message = "backend 'triton' cannot run here: device: expected a CUDA device, got cpu; .*; choose 'torch'"
+    with pytest.raises(RequestError, match=message):
+        triton_ops(torch.device("cpu"))
+    target_of.cache_clear()
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.inputs.image import ImageOptions, num_tiles
+from internvl_rt.inputs.tiles import ImageOptions, num_tiles
 from internvl_rt.model.internvl import named_parameters
 from support.digits import (
     COMPARE,

@@ -125,7 +125,10 @@ def expected_logits(kind: Kind, name: str, prepared: Prepared, position_T: np.nd
 
 
 def logits_of(engine: Engine, prepared: Prepared, position_T: np.ndarray, chunk_len: int | None = None) -> Tensor:
-    pictures, num_tokens = [picture.tiles().tensor for picture in prepared.pictures], len(prepared.prompt.token_ids)
+    pictures, num_tokens = (
+        [engine._uploads.load(picture).get() for picture in prepared.pictures],
+        len(prepared.prompt.token_ids),
+    )
     return all_logits(
         engine.model,
         prepared.prompt.token_ids,

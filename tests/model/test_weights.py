@@ -10,7 +10,7 @@ from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConf
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.weights import DIALECTS, load_weights, plan_placements, save_weights
+from internvl_rt.model.weights import DIALECTS, PlannedTensor, find_names, load_weights, plan_tensors, save_weights
 
 SMALL_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "layer_norm", 1e-6, qkv_bias=True, qk_norm=False)
 LARGE_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "rms_norm", 1e-6, qkv_bias=False, qk_norm=True)
@@ -87,9 +87,46 @@ def test_the_plan_fills_every_row_of_every_parameter_exactly_once(dialect, confi
         path: torch.zeros(len(tensor), dtype=torch.int64)
         for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items()
     }
-    for place in plan_placements(config, DIALECTS[dialect]).values():
-        rows[place.parameter][place.start : place.stop] += 1
+    for planned in plan_tensors(config, DIALECTS[dialect]).values():
+        taken = torch.zeros(planned.shape, dtype=torch.int64).view(-1, planned.shape[-1])
+        for place in planned.placements:
+            rows[place.parameter][place.start : place.stop] += 1
+            taken[place.rows, place.columns] += 1
+        assert (taken == 1).all()
     assert all((count == 1).all() for count in rows.values())
+
+
+def test_each_index_on_a_parameters_path_has_its_place_in_the_names():
+    table = {"layers.#.experts.#.gate_up": "model.layers.#.mlp.experts.#.{gate,up}_proj", "norm": "model.norm"}
+    path = ("layers", 3, "experts", 17, "gate_up", "weight_NK")
+    names = [f"model.layers.3.mlp.experts.17.{part}_proj.weight" for part in ("gate", "up")]
+    assert find_names(table, path) == (table["layers.#.experts.#.gate_up"], names)
+    assert find_names(table, ("norm", "bias_D")) == ("model.norm", ["model.norm.bias"])
+
+
+def test_a_placement_takes_a_part_of_a_stored_tensor(tmp_path, monkeypatch):
+    """As a shard of the experts would, whose matrices are stored in one tensor."""
+    saved, config = random_weights(PLAIN), PLAIN
+    save_weights(saved, config, tmp_path, dialect=DIALECTS["original"])
+    stacked = torch.randn(3, 16, 28).to(torch.bfloat16)  # of three experts; layer 0 gets columns of the second
+    name, tensors = "layers.0.down.stacked", load_file(tmp_path / "model.safetensors")
+    down = "language_model.model.layers.0.mlp.down_proj.weight"
+    del tensors[down]
+    save_file(tensors | {name: stacked}, tmp_path / "model.safetensors")
+
+    def plan(config, dialect):
+        planned = plan_tensors(config, dialect)
+        (place,) = planned.pop(down).placements
+        place = place._replace(rows=slice(16, 32), columns=slice(14, 28))
+        return planned | {name: PlannedTensor((3, 16, 28), (place,))}
+
+    monkeypatch.setattr("internvl_rt.model.weights.plan_tensors", plan)
+    loaded = load(tmp_path, config)
+    assert torch.equal(loaded.decoder.layers[0].down.weight_NK, stacked[1, :, 14:])
+    assert torch.equal(loaded.decoder.layers[1].down.weight_NK, saved.decoder.layers[1].down.weight_NK)
+    save_weights(loaded, config, tmp_path, dialect=DIALECTS["original"])
+    written = load_file(tmp_path / "model.safetensors")[name]
+    assert torch.equal(written[1, :, 14:], stacked[1, :, 14:])
 
 
 @case
@@ -116,8 +153,9 @@ def test_values_are_converted_to_the_dtype_that_is_asked_for(tmp_path, dialect, 
 def test_the_original_format_is_read_as_published():
     vision, decoder = replace(SMALL_VIT, num_layers=1), replace(QWEN2, num_layers=1)
     layer, block = "vision_model.encoder.layers.0", "language_model.model.layers.0"
-    plan = plan_placements(model_config(vision, decoder), DIALECTS["original"])
-    assert {name: (place.parameter, place.start, place.shape) for name, place in plan.items()} == {
+    plan = plan_tensors(model_config(vision, decoder), DIALECTS["original"])
+    places = {name: (*planned.placements, planned.shape) for name, planned in plan.items()}
+    assert {name: (place.parameter, place.start, shape) for name, (place, shape) in places.items()} == {
         "vision_model.embeddings.class_embedding": ("vision.class_E", 0, (1, 1, 12)),
         "vision_model.embeddings.position_embedding": ("vision.position_UE", 0, (1, 17, 12)),
         "vision_model.embeddings.patch_embedding.weight": ("vision.patch.weight_NK", 0, (12, 3, 7, 7)),

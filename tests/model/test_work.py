@@ -12,8 +12,16 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
 from internvl_rt.engine.reply import Timings
 from internvl_rt.kernels._contract import Case
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.work import NO_WORK, Roof, Work, data_sheet_roof, decoder_work, roof_of, vision_work
-from internvl_rt.steps.kv_cache import kv_bytes_per_token
+from internvl_rt.model.work import (
+    NO_WORK,
+    Roof,
+    Work,
+    data_sheet_roof,
+    decoder_work,
+    kv_bytes_per_token,
+    roof_of,
+    vision_work,
+)
 from support.specs import discover_specs
 
 BF16 = torch.bfloat16

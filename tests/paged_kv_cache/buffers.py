@@ -1,9 +1,12 @@
 """The buffers of a step, and what a split plan must look like."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
+
+from internvl_rt._C import PagedKVCache
 
 POISON = -7  # in every buffer before a step, so that an entry which is not written shows
 MAX_UNSPLIT_BLOCKS = 4  # of a row that is never split
@@ -11,6 +14,18 @@ MAX_UNSPLIT_BLOCKS = 4  # of a row that is never split
 
 def int32(values: list[int]) -> np.ndarray:
     return np.array(values, np.int32)
+
+
+def length_of(cache: PagedKVCache, seq_id: int) -> int:
+    """How many tokens of a sequence have slots: a rollback that is refused names the number, and changes nothing."""
+    refusal = ""
+    try:
+        cache.rollback(seq_id, -1)
+    except ValueError as error:
+        refusal = str(error)
+    named = re.search(r"expected 0 to (\d+) \(the length of sequence", refusal)
+    assert named, f"a rollback by -1 was not refused for its number: {refusal}"
+    return int(named[1])
 
 
 def step_buffers(num_rows: int, table_width: int, num_tokens: int, num_items: int | None = None) -> dict[str, Any]:

@@ -32,5 +32,4 @@ class Sequence:
     length: int = 0
     num_in_steps: int = 0
     num_published: int = 0  # blocks
-    table: list[int] = field(default_factory=list)  # blocks; a swapped sequence's are tickets of the host pool
-    swapped: bool = False
+    table: list[int] = field(default_factory=list)  # blocks

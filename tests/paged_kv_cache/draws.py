@@ -18,7 +18,7 @@ class Draws:
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
         num_blocks, size = self.pick([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24]), self.pick([1, 2, 3, 16])
-        self.model = Model(num_blocks, size, self.integer(0, 8), self.integer(0, min(2, num_blocks - 1)))
+        self.model = Model(num_blocks, size, self.integer(0, min(2, num_blocks - 1)))
         self.deck = self.draw_deck()
         self.text: dict[int, int] = {}  # by sequence: what it goes on with
 
@@ -90,8 +90,8 @@ class Draws:
         vacant = [seq_id for seq_id in range(MAX_SEQUENCES) if seq_id not in self.model.sequences]
         return self.pick(vacant) if vacant and not self.rarely() else self.draw_id()
 
-    def draw_resident(self) -> list[int]:
-        rest = sorted(seq_id for seq_id, s in self.model.sequences.items() if not s.swapped)
+    def draw_some(self) -> list[int]:
+        rest = sorted(self.model.sequences)
         if not rest or self.rarely():
             return []
         return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(self.integer(1, len(rest)))]

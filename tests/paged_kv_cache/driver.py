@@ -8,11 +8,11 @@ handed out too early, or a copy that is missing shows as a wrong number.
 from typing import Any
 
 from internvl_rt._C import PagedKVCache
-from paged_kv_cache.buffers import POISON, check_split_plan, int32, step_buffers
+from paged_kv_cache.buffers import POISON, check_split_plan, int32, length_of, step_buffers
 from paged_kv_cache.device import Device
 from paged_kv_cache.draws import Draw, Draws
 from paged_kv_cache.mirror import Mirror
-from paged_kv_cache.model import TO_DEVICE, TO_HOST, RefusedError
+from paged_kv_cache.model import RefusedError
 
 
 class Driver(Draws):
@@ -22,10 +22,9 @@ class Driver(Draws):
         self.events = self.integer(0, 1) == 1
         options = {"watermark_blocks": model.watermark_blocks, "events": self.events}
         arguments = (model.num_blocks, model.block_size)
-        self.cache = PagedKVCache(*arguments, num_host_blocks=model.num_host_blocks, **options)
-        self.calls: list[tuple[Any, ...]] = [("PagedKVCache", *arguments, model.num_host_blocks, options)]
-        self.device = Device(*arguments, model.num_host_blocks)
-        self.host_block: dict[int, int] = {}  # by ticket
+        self.cache = PagedKVCache(*arguments, **options)
+        self.calls: list[tuple[Any, ...]] = [("PagedKVCache", *arguments, options)]
+        self.device = Device(*arguments)
         self.mirror = Mirror()
 
     # --- both sides
@@ -61,7 +60,7 @@ class Driver(Draws):
         assert got == expected, {key: (got[key], expected[key]) for key in expected if got[key] != expected[key]}
         assert self.cache.num_available_blocks == self.model.num_available()
         assert self.cache.num_sequences == len(self.model.sequences)
-        assert all(self.cache.length(seq_id) == s.length for seq_id, s in self.model.sequences.items())
+        assert all(length_of(self.cache, seq_id) == s.length for seq_id, s in self.model.sequences.items())
         if len(self.model.events) >= self.model.num_blocks:  # before the cache gives up on recording them one by one
             self.drain_events()
 
@@ -89,18 +88,18 @@ class Driver(Draws):
                 ids[0] = self.integer(2, 3)
             self.model.choose_ids(s, ids)
 
-    def append(self) -> None:
+    def append_one(self) -> None:
         seq_id = self.draw_sequence()
         length = self.model.sequences[seq_id].length if seq_id in self.model.sequences else 0
         num_tokens = self.beside_boundary(length, 2) if self.integer(0, 1) else self.integer(0, 2)
         num_tokens = -1 if self.rarely() and self.rarely() else num_tokens
-        if self.both("append", seq_id, num_tokens):
+        if self.both("append", [seq_id], [num_tokens]):
             self.choose_ids([seq_id])
 
-    def append_batch(self) -> None:
-        seq_ids = self.draw_resident()
+    def append(self) -> None:
+        seq_ids = self.draw_some()
         counts = [self.draw_count(seq_id) for seq_id in seq_ids]
-        if self.both("append_batch", seq_ids, counts):
+        if self.both("append", seq_ids, counts):
             self.choose_ids(seq_ids)
 
     def extend(self) -> None:
@@ -114,13 +113,8 @@ class Driver(Draws):
             ids = [*ids, 1]
         self.both("extend", seq_id, ids)
 
-    def extend_batch(self) -> None:
-        sequences = self.model.sequences
-        chosen = [seq_id for seq_id, s in sequences.items() if s.num_known < len(s.token_ids)]
-        self.both("extend_batch", chosen, [sequences[i].token_ids[sequences[i].num_known] for i in chosen])
-
     def publish(self) -> None:
-        seq_ids = self.draw_resident()
+        seq_ids = self.draw_some()
         limits = [min(self.model.sequences[i].num_in_steps, self.model.sequences[i].num_known) for i in seq_ids]
         self.both("publish", seq_ids, [n + self.pick([0, 0, 0, 0, -1, 1]) if self.rarely() else n for n in limits])
 
@@ -135,13 +129,13 @@ class Driver(Draws):
         family = [self.draw_sequence()]
         for _ in range(self.integer(1, 3)):
             family.append(self.fork(self.pick(family)))
-            if self.both("append", family[-1], self.integer(0, 2)):
+            if self.both("append", family[-1:], [self.integer(0, 2)]):
                 self.choose_ids(family[-1:])
 
     def answer_several_times(self) -> None:
         """Forks while the step of a prompt's last tokens runs, some of which end at once; the others go on together."""
         parent = self.draw_sequence()
-        if parent not in self.model.sequences or self.model.sequences[parent].swapped:
+        if parent not in self.model.sequences:
             return self.both("fork", parent, parent)
         s = self.model.sequences[parent]
         if not self.compute([parent], [max(0, len(s.token_ids) - s.length)]):
@@ -154,9 +148,9 @@ class Driver(Draws):
         if self.integer(0, 1):
             self.both("release", self.pick(sorted(family)))
         self.complete()
-        resident = [i for i in sorted(family & self.model.sequences.keys()) if not self.model.sequences[i].swapped]
-        if self.compute(resident, [self.pick([1, 1, self.draw_count(i)]) for i in resident]):
-            self.publish_computed(resident)
+        rest = sorted(family & self.model.sequences.keys())
+        if self.compute(rest, [self.pick([1, 1, self.draw_count(i)]) for i in rest]):
+            self.publish_computed(rest)
 
     def rollback(self) -> None:
         seq_id = self.draw_sequence()
@@ -167,37 +161,14 @@ class Driver(Draws):
     def release(self) -> None:
         self.both("release", self.draw_sequence())
 
-    def swap_out(self) -> None:
-        self.both("swap_out", self.draw_sequence())
-
-    def swap_in(self) -> None:
-        swapped = [seq_id for seq_id, s in self.model.sequences.items() if s.swapped]
-        if not swapped and not self.rarely():
-            return self.swap_out()
-        self.both("swap_in", self.pick(swapped) if swapped and not self.rarely() else self.draw_id())
-
     def take_copies(self) -> None:
         self.calls.append(("take_copies",))
-        got = self.cache.take_copies().tolist()
-        expected = self.model.take_copies()
-        live = {ticket for s in self.model.sequences.values() if s.swapped for ticket in s.table}
-        live |= {ticket for _, ticket in self.model.host_waiting}
-        for (kind, _, ticket), copy in zip(expected, got, strict=False):
-            if kind == TO_HOST:  # which host block is the cache's choice, among those that nobody uses
-                self.host_block[ticket] = copy[2]
-        self.host_block = {t: block for t, block in self.host_block.items() if t in live}
-        chosen = [self.host_block[ticket] for ticket in live if ticket in self.host_block]
-        assert len(set(chosen)) == len(chosen), "a host block has two owners"
-        assert all(0 <= block < self.model.num_host_blocks for block in chosen)
-        on_host = {TO_HOST: 2, TO_DEVICE: 1}  # which of (kind, source, destination) is a ticket
-        for copy in expected:
-            if copy[0] in on_host:
-                copy[on_host[copy[0]]] = self.host_block[copy[on_host[copy[0]]]]
+        got, expected = self.cache.take_copies().tolist(), self.model.take_copies()
         assert got == expected, f"take_copies: expected {expected}, got {got}"
         self.device.copy(got)
 
     def step(self) -> None:
-        seq_ids = self.draw_resident()
+        seq_ids = self.draw_some()
         counts = [self.num_uncomputed(seq_id) for seq_id in seq_ids]
         if self.rarely():
             counts = [self.integer(0, self.model.sequences[seq_id].length) for seq_id in seq_ids]
@@ -250,7 +221,7 @@ class Driver(Draws):
         """Nothing is written. Whoever holds a token of the step is released, so that none of them is ever matched."""
         if not self.rarely():
             return
-        seq_ids = self.draw_resident()[:2]
+        seq_ids = self.draw_some()[:2]
         rows = [self.model.sequences[seq_id] for seq_id in seq_ids]
         first = [s.num_in_steps // self.model.block_size for s in rows]
         touched = {b for s, i in zip(rows, first, strict=True) for b in s.table[i : self.model.blocks_for(s.length)]}
@@ -263,22 +234,20 @@ class Driver(Draws):
             self.both("publish", seq_ids, [min(s.num_in_steps, s.num_known) for s in rows])
         if seq_ids and self.integer(0, 1):
             self.fork(self.pick(seq_ids))
-        if seq_ids and self.integer(0, 1):
-            self.both("swap_out", self.pick(seq_ids))
-        holders = [i for i, s in self.model.sequences.items() if not s.swapped and touched & set(s.table)]
+        holders = [i for i, s in self.model.sequences.items() if touched & set(s.table)]
         for seq_id in {*seq_ids, *holders}:
             self.both("release", seq_id)
         self.both("complete", self.model.latest, failed=True)
 
     def serve(self) -> None:
         """What an engine does in one step: the way to deep states."""
-        seq_ids = self.draw_resident()
+        seq_ids = self.draw_some()
         if self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids]):
             self.publish_computed(seq_ids)
 
     def compute(self, seq_ids: list[int], counts: list[int]) -> bool:
         """Appends and starts the step; without the room, one of the sequences makes some."""
-        if not self.both("append_batch", seq_ids, counts):
+        if not self.both("append", seq_ids, counts):
             self.both("release", self.pick(seq_ids))
             return False
         self.choose_ids(seq_ids)
@@ -315,20 +284,19 @@ class Driver(Draws):
     def misuse(self) -> None:
         """What must be refused whatever the state is."""
         some = sorted(self.model.sequences)[:1]
-        resident = [i for i, s in self.model.sequences.items() if not s.swapped]
+        all_ids = list(self.model.sequences)
         unknown = 77
         picture = (0, 1, bytes(32))
         self.pick(
             [
-                lambda: self.both("append_batch", [*some, unknown], [0] * (len(some) + 1)),
-                lambda: self.both("append_batch", [*some, *some, unknown], [0] * (2 * len(some) + 1)),
-                lambda: self.both("append_batch", some, [1] * (len(some) + 1)),
-                lambda: self.both("append_batch", resident[:2], [1, -1][-len(resident[:2]) :] if resident else [1]),
-                lambda: self.both("extend_batch", [*some, unknown], [1] * (len(some) + 1)),
-                lambda: self.both("publish", [*resident, unknown], [0] * (len(resident) + 1)),
+                lambda: self.both("append", [*some, unknown], [0] * (len(some) + 1)),
+                lambda: self.both("append", [*some, *some, unknown], [0] * (2 * len(some) + 1)),
+                lambda: self.both("append", some, [1] * (len(some) + 1)),
+                lambda: self.both("append", all_ids[:2], [1, -1][-len(all_ids[:2]) :] if all_ids else [1]),
+                lambda: self.both("extend", unknown, [1]),
+                lambda: self.both("publish", [*all_ids, unknown], [0] * (len(all_ids) + 1)),
                 lambda: self.both("complete", self.model.latest + 1),
                 lambda: self.both("complete", self.model.completed - 1),
-                lambda: self.both("swap_in", resident[0] if resident else unknown),
                 lambda: self.both("admit", 2**31, [1]),
                 lambda: self.both("admit", 9, [1], (picture, picture)),
                 lambda: self.both("admit", 9, [1, 1], ((1, 2, bytes(32)),)),
@@ -344,8 +312,8 @@ OPERATIONS = [  # as often as they are drawn
     *["serve"] * 8,
     "answer_several_times",
     *["admit"] * 4,
-    *["append", "append_batch", "extend", "extend_batch", "publish", "step", "failing_step", "take_copies"],
-    *["append", "complete", "complete", "complete_all", "fork", "branch", "rollback", "release", "swap_out", "swap_in"],
+    *["append", "append_one", "append_one", "extend", "extend", "publish", "step", "failing_step", "take_copies"],
+    *["complete", "complete", "complete_all", "fork", "branch", "rollback", "release"],
     *["match", "reset", "drain_events", "misuse"],
 ]
 

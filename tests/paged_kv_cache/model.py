@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from paged_kv_cache.contents import Contents, PictureSpan, Sequence
 
-DEVICE_COPY, TO_HOST, TO_DEVICE = 0, 1, 2
-
 
 class RefusedError(Exception):
     """The cache must raise ValueError here, and nothing may change."""
@@ -23,9 +21,8 @@ class Publication:
 
 
 class Model:
-    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0, watermark_blocks: int = 0) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.num_host_blocks, self.watermark_blocks = num_host_blocks, watermark_blocks
+    def __init__(self, num_blocks: int, block_size: int, watermark_blocks: int = 0) -> None:
+        self.num_blocks, self.block_size, self.watermark_blocks = num_blocks, block_size, watermark_blocks
         self.all_contents = Contents()
         self.sequences: dict[int, Sequence] = {}
         self.fresh = list(range(num_blocks))[::-1]  # the next one last
@@ -36,36 +33,29 @@ class Model:
         self.copied_until: Counter[int] = Counter()  # block -> the step that makes the copies from or to it
         self.busy_until: Counter[int] = Counter()  # block -> the latest step that uses it
         self.copies: list[list[int]] = []
-        self.host_waiting: list[tuple[int, int]] = []
-        self.num_tickets = 0
         self.latest = self.completed = 0
         self.counts: Counter[str] = Counter()
         self.events: list[tuple[str, int, int, list[int]]] = []
 
     # --- looking things up
 
-    def find(self, seq_id: int, resident: bool = True) -> Sequence:
+    def find(self, seq_id: int) -> Sequence:
         if seq_id not in self.sequences:
             raise RefusedError(f"sequence {seq_id} is not admitted")
-        if resident and self.sequences[seq_id].swapped:
-            raise RefusedError(f"sequence {seq_id} is swapped out")
         return self.sequences[seq_id]
 
-    def find_batch(self, seq_ids: list[int], values: list[int], resident: bool = True) -> list[Sequence]:
+    def find_batch(self, seq_ids: list[int], values: list[int]) -> list[Sequence]:
         if len(seq_ids) != len(values):
             raise RefusedError("sizes differ")
         if len(set(seq_ids)) != len(seq_ids):
             raise RefusedError("a sequence is listed twice")
-        return [self.find(seq_id, resident) for seq_id in seq_ids]
+        return [self.find(seq_id) for seq_id in seq_ids]
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def resident(self) -> list[Sequence]:
-        return [s for s in self.sequences.values() if not s.swapped]
-
     def references(self, block: int) -> int:
-        return sum(block in s.table for s in self.resident())
+        return sum(block in s.table for s in self.sequences.values())
 
     def writable(self, block: int) -> bool:
         is_private = block not in self.published and all(p.block != block for p in self.pending)
@@ -74,15 +64,11 @@ class Model:
     def num_available(self) -> int:
         return len(self.fresh) + len(self.cached)
 
-    def num_host_free(self) -> int:
-        num_used = sum(len(s.table) for s in self.sequences.values() if s.swapped)
-        return self.num_host_blocks - num_used - len(self.host_waiting)
-
     def deferred(self) -> list[int]:
         return [block for _, block in self.waiting if block is not None]
 
     def stats(self) -> dict[str, int]:
-        used = {block for s in self.resident() for block in s.table}
+        used = {block for s in self.sequences.values() for block in s.table}
         everywhere = [*self.fresh, *self.cached, *self.deferred(), *used]
         assert sorted(everywhere) == list(range(self.num_blocks)), "the model itself lost a block"
         return {
@@ -91,11 +77,8 @@ class Model:
             "num_cached": len(self.cached),
             "num_used": len(used),
             "num_deferred": len(self.deferred()),
-            "num_host_blocks": self.num_host_blocks,
-            "num_host_free": self.num_host_free(),
             "num_sequences": len(self.sequences),
-            **{name: self.counts[name] for name in ("queried_tokens", "hit_tokens")},
-            **{name: self.counts[name] for name in ("num_evictions", "num_device_copies")},
+            **{name: self.counts[name] for name in ("queried_tokens", "hit_tokens", "num_evictions", "num_copies")},
         }
 
     # --- blocks come and go
@@ -133,15 +116,13 @@ class Model:
             _, block = self.waiting.pop(0)
             if block is not None:
                 (self.cached if block in self.published else self.fresh).append(block)
-        self.host_waiting = [(fence, ticket) for fence, ticket in self.host_waiting if fence > self.completed]
 
-    def copy(self, kind: int, source: int, destination: int) -> None:
-        if kind == DEVICE_COPY:
-            self.counts["num_device_copies"] += 1
-            source = next((s for k, s, d in self.copies if k == DEVICE_COPY and d == source), source)
-        for block in ([source] if kind != TO_DEVICE else []) + ([destination] if kind != TO_HOST else []):
+    def copy(self, source: int, destination: int) -> None:
+        self.counts["num_copies"] += 1
+        source = next((s for s, d in self.copies if d == source), source)
+        for block in (source, destination):
             self.copied_until[block] = self.busy_until[block] = self.latest + 1
-        self.copies.append([kind, source, destination])
+        self.copies.append([source, destination])
 
     def choose_ids(self, sequence: Sequence, token_ids: list[int]) -> None:
         """The ids of the tokens behind those chosen so far, whether or not the cache knows them yet."""
@@ -221,13 +202,8 @@ class Model:
         places = self.touched(sequence, num_tokens)
         return sum(i >= len(sequence.table) or not self.writable(sequence.table[i]) for i in places)
 
-    def append(self, seq_id: int, num_tokens: int) -> bool:
-        return self.append_to([self.find(seq_id)], [num_tokens])
-
-    def append_batch(self, seq_ids: list[int], num_tokens: list[int]) -> bool:
-        return self.append_to(self.find_batch(seq_ids, num_tokens), num_tokens)
-
-    def append_to(self, sequences: list[Sequence], num_tokens: list[int]) -> bool:
+    def append(self, seq_ids: list[int], num_tokens: list[int]) -> bool:
+        sequences = self.find_batch(seq_ids, num_tokens)
         if any(count < 0 for count in num_tokens):
             raise RefusedError("num_tokens")
         if sum(map(self.num_needed, sequences, num_tokens)) > self.num_available():
@@ -239,22 +215,17 @@ class Model:
                 elif not self.writable(sequence.table[i]):
                     old, sequence.table[i] = sequence.table[i], self.allocate()
                     if i * self.block_size < sequence.length:
-                        self.copy(DEVICE_COPY, old, sequence.table[i])
+                        self.copy(old, sequence.table[i])
                     self.drop(old, self.latest + 1)
             sequence.length += count
         return True
 
     def extend(self, seq_id: int, token_ids: list[int]) -> None:
-        sequence = self.find(seq_id, resident=False)
+        sequence = self.find(seq_id)
         chosen = sequence.token_ids[sequence.num_known :]
         assert chosen[: len(token_ids)] == token_ids[: len(chosen)], "the driver reveals other ids than it chose"
         self.choose_ids(sequence, token_ids[len(chosen) :])
         sequence.num_known += len(token_ids)
-
-    def extend_batch(self, seq_ids: list[int], token_ids: list[int]) -> None:
-        self.find_batch(seq_ids, token_ids, resident=False)
-        for seq_id, token_id in zip(seq_ids, token_ids, strict=True):
-            self.extend(seq_id, [token_id])
 
     def publish(self, seq_ids: list[int], num_tokens: list[int]) -> None:
         sequences = self.find_batch(seq_ids, num_tokens)
@@ -294,39 +265,10 @@ class Model:
         del sequence.token_ids[sequence.length :], sequence.contents[sequence.length + 1 :]
 
     def release(self, seq_id: int) -> None:
-        sequence = self.find(seq_id, resident=False)
-        if sequence.swapped:
-            self.host_waiting += [(self.latest + 1, ticket) for ticket in sequence.table]
-        del self.sequences[seq_id]
-        for block in [] if sequence.swapped else reversed(sequence.table):
-            self.drop(block, self.latest)
-
-    def swap_out(self, seq_id: int) -> bool:
         sequence = self.find(seq_id)
-        num_live = self.blocks_for(sequence.length)
-        if num_live > self.num_host_free():
-            return False
-        device_blocks, tickets = sequence.table, list(range(self.num_tickets, self.num_tickets + num_live))
-        self.num_tickets += num_live
-        sequence.table, sequence.swapped = tickets, True
-        for block, ticket in zip(device_blocks, tickets, strict=False):
-            self.copy(TO_HOST, block, ticket)
-        for block in reversed(device_blocks):
-            self.drop(block, self.latest + 1)
-        return True
-
-    def swap_in(self, seq_id: int) -> bool:
-        sequence = self.find(seq_id, resident=False)
-        if not sequence.swapped:
-            raise RefusedError("not swapped out")
-        if len(sequence.table) > self.num_available():
-            return False
-        tickets, sequence.table = sequence.table, [self.allocate() for _ in sequence.table]
-        sequence.swapped, sequence.num_published = False, 0
-        for ticket, block in zip(tickets, sequence.table, strict=True):
-            self.copy(TO_DEVICE, ticket, block)
-        self.host_waiting += [(self.latest + 1, ticket) for ticket in tickets]
-        return True
+        del self.sequences[seq_id]
+        for block in reversed(sequence.table):
+            self.drop(block, self.latest)
 
     def fill_step(self, seq_ids: list[int], num_new_tokens: list[int]) -> int:
         sequences = self.find_batch(seq_ids, num_new_tokens)

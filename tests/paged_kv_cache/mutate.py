@@ -1,10 +1,11 @@
 """Breaks one guard of csrc/ at a time and shows that the soak notices: python tests/paged_kv_cache/mutate.py
 
-Every mutation is built in a folder of its own. Prints a table in Markdown (the one in csrc/README.md), and exits with 1
-when a mutation survives.
+All mutations are made in one copy of csrc/, so that only the files are compiled which a mutation changes. Prints a
+table in Markdown (the one in csrc/README.md), and exits with 1 when a mutation survives.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pybind11
-
 import internvl_rt
 
-ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc"))
+import cmake_build
+
+ROOT = Path(__file__).resolve().parents[2]
 SOAK = Path(__file__).parent / "soak.py"
 
 
@@ -68,7 +70,7 @@ MUTATIONS = [
     Mutation(
         "a fork leaves its parent in the belief that its last block is its own",
         "paged_kv_cache.cpp",
-        "  parent.room = 0;  // the last block is shared now\n",
+        "  parent.room = 0;  // its last block is shared now\n",
         "",
     ),
     Mutation(
@@ -105,43 +107,56 @@ MUTATIONS = [
 ]
 
 
-def build(sources: Path, package: Path) -> None:
-    """The extension of `sources`, in a copy of the package's other files by link."""
+def prepare(folder: Path) -> None:
+    """A copy of csrc/, and the package's other files by link."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    package = folder / "internvl_rt"
     package.mkdir()
     for file in Path(internvl_rt.__file__).parent.iterdir():
         if not file.name.startswith(("_C.cpython", "__pycache__")):
             (package / file.name).symlink_to(file)
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([*command, *sorted(sources.glob("*.cpp")), "-o", target], check=True)
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (package / name).symlink_to(folder / "build" / name)
 
 
-def survives(mutation: Mutation | None, steps: int) -> tuple[bool, str]:
+def survives(folder: Path, mutation: Mutation | None, steps: int) -> tuple[bool, str]:
     """Whether the soak passes, and its last line."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = Path(folder) / "csrc"
-        shutil.copytree(ROOT / "csrc", sources)
-        if mutation:
-            file = sources / mutation.file
-            text = file.read_text()
-            assert text.count(mutation.before) == 1, f"{mutation.guard}: the code has changed"
-            file.write_text(text.replace(mutation.before, mutation.after))
-        build(sources, Path(folder) / "internvl_rt")
-        command = [sys.executable, SOAK, "--steps", str(steps), "--seed", "1"]
-        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True)
-        return run.returncode == 0, (run.stdout + run.stderr).strip().splitlines()[-1]
+    file = folder / "csrc" / (mutation.file if mutation else "bindings.cpp")
+    text = file.read_text()
+    if mutation:
+        assert text.count(mutation.before) == 1, f"{mutation.guard}: the code has changed"
+        file.write_text(text.replace(mutation.before, mutation.after))
+    try:
+        cmake_build.build(folder / "build", ["_C"], source=folder / "csrc", quiet=True)
+    finally:
+        file.write_text(text)
+    command = [sys.executable, SOAK, "--steps", str(steps), "--seed", "1"]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    return run.returncode == 0, (run.stdout + run.stderr).strip().splitlines()[-1]
+
+
+def shorten(line: str) -> str:
+    """What an error says that the soak prints with its type and where it happened."""
+    error = re.search(r"(?:Error|Exception)\((.*)\)$", line)
+    text = error[1].strip("'\"") if error else line
+    if text.startswith("{"):  # numbers of the cache and of the model, by name
+        text = " and ".join(re.findall(r"'(\w+)':", text)) + " are not the model's"
+    return text[:110]
 
 
 def main() -> int:
-    sound, line = survives(None, 20_000)
-    assert sound, f"the soak fails without a mutation: {line}"
-    print("| broken guard | file | what the soak says |\n| --- | --- | --- |")
-    survivors = 0
-    for mutation in MUTATIONS:
-        passed, line = survives(mutation, 50_000)
-        survivors += passed
-        print(f"| {mutation.guard} | `{mutation.file}` | {'**survived**' if passed else line[:110]} |", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        sound, line = survives(folder, None, 20_000)
+        assert sound, f"the soak fails without a mutation: {line}"
+        print("| broken guard | file | what the soak says |\n| --- | --- | --- |")
+        survivors = 0
+        for mutation in MUTATIONS:
+            passed, line = survives(folder, mutation, 50_000)
+            survivors += passed
+            said = "**survived**" if passed else shorten(line)
+            print(f"| {mutation.guard} | `{mutation.file}` | {said} |", flush=True)
     return 1 if survivors else 0
 
 

@@ -99,7 +99,7 @@ def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
     with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64) as engine:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)]
         recorder = Recorder()
-        engine._runner.capture(max_num_seqs=4, max_model_len=64, max_tokens_per_step=1, capture=recorder)
+        engine.runner.capture(max_num_seqs=4, max_model_len=64, max_tokens_per_step=1, capture=recorder)
         assert recorder.captured[len(TILE_BUCKETS) :] == [4, 2, 1], "no prefill of a single token"
         assert [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)] == expected
         assert recorder.replayed == [4, 4, 2, 1, 1]
@@ -118,7 +118,7 @@ def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
         with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
             expected = engine.generate(conversations, params)
             recorder = Recorder()
-            engine._runner.capture(max_num_seqs=4, max_model_len=2048, max_tokens_per_step=200, capture=recorder)
+            engine.runner.capture(max_num_seqs=4, max_model_len=2048, max_tokens_per_step=200, capture=recorder)
             replies = engine.generate(conversations[:4], params) + engine.generate(conversations[4:], params)
             assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
             for reply, eager in zip(replies, expected, strict=True):

@@ -7,7 +7,9 @@ import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, kv_bytes_per_token, plan_num_blocks
+from internvl_rt.model.ops import TORCH
+from internvl_rt.model.work import kv_bytes_per_token
+from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
 
 
 def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_position: int = 100) -> DecoderConfig:
@@ -31,7 +33,7 @@ def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_p
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_has_its_own_zeroed_keys_and_values(dtype: torch.dtype) -> None:
-    cache = KVCache(decoder(), num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    cache = KVCache(decoder(), num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"), ops=TORCH)
     tensors = [tensor for layer in cache.layers for tensor in (layer.k_cache_BGPC, layer.v_cache_BGPC)]
     assert len(tensors) == 4
     for number, tensor in enumerate(tensors, 1):
@@ -50,7 +52,7 @@ def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
 
     before = resident_bytes()
     config = decoder(num_kv_heads=8, head_dim=128)
-    cache = KVCache(config, num_blocks=2048, block_size=128, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(config, num_blocks=2048, block_size=128, dtype=torch.float32, device=torch.device("cpu"), ops=TORCH)
     assert sum(layer.k_cache_BGPC.nbytes for layer in cache.layers) == 2 << 30
     assert resident_bytes() - before < 64 << 20
 
@@ -58,7 +60,7 @@ def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
 def test_a_block_size_the_kernels_do_not_know_is_refused() -> None:
     assert BLOCK_SIZES == (16, 32, 64, 128)
     with pytest.raises(RequestError, match=r"block_size must be one of \(16, 32, 64, 128\), got 48"):
-        KVCache(decoder(), num_blocks=1, block_size=48, dtype=torch.float32, device=torch.device("cpu"))
+        KVCache(decoder(), num_blocks=1, block_size=48, dtype=torch.float32, device=torch.device("cpu"), ops=TORCH)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from internvl_rt._C import PagedKVCache
 from internvl_rt.kernels._split_plan import plan_splits
-from paged_kv_cache.buffers import POISON, check_split_plan, step_buffers
+from paged_kv_cache.buffers import POISON, check_split_plan, length_of, step_buffers
 from paged_kv_cache.contents import Contents
 from paged_kv_cache.machine import PagedKVCacheMachine
 from paged_kv_cache.soak import STEPS_PER_EPISODE, run_episode
@@ -43,7 +43,7 @@ def int32(*values: int) -> np.ndarray:
 def admitted(cache: PagedKVCache, seq_id: int, num_tokens: int) -> None:
     """A sequence with room and slots for so many tokens of unknown ids."""
     assert cache.admit(seq_id, int32(), num_reserved=num_tokens) == 0
-    assert cache.append(seq_id, num_tokens)
+    assert cache.append(int32(seq_id), int32(num_tokens))
 
 
 def run_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int) -> list[int]:
@@ -58,7 +58,7 @@ def run_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int) -> list[int]
 def serve(cache: PagedKVCache, seq_id: int, token_ids: np.ndarray, *prompt: Any, **options: Any) -> int | None:
     """Computes, publishes and releases a prompt; returns how many of its tokens were in the cache already."""
     num_hits = cache.admit(seq_id, token_ids, *prompt, **options)
-    if num_hits is None or not cache.append(seq_id, len(token_ids) - num_hits):
+    if num_hits is None or not cache.append(int32(seq_id), int32(len(token_ids) - num_hits)):
         return None
     run_step(cache, seq_id, len(token_ids) - num_hits)
     cache.publish(int32(seq_id), int32(len(token_ids)))
@@ -141,7 +141,7 @@ def test_hash_collisions_hide_prefixes_but_never_give_a_wrong_one(hash_bits: int
             numbers.append(contents.after(numbers[-1], token_id, None))
         num_matched = cache.admit(0, token_ids)
         assert num_matched is not None
-        assert cache.append(0, len(token_ids) - num_matched)
+        assert cache.append(int32(0), int32(len(token_ids) - num_matched))
         blocks = run_step(cache, 0, len(token_ids) - num_matched)
         slots = [blocks[t // 2] * 2 + t % 2 for t in range(len(token_ids))]
         assert [memory[slot] for slot in slots[:num_matched]] == numbers[1 : num_matched + 1]
@@ -185,11 +185,10 @@ def test_a_whole_pool_can_be_reserved_and_one_token_more_cannot() -> None:
     assert cache.admit(0, int32(), num_reserved=49) is None
     assert cache.admit(0, int32(), num_reserved=2**63 - 1) is None
     assert cache.admit(0, int32(), num_reserved=48) == 0
-    assert cache.append(0, 48)
-    assert not cache.append(0, 1)
-    assert not cache.append(0, 2**63 - 1)
-    assert not cache.append_batch(int32(0), int32(2**31 - 1))
-    assert cache.length(0) == 48
+    assert cache.append(int32(0), int32(48))
+    assert not cache.append(int32(0), int32(1))
+    assert not cache.append(int32(0), int32(2**31 - 1))
+    assert length_of(cache, 0) == 48
     assert cache.num_available_blocks == 0
 
 
@@ -197,7 +196,7 @@ def test_the_watermark_is_kept_free_for_those_that_run() -> None:
     cache = PagedKVCache(4, 1, watermark_blocks=2)
     assert cache.admit(0, int32(), num_reserved=2) == 0
     assert cache.admit(1, int32(), num_reserved=1) is None
-    assert cache.append(0, 4)
+    assert cache.append(int32(0), int32(4))
     cache.release(0)
     assert cache.admit(1, int32(), num_reserved=4) == 0
 
@@ -233,40 +232,13 @@ def test_what_a_failed_step_wrote_is_never_matched() -> None:
     cache = PagedKVCache(4, 4)
     token_ids = np.arange(9, dtype=np.int32)
     cache.admit(0, token_ids)
-    cache.append(0, 9)
+    cache.append(int32(0), int32(9))
     step = cache.fill_step(int32(0), int32(9), **step_buffers(1, 3, 9))
     cache.publish(int32(0), int32(9))
     assert cache.match(token_ids) == 0
     cache.release(0)
     cache.complete(step, failed=True)
     assert cache.match(token_ids) == 0
-
-
-def test_a_swapped_sequence_comes_back_with_its_tokens_and_can_publish_again() -> None:
-    cache = PagedKVCache(4, 4, num_host_blocks=2)
-    cache.admit(0, np.arange(8, dtype=np.int32))
-    cache.append(0, 8)
-    blocks = run_step(cache, 0, 8)
-    assert cache.swap_out(0)
-    out = cache.take_copies().tolist()
-    assert [copy[:2] for copy in out] == [[1, block] for block in blocks]
-    for refused in (
-        lambda: cache.append(0, 1),
-        lambda: cache.fork(0, 1),
-        lambda: cache.rollback(0, 1),
-        lambda: cache.publish(int32(0), int32(8)),
-        lambda: cache.swap_out(0),
-        lambda: cache.fill_step(int32(0), int32(0), **step_buffers(1, 2, 0)),
-    ):
-        with pytest.raises(ValueError, match="sequence 0 is swapped out"):
-            refused()
-    assert cache.swap_in(0)
-    assert [copy[:2] for copy in cache.take_copies().tolist()] == [[2, copy[2]] for copy in out]
-    with pytest.raises(ValueError, match="sequence 0 is not swapped out"):
-        cache.swap_in(0)
-    assert run_step(cache, 0, 0) != blocks  # those may still be read by the copy
-    cache.publish(int32(0), int32(8))
-    assert cache.match(np.arange(9, dtype=np.int32)) == 8
 
 
 # --- the split plan

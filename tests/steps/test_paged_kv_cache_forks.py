@@ -19,7 +19,7 @@ def fill_step(
 def start(cache: PagedKVCache, token_ids: list[int]) -> tuple[int, list[int]]:
     """Sequence 0, with the step of all its tokens in flight; returns the step and the blocks."""
     assert cache.admit(0, int32(token_ids)) == 0
-    assert cache.append(0, len(token_ids))
+    assert cache.append(int32([0]), int32([len(token_ids)]))
     step, (blocks,), _ = fill_step(cache, [0], [len(token_ids)])
     return step, blocks
 
@@ -29,11 +29,11 @@ def test_forks_of_a_step_in_flight_each_get_a_last_block_of_their_own() -> None:
     _, (head, tail) = start(cache, [1, 2, 3, 4, 5, 6])
     for child in (1, 2):
         cache.fork(0, child)
-    assert cache.append_batch(int32([0, 1, 2]), int32([1, 1, 1]))
+    assert cache.append(int32([0, 1, 2]), int32([1, 1, 1]))
     copies = cache.take_copies().tolist()
-    assert [copy[:2] for copy in copies] == [[0, tail]] * 2  # the last to append finds the block its own
+    assert [copy[0] for copy in copies] == [tail] * 2  # the last to append finds the block its own
     step, tables, slots = fill_step(cache, [0, 1, 2], [1, 1, 1])
-    lasts = [*(copy[2] for copy in copies), tail]
+    lasts = [*(copy[1] for copy in copies), tail]
     assert tables == [[head, last] for last in lasts]
     assert slots == [4 * last + 2 for last in lasts]
     cache.complete(step)
@@ -47,7 +47,7 @@ def test_the_one_that_is_left_of_two_forks_goes_on_in_their_blocks(released: int
     cache.fork(0, 1)
     cache.release(released)
     assert (cache.stats()["num_used"], cache.stats()["num_deferred"]) == (2, 0)
-    assert cache.append(1 - released, 1)
+    assert cache.append(int32([1 - released]), int32([1]))
     assert cache.take_copies().tolist() == []
     assert fill_step(cache, [1 - released], [1])[1] == [blocks]
     cache.complete(step + 1)
@@ -61,10 +61,11 @@ def test_forks_publish_what_they_share_once_and_their_own_blocks_each(publish_fi
     if publish_first:
         cache.publish(int32([0]), int32([3]))
     cache.fork(0, 1)
-    assert cache.append_batch(int32([0, 1]), int32([1, 1]))
+    assert cache.append(int32([0, 1]), int32([1, 1]))
     cache.take_copies()
     step, _, _ = fill_step(cache, [0, 1], [1, 1])
-    cache.extend_batch(int32([0, 1]), int32([7, 8]))
+    cache.extend(0, int32([7]))
+    cache.extend(1, int32([8]))
     cache.publish(int32([0, 1]), int32([4, 4]))
     cache.complete(step)
     assert [event[3].tolist() for event in cache.drain_events()] == [[1, 2], [3, 7], [3, 8]]
@@ -76,12 +77,12 @@ def test_tokens_that_are_rolled_back_are_written_anew_and_never_published() -> N
     cache = PagedKVCache(8, 2)
     start(cache, [1, 2, 3])
     cache.publish(int32([0]), int32([3]))
-    assert cache.append(0, 5)
+    assert cache.append(int32([0]), int32([5]))
     step, (longer,), _ = fill_step(cache, [0], [5])
     cache.rollback(0, 3)  # of the five that were guessed, two were right
     cache.extend(0, int32([4, 5]))
     cache.publish(int32([0]), int32([5]))
-    assert cache.append(0, 1)
+    assert cache.append(int32([0]), int32([1]))
     assert cache.take_copies().tolist() == []
     step, (table,), slots = fill_step(cache, [0], [1])
     assert (table, slots) == (longer[:3], [2 * longer[2] + 1])
@@ -97,8 +98,8 @@ def test_a_rollback_into_a_published_block_leaves_it_to_those_who_match_it() -> 
     _, (head, tail) = start(cache, [1, 2, 3, 4, 5, 6, 7, 8])
     cache.publish(int32([0]), int32([8]))  # before it is known that three of them are wrong
     cache.rollback(0, 3)
-    assert cache.append(0, 3)
-    ((_, source, replacement),) = cache.take_copies().tolist()
+    assert cache.append(int32([0]), int32([3]))
+    ((source, replacement),) = cache.take_copies().tolist()
     assert source == tail
     step, (table,), slots = fill_step(cache, [0], [3])
     assert (table, slots) == ([head, replacement], [4 * replacement + i for i in (1, 2, 3)])

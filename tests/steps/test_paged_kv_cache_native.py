@@ -3,28 +3,20 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import pybind11
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "csrc"))
+import cmake_build
 
 ROOT = Path(__file__).parents[2]
 SOAK = ROOT / "tests" / "paged_kv_cache" / "soak.py"
-BINDINGS = ROOT / "csrc" / "bindings.cpp"
-CORE = sorted(set(ROOT.glob("csrc/*.cpp")) - {BINDINGS})
-DRIVER = sorted(ROOT.glob("bench/csrc/*.cpp"))
-
-COMPILER = os.environ.get("CXX", "g++")
-SANITIZE = "-fsanitize=address,undefined"
-FLAGS = ["-fno-sanitize-recover=all", "-D_GLIBCXX_DEBUG", "-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden"]
-WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
-# Headers of other packages, so their warnings are not ours.
-PYTHON = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 
 # Runs a script with the instrumented extension as internvl_rt._C. The package around it is left out: it imports torch,
 # whose start under a sanitizer would take longer than the test.
@@ -43,6 +35,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Build:
     driver: Path
     extension: Path
+    commands: dict[str, list[str]]  # by source file: how it was compiled
+
+    @property
+    def compiler(self) -> str:
+        return self.commands["block_pool.cpp"][0]
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -52,30 +49,18 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    folder = tmp_path_factory.mktemp("native")
-
-    def compile_file(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        # Compiling is all that this costs, and most of it would be pybind11's templates: the core gets everything, what
-        # surrounds it the address sanitizer.
-        level, sanitize = ("-O1", "address,undefined") if source in CORE else ("-O0", "address")
-        run(COMPILER, level, f"-fsanitize={sanitize}", *FLAGS, *WARNINGS, *PYTHON, "-c", source, "-o", target)
-        return target
-
-    sources = [BINDINGS, *CORE, *DRIVER]  # the longest first
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = dict(zip(sources, pool.map(compile_file, sources), strict=True))
-    core = [objects[source] for source in CORE]
-    result = Build(folder / "kv_cache_bench", folder / "_C.so")
-    run(COMPILER, SANITIZE, *core, *(objects[source] for source in DRIVER), "-o", result.driver)
-    run(COMPILER, SANITIZE, "-shared", *core, objects[BINDINGS], "-o", result.extension)
-    return result
+def build() -> Build:
+    """By the preset `sanitize` of csrc/CMakePresets.json, in a folder that stays for the next run."""
+    folder = ROOT / "build" / f"cmake-sanitize-{sys.implementation.cache_tag}"
+    cmake_build.build(folder, ["_C", "kv_cache_bench"], preset="sanitize")
+    entries = json.loads((folder / "compile_commands.json").read_text())
+    commands = {Path(entry["file"]).name: shlex.split(entry["command"]) for entry in entries}
+    return Build(folder / "kv_cache_bench", folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", commands)
 
 
 def run_python(build: Build, *arguments: str | Path) -> str:
     """A script with the instrumented extension; the sanitizer must be there before Python's first allocation."""
-    libraries = [run(COMPILER, f"-print-file-name={name}.so").strip() for name in ("libasan", "libstdc++")]
+    libraries = [run(build.compiler, f"-print-file-name={name}.so").strip() for name in ("libasan", "libstdc++")]
     return run(
         *(sys.executable, "-c", LOADER, build.extension, *arguments),
         LD_PRELOAD=" ".join(libraries),
@@ -90,7 +75,7 @@ def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: i
     result = json.loads(run(build.driver, "--check-allocations", "--operations", "20000", "--seed", str(seed)))
     assert result["heap_calls"] == 0 < result["warm_up_heap_calls"]
     # A check of hits, evictions and copies that never saw one would be worth nothing.
-    assert min(result["hit_tokens"], result["evictions"], result["device_copies"]) > 100
+    assert min(result["hit_tokens"], result["evictions"], result["copies"]) > 100
 
 
 @pytest.mark.slow
@@ -107,6 +92,17 @@ def test_random_requests_from_python_are_clean_under_the_sanitizers(build: Build
     assert "passed: 5000 steps" in run_python(build, SOAK, "--steps", "5000", "--seed", str(seed))
 
 
+def test_every_file_is_compiled_with_what_it_is_checked_for(build: Build) -> None:
+    everywhere = {"-fsanitize=address", "-fno-sanitize-recover=all", "-D_GLIBCXX_DEBUG", "-Wconversion", "-Werror"}
+    core = {path.name for path in ROOT.glob("csrc/*.cpp")} - {"bindings.cpp"}
+    driver = {path.name for path in ROOT.glob("bench/csrc/*.cpp")}
+    assert build.commands.keys() == core | driver | {"bindings.cpp"}
+    for name, command in build.commands.items():
+        # What surrounds the core has the address sanitizer alone, and no optimization: most of the time that it takes
+        # to compile is pybind11's templates.
+        assert everywhere | ({"-O1", "-fsanitize=undefined"} if name in core else {"-O0"}) <= set(command), name
+
+
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
@@ -114,10 +110,12 @@ def test_random_requests_from_python_are_clean_under_the_sanitizers(build: Build
         ("int faulty(const int* p) { return *p + 2147483647; }", "signed integer overflow"),
     ],
 )
-def test_the_sanitizers_are_on(tmp_path: Path, fault: str, report: str) -> None:
+def test_the_sanitizers_are_on(build: Build, tmp_path: Path, fault: str, report: str) -> None:
+    """A program with a fault, compiled as the core is, ends with the sanitizer's report."""
     source, program = tmp_path / "fault.cpp", tmp_path / "fault"
     source.write_text(f"{fault}\nint main() {{ return faulty(new int[4]{{1}}); }}")
-    run(COMPILER, "-O1", SANITIZE, *FLAGS, source, "-o", program)
+    command = build.commands["block_pool.cpp"]
+    run(*command[: command.index("-o")], "-Wno-error", source, "-o", program)
     process = subprocess.run([program], stderr=subprocess.PIPE, text=True)
     assert process.returncode != 0
     assert report in process.stderr

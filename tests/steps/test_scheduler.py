@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prompt import VisualSpan
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.steps.device_stream import Arriving
+from internvl_rt.model.ops import TORCH
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.scheduler import MAX_OVERTAKEN, Scheduler
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.speculation import PromptLookup
 from internvl_rt.steps.step import fill_step, plan_step, shape_of
 
@@ -37,7 +38,7 @@ ids = itertools.count()
 
 def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None):
     pictures = tuple(
-        Picture(VisualSpan(start, size), bytes(32), num_tiles, lambda: Arriving(torch.zeros(1, 3, 2, 2)))
+        Picture(bytes(32), num_tiles, tiles=torch.zeros(1, 3, 2, 2), span=VisualSpan(start, size))
         for start, size in spans
     )
     made = [
@@ -64,7 +65,9 @@ class Bench:
 
     def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30):
         device = torch.device("cpu")
-        self.cache = KVCache(CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device)
+        self.cache = KVCache(
+            CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device, ops=TORCH
+        )
         self.scheduler = Scheduler(
             self.cache, max_num_seqs=max_num_seqs, max_tokens_per_step=budget, max_tiles_per_step=tiles
         )

@@ -23,7 +23,7 @@ def layer_errors(model: InternVL, reference: InternVL, tiles: Tensor) -> list[fl
     The residual that both carry through is part of y and ref.
     """
     weights = reference.weights.vision
-    x_RE = TORCH.patch_embed(tiles, weights.patch, weights.class_E, weights.position_UE)
+    x_RE = TORCH.embed_tiles(tiles, weights.patch, weights.class_E, weights.position_UE)
     errors = []
     for index in range(model.config.vision.num_layers):
         y_RE = _run_layer(model, index, x_RE.to(model.dtype), len(tiles)).float()
@@ -37,9 +37,10 @@ def _run_layer(model: InternVL, index: int, x_RE: Tensor, num_tiles: int) -> Ten
     ops, layer = model.ops, model.weights.vision.layers[index]
     x_RE = x_RE.clone()  # the kernels may write into it
     qkv_RK = ops.linear(ops.norm(x_RE, layer.norm1), layer.qkv)
-    y_RE = ops.vit_attention(qkv_RK, num_tiles, model.config.vision.head_dim, layer.q_norm, layer.k_norm)
+    y_RE = ops.attend_tiles(qkv_RK, num_tiles, model.config.vision.head_dim, layer.q_norm, layer.k_norm)
     x_RE, n_RE = ops.linear_residual_norm(y_RE, layer.proj, x_RE, layer.scale1_E, layer.norm2)
-    x_RE, _ = ops.linear_residual_norm(ops.linear_gelu(n_RE, layer.fc1), layer.fc2, x_RE, layer.scale2_E, None)
+    y_RF = ops.linear(n_RE, layer.fc1, activation="gelu")
+    x_RE, _ = ops.linear_residual_norm(y_RF, layer.fc2, x_RE, layer.scale2_E, None)
     return x_RE
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.engine.loop import StepLoop
-from internvl_rt.steps import device_stream, kv_cache, runner, sampler, step
+from internvl_rt.steps import device_stream, kv_cache, logprobs, runner, sampler, step, uploads
 from internvl_rt.steps.device_stream import Arriving, DeviceStream
 from internvl_rt.steps.runner import Runner
 from support.fake_cuda import CudaMode, DeviceTensor, use_fake_cuda
@@ -45,7 +45,7 @@ def copy_and_wait(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def replace_everywhere(name: str, value: object) -> None:
-    for module in (device_stream, kv_cache, runner, sampler, step):
+    for module in (device_stream, kv_cache, logprobs, runner, sampler, step, uploads):
         if hasattr(module, name):
             setattr(module, name, value)
 
@@ -54,7 +54,7 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "copies from pageable memory": lambda: replace_everywhere("to_device", copy_and_wait),
     "results copied to pageable memory": lambda: replace_everywhere("to_host", lambda tensor: tensor.to("cpu")),
     "no stream of its own": lambda: setattr(DeviceStream, "use", lambda self: torch.cuda.stream(MACHINE.stream)),
-    "pictures not waited for": lambda: setattr(Arriving, "take", lambda self: self.tensor),
+    "pictures not waited for": lambda: setattr(Arriving, "get", lambda self: self.tensor),
     "results handed over in no order": lambda: setattr(DeviceStream, "hand_over", lambda self, tensor: tensor),
     "memory used elsewhere forgotten": lambda: setattr(DeviceTensor, "record_stream", lambda self, stream: None),
     "weights taken in no order": lambda: setattr(DeviceStream, "adopt", lambda self, tensors: None),
@@ -81,7 +81,7 @@ def watch() -> Counter[str]:
 
     def counted(self: StepLoop, chunks: Any) -> None:
         counts["launches"] += 1
-        counts["ahead"] += bool(self._running)
+        counts["ahead"] += bool(self._launched)
         launch(self, chunks)
 
     StepLoop._launch = counted  # type: ignore[method-assign]

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prompt import VisualSpan
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.internvl import InternVL
+from internvl_rt.model.ops import Ops
 from internvl_rt.model.vision import encode_tiles
-from internvl_rt.steps.device_stream import Arriving
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.sequence import Picture, Sequence
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, build_step, plan_step
 
 
@@ -51,7 +54,7 @@ def all_logits(
         block_size=block_size,
         dtype=model.dtype,
         device=model.device,
-        num_sms=8 if model.ops.plans_splits else 0,
+        ops=_of_few_items(model.ops),
     )
     if after:
         first = _build_sequence(model, 0, after, tiles, context_id, None)
@@ -66,6 +69,11 @@ def all_logits(
     places = [num_cached, *(num_cached + np.cumsum(chunk_lens or [len(token_ids) - num_cached])).tolist()]
     assert places[-1] == len(token_ids)
     return _compute(model, cache, sequence, places)
+
+
+def _of_few_items(ops: Ops) -> Ops:
+    """With short split plans, as a small GPU has them: the interpreter runs their items one after another."""
+    return replace(ops, num_split_items=partial(num_split_items, num_sms=8)) if ops.num_split_items(1, 1) else ops
 
 
 def _build_sequence(
@@ -85,8 +93,7 @@ def _build_sequence(
         position_T=np.arange(len(token_ids), dtype=np.float32) if position_T is None else position_T,
         next_position=0,
         pictures=tuple(
-            Picture(span, bytes(32), len(part), lambda part=part: Arriving(part))
-            for span, part in zip(spans, parts, strict=True)
+            Picture(bytes(32), len(part), tiles=part, span=span) for span, part in zip(spans, parts, strict=True)
         ),
         params=SamplingParams(),
         max_tokens=1,

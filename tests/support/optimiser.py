@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.model.ops import Linear
+from internvl_rt.model.linear import Linear
 
 MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
 WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls over this share of a stage's steps

@@ -1,4 +1,4 @@
-"""Small models with random weights, of every layout: both kinds of ViT, three kinds of decoder."""
+"""Whole models of a few thousand random weights: both kinds of ViT, every layout of a decoder."""
 
 from dataclasses import replace
 

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from internvl_rt.inputs.image import ImageOptions, choose_grid
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid
 from support.digits import Boxes
 
 SHOWN, HINTED, WHOLE = 0.4, 0.1, 0.6

@@ -1,0 +1,86 @@
+"""Makes the sequences that steps compute, one for each answer, from a prompt and sampling parameters."""
+
+import itertools
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.engine.options import EngineOptions
+from internvl_rt.errors import RequestError
+from internvl_rt.inputs.grammar import GrammarCompiler, Matcher
+from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.tokenizer import Tokenizer
+from internvl_rt.steps.sampler import derive_seed
+from internvl_rt.steps.sequence import Sequence
+from internvl_rt.steps.speculation import PromptLookup
+
+
+class SequenceFactory:
+    """Numbers sequences, derives their seeds, and compiles their grammars. Any thread may use it."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, max_model_len: int) -> None:
+        self._options, self._max_model_len = options, max_model_len
+        self._vocab_size, self._max_position = config.decoder.vocab_size, config.decoder.max_position
+        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
+        self._engine_seed = secrets.randbits(64) if options.seed is None else options.seed
+        self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
+
+    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
+        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
+
+        `max_tokens` is cut to the room left in the context window. Raises RequestError.
+        """
+        most = self._options.max_num_seqs
+        if params.n > most:
+            raise RequestError(
+                f"n is {params.n}, but at most max_num_seqs = {most} answers run together; lower n or raise "
+                "max_num_seqs"
+            )
+        for token_id in params.stop_token_ids:
+            if token_id >= self._vocab_size:
+                raise RequestError(
+                    f"stop_token_ids: {token_id} is not in the vocabulary of {self._vocab_size:,} tokens"
+                )
+        number = next(self._prompt_numbers)
+        seed = params.seed if params.seed is not None else derive_seed(self._engine_seed, number)
+        room = min(
+            self._max_model_len - len(prepared.prompt.token_ids),
+            self._max_position - prepared.next_position,
+        )
+        grammar = self._grammars.compile(*params.grammar) if params.grammar else None
+        speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
+        score_from = prepared.score_from
+        if score_from is None and params.prompt_logprobs is not None:
+            score_from = 1
+        eos = () if params.ignore_eos and grammar is None else (self._stop_id,)
+        made = [
+            Sequence(
+                seq_id=next(self._seq_ids),
+                token_ids=list(prepared.prompt.token_ids),
+                position_T=prepared.position_T,
+                next_position=prepared.next_position,
+                pictures=prepared.pictures,
+                params=params,
+                max_tokens=min(params.max_tokens, room) if prepared.score_from is None else 0,
+                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                seed=derive_seed(seed, index) if index else seed,
+                identity=prepared.identity,
+                salt=prepared.salt,
+                matcher=(matcher := grammar.start()) if grammar else None,
+                mask_W=self._first_mask(matcher) if grammar else None,
+                score_from=score_from if index == 0 else None,
+                drafter=PromptLookup(self._options.num_draft_tokens) if speculates else None,
+            )
+            for index in range(params.n)
+        ]
+        made[0].siblings = made[1:]
+        return made
+
+    def _first_mask(self, matcher: Matcher) -> NDArray[np.int32]:
+        mask_W = np.empty(-(-self._vocab_size // 32), np.int32)
+        matcher.fill_mask(mask_W)
+        return mask_W

@@ -1,0 +1,103 @@
+"""Chooses the official tile grid of a picture and cuts its tiles; the order of the resize passes is fixed.
+
+Source: `dynamic_preprocess` (InternVL README.md and internvl_chat/internvl/train/dataset.py).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from internvl_rt.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """How pictures are read and cut, by default as in the official code. Raises RequestError for a bad value."""
+
+    image_size: int = 448  # side of a tile in pixels
+    min_tiles: int = 1
+    max_tiles: int = 12  # the thumbnail is not counted
+    thumbnail: bool = True  # the whole picture is a last tile, if there is more than one
+    exif: Literal["ignore", "apply"] = "ignore"
+    alpha: Literal["drop", "white"] = "drop"
+    max_pixels: int = 50_000_000  # larger pictures are refused before their pixels are decoded
+
+    def __post_init__(self) -> None:
+        limits = {"image_size": 2048, "max_tiles": 128, "min_tiles": self.max_tiles, "max_pixels": 1 << 30}
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+        for name, choices in {"exif": ("ignore", "apply"), "alpha": ("drop", "white")}.items():
+            if getattr(self, name) not in choices:
+                raise RequestError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+
+
+@lru_cache
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Returns all (columns, rows) with min_tiles <= columns * rows <= max_tiles, by number of tiles, ties in set order.
+
+    The official code sorts a set, so where two grids of the same size tie (only possible with min_tiles > 1) the order
+    in which CPython walks that set decides. It depends on the order of insertion, hence the redundant outer loop.
+    """
+    grids = {
+        (columns, rows)
+        for side in range(min_tiles, max_tiles + 1)
+        for columns in range(1, side + 1)
+        for rows in range(1, side + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def choose_grid(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
+    """Returns the grid of the closest aspect ratio, as (columns, rows) (official `find_closest_aspect_ratio`).
+
+    On an exact tie the larger grid wins if the picture covers more than half of its pixels. All sizes are at least 1.
+    """
+    aspect, area = width / height, width * height
+    best, best_error = (1, 1), float("inf")
+    for columns, rows in _grids(options.min_tiles, options.max_tiles):
+        error = abs(aspect - columns / rows)
+        fills = area > 0.5 * options.image_size**2 * columns * rows
+        if error < best_error or (error == best_error and fills):
+            best, best_error = (columns, rows), error
+    return best
+
+
+def num_tiles(width: int, height: int, options: ImageOptions) -> int:
+    """Counts the tiles of a picture of that size, the thumbnail included."""
+    columns, rows = choose_grid(width, height, options)
+    return columns * rows + (options.thumbnail and columns * rows > 1)
+
+
+def tile_image(image: Image.Image, options: ImageOptions) -> npt.NDArray[np.uint8]:
+    """Cuts an RGB picture, stretched to its grid, into square tiles (official `dynamic_preprocess`).
+
+    Returns uint8 [num_tiles, image_size, image_size, 3], row by row; the thumbnail, if any, is the last one.
+    """
+    size = options.image_size
+    columns, rows = choose_grid(*image.size, options)
+    tiles = np.empty((num_tiles(*image.size, options), size, size, 3), np.uint8)
+    with ThreadPoolExecutor(1) as pool:  # the two resizes run in parallel: Pillow's passes release the GIL
+        thumbnail = pool.submit(_resize, image, size, size) if len(tiles) > columns * rows else None
+        canvas = np.asarray(_resize(image, columns * size, rows * size)).reshape(rows, size, columns, size, 3)
+        tiles[: columns * rows].reshape(rows, columns, size, size, 3)[...] = canvas.swapaxes(1, 2)
+        if thumbnail:
+            tiles[-1] = np.asarray(thumbnail.result())
+    return tiles
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resizes by Pillow's antialiased bicubic, horizontal pass first.
+
+    In one call Pillow 13 starts with the vertical pass for some sizes, which rounds differently.
+    """
+    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )

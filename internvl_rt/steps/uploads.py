@@ -1,0 +1,57 @@
+"""Copies the tiles or visual tokens of pictures to the device while a step runs there."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+
+from internvl_rt.inputs.image import OpenImage
+from internvl_rt.inputs.picture import Picture
+from internvl_rt.model.ops import Ops
+from internvl_rt.steps.device_stream import Arriving, DeviceStream, to_device
+
+
+class Uploads:
+    """Decodes, cuts and copies each picture once, and keeps the result as long as the picture lives.
+
+    Any thread may use it.
+    """
+
+    def __init__(self, ops: Ops, device: torch.device, tile_side: int) -> None:
+        """tile_side: pixels."""
+        self._ops, self._device, self._tile_side = ops, device, tile_side
+        self._stream = DeviceStream(device)
+        self._arriving: WeakKeyDictionary[Picture, Arriving] = WeakKeyDictionary()
+
+    def load(self, picture: Picture) -> Arriving:
+        """Returns a picture's tiles, or the visual tokens that it was given with.
+
+        The first call for a picture does the work, in the calling thread; a tensor that is on a GPU already is read in
+        the order of that thread's stream. Raises MediaError for a picture that turns out to be broken.
+        """
+        if (arriving := self._arriving.get(picture)) is None:
+            arriving = self._arriving[picture] = self._load(picture)
+        return arriving
+
+    def _load(self, picture: Picture) -> Arriving:
+        if picture.image is not None:
+            return self._cut(picture.image)
+        given = picture.tiles if picture.visual_XD is None else picture.visual_XD
+        assert given is not None, "a picture has an image, tiles or visual tokens"
+        return self._send(given)
+
+    def _cut(self, image: OpenImage) -> Arriving:
+        """Cuts an image into tiles on the device; if that is the CPU, Pillow resizes them, to the same bits."""
+        if not self._ops.resizes_on_device:
+            return self._send(torch.from_numpy(image.tiles()))
+        pixels = torch.as_tensor(image.pixels())
+        on_gpu = Arriving.on_current_stream(pixels) if pixels.device.type != "cpu" else None
+        with self._stream.use():
+            pixels = to_device(pixels, self._device) if on_gpu is None else on_gpu.get().to(self._device)
+            tiles = self._ops.resize_tiles(pixels, *image.grid, self._tile_side, image.thumbnail)
+            return Arriving.on_current_stream(tiles)
+
+    def _send(self, tensor: torch.Tensor) -> Arriving:
+        if tensor.device.type != "cpu":
+            return Arriving.on_current_stream(tensor)
+        with self._stream.use():
+            return Arriving.on_current_stream(to_device(tensor, self._device))

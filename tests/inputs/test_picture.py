@@ -1,0 +1,73 @@
+"""A picture is plain data: it crosses a process, and what its giver does with it later changes nothing."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import internvl_rt
+from internvl_rt import Engine, SamplingParams
+from internvl_rt.inputs.image import open_image
+from internvl_rt.inputs.tiles import ImageOptions
+
+SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
+
+
+def as_given(kind: str):
+    array = np.array(Image.open(SAMPLE).convert("RGB"))
+    match kind:
+        case "path":
+            return SAMPLE
+        case "bytes":
+            return SAMPLE.read_bytes()
+        case "image":
+            return Image.fromarray(array)
+        case "array":
+            return array
+        case _:
+            return torch.from_numpy(array)
+
+
+KINDS = ["path", "bytes", "image", "array", "tensor"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_opened_picture_crosses_a_process(kind):
+    opened = open_image(as_given(kind), ImageOptions(image_size=56))
+    arrived = pickle.loads(pickle.dumps(opened))
+    assert arrived.digest == opened.digest
+    assert np.array_equal(arrived.tiles(), opened.tiles())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_prompts_hold_no_reference_to_the_engine(kind):
+    parts = [{"type": "image", "image": as_given(kind)}, {"type": "text", "text": "Read the digits."}]
+    with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24) as engine:
+        prepared = engine.preparer.prepare([{"role": "user", "content": parts}])
+        prepared = pickle.loads(pickle.dumps(prepared))
+        (reply,) = engine.generate_prepared(iter([prepared]), [SamplingParams(max_tokens=12)])
+    assert reply.text == "4719"
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_pixels_that_are_written_into_later_do_not_change_the_picture(kind):
+    given, options = as_given(kind), ImageOptions(image_size=56)
+    opened = open_image(given, options)
+    expected = opened.tiles()
+    given[:] = 0
+    assert np.array_equal(opened.tiles(), expected)
+    assert opened.digest != open_image(given, options).digest
+
+
+@pytest.mark.gpu
+def test_pixels_on_a_gpu_stay_there():
+    given = as_given("tensor").cuda()
+    opened = open_image(given, ImageOptions(image_size=56))
+    assert opened.pixels().device == given.device
+    assert opened.digest == open_image(given.cpu(), ImageOptions(image_size=56)).digest
+    parts = [{"type": "image", "image": given}, {"type": "text", "text": "Read the digits."}]
+    with Engine.from_pretrained("tiny", max_num_seqs=1) as engine:
+        assert engine.chat([{"role": "user", "content": parts}], SamplingParams(max_tokens=12)).text == "4719"

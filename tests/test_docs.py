@@ -1,0 +1,38 @@
+"""The pages name files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(page for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def named_files(page: Path) -> list[str]:
+    """Paths in backquotes. A name without a folder stands beside the last one that had a folder."""
+    names, folder = [], Path()
+    for name in re.findall(r"`([\w./-]+(?:\.(?:py|cpp|h|md|txt|toml)|/))`", page.read_text(encoding="utf-8")):
+        path = Path(name)
+        if "/" in name:
+            folder = path.parent
+        names.append(str(path if "/" in name or (ROOT / path).exists() else folder / path))
+    return names
+
+
+def test_the_lives_of_a_request_and_of_a_weight_take_ten_lines_each_and_name_files_that_exist() -> None:
+    page = ROOT / "docs" / "how-it-works.md"
+    lives = page.read_text(encoding="utf-8").split("\n## The life of a ")[1:]
+    assert [life.split("\n", 1)[0] for life in lives] == ["request", "weight"]
+    for life in lives:
+        assert len(re.findall(r"^\d+\. ", life, re.MULTILINE)) == 10
+    names = named_files(page)
+    assert len(names) > 30
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_of_the_repository_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    inside = [link for link in links if not re.match(r"[a-z]+:", link)]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
