@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt import Engine, SamplingParams, in_flight, loop, runner
+from internvl_rt import Engine, SamplingParams
+from internvl_rt.engine import in_flight, loop
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.step_inputs import Sampling
+from internvl_rt.steps import runner
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 
