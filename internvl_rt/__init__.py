@@ -13,63 +13,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvl_rt.engine.async_engine import AsyncEngine
-    from internvl_rt.engine.engine import Engine
-    from internvl_rt.engine.options import EngineOptions
-    from internvl_rt.engine.reply import Choice, Piece, Reply, Score, Timings, Usage
-    from internvl_rt.errors import (
-        CheckpointError,
-        ConfigError,
-        EngineDeadError,
-        InternVLError,
-        MediaError,
-        QueueFullError,
-        RequestError,
-    )
-    from internvl_rt.inputs.sampling_params import SamplingParams
-    from internvl_rt.steps.logprobs import TokenLogprob
+    from internvl_rt.engine.async_engine import AsyncEngine as AsyncEngine
+    from internvl_rt.engine.engine import Engine as Engine
+    from internvl_rt.engine.options import EngineOptions as EngineOptions
+    from internvl_rt.engine.reply import Choice as Choice
+    from internvl_rt.engine.reply import Piece as Piece
+    from internvl_rt.engine.reply import Reply as Reply
+    from internvl_rt.engine.reply import Score as Score
+    from internvl_rt.engine.reply import Timings as Timings
+    from internvl_rt.engine.reply import Usage as Usage
+    from internvl_rt.errors import CheckpointError as CheckpointError
+    from internvl_rt.errors import ConfigError as ConfigError
+    from internvl_rt.errors import EngineDeadError as EngineDeadError
+    from internvl_rt.errors import InternVLError as InternVLError
+    from internvl_rt.errors import MediaError as MediaError
+    from internvl_rt.errors import QueueFullError as QueueFullError
+    from internvl_rt.errors import RequestError as RequestError
+    from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
+    from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
 
-_HOMES = {
-    "AsyncEngine": "engine.async_engine",
-    "Engine": "engine.engine",
-    "SamplingParams": "inputs.sampling_params",
-    **dict.fromkeys(("Choice", "Piece", "Reply", "Score", "Timings", "Usage"), "engine.reply"),
-    **dict.fromkeys(
-        (
-            "CheckpointError",
-            "ConfigError",
-            "EngineDeadError",
-            "InternVLError",
-            "MediaError",
-            "QueueFullError",
-            "RequestError",
-        ),
-        "errors",
-    ),
-    "EngineOptions": "engine.options",
-    "TokenLogprob": "steps.logprobs",
+_NAMES = {
+    "engine.async_engine": "AsyncEngine",
+    "engine.engine": "Engine",
+    "engine.options": "EngineOptions",
+    "engine.reply": "Choice Piece Reply Score Timings Usage",
+    "errors": "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError",
+    "inputs.sampling_params": "SamplingParams",
+    "steps.logprobs": "TokenLogprob",
 }
-
-__all__ = [
-    "AsyncEngine",
-    "CheckpointError",
-    "Choice",
-    "ConfigError",
-    "Engine",
-    "EngineDeadError",
-    "EngineOptions",
-    "InternVLError",
-    "MediaError",
-    "Piece",
-    "QueueFullError",
-    "Reply",
-    "RequestError",
-    "SamplingParams",
-    "Score",
-    "Timings",
-    "TokenLogprob",
-    "Usage",
-]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)  # the names above, which are for type checkers, are the same
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,6 @@ from internvl_rt.model.ops_triton import Switches, triton_ops
 from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
 
 def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
@@ -32,24 +31,12 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         config,
         chosen,
         target,
+        options,
         weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
-        visual_cache_bytes=options.visual_cache_bytes,
-        block_size=options.block_size,
-        kv_cache_bytes=options.kv_cache_bytes,
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=options.max_model_len,
-        max_tokens_per_step=options.max_tokens_per_step,
-        max_tiles_per_pass=MAX_TILES_PER_PASS,
         graphs=options.cuda_graphs and ops.captures_graphs,
     )
-    cache = KVCache(
-        config.decoder,
-        num_blocks=memory.num_blocks,
-        block_size=options.block_size,
-        dtype=chosen,
-        device=target,
-        ops=ops,
-    )
+    sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
+    cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
     return InternVL(config, weights, ops), tokenizer, cache, memory
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.engine.options import EngineOptions
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
 from internvl_rt.steps.kv_cache import plan_num_blocks
+from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 from internvl_rt.steps.step_graph import prefill_buckets
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # the system commits memory only as it is used
@@ -62,15 +64,9 @@ def plan_memory(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
+    options: EngineOptions,
     *,
     weight_bytes: int,
-    visual_cache_bytes: int,
-    block_size: int,
-    kv_cache_bytes: int | None,
-    max_num_seqs: int,
-    max_model_len: int | None,
-    max_tokens_per_step: int,
-    max_tiles_per_pass: int,
     graphs: bool,
 ) -> MemoryPlan:
     """Plans the memory once the weights are loaded: the KV cache gets `kv_cache_bytes`, or what is left.
@@ -78,25 +74,26 @@ def plan_memory(
     graphs: whether CUDA graphs will be captured. Raises RequestError if not one sequence of `max_model_len` tokens
     fits.
     """
-    vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
-    step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
+    max_num_tokens, max_num_seqs = options.max_tokens_per_step, options.max_num_seqs
+    vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
+    step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
     total_bytes, graph_bytes, cublas_bytes = None, 0, 0
     if device.type == "cuda":
         cublas_bytes = CUBLAS_BYTES
         if graphs:
-            graph_bytes = graphs_bytes(config, dtype, max_tokens_per_step, max_num_seqs, max_tiles_per_pass)
+            graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs)
         free_bytes, total_bytes = _free_bytes(device)
         left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - cublas_bytes
-        left -= visual_cache_bytes
+        left -= options.visual_cache_bytes
     else:
         left = DEFAULT_CPU_CACHE_BYTES
     num_blocks = plan_num_blocks(
         config.decoder,
         dtype,
-        block_size=block_size,
-        cache_bytes=max(left, 0) if kv_cache_bytes is None else kv_cache_bytes,
+        block_size=options.block_size,
+        cache_bytes=max(left, 0) if options.kv_cache_bytes is None else options.kv_cache_bytes,
         max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
+        max_model_len=options.max_model_len,
     )
     return MemoryPlan(
         device=str(device),
@@ -106,10 +103,10 @@ def plan_memory(
         step_bytes=step_bytes,
         graph_bytes=graph_bytes,
         cublas_bytes=cublas_bytes,
-        visual_cache_bytes=visual_cache_bytes,
-        block_size=block_size,
+        visual_cache_bytes=options.visual_cache_bytes,
+        block_size=options.block_size,
         num_blocks=num_blocks,
-        block_bytes=kv_bytes_per_token(config.decoder, dtype) * block_size,
+        block_bytes=kv_bytes_per_token(config.decoder, dtype) * options.block_size,
     )
 
 
@@ -126,9 +123,7 @@ def _free_bytes(device: torch.device) -> tuple[int, int]:
     return free_bytes + kept - stats.get("inactive_split_bytes.all.current", 0), total_bytes
 
 
-def graphs_bytes(
-    config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int, max_tiles_per_pass: int
-) -> int:
+def graphs_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int) -> int:
     """Adds up what all CUDA graphs keep: a common workspace, and inputs and results at fixed addresses.
 
     Each graph of tiles has its own result, the graphs of decode steps share one, and a prefill overwrites its input.
@@ -136,7 +131,7 @@ def graphs_bytes(
     decoder, vision = config.decoder, config.vision
     num_tokens = max(prefill_buckets(decoder, max_tokens_per_step), default=0)
     workspace = max(
-        vision_workspace_bytes(config, dtype, max_tiles_per_pass),
+        vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS),
         step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),
     )
     tiles = max(TILE_BUCKETS) * 3 * vision.image_size**2

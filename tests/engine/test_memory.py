@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt import Engine, EngineOptions, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
 from internvl_rt.engine import memory as memory_module
 from internvl_rt.engine.memory import (
@@ -21,19 +21,8 @@ GIB = 1 << 30
 
 
 def plan(name="InternVL3-1B", **changes):
-    options = {
-        "weight_bytes": 2 * GIB,
-        "visual_cache_bytes": 256 << 20,
-        "block_size": 64,
-        "kv_cache_bytes": GIB,
-        "max_num_seqs": 64,
-        "max_model_len": None,
-        "max_tokens_per_step": 8192,
-        "max_tiles_per_pass": 16,
-        "graphs": True,
-    }
-    config = load_config(KNOWN_MODELS[name])
-    return plan_memory(config, torch.bfloat16, torch.device("cpu"), **(options | changes))
+    config, options = load_config(KNOWN_MODELS[name]), EngineOptions(**({"kv_cache_bytes": GIB} | changes))
+    return plan_memory(config, torch.bfloat16, torch.device("cpu"), options, weight_bytes=2 * GIB, graphs=True)
 
 
 def test_the_cache_takes_what_it_is_given_in_whole_blocks():
@@ -76,11 +65,10 @@ def test_the_card_names_every_part():
 def test_on_a_gpu_the_cache_takes_what_everything_else_leaves(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
     config = load_config(KNOWN_MODELS["InternVL3-1B"])
-    options = {"weight_bytes": 2 * GIB, "visual_cache_bytes": GIB, "block_size": 64, "kv_cache_bytes": None}
-    options |= {"max_num_seqs": 1024, "max_model_len": None, "max_tokens_per_step": 8192, "max_tiles_per_pass": 16}
+    options = EngineOptions(visual_cache_bytes=GIB, max_num_seqs=1024)
     plans = {}
     for graphs in (True, False):
-        memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), graphs=graphs, **options)
+        memory = plan_memory(config, torch.bfloat16, torch.device("cuda"), options, weight_bytes=2 * GIB, graphs=graphs)
         others = memory.vision_bytes + memory.step_bytes + memory.graph_bytes + memory.visual_cache_bytes
         left = int(20 * GIB * 0.95) - others - memory.cublas_bytes
         assert memory.cache_bytes <= left < memory.cache_bytes + memory.block_bytes
@@ -101,7 +89,7 @@ def test_memory_that_torch_keeps_but_nobody_uses_is_free(monkeypatch):
 def test_graphs_keep_the_results_of_every_number_of_tiles():
     """Of the 38B: visual tokens of 107 tiles in all 14 graphs, logits of 64 sequences, and prefills of 448 tokens."""
     config = load_config(KNOWN_MODELS["InternVL3-38B"])
-    sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64, "max_tiles_per_pass": 16}
+    sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64}
     workspace = max(
         vision_workspace_bytes(config, torch.bfloat16, 16),
         step_workspace_bytes(config.decoder, torch.bfloat16, 448, 64),
