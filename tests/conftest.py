@@ -16,11 +16,18 @@ collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "g
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects the tests marked `gpu` where there is no GPU, and those marked `slow` unless the command line chooses
     tests by -m, -k or their ids; pytest's last line says how many."""
+    by_id = any("::" in argument for argument in config.args)
+    missing: dict[str, set[str]] = {}
     for item in items:
         quick = item.get_closest_marker("fast")
-        if quick and item.callspec.id not in quick.args:
-            item.add_marker("slow")
-    chosen = config.option.markexpr or config.option.keyword or any("::" in argument for argument in config.args)
+        if quick:
+            missing.setdefault(item.nodeid.partition("[")[0], set(quick.args)).discard(item.callspec.id)
+            if item.callspec.id not in quick.args:
+                item.add_marker("slow")
+    wrong = [f"{test}: no case is called {', '.join(sorted(ids))}" for test, ids in missing.items() if ids]
+    if wrong and not by_id:
+        raise pytest.UsageError(*wrong)
+    chosen = config.option.markexpr or config.option.keyword or by_id
     unable = [
         item
         for item in items
