@@ -75,8 +75,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plans the memory once the weights are loaded: the KV cache gets `kv_cache_bytes`, or what is left.
 
-    graphs: whether CUDA graphs will be captured. Raises RequestError if not one sequence of `max_model_len` tokens
-    fits.
+    graphs: whether CUDA graphs will be captured. Raises RequestError unless one sequence of `max_model_len` fits.
     """
     vision_bytes = vision_workspace_bytes(config, dtype, max_tiles_per_pass)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_tokens_per_step, max_num_seqs)
