@@ -13,7 +13,7 @@ PARTS = {
     "decode": "the time of each token after the first, by batch and context",
     "serve": "requests that arrive at random, through the asynchronous engine",
 }
-# Engine options that can be turned off, to see what they are worth or whether they cause a fault, and the effect.
+# Engine options that can be turned off, to see their worth or find a fault, each with the effect of that.
 SWITCHES = {
     "cuda_graphs": "launch kernels one by one, not as CUDA graphs",
     "programmatic_launch": "start no kernel before the one before it has ended",

@@ -32,7 +32,7 @@ class Mix:
 def fitting_mix(max_model_len: int, tile_side: int, tokens_per_tile: int, max_tiles: int) -> Mix:
     """Gives a picture at most half of the window, question and answer at most an eighth each."""
     room = max_model_len // 8
-    tiles = min(max_tiles, max_model_len // 2 // tokens_per_tile - 1)  # less a thumbnail
+    tiles = min(max_tiles, max_model_len // 2 // tokens_per_tile - 1)  # one tile is for the thumbnail
     return Mix(tile_side, max(1, tiles), max_characters=min(1024, room), max_tokens=min(128, room))
 
 

@@ -24,7 +24,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "decode": decode.COLUMNS,
     "serve": serve.COLUMNS,
 }
-SHEET = "NVIDIA H200"  # its floors are computed if this device's data sheet is not known
+SHEET = "NVIDIA H200"  # its floors are printed if the device's own data sheet is not known
 
 
 def run(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def room_for(batch: int, context: int, num_steps: int, max_tokens_per_step: int)
 
 
 def longest(cases: Iterable[tuple[int, int]], num_steps: int, max_tokens_per_step: int, window: int) -> int:
-    """Returns the `max_model_len` that the cases (batch, context) need, as far as the window allows them."""
+    """Returns the `max_model_len` that the cases (batch, context) need; a case beyond the window does not count."""
     lengths = [context + room_for(batch, context, num_steps, max_tokens_per_step) for batch, context in cases]
     return max((length for length in lengths if length <= window), default=window)
 

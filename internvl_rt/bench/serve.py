@@ -1,7 +1,6 @@
 """`internvl-rt bench serve` loads an engine with requests that arrive at random, whether it keeps up or not.
 
-Times count from when a request was to arrive, so that nothing is gained by delaying its arrival. They include reading
-and cutting pictures.
+Times count from a request's planned arrival, so that delaying it gains nothing; they include reading its pictures.
 """
 
 import asyncio

@@ -10,7 +10,7 @@ from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.inputs.sampling_params import SamplingParams
 
-SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # named after the digits that it shows
+SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # the file is named after the digits that it shows
 
 
 def check_backend() -> Finding:

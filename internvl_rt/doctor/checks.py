@@ -30,7 +30,7 @@ def _answer(backend: str) -> Finding:
     return check_answer(backend)
 
 
-# Name: the check, and what to do if it raises.
+# Each check by name, and what to do if it raises.
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "internvl-rt": (machine.check_package, "install it: pip install internvl-rt, or pip install -e . in a checkout"),
     "python": (machine.check_python, "use Python 3.11 or newer"),

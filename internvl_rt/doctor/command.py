@@ -10,7 +10,7 @@ from internvl_rt.doctor.process import CheckProcess
 
 Ask = Callable[[str], Finding]
 
-# Check: the checks that must not fail before it, since it would only fail for the same reason.
+# Each check, with the checks whose failure would make it fail too; it is skipped then.
 CHECKS: dict[str, tuple[str, ...]] = {
     "internvl-rt": (),
     "python": (),

@@ -26,8 +26,7 @@ MAX_LOST = 3  # after this many processes that died or hung, no more checks are 
 class CheckProcess:
     """Runs one check after another in one process, and in a new one after each that failed.
 
-    What a failed check leaves behind, such as a device that refuses everything after an error, then cannot harm the
-    next one.
+    What a failed check leaves behind, such as a device that refuses everything after an error, then harms no other.
     """
 
     def __init__(self, command: Sequence[str] | None = None, timeout_s: float = TIMEOUT_S) -> None:
@@ -45,7 +44,7 @@ class CheckProcess:
         assert process.stdin is not None
         assert process.stdout is not None
         line = ""
-        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):  # the process has died
+        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):  # if the process died
             selector.register(process.stdout, selectors.EVENT_READ)
             process.stdin.write(f"{name}\n")
             process.stdin.flush()

@@ -34,7 +34,7 @@ from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
-MAX_TILES_PER_STEP = 32  # 256 visual tokens each: as many as a step computes by default
+MAX_TILES_PER_STEP = 32  # 32 tiles of 256 visual tokens: as many tokens as a step computes by default
 
 SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
@@ -121,8 +121,7 @@ class Engine:
             uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
             "image_embeds": visual tokens [X, D], as encode_images gives them}`.
         v2pe_delta: overrides the engine's.
-        cache_salt: only requests of equal salt share prefixes and visual tokens, so timings tell a tenant nothing of
-            others.
+        cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
 
         Raises RequestError or MediaError, and then nothing has changed.
@@ -209,8 +208,7 @@ class Engine:
         """Writes what the engine does inside the `with` block to a JSON file for Perfetto or chrome://tracing.
 
         The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, as
-        on a full disk, disturbs no request. Raises RequestError, at once if the file cannot be made, else when the
-        block ends.
+        on a full disk, disturbs no request. Raises RequestError if the file cannot be made, or at the end if it failed.
         """
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)

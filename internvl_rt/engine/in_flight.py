@@ -32,7 +32,7 @@ class InFlight:
         self._answers: dict[int, Answer] = {}  # by seq_id
         self.trace: Trace | None = None
         self.num_generated = 0
-        self.finished: Counter[str] = Counter()  # requests, by outcome
+        self.finished: Counter[str] = Counter()  # number of ended requests, by outcome
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -54,7 +54,7 @@ class InFlight:
             request.notify()
 
     def fail_all(self, error: Callable[[], BaseException], outcome: str) -> None:
-        """Fails every request, each with an error of its own, because raising an error changes it."""
+        """Fails every request, each with an error of its own, because raising an error adds a traceback to it."""
         for request in list(self._requests):
             self.fail(request, error(), outcome)
 

@@ -45,8 +45,7 @@ class StepLoop:
     def use_worker(self, wake: Callable[[], None]) -> None:
         """From now on one worker thread calls `step`, and no other thread runs steps.
 
-        wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread
-        already.
+        wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread.
         """
         with self._queue_lock, self._lock:
             self.check()
@@ -136,7 +135,7 @@ class StepLoop:
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Computes the visual tokens [X, D] of a picture, for the calling thread's stream."""
+        """Computes the visual tokens [X, D] of a picture, for use on the calling thread's stream."""
         with self._queue_lock, self._lock:
             self.check()
             return self._runner.encode(picture, salt)
@@ -225,7 +224,7 @@ class StepLoop:
         """Waits for a launched step and gives its tokens to their requests."""
         try:
             result = self._runner.collect(launched)
-        except BaseException as error:  # the tokens it drew are lost
+        except BaseException as error:  # the tokens that the step drew are lost
             self._end_step_of(launched.step.chunks, error)
             return
         if self._in_flight.trace is not None:

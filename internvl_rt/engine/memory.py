@@ -71,8 +71,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Plans the memory once the weights are loaded: the KV cache gets `kv_cache_bytes`, or what is left.
 
-    graphs: whether CUDA graphs will be captured. Raises RequestError if not one sequence of `max_model_len` tokens
-    fits.
+    graphs: whether CUDA graphs will be captured. Raises RequestError unless one sequence of `max_model_len` fits.
     """
     max_num_tokens, max_num_seqs = options.max_tokens_per_step, options.max_num_seqs
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)

@@ -16,7 +16,7 @@ from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
-MAX_DRAFT_TOKENS = 15  # with the token before them they are 16 rows, the most of a product for few rows
+MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -39,8 +39,7 @@ class EngineOptions:
     max_waiting: most requests that may wait until they run; more are refused.
     prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
-    num_draft_tokens: most tokens that are guessed from the text so far and checked in one step; the answer stays the
-        same.
+    num_draft_tokens: most tokens guessed from the text so far and checked in one step; 0: none. The answer is the same.
     v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
     exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).

@@ -39,7 +39,7 @@ class Request:
     deadline_s: float | None = None  # by perf_counter
     notify: Callable[[], None] | None = None  # called between steps when there is text, a reply or an error
     answers: list[Answer] = field(default_factory=list)
-    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # of prompt tokens by index, if requested
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # prompt token index -> its log-probability
     submitted_s: float = 0.0
     started_s: float = 0.0
     vision: Tally = field(default_factory=Tally)

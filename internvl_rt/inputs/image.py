@@ -118,8 +118,7 @@ def load_image(source: ImageSource, options: ImageOptions) -> Image.Image:
 class OpenImage:
     """A picture of known size and content. It is plain data: it decodes its content when it is asked for pixels.
 
-    digest: 32 bytes over the encoded bytes (or the pixels, if there are none) and the options. Pictures of equal digest
-        have equal tiles.
+    digest: 32 bytes over the encoded bytes (or else the pixels) and the options. Equal digests mean equal tiles.
     content: the encoded bytes, or pixels uint8 [height, width, 3] on any device; nobody else writes into either.
     """
 

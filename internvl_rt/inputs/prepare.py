@@ -37,7 +37,7 @@ MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of m
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt that can run, without the parameters of its answer."""
+    """A prompt that can run, without sampling parameters."""
 
     prompt: Prompt
     pictures: tuple[Picture, ...]

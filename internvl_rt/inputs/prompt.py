@@ -64,9 +64,9 @@ def build_prompt(
     """Renders `turns` and, after a last user turn, the beginning of the answer.
 
     image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. A user or assistant turn with
-    neither text nor picture renders its role alone, as in the official template. With `user_specials` special tokens
-    written in the texts are read as such, as in the official code; spans come from `IMAGE` parts only either way.
-    Raises RequestError if the counts do not match the parts.
+    neither text nor picture renders its role alone, as in the official template. `user_specials`: special tokens
+    written in the texts are read as special, as in the official code; they give no picture a place, which only `IMAGE`
+    parts do. Raises RequestError if the counts do not match the parts.
     """
     num_images = sum(part is IMAGE for turn in turns for part in turn.parts)
     if num_images != len(image_token_counts):
@@ -236,7 +236,7 @@ def turns_from_messages(
 
 
 def tiles_per_image(num_tiles: int, num_patches_list: Sequence[int] | None) -> list[int]:
-    """Counts the tiles of each picture as the official `chat` does: all are one picture's unless a list is given.
+    """Counts each picture's tiles as the official `chat` does: without a list, all tiles are of one picture.
 
     Raises RequestError if the list does not account for every tile.
     """

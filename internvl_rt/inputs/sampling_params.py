@@ -34,7 +34,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     n: int = 1  # answers to the same prompt, which is computed once; each draws with a seed of its own
     seed: int | None = None
-    stop: str | Items[str] = ()  # the answer ends before the string that is complete first
+    stop: str | Items[str] = ()  # the answer ends before whichever of these strings is complete first
     stop_token_ids: Items[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # requests each generated token's log-probability, and this many of the likeliest

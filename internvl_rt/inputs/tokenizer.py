@@ -1,4 +1,4 @@
-"""Text to token ids and back.
+"""Converts text to token ids and back.
 
 Checkpoints with a Qwen language model carry a byte-level BPE, run by the `tokenizers` library; those with an InternLM
 one (the 9B and its 2.5 neighbours) a sentencepiece model. Both become one `Tokenizer`: two functions from text to ids
@@ -31,7 +31,7 @@ _BYTE_OF_CHAR = {
     256 + n: byte for n, byte in enumerate(b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or b >= 174))
 }
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescape" gives one of these per byte
+_UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescape" makes these of broken bytes
 
 
 class TextStream:
@@ -309,7 +309,7 @@ def _declared_tokens(folder: Path) -> dict[int, AddedToken]:
 def _byte_level_bytes(token: str) -> bytes:
     try:
         return token.translate(_BYTE_OF_CHAR).encode("latin-1")
-    except UnicodeEncodeError:  # not in the alphabet: stands for itself
+    except UnicodeEncodeError:  # a character is not in the alphabet: the token stands for itself
         return token.encode()
 
 

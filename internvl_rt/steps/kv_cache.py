@@ -1,7 +1,7 @@
 """The paged KV cache: C++ decides which block holds which token, torch owns the memory.
 
 A block holds `block_size` tokens of every layer. Sequences hold whole blocks and share those of a common prefix.
-Kernels find a sequence's tokens through its row of the block table and write new ones by slot, `block * block_size +
+Kernels find a sequence's tokens by its row of the block table and write new ones by slot: `block * block_size +
 offset`.
 """
 
@@ -150,7 +150,7 @@ def plan_num_blocks(
             "raise kv_cache_bytes or lower max_model_len"
         )
     used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
-    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # with room for the watermark
+    return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the watermark comes on top of what is used
 
 
 def _ceil_div(tokens: int, block_size: int) -> int:

@@ -41,7 +41,7 @@ class Logprobs:
 
 
 def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
-    """Returns one entry for each draw of a step that has ended; None if it was not requested."""
+    """Returns the log-probability of each draw of a step that has ended; None for a draw that requests none."""
     found: list[TokenLogprob | None] = [None] * len(step.draws)
     if drawn is not None:
         wanted = [draw.sequence.params.logprobs for draw in step.draws]

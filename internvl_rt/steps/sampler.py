@@ -69,7 +69,7 @@ class PlainArguments:
     def __init__(self, flat: NDArray[np.int32], num_rows: int) -> None:
         """flat: [plain_words(num_rows)]."""
         self._flat, self._views = flat, _plain_views(flat, num_rows, np.int64, np.float32)
-        self._sequences: list[Sequence] | None = None  # the sequences whose arguments are there
+        self._sequences: list[Sequence] | None = None  # the sequences whose arguments the memory holds
 
     def forget(self) -> None:
         """Must be called when something else has been written to the memory."""
@@ -130,7 +130,7 @@ def _listed(draw: Draw) -> dict[int, int]:
     """Returns the tokens that penalties act on, with how often each was generated; -1 forbids a token."""
     sequence = draw.sequence
     listed: dict[int, int] = Counter(sequence.generated_ids) if sequence.params.has_penalties else {}
-    is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # only a stop token may follow
+    is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # then only a stop token may follow
     if draw.place < sequence.params.min_tokens and not is_complete:
         listed |= dict.fromkeys(sequence.stop_ids, -1)
     return listed

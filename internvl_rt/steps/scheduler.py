@@ -75,7 +75,7 @@ class Scheduler:
             return decodes
         prefills = self._prefills(budget, prefilling)
         assert self._append(prefills), "admission took room for all tokens that a sequence has"
-        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # single tokens first
+        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # chunks of one token first
 
     def launched(self, chunks: Items[Chunk]) -> None:
         """Records that the chunks were launched; siblings fork off when their prompt is computed."""
@@ -96,12 +96,12 @@ class Scheduler:
         self._running.append(sibling)
 
     def publish(self, sequences: Items[Sequence]) -> None:
-        """Lets other sequences reuse what steps have computed of these, as far as the tokens are known."""
+        """Lets other sequences reuse what steps have computed of the given ones, as far as their ids are known."""
         final = []
         block_size = self._cache.block_size
         for sequence in sequences:
             if sequence.num_computed < (sequence.num_published_blocks + 1) * block_size:
-                continue  # nearly always no whole block is new
+                continue  # as in nearly every step, no further block is full
             num_blocks = min(sequence.num_computed, len(sequence.token_ids)) // block_size
             if num_blocks > sequence.num_published_blocks and sequence.identity is not None:
                 final.append((sequence, num_blocks * block_size))
@@ -140,8 +140,8 @@ class Scheduler:
     def _prefills(self, budget: int, prefilling: Items[Sequence]) -> list[Chunk]:
         """Chooses chunks of the sequences that have more to compute.
 
-        The oldest may take at least half of the budget, so that it gets on. The others follow, the shortest first, so
-        that a short prompt does not wait for a long one.
+        The oldest may take at least half of the budget, so that it progresses. The others follow, the shortest first,
+        so that a short prompt does not wait for a long one.
         """
         stops: dict[Sequence, int] = {}
         tiles = self._max_tiles_per_step

@@ -32,7 +32,7 @@ class Sequence:
     max_tokens: int  # params.max_tokens, cut to the room in the context window; 0: only the prompt is computed
     stop_ids: frozenset[int]
     seed: int
-    identity: bytes | None = None  # what else keys and values depend on; None: it shares no prefix
+    identity: bytes | None = None  # what keys and values depend on besides tokens; None: no prefix is shared
     salt: str | None = None  # only requests of equal salt share visual tokens
     matcher: Matcher | None = None  # the place in the grammar that the answer has reached
     mask_W: NDArray[np.int32] | None = None  # one bit for each token: whether the grammar allows it next
@@ -43,12 +43,12 @@ class Sequence:
     num_tokens: int = field(init=False)  # prompt and drawn tokens
     is_plain: bool = field(init=False)  # only a drawn token's id matters: no stop strings, log-probabilities or grammar
     lists_tokens: bool = field(init=False)  # penalties or min_tokens change the logits of some tokens
-    needs_tokens: bool = field(init=False)  # the next draw needs all earlier ids on the host: it never runs ahead
+    needs_tokens: bool = field(init=False)  # the next draw needs all earlier ids on the host, so no step runs ahead
     num_computed: int = 0  # tokens that steps have computed or are computing
     unread_row: int = 0  # row, in the latest step's draws, of the token whose id the host does not know yet
     num_told: int = 0  # token ids that the KV cache knows
     num_published_blocks: int = 0  # blocks that other sequences may reuse
-    num_cached: int = 0  # tokens whose keys and values were cached when it was first admitted
+    num_cached: int = 0  # tokens that were cached when the sequence was first admitted
     num_overtaken: int = 0  # how often later sequences were admitted before this one
     was_admitted: bool = False
     finish_reason: FinishReason | None = None

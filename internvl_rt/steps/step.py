@@ -73,7 +73,7 @@ class Step:
 
 
 def plan_step(chunks: Items[Chunk]) -> Step:
-    """Plans draws: a chunk that ends at its sequence's last token draws the next, and one after each draft token.
+    """Plans draws: a chunk with its sequence's last token draws the next one, and one more after each draft token.
 
     Siblings that wait for their prompt draw from the same row.
     """
