@@ -49,7 +49,7 @@ SM_BYTES_PER_US = 64 * 1755.0  # 64 bytes a clock for one multiprocessor
 LATENCY_US = 0.9  # of device memory under load, as gemv.py assumes
 LAUNCH_US = 2.0  # from the end of a kernel to the first load of the next, which waits for that end
 PDL_LAUNCH_US = 1.0  # the same in a graph, if the next kernel has started already
-CUBLAS_SHARE = 0.8  # of what memory or matrix units allow, for a product of some tens of rows
+CUBLAS_SHARE = 0.8  # what cuBLAS reaches of the roof, for a product of some tens of rows
 RESIDENT_WARPS = 16  # warps of a multiprocessor with 128 registers a thread
 # The work of sampling's second kernel, by the estimate in kernels/sample.py: 8 to 10 us for a row without filters.
 SAMPLE_WEIGHTS_US, SAMPLE_DRAW_US = 2.0, 3.0

@@ -112,7 +112,9 @@ def read_tests(output: Output, environment: Mapping[str, Any], command: str) -> 
 
 
 def read_sanitizer(output: Output, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The same tests passed without it before, so a failure that is no memory error means that the tool cannot run."""
+    """Reads compute-sanitizer's output. The contract part runs the same tests without the tool, so a failure that is no
+    memory error means that the tool cannot run here.
+    """
     text = "\n".join(output.lines)
     found = re.findall(r"ERROR SUMMARY: (\d+) error", text)
     if "Device not supported" in text or (output.exit_code not in {0, SANITIZER_ERRORS} and not output.stopped):

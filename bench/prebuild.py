@@ -66,7 +66,7 @@ class PlanningDriver(CudaDriver):
 
 
 def wanted(what: Sequence[str], only: Sequence[str], target: Target) -> Iterator[Build]:
-    """All cases of the chosen kinds, each with index 0; `only`: of these operations, if it names any."""
+    """Yields all cases of the kinds in `what`, each with index 0; if `only` names operations, only theirs."""
     specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
     for spec in specs.values() if "models" in what else ():
         yield from (_of("models", work) for work in real_work(spec))

@@ -69,7 +69,7 @@ def _gemv_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> Iterat
 
 
 def _attention_calls(work: Work, sets: list[Row], outs: list[torch.Tensor]) -> Iterator[tuple[str, Calls]]:
-    """Other numbers of warps and stages for the last launch, which is the attention itself."""
+    """Yields calls with other numbers of warps and stages for the last launch, which is the attention itself."""
     device = outs[0].device
     planned = []
     for inputs, out in zip(sets, outs, strict=True):
