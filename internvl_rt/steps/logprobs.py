@@ -22,7 +22,7 @@ class Logprobs:
     """Computes log-probabilities of target tokens and of the likeliest tokens, and copies them to the host."""
 
     def __init__(self, logits_RV: Tensor, target_R: Tensor, num_top: int) -> None:
-        """num_top: most of the likeliest tokens that `read` can return for a target."""
+        """num_top: how many of the likeliest tokens `read` can return for a target, at most."""
         logits_RV = logits_RV.float()
         total_R1 = logits_RV.logsumexp(-1, keepdim=True)
         top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
