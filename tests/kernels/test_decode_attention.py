@@ -131,7 +131,7 @@ def test_a_plan_has_room_for_every_sequence_and_for_two_programs_a_multiprocesso
 
 @given(st.integers(1, 132), st.integers(1, 3000), st.sampled_from([2, 4, 8]))
 def test_programs_of_equal_rows_are_resident_at_once_and_equally_long(rows: int, blocks: int, kv_heads: int) -> None:
-    """A program that starts late would run alone. Only rows that are too many for the GPU at once are not split."""
+    """A program that starts when the others end would run alone. If there are too many rows for that, none is split."""
     plan = plan_splits([blocks] * rows, num_split_items(rows, kv_heads, 132))
     lengths = {stop - first for items in plan for _, first, stop in items[:-1]}
     assert len(lengths) <= 1

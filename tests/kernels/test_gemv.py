@@ -39,7 +39,7 @@ PLANS = {
 MATRIX = ("matrix", "split", "stages", "split_stages")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 160 products are added in another order
 N, K = 40, 160
-PREFETCH = "CCTL.E.PF2"  # an instruction that asks L2 for a line
+PREFETCH = "CCTL.E.PF2"  # this instruction asks L2 for a cache line
 
 
 @pytest.fixture(autouse=True)

@@ -93,5 +93,5 @@ def test_the_cost_of_a_launch_can_be_measured(operation: str, exit_code: int) ->
     else:
         name, launches, *times = done.stdout.splitlines()[1].split()
         assert (name, launches) == ("swiglu", "1")
-        whole, _, plan, launcher = map(float, times)  # the skipped number, the checks' share, may be noise
+        whole, _, plan, launcher = map(float, times)  # the time of the checks, left out, may be noise
         assert min(whole, plan, launcher) > 0

@@ -240,7 +240,7 @@ def test_sine_and_cosine_are_right_to_a_few_units_in_the_last_place_of_1(largest
         torch.testing.assert_close(sin.double(), exact.sin(), rtol=1.2e-7, atol=0)  # small angles keep every digit
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy warns of it in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy warns of this in the interpreter
 def test_angles_that_are_no_numbers_give_none() -> None:
     angle = torch.tensor([math.nan, math.inf, -math.inf, 0.0], device=DEVICE)
     sin, cos = torch.empty_like(angle), torch.empty_like(angle)

@@ -146,12 +146,12 @@ def test_reference_keeps_what_a_sort_in_float64_keeps(values: list[float], param
     probs_V, id_V = torch.softmax(x_V.double() / temperature, -1).sort(descending=True, stable=True)
     probs_V = probs_V[: int(top_k) or len(values)] / probs_V[: int(top_k) or len(values)].sum()
     before_V = probs_V.cumsum(-1) - probs_V
-    assume(((before_V - top_p).abs() > 1e-5).all() or top_p == 1)  # the float64 result is arbitrary there
+    assume(((before_V - top_p).abs() > 1e-5).all() or top_p == 1)  # near a border the float64 result is arbitrary
     assume((probs_V / probs_V[0] - min_p).abs().min() > 1e-5 or min_p in (0, 1))
     expected = id_V[: len(probs_V)][
         (before_V < top_p) & (probs_V >= min_p * probs_V[0]) & (probs_V > 2e-13 * probs_V[0])
     ]
-    assume(not ((probs_V < 3e-13 * probs_V[0]) & (probs_V > 1e-13 * probs_V[0])).any())  # weights round to 0 there
+    assume(not ((probs_V < 3e-13 * probs_V[0]) & (probs_V > 1e-13 * probs_V[0])).any())  # weights this small may be 0
     x_sorted = x_V[id_V]
     assume(torch.equal(x_sorted, x_V.sort(descending=True).values))  # softmax may round close values to ties
     assume(min_p != 1 or (x_sorted[0] - x_sorted[x_sorted < x_sorted[0]]).gt(1e-5 * temperature).all())

@@ -79,7 +79,7 @@ class CudaDraws(TorchFunctionMode):
         return draw(*args).to(dtype)
 
     def _draw(self, count: int, transform: Callable[..., Iterable[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
-        """Each thread's `transform` makes a few numbers from four words; they are stored one grid of threads apart."""
+        """Makes numbers from each thread's four words by `transform`; number i of thread t is at i * threads + t."""
         threads = BLOCK * min(MAX_BLOCKS, -(-count // BLOCK))
         thread = np.arange(threads, dtype=np.uint64)
         numbers: list[npt.NDArray[Any]] = []

@@ -126,7 +126,7 @@ def _patch_embed(
 
 
 def _few_rows(x_RK: Tensor, weight_NK: Tensor, norm_weight_K: Tensor | None, eps: float, plan: Any) -> Tensor:
-    """Returns the float32 sums of gemv and gemv_qkv; matrix units take x times the norm's weight rounded."""
+    """Returns the float32 sums of gemv and gemv_qkv; for matrix units it first rounds x times the norm's weight."""
     dtype = x_RK.dtype
     plan = plan or choose_gemv_plan(len(x_RK), *weight_NK.shape, dtype, TARGET)
     x = x_RK.float()

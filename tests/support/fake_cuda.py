@@ -1,7 +1,7 @@
 """Replaces torch.cuda on a machine without a GPU: tensors, streams, events, graphs and an allocator.
 
-All work runs at once on the CPU, but it is recorded with only the order that CUDA guarantees: the work of one stream is
-ordered, the work of two streams is unordered unless an event orders it, and the host knows that work has ended only
+All work runs immediately on the CPU, but is recorded with only the order that CUDA guarantees: the work of one stream
+is ordered, the work of two streams is unordered unless an event orders it, and the host knows that work has ended only
 after it has waited for it. This reveals mistakes that a real GPU hides most of the time:
 
 * the host waits: for an event, or in a copy from or to memory that is not pinned;

@@ -64,7 +64,7 @@ def build_reference(kind: Kind) -> Any:
     """Builds a float32 `InternVLForConditionalGeneration` with two layers per tower and eager attention."""
     import transformers  # imported here because it takes seconds
 
-    hf: Any = transformers  # its annotations do not admit its own keyword arguments
+    hf: Any = transformers  # transformers' annotations reject its own keyword arguments
     tokenizer = load_tokenizer(_TOKENIZER)
     common: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,

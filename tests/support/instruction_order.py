@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-# ACQBULK: gdc_wait; PREEXIT: gdc_launch_dependents; CCTL.E.PF2: asks L2 for a line
+# In SASS, ACQBULK is Triton's gdc_wait, PREEXIT its gdc_launch_dependents, and CCTL.E.PF2 asks L2 for a cache line.
 NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2)\b"
 Job = tuple[str, str, int]  # an operation, one of its model cases, an architecture
 

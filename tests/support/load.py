@@ -171,7 +171,7 @@ def check_nothing_is_left(engine: Engine) -> None:
 
 @contextmanager
 def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
-    """Yields a function that makes the next vision pass, step or logits raise `Fault`, before or after the work."""
+    """Yields a function that lets the next vision pass, step or logits call raise `Fault`, before or after its work."""
     armed: list[str] = []
     model = engine.model
     originals = {name: getattr(model, name) for name in ("encode_tiles", "run_step", "logits")}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads this when it is imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
