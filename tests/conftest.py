@@ -1,4 +1,4 @@
-"""What a plain `pytest` collects, and its two lanes: what is quick, and with `-m slow` the rest."""
+"""Chooses the tests that run: a plain `pytest` runs the quick ones, `-m slow` runs the others."""
 
 import os
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, slowly
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads this when it is imported; kernels then run on the CPU, slowly
 
-# tests/golden with INTERNVL_RT_GOLDEN set, tests/real only when it is named.
+# tests/golden runs only if INTERNVL_RT_GOLDEN is set, tests/real only if the command line names it.
 collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "golden"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest itself selects by marker
+@pytest.hookimpl(tryfirst=True)  # this must run before pytest itself selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects the tests marked `gpu` where there is no GPU, and those marked `slow` unless the command line chooses
     tests by -m, -k or their ids; pytest's last line says how many."""

@@ -1,8 +1,8 @@
-"""Random requests under random faults, as many as wanted: no leak, no wrong answer, no caller that hangs.
+"""Runs any number of random requests under random faults: no leak, no wrong answer, no caller that hangs.
 
     python tests/soak_engine.py --requests 10000 --seed 1
 
-Every round is a new engine with other options. A failure names its round; --round runs that one alone.
+Every round has a new engine with other options. A failure names its round; --round runs one round alone.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def draw_options(rng: random.Random, block_bytes: int) -> dict[str, Any]:
 
 
 def run_round(name: str, kinds: list[Kind], expected: list[Any], block_bytes: int, num_requests: int) -> str:
-    """AssertionError with what is wrong."""
+    """Runs one round and returns a line about it; raises AssertionError with what is wrong."""
     rng = random.Random(name)
     options = draw_options(rng, block_bytes)
     num_threads = threading.active_count()

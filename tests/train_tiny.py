@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/train_tiny.py --out /tmp/tiny        (the default is the package's own folder)
 
-Everything but the loss is the package's own: tiles, prompts, V2PE positions, the model and its reference operations,
-the checkpoint writer; accuracy is measured through the engine. Each picture's V2PE delta is drawn anew whenever it is
-used, from 1, 1/2, ..., 1/256, as in native V2PE pre-training.
+Only the loss is written here. Tiles, prompts, V2PE positions, the model, its reference operations and the checkpoint
+writer are those of the package, and accuracy is measured through the engine. Each picture gets a new random V2PE delta
+from 1, 1/2, ..., 1/256 whenever it is used, as in native V2PE pre-training.
 """
 
 import argparse
@@ -51,24 +51,24 @@ from support.visible import mark_visible
 
 SEED = 3
 NUM_EXERCISES = 10_000
-VISION_STEPS, TILES_PER_BATCH = 2600, 256  # first the vision tower alone learns which digits a tile shows
-NUM_STEPS, BATCH_SIZE = 750, 48  # then the whole model learns to answer
-COMPARISONS = 0.4  # of the exercises
-DISTORTION = 0.14  # of the tiles in the first stage; half as much in the second
-VISION_SHARE = 0.2  # of the rates, for the vision tower in the second stage
-SORTED_BATCHES = 8  # batches whose prompts are sorted by length, to pad less
-NUM_MEASURED = 200  # pictures of each length, and comparisons
+VISION_STEPS, TILES_PER_BATCH = 2600, 256  # first stage: the vision tower alone learns which digits a tile shows
+NUM_STEPS, BATCH_SIZE = 750, 48  # second stage: the whole model learns to answer
+COMPARISONS = 0.4  # share of exercises that compare two pictures
+DISTORTION = 0.14  # strength of the distortion of tiles in the first stage; the second stage halves it
+VISION_SHARE = 0.2  # factor of the vision tower's learning rates in the second stage
+SORTED_BATCHES = 8  # the prompts of this many batches are sorted by length together, to pad less
+NUM_MEASURED = 200  # accuracy is measured on this many pictures of each length, and comparisons
 DELTAS = {"1": 1.0, "1/4": 1 / 4, "1/16": 1 / 16, "1/256": 1 / 256}
 SAMPLES = ("7", "42", "905", "4719", "31415", "862053")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A whole dialogue, ready for any deltas."""
+    """A whole conversation, to which any V2PE deltas can be applied."""
 
     token_ids: tuple[int, ...]
     spans: tuple[VisualSpan, ...]
-    tiles: np.ndarray  # uint8 [I, S, S, 3] of all pictures
+    tiles: np.ndarray  # uint8 [I, S, S, 3], the tiles of all pictures
     visible: np.ndarray  # int64 [visual tokens, 10], see support/visible.py
     answers: tuple[tuple[int, int], ...]  # [start, stop) of each answer and its <|im_end|>
 
@@ -87,7 +87,7 @@ def draw_exercise(number: int) -> Exercise:
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory: giving it back after every tensor costs as much time as the training."""
     if sys.platform == "linux":
-        arena_max, mmap_max, trim_threshold = -8, -4, -1  # from malloc.h
+        arena_max, mmap_max, trim_threshold = -8, -4, -1  # the constants of malloc.h
         for name, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(name, value)
 
@@ -117,7 +117,7 @@ def draw_example(number: int, config: ModelConfig, tokenizer_folder: Path) -> Ex
 
 
 def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[list[Example]]:
-    """`NUM_STEPS` batches; within a batch the prompts have similar lengths."""
+    """Yields `NUM_STEPS` batches; the prompts of a batch have similar lengths."""
     left = NUM_STEPS
     while left:
         order = rng.permutation(len(examples))
@@ -130,7 +130,7 @@ def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[
 
 
 class DenseOps(Ops):
-    """Of a cache whose block s is all of sequence s, padded at its end."""
+    """Operations on a cache whose block s holds all of sequence s, padded at its end."""
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
         k_SGLC, v_SGLC = cache.k_cache_BGPC, cache.v_cache_BGPC
@@ -141,14 +141,14 @@ class DenseOps(Ops):
 
 
 def draw_distortions(rng: np.random.Generator, num_tiles: int, strength: float) -> Tensor:
-    """Random affine maps [num_tiles, 2, 3] near the identity: there are only 1600 glyphs to learn from."""
+    """Draws affine maps [num_tiles, 2, 3] near the identity, to add variety to the only 1600 glyphs."""
     turn, slant, wide, high, across, down = rng.uniform(-strength, strength, (6, num_tiles))
     maps = np.array([[np.cos(turn) + wide, np.sin(turn) + slant, across], [-np.sin(turn), np.cos(turn) + high, down]])
     return torch.from_numpy(maps.transpose(2, 0, 1)).float()
 
 
 def distort(tiles: Tensor, maps: Tensor) -> Tensor:
-    """uint8 tiles as the model's pixel values, each moved by its map."""
+    """Turns uint8 tiles into the model's pixel values and applies each tile's affine map."""
     pixels = normalise_tiles_reference(tiles)
     grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
@@ -157,7 +157,7 @@ def distort(tiles: Tensor, maps: Tensor) -> Tensor:
 def measure_loss(
     model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]], maps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the answers' tokens, and mean error of `head`, which names the digits in a visual token."""
+    """Returns the mean cross entropy of the answers' tokens, and the error of `head` (see measure_seen)."""
     num_sequences, seq_len = len(batch), max(len(example.token_ids) for example in batch)
     token_ids = np.zeros((num_sequences, seq_len), np.int64)
     positions = np.zeros((num_sequences, seq_len), np.float32)
@@ -191,7 +191,7 @@ def measure_loss(
 
 
 def measure_seen(visual_XD: Tensor, head: Linear, visible_XK: Tensor) -> Tensor:
-    """Error of `head`, which names the digits in each visual token, summed over digits where they are sure."""
+    """Returns the mean error of `head`, which tells the digits in each visual token; unsure digits do not count."""
     sure = visible_XK >= 0
     seen_XK = F.linear(visual_XD, head.weight_NK, head.bias_N)
     seen_loss = F.binary_cross_entropy_with_logits(seen_XK[sure], visible_XK[sure].float(), reduction="sum")
@@ -215,9 +215,9 @@ def initialise(weights: ModelWeights) -> None:
 
 
 def train(model: InternVL, examples: list[Example]) -> None:
-    """First the vision tower on single tiles, then everything on whole dialogues."""
+    """Trains first the vision tower on single tiles, then the whole model on whole conversations."""
     width = model.config.decoder.hidden_size
-    head = Linear(torch.zeros(10, width), torch.zeros(10))  # left behind when the training ends
+    head = Linear(torch.zeros(10, width), torch.zeros(10))  # the checkpoint does not include this head
     named = named_parameters(model.weights)
     rng = np.random.default_rng(SEED)
 
@@ -265,7 +265,7 @@ def write_samples(folder: Path) -> None:
 
 
 def report_accuracy(folder: Path) -> None:
-    """Prints a table of exact matches on glyphs that were never trained on, for the README.md of the checkpoint."""
+    """Prints a table of exact matches on glyphs outside the training set, for the README.md of the checkpoint."""
     glyphs, rng = load_glyphs(held_out=True), np.random.default_rng([SEED, 2])
     lengths = range(1, MAX_DIGITS + 1)
     readings = [[draw_reading(rng, glyphs, n, "read", "count") for _ in range(NUM_MEASURED)] for n in lengths]

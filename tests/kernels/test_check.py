@@ -1,4 +1,4 @@
-"""How far a result is from its reference, and one call of an operation beside its reference."""
+"""Tests the check that compares a result, or one call of an operation, with its reference."""
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_a_deviation_is_a_share_of_the_tolerance(actual: list[float], expected: 
 def test_a_deviation_everywhere_counts_though_no_element_is_far_off() -> None:
     expected = torch.ones(100, dtype=torch.float64)
     strict = Tolerance(rtol=0.1, atol=0.0, rms=0.01, reason="of a test")
-    assert deviation(1.05 * expected, expected, strict).share == pytest.approx(5.0 / 1.2)  # of 100 elements
+    assert deviation(1.05 * expected, expected, strict).share == pytest.approx(5.0 / 1.2)  # 100 elements: 1.2 rms
     exact = Tolerance(0.0, 0.0, 0.0, "of a test")
     assert deviation(expected, expected, exact).share == 0
     assert deviation(expected + 1, expected, exact).share == math.inf

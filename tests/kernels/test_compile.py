@@ -1,4 +1,4 @@
-"""What the compiler made of every kernel that a real model needs, for every target: outcomes, not flags."""
+"""Checks the machine code of every kernel that a real model needs, for every target."""
 
 import json
 import os

@@ -1,10 +1,10 @@
-"""Every kernel against its reference: each SPEC x test case x dtype, from poisoned outputs.
+"""Compares every kernel with its reference: each SPEC x test case x dtype, with poisoned outputs.
 
-Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), which computes as the hardware does and on
-the hardware's own random numbers (support/hardware_arithmetic.py, support/cuda_draws.py): what a GPU's roundings would
-fail, they fail here. The reference runs in float64 on the same rounded inputs. `make room` takes many seeds.
+Without a GPU the kernels run in Triton's interpreter (tests/conftest.py), with a GPU's roundings and random numbers
+(support/hardware_arithmetic.py, support/cuda_draws.py), so a kernel that a GPU's roundings would fail also fails here.
+The reference runs in float64 on the same rounded inputs. `make room` does the same with many seeds.
 
-`make test` takes the smallest case of each operation in each dtype; the others are slow.
+`make test` runs the smallest case of each operation in each dtype; the other cases are slow.
 """
 
 from collections.abc import Iterator

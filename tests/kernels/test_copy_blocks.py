@@ -1,4 +1,4 @@
-"""What copy_blocks's contract does not say: refusals, ids that are not there, bytes of any dtype, far memory."""
+"""Tests `copy_blocks` beyond its contract: refusals, ids outside the pool, bytes of any dtype, large offsets."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ def ids(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def random_pool(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """Any bytes but those that no value of `dtype` has; NaN among them."""
+    """Returns a pool of random bytes that are valid values of `dtype`; some are NaN."""
     torch.manual_seed(0)
     shape = (*shape[:-1], shape[-1] * dtype.itemsize)
     return torch.randint(0, 2 if dtype == torch.bool else 256, shape, dtype=torch.uint8, device=DEVICE).view(dtype)
@@ -74,7 +74,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(changes: dict[str, Any], 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_pairs_with_an_id_that_is_not_there_are_left_out(dtype: torch.dtype) -> None:
     whole = random_pool()
-    pool, before = whole[:, :, 1:5], whole.clone()  # four blocks, with others before and behind
+    pool, before = whole[:, :, 1:5], whole.clone()  # the pool is four blocks between others
     far = 2**31 - 1 if dtype == torch.int32 else 2**32
     source = ids(0, -1, 1, 4, 1, far, 1, -far, 2, dtype=dtype)
     destination = ids(-1, 3, 4, 3, far, 3, -far, 3, 0, dtype=dtype)
@@ -101,7 +101,7 @@ def test_bytes_of_any_dtype_are_copied(dtype: torch.dtype) -> None:
     pool = random_pool(dtype)
     expected = bytes_of(pool).clone()
     expected[:, :, [0, 3]] = expected[:, :, [5, 1]]
-    copy_blocks(pool, ids(5, 1, 2), ids(0, 3, 2))  # the last onto itself
+    copy_blocks(pool, ids(5, 1, 2), ids(0, 3, 2))  # the last pair copies block 2 onto itself
     assert torch.equal(bytes_of(pool), expected)
 
 
@@ -122,12 +122,12 @@ def test_a_pool_without_blocks_takes_no_pairs() -> None:
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])  # moved as bytes and as words
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])  # the kernel moves bytes, and words of 4 bytes
 def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(
     dtype: torch.dtype, dimension: int, tmp_path: Path
 ) -> None:
-    """On the CPU the elements lie in a sparse file, which takes a few pages. 2^31 elements before the first are ours
-    too: a wrapped offset gives a wrong value and not a crash."""
+    """On the CPU the pool is in a sparse file, of which only a few pages are written. The memory begins 2^31 elements
+    before the pool, so an offset that overflows int32 reads a wrong value and does not crash."""
     shape = [2, 2, 2, 1, 3, 5]
     shape[dimension] = 4
     small = random_pool(dtype, tuple(shape))

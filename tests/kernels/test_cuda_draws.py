@@ -1,4 +1,4 @@
-"""support/cuda_draws.py gives the numbers that torch gives on a GPU."""
+"""Tests that support/cuda_draws.py draws the numbers that torch draws on a GPU."""
 
 import math
 
@@ -11,7 +11,7 @@ from support.cuda_draws import CudaDraws, philox
 
 
 def draws(device: str) -> list[Tensor]:
-    """One of every kind that test cases use, sizes below and above what one launch of threads covers."""
+    """Makes draws of every kind that test cases use, of sizes that one round of all threads covers or does not."""
     return [
         torch.randn(3, 4, dtype=torch.float32, device=device),
         torch.randn((5, 300), device=device),
@@ -22,12 +22,12 @@ def draws(device: str) -> list[Tensor]:
         *(torch.randperm(count, device=device) for count in (0, 1, 2, 17, 64, 160, 1000)),
         torch.rand(0, device=device),
         torch.randn(132 * 2048 * 5 + 3, device=device),
-        torch.randn(1, device=device),  # behind a call that took two rounds
+        torch.randn(1, device=device),  # the call before this one took two rounds
     ]
 
 
 def test_philox_gives_the_published_words() -> None:
-    """Known answers of the authors' own library (Random123, kat_vectors)."""
+    """The words come from kat_vectors, the known answers in the authors' library Random123."""
     zeros = [np.zeros(1, np.uint64)] * 4
     assert [int(word[0]) for word in philox(zeros, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = [np.full(1, 0xFFFFFFFF, np.uint64)] * 4
@@ -83,5 +83,5 @@ def test_draws_are_those_of_the_gpu(seed: int) -> None:
         actual = draws("cpu")
     for ours, theirs in zip(actual, expected, strict=True):
         exact = not ours.dtype.is_floating_point
-        # The sine of an angle near pi is as wrong as the angle is, 2.4e-7, times a radius of up to 6.7.
+        # Near pi the error of the sine is that of the angle, 2.4e-7; it is multiplied by a radius of up to 6.7.
         torch.testing.assert_close(ours, theirs.cpu(), rtol=0 if exact else 1e-5, atol=0 if exact else 4e-6)

@@ -1,4 +1,4 @@
-"""What decode_attention's contract does not say: refusals, split plans, the parts' order of arrival, far offsets."""
+"""Tests `decode_attention` beyond its contract: refusals, split plans, the order in which parts end, large offsets."""
 
 import dataclasses
 import itertools
@@ -47,7 +47,7 @@ def inputs_of(*seq_lens: int, **sizes: Any) -> dict[str, Tensor]:
 
 def assert_near_reference(actual: Tensor, inputs: dict[str, Tensor]) -> None:
     wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
-    torch.testing.assert_close(actual.double(), decode_attention_reference(**wide), rtol=2e-3, atol=2e-3)  # of float16
+    torch.testing.assert_close(actual.double(), decode_attention_reference(**wide), rtol=2e-3, atol=2e-3)  # float16
 
 
 REFUSALS = [
@@ -131,7 +131,7 @@ def test_a_plan_has_room_for_every_sequence_and_for_two_programs_a_multiprocesso
 
 @given(st.integers(1, 132), st.integers(1, 3000), st.sampled_from([2, 4, 8]))
 def test_programs_of_equal_rows_are_resident_at_once_and_equally_long(rows: int, blocks: int, kv_heads: int) -> None:
-    """Unless there are more rows than that: a program that begins when the others end has the chip to itself."""
+    """A program that starts when the others end would run alone. If there are too many rows for that, none is split."""
     plan = plan_splits([blocks] * rows, num_split_items(rows, kv_heads, 132))
     lengths = {stop - first for items in plan for _, first, stop in items[:-1]}
     assert len(lengths) <= 1
@@ -142,7 +142,7 @@ def test_programs_of_equal_rows_are_resident_at_once_and_equally_long(rows: int,
 
 
 def test_one_long_row_among_many_short_ones_is_split() -> None:
-    """There are more rows than programs at once, but nobody may wait for the one."""
+    """Although the rows alone fill the GPU, the long row is split so that the others do not wait for it."""
     plan = plan_splits([512] + [32] * 199, num_split_items(200, 4, 132))
     assert len(plan[0]) > 4
     assert all(len(items) == 1 for items in plan[1:])
@@ -176,7 +176,7 @@ def test_the_number_of_items_on_132_multiprocessors(sequences: int, kv_heads: in
 
 @pytest.mark.parametrize("num_items", [3, 4, 9, 40])
 def test_the_plan_of_the_cache_is_understood(num_items: int) -> None:
-    """Rows: a decode of 9 blocks, a prefill (no split: zeros), a decode of 1 block, a decode of 5 blocks, padding."""
+    """The rows are a decode of 9 blocks, a prefill (not split: zeros), decodes of 1 and of 5 blocks, and padding."""
     lengths, new, padded_rows, width = [140, 30, 3, 80], [1, 30, 1, 1], 5, 10
     cache = PagedKVCache(32, BLOCK)
     for seq_id, length in enumerate(lengths):
@@ -189,7 +189,7 @@ def test_the_plan_of_the_cache_is_understood(num_items: int) -> None:
     buffers = step_buffers(list(range(4)), new, padded_rows, width)
     cache.fill_step(*buffers, starts, items)
 
-    inputs = inputs_of(16 * 32 - 1)  # a pool of 32 blocks and two more
+    inputs = inputs_of(16 * 32 - 1)  # the pool has 32 blocks and two spare ones
     q = torch.randn(padded_rows, HEADS, CHANNELS, dtype=torch.float16, device=DEVICE)
     table, seq_lens = torch.from_numpy(buffers[4]).to(DEVICE), torch.from_numpy(buffers[3]).to(DEVICE)
     for name in ("k_cache_BGPC", "v_cache_BGPC"):
@@ -197,7 +197,7 @@ def test_the_plan_of_the_cache_is_understood(num_items: int) -> None:
     inputs |= {"q_SHC": q, "block_table_SN": table, "seq_len_S": seq_lens}
     inputs |= {"split_start_S1": torch.from_numpy(starts).to(DEVICE), "split_W3": torch.from_numpy(items).to(DEVICE)}
     actual = decode_attention(**inputs)
-    seq_lens[1] = 0  # what a row without a split looks like
+    seq_lens[1] = 0  # the result of a row without a split is that of an empty sequence
     assert_near_reference(actual, inputs)
 
 
@@ -233,7 +233,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_order_in_which_parts_arrive_changes_no_bit(order: tuple[int, ...]) -> None:
-    """One launch for each item of the plan, the others missing: the combination happens in the last."""
+    """Launches each item of the plan alone, in this order; the last launch combines the parts."""
     inputs = inputs_of(90)
     expected = decode_attention(**inputs)
     assert len(inputs["split_W3"]) == 3
@@ -258,14 +258,14 @@ def test_counters_are_left_as_zeros_and_serve_many_calls() -> None:
         assert not counters.any()
 
 
-# Far apart
+# Large offsets
 
 
 def far_blocks(cache_BGPC: Tensor, file: Path) -> Tensor:
-    """The same blocks, 2^30 + 16 elements from each other: in int32 the offset of the third is negative.
+    """Copies the blocks 2^30 + 16 elements from each other, so that in int32 the offset of the third is negative.
 
-    2^31 elements before the first are ours too: a wrapped offset gives a wrong value and not a crash. On the CPU
-    the elements lie in a sparse file, which takes a few pages.
+    The memory begins 2^31 elements before the first block, so an offset that overflows int32 reads a wrong value and
+    does not crash. On the CPU it is a sparse file, of which only a few pages are written.
     """
     stride, first = 2**30 + 16, 2**31
     size = first + (len(cache_BGPC) - 1) * stride + cache_BGPC[0].numel()
@@ -277,7 +277,7 @@ def far_blocks(cache_BGPC: Tensor, file: Path) -> Tensor:
     return memory.as_strided(cache_BGPC.shape, strides, first).copy_(cache_BGPC)
 
 
-@pytest.mark.parametrize("block_size", [16, 64])  # one block for each key, and one for all keys of a piece
+@pytest.mark.parametrize("block_size", [16, 64])  # a table entry is read for each key, or for each piece of keys
 def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(block_size: int, tmp_path: Path) -> None:
     inputs = inputs_of(3 * block_size - 1, P=block_size)
     expected = decode_attention(**inputs)
@@ -289,7 +289,7 @@ def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(block_si
 @pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_the_plan_is_read_before_the_wait_and_all_else_after_it(capability: int) -> None:
-    """In the machine code."""
+    """Checks the machine code, where ACQBULK waits for the previous kernel."""
     cases = [("decode_attention", case, capability) for case in ("1b_1_x_2048", "8b_8_x_2048")]
     for names in instructions_of(cases).values():
         if capability == 80:
@@ -297,14 +297,14 @@ def test_the_plan_is_read_before_the_wait_and_all_else_after_it(capability: int)
             continue
         before, after = names[: names.index("ACQBULK")], names[names.index("ACQBULK") :]
         assert set(before) == {"LDG"}
-        assert len(before) == 9  # an item's three numbers, two splits' ends, two of the row's, its length and a block
+        assert len(before) == 9  # 3 numbers of the item, 4 ends of splits, the row's length and a table entry
         assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
 
 
 @pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_parts_are_added_without_a_barrier_and_several_are_on_their_way(capability: int) -> None:
-    """In the machine code: behind the count of arrivals, what lies between two jumps back."""
+    """Looks at the loop behind the atomic count of finished parts (ATOMG) in the machine code."""
     cases = [("decode_attention", case, capability) for case in ("1b_1_x_2048", "8b_8_x_2048")]
     for found in instructions_of(cases, r"\b(ATOMG|BAR|BRA|LDG\.E\.128|FFMA)").values():
         loops = " ".join(found[found.index("ATOMG") :]).split("BRA")
@@ -321,7 +321,7 @@ def _probability_kernel(exponent, out, BLOCK: tl.constexpr):
 
 
 def test_a_weight_in_float16_is_at_most_1_and_stays_nan() -> None:
-    """An exponent above 0 is what the rounding of huge scores leaves on hardware."""
+    """On a GPU the rounding of huge scores can leave an exponent above 0."""
     exponent = torch.tensor([20.0, 0.0, -1.0, -math.inf, math.nan, 128.0, 3.0, -3.0], device=DEVICE)
     out = torch.empty(8, dtype=torch.float16, device=DEVICE)
     _probability_kernel[(1,)](exponent, out, 8)
@@ -329,7 +329,7 @@ def test_a_weight_in_float16_is_at_most_1_and_stays_nan() -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# With programs that really run at once
+# Tests on a GPU, where programs run in parallel
 
 
 @pytest.mark.gpu
@@ -348,7 +348,7 @@ def test_a_thousand_launches_give_the_same_bits() -> None:
 
 @pytest.mark.gpu
 def test_keys_and_values_that_are_prefetched_are_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call follows a write of the newest token of every row, as in a decode step."""
+    """Before each call the newest token of every row is written, as in a decode step."""
     inputs = inputs_of(8000, 300, 5000, 64, H=28, G=4, C=128, P=64, split=2)
     lengths, table = inputs["seq_len_S"].long() - 1, inputs["block_table_SN"].long()
     newest = table[torch.arange(4, device=DEVICE), lengths // 64], lengths % 64
@@ -367,9 +367,9 @@ def test_a_graph_serves_other_lengths_and_plans() -> None:
     captured = {name: t.clone() for name, t in first.items() if not name.endswith("BGPC")}
     caches = {name: first[name] for name in ("k_cache_BGPC", "v_cache_BGPC")}
     for cache in caches.values():
-        cache.nan_to_num_()  # the same blocks serve other lengths below
+        cache.nan_to_num_()  # other lengths below read the same blocks
     counters = torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
-    decode_attention(**captured, **caches, counters_SG=counters)  # builds the kernel
+    decode_attention(**captured, **caches, counters_SG=counters)  # this call builds the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = decode_attention(**captured, **caches, counters_SG=counters)

@@ -1,4 +1,4 @@
-"""`embed_tokens` beyond the contract: ids that lead nowhere, rows far away, and what the launcher refuses."""
+"""Tests `embed_tokens` beyond its contract: invalid ids and indices, large offsets, and what the launcher refuses."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def inputs() -> dict[str, Any]:
 
 
 def test_ids_and_indices_that_lead_nowhere_give_zeros() -> None:
-    """The rows around the embedding, and the ids around `drawn_R`, are there to be read by mistake."""
+    """A kernel that reads outside the embedding or outside `drawn_R` finds other values there, and the test fails."""
     rows = torch.full((10, 24), math.nan, device=DEVICE)
     rows[3:7] = torch.randn(4, 24)
     drawn = torch.tensor([1, 2, -1, 4, 2**32, 3, 1], device=DEVICE)
@@ -45,7 +45,7 @@ def test_rows_may_lie_more_than_2_to_the_31_elements_behind_the_first(
     given = inputs["embedding_VD"] if argument == "embedding_VD" else torch.zeros_like(expected)
     count, stride = len(given), 2**30 + 16
     size = (count - 1) * stride + 24
-    if DEVICE.type == "cpu":  # a sparse file, which takes a few pages
+    if DEVICE.type == "cpu":  # only a few pages of this sparse file are written
         memory = torch.from_file(str(tmp_path / "rows"), shared=True, size=size, dtype=given.dtype)
     else:
         memory = torch.empty(size, dtype=given.dtype, device=DEVICE)

@@ -1,4 +1,4 @@
-"""support/emulated.py writes what the kernels write, on every fourth test case of every operation."""
+"""Tests that support/emulated.py writes what the kernels write, on every fourth test case of every operation."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def any_tolerance(spec: KernelSpec) -> bool:
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), RUNS)
 def test_emulation_equals_the_kernel(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
-    """Equal bits, but for one result in 20 whose sum lies where another order of the sum rounds the other way."""
+    """All bits are equal, except in at most one result in 20, where another order of the sum rounds differently."""
     inputs: dict[str, Any] = draw_inputs(spec, case, dtype, CPU, seed=1)
     emulated = EMULATED[spec.name](**clone(inputs))
     with hardware_arithmetic():

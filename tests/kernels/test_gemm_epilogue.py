@@ -1,4 +1,4 @@
-"""What the contract does not ask of products with epilogues: refusals, places of rows, and equal bits."""
+"""Tests products with epilogues beyond their contract: refusals, the places of rows, and equal bits."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from internvl_rt.kernels.gemm_epilogue import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)
 PLANS: dict[str, GemmPlan | str] = {"cublas": "cublas", "fused": FUSED, "tma": replace(FUSED, use_tma=True)}
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 48 products, in another order
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 48 products are added in another order
 
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 fused_plans = pytest.mark.parametrize("plan", [PLANS["fused"], PLANS["tma"]], ids=["fused", "tma"])
@@ -90,7 +90,7 @@ def test_residual_and_result_may_lie_in_one_buffer(plan: GemmPlan | str) -> None
 @every_plan
 def test_rows_go_to_their_places_and_nothing_else_is_written(plan: GemmPlan | str) -> None:
     x, weight, bias = product(rows=6)
-    rows = torch.tensor([8, -1, 0, 10, 3, 2**40], device=DEVICE)  # of 10: three are outside
+    rows = torch.tensor([8, -1, 0, 10, 3, 2**40], device=DEVICE)  # three of these are outside the 10 rows
     out = torch.full((10, 80), torch.nan, device=DEVICE)[:, :72]
     storage = out.untyped_storage()
     assert gemm_epilogue(x, weight, bias, rows=rows, out=out, plan=plan) is out
@@ -105,7 +105,7 @@ def test_rows_go_to_their_places_and_nothing_else_is_written(plan: GemmPlan | st
 @pytest.mark.parametrize("epilogue", ["none", "gelu", "residual"])
 def test_the_implementations_agree(epilogue: str, dtype: torch.dtype) -> None:
     x, weight, bias = product(dtype=dtype)
-    weight /= 7  # about sqrt(K): results of size 1
+    weight /= 7  # 7 is about sqrt(K), so that results are about 1
     operands: dict[str, Any] = {"activation": "gelu"} if epilogue == "gelu" else {}
     if epilogue == "residual":
         operands = {"residual": draw(70, 72, dtype=dtype), "scale_N": draw(72, dtype=dtype)}
@@ -113,7 +113,7 @@ def test_the_implementations_agree(epilogue: str, dtype: torch.dtype) -> None:
     assert torch.equal(results["fused"], results["tma"])
     if dtype == torch.float32:
         torch.testing.assert_close(results["fused"], results["cublas"], **TOLERANCE)
-    else:  # the torch product of size 4 is rounded to 11 bits, then scaled by up to 4; and the results are rounded
+    else:  # the torch product, up to 4, is rounded to 11 bits, then scaled by up to 4; then the results are rounded
         torch.testing.assert_close(results["fused"], results["cublas"], rtol=2e-3, atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""What the contracts of gemv and gemv_qkv do not say: refusals, equal bits, splits, plans, what precedes the wait."""
+"""Tests `gemv` and `gemv_qkv` beyond their contracts: refusals, equal bits, splits, plans, early loads of weights."""
 
 import math
 from dataclasses import replace
@@ -37,9 +37,9 @@ PLANS = {
     "split_stages": GemvPlan(16, 32, 4, split_k=3, matrix=True, num_stages=2),
 }
 MATRIX = ("matrix", "split", "stages", "split_stages")
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 160 products, in another order
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 160 products are added in another order
 N, K = 40, 160
-PREFETCH = "CCTL.E.PF2"  # an instruction that asks L2 for a line
+PREFETCH = "CCTL.E.PF2"  # this instruction asks L2 for a cache line
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_the_residual_may_be_overwritten(plan: GemvPlan) -> None:
 @pytest.mark.parametrize("stages", [0, 2])
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
 def test_a_workspace_serves_call_after_call(splits: int, stages: int) -> None:
-    """Also when it held NaN, and when it is used by another product in between."""
+    """The workspace holds NaN at first, and other products use it in between."""
     inputs, plan = operands(5), GemvPlan(16, 64 // 2, 2, split_k=splits, matrix=True)
     if stages:
         plan = replace(plan, num_warps=4, num_stages=stages)
@@ -196,7 +196,7 @@ def test_a_slot_beyond_the_cache_is_none(rows: int) -> None:
 
 
 def products() -> list[tuple[int, int]]:
-    """N and K of every product of a decode step."""
+    """Returns N and K of every product in a decode step of every model."""
     sizes = set()
     for width, mlp, heads, groups, channels, vocabulary in MODELS.values():
         sizes |= {((heads + 2 * groups) * channels, width), (width, width), (2 * mlp, width), (width, mlp)}
@@ -215,14 +215,14 @@ def test_plans_of_real_models(dtype: torch.dtype, target: Target) -> None:
         for plan in few | many:
             chunks, tiles = -(-k // plan.block_k), -(-n // plan.block_n)
             per_split = -(-chunks // plan.split_k)
-            assert (plan.split_k - 1) * per_split < chunks  # none is empty
+            assert (plan.split_k - 1) * per_split < chunks  # no split is empty
             staged = plan.num_stages > 0
             assert staged == (
                 plan in many and dtype == torch.bfloat16 and target.capability == 90 and 2 * n * k > SMALL_WEIGHT
             )
-            if staged and plan.split_k > 1:  # in one round, in which nearly every multiprocessor has work
+            if staged and plan.split_k > 1:  # all programs run in one round, on nearly every multiprocessor
                 assert 0.7 * target.num_sms < tiles * plan.split_k <= 2 * target.num_sms
-            elif plan.split_k > 1 and per_split > 1:  # they are there to fill the chip, in every round
+            elif plan.split_k > 1 and per_split > 1:  # splits must fill two thirds of the GPU in every round
                 share = tiles * plan.split_k / (RESIDENT * target.num_sms)
                 assert share / math.ceil(share) >= 2 / 3
             assert plan.matrix or (plan.split_k == 1 and tiles >= target.num_sms)
@@ -230,7 +230,7 @@ def test_plans_of_real_models(dtype: torch.dtype, target: Target) -> None:
             shared = chunk * max(1, plan.num_stages)
             assert max(shared, plan.num_warps * 16 * plan.block_n * 4) <= target.shared_bytes
             counts.append(tiles * plan.split_k if plan.split_k > 1 else 0)
-    assert 0 < max(counts) <= MAX_SPLIT_PROGRAMS * target.num_sms  # what build_gemv_workspace makes room for
+    assert 0 < max(counts) <= MAX_SPLIT_PROGRAMS * target.num_sms  # build_gemv_workspace allocates this much
 
 
 def test_a_workspace_is_large_enough_for_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ def test_kernels_start_before_the_last_has_ended_where_they_can(target: Target) 
 @pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_first_weights_are_on_their_way_before_the_wait(capability: int) -> None:
-    """In the machine code."""
+    """Checks the machine code, where ACQBULK waits for the previous kernel."""
     cases = [("gemv", "8b_gate_up_1"), ("gemv_qkv", "1b_1"), ("gemv", "1b_o_8"), ("gemv_qkv", "1b_8")]
     staged = [("gemv", "8b_gate_up_8"), ("gemv", "8b_down_8"), ("gemv_qkv", "8b_8")]
     for job, names in instructions_of([(*case, capability) for case in cases + staged]).items():
@@ -281,7 +281,7 @@ def test_the_first_weights_are_on_their_way_before_the_wait(capability: int) -> 
 
 
 def test_chunks_are_on_their_way_to_shared_memory_while_one_is_multiplied() -> None:
-    """In the machine code, with a norm and without: copies stand before the loop, and in it behind the product."""
+    """In the machine code, with and without a norm, copies stand before the loop, and in the loop after the product."""
     for names in instructions_of([("gemv", "8b_gate_up_8", 90), ("gemv", "8b_down_8", 90)]).values():
         first, last = names.index("HGMMA"), len(names) - 1 - names[::-1].index("HGMMA")
         assert names[:first].count("LDGSTS") >= 2 * 8
@@ -294,7 +294,7 @@ def test_every_case_names_a_plan_that_is_there() -> None:
 
 
 def test_a_nan_in_the_norm_shows_in_float16() -> None:
-    """Its operands are rounded to tf32 by their bits; a NaN that a GPU makes (0x7fffffff) would become a zero."""
+    """Operands are rounded to tf32 by adding to their bits, which could turn a GPU's NaN (0x7fffffff) into zero."""
     case = next(case for case in GEMV.test_cases if case.name == "swiglu_5")
     inputs = GEMV.make_inputs(case, torch.float16, DEVICE)
     inputs["norm_weight_K"][3] = torch.nan

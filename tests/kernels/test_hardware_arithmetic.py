@@ -1,4 +1,4 @@
-"""Bfloat16, tf32 and fused arithmetic: the interpreter within `hardware_arithmetic`, or the GPU where there is one."""
+"""Tests bfloat16, tf32 and fused arithmetic in the interpreter under `hardware_arithmetic`, or on a GPU if present."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from triton.runtime.interpreter import ReduceScanOpInterface, TensorHandle
 from support.hardware_arithmetic import PATCHES, hardware_arithmetic, to_bfloat16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Ties that go down and up, the largest finite, one that rounds to infinity, subnormals, and what stays what it is.
+# These values round a tie down or up, are the largest finite or round to infinity, are subnormal, or stay unchanged.
 EDGES = [
     1.00390625, 1.01171875, 1.0039063, -1.00390625, 3.3895314e38, 3.4e38, 1e-40, 9.2e-41, 0.0, -0.0, float("inf"),
     float("-inf"), float("nan"), 1.0, 255.0, 257.0, 0.1,
@@ -79,7 +79,7 @@ def test_conversions_of_bfloat16_round_as_torch_does(source: torch.dtype, target
     out = torch.empty(512, dtype=target, device=DEVICE)
     _cast_kernel[(1,)](values, out, 512)
     torch.testing.assert_close(out, values.to(target), rtol=0, atol=0, equal_nan=True)
-    assert out[:3].ne(values[:3].to(torch.float32) * 0).all()  # something was written
+    assert out[:3].ne(values[:3].to(torch.float32) * 0).all()  # this shows that the kernel wrote something
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def test_operands_in_tf32_lose_their_lower_13_bits_and_are_not_rounded() -> None
     kept = ((x.view(torch.int32) & cut).view(torch.float32), (y.view(torch.int32) & cut).view(torch.float32))
     actual = dot(x, y, "tf32")
     torch.testing.assert_close(actual, (kept[0].double() @ kept[1].double()).float(), rtol=1e-6, atol=1e-5)
-    assert (actual - x @ y).abs().max() > 1e-3  # which rounding would halve
+    assert (actual - x @ y).abs().max() > 1e-3  # with rounding the error would be half as large
     just_below_2 = torch.full((16, 16), 2.0 - 2.0**-23, device=DEVICE)
     assert dot(just_below_2, torch.eye(16, device=DEVICE), "tf32").unique().tolist() == [2.0 - 2.0**-10]
 
@@ -120,7 +120,7 @@ def test_products_of_float32_are_one_chain_over_k() -> None:
     x = torch.zeros(16, 16, device=DEVICE)
     x[:, :4] = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)])
     ones = torch.ones(16, 16, device=DEVICE)
-    assert dot(x, ones, "ieee").unique().tolist() == [0.0]  # in pairs it would be 1 or 2
+    assert dot(x, ones, "ieee").unique().tolist() == [0.0]  # sums of pairs would give 1 or 2
     assert dot(x.flip(1), ones, "ieee").unique().tolist() == [2.0]
 
 

@@ -1,4 +1,4 @@
-"""What the driver is asked for when operations are launched as on a GPU: by Triton's own launcher, on a stand-in."""
+"""Tests what Triton's own launcher asks of the CUDA driver, with a stand-in for the driver."""
 
 import json
 import os
@@ -44,13 +44,13 @@ def test_every_operation_is_launched_as_planned(launches: Rows) -> None:
 
 
 def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) -> None:
-    """Specialised alike: for what is a constant, and for what is known to be a multiple of 16."""
+    """The launch and the audit treat the same arguments as constants and the same ones as multiples of 16."""
     assert not [row for row in launches if not row["audited"]]
 
 
 @pytest.mark.slow
 def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
-    """In every dtype, as on an H200: what runs first on one, and ends the run there if it fails."""
+    """Covers every dtype as on an H200; a run on a GPU makes these calls first and ends if one fails."""
     parts = os.cpu_count() or 1
     with ThreadPoolExecutor(parts) as pool:
         found = [
@@ -63,18 +63,18 @@ def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str,
     assert sum(row["calls"] for row in found) == calls > 1000
 
 
-VARIANTS = {  # of a kernel, where there is more than one
-    "gemv_kernel": 9,  # one row, two, up to 16, of three products
-    "gemv_qkv_kernel": 3,  # one row, two, up to 16
-    "epilogue_kernel": 3,  # of three products
+VARIANTS = {  # the kernels that are built more than once, and how often
+    "gemv_kernel": 9,  # for one row, two rows and up to 16 rows, for each of three products
+    "gemv_qkv_kernel": 3,  # for one row, two rows and up to 16 rows
+    "epilogue_kernel": 3,  # for each of three products
     "prefill_attention_kernel": 2,  # blocks of 64 and of 128 rows
     "row_peaks_kernel": 2,  # with and without penalties
-    "draw_kernel": 2,  # as above
+    "draw_kernel": 2,  # with and without penalties
 }
 
 
 def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
-    """Where a tensor begins and how many rows there are is no reason for another, which a request would wait for."""
+    """No start of a tensor and no number of rows makes Triton build a kernel again, which would delay a request."""
     built = launch(environment, "engine")
     assert not [row for row in built if row["late"]]
     counts = Counter(row["kernel"] for row in built)
@@ -93,5 +93,5 @@ def test_the_cost_of_a_launch_can_be_measured(operation: str, exit_code: int) ->
     else:
         name, launches, *times = done.stdout.splitlines()[1].split()
         assert (name, launches) == ("swiglu", "1")
-        whole, _, plan, launcher = map(float, times)  # what is left for the checks may be noise
+        whole, _, plan, launcher = map(float, times)  # the time of the checks, left out, may be noise
         assert min(whole, plan, launcher) > 0

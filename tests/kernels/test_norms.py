@@ -1,4 +1,4 @@
-"""Norms and the row-wise operations beside them: what their launchers refuse, and what the contract does not cover."""
+"""Tests norms and the other row-wise operations beyond their contracts, and what their launchers refuse."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,14 +35,14 @@ def inputs_of(operation: str, **sizes: Any) -> dict[str, Any]:
 
 
 def results_of(spec: KernelSpec, inputs: dict[str, Any]) -> list[Tensor]:
-    """What the operation returns and what it writes in place; of other arguments `inputs` may be used again."""
+    """Runs the operation on copies of its in-place arguments; returns these arguments, then its result."""
     inputs = {name: value.clone() if name in spec.in_place else value for name, value in inputs.items()}
     returned = spec.launcher(**inputs)
     return [*(inputs[name] for name in spec.in_place), *([] if returned is None else [returned])]
 
 
 def misfits(axis_length: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What no vector or matrix argument may be, by the message."""
+    """Maps each error message to a change of a vector or matrix argument that must cause it."""
     return {
         f"expected shape .*, got .*{axis_length}": lambda t: t[..., :-1],
         "expected torch.float16, got torch.float32": torch.Tensor.float,
@@ -142,10 +142,10 @@ def test_an_argument_that_does_not_fit_is_refused_by_name(
 
 
 def far_rows(rows: Tensor, folder: Path) -> Tensor:
-    """The same rows, 2^30 + 16 elements from each other: in int32 the offset of the third is negative.
+    """Copies the rows 2^30 + 16 elements from each other, so that in int32 the offset of the third is negative.
 
-    2^31 elements before the first are ours too: a wrapped offset gives a wrong value and not a crash. On the CPU
-    the elements lie in a sparse file, which takes a few pages.
+    The memory begins 2^31 elements before the first row, so an offset that overflows int32 reads a wrong value and
+    does not crash. On the CPU it is a sparse file, of which only a few pages are written.
     """
     width = rows.shape[-1]
     count, stride, first = rows.numel() // width, 2**30 + 16, 2**31
@@ -212,7 +212,7 @@ def test_add_norm_may_write_over_its_update(vectors: tuple[str, ...]) -> None:
 
 
 def test_rms_norm_rounds_the_quotient_before_it_applies_the_weight() -> None:
-    x = torch.tensor([1.0, 1.0, 5.0]).repeat(2, 32).half().to(DEVICE)  # mean square 9: the quotients are 1/3 and 5/3
+    x = torch.tensor([1.0, 1.0, 5.0]).repeat(2, 32).half().to(DEVICE)  # the mean square is 9: quotients 1/3 and 5/3
     weight = torch.randn(96).half().to(DEVICE)
     actual = rms_norm.rms_norm(x, weight, 0.0)
     assert torch.equal(actual, (x.float() / 3).half() * weight)
@@ -231,7 +231,7 @@ def test_swiglu_rounds_silu_before_it_gates() -> None:
     gate, up = packed.chunk(2, dim=1)
     silu = torch.nn.functional.silu(gate.float())
     actual = swiglu.swiglu(packed)
-    assert (actual == silu.half() * up).double().mean() > 0.99  # an exponential's last bit may turn a rounding
+    assert (actual == silu.half() * up).double().mean() > 0.99  # the exponential's last bit may change a rounding
     assert (actual == (silu * up.float()).half()).double().mean() < 0.9
 
 

@@ -1,4 +1,4 @@
-"""What the contract test's cases leave open of patch_embed: mixed dtypes, layouts of tiles and weights, refusals."""
+"""Tests `patch_embed` beyond its contract: mixed dtypes, layouts of tiles and weights, refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The tables that say how a product is computed: what they answer, and what is refused when they are read."""
+"""Tests the tables that say how a product is computed: their answers, and which tables are refused."""
 
 import json
 from dataclasses import asdict, replace
@@ -50,7 +50,7 @@ def write(folder: Path, table: object, name: str = "sm_90.json") -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     entries = [
-        entry(13325, WIDE),  # not in order
+        entry(13325, WIDE),  # the entries are not sorted
         entry(1025, SQUARE),
         entry(64, LOW),
         entry(2050, CUBLAS),

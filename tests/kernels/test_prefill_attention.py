@@ -1,4 +1,4 @@
-"""What prefill_attention's contract does not say: refusals, the choice of tiles and loads, rows outside, offsets."""
+"""Tests `prefill_attention` beyond its contract: refusals, choice of tiles and loads, padding rows, large offsets."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_rows_that_belong_to_no_sequence_stay_as_they_are() -> None:
     inputs = inputs_of((0, 3), (20, 20), (0, 5))
     expected = prefill_attention(**inputs)
     rows = {name: inputs[name][1:] for name in ("block_table_SN", "seq_len_S")}
-    rows |= {"query_start_S1": inputs["query_start_S1"][1:]}  # from 3 on
+    rows |= {"query_start_S1": inputs["query_start_S1"][1:]}  # the sequences begin at row 3
     padding = torch.full((4, HEADS, CHANNELS), math.nan, dtype=torch.float16, device=DEVICE)
     out = torch.full((len(expected) + 4, HEADS, CHANNELS), 7.0, dtype=torch.float16, device=DEVICE)
     prefill_attention(**(inputs | rows | {"q_THC": torch.cat((inputs["q_THC"], padding))}), out=out)
@@ -99,7 +99,7 @@ def test_two_chunks_give_what_one_gives(border: int) -> None:
         chunk = {"q_THC": inputs["q_THC"][first:stop], "max_query_len": stop - first}
         chunk["query_start_S1"] = torch.tensor([0, stop - first], dtype=torch.int32, device=DEVICE)
         chunk["seq_len_S"] = torch.tensor([stop], dtype=torch.int32, device=DEVICE)
-        # Another set of keys in a block: the sums are over the same keys in the same order, but round elsewhere.
+        # Blocks hold other keys than before: the keys are summed in the same order, but rounded at other places.
         torch.testing.assert_close(prefill_attention(**(inputs | chunk)), whole[first:stop], rtol=2e-3, atol=2e-3)
 
 
@@ -120,8 +120,8 @@ def test_real_models_read_keys_by_the_copy_engine_where_there_is_one(case: Case,
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"P": 32},  # a box of keys would lie in two blocks
-        {"padding": 8},  # rows that are not next to each other
+        {"P": 32},  # the copy engine's box of keys would lie in two blocks
+        {"padding": 8},  # the rows are not next to each other
     ],
 )
 def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None:
@@ -132,7 +132,7 @@ def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None
     ("chunks", "block_m"),
     [
         ([(0, 3392)], 128),  # 189 blocks of 18 queries x 4 kv heads
-        ([(0, 512)], 64),  # 29 x 4 would leave 16 of 132 multiprocessors without work
+        ([(0, 512)], 64),  # with 128, 29 blocks x 4 kv heads would leave 16 of 132 multiprocessors without work
         ([(0, 512), (0, 512)], 128),
         ([(0, 16)], 64),
     ],
@@ -150,14 +150,14 @@ def plan_of(sizes: Any, capability: int) -> Launch:
     return plan_prefill_attention(**inputs, out=out, target=TARGETS[capability])[0]
 
 
-# Far apart
+# Large offsets
 
 
 def far_apart(tensor: Tensor, file: Path) -> Tensor:
-    """The same rows, 2^30 + 16 elements from each other: in int32 the offset of the third is negative.
+    """Copies the rows 2^30 + 16 elements from each other, so that in int32 the offset of the third is negative.
 
-    2^31 elements before the first are ours too: a wrapped offset gives a wrong value and not a crash. On the CPU
-    the elements lie in a sparse file, which takes a few pages.
+    The memory begins 2^31 elements before the first row, so an offset that overflows int32 reads a wrong value and
+    does not crash. On the CPU it is a sparse file, of which only a few pages are written.
     """
     stride, first = 2**30 + 16, 2**31
     size = first + (len(tensor) - 1) * stride + tensor[0].numel()
@@ -168,7 +168,7 @@ def far_apart(tensor: Tensor, file: Path) -> Tensor:
     return memory.as_strided(tensor.shape, (stride, *tensor.stride()[1:]), first).copy_(tensor)
 
 
-@pytest.mark.parametrize("block_size", [16, 64])  # one block for each key, and one for all keys of a block of keys
+@pytest.mark.parametrize("block_size", [16, 64])  # a table entry is read for each key, or for each tile of keys
 @pytest.mark.parametrize("arguments", [("k_cache_BGPC", "v_cache_BGPC"), ("q_THC",)])
 def test_rows_may_lie_more_than_2_to_the_31_elements_behind_the_first(
     block_size: int, arguments: tuple[str, ...], tmp_path: Path

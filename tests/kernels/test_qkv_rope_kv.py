@@ -1,4 +1,4 @@
-"""What qkv_rope_kv's contract does not say: refusals, slots, exact copies, the accuracy of angles, far memory."""
+"""Tests `qkv_rope_kv` beyond its contract: refusals, slots, exact copies, the accuracy of angles, large offsets."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from internvl_rt.kernels.rms_norm import rms_norm
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, HEADS, GROUPS, CHANNELS, PLACES = 3, 4, 2, 16, 8
 WIDTH = (HEADS + 2 * GROUPS) * CHANNELS
-BLOCKS = TOKENS // PLACES + 2  # as many as `make_inputs` gives
+BLOCKS = TOKENS // PLACES + 2  # `make_inputs` builds this many
 
 
 def arguments(dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ BOTH_CACHES = ("k_cache_BGPC", "v_cache_BGPC")
         ({"qkv_TK": torch.zeros(WIDTH, TOKENS).T}, "qkv_TK: expected a contiguous last dimension"),
         *(
             ({"qkv_TK": torch.zeros(TOKENS, columns)}, rf"qkv_TK: expected \(H \+ 2 \* 2\) \* 16 col.* got {columns}")
-            for columns in (0, WIDTH - 1, 4 * CHANNELS, 5 * CHANNELS, 7 * CHANNELS)  # of the last, H is 0, 1, 3
+            for columns in (0, WIDTH - 1, 4 * CHANNELS, 5 * CHANNELS, 7 * CHANNELS)  # the last three give H = 0, 1, 3
         ),
         *(
             (dict.fromkeys(BOTH_CACHES, torch.zeros(2, 2, 8, channels)), "k_cache_BGPC: expected a head dim of .16, 32")
@@ -139,7 +139,7 @@ def test_fractions_of_positions_beyond_45000_are_told_apart(channels: int) -> No
     assert inputs["position_T"].tolist() == [45000 + (1 + token) / 256 for token in range(TOKENS)]
     heads = inputs["qkv_TK"].view(TOKENS, -1, channels)
     heads[:, :, : channels // 2], heads[:, :, channels // 2 :] = 1.0, 0.0
-    angle = (inputs["position_T"][:, None] * inputs["inv_freq_C"]).double().cpu()  # a float32 product
+    angle = (inputs["position_T"][:, None] * inputs["inv_freq_C"]).double().cpu()  # this product is float32
     expected = torch.cat((angle.cos(), angle.sin()), dim=1)
     q = qkv_rope_kv(**inputs).double().cpu()
     torch.testing.assert_close(q[:, 0], expected, rtol=0, atol=1.5e-7)
@@ -166,7 +166,7 @@ def test_norms_round_where_rms_norm_rounds() -> None:
     for part, name in ((slice(HEADS), "q_norm_C"), (slice(HEADS, HEADS + GROUPS), "k_norm_C")):
         heads[:, part] = rms_norm(heads[:, part].contiguous(), inputs[name], inputs["eps"])
     normed = inputs | {"q_norm_C": None, "k_norm_C": None}
-    assert (qkv_rope_kv(**normed) == q).double().mean() > 0.99  # a sum's last bit may turn a rounding
+    assert (qkv_rope_kv(**normed) == q).double().mean() > 0.99  # the sum's last bit may change a rounding
 
 
 def test_caches_may_have_their_heads_inside_their_places() -> None:
@@ -189,10 +189,10 @@ def test_queries_may_be_written_into_wider_rows() -> None:
 
 
 def far_apart(values: Tensor, path: Path) -> Tensor:
-    """The same values, indices of the first dimension 2^30 + 16 elements apart: int32 holds the offset of the second.
+    """Copies `values[i]` 2^30 + 16 elements from `values[i + 1]`, so that in int32 the offset of the third is negative.
 
-    2^31 elements before the first are ours too: a wrapped offset gives a wrong value and not a crash. On the CPU the
-    elements lie in a sparse file, which takes a few pages.
+    The memory begins 2^31 elements before the first value, so an offset that overflows int32 reads a wrong value and
+    does not crash. On the CPU it is a sparse file, of which only a few pages are written.
     """
     stride, first = 2**30 + 16, 2**31
     size = first + (len(values) - 1) * stride + values[0].numel()
@@ -226,7 +226,7 @@ def _sin_cos_kernel(angle, sin, cos, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("largest", [1e-6, 0.8, 10.0, 32768.0, 45000.0, 102943.0])
 def test_sine_and_cosine_are_right_to_a_few_units_in_the_last_place_of_1(largest: float) -> None:
     rng = np.random.default_rng(0)
-    borders = np.arange(1 << 15) * min(1.0, largest / 51471.0) * np.pi / 2  # of quarters, near which sin or cos is 0
+    borders = np.arange(1 << 15) * min(1.0, largest / 51471.0) * np.pi / 2  # multiples of pi/2, where sin or cos is 0
     near = np.nextafter(borders.astype(np.float32), np.float32(np.inf))
     angle = np.concatenate((rng.uniform(0, largest, 1 << 16), borders, near)).astype(np.float32)
     angle = torch.from_numpy(np.concatenate((angle, -angle))).to(DEVICE)
@@ -240,7 +240,7 @@ def test_sine_and_cosine_are_right_to_a_few_units_in_the_last_place_of_1(largest
         torch.testing.assert_close(sin.double(), exact.sin(), rtol=1.2e-7, atol=0)  # small angles keep every digit
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy warns of this in the interpreter
 def test_angles_that_are_no_numbers_give_none() -> None:
     angle = torch.tensor([math.nan, math.inf, -math.inf, 0.0], device=DEVICE)
     sin, cos = torch.empty_like(angle), torch.empty_like(angle)

@@ -1,4 +1,4 @@
-"""The torch references against their formulas, written out with loops in float64."""
+"""Compares the torch references with their formulas, written out as loops in float64."""
 
 import math
 
@@ -30,7 +30,7 @@ def close(actual, expected, atol=1e-5):
 
 
 def softmax_rows(query, keys, values):
-    """One query over keys and values [L, C], float64."""
+    """Computes the attention of one query over keys and values [L, C], in float64."""
     scores = keys @ query / math.sqrt(len(query))
     weights = np.exp(scores - scores.max())
     return (weights / weights.sum()) @ values
@@ -188,7 +188,7 @@ def test_paged_attention_reads_exactly_its_blocks_and_lengths():
     heads, kv_heads, channels, block_size = 6, 2, 4, 3
     k_cache, v_cache = (torch.full((9, kv_heads, block_size, channels), POISON) for _ in "kv")
     tables = [[5, 0, 8], [2, -1, -1], [-1, -1, -1], [7, 3, -1]]
-    seq_lens, query_lens = [7, 3, 0, 6], [2, 3, 0, 1]  # a chunk behind a prefix, a whole prompt, empty, a decode
+    seq_lens, query_lens = [7, 3, 0, 6], [2, 3, 0, 1]  # a chunk after a prefix, a whole prompt, no tokens, a decode
     keys = [torch.randn(n, kv_heads, channels) for n in seq_lens]
     values = [torch.randn(n, kv_heads, channels) for n in seq_lens]
     for table, k, v in zip(tables, keys, values, strict=True):

@@ -1,4 +1,4 @@
-"""Tiles against Pillow itself, bit for bit: the reference at full size, the kernels at what suits the interpreter."""
+"""Compares tiles with Pillow's bit for bit: the reference at full size, the kernels at sizes for the interpreter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_the_kernels_equal_pillow_at_full_size(path: Path, scale: float) -> None
 
 def test_an_image_whose_rows_lie_two_gigabytes_apart_is_read_where_it_lies() -> None:
     array = noise(2, 5)
-    gap = 2**31 + 16  # most of it is never touched
+    gap = 2**31 + 16  # most of this memory is never touched
     image = torch.empty(gap + 15, dtype=torch.uint8, device=DEVICE).as_strided((2, 5, 3), (gap, 3, 1))
     image.copy_(torch.from_numpy(array))
     np.testing.assert_array_equal(
@@ -152,11 +152,11 @@ def test_weights_of_a_position_sum_to_one_and_its_pixels_are_inside(size_in: int
     first, weights = bicubic_table(size_in, size_out)
     assert first.dtype == weights.dtype == np.int32
     assert first.min() >= 0
-    rounding = weights.shape[1] / 2 + 1  # half a unit for each weight
+    rounding = weights.shape[1] / 2 + 1  # the rounding of each weight adds up to half a unit
     assert np.abs(weights.sum(1) - (1 << FRACTION_BITS)).max() <= rounding
     last = first + weights.shape[1] - np.argmax(weights[:, ::-1] != 0, axis=1)
     assert last.max() <= size_in
-    assert np.abs(weights.astype(np.int64)).sum(1).max() * 255 + (1 << FRACTION_BITS - 1) < 2**31  # sums fit
+    assert np.abs(weights.astype(np.int64)).sum(1).max() * 255 + (1 << FRACTION_BITS - 1) < 2**31  # the sums fit
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 448, 1001])

@@ -1,4 +1,4 @@
-"""`sample` beyond the contract: the kept sets, the draws, and what the launcher refuses."""
+"""Tests `sample` beyond its contract: the kept sets, the draws, and what the launcher refuses."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def seed() -> None:
 
 
 def inputs_of(logits: Tensor, *parameters: tuple[float, ...], seeds: Any = None, **changes: Any) -> dict[str, Any]:
-    """Rows of logits, all with the same parameters (as in MIXED) or each with its own."""
+    """Builds the inputs for rows of logits; the rows share one set of parameters (as in MIXED) or have one each."""
     rows, vocab = logits.shape
     inputs = SPEC.make_inputs(Case("", {"R": rows, "V": vocab, "parameters": parameters}), torch.float32, DEVICE)
     if seeds is not None:
@@ -53,7 +53,7 @@ def listed(*rows: dict[int, int]) -> dict[str, Tensor]:
 
 
 def launched(inputs: dict[str, Any]) -> tuple[Tensor, list[Launch]]:
-    """The kernel's tokens, and the launches that made them, for a look at their scratch tensors."""
+    """Returns the kernel's tokens and its launches, whose scratch tensors can be read."""
     out = torch.empty(len(inputs["logits_RV"]), dtype=torch.int64, device=DEVICE)
     launches = plan_sample(**inputs, out=out, target=target_of(DEVICE))
     run(launches)
@@ -61,13 +61,13 @@ def launched(inputs: dict[str, Any]) -> tuple[Tensor, list[Launch]]:
 
 
 def drawn_and_kept(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The kernel's tokens, and the mass that each row kept."""
+    """Returns the kernel's tokens and the mass that each row kept."""
     out, launches = launched(inputs)
     return out, launches[1].args["kept_mass"]
 
 
 LOGIT = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 20.0, -math.inf]),  # ties
+    st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 20.0, -math.inf]),  # these values make ties
     st.floats(-30, 30, width=32),
     st.floats(allow_nan=False, width=32),
 )
@@ -82,7 +82,7 @@ PARAMETERS = st.tuples(
 
 @pytest.mark.filterwarnings(
     "ignore:overflow encountered in (multiply|subtract)"
-)  # the interpreter's numpy; infinity is meant
+)  # numpy warns in the interpreter; infinity is the intended result
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.lists(LOGIT, min_size=40, max_size=40), PARAMETERS), min_size=1, max_size=4),
@@ -104,7 +104,7 @@ def test_kept_mass_and_token_are_the_references(rows: list[tuple[list[float], tu
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.01, 4.0])
 def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) -> None:
-    """The list has some 430 of 1500 tokens, or overflows: thresholds lie in it, below it, above what it gets later."""
+    """The list holds about 430 of 1500 tokens or overflows; thresholds lie in it, below it, or above later entries."""
     parameters = [
         (1.0, *filters, 1.0, 0.0, 0.0)
         for filters in ((0, 1.0, 0.0), (20, 0.5, 0.0), (1400, 1e-3, 0.0), (1499, 0.99, 0.6), (0, 0.5, 0.999))
@@ -121,7 +121,7 @@ def test_kept_mass_where_the_list_of_large_tokens_is_too_short(spread: float) ->
 @pytest.mark.fast("tokens")
 @pytest.mark.parametrize("by", ["tokens", "mass"])
 def test_thresholds_at_the_end_of_the_list(by: str) -> None:
-    """The first list's last token, its neighbours before and behind: by one token, and by one unit of mass."""
+    """Puts the threshold at the list's last token, and one token, or one unit of mass, before and after it."""
     x_V = torch.randn(1500) * 0.5
     _, launches = launched(inputs_of(x_V[None], (1.0, 1, 1.0, 0.0, 1.0, 0.0, 0.0)))
     num_listed = int(launches[1].args["lengths"].sum())
@@ -146,17 +146,17 @@ def test_reference_keeps_what_a_sort_in_float64_keeps(values: list[float], param
     probs_V, id_V = torch.softmax(x_V.double() / temperature, -1).sort(descending=True, stable=True)
     probs_V = probs_V[: int(top_k) or len(values)] / probs_V[: int(top_k) or len(values)].sum()
     before_V = probs_V.cumsum(-1) - probs_V
-    assume(((before_V - top_p).abs() > 1e-5).all() or top_p == 1)  # float64 itself is arbitrary there
+    assume(((before_V - top_p).abs() > 1e-5).all() or top_p == 1)  # near a border the float64 result is arbitrary
     assume((probs_V / probs_V[0] - min_p).abs().min() > 1e-5 or min_p in (0, 1))
     expected = id_V[: len(probs_V)][
         (before_V < top_p) & (probs_V >= min_p * probs_V[0]) & (probs_V > 2e-13 * probs_V[0])
     ]
-    assume(not ((probs_V < 3e-13 * probs_V[0]) & (probs_V > 1e-13 * probs_V[0])).any())  # weights vanish there
+    assume(not ((probs_V < 3e-13 * probs_V[0]) & (probs_V > 1e-13 * probs_V[0])).any())  # weights this small may be 0
     x_sorted = x_V[id_V]
-    assume(torch.equal(x_sorted, x_V.sort(descending=True).values))  # softmax rounds neighbours to ties
+    assume(torch.equal(x_sorted, x_V.sort(descending=True).values))  # softmax may round close values to ties
     assume(min_p != 1 or (x_sorted[0] - x_sorted[x_sorted < x_sorted[0]]).gt(1e-5 * temperature).all())
     kept, _ = kept_reference(x_V, temperature, int(top_k), top_p, min_p)
-    if top_p == 1:  # before_V may reach 1 in the tail of float64
+    if top_p == 1:  # rounding may bring before_V to 1 before the last tokens
         expected = id_V[: len(probs_V)][(probs_V >= min_p * probs_V[0]) & (probs_V > 2e-13 * probs_V[0])]
     assert kept.tolist() == sorted(expected.tolist())
 
@@ -164,10 +164,10 @@ def test_reference_keeps_what_a_sort_in_float64_keeps(values: list[float], param
 @pytest.mark.parametrize(
     ("logits", "parameters", "kept"),
     [
-        ([1.0] * 4, (1.0, 0, 0.5, 0.0), [0, 1]),  # exactly half is reached by two
+        ([1.0] * 4, (1.0, 0, 0.5, 0.0), [0, 1]),  # two tokens reach exactly half
         ([1.0] * 4, (1.0, 0, 0.5001, 0.0), [0, 1, 2]),
-        ([1.0] * 4, (1.0, 3, 0.5, 0.0), [0, 1]),  # half of three
-        ([0.0, 2.0, 0.0, 2.0, -0.0], (1.0, 3, 1.0, 0.0), [0, 1, 3]),  # of equal ones the lower ids
+        ([1.0] * 4, (1.0, 3, 0.5, 0.0), [0, 1]),  # two tokens are more than half of three
+        ([0.0, 2.0, 0.0, 2.0, -0.0], (1.0, 3, 1.0, 0.0), [0, 1, 3]),  # of equal logits the lower ids are kept
         ([0.0, math.log(2), -math.inf], (1.0, 9, 1.0, 0.5), [0, 1]),
         ([5.0, 5.0, 4.9], (1.0, 0, 1e-9, 0.0), [0]),
         ([3.0, 1.0, 3.0], (1.0, 0, 1.0, 1.0), [0, 2]),
@@ -181,7 +181,7 @@ def test_kept_sets_by_hand(logits: list[float], parameters: tuple[float, int, fl
 
 @pytest.mark.slow
 def test_draws_follow_the_softmax() -> None:
-    """Chi-square over 1e5 draws of the reference; the kernel draws the first 200 of them alike."""
+    """Tests 1e5 draws of the reference by chi-square; the kernel must make the same first 200 draws."""
     x_V = torch.randn(20)
     id_K, weight_K = kept_reference(x_V, 1.0, 0, 1.0, 0.0)
     total_K = weight_K.cumsum(0)
@@ -201,7 +201,7 @@ def drawn_in_sorted_order(x_V: Tensor, temperature: float, seed: int) -> int:
 
 @pytest.mark.slow
 def test_a_draw_hardly_depends_on_noise_in_the_logits() -> None:
-    """Near ties swap places in the sorted order, where most draws would change; their ids stay."""
+    """The noise swaps near ties in sorted order, which would change most draws; the order of ids does not change."""
     logits = (4 * torch.randn(2000, 3000)).round() + 1e-6 * torch.randn(2000, 3000)
     noisy = logits * (1 + 1e-6 * torch.randn(2000, 3000))
     hot = (3.0, *PLAIN[1:])
@@ -212,7 +212,7 @@ def test_a_draw_hardly_depends_on_noise_in_the_logits() -> None:
 
 
 def penalised(x: float, count: int, repetition: float, presence: float, frequency: float) -> np.float32:
-    """Step by step in float32."""
+    """Applies the penalties one after another, rounding to float32 each time."""
     value, factor = np.float32(x), np.float32(repetition)
     value = value / factor if value > 0 else value * factor
     return value - np.float32(presence) - np.float32(frequency) * np.float32(count)
@@ -233,7 +233,7 @@ def token_in_float64(x_V: Tensor, parameters: tuple[float, ...], seed: int, coun
 
 @pytest.mark.slow
 def test_tokens_are_those_of_an_inverse_cdf_in_float64() -> None:
-    """A random number within 1e-6 of a border could tell the two apart; none here is."""
+    """The results could differ if a random number were within 1e-6 of a border between tokens; none here is."""
     logits, parameters = 3 * torch.randn(60, 300), MIXED * 6
     lists = []
     for row, x_V in enumerate(logits):

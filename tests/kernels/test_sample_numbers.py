@@ -1,4 +1,4 @@
-"""The numbers that `sample` computes with, on the device: random words, weights, keys and places."""
+"""Tests the numbers that `sample` computes with on the device: random words, weights, keys and places."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_weights_are_the_references_bit_for_bit(temperature: float) -> None:
 
 
 def test_weights_are_the_softmax_and_never_rise_with_the_distance() -> None:
-    """At this temperature the rate is 1, so that every value that a fraction of an octave can have is tried."""
+    """At this temperature a distance of 1 halves the weight, so the test tries every fraction of such an octave."""
     last = torch.tensor([2**42])
     for start in range(0, 2**24, 2**20):
         octaves = torch.arange(start, start + 2**20, dtype=torch.float64) / 2**24
@@ -72,14 +72,14 @@ def test_weights_are_the_softmax_and_never_rise_with_the_distance() -> None:
         assert (weights.diff() <= 0).all()
         assert weights[0] <= last
         last = weights[-1]
-    assert last >= 2**41  # what the next octave begins with
+    assert last >= 2**41  # the next octave begins with this weight
 
 
 def test_weights_are_the_softmax_within_float32() -> None:
     x = torch.randn(10000) * 4
     weights = weight_reference(x, 0.8).double() / 2**42
     exact = torch.exp((x.double() - x.max().double()) / 0.8)
-    octaves = -torch.log2(exact)  # rounded about three times, then cut off behind 24 bits
+    octaves = -torch.log2(exact)  # the kernel rounds this about three times, then cuts it to 24 bits
     assert ((weights - exact).abs() <= (3 * octaves + 1) * 2**-24 * exact + 2**-42).all()
     assert weight_reference(torch.tensor([0.0, -29.9, -math.inf]), 1.0).tolist() == [2**42, 0, 0]
 
@@ -99,7 +99,7 @@ def test_keys_are_in_the_order_of_the_values_and_lead_back_to_them() -> None:
     _keys_kernel[(1,)](x.to(DEVICE), keys, back, 128)
     order = keys.cpu().argsort(stable=True)
     assert torch.equal(x[order][:-1], x.sort(stable=True).values[:-1])
-    assert order[-1] == 11  # NaN
+    assert order[-1] == 11  # this is the index of NaN
     assert keys[0] == keys[1] == 0
     torch.testing.assert_close(back.cpu()[:11], x[:11], rtol=0, atol=0)
 

@@ -1,4 +1,4 @@
-"""What a GPU's roundings would fail fails in the tests, and what they do not fail has room in its tolerance."""
+"""Tests that what fails with a GPU's roundings fails in the tests too, and that the rest has room in its tolerance."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def failures_of_kernel(operation: str, name: str, dtype: torch.dtype) -> int:
 def test_gemv_without_rounding_to_tf32_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) == 0
     monkeypatch.setattr(_gemv_body, "rounded_to_tf32", identity)
-    assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) >= 3  # 37 of 40 seeds
+    assert failures_of_kernel("gemv", "many_swiglu_16", torch.float16) >= 3  # 37 of 40 seeds failed when measured
 
 
 @pytest.mark.usefixtures("old_rms_limits")
@@ -70,7 +70,7 @@ def test_operations_on_few_elements_have_room(operation: str) -> None:
 
 @pytest.mark.parametrize("name", ["huge_fused", "huge_tma", "huge_pieces"])
 def test_a_product_in_float32_of_values_around_1000_fails(name: str) -> None:
-    """One chain of sums over K, as on a GPU; the case has values around 10 in float32, which pass."""
+    """Float32 products are one chain of sums over K, as on a GPU; the case's own values, around 10, pass."""
     spec, dtype = SPECS["gemm_epilogue"], torch.float32
     worst: dict[str, list[float]] = {"10": [], "1000": []}
     for seed in range(8):
@@ -106,7 +106,7 @@ def test_the_limit_of_the_norm_is_rms_for_many_elements_three_times_it_for_one_a
 
 
 def test_a_gelu_that_cancels_has_room() -> None:
-    """x W^T + b is -5.2 with this seed: 1 + erf keeps two digits, of a result that is smaller than any tolerance."""
+    """With this seed x W^T + b is -5.2, so 1 + erf has only two exact digits; the result is below any tolerance."""
     case = case_of(SPECS["gemm_epilogue"], "1_1_1_fused")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert room_of_case("gemm_epilogue", case, dtype, range(103, 104), interpreter=True).rms.share < 0.8

@@ -1,4 +1,4 @@
-"""What vit_attention's contract does not say: refusals, the choice of loads, and that tiles do not see each other."""
+"""Tests `vit_attention` beyond its contract: refusals, the choice of loads, and that tiles are independent."""
 
 import math
 from typing import Any
@@ -50,8 +50,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name(changes: dict[str, Any], 
         vit_attention(**arguments(**moved))
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
-@pytest.mark.parametrize("patches", [64, 65])  # by tensor descriptors, and by pointers with a mask
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy warns of this in the interpreter
+@pytest.mark.parametrize("patches", [64, 65])  # 64 are read by tensor descriptors, 65 by pointers with a mask
 def test_a_tile_does_not_depend_on_the_tiles_beside_it(patches: int) -> None:
     case = Case("three", {"I": 3, "L": patches, "H": 1, "C": 16})
     inputs = SPEC.make_inputs(case, torch.float16, DEVICE)
@@ -74,9 +74,9 @@ def test_real_models_read_keys_by_the_copy_engine_where_there_is_one(case: Case,
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"L": 1000},  # boxes of keys would cross into the next tile
+        {"L": 1000},  # the copy engine's boxes of keys would reach into the next tile
         {"L": 0},
-        {"L": 1024, "padding": 4},  # rows that do not begin at a multiple of 16 bytes
+        {"L": 1024, "padding": 4},  # the rows do not begin at multiples of 16 bytes
     ],
 )
 def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None:
@@ -84,7 +84,7 @@ def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None
 
 
 def test_what_was_measured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By tiles, patches, heads and channels; the default otherwise; and a plan that is given counts before both."""
+    """A given plan comes first, then the measured plan for the tiles, patches, heads and channels, then the default."""
     asked = []
 
     def choose(*sizes: Any) -> AttentionPlan | None:
@@ -108,7 +108,7 @@ def test_what_was_measured_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("patches", "padding", "made"), [(1024, 0, True), (1000, 0, False), (1024, 4, False)])
 def test_the_host_makes_a_descriptor_only_where_boxes_fit(patches: int, padding: int, made: bool) -> None:
-    """Then the kernel makes none, and needs no scratch memory."""
+    """In no case does the kernel make the descriptor itself, which would need scratch memory."""
     case = Case("other", {"I": 2, "L": patches, "H": 16, "C": 64, "padding": padding})
     inputs = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))
     inputs["plan"] = AttentionPlan(128, 64, num_warps=8, num_stages=3, host_descriptor=True)

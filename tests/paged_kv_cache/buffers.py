@@ -1,4 +1,4 @@
-"""The buffers of a step, and what a split plan must look like."""
+"""Builds the buffers of a step and checks split plans."""
 
 import math
 import re
@@ -8,8 +8,8 @@ import numpy as np
 
 from internvl_rt._C import PagedKVCache
 
-POISON = -7  # in every buffer before a step, so that an entry which is not written shows
-MAX_UNSPLIT_BLOCKS = 4  # of a row that is never split
+POISON = -7  # fills every buffer before a step, to show the entries that are not written
+MAX_UNSPLIT_BLOCKS = 4  # a row with at most this many blocks is never split
 
 
 def int32(values: list[int]) -> np.ndarray:
@@ -17,7 +17,7 @@ def int32(values: list[int]) -> np.ndarray:
 
 
 def length_of(cache: PagedKVCache, seq_id: int) -> int:
-    """How many tokens of a sequence have slots: a rollback that is refused names the number, and changes nothing."""
+    """Returns how many tokens of a sequence have slots, read from the error message of a rollback that is refused."""
     refusal = ""
     try:
         cache.rollback(seq_id, -1)
@@ -41,7 +41,7 @@ def step_buffers(num_rows: int, table_width: int, num_tokens: int, num_items: in
 
 
 def check_split_plan(starts: list[int], items: list[list[int]], num_blocks: list[int]) -> None:
-    """num_blocks: of each row, 0 for those that are not to be split."""
+    """num_blocks: the number of blocks of each row, 0 for a row that must not be split."""
     assert starts[0] == 0
     assert len(starts) == len(num_blocks) + 1
     resident = max(1, len(items) - len(num_blocks) + 1)

@@ -1,4 +1,4 @@
-"""What a token's keys and values depend on, and a sequence of tokens."""
+"""Gives numbers to what the keys and values of a token depend on, and holds the tokens of a sequence."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ PictureSpan = tuple[int, int, bytes]
 
 
 class Contents:
-    """Numbers for what a token's keys and values depend on. Two tokens have the same number exactly if their
+    """Gives a number to what a token's keys and values depend on. Two tokens have the same number exactly when their
     identities, all token ids up to them, and all pictures that begin up to them (start, length, digest) are equal."""
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ class Contents:
 @dataclass
 class Sequence:
     identity: bytes | None
-    pictures: dict[int, tuple[int, bytes]]  # by first token: number of tokens, digest
-    token_ids: list[int]  # the first num_known are known to the cache, the others will be
+    pictures: dict[int, tuple[int, bytes]]  # first token -> (number of tokens, digest)
+    token_ids: list[int]  # the cache knows the first num_known; it learns the others later
     num_known: int
-    contents: list[int] = field(default_factory=list)  # [0] of the root, [t + 1] of token t
+    contents: list[int] = field(default_factory=list)  # numbers: [0] for the root, [t + 1] for token t
     length: int = 0
     num_in_steps: int = 0
     num_published: int = 0  # blocks

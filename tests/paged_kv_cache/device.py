@@ -1,4 +1,4 @@
-"""A pool of numbers in place of keys and values: slot by slot, the content (see contents.py) that is there."""
+"""Replaces the pool of keys and values: each slot holds the content number (see contents.py) of its token."""
 
 from paged_kv_cache.contents import Sequence
 from paged_kv_cache.model import Model
@@ -10,7 +10,7 @@ class Device:
         self.memory = [[-1] * block_size for _ in range(num_blocks)]
 
     def copy(self, copies: list[list[int]]) -> None:
-        """All copies of a list are made at once, so none of them may meet another's block."""
+        """Makes all copies of a list at once; the destination of a copy must not occur in another copy."""
         destinations = [destination for _, destination in copies]
         assert len(set(destinations)) == len(copies), f"one block is the destination of two copies: {copies}"
         assert not set(destinations) & {source for source, _ in copies}, f"copied to and from at once: {copies}"
@@ -25,7 +25,7 @@ class Device:
         return [content for block in blocks for content in self.memory[block]]
 
     def check(self, model: Model) -> None:
-        """Every token that was computed, and every published block, is where the bookkeeping says."""
+        """Checks that every computed token and every published block is where the model says."""
         for seq_id, s in model.sequences.items():
             self.check_sequence(seq_id, s)
         for block, content in model.published.items():

@@ -1,4 +1,4 @@
-"""Random arguments: small pools, lengths beside block boundaries, few texts and pictures, so that prefixes meet."""
+"""Draws random arguments: small pools, lengths near block boundaries, and few texts, so that prefixes often match."""
 
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Draws:
         num_blocks, size = self.pick([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24]), self.pick([1, 2, 3, 16])
         self.model = Model(num_blocks, size, self.integer(0, min(2, num_blocks - 1)))
         self.deck = self.draw_deck()
-        self.text: dict[int, int] = {}  # by sequence: what it goes on with
+        self.text: dict[int, int] = {}  # sequence -> the text that its next tokens are taken from
 
     def integer(self, low: int, high: int) -> int:
         return self.draw.integer(low, high)
@@ -32,12 +32,12 @@ class Draws:
         return self.integer(0, 7) == 7
 
     def beside_boundary(self, length: int, most_blocks: int) -> int:
-        """How many tokens lead from `length` to a block boundary, or to beside it."""
+        """Returns how many tokens lead from `length` to a block boundary, or to one token before or after it."""
         end = (length // self.model.block_size + self.integer(0, most_blocks)) * self.model.block_size
         return max(0, end + self.integer(-1, 1) - length)
 
     def draw_deck(self) -> list[PictureSpan]:
-        """Pictures that are easily taken for each other."""
+        """Draws pictures that differ in one property only and could be confused."""
         size = self.model.block_size
         start = max(0, self.integer(0, 2) * size + self.integer(-1, 1))
         num_tokens = self.pick([1, size, size + 1, 2 * size])
@@ -49,7 +49,7 @@ class Draws:
         return [(0, t % 2, t // 3 % 2)[text] for t in range(start, start + count)]
 
     def draw_prompt(self) -> tuple[int, Prompt]:
-        """And the text that it is taken from."""
+        """Returns the number of a text, and a prompt taken from it."""
         if self.model.sequences and self.integer(0, 2) == 0:
             return self.draw_repeated_prompt()
         text, end = self.pick([0, 0, 1, 2]), 0
@@ -65,16 +65,16 @@ class Draws:
         return text, (token_ids, tuple(pictures), self.pick([*[b""] * 5, b"a", b"b", None]))
 
     def draw_repeated_prompt(self) -> tuple[int, Prompt]:
-        """All that a sequence holds so far, and a token more: what a conversation's next turn begins with."""
+        """Draws a prompt of all tokens of a sequence and one more, as in the next turn of a conversation."""
         seq_id = self.pick(sorted(self.model.sequences))
         s = self.model.sequences[seq_id]
         token_ids = [*s.token_ids, self.integer(0, 1)]
         spans = ((start, *picture) for start, picture in s.pictures.items())
-        pictures = tuple(p for p in spans if p[0] + p[1] <= len(token_ids))  # a rollback may have cut the others
+        pictures = tuple(p for p in spans if p[0] + p[1] <= len(token_ids))  # a rollback may have cut other pictures
         return self.text[seq_id], (token_ids, pictures, s.identity)
 
     def draw_max_cached(self, prompt: Prompt) -> int | None:
-        """Mostly beside a block boundary in what would match without it."""
+        """Draws a limit for cached tokens, mostly near a block boundary inside the prefix that would match."""
         if self.rarely() and self.rarely():
             return -1
         bound = self.beside_boundary(0, self.model.match(*prompt) // self.model.block_size)
@@ -97,7 +97,7 @@ class Draws:
         return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(self.integer(1, len(rest)))]
 
     def draw_count(self, seq_id: int) -> int:
-        """To the end of the prompt, to beside a boundary, or a token."""
+        """Draws how many tokens to append: up to the end of the prompt, up to near a block boundary, or one."""
         s = self.model.sequences[seq_id]
         counts = [max(1, len(s.token_ids) - s.length), self.beside_boundary(s.length, 2), 1]
         return self.pick(counts)

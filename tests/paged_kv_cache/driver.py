@@ -1,8 +1,8 @@
-"""Random operations on PagedKVCache and on the model of it, compared after each one.
+"""Runs random operations on PagedKVCache and on a model of it, and compares both after each operation.
 
-Whoever drives it supplies the random numbers: hypothesis, which shrinks what fails (machine.py), or a plain generator,
-which is fast (soak.py). A pool of numbers stands in for keys and values (device.py): wrong sharing, a block that is
-handed out too early, or a copy that is missing shows as a wrong number.
+The random numbers come from hypothesis, which shrinks a failure (machine.py), or from a plain generator, which is fast
+(soak.py). A pool of numbers replaces the keys and values (device.py): wrong sharing, a block that is reused too early,
+or a missing copy shows as a wrong number.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ class Driver(Draws):
         self.device = Device(*arguments)
         self.mirror = Mirror()
 
-    # --- both sides
+    # --- the cache and the model
 
     def both(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Calls the method of both, lists as arrays; the results must be equal, or both refuse (None)."""
+        """Calls the method of the cache and of the model; returns their equal result, or None if both refuse."""
         self.calls.append((name, *arguments, options))
         arrays = [int32(a) if isinstance(a, list) else a for a in arguments]
         try:
@@ -61,7 +61,7 @@ class Driver(Draws):
         assert self.cache.num_available_blocks == self.model.num_available()
         assert self.cache.num_sequences == len(self.model.sequences)
         assert all(length_of(self.cache, seq_id) == s.length for seq_id, s in self.model.sequences.items())
-        if len(self.model.events) >= self.model.num_blocks:  # before the cache gives up on recording them one by one
+        if len(self.model.events) >= self.model.num_blocks:  # a cache with too many events drops them all
             self.drain_events()
 
     # --- operations
@@ -79,7 +79,7 @@ class Driver(Draws):
             self.text[seq_id] = text
 
     def choose_ids(self, seq_ids: list[int]) -> None:
-        """The ids of all tokens that have slots now; the cache learns them later."""
+        """Chooses the ids of all tokens that have slots now; the cache learns them later."""
         for seq_id in seq_ids:
             s = self.model.sequences[seq_id]
             start, count = len(s.token_ids), s.length - len(s.token_ids)
@@ -125,7 +125,7 @@ class Driver(Draws):
         return new_seq_id
 
     def branch(self) -> None:
-        """Forks, and forks of forks, that go on at once, before the copies are made."""
+        """Forks a sequence and its forks, and appends to each fork at once, before the copies are made."""
         family = [self.draw_sequence()]
         for _ in range(self.integer(1, 3)):
             family.append(self.fork(self.pick(family)))
@@ -133,7 +133,7 @@ class Driver(Draws):
                 self.choose_ids(family[-1:])
 
     def answer_several_times(self) -> None:
-        """Forks while the step of a prompt's last tokens runs, some of which end at once; the others go on together."""
+        """Forks a sequence while a step computes its prompt; one fork may end at once, the others go on together."""
         parent = self.draw_sequence()
         if parent not in self.model.sequences:
             return self.both("fork", parent, parent)
@@ -218,7 +218,7 @@ class Driver(Draws):
         self.device.check(model)
 
     def failing_step(self) -> None:
-        """Nothing is written. Whoever holds a token of the step is released, so that none of them is ever matched."""
+        """Fails a step, which writes nothing; releases all sequences that have its tokens, so that none is matched."""
         if not self.rarely():
             return
         seq_ids = self.draw_some()[:2]
@@ -240,13 +240,13 @@ class Driver(Draws):
         self.both("complete", self.model.latest, failed=True)
 
     def serve(self) -> None:
-        """What an engine does in one step: the way to deep states."""
+        """Does what an engine does in one step, which leads to states with many shared blocks."""
         seq_ids = self.draw_some()
         if self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids]):
             self.publish_computed(seq_ids)
 
     def compute(self, seq_ids: list[int], counts: list[int]) -> bool:
-        """Appends and starts the step; without the room, one of the sequences makes some."""
+        """Appends tokens and starts the step; if blocks are missing, releases one of the sequences instead."""
         if not self.both("append", seq_ids, counts):
             self.both("release", self.pick(seq_ids))
             return False
@@ -282,7 +282,7 @@ class Driver(Draws):
             assert got == []
 
     def misuse(self) -> None:
-        """What must be refused whatever the state is."""
+        """Makes a call that the cache must refuse in every state."""
         some = sorted(self.model.sequences)[:1]
         all_ids = list(self.model.sequences)
         unknown = 77
@@ -308,7 +308,7 @@ class Driver(Draws):
         )()
 
 
-OPERATIONS = [  # as often as they are drawn
+OPERATIONS = [  # an operation is listed more than once to be drawn more often
     *["serve"] * 8,
     "answer_several_times",
     *["admit"] * 4,

@@ -1,8 +1,8 @@
-"""The driver's operations chosen by hypothesis.
+"""Lets hypothesis choose the driver's operations.
 
     python tests/paged_kv_cache/machine.py
 
-looks for a failure and shrinks it to few operations, which takes minutes; the test stops at the first one.
+looks for a failure and shrinks it to few operations, which takes minutes; the test stops at the first failure.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""The prefix index as somebody sees it who reads only its events."""
+"""Rebuilds the prefix index from its events alone."""
 
 Event = tuple[str, bytes, bytes, list[int]]
 
 
 class Mirror:
     def __init__(self) -> None:
-        self.hash_of: dict[int, bytes] = {}  # by content: what the model knows and the cache does not
+        self.hash_of: dict[int, bytes] = {}  # content number, which only the model knows -> hash
         self.content_of: dict[bytes, int] = {}
         self.hashes: set[bytes] = set()
 
@@ -13,7 +13,7 @@ class Mirror:
         return {self.content_of[hash_] for hash_ in self.hashes}
 
     def replay(self, expected: list[tuple[str, int, int, list[int]]], events: list[Event]) -> None:
-        """`expected` names contents where the events have hashes: one hash for one content, for ever."""
+        """Compares the events with `expected`; a content number there must always have the same hash in the events."""
         for (kind, content, parent, token_ids), event in zip(expected, events, strict=True):
             assert event[0] == kind
             if kind == "cleared":

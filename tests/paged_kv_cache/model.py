@@ -1,4 +1,4 @@
-"""What PagedKVCache must do, as plainly as it can be said: lists and dicts, and whatever is cheap is looked up anew."""
+"""Does what PagedKVCache must do in the simplest way: with lists and dicts, and with little stored state."""
 
 from collections import Counter
 from collections.abc import Sequence as Listing
@@ -8,7 +8,7 @@ from paged_kv_cache.contents import Contents, PictureSpan, Sequence
 
 
 class RefusedError(Exception):
-    """The cache must raise ValueError here, and nothing may change."""
+    """The model refuses a call; the cache must raise ValueError for it and change nothing."""
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Model:
         self.num_blocks, self.block_size, self.watermark_blocks = num_blocks, block_size, watermark_blocks
         self.all_contents = Contents()
         self.sequences: dict[int, Sequence] = {}
-        self.fresh = list(range(num_blocks))[::-1]  # the next one last
-        self.cached: list[int] = []  # the next one to be evicted first
-        self.waiting: list[tuple[int, int | None]] = []  # fence and block; None: somebody took the block meanwhile
+        self.fresh = list(range(num_blocks))[::-1]  # the last block is allocated next
+        self.cached: list[int] = []  # the first block is evicted next
+        self.waiting: list[tuple[int, int | None]] = []  # (step, block free after it); None: the block was taken again
         self.published: dict[int, int] = {}  # block -> content of its last token
         self.pending: list[Publication] = []
         self.copied_until: Counter[int] = Counter()  # block -> the step that makes the copies from or to it
@@ -37,7 +37,7 @@ class Model:
         self.counts: Counter[str] = Counter()
         self.events: list[tuple[str, int, int, list[int]]] = []
 
-    # --- looking things up
+    # --- queries
 
     def find(self, seq_id: int) -> Sequence:
         if seq_id not in self.sequences:
@@ -81,7 +81,7 @@ class Model:
             **{name: self.counts[name] for name in ("queried_tokens", "hit_tokens", "num_evictions", "num_copies")},
         }
 
-    # --- blocks come and go
+    # --- allocation of blocks
 
     def allocate(self) -> int:
         block = (self.fresh or self.cached[:1])[-1]
@@ -94,19 +94,19 @@ class Model:
         return block
 
     def take(self, block: int) -> None:
-        """Before a further sequence's table gets a block that can be matched."""
+        """Makes a published block unavailable, before another sequence's table gets it."""
         if block in self.cached:
             self.cached.remove(block)
         self.waiting = [(fence, None if waits == block else waits) for fence, waits in self.waiting]
 
     def drop(self, block: int, fence: int) -> None:
-        """After a table lost the block."""
+        """Frees a block that a table has lost, if no other table holds it: after step `fence` and pending copies."""
         if self.references(block) == 0:
             self.waiting.append((max(fence, self.copied_until[block]), block))
             self.settle()
 
     def settle(self) -> None:
-        """All that the completed steps held back."""
+        """Publishes and frees the blocks that waited for the steps completed by now."""
         while self.pending and self.pending[0].fence <= self.completed:
             done = self.pending.pop(0)
             if done.content not in self.published.values():
@@ -125,7 +125,7 @@ class Model:
         self.copies.append([source, destination])
 
     def choose_ids(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """The ids of the tokens behind those chosen so far, whether or not the cache knows them yet."""
+        """Adds the ids of the sequence's next tokens, which the cache may not know yet."""
         for token_id in token_ids:
             picture = sequence.pictures.get(len(sequence.token_ids))
             sequence.contents.append(self.all_contents.after(sequence.contents[-1], token_id, picture))
@@ -194,7 +194,7 @@ class Model:
         return length
 
     def touched(self, sequence: Sequence, num_tokens: int) -> range:
-        """The blocks, by their place in the table, that the next tokens go to."""
+        """Returns the table indices of the blocks that the next `num_tokens` tokens are written to."""
         end = self.blocks_for(sequence.length + num_tokens)
         return range(sequence.length // self.block_size, end) if num_tokens else range(0)
 

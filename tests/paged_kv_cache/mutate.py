@@ -1,7 +1,7 @@
 """Breaks one guard of csrc/ at a time and shows that the soak notices: python tests/paged_kv_cache/mutate.py
 
-All mutations are made in one copy of csrc/, so that only the files are compiled which a mutation changes. Prints a
-table in Markdown (the one in csrc/README.md), and exits with 1 when a mutation survives.
+All mutations are made in one copy of csrc/, so that only the files that a mutation changes are compiled. Prints the
+Markdown table of csrc/README.md, and exits with 1 when the soak passes in spite of a mutation.
 """
 
 import os
@@ -24,7 +24,7 @@ SOAK = Path(__file__).parent / "soak.py"
 
 
 class Mutation(NamedTuple):
-    guard: str  # what is broken, for the table
+    guard: str  # says what is broken, for the table
     file: str
     before: str
     after: str
@@ -108,7 +108,7 @@ MUTATIONS = [
 
 
 def prepare(folder: Path) -> None:
-    """A copy of csrc/, and the package's other files by link."""
+    """Copies csrc/ into the folder and links the package's other files."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     package = folder / "internvl_rt"
     package.mkdir()
@@ -120,7 +120,7 @@ def prepare(folder: Path) -> None:
 
 
 def survives(folder: Path, mutation: Mutation | None, steps: int) -> tuple[bool, str]:
-    """Whether the soak passes, and its last line."""
+    """Returns whether the soak passes with the mutation, and the last line that it prints."""
     file = folder / "csrc" / (mutation.file if mutation else "bindings.cpp")
     text = file.read_text()
     if mutation:
@@ -136,10 +136,10 @@ def survives(folder: Path, mutation: Mutation | None, steps: int) -> tuple[bool,
 
 
 def shorten(line: str) -> str:
-    """What an error says that the soak prints with its type and where it happened."""
+    """Cuts the error's type and place from the line that the soak prints, and keeps the message."""
     error = re.search(r"(?:Error|Exception)\((.*)\)$", line)
     text = error[1].strip("'\"") if error else line
-    if text.startswith("{"):  # numbers of the cache and of the model, by name
+    if text.startswith("{"):  # the message is a dict: name -> (number of the cache, number of the model)
         text = " and ".join(re.findall(r"'(\w+)':", text)) + " are not the model's"
     return text[:110]
 

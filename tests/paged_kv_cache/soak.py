@@ -1,8 +1,8 @@
-"""The driver's operations chosen by a plain random generator, as many as wanted.
+"""Runs any number of the driver's operations, chosen by a plain random generator.
 
     python tests/paged_kv_cache/soak.py --steps 2000000 --seed 1
 
-Every episode is a new cache of another shape. A failure names its episode; --episode runs that one alone.
+Every episode has a new cache of another shape. A failure names its episode; --episode runs one episode alone.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class RandomDraw:
 
 
 def run_episode(name: str, num_steps: int = STEPS_PER_EPISODE) -> Counter[str]:
-    """AssertionError, RuntimeError or ValueError with the calls that led to it."""
+    """Runs one episode; raises AssertionError, RuntimeError or ValueError with the calls that led to the failure."""
     draw = RandomDraw(name)
     driver = Driver(draw)
     operation = "start"

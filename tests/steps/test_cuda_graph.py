@@ -1,4 +1,4 @@
-"""Passes and steps from graphs: which one runs, what it reads, whose memory the result is."""
+"""Tests vision passes and steps that run as CUDA graphs: which graph runs, what it reads, where the result is."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +19,7 @@ SIDE = 4
 
 
 def encode(tiles: Tensor) -> Tensor:
-    """Stands in for the model: [I, 2, 3] of each tile alone."""
+    """Replaces the model: computes [I, 2, 3] from each tile alone."""
     return tiles.float().flatten(1)[:, :6].view(-1, 2, 3) * 2
 
 
@@ -94,7 +94,7 @@ CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("Hello", "Read
 
 @torch.inference_mode()
 def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
-    """Batches between buckets, sequences that come and go; the replays really run."""
+    """Covers batches between two buckets and sequences that end earlier; checks that the graphs are replayed."""
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 6, 4)]
     with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64) as engine:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)]
@@ -108,7 +108,7 @@ def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
 
 @torch.inference_mode()
 def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
-    """Pictures, several sequences in a step, prompts beyond the largest bucket, and prompts in chunks."""
+    """Covers pictures, several sequences in a step, prompts beyond the largest bucket, and prompts in chunks."""
     sample = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
     content = [{"type": "image", "image": str(sample)}, {"type": "text", "text": "Read the digits."}]
     conversations = [*CONVERSATIONS, [{"role": "user", "content": content}], [{"role": "user", "content": "a" * 900}]]

@@ -1,4 +1,4 @@
-"""The memory of the KV cache and how much of it is planned for."""
+"""Tests the memory of the KV cache and the plan of its size."""
 
 from pathlib import Path
 
@@ -76,13 +76,13 @@ def test_bytes_per_token_match_the_published_shapes(
 @pytest.mark.parametrize(
     ("cache_bytes", "max_num_seqs", "max_model_len", "expected"),
     [
-        (1 << 40, 3, 17, 6),  # all that three sequences of two blocks can use
+        (1 << 40, 3, 17, 6),  # three sequences can use two blocks each
         (1 << 40, 3, None, 21),  # the trained window of 100 tokens is seven blocks
-        (5 * 16 * 256, 3, 17, 5),  # as much as the budget holds: a block is 16 tokens of 256 bytes
+        (5 * 16 * 256, 3, 17, 5),  # the budget holds five blocks, each of 16 tokens of 256 bytes
         (6 * 16 * 256 - 1, 3, 17, 5),
         (2 * 16 * 256, 3, 32, 2),
         (16 * 256, 3, None, 1),
-        (1 << 40, 50, 17, 102),  # the hundred that are used, and the watermark above which they are admitted
+        (1 << 40, 50, 17, 102),  # fifty sequences use a hundred blocks, and the admission watermark is two
     ],
 )
 def test_the_plan_takes_what_is_useful_and_affordable(

@@ -1,4 +1,4 @@
-"""The C++ block bookkeeping: against a naive model under random operations, and its rules one by one."""
+"""Compares the C++ bookkeeping of blocks with a naive model under random operations, and tests its rules one by one."""
 
 import random
 from itertools import pairwise
@@ -20,7 +20,7 @@ CAT, DOG = bytes([1]) * 32, bytes([2]) * 32
 
 
 def test_random_operations_agree_with_the_model() -> None:
-    """As many as a short soak; tests/paged_kv_cache/soak.py runs millions."""
+    """Runs as many operations as a short soak; tests/paged_kv_cache/soak.py runs millions."""
     num_hits = sum(run_episode(f"test/{episode}")["hit_tokens"] for episode in range(25_000 // STEPS_PER_EPISODE))
     assert num_hits > 0
 
@@ -41,13 +41,13 @@ def int32(*values: int) -> np.ndarray:
 
 
 def admitted(cache: PagedKVCache, seq_id: int, num_tokens: int) -> None:
-    """A sequence with room and slots for so many tokens of unknown ids."""
+    """Admits a sequence and gives it slots for `num_tokens` tokens of unknown ids."""
     assert cache.admit(seq_id, int32(), num_reserved=num_tokens) == 0
     assert cache.append(int32(seq_id), int32(num_tokens))
 
 
 def run_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int) -> list[int]:
-    """A step of one sequence, to its end; returns the sequence's blocks."""
+    """Runs a step of one sequence and completes it; returns the sequence's blocks."""
     cache.take_copies()
     out = step_buffers(1, cache.num_blocks, num_new_tokens)
     step = cache.fill_step(int32(seq_id), int32(num_new_tokens), **out)
@@ -85,13 +85,13 @@ def test_the_cache_serves_whole_blocks_of_at_most_max_cached_tokens(max_cached: 
     expected = 8 if max_cached is None else min(8, max_cached // 4 * 4)
     assert cache.match(token_ids, max_cached=max_cached) == expected
     assert serve(cache, 1, token_ids, max_cached=max_cached) == expected
-    assert (cache.match(token_ids), cache.stats()["num_cached"]) == (8, 2)  # computed again, and not kept twice
+    assert (cache.match(token_ids), cache.stats()["num_cached"]) == (8, 2)  # no block is kept twice
 
 
 @pytest.mark.parametrize(
     ("pictures", "num_matched"),
     [
-        ([(6, 5, CAT)], 16),  # the same
+        ([(6, 5, CAT)], 16),  # the same picture
         ([(6, 5, DOG)], 4),  # another picture, or other options
         ([(7, 5, CAT)], 4),  # one token later
         ([(5, 5, CAT)], 4),  # one token earlier
@@ -100,7 +100,7 @@ def test_the_cache_serves_whole_blocks_of_at_most_max_cached_tokens(max_cached: 
         ([], 4),
         ([(6, 5, CAT), (13, 1, DOG)], 12),
         ([(0, 1, DOG), (6, 5, CAT)], 0),
-        ([(3, 8, CAT)], 0),  # begins in the block before
+        ([(3, 8, CAT)], 0),  # the picture begins in the block before
         ([(6, 2, CAT), (8, 3, CAT)], 4),  # the same tokens, as two pictures
     ],
 )

@@ -1,4 +1,4 @@
-"""Sequences that share a beginning: several answers to one prompt, and tokens that are taken back."""
+"""Tests sequences that share a prefix (several answers to one prompt), and tokens that are rolled back."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from paged_kv_cache.buffers import int32, step_buffers
 def fill_step(
     cache: PagedKVCache, seq_ids: list[int], num_new_tokens: list[int]
 ) -> tuple[int, list[list[int]], list[int]]:
-    """The step's number, its block table and its slots; the copies have been taken."""
+    """Fills a step after its copies were taken; returns the step's number, its block table and its slots."""
     out = step_buffers(len(seq_ids), cache.num_blocks, sum(num_new_tokens))
     step = cache.fill_step(int32(seq_ids), int32(num_new_tokens), **out)
     tables = [[block for block in row if block >= 0] for row in out["block_table_SN"].tolist()]
@@ -17,7 +17,7 @@ def fill_step(
 
 
 def start(cache: PagedKVCache, token_ids: list[int]) -> tuple[int, list[int]]:
-    """Sequence 0, with the step of all its tokens in flight; returns the step and the blocks."""
+    """Starts sequence 0 and a step of all its tokens, which stays in flight; returns the step and the blocks."""
     assert cache.admit(0, int32(token_ids)) == 0
     assert cache.append(int32([0]), int32([len(token_ids)]))
     step, (blocks,), _ = fill_step(cache, [0], [len(token_ids)])
@@ -31,7 +31,7 @@ def test_forks_of_a_step_in_flight_each_get_a_last_block_of_their_own() -> None:
         cache.fork(0, child)
     assert cache.append(int32([0, 1, 2]), int32([1, 1, 1]))
     copies = cache.take_copies().tolist()
-    assert [copy[0] for copy in copies] == [tail] * 2  # the last to append finds the block its own
+    assert [copy[0] for copy in copies] == [tail] * 2  # the last sequence to append has the block alone
     step, tables, slots = fill_step(cache, [0, 1, 2], [1, 1, 1])
     lasts = [*(copy[1] for copy in copies), tail]
     assert tables == [[head, last] for last in lasts]
@@ -79,7 +79,7 @@ def test_tokens_that_are_rolled_back_are_written_anew_and_never_published() -> N
     cache.publish(int32([0]), int32([3]))
     assert cache.append(int32([0]), int32([5]))
     step, (longer,), _ = fill_step(cache, [0], [5])
-    cache.rollback(0, 3)  # of the five that were guessed, two were right
+    cache.rollback(0, 3)  # two of the five draft tokens were right
     cache.extend(0, int32([4, 5]))
     cache.publish(int32([0]), int32([5]))
     assert cache.append(int32([0]), int32([1]))
@@ -96,7 +96,7 @@ def test_tokens_that_are_rolled_back_are_written_anew_and_never_published() -> N
 def test_a_rollback_into_a_published_block_leaves_it_to_those_who_match_it() -> None:
     cache = PagedKVCache(8, 4)
     _, (head, tail) = start(cache, [1, 2, 3, 4, 5, 6, 7, 8])
-    cache.publish(int32([0]), int32([8]))  # before it is known that three of them are wrong
+    cache.publish(int32([0]), int32([8]))  # nobody knows yet that three of these tokens are wrong
     cache.rollback(0, 3)
     assert cache.append(int32([0]), int32([3]))
     ((source, replacement),) = cache.take_copies().tolist()

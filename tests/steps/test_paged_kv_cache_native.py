@@ -1,4 +1,4 @@
-"""csrc/ under the sanitizers and libstdc++'s debug mode, and its promise not to allocate memory in the steady state."""
+"""Tests csrc/ under sanitizers and libstdc++'s debug mode, and that it allocates no memory in the steady state."""
 
 import json
 import os
@@ -18,8 +18,8 @@ import cmake_build
 ROOT = Path(__file__).parents[2]
 SOAK = ROOT / "tests" / "paged_kv_cache" / "soak.py"
 
-# Runs a script with the instrumented extension as internvl_rt._C. The package around it is left out: it imports torch,
-# whose start under a sanitizer would take longer than the test.
+# This code runs a script with the instrumented extension as internvl_rt._C. It leaves out the rest of the package,
+# because that imports torch, which under a sanitizer would take longer than the test.
 LOADER = """
 import importlib.util, runpy, sys, types
 _, extension, *sys.argv = sys.argv
@@ -35,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Build:
     driver: Path
     extension: Path
-    commands: dict[str, list[str]]  # by source file: how it was compiled
+    commands: dict[str, list[str]]  # source file -> the command that compiled it
 
     @property
     def compiler(self) -> str:
@@ -50,7 +50,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def build() -> Build:
-    """By the preset `sanitize` of csrc/CMakePresets.json, in a folder that stays for the next run."""
+    """Builds with the preset `sanitize` of csrc/CMakePresets.json, in a folder that stays for the next run."""
     folder = ROOT / "build" / f"cmake-sanitize-{sys.implementation.cache_tag}"
     cmake_build.build(folder, ["_C", "kv_cache_bench"], preset="sanitize")
     entries = json.loads((folder / "compile_commands.json").read_text())
@@ -59,13 +59,13 @@ def build() -> Build:
 
 
 def run_python(build: Build, *arguments: str | Path) -> str:
-    """A script with the instrumented extension; the sanitizer must be there before Python's first allocation."""
+    """Runs a script with the instrumented extension; preloads the sanitizer, as Python must not allocate before it."""
     libraries = [run(build.compiler, f"-print-file-name={name}.so").strip() for name in ("libasan", "libstdc++")]
     return run(
         *(sys.executable, "-c", LOADER, build.extension, *arguments),
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",  # Python keeps memory until it exits
-        PYTHONMALLOC="malloc",  # so that bytes objects have guards around them too
+        PYTHONMALLOC="malloc",  # with malloc the sanitizer also guards bytes objects
     )
 
 
@@ -74,7 +74,7 @@ def run_python(build: Build, *arguments: str | Path) -> str:
 def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: int) -> None:
     result = json.loads(run(build.driver, "--check-allocations", "--operations", "20000", "--seed", str(seed)))
     assert result["heap_calls"] == 0 < result["warm_up_heap_calls"]
-    # A check of hits, evictions and copies that never saw one would be worth nothing.
+    # Without hits, evictions and copies the check would prove nothing.
     assert min(result["hit_tokens"], result["evictions"], result["copies"]) > 100
 
 
@@ -98,8 +98,8 @@ def test_every_file_is_compiled_with_what_it_is_checked_for(build: Build) -> Non
     driver = {path.name for path in ROOT.glob("bench/csrc/*.cpp")}
     assert build.commands.keys() == core | driver | {"bindings.cpp"}
     for name, command in build.commands.items():
-        # What surrounds the core has the address sanitizer alone, and no optimization: most of the time that it takes
-        # to compile is pybind11's templates.
+        # Files around the core have only the address sanitizer and no optimization, because pybind11's templates take
+        # most of the time to compile.
         assert everywhere | ({"-O1", "-fsanitize=undefined"} if name in core else {"-O0"}) <= set(command), name
 
 
@@ -111,7 +111,7 @@ def test_every_file_is_compiled_with_what_it_is_checked_for(build: Build) -> Non
     ],
 )
 def test_the_sanitizers_are_on(build: Build, tmp_path: Path, fault: str, report: str) -> None:
-    """A program with a fault, compiled as the core is, ends with the sanitizer's report."""
+    """A program with a fault, compiled with the command of the core, ends with the sanitizer's report."""
     source, program = tmp_path / "fault.cpp", tmp_path / "fault"
     source.write_text(f"{fault}\nint main() {{ return faulty(new int[4]{{1}}); }}")
     command = build.commands["block_pool.cpp"]

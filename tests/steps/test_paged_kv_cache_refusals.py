@@ -1,4 +1,4 @@
-"""What PagedKVCache refuses: by name, and before anything has changed."""
+"""Tests which arguments PagedKVCache refuses: it names the argument and changes nothing."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ def int32(*values: int) -> np.ndarray:
 
 
 def admitted(cache: PagedKVCache, seq_id: int, num_tokens: int) -> None:
-    """A sequence with room and slots for so many tokens of unknown ids."""
+    """Admits a sequence and gives it slots for `num_tokens` tokens of unknown ids."""
     assert cache.admit(seq_id, int32(), num_reserved=num_tokens) == 0
     assert cache.append(int32(seq_id), int32(num_tokens))
 

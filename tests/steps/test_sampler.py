@@ -1,4 +1,4 @@
-"""Sampling: filters, penalties, seeds, and independence of neighbouring rows."""
+"""Tests sampling: filters, penalties, seeds, and that rows do not depend on each other."""
 
 import math
 
@@ -47,7 +47,7 @@ def logits_V():
 
 
 def drawn(logits_V, num_draws=4000, **fields):
-    """How often each id is drawn over many seeds."""
+    """Returns how often each id is drawn over many seeds."""
     params = SamplingParams(**{"temperature": 1.0, **fields})
     ids = sample(logits_V.expand(num_draws, -1), [sequence(params, seed=seed) for seed in range(num_draws)])
     return np.bincount(ids, minlength=VOCAB)
@@ -103,7 +103,7 @@ def test_repetition_penalty_acts_on_generated_tokens_only(logits_V):
     best, second = logits_V.topk(2).indices.tolist()
     assert sample(logits_V[None], [sequence(repetition_penalty=50.0, generated=[best])]) == [second]
     untouched = sequence(repetition_penalty=50.0)
-    untouched.token_ids[0] = best  # in the prompt
+    untouched.token_ids[0] = best  # this token is in the prompt
     assert sample(logits_V[None], [untouched]) == [best]
 
 
@@ -128,7 +128,7 @@ def test_no_stop_token_before_min_tokens(logits_V):
 
 
 def test_a_draw_ahead_is_the_one_that_its_place_gives(logits_V):
-    """As behind a guess: the same sequence, an index further on."""
+    """A draw after draft tokens uses the sequence's seed and the index of its own place."""
     params = SamplingParams(temperature=1.0)
     ahead = Sampler(CPU).build([Draw(sequence(params), 0, 3)])
     there = Sampler(CPU).build([Draw(sequence(params, generated=[1, 1, 1]), 0, 3)])
@@ -163,7 +163,7 @@ def test_forbidden_tokens_are_minus_infinity_and_the_others_untouched():
 
 
 def test_arguments_that_are_kept_are_those_that_would_be_built():
-    """Steps of the same sequences, with others, with lists that come and go; earlier results stay as they were."""
+    """Covers steps with the same and with other sequences, with and without lists; earlier results must not change."""
     plain = [sequence(temperature=0.5 + seed, top_k=seed, seed=seed) for seed in range(3)]
     patient = sequence(min_tokens=2, stop_ids=[4])
     sampler, built = Sampler(CPU), []

@@ -1,4 +1,4 @@
-"""Which tokens run in a step: budget, order, picture borders, admission."""
+"""Tests which tokens run in a step: budget, order, picture borders, admission."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None):
 
 
 class Bench:
-    """A scheduler with a cache, and in place of the runner a count of what would be computed."""
+    """A scheduler with a cache and without a runner: it counts the tokens that a runner would compute."""
 
     def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30):
         device = torch.device("cpu")
@@ -81,7 +81,7 @@ class Bench:
         self.scheduler.add(sequence)
 
     def launch(self, *, in_flight=False):
-        """The chunks of a step as (name, start, stop), and what collects it."""
+        """Launches a step; returns its chunks as (name, start, stop), and the function that collects it."""
         chunks = self.scheduler.schedule(in_flight=in_flight)
         if not chunks:
             return chunks, lambda: None
@@ -176,7 +176,7 @@ def test_removing_a_waiting_or_unknown_sequence_releases_nothing():
 
 
 def test_the_one_admitted_last_gives_way_and_starts_anew():
-    """Three blocks for two sequences that fill two each."""
+    """Two sequences need two blocks each, and the cache has three."""
     first, second = make(15, max_tokens=8), make(15, max_tokens=8)
     bench = Bench(first, second, num_blocks=3, budget=100)
     assert bench.step() == [(0, 0, 15), (1, 0, 15)]
@@ -215,7 +215,7 @@ def test_a_sequence_that_needs_its_tokens_waits_for_them():
     _, collect = bench.launch()
     assert bench.launch(in_flight=True)[0] == []
     collect()
-    assert bench.step() == [(0, 5, 8)]  # with two guesses
+    assert bench.step() == [(0, 5, 8)]  # the step has two draft tokens
 
 
 def test_no_more_tokens_are_drawn_than_asked_for():
@@ -225,7 +225,7 @@ def test_no_more_tokens_are_drawn_than_asked_for():
 
 
 def test_one_that_does_not_fit_is_overtaken_a_few_times_and_no_more():
-    """A block is free for short prompts; the long one waits until they may no longer pass."""
+    """One block is free for short prompts; they overtake the long prompt until the limit is reached."""
     bench = Bench(make(15, max_tokens=1000), make(63), num_blocks=4, budget=200, max_num_seqs=3)
     bench.step()
     served = 0

@@ -1,4 +1,4 @@
-"""The compiled module has the interface that its stub promises to type checkers."""
+"""Tests that the compiled module has the interface that its stub promises to type checkers."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ALLOWED = "_C.PagedKVCache"
 
 
 def test_the_stub_matches_the_compiled_module(tmp_path: Path) -> None:
-    for file in (STUB, Path(compiled.__file__)):  # by themselves, so that mypy does not read torch for the package
+    for file in (STUB, Path(compiled.__file__)):  # outside the package, so that mypy does not read torch
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "allowed").write_text(ALLOWED)
     done = subprocess.run(

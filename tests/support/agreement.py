@@ -1,4 +1,4 @@
-"""How far a model in 16 bits on the kernels is from the same weights in float32 on the references."""
+"""Measures how far a 16-bit model on the kernels is from the same weights in float32 on the references."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from support.forward import all_logits
 
 
 def in_float32(model: InternVL) -> InternVL:
-    """The same weights, widened, on the references."""
+    """Returns a model with the same weights in float32, computed with the reference operations."""
     weights = build_weights(model.config, dtype=torch.float32, device=model.device)
     for wide, narrow in zip(named_parameters(weights).values(), named_parameters(model.weights).values(), strict=True):
         wide.copy_(narrow)
@@ -18,9 +18,9 @@ def in_float32(model: InternVL) -> InternVL:
 
 @torch.inference_mode()
 def layer_errors(model: InternVL, reference: InternVL, tiles: Tensor) -> list[float]:
-    """||y - ref|| / ||ref|| of each vision layer alone, on what the layers before it give in the reference.
+    """Returns ||y - ref|| / ||ref|| for each vision layer, where both models get the reference's input of that layer.
 
-    The residual that both carry through is part of y and ref.
+    The residual stream is part of y and ref.
     """
     weights = reference.weights.vision
     x_RE = TORCH.embed_tiles(tiles, weights.patch, weights.class_E, weights.position_UE)
@@ -46,15 +46,15 @@ def _run_layer(model: InternVL, index: int, x_RE: Tensor, num_tiles: int) -> Ten
 
 @torch.inference_mode()
 def tower_cosine(model: InternVL, reference: InternVL, tiles: Tensor) -> float:
-    """Of the visual tokens of all tiles, as one vector."""
+    """Returns the cosine similarity of the two models' visual tokens, all tiles flattened into one vector."""
     y, ref = model.encode_tiles(tiles).float().flatten(), reference.encode_tiles(tiles).flatten()
     return float(torch.nn.functional.cosine_similarity(y, ref, dim=0))
 
 
 @torch.inference_mode()
 def logits_of(model: InternVL, token_ids: list[int]) -> Tensor:
-    """float32 logits [T, V] behind every token of a text."""
-    context_id = model.config.decoder.vocab_size  # no token: there are no pictures
+    """Returns the float32 logits [T, V] at every token of a text."""
+    context_id = model.config.decoder.vocab_size  # no token has this id, as the text has no pictures
     return all_logits(model, token_ids, None, context_id=context_id, block_size=64).float()
 
 
@@ -63,7 +63,7 @@ def rms_error(logits_TV: Tensor, reference_TV: Tensor) -> float:
 
 
 def top1_agreement(logits_TV: Tensor, reference_TV: Tensor, margin: float) -> tuple[float, int]:
-    """Share of the tokens whose likeliest next one is the reference's, where that leads by the margin; and how many."""
+    """Returns the share of equal best tokens where the reference's leads by `margin`, and how many tokens those are."""
     best = reference_TV.topk(2, dim=-1)
     sure = best.values[:, 0] - best.values[:, 1] > margin
     return float((logits_TV.argmax(-1) == best.indices[:, 0])[sure].float().mean()), int(sure.sum())

@@ -1,4 +1,4 @@
-"""Callers of the asynchronous interface, for its tests."""
+"""Calls the asynchronous interface, for its tests."""
 
 import asyncio
 import gc
@@ -11,7 +11,7 @@ import pytest
 
 from internvl_rt import Engine, Piece, SamplingParams
 
-PATIENCE_S = 20.0  # what hangs fails; nothing takes a tenth of it
+PATIENCE_S = 20.0  # a call that takes longer hangs; no call takes a tenth of this
 SHORT = SamplingParams(max_tokens=10, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=100_000, ignore_eos=True)
 
@@ -28,7 +28,7 @@ def load(**options: Any) -> Engine:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """In an event loop of its own, in which no task may be left."""
+    """Runs the coroutine in a new event loop and checks that no task is left there."""
 
     async def within_patience() -> T:
         result = await asyncio.wait_for(coroutine, PATIENCE_S)
@@ -43,12 +43,12 @@ async def collect(stream: AsyncIterator[Piece]) -> list[Piece]:
 
 
 async def begin(stream: AsyncIterator[Piece]) -> Piece:
-    """Until its request runs."""
+    """Waits for the first piece of the stream, so that its request runs."""
     return await asyncio.wait_for(anext(stream), PATIENCE_S)
 
 
 async def until_idle(engine: Engine) -> None:
-    """Until nothing runs, and then nothing may be held."""
+    """Waits until no request runs or waits, then checks that no sequence and no block is held."""
     deadline_s = time.perf_counter() + PATIENCE_S
     while any(engine.stats()[name] for name in ("running", "waiting", "kv_blocks_used")):
         assert time.perf_counter() < deadline_s, engine.stats()
@@ -63,7 +63,7 @@ def threads() -> list[str]:
 
 
 def check_nothing_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    """No thread, and nothing that asyncio complains of when it is collected."""
+    """Checks that no thread is left, and that asyncio logs no complaint when garbage is collected."""
     gc.collect()
     assert not threads()
     assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]

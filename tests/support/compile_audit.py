@@ -2,10 +2,10 @@
 
     python tests/support/compile_audit.py [--out FILE.json] [--table FILE.md] [--only OPERATION] [--smallest]
 
-Writes one row for each kernel and target, prints what breaks a rule, and exits with 1 if anything does.
+Writes one row for each kernel and target, prints the rows that break a rule, and exits with 1 if there are any.
 
-A process of its own, because the tests' process runs Triton's interpreter. ptxas, cuobjdump and nvdisasm come with
-triton. What the SASS says decides, never the flag that asked for it.
+It runs in its own process, because the tests' process runs Triton's interpreter. ptxas, cuobjdump and nvdisasm come
+with triton. The rules look at the SASS itself, never at the compiler flags.
 """
 
 import argparse
@@ -54,7 +54,7 @@ INSTRUCTIONS = {  # column -> SASS mnemonic
 }
 
 MATRIX_UNITS = {80: "hmma", 89: "hmma", 90: "hgmma", 100: "tcgen05", 120: "hmma"}
-RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # what must hold of every row that was built
+RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # every row that was built must satisfy these
     "nothing spills": lambda row: not row["stack"] and not row["local_memory"],
     "shared memory fits": lambda row: row["shared_bytes"] <= TARGETS[row["target"]].shared_bytes,
     "matrix work runs on the target's own matrix units": lambda row: (
@@ -72,7 +72,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def breaches(rows: list[dict[str, Any]]) -> list[str]:
-    """What breaks a rule, in words."""
+    """Returns a sentence for each failed build and for each broken rule."""
     failed = [f"{label(row)} is not built: {row['error']}" for row in rows if "error" in row]
     built = [row for row in rows if "error" not in row]
     return failed + [
@@ -81,7 +81,7 @@ def breaches(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def render_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line for each kernel and target."""
+    """Returns a Markdown table with one line for each kernel and target."""
     columns = ["operation", "kernel", "case", "target", "num_warps", "num_stages", "registers", "shared_bytes"]
     columns += ["instructions", *(name for name in INSTRUCTIONS if any(row.get(name) for row in rows))]
     lines = [f"# Kernels as built by triton {triton.__version__}", ""]
@@ -92,7 +92,7 @@ def render_table(rows: list[dict[str, Any]]) -> str:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The kernel specialised as a launch would specialise it: divisibility by 16, and 1 as a constant."""
+    """Specialises the kernel as a launch does: for values divisible by 16, and with 1 as a constant."""
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = dict(launch.constexprs)
     attrs: dict[tuple[int], list[list[Any]]] = {}
@@ -125,7 +125,7 @@ def build(launch: Launch, capability: int) -> CompiledKernel:
 
 
 def dump(cubin: bytes, flag: str) -> str:
-    """What cuobjdump prints."""
+    """Returns what cuobjdump prints about a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -157,7 +157,7 @@ def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Targe
     }
     try:
         built = build(launch, target.capability)
-    except Exception as error:  # a row of the table, which the test shows
+    except Exception as error:  # the failure becomes a row of the table, and the test shows it
         return {**row, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
     shared = {"shared_bytes": built.metadata.shared, "final_warps": built.metadata.num_warps}
     return {**row, **shared, **inspect(built.asm["cubin"])}
@@ -168,7 +168,7 @@ def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target
 
 
 def jobs(only: str | None, smallest: bool) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
-    """One for each kernel that differs; cases that need the same machine code share it."""
+    """Yields one job for each different kernel; cases that need the same machine code share a job."""
     targets = [TARGETS[90]] if smallest else list(TARGETS.values())
     seen: set[str] = set()
     for name, spec in discover_specs().items():
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--only", help="one operation")
     parser.add_argument("--smallest", action="store_true", help="only sm_90, and of each operation the smallest case")
     arguments = parser.parse_args()
-    # Not forked: a child of a process whose threads have run may wait for a lock that nobody will release.
+    # Workers are spawned: a fork of a process with threads may wait for a lock that no thread will release.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(run_job, jobs(arguments.only, arguments.smallest)))
     if arguments.out:

@@ -1,4 +1,4 @@
-"""Small edits of config.json, of both formats."""
+"""Holds a config.json in each of the two formats, and returns changed copies."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ HF = {
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy with values set by dotted path; ... removes the key."""
+    """Returns a copy with the values set at dotted paths; the value `...` removes the key."""
     values = copy.deepcopy(values)
     for path, value in changes.items():
         *parents, key = path.split(".")

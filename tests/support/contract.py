@@ -1,4 +1,4 @@
-"""One run of an operation on a test case: what it wrote beside what the reference says."""
+"""Runs an operation on a test case and pairs what it wrote with the reference's results."""
 
 import math
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, KernelSpec
 from support.cuda_draws import CudaDraws
 
-GUARD = 64  # elements before and behind an output that nobody may write
+GUARD = 64  # elements before and after an output, which the kernel must not write
 
 
 def draw_inputs(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Any]:
-    """As a GPU draws them, on any device."""
+    """Draws the same random inputs on any device as on a GPU."""
     if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 5 ms, for all devices that there might be
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 5 ms, as it seeds every kind of device
         with CudaDraws(seed):
             return spec.make_inputs(case, dtype, device)
     torch.manual_seed(seed)
@@ -24,7 +24,7 @@ def draw_inputs(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.
 
 
 def clone(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies that keep every stride, so that a view of a larger tensor stays one."""
+    """Returns copies that keep every stride, so that a view of a larger tensor stays strided."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -36,7 +36,7 @@ def clone(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upcast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Copies; what is of `dtype`, and floating point, in float64."""
+    """Returns copies in which floating-point tensors of `dtype` have become float64."""
 
     def one(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.dtype == dtype and dtype.is_floating_point
@@ -46,7 +46,7 @@ def upcast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def poisoned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A tensor of NaN (or 0x5A bytes) and the larger buffer that it lies in."""
+    """Returns a tensor full of NaN (of 0x5A for integers) and the larger buffer that it is a view of."""
     count = math.prod(shape)
     poison = math.nan if dtype.is_floating_point else 0x5A
     buffer = torch.full((GUARD + count + GUARD,), poison, dtype=dtype, device=device)
@@ -54,16 +54,16 @@ def poisoned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tup
 
 
 def expected_results(spec: KernelSpec, inputs: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """What the reference writes, in float64: the arguments that are `in_place`, then the result if there is one."""
+    """Returns what the reference writes, in float64: the `in_place` arguments, then the result if there is one."""
     inputs = upcast(inputs, dtype)
     result = spec.reference(**inputs)
     return [inputs[name] for name in spec.in_place] + ([] if result is None else [result])
 
 
 def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Runs the launcher on `inputs`, into poisoned memory; pairs of what it wrote and what the reference says.
+    """Runs the launcher into poisoned memory; returns pairs of (what the launcher wrote, what the reference wrote).
 
-    Fails when the launcher writes what it must not: an argument that is not `in_place`, or memory around its output.
+    Fails when the launcher writes an argument that is not `in_place`, or memory around its output.
     """
     expected, before = expected_results(spec, inputs, dtype), clone(inputs)
     actual = [inputs[name] for name in spec.in_place]

@@ -1,12 +1,12 @@
-"""The random numbers that CUDA gives for a seed, without CUDA: what a test case holds on a GPU, it holds here.
+"""Draws on the CPU the random numbers that CUDA gives for a seed, so that test cases have the same inputs as on a GPU.
 
 torch's generator on a GPU is Philox4x32-10 (Salmon and others 2011, "Parallel random numbers: as easy as 1, 2, 3").
-Each thread has a sequence of its own, and each call begins where the one before it ended. Layout and transformations
-follow torch 2.11's DistributionTemplates.h and Randperm.cuh, and the manual of cuRAND's device functions.
+Each thread has its own sequence of numbers, and each call begins where the call before it ended. The layout and the
+transformations follow torch 2.11's DistributionTemplates.h and Randperm.cuh, and cuRAND's manual of device functions.
 
 `rand`, `randint` and `randperm` give the same numbers; of `randn` the last bit may differ, because logarithm, sine and
-cosine are not CUDA's own. Calls for more than 270,336 numbers depend on the number of multiprocessors; here it is that
-of an H100 or H200. The test marked `gpu` in tests/kernels/test_cuda_draws.py compares with a GPU at hand.
+cosine are not CUDA's own. Calls for more than 270,336 numbers depend on the number of multiprocessors, which is taken
+from an H100 or H200. The test marked `gpu` in tests/kernels/test_cuda_draws.py compares with a real GPU.
 """
 
 import math
@@ -28,7 +28,7 @@ HALF_WORD = np.uint64(32)
 
 
 def philox(counter: Sequence[Words], key: int) -> tuple[Words, ...]:
-    """Four words of each counter of four words, in ten rounds."""
+    """Computes four random words from each counter of four words, in ten rounds."""
     c0, c1, c2, c3 = counter
     k0, k1 = np.uint64(key) & LOW, np.uint64(key) >> HALF_WORD
     for _ in range(10):
@@ -39,12 +39,12 @@ def philox(counter: Sequence[Words], key: int) -> tuple[Words, ...]:
 
 
 def _uniform(word: Words) -> npt.NDArray[np.float32]:
-    """In (0, 1]."""
+    """Turns each word into a number in (0, 1]."""
     return (word.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32)
 
 
 def _normals(*words: Words) -> Iterator[npt.NDArray[np.float32]]:
-    """One for each word, by Box and Muller: of a pair of words both give the radius and the angle."""
+    """Turns each pair of words into two normal numbers by Box and Muller: one word gives the radius, one the angle."""
     turn = np.float64(np.float32(2 * math.pi * 2.0**-32))
     for first, second in (words[:2], words[2:]):
         angle = (second.astype(np.float32).astype(np.float64) * turn + turn / 2).astype(np.float32).astype(np.float64)
@@ -54,9 +54,9 @@ def _normals(*words: Words) -> Iterator[npt.NDArray[np.float32]]:
 
 
 class CudaDraws(TorchFunctionMode):
-    """Within it `torch.randn` and the like with a `device` give what CUDA's generator gives, on the CPU.
+    """Makes `torch.randn` and similar calls with a `device` return the numbers of CUDA's generator, on the CPU.
 
-    Calls without a device draw from the CPU's generator, as everywhere.
+    Calls without a device still draw from the CPU's generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -79,7 +79,7 @@ class CudaDraws(TorchFunctionMode):
         return draw(*args).to(dtype)
 
     def _draw(self, count: int, transform: Callable[..., Iterable[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
-        """`transform` makes a few numbers of four words; they go to places a grid apart."""
+        """Makes numbers from each thread's four words by `transform`; number i of thread t is at i * threads + t."""
         threads = BLOCK * min(MAX_BLOCKS, -(-count // BLOCK))
         thread = np.arange(threads, dtype=np.uint64)
         numbers: list[npt.NDArray[Any]] = []
@@ -89,7 +89,7 @@ class CudaDraws(TorchFunctionMode):
         return np.concatenate(numbers)[:count] if numbers else np.empty(0, np.int64)
 
     def _words(self, thread: Words) -> tuple[Words, ...]:
-        """The next four words of each thread."""
+        """Returns the next four random words of each thread."""
         call = np.full(thread.shape, self.offset // 4, np.uint64)
         return philox((call & LOW, call >> HALF_WORD, thread, thread * np.uint64(0)), self.seed)
 
@@ -116,7 +116,7 @@ class CudaDraws(TorchFunctionMode):
         return torch.from_numpy(self._integers(math.prod(size), low, high)).view(size)
 
     def _randperm(self, count: int) -> Tensor:
-        """Numbers in the order of random keys, of which the lower bits count; numbers of one key are shuffled again."""
+        """Sorts the numbers by the lower bits of random keys, then shuffles the numbers that have equal keys."""
         if count == 0:
             return torch.empty(0, dtype=torch.int64)
         bits = math.ceil(math.log2(count - (6 * count**2 + 1) / (12 * math.log(0.9))))

@@ -1,7 +1,7 @@
-"""Pictures of handwritten digits and questions about them: what the tiny checkpoint is trained and measured on.
+"""Draws pictures of handwritten digits and questions about them, to train and measure the tiny checkpoint.
 
 The glyphs are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" set (1797 of 8 x 8 pixels).
-Every eighth glyph is held out: it is in no training picture, and in every picture that accuracy is measured on.
+Every eighth glyph is held out: training pictures use none of these, and accuracy is measured on these alone.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ COMPARE = (
 MAX_DIGITS = 6
 MAX_COMPARED = 2  # digits of each of two compared numbers
 
-Glyphs = tuple[npt.NDArray[np.float32], ...]  # for each digit its glyphs [n, 8, 8], ink from 0 to 1
+Glyphs = tuple[npt.NDArray[np.float32], ...]  # one array [n, 8, 8] for each digit, ink from 0 to 1
 
 
 Task = Literal["read", "count"]
@@ -54,9 +54,9 @@ Boxes = npt.NDArray[np.float64]  # [digits, 4]: left, top, right, bottom of each
 @dataclass(frozen=True, slots=True)
 class Exercise:
     numbers: tuple[str, ...]  # what each picture shows
-    pictures: tuple[Image.Image, ...]  # all in the first turn
-    boxes: tuple[Boxes, ...]  # of each picture
-    turns: tuple[tuple[str, str], ...]  # question, answer
+    pictures: tuple[Image.Image, ...]  # the first turn's message holds them all
+    boxes: tuple[Boxes, ...]  # one entry for each picture
+    turns: tuple[tuple[str, str], ...]  # (question, answer)
 
 
 @cache
@@ -67,7 +67,7 @@ def load_glyphs(*, held_out: bool) -> Glyphs:
 
 
 def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) -> str:
-    """Random digits; a `number` of several digits does not begin with 0."""
+    """Draws random digits; a `number` of several digits does not begin with 0."""
     digits = rng.integers(0, 10, length)
     if number and length > 1:
         digits[0] = rng.integers(1, 10)
@@ -75,7 +75,7 @@ def draw_digits(rng: np.random.Generator, length: int, *, number: bool = False) 
 
 
 def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple[Image.Image, Boxes]:
-    """The digits, each about the middle of a square as in a form, and their boxes; sizes, colours and light vary."""
+    """Draws each digit near the middle of its own square, in random size, colour and light; also returns the boxes."""
     height = rng.uniform(32, 48)
     side = height * rng.uniform(1.3, 1.6)
     canvas_height, canvas_width = round(side), round(side * len(digits) * rng.uniform(0.97, 1.03))
@@ -95,7 +95,7 @@ def draw_picture(rng: np.random.Generator, glyphs: Glyphs, digits: str) -> tuple
 
 
 def _draw_stroke(rng: np.random.Generator, glyphs: npt.NDArray[np.float32], height: float) -> npt.NDArray[np.float32]:
-    """One glyph, cut to its ink and enlarged to about `height` pixels, turned and slanted a little."""
+    """Draws one glyph: cropped to its ink, enlarged to about `height` pixels, turned and slanted a little."""
     glyph = glyphs[rng.integers(len(glyphs))]
     inked = np.flatnonzero(glyph.max(0) > 0.1)
     glyph = np.pad(glyph[:, inked[0] : inked[-1] + 1], 1)
@@ -111,7 +111,7 @@ def _draw_stroke(rng: np.random.Generator, glyphs: npt.NDArray[np.float32], heig
 
 
 def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Image:
-    """Dark ink on light paper, or sometimes light chalk on a dark board, under uneven light and with some noise."""
+    """Colours the ink dark on light paper, or sometimes light on a dark board, with uneven light and some noise."""
     paper, pen = rng.uniform(190, 255) + rng.uniform(-25, 0, 3), rng.uniform(0, 70) + rng.uniform(0, 60, 3)
     if rng.random() < 0.2:
         paper, pen = pen * 0.8, paper
@@ -127,7 +127,7 @@ def _colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Image.Ima
 
 
 def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *tasks: Task) -> Exercise:
-    """One picture, and for each task a question about it."""
+    """Draws one picture and, for each task, a question about it."""
     digits = draw_digits(rng, length)
     questions, answers = {"read": READ, "count": COUNT}, {"read": digits, "count": str(length)}
     turns = tuple((str(rng.choice(questions[task])), answers[task]) for task in tasks)
@@ -136,7 +136,7 @@ def draw_reading(rng: np.random.Generator, glyphs: Glyphs, length: int, *tasks: 
 
 
 def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
-    """Two pictures and the question which number is larger; one pair in six shows the same number twice."""
+    """Draws two pictures and asks which number is larger; at least one pair in six shows the same number twice."""
     numbers = [draw_digits(rng, int(rng.integers(1, MAX_COMPARED + 1)), number=True) for _ in range(2)]
     if rng.random() < 1 / 3:
         numbers[1] = draw_digits(rng, len(numbers[0]), number=True)
@@ -149,7 +149,7 @@ def draw_comparison(rng: np.random.Generator, glyphs: Glyphs) -> Exercise:
 
 
 def build_messages(exercise: Exercise, turn: int = 0) -> list[dict[str, Any]]:
-    """The conversation up to the question of that turn, earlier answers right."""
+    """Returns the messages up to the question of `turn`; the earlier turns have their right answers."""
     messages: list[dict[str, Any]] = []
     for question, answer in exercise.turns[: turn + 1]:
         pictures = [] if messages else [{"type": "image", "image": picture} for picture in exercise.pictures]
@@ -159,7 +159,7 @@ def build_messages(exercise: Exercise, turn: int = 0) -> list[dict[str, Any]]:
 
 
 def measure_accuracy(engine: Engine, exercises: Sequence[Exercise], *, turn: int = 0, delta: float = 1.0) -> float:
-    """Share of answers to that turn's question that are right to the letter."""
+    """Returns the share of answers to the question of `turn` that match exactly."""
     batch = [build_messages(exercise, turn) for exercise in exercises]
     replies = engine.generate(batch, SamplingParams(max_tokens=12), v2pe_delta=delta)
     answers = [exercise.turns[turn][1] for exercise in exercises]

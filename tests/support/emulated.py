@@ -1,12 +1,12 @@
-"""What each kernel computes, in a few vectorised lines of torch: its own roundings, its own order of sums.
+"""Computes what each kernel computes in a few vectorised lines of torch, with the kernel's roundings and order of sums.
 
-The interpreter takes 5 to 500 ms for a test case, these functions less than one. `EMULATED[operation](**inputs)` gives
-what the launcher would write: the arguments that it writes in place, in the order of the spec, then its result.
-`tests/kernels/test_emulated.py` compares them with the kernels.
+The interpreter takes 5 to 500 ms for a test case, these functions less than 1 ms. `EMULATED[operation](**inputs)`
+returns what the launcher would write: the arguments that it writes in place, in the order of the spec, then its
+result. `tests/kernels/test_emulated.py` compares these functions with the kernels.
 
-Sums in float32 of 16-bit operands are torch's own, in whatever order: that moves a result by about 1e-7 of its terms.
-Sums of float32 operands are one chain of fused multiply-adds over K. In gemv, where K is parted among warps and splits,
-that is more error than the kernel makes.
+Torch adds 16-bit operands in float32 in its own order, which changes a result by about 1e-7 of its terms. Float32
+operands are added in one chain of fused multiply-adds over K; gemv divides K among warps and splits, so its own error
+is smaller than the emulated one.
 """
 
 import math
@@ -28,7 +28,7 @@ TARGET = Target(90, 132, interpreted=True)
 
 
 def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> list[Tensor]:
-    return [rms_norm_reference(x, weight_D, eps)]  # torch rounds where the kernel does
+    return [rms_norm_reference(x, weight_D, eps)]  # the reference rounds at the same places as the kernel
 
 
 def _layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> list[Tensor]:
@@ -36,7 +36,7 @@ def _layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> list
 
 
 def _normed_row(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Centred twice, as float32 loses a large mean's last bits."""
+    """Subtracts the mean twice, as the first float32 mean of large values lacks its last bits."""
     x = x - x.mean(-1, keepdim=True)
     return layer_norm_reference(x, weight_D.float(), bias_D.float(), eps)
 
@@ -87,7 +87,7 @@ def _gemm_epilogue(
     rows: Tensor | None,
     plan: Any,
 ) -> list[Tensor]:
-    """A torch product, as cuBLAS rounds it, is rounded before the epilogue; with a residual alone, behind it."""
+    """Rounds a cuBLAS product before the epilogue, but after the sum if the epilogue adds only a residual."""
     dtype = x.dtype
     y = product(x, weight_NK, dtype)
     if bias_N is not None:
@@ -126,7 +126,7 @@ def _patch_embed(
 
 
 def _few_rows(x_RK: Tensor, weight_NK: Tensor, norm_weight_K: Tensor | None, eps: float, plan: Any) -> Tensor:
-    """The float32 sums of gemv and gemv_qkv: on matrix units x times the norm's weight is rounded to what they take."""
+    """Returns the float32 sums of gemv and gemv_qkv; for matrix units it first rounds x times the norm's weight."""
     dtype = x_RK.dtype
     plan = plan or choose_gemv_plan(len(x_RK), *weight_NK.shape, dtype, TARGET)
     x = x_RK.float()

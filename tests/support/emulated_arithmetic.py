@@ -1,4 +1,4 @@
-"""The arithmetic of the kernels in vectorised torch: roundings, products, sine and cosine (see emulated.py)."""
+"""Emulates the kernels' arithmetic in vectorised torch: roundings, products, sine and cosine (see emulated.py)."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from internvl_rt.kernels import _rope
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As float32 holds it after a rounding to `dtype`."""
+    """Rounds to `dtype` and returns the result in float32."""
     return x.to(dtype).float()
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
-    """To the nearest; what gemv does to its operands."""
+    """Rounds to the nearest tf32 number, as gemv rounds its operands."""
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype, start: Tensor | None = None) -> Tensor:
-    """start + x weight^T in float32, of operands that are of `dtype`."""
+    """Computes start + x weight^T in float32 from operands of type `dtype`."""
     x, weight = x.float(), weight.float()
     if dtype != torch.float32:
         sums = x @ weight.mT
@@ -30,13 +30,13 @@ def product(x: Tensor, weight: Tensor, dtype: torch.dtype, start: Tensor | None 
 
 
 def fused_multiply_add(x: Tensor, y: Tensor | float, z: Tensor | float) -> Tensor:
-    """Float32, rounded once."""
+    """Computes x y + z and rounds once, to float32."""
     x, y, z = (torch.as_tensor(each, dtype=torch.float64) for each in (x, y, z))
     return (x * y + z).float()
 
 
 def sin_cos(angle: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernels' own, by their own coefficients."""
+    """Computes sine and cosine as the kernels do, with the kernels' coefficients."""
     n = (angle * _rope.INVERSE_PI_2.value).round()
     r = angle
     for part in (_rope.PI_2_A, _rope.PI_2_B, _rope.PI_2_C, _rope.PI_2_D):

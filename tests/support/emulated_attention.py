@@ -1,4 +1,4 @@
-"""The attention kernels in vectorised torch (see emulated.py): online softmax, block by block as the kernels do it."""
+"""Emulates the attention kernels in vectorised torch (see emulated.py): online softmax over the same blocks of keys."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def online_softmax(
     k_scale: Tensor | None = None,
     state: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum and weighted value of q [..., M, C] over keys [..., N, C], block by block; weights in `dtype`."""
+    """Returns each query's maximum, sum and weighted values: q [..., M, C], keys [..., N, C], weights in `dtype`."""
     top, total, acc = state or (
         torch.full(q.shape[:-1], -math.inf), torch.zeros(q.shape[:-1]), torch.zeros(*q.shape[:-1], v.shape[-1])
     )  # fmt: skip
@@ -53,12 +53,12 @@ def vit_attention(
     eps: float,
     plan: AttentionPlan | None = None,
 ) -> list[Tensor]:
-    """The class token's key comes first, in float32; its own query meets no matrix unit."""
+    """Takes the class token's key first, in float32; the class token's query uses no matrix unit."""
     dtype = qkv_RK.dtype
     q, k, v = (
         tile_tokens(part, num_tiles).unflatten(2, (-1, head_dim)).transpose(1, 2).float()
         for part in qkv_RK.chunk(3, dim=-1)
-    )  # [I, H, U, C], the class token last
+    )  # [I, H, U, C]; the class token is last
     scale_log2 = math.log2(math.e) / math.sqrt(head_dim)
     class_q, k_scale = q[:, :, -1:], None
     if q_norm_E is not None and k_norm_E is not None:
@@ -82,7 +82,7 @@ def vit_attention(
 
 
 def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int) -> Tensor:
-    """[H, seq_len, C], each kv head as often as query heads share it."""
+    """Returns a row's keys or values, [H, seq_len, C]; each kv head is repeated for all query heads that use it."""
     blocks = table_N[: -(-seq_len // cache_BGPC.shape[2])].long()
     return cache_BGPC[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len].repeat_interleave(group, dim=0).float()
 

@@ -1,15 +1,15 @@
-"""CUDA as far as torch's users see it, on a machine without a GPU: tensors, streams, events, graphs, an allocator.
+"""Replaces torch.cuda on a machine without a GPU: tensors, streams, events, graphs and an allocator.
 
-Nothing is as fast as a GPU and nothing runs beside anything, but everything that the host asks for is noted in terms of
-what CUDA promises: work of one stream is ordered, work of two is not, unless an event orders it; the host knows that
-work has ended only if it has waited. So mistakes show that a real GPU hides most of the time:
+All work runs immediately on the CPU, but is recorded with only the order that CUDA guarantees: the work of one stream
+is ordered, the work of two streams is unordered unless an event orders it, and the host knows that work has ended only
+after it has waited for it. This reveals mistakes that a real GPU hides most of the time:
 
 * the host waits: for an event, or in a copy from or to memory that is not pinned;
-* a stream uses what another one writes, or writes what another one uses, without an order between them;
-* memory is given back while a stream that did not allocate it may still use it.
+* one stream reads or writes memory that another stream writes, or writes memory that another reads, without an order;
+* memory is freed while a stream that did not allocate it may still use it.
 
-A device tensor is a wrapper around one of the CPU, which computes. What Triton launches is noted and not computed. The
-GPU that all this is asked of is in fake_device.py.
+A device tensor wraps a CPU tensor, which holds the numbers. Triton's launches are recorded and not computed. The GPU
+that all this runs on is in fake_device.py.
 """
 
 from collections import defaultdict
@@ -38,11 +38,11 @@ from support.fake_device import (
 
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
-READ_ONLY = {"first", "count", "weights"}  # arguments of kernels that engines share; all others count as written
+READ_ONLY = {"first", "count", "weights"}  # kernel arguments that engines share; all others count as written
 
 
 class DeviceTensor(Tensor):
-    """What says that it is on a GPU, and has its numbers in `inner`. To torch, which has no CUDA here, it is "meta"."""
+    """A tensor that says it is on a GPU; `inner` has its numbers. Torch, which has no CUDA here, sees a meta tensor."""
 
     inner: Tensor
     block: Block
@@ -74,7 +74,7 @@ class DeviceTensor(Tensor):
 
 
 class CudaMode(TorchDispatchMode):
-    """Sees what no device tensor is an argument of."""
+    """Handles the calls in which no argument is a device tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
@@ -85,7 +85,7 @@ EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 NO_WORK = EMPTY | {aten.detach, aten.alias, aten._unsafe_view}
 
 
-@torch.inference_mode(False)  # no wrapper is an inference tensor: torch lets none be a view of one that is not
+@torch.inference_mode(False)  # torch forbids an inference tensor as a view of a normal one, so wrappers are normal
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     packet = func._overloadpacket
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -127,7 +127,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     wrapped = tree_map(wrap, result)
     if packet in EMPTY:
-        result.zero_()  # so that what nobody computes is no index that leads anywhere
+        result.zero_()  # an index that is never computed must be a valid one
     elif packet not in NO_WORK and not func.is_view:
         note_work(func, on_device, args, kwargs, wrapped)
     return wrapped
@@ -142,7 +142,7 @@ def note_work(func: Any, on_device: list[DeviceTensor], args: Any, kwargs: dict[
 
 
 def note_copy(args: Any, kwargs: dict[str, Any], *, to_cuda: bool, to_cpu: bool) -> None:
-    """A copy between host and device waits unless it is asked not to and the host's memory is pinned."""
+    """Records a wait for a copy between host and device, unless it is non_blocking and the host's memory is pinned."""
     source = args[0] if len(args) == 1 else args[1]
     target = args[0] if len(args) > 1 else None
     from_device = isinstance(source, DeviceTensor)
@@ -158,7 +158,7 @@ def note_copy(args: Any, kwargs: dict[str, Any], *, to_cuda: bool, to_cpu: bool)
 
 
 def waits(args: Any) -> bool:
-    """Whether an index is a mask, whose number of places the host must know, or comes from the host's memory."""
+    """Says whether an index makes the host wait: a mask, whose true entries it must count, or a tensor on the host."""
     indices = [each for each in tree_leaves(args[1]) if isinstance(each, Tensor)]
     return any(each.dtype == torch.bool or not isinstance(each, DeviceTensor) for each in indices)
 
@@ -185,8 +185,8 @@ def launch(real: Any, launch: _launch.Launch, device: torch.device) -> None:
 
 
 def use_fake_cuda() -> CudaMode:
-    """From here on torch has a GPU, in threads that enter the mode."""
-    Stream()  # the default one
+    """Gives torch a GPU, in the threads that enter the returned mode."""
+    Stream()  # the default stream
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=1 << 37)
     properties.L2_cache_size = L2_BYTES
     fakes: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""The GPU of fake_cuda.py: streams, events, graphs, an allocator, and a clock.
+"""Holds the GPU of fake_cuda.py: streams, events, graphs, an allocator, and a clock.
 
-Its clock knows one thing: memory that is in L2, because it was used lately, is free; what is not is read at READ_MB_S.
-Events see it in steps of EVENT_US. What breaks a capture off leaves it half open, as in torch.
+A launch costs LAUNCH_US. Recently used memory is in L2 and costs nothing; other memory is read at READ_MB_S. Events
+round the time to EVENT_US. An error during a capture leaves the capture open, as in torch.
 """
 
 import threading
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from internvl_rt.kernels import _launch
 
-Clock = dict[int, int]  # how far each stream has come, by its number
+Clock = dict[int, int]  # stream number -> how many pieces of work it has done
 LAUNCH_US, EVENT_US, READ_MB_S, L2_BYTES = 1.1, 0.5, 1e6, 16 << 20
 REPLAY = "a graph"
 
 
 class Machine:
-    """The one GPU, and what its host knows."""
+    """The one GPU, and which of its work the host knows to have ended."""
 
     def __init__(self) -> None:
-        self.host: Clock = {}  # what the host knows to have ended
+        self.host: Clock = {}  # the work that the host knows to have ended
         self.streams: list[Stream] = []
         self.waits: list[dict[str, Any]] = []
         self.races: list[str] = []
         self.launches: list[_launch.Launch] = []
         self.num_replays = 0
-        self.pinned: dict[int, Tensor] = {}  # by address; kept, so that no other memory has the address
+        self.pinned: dict[int, Tensor] = {}  # by address; tensors are kept so that no address is used again
         self.clock_us = 0.0
-        self.in_l2: OrderedDict[int, int] = OrderedDict()  # bytes of a block by its number, the last used last
+        self.in_l2: OrderedDict[int, int] = OrderedDict()  # block number -> bytes, the most recently used last
         self.num_blocks = 0
         self.sync_debug_mode = 0
-        self.open_pools: set[object] = set()  # of captures that have not ended
+        self.open_pools: set[object] = set()  # the pools of captures that have not ended
         self.local = threading.local()
 
     @property
@@ -54,7 +54,7 @@ class Machine:
             self.local.phase = before
 
     def wait(self, what: str, clock: Clock) -> None:
-        """The host waits until all streams have come so far."""
+        """Makes the host wait until all streams have reached `clock`."""
         graph = getattr(self.local, "graph", None)
         if graph is not None:
             graph.broken = True
@@ -64,7 +64,7 @@ class Machine:
         merge(self.host, clock)
 
     def work(self, what: str, read: Iterable["Block"], written: Iterable["Block"]) -> None:
-        """Something is launched on the current stream, or noted in the graph that it is captured in."""
+        """Launches work on the current stream, or adds it to the graph that is being captured."""
         read, written = set(read), set(written)
         graph = getattr(self.local, "graph", None)
         if graph is not None:
@@ -81,7 +81,7 @@ class Machine:
             block.used(what, stream, is_written=block in written)
 
     def run(self, blocks: set["Block"]) -> None:
-        """Moves the clock on by one launch that uses these blocks."""
+        """Advances the clock by the time of one launch that uses these blocks."""
         self.clock_us += LAUNCH_US
         for block in sorted(blocks, key=lambda block: block.number):
             if block.number not in self.in_l2:
@@ -101,7 +101,7 @@ def merge(clock: Clock, other: Clock) -> None:
 
 
 class Block:
-    """Memory of the device."""
+    """One allocation of device memory."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes, self.number = num_bytes, MACHINE.num_blocks
@@ -166,7 +166,7 @@ def set_stream(stream: Stream) -> None:
 
 
 class UseStream:
-    """torch.cuda.stream: without its exit the stream stays the current one."""
+    """Replaces torch.cuda.stream; the stream stays the current one until the context is left."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream

@@ -1,8 +1,8 @@
-/* A stand-in for libcuda.so.1 in which nothing runs: it notes what it is asked to launch.
+/* This library replaces libcuda.so.1 and runs nothing: it records the launches that it is asked for.
  *
- * Triton's launcher is compiled against the driver's interface and called with real arguments. What a kernel is
- * launched with is then known without a GPU: whether the launcher takes the arguments at all, grid, threads, shared
- * memory and attributes. One line for each launch goes to the file that FAKE_DRIVER_LOG names.
+ * Triton's launcher is compiled against the driver's interface and called with real arguments. So the tests can see
+ * without a GPU whether the launcher accepts the arguments, and the grid, threads, shared memory and attributes of
+ * each launch. Each launch writes one line to the file that FAKE_DRIVER_LOG names.
  */
 #include <cuda.h>
 #include <stdio.h>
@@ -19,7 +19,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { (void)d
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { (void)limit; *value = 0; return 0; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { (void)limit; (void)value; return 0; }
 
-CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { /* an H200's */
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { /* values of an H200 */
   (void)device;
   *value = attribute == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 * 1024
          : attribute == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT              ? 132
@@ -72,7 +72,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
       pdl = config->attrs[i].value.programmaticStreamSerializationAllowed;
   const char *path = getenv("FAKE_DRIVER_LOG");
-  if (!path) return CUDA_SUCCESS; /* so that launches can be timed */
+  if (!path) return CUDA_SUCCESS; /* without a log, launches can be timed */
   FILE *log = fopen(path, "a");
   if (!log) return CUDA_ERROR_FILE_NOT_FOUND;
   fprintf(log, "{\"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"shared_bytes\": %u, \"pdl\": %s}\n",

@@ -1,7 +1,7 @@
-"""Launching on a machine without a GPU: Triton's own launcher, and a stand-in for the driver under it.
+"""Launches kernels on a machine without a GPU: by Triton's own launcher, on a stand-in for the CUDA driver.
 
-What is launched must run in a process of its own: the tests' process runs Triton's interpreter, and a library path is
-read when a process begins.
+The launches need a process of their own: the tests' process runs Triton's interpreter, and the system reads the
+library path when a process begins.
 """
 
 import os
@@ -22,7 +22,7 @@ TARGET = TARGETS[90]
 
 
 class FakeDriver(CudaDriver):
-    """Of an H200, as far as anybody asks."""
+    """A Triton driver that describes an H200."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FakeDriver(CudaDriver):
 
 
 def fake_environment(folder: Path) -> dict[str, str]:
-    """The environment of a process that finds the stand-in, which is built in `folder`, as its libcuda.so.1."""
+    """Builds the stand-in in `folder`; returns the environment of a process that loads it as its libcuda.so.1."""
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"
     compiler = [*os.environ.get("CC", "cc").split(), "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
@@ -45,7 +45,7 @@ def fake_environment(folder: Path) -> dict[str, str]:
 
 
 def use_fake_driver() -> None:
-    """From here on every operation takes tensors on the CPU for the GPU's, and computes nothing."""
+    """Makes every operation treat CPU tensors as GPU tensors, launch its kernels and compute nothing."""
     triton.runtime.driver.set_active(FakeDriver())
     discover_specs()
     real = target_of
@@ -55,7 +55,7 @@ def use_fake_driver() -> None:
 
 
 def zero_new_memory() -> None:
-    """So that what nobody computes is 0, and not an index that leads anywhere."""
+    """Fills new tensors with 0, so that an index that is never computed is a valid one."""
     empty = torch.empty
 
     def zeros(*args: Any, **kwargs: Any) -> Tensor:

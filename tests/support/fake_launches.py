@@ -1,10 +1,10 @@
 """Launches operations as on a GPU, in the environment that `fake_driver.fake_environment` makes.
 
-    python tests/support/fake_launches.py models            a case of every operation: what was planned, what asked for
-    python tests/support/fake_launches.py contract I OF     the I-th of so many parts of the contract: what fails
-    python tests/support/fake_launches.py engine            requests of every kind: what was built for them, and when
+    python tests/support/fake_launches.py models            launches one case of every operation as planned
+    python tests/support/fake_launches.py contract I OF     runs part I of OF parts of the contract, prints what fails
+    python tests/support/fake_launches.py engine            serves requests of every kind, prints the kernels built
 
-Prints JSON, an object a line. FAKE_DRIVER_LOG is where the stand-in notes what it is asked for.
+Prints JSON, one object a line. FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
 """
 
 import json
@@ -31,7 +31,7 @@ SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
 
 
 def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
-    """An object for each launch that was planned."""
+    """Yields an object for each planned launch: the plan, and what the driver was asked for."""
     case, dtype = smallest_model_case(spec)
     log.write_text("")
     spec.launcher(**arguments_of(spec, case, dtype, CPU))
@@ -50,7 +50,7 @@ def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
 
 
 def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
-    """An object for each call that raises, and one with the number of all calls."""
+    """Yields an object for each call that raises, and one with the number of all calls."""
     calls = [(s, case, dtype) for s in discover_specs().values() for case in s.test_cases for dtype in s.tolerances]
     mine = calls[part::parts]
     for spec, case, dtype in mine:
@@ -62,9 +62,9 @@ def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
 
 
 def serve() -> Iterator[dict[str, Any]]:
-    """An object for each kernel that an engine built: its name, and whether that was after all kinds of requests.
+    """Yields the name of each kernel that an engine built, and whether it was built late: after all kinds of requests.
 
-    The answers are nonsense, as nothing is computed.
+    The answers mean nothing, as nothing is computed.
     """
     built: list[dict[str, Any]] = []
     late = False
@@ -81,7 +81,7 @@ def serve() -> Iterator[dict[str, Any]]:
     triton.knobs.runtime.jit_post_compile_hook = note
     rng = random.Random(0)
     engine = Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16", backend="triton")
-    for count in (1, 2, 3, 20):  # one row, two, up to 16, more
+    for count in (1, 2, 3, 20):  # kernels differ for one row, two rows, up to 16 rows, and more
         ask(count, 100, SamplingParams(max_tokens=3))
     ask(20, 400, SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.1))
     late = True

@@ -1,8 +1,8 @@
-"""Engines on the stand-in for CUDA, in the environment that `fake_driver.fake_environment` makes.
+"""Runs engines on the stand-in for CUDA, in the environment that `fake_driver.fake_environment` makes.
 
-    python tests/support/fake_serving.py OPTIONS [MISTAKE]     JSON for the engine; one of MISTAKES, planted beforehand
+    python tests/support/fake_serving.py OPTIONS [MISTAKE]     OPTIONS: the engine's, as JSON; MISTAKE: one of MISTAKES
 
-Prints one JSON object: where the host waited, what was in no order, the number of steps, what was launched and how.
+Prints one JSON object: the host's waits, the uses of memory without an order, the steps, launches and graph replays.
 """
 
 import json
@@ -62,7 +62,7 @@ MISTAKES: dict[str, Callable[[], None]] = {
 
 
 def watch() -> Counter[str]:
-    """Names the phases of a step, and counts launches, and those with a step under way."""
+    """Names the phases of a step; counts the launched steps, and those launched while another step was in flight."""
     counts: Counter[str] = Counter()
 
     def during(owner: Any, name: str, phase: str) -> None:
@@ -89,7 +89,7 @@ def watch() -> Counter[str]:
 
 
 def ask(engine: Engine, rng: random.Random) -> None:
-    """Requests of every kind, alone and together, from a thread whose stream changes."""
+    """Sends requests of every kind, alone and together, from a thread that changes its CUDA stream."""
 
     def message(*parts: dict[str, Any], words: int = 20) -> list[dict[str, Any]]:
         text = {"type": "text", "text": "a " * rng.randint(1, words)}
@@ -115,7 +115,7 @@ def ask(engine: Engine, rng: random.Random) -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         engine.generate([message(noise(), words=200) for _ in range(12)], params * 3)
         embeds = engine.encode_images([SAMPLE, noise()["image"]])
-        changed = [each * 2 for each in embeds]  # by the caller, on the caller's stream
+        changed = [each * 2 for each in embeds]  # the caller computes this on its own stream
         parts = [{"type": "image_embeds", "image_embeds": each} for each in changed]
         parts.append({"type": "image_embeds", "image_embeds": changed[0].float().cpu()})
         del changed
@@ -123,11 +123,11 @@ def ask(engine: Engine, rng: random.Random) -> None:
         del parts, embeds
         noises = engine.encode_images([noise()["image"] for _ in range(3)], cache_salt="nobody else's")
         sums = [each.sum() for each in noises]
-        del noises  # while the caller's stream may still read them
+        del noises  # the caller's stream may still read them now
         engine.visual_cache._entries.clear()
     del sums
     engine.generate([message(noise(), noise(), words=400) for _ in range(5)], params[0])
-    with suppress(RequestError):  # the same token is drawn each time, since nothing is computed: it breaks the grammar
+    with suppress(RequestError):  # nothing is computed, so each draw gives the same token, which breaks the grammar
         engine.chat(message(), SamplingParams(**some, regex="[0-9]+"))
 
 
@@ -139,7 +139,7 @@ def serve(options: dict[str, Any]) -> None:
 
 
 def serve_while_another_is_built(options: dict[str, Any]) -> None:
-    """One in a thread of its own; the other is built meanwhile, and then both answer in turn."""
+    """Serves with one engine in its own thread while a second engine is built, then sends requests to both in turn."""
     first = Engine.from_pretrained("tiny", **options)
     built = threading.Event()
 

@@ -1,8 +1,8 @@
-"""The benches' timer on the stand-in for CUDA.
+"""Runs the benches' timer on the stand-in for CUDA.
 
     python tests/support/fake_timing.py
 
-Prints one JSON object: what was found of calls that can and of calls that cannot be captured in a graph.
+Prints one JSON object: the timings of calls that can be captured in a graph, and of calls that cannot.
 """
 
 import json
@@ -26,7 +26,7 @@ BYTES = 1 << 20
 def measure(device: torch.device) -> dict[str, Any]:
     default = MACHINE.stream
     x, y, z = (torch.zeros(BYTES // 4, device=device) for _ in range(3))
-    calls = [partial(torch.neg, x, out=x), partial(torch.add, y, z, out=y)]  # of one block and of two
+    calls = [partial(torch.neg, x, out=x), partial(torch.add, y, z, out=y)]  # they use one block and two blocks
     cold = time_variants({"both": calls}, device, budget_s=1e-3)["both"]
     warm = time_variants({"both": calls}, device, budget_s=1e-3, cold=False)["both"]
 
@@ -45,8 +45,8 @@ def measure(device: torch.device) -> dict[str, Any]:
     last = {"replays": MACHINE.num_replays - before[0], "eager_calls": len(eager)}
 
     variants = {
-        "reads": lambda: x[0].item(),  # torch's check sees that it waits
-        "waits": lambda: torch.cuda.current_stream().synchronize(),  # and not that this does
+        "reads": lambda: x[0].item(),  # torch's sync debug mode notices this wait
+        "waits": lambda: torch.cuda.current_stream().synchronize(),  # torch's sync debug mode misses this wait
         "runs": calls[0],
     }
     found = time_variants(variants, device, budget_s=1e-3)

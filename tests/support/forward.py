@@ -1,4 +1,4 @@
-"""A model's logits at every position, over a real paged cache: what parity and golden tests compare."""
+"""Computes a model's logits at every position, over a real paged cache, for the parity and golden tests."""
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
@@ -23,7 +23,7 @@ from internvl_rt.steps.step import Chunk, build_step, plan_step
 
 @torch.inference_mode()
 def last_hidden_state(model: InternVL, tiles: Tensor) -> Tensor:
-    """ViT features [I, U, E], class token first; tiles as `InternVL.encode_tiles` takes them."""
+    """Returns the ViT features [I, U, E], class token first, of tiles as `InternVL.encode_tiles` takes them."""
     x_RE = encode_tiles(model.ops, model.config.vision, model.weights.vision, tiles)
     patches_RE, class_IE = x_RE[: -len(tiles)], x_RE[-len(tiles) :]
     return torch.cat((class_IE[:, None], patches_RE.unflatten(0, (len(tiles), -1))), dim=1)
@@ -41,12 +41,12 @@ def all_logits(
     block_size: int = 16,
     after: Items[int] = (),
 ) -> Tensor:
-    """Logits [T, V] of one sequence, computed in chunks of these lengths (all at once by default).
+    """Computes the logits [T, V] of one sequence, in chunks of `chunk_lens` tokens (by default all at once).
 
-    tiles: of all pictures, in order; their visual tokens take the places of the first `context_id` in `token_ids`.
-    position_T: float32 rotary positions, 0, 1, 2, ... by default.
-    after: another sequence with the same pictures, computed in the same cache before; what both begin with is read from
-    there, and has no logits.
+    tiles: the tiles of all pictures, in order; their visual tokens replace the first `context_id`s in `token_ids`.
+    position_T: the float32 rotary positions, 0, 1, 2, ... by default.
+    after: a sequence with the same pictures that is computed in the same cache first. The prefix that both share is
+    read from the cache, and its tokens have no logits.
     """
     cache = KVCache(
         model.config.decoder,
@@ -72,7 +72,7 @@ def all_logits(
 
 
 def _of_few_items(ops: Ops) -> Ops:
-    """With short split plans, as a small GPU has them: the interpreter runs their items one after another."""
+    """Makes split plans short, as on a small GPU, because the interpreter runs their items one after another."""
     return replace(ops, num_split_items=partial(num_split_items, num_sms=8)) if ops.num_split_items(1, 1) else ops
 
 
@@ -106,7 +106,7 @@ def _build_sequence(
 
 
 def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[int]) -> Tensor:
-    """Logits of the tokens from the first place to the last, a step from each to the next."""
+    """Computes the logits of the tokens from `places[0]` to `places[-1]`, one step between two neighbouring places."""
     logits = []
     for start, stop in pairwise(places):
         assert cache.append([sequence.seq_id], [stop - start])
@@ -119,7 +119,7 @@ def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[
 
 
 def _find_spans(token_ids: Items[int], context_id: int, num_visual: int) -> list[VisualSpan]:
-    """The runs of the first `num_visual` placeholders, one for each picture."""
+    """Returns the runs of consecutive placeholders, one run for each picture, among the first `num_visual`."""
     rows = np.flatnonzero(np.array(token_ids) == context_id)[:num_visual]
     runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     return [VisualSpan(int(run[0]), len(run)) for run in runs if len(run)]

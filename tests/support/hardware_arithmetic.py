@@ -24,33 +24,33 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 Array = npt.NDArray[Any]
-NAN = 0x7FFF  # that of NVIDIA's conversion
+NAN = 0x7FFF  # the bits that NVIDIA's conversion gives for NaN
 
 
 def to_float32(bits: Array) -> Array:
-    """The float32 values of bfloat16 bits."""
+    """Returns the float32 values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_bfloat16(values: Array) -> Array:
-    """The bits of the nearest bfloat16 of each value, ties to even."""
+    """Returns the bits of the bfloat16 nearest to each value, ties to even."""
     bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(NAN), rounded)
 
 
 def cut_to_tf32(values: Array) -> Array:
-    """What a matrix unit sees of float32 operands in tf32."""
+    """Cuts float32 operands to the 19 bits that a matrix unit reads in tf32."""
     return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def fused_multiply_add(x: Array, y: Array, z: Array) -> Array:
-    """Float32; a product of two is exact in float64, and the sum loses nothing that float32 would show."""
+    """Computes x y + z in float32; the float64 product is exact, and the float64 sum is precise enough for float32."""
     return (x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)).astype(np.float32)
 
 
 def chain_of_products(left: Array, right: Array, sums: Array) -> Array:
-    """sums + left @ right in float32, one fused multiply-add after another, k by k."""
+    """Computes sums + left @ right in float32, as one chain of fused multiply-adds over k."""
     sums, left64, right64 = sums.copy(), left.astype(np.float64), right.astype(np.float64)
     for k in range(left.shape[-1]):
         product = left64[..., :, k : k + 1] * right64[..., k : k + 1, :]
@@ -67,7 +67,7 @@ def _values(handle: TensorHandle) -> Array:
 
 
 def _handle(values: Array, dtype: tl.dtype) -> TensorHandle:
-    """Truth values, which comparisons give, stay what they are."""
+    """Converts values to `dtype`'s representation; booleans, which comparisons give, stay as they are."""
     if dtype.scalar == tl.bfloat16 and values.dtype != np.bool_:
         values = to_bfloat16(values)
     return TensorHandle(values, dtype.scalar)
@@ -76,7 +76,7 @@ def _handle(values: Array, dtype: tl.dtype) -> TensorHandle:
 def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, *_: object) -> TensorHandle:
     values = _values(src)
     if dst_type.scalar != tl.bfloat16:
-        with np.errstate(over="ignore", invalid="ignore"):  # too large for float16 is infinity, as on a GPU
+        with np.errstate(over="ignore", invalid="ignore"):  # values too large for float16 become infinity, as on a GPU
             values = values.astype(interpreter._get_np_dtype(dst_type.scalar))
     return _handle(values, dst_type)
 
@@ -130,7 +130,7 @@ PATCHES: dict[tuple[type, str], Callable[[Any], Any]] = {
 
 @contextmanager
 def hardware_arithmetic() -> Iterator[None]:
-    """Kernels that run in the interpreter within it compute as described above."""
+    """Makes kernels that run in the interpreter compute as the module's docstring describes."""
     originals = {(owner, name): vars(owner)[name] for owner, name in PATCHES}
     try:
         for (owner, name), patch in PATCHES.items():

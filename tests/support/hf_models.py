@@ -1,7 +1,7 @@
-"""Random small InternVL models of transformers' own classes, saved in every layout that checkpoints come in.
+"""Builds small random InternVL models of transformers' own classes and saves them in every checkpoint layout.
 
-No tensor keeps an initial value that would hide it (zero biases, unit norms, LayerScale 0.1), so a tensor that is
-dropped, misplaced or permuted shows in the logits. The layouts are written here from the published names, not with the
+Every tensor is random, including those that begin as constants (zero biases, unit norms, LayerScale 0.1), so a tensor
+that is dropped, misplaced or permuted changes the logits. The layouts follow the published names and do not use the
 package's own tables.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
-# The vision towers of InternVL3: "layer_norm" of the 300M (qkv biases), "rms_norm" of the 6B (q and k norms).
+# InternVL3 has two vision towers: the 300M has "layer_norm" and qkv biases, the 6B has "rms_norm" and q and k norms.
 Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "llama"]
-# -hf has two styles of names: "hf_hub" of the files on the hub (transformers 4.52), "hf_memory" of the classes since.
-# "hf_saved" is what the installed transformers writes.
+# -hf checkpoints have two styles of names: "hf_hub" is in the files on the hub (transformers 4.52), "hf_memory" in the
+# classes of later versions. "hf_saved" is what the installed transformers writes.
 Layout = Literal["original", "hf_hub", "hf_memory", "hf_saved"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -61,10 +61,10 @@ _INTERNLM2 = (
 
 
 def build_reference(kind: Kind) -> Any:
-    """An `InternVLForConditionalGeneration` of two layers per tower, float32, attention and softmax written out."""
-    import transformers  # here, because it takes seconds
+    """Builds a float32 `InternVLForConditionalGeneration` with two layers per tower and eager attention."""
+    import transformers  # imported here because it takes seconds
 
-    hf: Any = transformers  # its annotations do not admit its own keyword arguments
+    hf: Any = transformers  # transformers' annotations reject its own keyword arguments
     tokenizer = load_tokenizer(_TOKENIZER)
     common: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
@@ -73,16 +73,16 @@ def build_reference(kind: Kind) -> Any:
         "tie_word_embeddings": kind == "qwen3",
     }
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
-    if kind == "qwen3":  # heads wider than the model, as in the 0.6B
+    if kind == "qwen3":  # as in the 0.6B, all heads together are wider than the model
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         plain = {"rope_type": "default", "rope_theta": 1e6}
         text = hf.Qwen3Config(hidden_size=80, intermediate_size=112, rope_parameters=plain, **heads, **common)
-    elif kind == "llama":  # InternLM3 in the 9B
+    elif kind == "llama":  # the 9B has an InternLM3 decoder of this kind
         heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
         dynamic |= {"factor": 6.0, "rope_theta": 5e7}
         eps = {"rms_norm_eps": 1e-5}
         text = hf.LlamaConfig(hidden_size=96, intermediate_size=64, rope_parameters=dynamic, **heads, **eps, **common)
-    else:  # 7 query heads to a key head, as in the 1B
+    else:  # as in the 1B, 7 query heads share a key head
         heads = {"num_attention_heads": 7, "num_key_value_heads": 1}
         text = hf.Qwen2Config(hidden_size=112, intermediate_size=160, rope_parameters=dynamic, **heads, **common)
     rms_norm = kind == "qwen2_rms_norm_vit"

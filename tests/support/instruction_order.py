@@ -1,6 +1,6 @@
-"""In which order built kernels read, write, wait and multiply: instructions of the SASS, no GPU is needed.
+"""Lists in which order built kernels read, write, wait and multiply, from their SASS; no GPU is needed.
 
-Builds in a process of its own, because the tests' process runs Triton's interpreter.
+The kernels are built in another process, because the tests' process runs Triton's interpreter.
 """
 
 import json
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-# ACQBULK: gdc_wait; PREEXIT: gdc_launch_dependents; CCTL.E.PF2: asks L2 for a line
+# In SASS, ACQBULK is Triton's gdc_wait, PREEXIT its gdc_launch_dependents, and CCTL.E.PF2 asks L2 for a cache line.
 NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2)\b"
-Job = tuple[str, str, int]  # an operation, a model case of it, an architecture
+Job = tuple[str, str, int]  # an operation, one of its model cases, an architecture
 
 
 def instructions_of(jobs: list[Job], names: str = NAMES) -> dict[Job, list[str]]:
-    """Those that the pattern `names` finds, in their order, of each job's first launch in bfloat16."""
+    """Returns, for each job's first launch in bfloat16, the instructions that match the pattern `names`, in order."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, json.dumps(jobs), names]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)

@@ -1,4 +1,4 @@
-"""Many requests of every kind at once, with faults: what the load test and the soak put an engine under."""
+"""Sends an engine many requests of every kind at once, with faults, for the load test and the soak."""
 
 import io
 import random
@@ -15,18 +15,18 @@ import torch
 from internvl_rt import Engine, MediaError, Reply, SamplingParams
 
 SAMPLES = sorted((Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
-# What no answer may depend on, switched off: the engine that says what each request gets alone.
+# Options of the engine that computes the expected answers: nothing is reused, and no answer may depend on them.
 ALONE = {"prefix_cache": False, "visual_cache_bytes": 0, "max_num_seqs": 4, "block_size": 16, "max_model_len": 640}
 MAX_OPEN = 24
 
 
 class Fault(RuntimeError):
-    """Thrown into operations on purpose."""
+    """The error that a planted fault raises."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A request that comes again and again."""
+    """A request that is sent many times."""
 
     messages: list[dict[str, Any]]
     params: SamplingParams
@@ -34,7 +34,7 @@ class Kind:
 
 
 def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
-    """Text, one and several pictures, frames, earlier turns; one to four answers, greedy or drawn with a seed."""
+    """Builds requests with text, pictures, video or earlier turns, for 1 to 4 answers, greedy or drawn with a seed."""
     rng = random.Random(seed)
     kinds = []
     for index in range(number):
@@ -59,7 +59,7 @@ def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
 
 
 def build_video(seed: int) -> bytes:
-    """A second of noise."""
+    """Returns an MP4 file of one second of noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
@@ -83,7 +83,7 @@ def answers_of(reply: Reply) -> list[tuple[list[int], str]]:
 
 
 def expected_answers(kinds: list[Kind]) -> list[list[tuple[list[int], str]]]:
-    """What each gets when nothing else runs and nothing is reused."""
+    """Returns the answers that each request gets when no other request runs and nothing is reused."""
     with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
         return [[] if kind.broken else answers_of(engine.chat(kind.messages, kind.params)) for kind in kinds]
 
@@ -92,8 +92,8 @@ def expected_answers(kinds: list[Kind]) -> list[list[tuple[list[int], str]]]:
 class Outcome:
     finished: int = 0
     cancelled: int = 0
-    refused: int = 0  # broken pictures
-    faulted: int = 0  # in a step that a fault ended
+    refused: int = 0  # requests whose picture cannot be decoded
+    faulted: int = 0  # requests in a step that a fault ended
     wrong: list[str] = field(default_factory=list)
 
 
@@ -114,9 +114,9 @@ def run_load(
     cancel: float = 0.1,
     arm_fault: Callable[[random.Random], None] | None = None,
 ) -> Outcome:
-    """Opens streams at random, advances a random one at a time, closes some early; compares every reply.
+    """Opens streams at random, advances one random stream at a time, closes some early; compares every reply.
 
-    arm_fault: called now and then; may make the next operations fail.
+    arm_fault: a function that makes a later operation fail; it is called now and then.
     """
     rng = random.Random(seed)
     outcome = Outcome()
@@ -160,7 +160,7 @@ def run_load(
 
 
 def check_nothing_is_left(engine: Engine) -> None:
-    """No request, sequence or block; the caches' own counts add up."""
+    """Checks that no request, sequence or block is held, and that the caches' own counts add up."""
     blocks, stats = engine.cache.blocks, engine.stats()
     blocks.check_invariants()
     assert blocks.num_sequences == 0
@@ -171,7 +171,7 @@ def check_nothing_is_left(engine: Engine) -> None:
 
 @contextmanager
 def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
-    """Gives what arms a fault: the next vision pass, step, or draw throws, before or after its work."""
+    """Yields a function that lets the next vision pass, step or logits call raise `Fault`, before or after its work."""
     armed: list[str] = []
     model = engine.model
     originals = {name: getattr(model, name) for name in ("encode_tiles", "run_step", "logits")}
@@ -197,7 +197,7 @@ def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
 
 
 def tiny_pool_bytes(num_blocks: int, block_size: int = 16) -> int:
-    """Of a cache of so many blocks for the tiny checkpoint."""
+    """Returns the bytes of a KV cache with that many blocks for the tiny checkpoint."""
     with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
         return num_blocks * block_size * (engine.memory.block_bytes // engine.memory.block_size)
 

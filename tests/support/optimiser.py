@@ -1,4 +1,4 @@
-"""The optimisers of the tiny checkpoint's training: Muon for matrices, Adam for the rest, on two threads."""
+"""Optimises the tiny checkpoint in its training: Muon for matrices, Adam for the rest, on two threads."""
 
 import re
 import time
@@ -12,13 +12,13 @@ from torch import Tensor
 from internvl_rt.model.linear import Linear
 
 MATRIX_RATE, MATRIX_DECAY, OTHER_RATE = 0.02, 0.05, 2e-3
-WARMUP_STEPS, COOLDOWN = 30, 0.6  # the rate falls over this share of a stage's steps
+WARMUP_STEPS, COOLDOWN = 30, 0.6  # COOLDOWN: the learning rate falls during the last 60 % of a stage's steps
 
 
 class Trainer:
-    """Muon for the matrices, Adam for the rest; two threads share each batch.
+    """Updates the matrices by Muon and the rest by Adam; two threads share each batch.
 
-    Their gradients are added in a fixed order, so that a seed gives the same run on the same machine.
+    The threads' gradients are added in a fixed order, so that a seed gives the same run on the same machine.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Trainer:
         self._losses, self._start_s = np.zeros(0), time.perf_counter()
 
     def step(self, measure: Callable[[int], tuple[Tensor, ...]]) -> None:
-        """`measure(0)` and `measure(1)` give the losses of the two halves of a batch; their sum is lowered."""
+        """Lowers the sum of all losses; `measure(0)` and `measure(1)` return those of the two halves of a batch."""
 
         def half(index: int) -> tuple[list[float], tuple[Tensor, ...]]:
             losses = measure(index)

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU."""
+"""Replaces CUDA graphs on a machine without a GPU."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from internvl_rt.steps.cuda_graph import Replay
 
 
 class Recorder:
-    """Captures without a GPU: a replay computes again into the first result, as a graph does."""
+    """Replaces the capture of a graph; a replay computes again into the first result, as a CUDA graph does."""
 
     def __init__(self) -> None:
         self.captured: list[int] = []

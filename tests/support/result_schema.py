@@ -1,4 +1,4 @@
-"""bench/results/schema.json, to which tests hold every document that a bench writes."""
+"""Checks the documents that benches write against bench/results/schema.json."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ DOCUMENT = Draft202012Validator({"$ref": "#/$defs/document", "$defs": SCHEMA["$d
 
 
 def violations(value: Any, validator: Draft202012Validator = RESULTS) -> list[str]:
-    """Where and how a file of results breaks the schema."""
+    """Returns where and how a results file breaks the schema."""
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
 
 
 def valid(document: dict[str, Any]) -> dict[str, Any]:
-    """The last line of a bench, which fails the test if it breaks the schema."""
+    """Returns the document on a bench's last line; fails the test if it breaks the schema."""
     assert not violations(document, DOCUMENT)
     return document

@@ -1,4 +1,4 @@
-"""A result file as a GPU would leave one, with numbers that nobody measured: what pages and pictures are tested on."""
+"""Builds a results file like one from a GPU, with invented numbers, to test the pages and pictures made from it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "num_threads": 16,
 }
 COPY_GB_S, PEAKS = 4000.0, {"float32": 45.0, "bfloat16": 780.0, "float16": 775.0, "float8_e4m3fn": 1450.0}
-KERNELS = {  # bytes, flops, share of the roof
+KERNELS = {  # name -> (bytes, flops, share of the roof)
     "vit_attention/vit_300m_13_tiles": (109e6, 56e9, 0.55),
     "vit_attention/vit_6b_13_tiles": (341e6, 175e9, 0.62),
     "gemm_epilogue/vit_300m_fc1_13_tiles": (145e6, 112e9, 0.7),
@@ -65,7 +65,7 @@ def kernel_rows() -> list[dict[str, Any]]:
 
 
 def decode_rows(model: str, floor_us: float, kv_us: float) -> list[dict[str, Any]]:
-    """kv_us: of one sequence and 2,048 tokens."""
+    """kv_us: the time to read the keys and values of one sequence with 2,048 tokens."""
     return [
         {
             "name": f"decode/{model}/{batch}x{context}/bfloat16",

@@ -1,4 +1,4 @@
-"""Whole models of a few thousand random weights: both kinds of ViT, every layout of a decoder."""
+"""Builds whole models of a few thousand random weights: both kinds of ViT, every layout of a decoder."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What tests and benches ask of every operation's `SPEC`."""
+"""Answers what tests and benches ask about every operation's `SPEC`."""
 
 from typing import Any
 
@@ -9,28 +9,28 @@ from internvl_rt.kernels._contract import Case, KernelSpec
 
 __all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case", "smallest_test_case"]
 
-LEAST_BYTES = 2000  # smaller test cases have no rows, or one of one element
+LEAST_BYTES = 2000  # a smaller test case has no rows, or one row of one element
 
 
 def preferred_dtype(spec: KernelSpec) -> torch.dtype:
-    """bfloat16, or the first of an operation that does without."""
+    """Returns bfloat16, or the operation's first data type where it has no bfloat16."""
     return torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
 
 
 def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What a launcher is called with, `out` among it where the operation has a result."""
+    """Returns the arguments of a launcher, with `out` where the operation has a result."""
     expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
     outputs = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=device)}
     return {**spec.make_inputs(case, dtype, device), **outputs}
 
 
 def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:
-    """That which moves the fewest bytes."""
+    """Returns the model case that moves the fewest bytes."""
     dtype = preferred_dtype(spec)
     return min(spec.model_cases, key=lambda case: spec.cost(case, dtype).bytes), dtype
 
 
 def smallest_test_case(spec: KernelSpec, dtype: torch.dtype) -> Case:
-    """That which moves the fewest bytes of those that move some, else the largest."""
+    """Returns the test case that moves the fewest bytes but at least LEAST_BYTES, or else the largest case."""
     by_bytes = sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes)
     return next((case for case in by_bytes if spec.cost(case, dtype).bytes >= LEAST_BYTES), by_bytes[-1])

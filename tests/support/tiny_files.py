@@ -1,4 +1,4 @@
-"""The files of the tiny checkpoint beside its weights: config.json and a Qwen2 tokenizer of the questions' words."""
+"""Writes the tiny checkpoint's files except its weights: config.json and a Qwen2 tokenizer of the questions' words."""
 
 import json
 from pathlib import Path
@@ -69,14 +69,14 @@ INTERNVL_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> 
 
 
 def write_files(folder: Path) -> None:
-    """Everything but the weights, into an existing folder."""
+    """Writes all files except the weights into an existing folder."""
     vocab_size = _write_tokenizer(folder)
     _write_json(folder / "config.json", {**CONFIG, "llm_config": {**LLM_CONFIG, "vocab_size": vocab_size}})
     _write_json(folder / "generation_config.json", {"_from_model_config": True})
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """A byte-level BPE whose merges make one token of every word in the questions; returns the vocabulary's size."""
+    """Writes a byte-level BPE tokenizer with one token for each word of the questions; returns the vocabulary size."""
     base = tokenizers.Tokenizer(models.BPE())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
     base.pre_tokenizer = pre_tokenizers.Sequence(

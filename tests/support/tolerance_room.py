@@ -1,12 +1,12 @@
-"""How much of its tolerances each operation uses, over many seeds.
+"""Measures how much of its tolerances each operation uses, over many seeds.
 
     python tests/support/tolerance_room.py --seeds 1000 [--operations gemv swiglu] [--dtypes bfloat16] [--interpreter]
 
 Prints, for each operation and data type, the largest share of the elements' limit and of the rms limit that a test
-case used, with the case and the seed, and how many of the runs failed. The random numbers are CUDA's and the roundings
-the kernel's (support/emulated.py); `--interpreter` runs the kernels themselves, a hundred times slower. Whatever uses
-more than 80 % of a tolerance is marked: the tolerance is to be widened, with the reason on its line, or the kernel to
-be made more exact. Exits with 1 when a run failed.
+case used, with the case and the seed, and how many of the runs failed. The random numbers are those of CUDA and the
+roundings those of the kernel (support/emulated.py); `--interpreter` runs the kernels themselves, which takes a hundred
+times longer. A mark shows a row that uses more than 80 % of a tolerance: widen the tolerance, with the reason on its
+line, or make the kernel more exact. Exits with 1 when a run failed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads this when it is imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -32,13 +32,13 @@ from support.specs import discover_specs
 
 SPECS = discover_specs()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ENOUGH = 0.8  # of a tolerance
+ENOUGH = 0.8  # share of a tolerance; what uses more is marked
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """The largest share of one limit, and where."""
+    """The largest share of one limit that was used, and in which case and seed."""
 
     share: float
     place: str
@@ -81,7 +81,7 @@ def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, i
 
 
 def room_of(rooms: Sequence[Room]) -> Room:
-    """Of all cases."""
+    """Combines the rooms of all cases into one."""
     return Room(
         max((room.element for room in rooms), key=lambda used: used.share),
         max((room.rms for room in rooms), key=lambda used: used.share),
@@ -91,7 +91,7 @@ def room_of(rooms: Sequence[Room]) -> Room:
 
 
 def report(options: argparse.Namespace, run_all: Callable[..., Iterable[Room]]) -> int:
-    """`run_all` is map, or a map over processes. Prints a row as soon as it is known; returns how many runs failed."""
+    """Prints each row as soon as it is known and returns how many runs failed; `run_all` is map or a pool's map."""
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     print(HEADER, flush=True)
     failures = 0

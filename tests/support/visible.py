@@ -1,4 +1,4 @@
-"""Which digits each visual token of a picture shows: what the vision tower is taught directly, beside the answers."""
+"""Marks which digits each visual token of a picture shows; the vision tower learns these marks besides the answers."""
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,10 @@ SHOWN, HINTED, WHOLE = 0.4, 0.1, 0.6
 def mark_visible(
     size: tuple[int, int], digits: str, boxes: Boxes, options: ImageOptions, cells: int
 ) -> npt.NDArray[np.int64]:
-    """[visual tokens, 10] of a picture of that (width, height): 1 where a digit is shown, 0 where not, -1 where unsure.
+    """Returns marks [visual tokens, 10]: 1 where a digit is shown, 0 where not, -1 where unsure; `size`: width, height.
 
-    A visual token sees one of `cells` x `cells` cells of its tile. It shows a digit if the tile holds most of the digit
-    and the cell a good part; it is unsure about a digit that reaches into the cell a little.
+    A visual token stands for one of `cells` x `cells` cells of its tile. It shows a digit if most of the digit is in
+    the tile and much of it in the cell; the mark is unsure if only a little of the digit is in the cell.
     """
     columns, rows = choose_grid(*size, options)
     side = options.image_size
@@ -42,7 +42,7 @@ def _mark_tile(digits: str, boxes: Boxes, side: int, cells: int) -> npt.NDArray[
 
 
 def _overlap(boxes: Boxes, starts: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
-    """Common area of each square of side `step` with each box, [squares, boxes]."""
+    """Returns the area that each square of side `step` shares with each box, [squares, boxes]."""
     low = np.maximum(boxes[None, :, :2], starts[:, None])
     high = np.minimum(boxes[None, :, 2:], starts[:, None] + step)
     return np.prod(np.clip(high - low, 0, None), axis=2)
