@@ -125,7 +125,7 @@ def test_the_extension_knows_every_source_file() -> None:
 
 
 def test_where_cmake_is_missing_one_call_of_the_compiler_builds_the_extension(tmp_path: Path) -> None:
-    """bench/gpu.py builds so; then the package has its compiled part and its version without being installed."""
+    """bench/gpu.py builds in this way; then the package has its compiled part and version without an installation."""
     for file in ROOT.iterdir():
         if file.name not in {"internvl_rt", "build"} and file.suffix != ".egg-info":
             (tmp_path / file.name).symlink_to(file)

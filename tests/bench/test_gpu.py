@@ -51,7 +51,7 @@ def run_parts(
 def gpu_command(root: Path, out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Runs bench/gpu.py on the CPU and returns its exit code, results and log."""
     command = [sys.executable, str(root / "bench" / "gpu.py"), "--cpu", "--out", str(out), *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # users do not set it
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # a user sets none
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

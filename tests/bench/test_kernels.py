@@ -182,7 +182,7 @@ def test_a_kernel_that_is_wrong_gets_no_time(launcher: Any, problem: str) -> Non
     ],
 )
 def test_a_kernel_that_is_right_once_and_wrong_when_replayed_gets_no_time(op: str, case: str, problem: str) -> None:
-    """Each later call writes nothing, as of a kernel that does not reset its counters."""
+    """The launcher writes nothing after its first call, like a kernel that does not reset its counters."""
     real, calls = SPECS[op].launcher, list[int]()
 
     def right_once(*args: Any, **how: Any) -> Any:
@@ -264,7 +264,7 @@ def test_what_a_user_would_run_instead_computes_the_same(op: str, case: str) -> 
         for name, wanted in expected_in_place.items():
             torch.testing.assert_close(inputs[name].to(wanted.dtype), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
             compared += 1
-        if op == "sample":  # greedy rows draw no random numbers
+        if op == "sample":  # compare the greedy rows, which draw nothing at random
             greedy = (inputs["temperature_R"] == 0) | (inputs["top_k_R"] == 1)
             assert torch.equal(result[greedy], work.spec.reference(**inputs)[greedy])
             compared += int(greedy.sum())

@@ -114,7 +114,7 @@ def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, str]) -> None:
-    """Launches of a model's cases, all contract cases and all plans to tune ask for kernels by Triton's own keys."""
+    """The plans for models, contract and tuning hold every kernel, by Triton's own key, that their launches ask for."""
     assert run_python(environment, ASK) == ""
 
 

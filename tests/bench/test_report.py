@@ -251,7 +251,7 @@ def test_nothing_is_drawn_of_what_was_not_measured(draw: Callable[[Results], obj
     assert draw(results) is None
 
 
-# Two files
+# The comparison of two files
 
 
 def scaled(results: Results, factor: float, name: str) -> Results:

@@ -46,7 +46,7 @@ def test_what_the_time_does_not_reach_is_named() -> None:
 
 
 def test_the_rows_are_those_of_the_vision_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product gives the same with 1,025 rows a tile, the patch rows alone, or both kinds apart; LAYER lists four."""
+    """A product of 1,025 rows a tile equals that of the patch rows alone, and that of patch and class rows apart."""
     written: dict[str, torch.Tensor] = {}
 
     def run_once(variants: Any, *_: Any, **__: Any) -> dict[str, Timing]:

@@ -108,7 +108,7 @@ def test_what_was_timed_runs_once_more_after_its_preparation() -> None:
 
 @pytest.fixture(scope="module")
 def cuda() -> dict[str, Any]:
-    """Results of support/fake_timing.py, in its own process because the stand-in for CUDA cannot be undone in one."""
+    """Runs support/fake_timing.py in its own process, since the stand-in for CUDA stays until a process ends."""
     script = Path(__file__).parents[1] / "support" / "fake_timing.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The kernels read the table that the tuner writes: it covers half of the fewest rows, and is replaced whole or not."""
+"""The kernels choose by the table that the tuner writes; a new table replaces the old one whole or not at all."""
 
 import sys
 from dataclasses import replace

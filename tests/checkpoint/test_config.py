@@ -1,4 +1,4 @@
-"""config.json of both formats is read: what its keys mean, and what missing keys mean."""
+"""config.json of both formats is read: each key has its meaning, and so has a missing key."""
 
 import json
 import math

@@ -148,7 +148,7 @@ def test_what_is_on_disk_never_touches_the_network(tmp_path, monkeypatch):
     (folder / "config.json").write_text(KNOWN_MODELS["InternVL3-2B"].read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_model("OpenGVLab/InternVL3-1B") == Path("OpenGVLab/InternVL3-1B")  # not the hub's
+    assert resolve_model("OpenGVLab/InternVL3-1B") == Path("OpenGVLab/InternVL3-1B")  # a folder, not a hub id
     assert resolve_model("~/OpenGVLab/InternVL3-1B") == folder
     assert resolve_model(folder) == folder
     config, name = find_config("OpenGVLab/InternVL3-1B")

@@ -98,7 +98,7 @@ def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
 def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_is_taken(tmp_path, length):
     file = tmp_path / "model.safetensors"
     write_raw(file, b"{}", length=length)
-    os.truncate(file, 300_000_000)  # a sparse file, so that only the limit refuses the last length
+    os.truncate(file, 300_000_000)  # a sparse file so large that only the limit refuses 200,000,001 bytes
     tracemalloc.start()
     message = refusal(tmp_path)
     peak_bytes = tracemalloc.get_traced_memory()[1]

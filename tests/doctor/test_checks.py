@@ -152,7 +152,7 @@ def test_an_error_of_the_device_is_said_to_end_the_process(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("target", [TARGETS[80], TARGETS[90]], ids=["sm_80", "sm_90"])
 def test_each_operation_is_checked_on_something(target: Any) -> None:
-    """It is checked on one to three cases that launch something, with TMA and without, with norms and without."""
+    """The cases, one to three, launch something: products with TMA and without, attention with norms and without."""
     chosen = {}
     for spec in discover_specs().values():
         dtype = next(iter(spec.tolerances))

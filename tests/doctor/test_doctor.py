@@ -19,7 +19,7 @@ from internvl_rt.kernels._check import discover_specs
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
-# An editable installation finds the compiled part in its checkout, wherever the package that is imported lies.
+# An editable installation would find the compiled part in its checkout; this program removes its import hook.
 WITHOUT_EDITABLE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]

@@ -45,7 +45,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def served(environment: dict[str, str]) -> Callable[[str], Found]:
-    """A function that serves requests in one of WAYS, the first time only, and returns what it found."""
+    """A function that serves requests in one of WAYS and returns what was found; it runs each way only once."""
     return cache(lambda way: serve(environment, **WAYS[way]))
 
 
@@ -60,7 +60,7 @@ def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str],
 @pytest.mark.fast("no early launch")
 @pytest.mark.parametrize("way", WAYS)
 def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Callable[[str], Found], way: str) -> None:
-    """The caller of the engine changes its stream; with all on, a second engine is built while the first one serves."""
+    """The engine's caller changes its own stream; with all on, a second engine is built while the first one serves."""
     assert not served(way)["races"]
 
 

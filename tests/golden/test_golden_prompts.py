@@ -31,7 +31,7 @@ def every(table, key, keep=lambda case: True):
 
 
 def prompt_of(path, case, tiles, *, question=None, user_specials=True):
-    system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])  # without one, it says "None"
+    system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])  # None is shown as "None"
     question = case["question"] if question is None else question
     turns, stored = turns_from_question(question, case["history"], num_images=len(tiles), system=system)
     counts = [n * PROMPTS[path]["num_image_token"] for n in tiles]

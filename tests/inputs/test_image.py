@@ -78,7 +78,7 @@ def test_transparency_is_dropped_or_laid_on_white() -> None:
     assert np.array_equal(pixels(data), color)
     opacity = alpha / 255
     on_white = color * opacity + 255 * (1 - opacity)
-    assert np.abs(pixels(data, ImageOptions(alpha="white")) - on_white).max() <= 1  # Pillow computes in integers
+    assert np.abs(pixels(data, ImageOptions(alpha="white")) - on_white).max() <= 1  # Pillow rounds differently
 
 
 def test_a_transparent_palette_entry_keeps_its_color_or_turns_white() -> None:

@@ -50,7 +50,7 @@ def test_square_pictures_take_more_tiles_when_these_are_half_covered(side: int, 
 
 @pytest.mark.parametrize(
     ("tiles", "width", "height", "small", "large"),
-    [(4, 5, 2, (4, 1), (2, 2)), (6, 15, 4, (3, 2), (6, 1))],  # ratios halfway between the two grids'
+    [(4, 5, 2, (4, 1), (2, 2)), (6, 15, 4, (3, 2), (6, 1))],  # the ratio is halfway between the two grids'
 )
 def test_grids_of_one_size_that_tie_are_taken_in_the_order_of_the_official_set(
     tiles: int, width: int, height: int, small: tuple[int, int], large: tuple[int, int]

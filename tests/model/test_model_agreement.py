@@ -56,7 +56,7 @@ def test_likeliest_tokens_agree_with_float32(name: str) -> None:
 
 @pytest.mark.gpu
 def test_decode_graphs_give_the_bits_of_eager_steps() -> None:
-    """The batches have one and four sequences, as graphs do: padding would change how attention is split."""
+    """Graphs exist for the batch sizes one and four: padding would change how attention is split."""
     params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=1)
     conversations = [[{"role": "user", "content": "digits " * n}] for n in (3, 40, 7, 20)]
     found = []

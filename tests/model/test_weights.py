@@ -1,4 +1,4 @@
-"""Checkpoint tensors become parameters and parameters tensors, all of them, in every dialect and kind of tower."""
+"""All checkpoint tensors become parameters, and tensors again, in every dialect and with every kind of tower."""
 
 from dataclasses import replace
 

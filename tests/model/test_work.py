@@ -165,7 +165,7 @@ def test_a_floor_is_the_slower_of_computing_and_moving():
 
 def test_only_devices_with_a_known_data_sheet_have_a_roof():
     assert roof_of(torch.device("cpu"), BF16) is None
-    assert data_sheet_roof("NVIDIA H200 NVL", BF16) is None  # its clocks are another chip's
+    assert data_sheet_roof("NVIDIA H200 NVL", BF16) is None  # another card, with other clocks
     roof = data_sheet_roof("NVIDIA H200", BF16)
     assert (roof.flops_per_s, roof.bytes_per_s) == (989.4e12, 4.8e12)
     assert data_sheet_roof("NVIDIA H200", torch.float32).flops_per_s == 67e12
