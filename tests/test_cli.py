@@ -1,4 +1,4 @@
-"""The command line as a user types it: output, exit codes, one-line errors."""
+"""The command line, as a user types it, gives the right output, exit codes and errors of one line."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_help_explains_and_does_not_load_torch(command):
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
     try:
         code = main(arguments)
-    except SystemExit as exit_:  # argparse's own refusals
+    except SystemExit as exit_:  # argparse exits by itself
         code = exit_.code
     printed = capsys.readouterr()
     assert code == 2
@@ -103,10 +103,10 @@ def test_interrupt_ends_with_exit_code_130():
         [*arguments, "--temperature", "5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     )
     assert process.stdout is not None
-    os.read(process.stdout.fileno(), 1)  # the answer has begun
+    os.read(process.stdout.fileno(), 1)  # wait until the answer has begun
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""How csrc/ is built: with whose tools, what is built again after a change, and what is said where something lacks."""
+"""The build of csrc/ finds its tools, builds again what has changed, and says what is missing."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def make_program(folder: Path, name: str) -> str:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No tool anywhere: neither as a package, nor among this Python's scripts, nor on PATH. Returns PATH's folder."""
+    """Hides all tools: no package, script of this Python or folder on PATH has one. Returns the folder on PATH."""
     for name in ("cmake", "ninja"):
         monkeypatch.setitem(sys.modules, name, None)
     paths = {**sysconfig.get_paths(), "scripts": str(tmp_path / "scripts")}
@@ -113,19 +113,19 @@ def test_only_what_a_change_concerns_is_built_again(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CXXFLAGS", "-O2")
     assert rebuilt() == {"a.cpp.o", "b.cpp.o"}, "the flags have changed"
     moved = shutil.copytree(folder, tmp_path / "moved")
-    folder = moved  # as a checkout that is copied to another place takes its build folder along
+    folder = moved  # a checkout that is copied to another place has a copy of its build folder
     assert rebuilt() == {"a.cpp.o", "b.cpp.o"}, "CMake refuses a folder that was configured elsewhere"
 
 
 def test_the_extension_knows_every_source_file() -> None:
-    """CMakeLists.txt names them one by one, as CMake advises; a file that is not named would not be linked."""
+    """CMakeLists.txt names the files one by one, as CMake advises; a file that is not named would not be linked."""
     text = (ROOT / "csrc" / "CMakeLists.txt").read_text()
     files = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("bench/csrc/*.cpp")]
     assert [file.name for file in files if file.name not in text] == []
 
 
 def test_where_cmake_is_missing_one_call_of_the_compiler_builds_the_extension(tmp_path: Path) -> None:
-    """As bench/gpu.py does; then the package has its compiled part and its version, without an installation."""
+    """bench/gpu.py builds in this way; then the package has its compiled part and version without an installation."""
     for file in ROOT.iterdir():
         if file.name not in {"internvl_rt", "build"} and file.suffix != ".egg-info":
             (tmp_path / file.name).symlink_to(file)
@@ -139,7 +139,7 @@ def test_where_cmake_is_missing_one_call_of_the_compiler_builds_the_extension(tm
         "print(metadata.version('internvl-rt'), compiled.PagedKVCache(4, 16).num_blocks, compiled.__file__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-S", "-c", program]  # without what is installed
+    command = [sys.executable, "-S", "-c", program]  # -S hides installed packages
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     version, num_blocks, file = done.stdout.split()

@@ -1,4 +1,4 @@
-"""The official interface: what the model cards' quick start does, on the checkpoint in the package."""
+"""The official interface does what the model cards' quick start does, on the checkpoint in the package."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_quick_start_reads_a_picture_and_keeps_a_history(model, tokenizer):
     )
     assert again == str(len(response))
     assert longer == [*history, ("How many digits are there?", again)]
-    assert len(history) == 1  # the caller's list is the caller's
+    assert len(history) == 1  # chat does not change the caller's list
 
 
 def test_question_without_a_marker_gets_the_picture_in_front(model, tokenizer):

@@ -10,7 +10,7 @@ PAGES = sorted(page for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def named_files(page: Path) -> list[str]:
-    """Paths in backquotes. A name without a folder stands beside the last one that had a folder."""
+    """Returns the paths in backquotes. A name without a folder is in the folder of the last path that had one."""
     names, folder = [], Path()
     for name in re.findall(r"`([\w./-]+(?:\.(?:py|cpp|h|md|txt|toml)|/))`", page.read_text(encoding="utf-8")):
         path = Path(name)

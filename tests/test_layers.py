@@ -1,4 +1,4 @@
-"""The shape of the repository: one order of modules, one home for each library, small files, no junk drawers."""
+"""The repository keeps its shape: one order of modules, named importers of each library, small files, no `utils`."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "internvl_rt"
 
-# Leaf to top: a module imports only modules above it in this list.
+# The modules from leaf to top: a module imports only modules above it in this list.
 MODULES = [
     "errors",
     "checkpoint.json_section",
@@ -131,7 +131,7 @@ MODULES = [
     "__main__",
 ]
 
-# Library: the modules that may import it. Everything that is not listed here may be imported anywhere.
+# The modules that may import each library. Any module may import a library that is not listed here.
 HOMES = {
     "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
     "PIL": ["inputs.tiles", "inputs.image", "inputs.video"],
@@ -143,7 +143,7 @@ HOMES = {
     "transformers": [],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-CALLERS_OF_KERNELS = {"model.ops", "model.ops_triton", "doctor.kernels"}  # the tables, and what checks the kernels
+CALLERS_OF_KERNELS = {"model.ops", "model.ops_triton", "doctor.kernels"}  # the tables of operations, and the checks
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400
 
@@ -153,7 +153,7 @@ def module_path(name: str) -> Path:
 
 
 def imported_names(name: str) -> Iterator[str]:
-    """Dotted names of all that a module imports, inside functions too; `from a import b` gives `a.b`."""
+    """Yields the dotted names of all that a module imports, inside functions too; `from a import b` gives `a.b`."""
     for node in ast.walk(ast.parse(module_path(name).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -163,7 +163,7 @@ def imported_names(name: str) -> Iterator[str]:
 
 
 def internal_module(dotted: str) -> str | None:
-    """The module of the package behind an imported name, or None: `internvl_rt.model.ops.TORCH` is in `ops`."""
+    """Returns the package's module of an imported name, `model.ops` for `internvl_rt.model.ops.TORCH`, or None."""
     package, *parts = dotted.split(".")
     if package != "internvl_rt" or parts[:1] == ["_C"]:
         return None
@@ -223,7 +223,7 @@ def test_the_model_can_be_imported_without_what_requests_and_the_scheduler_need(
 
 
 def test_the_model_is_imported_without_what_is_above_it() -> None:
-    """Neither a tokenizer nor a decoder of pictures, nor grammars, nor the compiled part: it can be used alone."""
+    """The model can be used alone: it needs no tokenizer, decoder of pictures, grammar or compiled part."""
     code = "import sys, internvl_rt.model; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "internvl_rt.model" in done.stdout.split()

@@ -1,4 +1,4 @@
-"""What is shipped, not the checkout: source archive, wheel, an installation elsewhere, and the model in it."""
+"""The source archive and the wheel are complete: the wheel is installed elsewhere, and the model in it answers."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from the source archive, without a network."""
+    """Builds the source archive and from it the wheel, without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-c", BUILD_ARCHIVE, folder, cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")

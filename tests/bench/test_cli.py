@@ -1,4 +1,4 @@
-"""`internvl-rt bench`, small: every part runs to its end and says what it should, whatever ends it. Not how fast."""
+"""Small runs of `internvl-rt bench`: every part prints what it should, however it ends; its speed is not tested."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ def small(tmp_path):
 
 
 def bench(capsys, *arguments):
-    """What a bench printed, and its document, as bench/results/schema.json wants it."""
+    """Returns the lines that a bench printed, and its document, which is valid by bench/results/schema.json."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
     try:
         from document import parse_last_line
@@ -138,7 +138,7 @@ def test_what_prefill_says_fits_together(capsys):
 @pytest.mark.fast("graphs, a step ahead")
 @pytest.mark.parametrize("like_a_gpu", [False, True], ids=["", "graphs, a step ahead"])
 def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(like_a_gpu):
-    num_steps, batch, context, step = 6, 5, 130, 70  # prompts take ten steps, others decode meanwhile
+    num_steps, batch, context, step = 6, 5, 130, 70  # the prompts take ten steps; the first ones decode meanwhile
     length = context + room_for(batch, context, num_steps, step)
     options = {"max_tokens_per_step": step, "max_num_seqs": batch, "max_model_len": length, "block_size": 16}
     with Engine.from_pretrained("tiny", device="cpu", prefix_cache=False, visual_cache_bytes=0, **options) as engine:
@@ -199,10 +199,10 @@ def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore SIGINT
     )
     assert process.stdout is not None
-    assert any(line.startswith(first) for line in process.stdout)  # reads up to the first row
+    assert any(line.startswith(first) for line in process.stdout)  # `any` reads up to the first row
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -369,7 +369,7 @@ def test_a_random_model_that_cannot_be_made_is_refused(small):
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
     try:
         code = main(["bench", *arguments])
-    except SystemExit as exit_:  # argparse's own refusals
+    except SystemExit as exit_:  # argparse exits by itself
         code = exit_.code
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")

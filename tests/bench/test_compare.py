@@ -1,4 +1,4 @@
-"""The comparison with transformers, on a tiny shape: that it runs, not what it measures."""
+"""The comparison with transformers runs on a tiny shape; its numbers are not tested."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Benches of the engine, the cache and loading, small: that they run to their end, not what they measure."""
+"""Benches of the engine, the cache and loading run small to their end; their numbers are not tested."""
 
 import copy
 import json
@@ -55,6 +55,6 @@ def test_the_books_of_the_cache_are_measured_from_both_languages(tmp_path: Path)
     out = tmp_path / "kv_cache.json"
     lines = run(
         "kv_cache.py", "--runs=1", "--python-runs=1", f"--out={out}", exit_codes=(0, 1)
-    )  # 1: a target is missed
+    )  # 1: the bench missed a target
     assert any("append to 256 sequences (Python)" in line for line in lines)
     assert json.loads(out.read_text())

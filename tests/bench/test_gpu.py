@@ -1,4 +1,4 @@
-"""The one command for a GPU machine: on the CPU at small settings, and its parts' rules with stand-ins."""
+"""The command for a GPU machine runs on the CPU at small settings; stand-ins for its parts show the rules of parts."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from parts import CALLS, NotRunError, Output, Part, build_parts, choose, read_co
 from proof import AGREEMENT, CONTRACT, DECODER, VISION
 
 ROOT = Path(__file__).parents[2]
-TIMED = ("roofline", "decode", "vision", "prefill", "kernels", "serve")  # test_bench_compare.py has the other one
+TIMED = ("roofline", "decode", "vision", "prefill", "kernels", "serve")  # test_compare.py tests the other timed part
 
 
 def python(name: str, code: str, **changes: Any) -> Part:
@@ -49,9 +49,9 @@ def run_parts(
 
 
 def gpu_command(root: Path, out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """Exit code, results and log."""
+    """Runs bench/gpu.py on the CPU and returns its exit code, results and log."""
     command = [sys.executable, str(root / "bench" / "gpu.py"), "--cpu", "--out", str(out), *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # as a user has it
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # a user sets none
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -84,7 +84,7 @@ def test_the_whole_sequence_runs_on_a_cpu_and_leaves_a_page_with_pictures(tmp_pa
 
 @pytest.mark.slow
 def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) -> None:
-    """A rehearsal: a kernel is wrong, one bench never ends, another is killed. Everything else has rows."""
+    """In a copy, one kernel is wrong, one bench never ends and another is killed; everything else still has rows."""
     copy = tmp_path / "copy"
     leave = shutil.ignore_patterns("__pycache__", ".*")
     for folder in ("internvl_rt", "kernels", "bench", "tests"):
@@ -108,13 +108,13 @@ def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) 
         *(
             "--parts",
             "contract,roofline,decode_1b,vision_1b,prefill_1b,kernels",
-        ),  # few, so that a busy machine does them
+        ),  # few parts, so that a busy machine has the time for them
     )
     assert time.monotonic() - start < 120 + gpu.GRACE_S + 30, "the page and the pictures come behind the parts"
     assert exit_code == 1
     parts = results["parts"]
     rows = {row["name"]: row for row in parts["contract"]["document"]["rows"]}
-    assert (rows["rms_norm"]["passed"], rows["rms_norm"]["failed"]) == (0, 3), log  # in three data types
+    assert (rows["rms_norm"]["passed"], rows["rms_norm"]["failed"]) == (0, 3), log  # three data types
     assert (rows["swiglu"]["failed"], parts["contract"]["reason"]) == (0, "rms_norm: 3 failed")
     assert "rms error 0.01" in log
     assert parts["vision_1b"]["status"] == "stopped"
@@ -132,7 +132,7 @@ def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) 
 
 
 def test_every_command_of_a_gpu_machine_is_one_that_exists() -> None:
-    """There is no GPU to try them on; so their files, and the options that they are given, are looked up."""
+    """There is no GPU to run the commands on, so the test looks up their files and the options that they get."""
     for each in build_parts(cpu=False, select=None):
         words = [word.replace("{budget_s}", "9") for word in each.command if word]
         assert all((ROOT / word).exists() for word in words if word.startswith(("tests/", "bench/")))

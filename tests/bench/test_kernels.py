@@ -1,6 +1,6 @@
-"""The bench of kernels, small: it checks before it times, compares with what computes the same, and says what it left.
+"""The bench of kernels checks before it times, compares with code that computes the same, and names what it left out.
 
-Without a GPU, Triton's interpreter runs the kernels; what is measured says nothing.
+Without a GPU, Triton's interpreter runs the kernels, and the measured times mean nothing.
 """
 
 import json
@@ -25,7 +25,7 @@ import kernel_table  # noqa: E402
 from attention_baselines import Alternative, same  # noqa: E402
 from document import parse_last_line  # noqa: E402
 from kernel_baselines import alternatives  # noqa: E402
-from kernel_cases import Work, check_kernel, compare, plan_work, real_work, relative_error, run_reference, small_work  # noqa: E402  # noqa: E402
+from kernel_cases import Work, check_kernel, compare, plan_work, real_work, relative_error, run_reference, small_work  # noqa: E402
 from kernel_table import Limits, copy_us, measure, measure_all, measure_kernel, roof_us  # noqa: E402
 
 from internvl_rt.kernels._contract import Case, Cost, Tolerance  # noqa: E402
@@ -35,10 +35,10 @@ from support.specs import discover_specs  # noqa: E402
 Command = Callable[..., tuple[int, str]]
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of kernels; without a GPU they are interpreted
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # kernels run here, interpreted if it is a CPU
 SPECS = discover_specs()
 ROOFLINE = {"copy_gb_s": {"1000000": 1000.0, "16000000": 4000.0}, "tflops": {"float32": 60.0, "bfloat16": 800.0}}
-SAME = {  # of each operation, small cases that a user could run in another way
+SAME = {  # by operation, small cases that a user could compute in other ways too
     "add_norm": ("layer_width_129", "rms_width_129", "no_vectors"),
     "copy_blocks": ("several_pairs",),
     "decode_attention": ("many_splits", "group_7"),
@@ -182,7 +182,7 @@ def test_a_kernel_that_is_wrong_gets_no_time(launcher: Any, problem: str) -> Non
     ],
 )
 def test_a_kernel_that_is_right_once_and_wrong_when_replayed_gets_no_time(op: str, case: str, problem: str) -> None:
-    """As one that leaves its counters behind: each later call writes nothing."""
+    """The launcher writes nothing after its first call, like a kernel that does not reset its counters."""
     real, calls = SPECS[op].launcher, list[int]()
 
     def right_once(*args: Any, **how: Any) -> Any:
@@ -197,7 +197,7 @@ def test_a_kernel_that_is_right_once_and_wrong_when_replayed_gets_no_time(op: st
 
 @pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.in_place])
 def test_a_kernel_that_writes_in_place_is_right_when_replayed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the samples leave behind in its inputs is put back first."""
+    """Timing changes the kernel's inputs, so the bench restores them before the replay that it checks."""
     monkeypatch.setattr(kernel_table, "alternatives", lambda op: [])
     monkeypatch.setitem(kernel_table.BUDGET_S, "cuda", 1e-4)
     rows = measure_kernel(work_of(op, SAME[op][0]), DEVICE, ROOFLINE, far_away())
@@ -254,7 +254,7 @@ def test_what_a_user_would_run_instead_computes_the_same(op: str, case: str) -> 
         try:
             run, as_reference = alternative.prepare(inputs)
             result = run()
-        except RuntimeError:  # some of torch's attentions are for CUDA alone
+        except RuntimeError:  # some of torch's attentions need CUDA
             assert alternative.name.startswith("sdpa")
             continue
         limit = 0.03 if op == "resize_tiles" else 1e-5
@@ -264,7 +264,7 @@ def test_what_a_user_would_run_instead_computes_the_same(op: str, case: str) -> 
         for name, wanted in expected_in_place.items():
             torch.testing.assert_close(inputs[name].to(wanted.dtype), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
             compared += 1
-        if op == "sample":  # the rows without a draw
+        if op == "sample":  # compare the greedy rows, which draw nothing at random
             greedy = (inputs["temperature_R"] == 0) | (inputs["top_k_R"] == 1)
             assert torch.equal(result[greedy], work.spec.reference(**inputs)[greedy])
             compared += int(greedy.sum())
@@ -302,7 +302,7 @@ def test_the_kernel_has_the_first_row_and_each_alternative_one_more(
     assert names == (["cublas + element-wise", "cublas alone"] if op == "gemm_epilogue" else ["torch eager"])
     assert [row.get("partial") for row in rows[1:]] == [None, True][: len(names)]
     assert len({row["name"] for row in rows}) == 1
-    assert ("not torch.compile" in capsys.readouterr().err) == (op != "gemm_epilogue")  # there is no time for it here
+    assert ("not torch.compile" in capsys.readouterr().err) == (op != "gemm_epilogue")  # there is no time to compile
 
 
 def test_an_alternative_that_computes_something_else_is_not_timed(
@@ -342,7 +342,7 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_of_each_comes_first_then_a_step_of_the_1b_and_the_8b_and_other_tilings_last() -> None:
-    works = plan_work(torch.device("cuda"))  # names alone: nothing runs
+    works = plan_work(torch.device("cuda"))  # nothing runs, so a CUDA device may be named
     assert {work.name.split("/")[0] for work in works} == SPECS.keys()
     assert len({work.name for work in works}) == len(works)
     one_each, first, last = works[: len(SPECS)], works[len(SPECS) : len(SPECS) + 8], works[-12:]

@@ -1,4 +1,4 @@
-"""The planned launches of a decode step: those that `ops_triton` makes, and predictions that no roof is broken by."""
+"""The planned launches of a decode step are those that `ops_triton` makes, and no prediction is above a roof."""
 
 import importlib.util
 from importlib import import_module
@@ -36,7 +36,7 @@ def bench() -> ModuleType:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes products and computes none, so that tensors of any size cost address space only."""
+    """Records matrix products without computing them, so that tensors of any size cost address space only."""
 
     def __init__(self, made: list[Any]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Recorder(TorchDispatchMode):
 
 
 def what_shows(launch: Launch) -> Any:
-    """All of a launch but its tensors and what depends on where they lie; eps, where there is no norm, is any."""
+    """Returns what must agree of two launches: all but tensors, strides, num_slots, and eps, which may be unused."""
     scalars = {name: value for name, value in launch.args.items() if not isinstance(value, torch.Tensor)}
     scalars = {name: scalars[name] for name in scalars if "stride" not in name and name not in ("num_slots", "eps")}
     options = launch.num_warps, launch.num_stages, launch.pdl
@@ -124,7 +124,7 @@ def test_every_share_is_of_a_roof(bench: ModuleType) -> None:
 
 
 def test_weight_bytes_are_those_of_the_decoder(bench: ModuleType) -> None:
-    """Its parameters but the embedding, of which a step reads a row a sequence, and the vectors: norms and biases."""
+    """Weight bytes leave out norms and biases, and the embedding, of which a step reads one row a sequence."""
     for (name, batch), operations in bench.plans().items():
         config = load_config(KNOWN_MODELS[name])
         parameters = named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta"))
@@ -151,11 +151,11 @@ def test_fewer_bytes_in_flight_and_fewer_programs_are_slower(bench: ModuleType) 
         return bench.planned(bench.GEMV, {"R": 8, "N": n, "K": 4096, **plan}, "").share
 
     assert share(512) < share(2048) < share(8192) < share(32768)
-    assert share(4096, plan="matrix") < share(4096)  # chunks of 2 KiB
+    assert share(4096, plan="matrix") < share(4096)  # the plan reads chunks of 2 KiB
 
 
 def test_a_fused_product_is_predicted_too(bench: ModuleType) -> None:
-    """As when a table knows one that is faster; a product alone is cuBLAS's."""
+    """A table may name a fused kernel that is faster; without one, cuBLAS computes the product."""
     sizes = {"R": 64, "N": 9728, "K": 896, "epilogue": "none", "bias": False}
     assert not bench.planned(GEMM_EPILOGUE, sizes, "").launches
     fused = bench.planned(GEMM_EPILOGUE, {**sizes, "implementation": "low"}, "")

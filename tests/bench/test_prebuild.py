@@ -1,6 +1,6 @@
-"""Compiling beforehand: what was compiled is what a launch finds, and nothing is left for the launch to compile.
+"""A launch finds the kernels that were compiled beforehand, and compiles nothing itself.
 
-Triton's own launcher runs with a stand-in for the driver, so all of this is in processes of their own.
+Triton's own launcher runs with a stand-in for the driver, so each test starts processes of its own.
 """
 
 import json
@@ -24,13 +24,13 @@ use_fake_driver()
 from kernel_cases import Work
 from support.specs import arguments_of, discover_specs, smallest_model_case
 """
-# Launches, as on a GPU, the smallest case of a real model of some operations.
+# This program launches, as on a GPU, the smallest case that a real model has of each named operation.
 LAUNCH = """
 for name in sys.argv[1:]:
     spec = discover_specs()[name]
     spec.launcher(**arguments_of(spec, *smallest_model_case(spec), torch.device("cpu")))
 """
-# Prints which kernels launches ask for that were not planned before. Nothing is compiled, nor launched.
+# This program prints the kernels that launches ask for and no plan has. It compiles and launches nothing.
 ASK = """
 import triton
 from prebuild import WHAT, distinct, wanted
@@ -70,7 +70,7 @@ assert asked_in_all > 700, asked_in_all
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """With a cache of its own that is empty, and the stand-in for the driver."""
+    """Environment variables with an empty cache of the test's own, and the stand-in for the driver."""
     (tmp_path / "driver").mkdir()
     return {**fake_environment(tmp_path / "driver"), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
 
@@ -108,13 +108,13 @@ def test_a_launch_finds_what_was_compiled(environment: dict[str, str]) -> None:
     assert sum(path.endswith(".cubin") for path in before) == row["kernels"]
     run_python(environment, LAUNCH, "rms_norm", "swiglu")
     assert cached(environment) == before
-    run_python(environment, LAUNCH, "copy_blocks")  # which was not compiled
+    run_python(environment, LAUNCH, "copy_blocks")  # it was not compiled beforehand
     assert sum(path.endswith(".cubin") for path in cached(environment) - before) == 1
 
 
 @pytest.mark.slow
 def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, str]) -> None:
-    """By Triton's own keys: a case of every operation of a model, all of the contract, the plans to be tuned."""
+    """The plans for models, contract and tuning hold every kernel, by Triton's own key, that their launches ask for."""
     assert run_python(environment, ASK) == ""
 
 

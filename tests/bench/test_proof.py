@@ -1,4 +1,4 @@
-"""What a run's tests say of the rows that it times."""
+"""The tests of a run decide which of the rows that it times are proven."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ NOTHING = frozenset[str]()
 
 
 def entries(contract: str = "done", agreement: str = "done", **failed: int) -> dict[str, Any]:
-    """failed: tests of an operation that failed, of ten."""
+    """Returns the results of a run. failed: how many of an operation's ten tests failed."""
     names = ("gemv", "vit_attention", "rms_norm")
     counts = {name: failed.get(name, 0) for name in names}
     rows = [{"name": name, "passed": 10 - bad, "failed": bad, "errors": 0} for name, bad in counts.items()]
@@ -36,7 +36,7 @@ def test_a_failing_operation_leaves_those_that_do_not_use_it_proven() -> None:
 
 @pytest.mark.parametrize("status", ["stopped", "not run"])
 def test_a_contract_that_did_not_end_proves_nothing(status: str) -> None:
-    """Nor where it had found a failure by then: the others may not have been reached."""
+    """This holds also if the contract found a failure before: the other tests may not have run."""
     ended = {"stopped": "contract did not run to its end", "not run": "contract did not run"}[status]
     assert why_unproven("vit_attention/x", NOTHING, entries(status), whole_model=False) == ended
     assert why_unproven("vit_attention/x", NOTHING, entries("stopped", gemv=1), whole_model=False) != ""

@@ -1,4 +1,4 @@
-"""Result files: what the schema allows, the page, the pictures, comparisons of two; on numbers that nobody measured."""
+"""Result files: the schema, the page, the pictures and comparisons of two files; all numbers are invented."""
 
 import copy
 import json
@@ -119,7 +119,7 @@ def test_the_page_says_which_kernel_is_furthest_from_its_roof_and_why(results: R
         "Furthest from its roof: `sample/vocab_151674_16_rows/bfloat16` at 30 % of it. Memory bandwidth bounds" in page
     )
     assert "10 MB take 2.5 us at the least, and it takes 8.333 us" in page
-    assert "1 of 11 cases are bound by their launch instead" in page  # a norm of one row, at 1 % of its roof
+    assert "1 of 11 cases are bound by their launch instead" in page  # it is a norm of one row, at 1 % of its roof
     assert "`decode/InternVL3-1B/1x2048/bfloat16` at 64 % of it, bound by memory bandwidth" in page
 
 
@@ -251,7 +251,7 @@ def test_nothing_is_drawn_of_what_was_not_measured(draw: Callable[[Results], obj
     assert draw(results) is None
 
 
-# Two files
+# The comparison of two files
 
 
 def scaled(results: Results, factor: float, name: str) -> Results:

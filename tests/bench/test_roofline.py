@@ -1,4 +1,4 @@
-"""The roofline, small: that it measures what it says; what it measures here are no roofs of a GPU."""
+"""The roofline, at small sizes, measures what it says; the numbers here are no roofs of a GPU."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def test_a_roof_that_fails_is_said_and_absent_unless_it_is_needed(
 
 
 def test_the_kernels_that_are_counted_do_what_is_counted() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter runs the kernel on a CPU
     values = torch.rand(64, device=device)
     expected = values.clone()
     for _ in range(2 * 3):

@@ -1,4 +1,4 @@
-"""The bench of patch rows and class rows, small, on a CPU: what is multiplied, and that every way gives the same."""
+"""The bench of patch rows and class rows, small on a CPU, multiplies the right rows, and every way gives the same."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_what_the_time_does_not_reach_is_named() -> None:
 
 
 def test_the_rows_are_those_of_the_vision_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The four products, with 1,025 rows a tile, with the patch rows alone, and with both apart, give the same."""
+    """A product of 1,025 rows a tile equals that of the patch rows alone, and that of patch and class rows apart."""
     written: dict[str, torch.Tensor] = {}
 
     def run_once(variants: Any, *_: Any, **__: Any) -> dict[str, Timing]:

@@ -1,4 +1,4 @@
-"""The benches' timer: fair to every variant, honest about what it timed; on a stand-in for CUDA, and on CUDA."""
+"""The benches' timer treats all variants alike and says what it timed, on a stand-in for CUDA and on CUDA."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ import timing  # noqa: E402
 from timing import sm_clock_mhz, time_variants  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SLOW_S = 3e-4  # more than SAMPLE_US, so that a sample is one call
+SLOW_S = 3e-4  # it is more than SAMPLE_US, so that a sample is one call
 
 
 def calls_of(log: list[str], name: str, seconds: float = SLOW_S) -> Callable[[], None]:
@@ -108,7 +108,7 @@ def test_what_was_timed_runs_once_more_after_its_preparation() -> None:
 
 @pytest.fixture(scope="module")
 def cuda() -> dict[str, Any]:
-    """What support/fake_timing.py found on the stand-in for CUDA, which cannot be taken back within a process."""
+    """Runs support/fake_timing.py in its own process, since the stand-in for CUDA stays until a process ends."""
     script = Path(__file__).parents[1] / "support" / "fake_timing.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def cuda() -> dict[str, Any]:
 
 
 def test_a_cold_call_finds_nothing_in_l2_and_emptying_it_is_not_timed(cuda: dict[str, Any]) -> None:
-    """Two calls, of one block and of two: their mean is timed, as well as two events can tell."""
+    """One call reads one block and another two; the timer gives their mean, as exactly as two events can measure."""
     *times, graphed, clock = cuda["cold"]
     assert times == pytest.approx(3 * [cuda["launch_us"] + 1.5 * cuda["block_us"]], abs=cuda["event_us"] / 2)
     assert (graphed, clock) == (True, 1980)
@@ -139,19 +139,19 @@ def test_what_cannot_be_captured_is_timed_eagerly_and_said_so(cuda: dict[str, An
 
 
 def test_a_capture_that_breaks_off_leaves_nothing_half_open(cuda: dict[str, Any]) -> None:
-    """Neither its pool, nor its stream as the current one, nor torch's check for calls that wait."""
+    """The memory pool is closed, the current stream is the old one, and torch's check for waiting calls is off."""
     assert (cuda["left_open"], cuda["as_before"]) == ([], True)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_cold_calls_are_slower_and_a_call_that_waits_is_eager() -> None:
-    x, y = (torch.rand(2**21, device="cuda") for _ in range(2))  # 8 MB each: L2 holds them
+    x, y = (torch.rand(2**21, device="cuda") for _ in range(2))  # L2 holds both, 8 MB each
     negate = partial(torch.neg, x, out=y)
     cold = time_variants({"negate": negate}, CUDA)["negate"]
     warm = time_variants({"negate": negate, "waits": lambda: x[0].item()}, CUDA, cold=False)
     assert (cold.graphed, warm["negate"].graphed, warm["waits"].graphed) == (True, True, False)
     assert warm["negate"].median_us < cold.median_us
-    assert time_variants({"negate": negate}, CUDA)["negate"].graphed  # nothing was left half open
+    assert time_variants({"negate": negate}, CUDA)["negate"].graphed  # the failed capture did no harm
 
 
 def test_the_clock_of_a_cpu_is_not_known() -> None:

@@ -1,6 +1,6 @@
-"""The plan tuner: cuBLAS stays wherever a fused kernel is not ahead beyond doubt, and the kernels read what it writes.
+"""The plan tuner keeps cuBLAS unless a fused kernel is faster beyond doubt, and the kernels read the table it writes.
 
-The times are invented, or say nothing.
+The times are invented, or those of a CPU, which mean nothing.
 """
 
 import json
@@ -45,7 +45,7 @@ SPECS = discover_specs()
 H200 = TARGETS[90]
 PRODUCTS, ATTENTION = TUNED["gemm_epilogue"], TUNED["vit_attention"]
 PLANS = product_plans(H200)
-SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)  # for cases of tests
+SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)  # it suits the small cases of tests
 WIDE, LOW = PLANS["wide"], PLANS["low"]
 MEASURED = {"date": "2026-01-01", "gpu": "none", "triton": "3.7.1", "torch": "2.13.0"}
 
@@ -85,7 +85,7 @@ def sweep_with(works: list[Work], timer: Any, tuned: Any = PRODUCTS, seconds: fl
 
 
 def test_a_lucky_sweep_is_not_enough() -> None:
-    """The fastest of many noisy plans looks faster than it is: the second run of the two decides."""
+    """The fastest of many noisy plans looks faster than it is, so a second run of that plan and cuBLAS decides."""
     asked: list[list[str]] = []
 
     def lucky_once(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
@@ -123,7 +123,7 @@ def test_a_work_that_fails_leaves_out_its_key_alone_at_every_size() -> None:
 
 
 def test_a_plan_that_is_wrong_is_named_and_chosen_at_no_size_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
-    """Found out at the second of three sizes, it is not measured at the third, and the first stays with cuBLAS."""
+    """The plan is wrong at the second of three sizes: it is not measured at the third, and the first keeps cuBLAS."""
     works = product_works()
     works = [work for work in works if PRODUCTS.key(work) == PRODUCTS.key(works[0])] + [works[1]]
     fast = next(name for name in sorted(PLANS) if name != "cublas")
@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_what_was_found() -> None:
 
 
 def test_attention_is_launched_as_it_was_measured(tmp_path: Path) -> None:
-    """At 13 tiles one plan is fastest, at one tile another; the tower of 6B keeps its default."""
+    """One plan is fastest at 13 tiles and another at one tile; the 6B vision tower keeps its default."""
     fast = {13: "128x128, 8 warps, 2 stages", 1: "64x64, 4 warps, 3 stages"}
 
     def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
@@ -218,7 +218,7 @@ def test_products_are_those_of_towers_and_decoders_each_once() -> None:
     keys = [(work.case["N"], work.case["K"], work.case["epilogue"], work.case["R"]) for work in works]
     assert len(set(keys)) == len(keys)
     assert {(4096, 1024, "gelu", 13325), (1024, 4096, "none", 13325), (9728, 896, "none", 64)} <= set(keys)
-    assert set(keys[:12]) == {  # what a layer of InternViT-300M runs
+    assert set(keys[:12]) == {  # the products of a layer of InternViT-300M
         (n, k, epilogue, 1025 * tiles)
         for n, k, epilogue in ((3072, 1024, "none"), (4096, 1024, "gelu"), (1024, 1024, "none"), (1024, 4096, "none"))
         for tiles in (1, 4, 13)
@@ -229,7 +229,7 @@ def test_products_are_those_of_towers_and_decoders_each_once() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As on a machine without a GPU."""
+    """Runs bench/tune.py as on a machine without a GPU."""
     command, hidden = [sys.executable, "bench/tune.py", *arguments], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
 
@@ -249,7 +249,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing() -> None:
 def test_the_table_is_written_with_the_rest_and_the_exit_code_says_that_something_was_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command as on a GPU, with times that are invented and one work that fails."""
+    """The command runs as on a GPU, with invented times and one work that fails."""
     broken, path = product_works()[0], tmp_path / "sm_90.json"
 
     def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
@@ -278,7 +278,7 @@ def test_without_a_gpu_nothing_is_tuned() -> None:
 
 
 def wrong_where(work: Work, is_wrong: Any) -> Work:
-    """The same with a launcher that computes something else for some plans."""
+    """Returns the same work with a launcher that computes something else for the plans that `is_wrong` names."""
 
     def launcher(x: Tensor, weight_NK: Tensor, bias_N: Tensor, *, out: Tensor, **how: Any) -> Tensor:
         bias_N = 1.1 * bias_N if is_wrong(how["plan"]) else bias_N

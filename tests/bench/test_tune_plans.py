@@ -1,4 +1,4 @@
-"""The sweeps of what has no table: other launches compute the same, and one is recommended only beyond the noise."""
+"""Sweeps of operations without a table: other launches compute the same; one is recommended only if clearly faster."""
 
 import sys
 import time

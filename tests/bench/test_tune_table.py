@@ -1,4 +1,4 @@
-"""What the tuner writes is what the kernels read: down to half of the fewest rows, and whole or not at all."""
+"""The kernels choose by the table that the tuner writes; a new table replaces the old one whole or not at all."""
 
 import sys
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_a_default_that_is_the_fastest_for_some_tiles_is_an_entry_there() -> Non
 
 
 def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
-    """Down to half of the fewest rows, and not above the most."""
+    """A choice holds from half of the fewest rows that were measured up to the most."""
     chosen = {
         (3072, 1024, "none"): {1025: CUBLAS, 4100: WIDE, 13325: LOW},
         (4096, 1024, "gelu"): {13325: WIDE, 1025: WIDE},

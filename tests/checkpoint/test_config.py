@@ -1,4 +1,4 @@
-"""Reading config.json of both formats: what the keys mean, and what missing keys mean."""
+"""config.json of both formats is read: each key has its meaning, and so has a missing key."""
 
 import json
 import math
@@ -179,7 +179,7 @@ def test_an_internlm2_decoder_has_no_bias_and_as_many_key_heads_as_query_heads_w
 @pytest.mark.parametrize(
     ("changes", "tied"),
     [
-        ({"llm_config.tie_word_embeddings": True}, False),  # cleared by the class of InternVL3
+        ({"llm_config.tie_word_embeddings": True}, False),  # the official class clears the key
         ({"llm_config.tie_word_embeddings": True, "llm_config.architectures": ["Qwen3ForCausalLM"]}, True),
         ({"tie_word_embeddings": True, "llm_config.architectures": ["Qwen3ForCausalLM"]}, False),
     ],

@@ -1,4 +1,4 @@
-"""Configurations that are refused: one line each, with file, key, value, what was expected and what to do."""
+"""Bad configurations are refused in one line, with file, key, value, what was expected and what to do."""
 
 import json
 import math
@@ -24,7 +24,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("select_layer", -4),
     ("select_layer", -1.0),
     ("downsample_ratio", 0.3),
-    ("downsample_ratio", 1 / 3),  # does not divide 32
+    ("downsample_ratio", 1 / 3),  # the ratio does not divide 32
     ("downsample_ratio", 2),
     ("downsample_ratio", 1e-320),
     ("downsample_ratio", True),
@@ -34,7 +34,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("ps_version", "v3"),
     ("use_thumbnail", 1),
     ("dynamic_image_size", "true"),
-    ("min_dynamic_patch", 13),  # more than max_dynamic_patch
+    ("min_dynamic_patch", 13),  # it is more than max_dynamic_patch
     ("max_dynamic_patch", 0),
     ("max_dynamic_patch", 10**9),
     ("system_message", 5),
@@ -65,9 +65,9 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("llm_config.rope_theta", math.inf),
     ("llm_config.rope_theta", 10**400),
     ("llm_config.rope_scaling", "dynamic"),
-    ("llm_config.rope_scaling.type", "linear"),  # next to the rope_type "dynamic"
+    ("llm_config.rope_scaling.type", "linear"),  # contradicts the rope_type "dynamic"
     ("llm_config.rope_scaling.rope_type", "yarn"),
-    ("llm_config.rope_scaling.rope_type", "default"),  # next to the type "dynamic"
+    ("llm_config.rope_scaling.rope_type", "default"),  # contradicts the type "dynamic"
     ("llm_config.rope_scaling.factor", None),
     ("llm_config.rope_scaling.partial_rotary_factor", 0.5),
     ("vision_config", []),
@@ -101,7 +101,7 @@ REFUSED_HF: list[tuple[str, Any]] = [
 ]
 
 
-# The key to blame is another one where two do not fit together.
+# If two keys do not fit together, the message may blame the other one: changed key, blamed key.
 BLAMED = {
     "vision_config.num_attention_heads": "vision_config.hidden_size",
     "vision_config.patch_size": "vision_config.image_size",

@@ -1,4 +1,4 @@
-"""Checkpoint folders: found on disk or on the hub, read and written in one file or in shards."""
+"""Checkpoint folders are found on disk or on the hub, and are read and written in one file or in shards."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_what_is_on_disk_never_touches_the_network(tmp_path, monkeypatch):
     (folder / "config.json").write_text(KNOWN_MODELS["InternVL3-2B"].read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_model("OpenGVLab/InternVL3-1B") == Path("OpenGVLab/InternVL3-1B")  # though it reads as a hub id
+    assert resolve_model("OpenGVLab/InternVL3-1B") == Path("OpenGVLab/InternVL3-1B")  # a folder, not a hub id
     assert resolve_model("~/OpenGVLab/InternVL3-1B") == folder
     assert resolve_model(folder) == folder
     config, name = find_config("OpenGVLab/InternVL3-1B")
@@ -194,7 +194,7 @@ def test_a_revision_of_a_folder_on_disk_is_refused(tmp_path):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A hub cache with one model in it, and offline mode."""
+    """Makes a hub cache that holds one model, and sets offline mode."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     repository, commit = tmp_path / "models--OpenGVLab--InternVL3-1B", "0123456789" * 4
@@ -239,7 +239,7 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
 
 
 def hub_error(kind):
-    error = kind.__new__(kind)  # its constructor wants a whole HTTP response
+    error = kind.__new__(kind)  # its constructor needs a whole HTTP response
     error.args = ("it did not work\nRequest ID: 7",)
     return error
 

@@ -1,4 +1,4 @@
-"""Single safetensors files: read bit for bit, and refused where they are damaged, whatever the damage."""
+"""A safetensors file is read bit for bit, and refused if it is damaged in any way."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def write_raw(file, header, data=b"", length=None):
 
 
 def read(checkpoint, name):
-    """A whole tensor as it is stored."""
+    """Reads a whole tensor as it is stored."""
     entry = checkpoint.entries[name]
     out = torch.empty(entry.shape, dtype=entry.dtype)
     checkpoint.read_into(name, out)
@@ -61,7 +61,7 @@ def test_files_of_the_safetensors_library_are_read_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("columns", [slice(None), slice(2, 5), slice(4, 5)])
 def test_a_part_of_a_tensor_is_read_by_rows_and_columns(tmp_path, monkeypatch, dtype, chunk_bytes, rows, columns):
     monkeypatch.setattr("internvl_rt.checkpoint.tensor_file._CHUNK_BYTES", chunk_bytes)
-    stored = torch.randn(3, 4, 5)  # three experts of four rows: a matrix of twelve
+    stored = torch.randn(3, 4, 5)  # three experts of four rows are read as a matrix of twelve rows
     save_file({"before": torch.ones(7), "x": stored}, tmp_path / "model.safetensors")
     expected = stored.view(12, 5)[rows, columns].to(dtype)
     out = torch.full((2, *expected.shape), 5.0, dtype=dtype)
@@ -98,7 +98,7 @@ def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
 def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_is_taken(tmp_path, length):
     file = tmp_path / "model.safetensors"
     write_raw(file, b"{}", length=length)
-    os.truncate(file, 300_000_000)  # sparse: the limit has to refuse the last length
+    os.truncate(file, 300_000_000)  # a sparse file so large that only the limit refuses 200,000,001 bytes
     tracemalloc.start()
     message = refusal(tmp_path)
     peak_bytes = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""Single checks of `internvl-rt doctor`: compiler, driver, device, packages, kernels."""
+"""The single checks of `internvl-rt doctor` look at compiler, driver, device, packages and kernels."""
 
 import ctypes
 import shutil
@@ -53,7 +53,7 @@ def test_with_a_gpu_what_triton_lacks_to_build_is_a_failure(
 
 
 def cuda_library(error: int, num_devices: int) -> Any:
-    """A stand-in for the driver's library."""
+    """Returns a stand-in for the driver's library, with the error that its start gives."""
 
     def get_count(count: Any) -> int:
         count._obj.value = num_devices
@@ -152,7 +152,7 @@ def test_an_error_of_the_device_is_said_to_end_the_process(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("target", [TARGETS[80], TARGETS[90]], ids=["sm_80", "sm_90"])
 def test_each_operation_is_checked_on_something(target: Any) -> None:
-    """On one to three cases that launch something; products with TMA and without, attention with norms and without."""
+    """The cases, one to three, launch something: products with TMA and without, attention with norms and without."""
     chosen = {}
     for spec in discover_specs().values():
         dtype = next(iter(spec.tolerances))

@@ -1,4 +1,4 @@
-"""`internvl-rt doctor`: on this machine, and on machines where something is missing, broken, hangs or dies."""
+"""`internvl-rt doctor` reports on this machine, and on machines where something is missing, broken, hangs or dies."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from internvl_rt.kernels._check import discover_specs
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
-# An editable installation finds the compiled part in its checkout, wherever the package that is imported lies.
+# An editable installation would find the compiled part in its checkout; this program removes its import hook.
 WITHOUT_EDITABLE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
@@ -27,7 +27,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "")
 
 
 def doctor(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> "subprocess.CompletedProcess[str]":
-    """As a user runs it: without the interpreter, unless `environment` asks for it; `paths` come first."""
+    """Runs the doctor as a user does: without the interpreter unless `environment` asks for it. `paths` come first."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join([*map(str, paths), str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
     return subprocess.run(
@@ -37,14 +37,14 @@ def doctor(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) ->
 
 
 def lines_of(done: "subprocess.CompletedProcess[str]") -> dict[str, tuple[str, str]]:
-    """Check: status, text. Every line but the last is one check."""
+    """Returns status and text by the name of the check. Every line but the last is one check."""
     assert done.stderr == ""
     rows = [(line[26 + 13 :].strip(), line[:13].strip(), line[13:39].strip()) for line in done.stdout.splitlines()[:-1]]
     return {name: (status, text) for text, status, name in rows}
 
 
 def copied_package(folder: Path) -> Path:
-    """A copy to break, without the compiled part."""
+    """Copies the package without its compiled part, so that a test can break the copy."""
     shutil.copytree(
         ROOT / "internvl_rt", folder / "internvl_rt", ignore=shutil.ignore_patterns("__pycache__", "_C.*so")
     )
@@ -76,7 +76,7 @@ def test_this_machine_is_in_order() -> None:
 
 @pytest.mark.slow
 def test_a_kernel_made_wrong_is_named_and_nothing_else_is(tmp_path: Path) -> None:
-    """On a CPU in Triton's interpreter, which this test asks for. `--json` is one document."""
+    """On a CPU this test asks for Triton's interpreter. `--json` prints one document."""
     file = with_compiled_part(copied_package(tmp_path)) / "kernels" / "swiglu.py"
     text = file.read_text()
     assert text.count("(silu * up)") == 1
@@ -87,7 +87,7 @@ def test_a_kernel_made_wrong_is_named_and_nothing_else_is(tmp_path: Path) -> Non
     findings = {check["name"]: check for check in report["checks"]}
     assert {f"kernel {name}" for name in discover_specs()} <= set(findings)
     failed = [check for check in report["checks"] if check["status"] != "ok"]
-    # On a GPU the checkpoint in the package may well be answered wrong with that kernel.
+    # On a GPU the check named "answer" may fail too, since the model runs that kernel.
     assert [check["name"] for check in failed if check["name"] != "answer"] == ["kernel swiglu"]
     assert failed[0]["text"].startswith("swiglu/widest/float32 is wrong: at (")
     assert failed[0]["text"].endswith('; backend="torch" computes without the kernels')

@@ -1,4 +1,4 @@
-"""The asynchronous interface, with the checkpoint in the package: many callers at once."""
+"""Many callers use the asynchronous interface at once; the model is the checkpoint in the package."""
 
 import asyncio
 import random
@@ -23,7 +23,7 @@ from support.async_calls import (
     until_idle,
 )
 
-# What asyncio has to say about coroutines nobody awaited and tasks nobody ended comes as warnings, or from __del__.
+# asyncio reports coroutines that nobody awaited, and tasks that nobody ended, as warnings or from `__del__`.
 pytestmark = pytest.mark.filterwarnings("error")
 
 PICTURE = np.random.default_rng(11).integers(0, 256, (60, 90, 3), dtype=np.uint8)
@@ -70,7 +70,7 @@ def test_chat_score_and_encoded_pictures_are_those_of_the_engine():
     run(main())
 
 
-@pytest.mark.parametrize("run_ahead", [False, True])  # True as on a GPU
+@pytest.mark.parametrize("run_ahead", [False, True])  # an engine on a GPU runs ahead
 def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(run_ahead):
     engine = load(max_num_seqs=12)
     engine.loop._run_ahead = run_ahead
@@ -81,7 +81,7 @@ def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(r
         async with AsyncEngine(engine) as e:
             tasks = [asyncio.create_task(collect(e.stream(messages, SHORT))) for messages in CONVERSATIONS]
             victims = draw.sample(tasks, len(tasks) // 2)
-            for victim in victims:  # some before they are prepared, some while, some in the middle of their answer
+            for victim in victims:  # after the pause a victim waits, is being prepared, or has tokens
                 await asyncio.sleep(draw.choice([0.0, 0.001, 0.01]))
                 victim.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,7 +91,7 @@ def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(r
     for was_victim, result, reply in zip(*run(main()), expected, strict=True):
         if isinstance(result, asyncio.CancelledError):
             assert was_victim
-        else:  # a victim may have been done before
+        else:  # a victim's request may have ended before its task was cancelled
             assert result[-1].reply.token_ids == reply.token_ids
 
 
@@ -126,7 +126,7 @@ def test_deadline_ends_an_answer_where_it_is():
         async with AsyncEngine(load()) as e:
             *_, last = await collect(e.stream(ask("Hello"), ENDLESS, timeout_s=0.2))
             assert last.reply.finish_reason == "timeout"
-            assert 0.2 <= last.reply.timings.total_s < 5  # on a busy machine
+            assert 0.2 <= last.reply.timings.total_s < 5  # a busy machine may need seconds
             reply = await e.chat(ask("Hello"), ENDLESS, timeout_s=1e-9)
             assert (reply.finish_reason, reply.token_ids) == ("timeout", [])
             with pytest.raises(RequestError, match="timeout_s must be above 0"):
@@ -169,7 +169,7 @@ def test_calls_that_wait_to_be_prepared_are_bounded_too(monkeypatch):
 
 
 def test_event_loop_goes_on_while_a_request_is_prepared_and_its_steps_run(monkeypatch):
-    """The bound is far more than a busy machine needs, and far less than what would block the loop."""
+    """The bound is far above the delays of a busy machine; a blocked event loop would stop for twice as long."""
     engine, pause_s = load(), 1.0
     prepare, run_step = engine.preparer.prepare, engine.model.run_step
     monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(pause_s) or prepare(*arguments))
@@ -191,7 +191,7 @@ def test_event_loop_goes_on_while_a_request_is_prepared_and_its_steps_run(monkey
                 start_s = time.perf_counter()
                 await asyncio.sleep(0.005)
                 e.stats()
-                doomed = e.stream(ask("Hello"), SHORT)  # which is cancelled in the middle of the slow step
+                doomed = e.stream(ask("Hello"), SHORT)  # it is cancelled while the slow step runs
                 gaps_s.append(time.perf_counter() - start_s)
                 await doomed.aclose()
             assert (await task).timings.total_s > 2 * pause_s
@@ -228,8 +228,8 @@ def test_cancelling_does_not_wait_for_the_step_under_way(monkeypatch):
 
 
 def test_submitting_waits_for_few_steps_while_another_thread_steps_all_the_time():
-    """Nine in ten wait for one step at most; without the door it is two and more, and hundreds at worst."""
-    assert min(steps_that_nine_in_ten_wait_for() for _ in range(3)) <= 1  # a busy machine may hold up a thread or two
+    """Nine in ten calls wait for at most one step; without the queue lock they wait for two or more, or hundreds."""
+    assert min(steps_that_nine_in_ten_wait_for() for _ in range(3)) <= 1  # a busy machine may delay some threads
 
 
 def steps_that_nine_in_ten_wait_for():

@@ -1,4 +1,4 @@
-"""The asynchronous interface when a caller goes away, something fails, or all is closed or forgotten."""
+"""The asynchronous interface ends cleanly when callers cancel, something fails, or an engine is closed or forgotten."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ from support.async_calls import (
     until_idle,
 )
 
-# What asyncio has to say about coroutines nobody awaited and tasks nobody ended comes as warnings, or from __del__.
+# asyncio reports coroutines that nobody awaited, and tasks that nobody ended, as warnings or from `__del__`.
 pytestmark = pytest.mark.filterwarnings("error")
 
 CONVERSATIONS = [ask(f"Question {index}") for index in range(20)]
@@ -170,7 +170,7 @@ def test_dead_step_thread_fails_everyone_at_once_and_says_why(monkeypatch, caplo
                 monkeypatch.setattr(engine.model, "run_step", fail)
             start_s = time.perf_counter()
             results = await asyncio.gather(*map(collect, streams), *waiting, return_exceptions=True)
-            assert time.perf_counter() - start_s < 2.0  # a step takes milliseconds
+            assert time.perf_counter() - start_s < 2.0  # a step takes only milliseconds
             for later in (e.chat(ask("Hello")), e.score(ask("Hello"), ["x"]), e.encode_images([])):
                 with pytest.raises(EngineDeadError) as caught:
                     await later

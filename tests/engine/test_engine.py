@@ -1,4 +1,4 @@
-"""The engine as a user meets it, with the checkpoint in the package."""
+"""The engine answers through its public interface; the model is the checkpoint in the package."""
 
 import threading
 
@@ -7,7 +7,7 @@ import pytest
 
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams
 
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)  # noise has little to be said about
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)  # an answer about a picture of noise could end early
 RNG = np.random.default_rng(5)
 
 
@@ -36,7 +36,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def alone(engine):
-    """What each conversation gets when nothing else runs, in one chunk."""
+    """Answers each conversation while no other runs; its prompt is one chunk."""
     return [engine.chat(messages, GREEDY) for messages in CONVERSATIONS]
 
 

@@ -1,4 +1,4 @@
-"""What a request may ask for besides an answer: several answers, log-probabilities, scores, deadlines, embeddings."""
+"""A request may ask for several answers, log-probabilities, scores, a deadline, embeddings or structured output."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def nothing_is_left(engine):
 
 
 def computed_tokens(engine, monkeypatch):
-    """Tokens that the decoder computes from now on, by step."""
+    """Returns a list to which every later step appends the number of tokens that its decoder pass computes."""
     original, counts = engine.model.run_step, []
 
     def count(step, caches):
@@ -71,7 +71,7 @@ def test_several_answers_share_one_prompt(engine, monkeypatch):
 
 
 def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, monkeypatch):
-    """The answers' first tokens copy the prompt's last block; copied blocks wait for the step that makes the copies."""
+    """An answer's first token copies the prompt's last block; a copied block stays taken until a step copies it."""
     original, calls = runner.build_step, []
 
     def fail_second(*args):
@@ -140,7 +140,7 @@ def test_without_asking_there_are_no_log_probabilities(engine):
 def test_prompt_log_probabilities_are_those_of_the_official_logits(max_tokens_per_step):
     with open_engine(max_tokens_per_step=max_tokens_per_step) as engine:
         messages = ask("Read the digits.", SAMPLE)
-        for _ in range(2):  # the second time the prefix is cached, and must be computed all the same
+        for _ in range(2):  # the second request must compute the prefix although it is cached
             reply = engine.chat(messages, replace(GREEDY, max_tokens=1, prompt_logprobs=2))
         prompt = engine.preparer.prepare(messages).prompt
         first, *others = reply.prompt_logprobs
@@ -282,7 +282,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(engine, monkeypatch):
 def test_statistics_count_what_was_done():
     with open_engine() as engine:
         engine.chat(ask("Hello"), GREEDY)
-        engine.stream(ask("Hello"), GREEDY).close()  # never begun
+        engine.stream(ask("Hello"), GREEDY).close()  # a stream whose first piece nobody asked for does not count
         stream = engine.stream(ask("Hello"), GREEDY)
         next(stream)
         assert engine.stats()["running"] == 1
@@ -328,7 +328,7 @@ def test_an_answer_keeps_to_its_schema(engine, temperature):
             value = json.loads(choice.text)
             assert value.keys() == {"digits", "sure"}
             assert all(isinstance(digit, int) for digit in value["digits"])
-        else:  # cut at max_tokens: whitespace and numbers have no bound
+        else:  # max_tokens cut the answer, since the grammar bounds neither whitespace nor numbers
             assert choice.text.lstrip().startswith("{")
 
 
@@ -336,7 +336,7 @@ def test_an_answer_matches_its_expression_beside_answers_that_need_not(engine):
     params = [SamplingParams(max_tokens=30, regex="[0-9]{2}-[a-c]+!", seed=1, temperature=1.5), GREEDY, GREEDY]
     free = engine.chat(ask("Hello"), GREEDY)
     replies = engine.generate([ask("Hello")] * 3, params)
-    end = "!" if replies[0].finish_reason == "stop" else ""  # else it was cut at max_tokens
+    end = "!" if replies[0].finish_reason == "stop" else ""  # otherwise max_tokens cut the answer
     assert re.fullmatch("[0-9]{2}-[a-c]+" + end, replies[0].text)
     assert [reply.token_ids for reply in replies[1:]] == [free.token_ids] * 2
 

@@ -1,4 +1,4 @@
-"""Many mixed requests at once, with arrivals, cancellations and faults at random: each gets what it gets alone."""
+"""Many mixed requests run at once, with random arrivals, cancellations and faults: each gets what it gets alone."""
 
 import random
 import threading
@@ -18,7 +18,7 @@ from support.load import (
 from support.recorder import Recorder
 
 NUM_KINDS = 40
-# A pool for about four of the prompts, so that somebody gives way all the time.
+# The pool holds about four of the prompts, so that some sequence is preempted all the time.
 SMALL = {"max_model_len": 640, "block_size": 16}
 
 
@@ -52,7 +52,7 @@ def small_pool():
 def test_200_mixed_requests_get_what_each_gets_alone(kinds, expected, small_pool, options, run_ahead):
     num_threads = threading.active_count()
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, **options) as engine:
-        engine.loop._run_ahead = run_ahead  # as on a GPU: a step is launched before the one before it is read
+        engine.loop._run_ahead = run_ahead  # as on a GPU, launch a step before reading the step before it
         outcome = run_load(engine, kinds, expected, num_requests=200, seed=len(options))
         assert not outcome.wrong, outcome.wrong[0]
         assert outcome.finished + outcome.cancelled + outcome.refused == 200
@@ -75,7 +75,7 @@ def test_faults_end_the_requests_of_their_step_and_no_others(kinds, expected, sm
 
 
 def test_requests_get_the_same_from_graphs(kinds, expected, small_pool):
-    """Graphs without a GPU: the shapes, the padding and the buffers of CUDA graphs, computed again at each replay."""
+    """The recorder stands in for CUDA graphs: it has their shapes, padding and buffers, and computes at each replay."""
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, max_num_seqs=8) as engine:
         recorder = Recorder()
         engine.runner.capture(max_num_seqs=8, max_model_len=640, max_tokens_per_step=300, capture=recorder)

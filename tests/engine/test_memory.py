@@ -1,4 +1,4 @@
-"""The memory plan: what it counts, and that a pass really stays within its workspace."""
+"""The memory plan counts what it should, and a pass really stays within its workspace."""
 
 import gc
 
@@ -87,7 +87,7 @@ def test_memory_that_torch_keeps_but_nobody_uses_is_free(monkeypatch):
 
 
 def test_graphs_keep_the_results_of_every_number_of_tiles():
-    """Of the 38B: visual tokens of 107 tiles in all 14 graphs, logits of 64 sequences, and prefills of 448 tokens."""
+    """The 38B's graphs keep the visual tokens of 107 tiles and the logits of 64 sequences; they prefill 448 tokens."""
     config = load_config(KNOWN_MODELS["InternVL3-38B"])
     sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64}
     workspace = max(
@@ -115,7 +115,7 @@ def test_a_vision_pass_stays_within_its_workspace():
 
 @pytest.mark.gpu
 def test_an_engine_with_graphs_stays_within_its_plan():
-    """With all that the driver, torch and fragmentation take beside, for which the plan keeps a reserve."""
+    """The plan's reserve covers what the driver, torch and fragmentation take besides."""
     gc.collect()
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info()

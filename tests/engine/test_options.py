@@ -1,4 +1,4 @@
-"""One dataclass is the signature of both `from_pretrained`, and its docstring the list of options."""
+"""One dataclass is the signature of both `from_pretrained` methods, and its docstring lists the options."""
 
 import inspect
 import io
@@ -47,7 +47,7 @@ def test_pictures_are_read_as_the_options_say():
 def test_a_turned_picture_reaches_the_prompt_turned():
     upright = np.random.default_rng(0).integers(0, 256, (60, 120, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored a quarter turn to the left of how it is to be seen
+    exif[0x0112] = 6  # viewers turn the stored picture clockwise by 90 degrees
     data = io.BytesIO()
     Image.fromarray(np.rot90(upright)).save(data, "PNG", exif=exif)
     parts = [{"type": "image", "image": data.getvalue()}, {"type": "text", "text": "?"}]

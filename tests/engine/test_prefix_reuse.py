@@ -1,4 +1,4 @@
-"""What a later request need not do again: decoder, vision tower and decoding of what the cache still holds."""
+"""A later request runs neither decoder nor vision tower, and decodes no picture, for a prefix that the cache holds."""
 
 import io
 
@@ -27,14 +27,14 @@ def ask(text, *images, history=()):
 
 
 def count_calls(monkeypatch, owner, name):
-    """A list that grows with every call of `owner.name`."""
+    """Returns a list to which every call of `owner.name` appends its arguments."""
     original, calls = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *args: calls.append(args) or original(*args))
     return calls
 
 
 def open_engine(**options):
-    options = {"block_size": BLOCK, "visual_cache_bytes": 0, **options}  # what is reused comes from the prefixes
+    options = {"block_size": BLOCK, "visual_cache_bytes": 0, **options}  # only prefixes are reused
     return Engine.from_pretrained("tiny", device="cpu", **options)
 
 
@@ -56,7 +56,7 @@ def forgetful():
 def test_second_question_about_a_picture_computes_only_what_is_new(engine, forgetful, monkeypatch):
     encoded = count_calls(monkeypatch, engine.model, "encode_tiles")
     tiled = count_calls(monkeypatch, image_module, "tile_image")
-    task = "Look at the picture and answer with digits only, nothing else. "  # fills the picture's last block
+    task = "Look at the picture and answer with digits only, nothing else. "  # it fills up the picture's last block
     first = engine.chat(ask(f"{task}Read them.", png(0)), PARAMS)
     assert (first.usage.cached_tokens, len(encoded), len(tiled)) == (0, 1, 1)
 

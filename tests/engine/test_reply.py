@@ -1,4 +1,4 @@
-"""AnswerText: what becomes visible when, for stop strings, whitespace and the end of an answer."""
+"""AnswerText decides when text becomes visible: at stop strings, whitespace and the end of an answer."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,7 +9,7 @@ from internvl_rt.engine.reply import AnswerText
 
 
 class Pieces:
-    """Stands in for a tokenizer's TextStream: token id i is the i-th piece."""
+    """Stands in for a tokenizer's TextStream: token id i means the i-th piece."""
 
     def __init__(self, pieces):
         self.pieces = pieces
@@ -66,7 +66,7 @@ def test_stop_string_before_min_tokens_is_text():
 
 
 @settings(deadline=None, max_examples=1000)
-@example(["ab", "b"], ["b", "abb"])  # the shorter one has ended before the longer one can
+@example(["ab", "b"], ["b", "abb"])  # the shorter stop string ends before the longer one
 @example(["abb"], ["b", "abb"])
 @given(st.lists(st.text("ab \n", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):

@@ -1,4 +1,4 @@
-"""Nothing between two launches waits for the device, and all work on it is in order: shown on a stand-in for CUDA."""
+"""On a stand-in for CUDA, nothing between two launches waits for the device, and all its work is in order."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 from support.fake_driver import fake_environment
 
 SCRIPT = Path(__file__).parents[1] / "support" / "fake_serving.py"
-EARLY = {"gemv_kernel", "gemv_qkv_kernel", "decode_attention_kernel"}  # may start before the kernel before has ended
+EARLY = {"gemv_kernel", "gemv_qkv_kernel", "decode_attention_kernel"}  # may start before the previous kernel ends
 Found = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ def serve(environment: dict[str, str], mistake: str = "", **options: object) -> 
 
 
 def waits_in(found: Found) -> set[str]:
-    """The kinds of waiting that would keep a step from being launched while the one before it runs."""
+    """Returns the kinds of waiting that would keep a step from being launched while the previous step runs."""
     return {wait for wait in found["waits"] if wait.rpartition(", ")[2] in ("launch", "between launches")}
 
 
@@ -45,7 +45,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def served(environment: dict[str, str]) -> Callable[[str], Found]:
-    """What was found in one of WAYS, which is run once."""
+    """A function that serves requests in one of WAYS and returns what was found; it runs each way only once."""
     return cache(lambda way: serve(environment, **WAYS[way]))
 
 
@@ -60,7 +60,7 @@ def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str],
 @pytest.mark.fast("no early launch")
 @pytest.mark.parametrize("way", WAYS)
 def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Callable[[str], Found], way: str) -> None:
-    """One engine under a caller whose stream changes; with all on, a second that is built while the first serves."""
+    """The engine's caller changes its own stream; with all on, a second engine is built while the first one serves."""
     assert not served(way)["races"]
 
 
@@ -75,7 +75,7 @@ def test_the_switches_are_what_the_kernels_are_launched_with(served: Callable[[s
 
 @pytest.mark.slow
 def test_mistakes_are_noticed(environment: dict[str, str]) -> None:
-    """Each is planted, and shows as what it is."""
+    """Each run has one planted mistake, and reports that mistake by its name."""
     waiting = {
         "copies from pageable memory": "a copy to the device, launch",
         "results copied to pageable memory": "a copy from the device, launch",

@@ -1,4 +1,4 @@
-"""Traces: valid for the viewers, true to what the replies say, and never in the way of a request."""
+"""Traces are valid for the viewers, agree with the replies, and never make a request fail."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from internvl_rt.steps.runner import StepResult
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 PHASES = ("request", "queued", "prefill", "decode")
-SLACK_US = 1.0  # times are rounded
+SLACK_US = 1.0  # a trace rounds its times
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def steps_of(events, name=None):
 
 
 def spans_of(events):
-    """Seconds of each finished span, by request and name; asserts that they nest."""
+    """Returns the seconds of each finished span by request and name, and asserts that the spans nest."""
     spans, open_spans = {}, {}
     for event in events:
         if event["ph"] == "b":
@@ -211,7 +211,7 @@ def test_steps_that_were_launched_ahead_begin_when_the_one_before_has_ended(tmp_
     path = tmp_path / "run.json"
     stats = {"kv_blocks_used": 1, "running": 1, "waiting": 0}
     with Trace(path) as trace:
-        for host_s in (10.0, 10.1, 30.0):  # the second is launched while the first runs, the third after a pause
+        for host_s in (10.0, 10.1, 30.0):  # step 2 is launched while step 1 runs, step 3 after a pause
             result = StepResult([], [], [], 1.0, 4.0, 2, Work(1, 2), Work(3, 4))
             step = SimpleNamespace(chunks=(), draws=())
             trace.step(SimpleNamespace(start=SimpleNamespace(host_s=host_s), step=step), result, stats)

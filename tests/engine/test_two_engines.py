@@ -1,4 +1,4 @@
-"""Two engines in one process, at work at the same time, on one device: each answers as it does alone."""
+"""Two engines run at the same time in one process on one device, and each answers as it does alone."""
 
 import threading
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ PARAMS = [
 
 
 def options(device: str) -> dict[str, object]:
-    """Nothing is kept between requests, so that the same is computed each time, to the bit."""
+    """Returns options of an engine that keeps nothing between requests and so computes the same bits each time."""
     room = {"max_num_seqs": 4, "max_model_len": 1024, "kv_cache_bytes": 64 << 20}
     return {"device": device, "prefix_cache": False, "visual_cache_bytes": 0, **room}
 
@@ -35,7 +35,7 @@ def conversations() -> list[list[dict[str, object]]]:
 
 
 def ask(engine: Engine) -> list[list[int]]:
-    """One after the other, so that no batch is of another size."""
+    """Asks one question after the other, so that every batch has one size, and returns all answers' tokens."""
     found = []
     for messages, params in zip(conversations(), PARAMS, strict=True):
         reply = engine.chat(messages, params)
@@ -44,7 +44,7 @@ def ask(engine: Engine) -> list[list[int]]:
 
 
 class Asker(threading.Thread):
-    """Asks an engine again and again, on a stream of the thread's own, until it is told to stop."""
+    """Asks an engine again and again, on the thread's own stream, until `stopped` is set."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_two_engines_on_one_gpu_answer_as_each_does_alone_and_one_is_built_while
 
 @pytest.mark.gpu
 def test_no_launch_of_a_step_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises where it would wait: in copies from pageable memory, and where the host must know a value."""
+    """torch raises an error where it would wait: in copies from pageable memory, and where the host needs a value."""
     launch = Runner.launch
 
     def strict_launch(self: Runner, step: object) -> object:

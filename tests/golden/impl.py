@@ -1,4 +1,4 @@
-"""This package behind the interface that the golden sets' own checker calls (`check_golden.py` beside the sets)."""
+"""Gives this package the interface that `check_golden.py`, the checker beside the golden sets, calls."""
 
 from collections.abc import Sequence as Items
 from functools import cache
@@ -80,7 +80,7 @@ def forward_positions(
 def prepare(
     ckpt_dir: Folder, pixel_values: Floats | None, question: str, history: History, num_patches_list: list[int] | None
 ) -> Prepared:
-    """The prompt of the official `chat`."""
+    """Prepares the prompt that the official `chat` makes."""
     model = ChatModel(engine(ckpt_dir))
     counts = [] if pixel_values is None else tiles_per_image(len(pixel_values), num_patches_list)
     turns, _ = turns_from_question(question, history, num_images=len(counts), system=model.system_message)
@@ -96,7 +96,7 @@ def chat(
     num_patches_list: list[int] | None,
     max_new_tokens: int,
 ) -> tuple[str, list[int]]:
-    """The answer of the official interface, and the ids that the engine generates for the same prompt."""
+    """Returns the answer of the official interface, and the token ids that the engine generates for its prompt."""
     model = ChatModel(engine(ckpt_dir))
     pixels = None if pixel_values is None else torch.from_numpy(pixel_values)
     config = {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -120,7 +120,7 @@ def batch_chat(
 
 
 def prompt(ckpt_dir: Folder, case: dict[str, Any]) -> tuple[str, list[int] | list[list[int]]]:
-    """Text and ids of one conversation; of a batch, the texts joined and the rows padded on the left."""
+    """Returns the text and ids of one conversation, or the joined texts and left-padded rows of a batch."""
     if "questions" not in case:
         rendered = _render(ckpt_dir, case, case["question"], tiles_per_image(case["n_tiles"], case["num_patches_list"]))
         return rendered.text, list(rendered.token_ids)
@@ -132,7 +132,7 @@ def prompt(ckpt_dir: Folder, case: dict[str, Any]) -> tuple[str, list[int] | lis
 
 
 def _render(ckpt_dir: Folder, case: dict[str, Any], question: str, tiles: list[int]) -> Prompt:
-    """As the official code does it: special tokens in texts are read, pictures without a place are left out."""
+    """Builds the official code's prompt, which reads special tokens in texts and drops pictures without a place."""
     system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])
     try:
         turns, _ = turns_from_question(question, case["history"], num_images=len(tiles), system=system)

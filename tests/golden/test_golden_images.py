@@ -1,4 +1,4 @@
-"""Grids, tiles and video frame indices against what the official code gave."""
+"""Grids, tiles and video frame indices equal those of the official code."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""Features, logits, greedy tokens and answers of the three checkpoints of each set, against the official code.
+"""Features, logits, greedy tokens and answers of each set's three checkpoints agree with the official code.
 
-The official float32 results differ by up to 2.2e-5 from float64 on logits of size 15, so 1e-4 of the largest is ample
-and a wrong operation is far outside.
+The official float32 results differ by up to 2.2e-5 from float64 on logits of size 15, so 1e-4 of the largest is
+ample, and the error of a wrong operation is far larger.
 """
 
 import json
@@ -49,7 +49,7 @@ def pixels_of(folder: Path, names: list[str]) -> Floats | None:
 
 
 def question_of(folder: Path, case: dict[str, Any]) -> tuple[Floats | None, Any, Any, Any]:
-    """Pixels, question, history and tile counts of a case; a row of a batch is a chat of its own."""
+    """Returns pixels, question, history and tile counts of a case; a row of a batch is a chat of its own."""
     question, history, counts = case.get("question"), case.get("history_in"), case["num_patches_list"]
     if case["api"] == "batch_chat":
         question, counts = case["questions"][case["row"]], counts[case["row"] : case["row"] + 1]

@@ -1,4 +1,4 @@
-"""Prompts, tokenizer round trips and V2PE positions against the official code."""
+"""Prompts, tokenizer round trips and V2PE positions equal those of the official code."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def every(table, key, keep=lambda case: True):
 
 
 def prompt_of(path, case, tiles, *, question=None, user_specials=True):
-    system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])  # no attribute renders "None"
+    system = DEFAULT_SYSTEM_MESSAGE if case["system_is_default"] else str(case["system"])  # None is shown as "None"
     question = case["question"] if question is None else question
     turns, stored = turns_from_question(question, case["history"], num_images=len(tiles), system=system)
     counts = [n * PROMPTS[path]["num_image_token"] for n in tiles]
@@ -51,7 +51,7 @@ def test_the_default_system_message_is_the_official_one(path):
 def test_a_question_is_rendered_and_tokenised_as_by_chat(path, case):
     tiles = tiles_per_image(case["n_tiles"], case["num_patches_list"])
     num_places = case["prompt_compact"].count("<img><IMG_CONTEXT>*")
-    if num_places < len(tiles):  # chat leaves the rest out of the prompt and fails later, in the model
+    if num_places < len(tiles):  # chat leaves the other pictures out of the prompt and fails later, in the model
         with pytest.raises(RequestError, match="write <image>"):
             prompt_of(path, case, tiles)
         tiles = tiles[:num_places]

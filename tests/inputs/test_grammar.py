@@ -1,4 +1,4 @@
-"""Structured output: what the masks let through is exactly what the grammar means, for every kind of tokenizer."""
+"""Structured output: the masks allow exactly what the grammar means, with every kind of tokenizer."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from internvl_rt.inputs.grammar import GrammarCompiler
 from internvl_rt.inputs.tokenizer import TEMPLATE_TOKENS, load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"
-NUM_UNKNOWN = 9  # rows of the model's embedding that no token has
+NUM_UNKNOWN = 9  # rows of the model's embedding that belong to no token
 KINDS = ["byte-level", "tiny", "sentencepiece"]
 
 INVOICE = {
@@ -61,7 +61,7 @@ REGEXES = [
     "(?i)the lake",
     "(?s).{0,9}",
 ]
-strings = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"))  # written as \\u007f alone
+strings = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"))  # grammars want U+007F escaped
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -103,7 +103,7 @@ def is_invoice(value):
 
 
 def write_sentencepiece(folder):
-    """As the InternLM checkpoints: bytes for what is not in the vocabulary, and a space before every text."""
+    """Writes a tokenizer as InternLM has it: bytes spell what the vocabulary lacks, and a space precedes every text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(['{"name": "the boat", "paid": true}', "[1, 2, 34]", "the lake", "你好世界"] * 9),
@@ -124,7 +124,7 @@ def write_sentencepiece(folder):
 
 @cache
 def subject(kind):
-    """A tokenizer, and a compiler for a model with a few rows more."""
+    """Returns a tokenizer, and a compiler for a model that has NUM_UNKNOWN more rows than the tokenizer has tokens."""
     with tempfile.TemporaryDirectory() as folder:
         folders = {"byte-level": DATA, "tiny": Path(grammar.__file__).parents[1] / "tiny"}
         tokenizer = load_tokenizer(folders[kind] if kind in folders else write_sentencepiece(Path(folder)))
@@ -132,14 +132,14 @@ def subject(kind):
 
 
 def moved_on(compiled, token_ids):
-    """A new answer's matcher that has accepted these tokens."""
+    """Returns the matcher of a new answer after it has accepted these tokens."""
     matcher = compiled.start()
     assert all(map(matcher.accept, token_ids))
     return matcher
 
 
 def allowed(matcher, tokenizer):
-    """The ids in the mask, in order; what was in the buffer before must not matter."""
+    """Returns the ids in the mask, in order. The buffer starts full of ones, which must not matter."""
     num_words = -(-(tokenizer.vocab_size + NUM_UNKNOWN) // 32)
     mask_W = np.full(num_words, -1, np.int32)
     matcher.fill_mask(mask_W)
@@ -147,7 +147,7 @@ def allowed(matcher, tokenizer):
 
 
 def follow(matcher, tokenizer, ids):
-    """Whether each of these may come next, by the mask and by what is accepted."""
+    """Returns whether each of these tokens may come next; mask and matcher must agree on it."""
     for token_id in ids:
         agrees = token_id in allowed(matcher, tokenizer)
         assert matcher.accept(token_id) == agrees
@@ -157,13 +157,13 @@ def follow(matcher, tokenizer, ids):
 
 
 def fits(compiled, tokenizer, text):
-    """Whether the grammar takes this text, split as the tokenizer does, to its end."""
+    """Returns whether the grammar accepts the tokens of this text and then the end of the answer."""
     ids = [*tokenizer.encode(text), tokenizer.token_id("<|im_end|>")]
     return follow(compiled.start(), tokenizer, ids)
 
 
 def wander(compiled, tokenizer, draw, num_free=40):
-    """A random answer along the masks; after `num_free` tokens it takes what leads to an end."""
+    """Draws an answer within the masks; after `num_free` tokens it prefers tokens that lead to an end."""
     stop_id, matcher, ids = tokenizer.token_id("<|im_end|>"), compiled.start(), []
     homing = [tokenizer.find_token_id(token) for token in ('"', "}", "]", "1", "b", ":", ",", "{", "[")]
     for step in range(num_free + 200):
@@ -246,7 +246,7 @@ def test_a_regex_takes_what_it_matches_whole_and_nothing_else(kind, regex, data)
     text = data.draw(
         st.from_regex(f"(?:{regex})" if "(?" not in regex else regex, fullmatch=True) | st.text(max_size=4)
     )
-    text = tokenizer.decode(tokenizer.encode(text))  # normalised
+    text = tokenizer.decode(tokenizer.encode(text))  # the tokenizer normalises the text
     assert fits(compiled, tokenizer, text) == bool(re.fullmatch(regex, text))
 
 
@@ -336,7 +336,7 @@ def test_answers_of_one_grammar_go_their_own_ways():
 def test_what_other_answers_used_up_does_not_end_an_answer(monkeypatch):
     tokenizer, _ = subject("byte-level")
     monkeypatch.setattr(grammar, "_MAX_LEXER_STATES", 600)
-    regex = "[ab]*a[ab]{40}"  # remembers 40 letters: each answer makes states of its own
+    regex = "[ab]*a[ab]{40}"  # it remembers 40 letters, so each answer makes new states
     compiled = GrammarCompiler(tokenizer, tokenizer.vocab_size + NUM_UNKNOWN).compile("regex", regex)
     letters, draw = [tokenizer.token_id(letter) for letter in "ab"], random.Random(0)
     answers = [(compiled.start(), []) for _ in range(20)]

@@ -38,7 +38,7 @@ def pixels(source: ImageSource, options: ImageOptions = OFFICIAL) -> Pixels:
 
 
 def message(source: Any, options: ImageOptions = OFFICIAL) -> str:
-    """The one line with which `source` is refused."""
+    """Returns the error message, of one line, with which `source` is refused."""
     with pytest.raises(MediaError) as caught:
         load_image(source, options)
     text = str(caught.value)
@@ -48,7 +48,7 @@ def message(source: Any, options: ImageOptions = OFFICIAL) -> str:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG header that claims a size, with nothing behind it."""
+    """Returns a PNG file that ends after its header, which claims this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -78,7 +78,7 @@ def test_transparency_is_dropped_or_laid_on_white() -> None:
     assert np.array_equal(pixels(data), color)
     opacity = alpha / 255
     on_white = color * opacity + 255 * (1 - opacity)
-    assert np.abs(pixels(data, ImageOptions(alpha="white")) - on_white).max() <= 1  # Pillow rounds in integers
+    assert np.abs(pixels(data, ImageOptions(alpha="white")) - on_white).max() <= 1  # Pillow rounds differently
 
 
 def test_a_transparent_palette_entry_keeps_its_color_or_turns_white() -> None:
@@ -119,7 +119,7 @@ def test_32_bit_gray_takes_its_range_from_the_brightest_pixel(values: npt.NDArra
 
 def test_exif_orientation_is_ignored_unless_asked_for() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # viewers turn the picture clockwise by 90 degrees
     data = encode(Image.fromarray(noise(16, 24)), "JPEG", exif=exif)
     stored = pixels(data)
     assert stored.shape == (16, 24, 3)
@@ -219,7 +219,7 @@ def test_arrays_and_tensors_must_be_uint8_height_width_3() -> None:
 
 
 def test_size_is_checked_before_pixels_are_decoded() -> None:
-    # Decoding would fail on these, and say so: there is nothing behind the header.
+    # These files end after their header, so decoding them would fail with another message.
     assert "8000x8000 pixels" in message(png_of_size(8000, 8000))
     assert "32769x1 pixels" in message(png_of_size(32769, 1))
     assert "more pixels than Pillow accepts" in message(png_of_size(60000, 60000))
@@ -229,7 +229,7 @@ def test_size_is_checked_before_pixels_are_decoded() -> None:
 
 
 def test_size_is_checked_before_arrays_and_lazy_images_take_memory() -> None:
-    huge = np.broadcast_to(np.zeros(3, np.uint8), (1 << 20, 1 << 20, 3))  # 3 TiB, of which 3 bytes exist
+    huge = np.broadcast_to(np.zeros(3, np.uint8), (1 << 20, 1 << 20, 3))  # 3 TiB, but all pixels share 3 bytes
     assert "1048576x1048576 pixels" in message(huge)
     assert "1048576x1048576 pixels" in message(torch.zeros(3, dtype=torch.uint8).expand(1 << 20, 1 << 20, 3))
     assert "8000x8000 pixels" in message(Image.open(io.BytesIO(png_of_size(8000, 8000))))

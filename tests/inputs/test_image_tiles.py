@@ -21,8 +21,8 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def closest_grid(width: int, height: int, max_tiles: int, size: int) -> tuple[int, int]:
-    """The rule for min_tiles = 1, told differently: of the closest grids the largest that is half covered, or else the
-    smallest."""
+    """States the official rule for min_tiles = 1 in another way: of the grids whose ratio is closest, it takes the
+    largest that the picture covers by half, or else the smallest."""
     grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
     least = min(abs(width / height - i / j) for i, j in grids)
     tied = sorted((i * j, (i, j)) for i, j in grids if abs(width / height - i / j) == least)
@@ -50,14 +50,14 @@ def test_square_pictures_take_more_tiles_when_these_are_half_covered(side: int, 
 
 @pytest.mark.parametrize(
     ("tiles", "width", "height", "small", "large"),
-    [(4, 5, 2, (4, 1), (2, 2)), (6, 15, 4, (3, 2), (6, 1))],  # ratios half way between those of the two grids
+    [(4, 5, 2, (4, 1), (2, 2)), (6, 15, 4, (3, 2), (6, 1))],  # the ratio is halfway between the two grids'
 )
 def test_grids_of_one_size_that_tie_are_taken_in_the_order_of_the_official_set(
     tiles: int, width: int, height: int, small: tuple[int, int], large: tuple[int, int]
 ) -> None:
     options = ImageOptions(min_tiles=tiles, max_tiles=tiles)
-    assert choose_grid(width, height, options) == small  # the first of the set
-    assert choose_grid(1000 * width, 1000 * height, options) == large  # the last, for it is half covered
+    assert choose_grid(width, height, options) == small  # first in the set
+    assert choose_grid(1000 * width, 1000 * height, options) == large  # last in the set, and half covered
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_tiles_of_extreme_sizes(width: int, height: int, grid: tuple[int, int], 
 
 
 def reference_resize(array: Pixels, width: int, height: int, vertical_first: bool = False) -> Pixels:
-    """Antialiased bicubic in integers, one axis after the other, as Pillow's Resample.c does it."""
+    """Resizes as Pillow's Resample.c does: antialiased bicubic in integers, one axis after the other."""
     if vertical_first:
         return _resize_rows(_resize_rows(array, height).swapaxes(0, 1), width).swapaxes(0, 1)
     return _resize_rows(_resize_rows(array.swapaxes(0, 1), width).swapaxes(0, 1), height)

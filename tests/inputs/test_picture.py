@@ -1,4 +1,4 @@
-"""A picture is plain data: it crosses a process, and what its giver does with it later changes nothing."""
+"""A picture is plain data: it can be pickled for another process, and later changes of its source do not reach it."""
 
 import pickle
 from pathlib import Path

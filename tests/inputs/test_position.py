@@ -9,7 +9,7 @@ from internvl_rt.errors import RequestError
 from internvl_rt.inputs.position import STRIDES, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.prompt import VisualSpan
 
-# A prompt as runs: text tokens before each picture (its <img> the last of them), and the picture's visual tokens.
+# A prompt is a list of runs: the number of text tokens up to a picture's <img>, and the number of its visual tokens.
 prompts = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 700)), max_size=4)
 
 
@@ -22,7 +22,7 @@ def spans_of(runs):
 
 
 def by_the_rule(num_tokens, spans, strides):
-    """One token after the other, in exact fractions: model-facts 6.1."""
+    """Computes the positions one token after the other, in exact fractions, by the rule of V2PE."""
     stride_of = {
         i: n for span, n in zip(spans, strides, strict=True) for i in range(span.start, span.start + span.num_tokens)
     }

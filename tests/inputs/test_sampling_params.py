@@ -1,4 +1,4 @@
-"""SamplingParams: what is refused, and by which name."""
+"""SamplingParams refuses bad values and names the parameter."""
 
 import math
 
@@ -66,4 +66,4 @@ def test_a_schema_that_is_no_json_is_refused():
     circle["self"] = circle
     for schema in ({"a": object()}, circle):
         with pytest.raises(RequestError, match="json_schema: expected a JSON value"):
-            SamplingParams(json_schema=schema).grammar  # noqa: B018  (the property raises)
+            SamplingParams(json_schema=schema).grammar  # noqa: B018  (reading the property raises)

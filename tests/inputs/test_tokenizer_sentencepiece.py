@@ -1,4 +1,4 @@
-"""The tokenizer of the InternLM-based checkpoints, against the sentencepiece model it is made from."""
+"""The tokenizer of InternLM-based checkpoints gives the ids and texts of the sentencepiece model it is made from."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import sentencepiece
 from internvl_rt.errors import CheckpointError
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
-UNUSED = "[UNUSED_TOKEN_145]"  # the piece whose place <|im_end|> takes, as in InternLM2.5
+UNUSED = "[UNUSED_TOKEN_145]"  # <|im_end|> takes the id of this piece, as in InternLM2.5
 
 
 def write_config(folder, model, *, special=True, **fields):
@@ -99,7 +99,7 @@ def test_added_tokens_that_are_not_special_are_read_in_both_modes(model, tokeniz
 
 def test_decoded_text_is_the_models_own_streamed_or_not(model, tokenizer):
     draw = random.Random(1)
-    # Left out: the piece with another name, and a space as a byte, which the model keeps at the start of a text.
+    # Two pieces are left out: one has another name, and the model keeps a space as a byte at the start of a text.
     usable = sorted(set(range(3, model.get_piece_size())) - {model.piece_to_id(UNUSED), model.piece_to_id("<0x20>")})
     for first in usable:
         ids = [first, *draw.choices(usable, k=draw.randrange(12))]

@@ -20,7 +20,7 @@ SIZE = (64, 48)
 def clip(
     num_frames: int = 20, container: str = "mp4", codec: str = "mpeg4", rate: int = 10, rotation: int = 0
 ) -> bytes:
-    """A video whose frame k is gray of level 10 k, with the upper left quarter black."""
+    """Makes a video whose frame k is gray of level 10 k, with the upper left quarter black."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate)
@@ -38,14 +38,14 @@ def clip(
 
 
 def levels(source: str | Path | bytes, **arguments: Any) -> list[int]:
-    """Which frames came back, read from their gray level."""
+    """Returns the indices of the loaded frames, which it reads from their gray levels."""
     frames = load_video(source, **arguments)
     assert {(frame.mode, frame.size) for frame in frames} == {("RGB", SIZE)}
     return [round(np.asarray(frame)[-8:, -8:].mean() / 10) for frame in frames]
 
 
 def refusal(source: Any, **arguments: Any) -> str:
-    """The one line with which `source` is refused."""
+    """Returns the error message, of one line, with which `source` is refused."""
     with pytest.raises(MediaError) as caught:
         load_video(source, **arguments)
     text = str(caught.value)
@@ -79,9 +79,9 @@ def test_the_last_index_counted_is_one_less_than_the_frames() -> None:
 
 
 def test_halves_are_rounded_to_even_and_sums_truncated() -> None:
-    # spans of 2.5: 0, 2.5 -> 2, 5, 7.5 -> 8, each plus 1.25
+    # Spans of 2.5 frames begin at 0, 2.5 -> 2, 5 and 7.5 -> 8; their middles are 1.25 further.
     assert choose_frame_indices(11, 10.0, 4) == [1, 3, 6, 9]
-    # bounds at frames 12.5 -> 12 and 37.5 -> 38
+    # The bounds are at the frames 12.5 -> 12 and 37.5 -> 38.
     assert choose_frame_indices(1000, 25.0, 2, (0.5, 1.5)) == [18, 31]
 
 
@@ -174,7 +174,7 @@ def test_playlists_that_name_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile clip.ts\n")
     for name in ("list.m3u8", "list.txt"):
         with av.open(str(tmp_path / name)):
-            pass  # PyAV alone reads it
+            pass  # PyAV by itself opens the list
         assert "is broken or not a video" in refusal(tmp_path / name)
 
 
@@ -229,7 +229,7 @@ def test_ffmpeg_writes_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> N
     data = bytearray(clip(codec="libx264"))
     damaged = data.index(b"mdat") + 100
     data[damaged : damaged + 400] = bytes(range(200)) * 2
-    capfd.readouterr()  # what the encoder said
+    capfd.readouterr()  # drop the encoder's own output
     assert len(load_video(bytes(data))) == 32  # the decoder conceals the damage
     refusal(bytes(data[: len(data) // 2]))
     assert capfd.readouterr().err == ""

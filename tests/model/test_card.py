@@ -1,4 +1,4 @@
-"""The static card: what is known of a model from its config.json alone."""
+"""The static card says what config.json alone tells of a model."""
 
 import json
 import time
@@ -16,7 +16,7 @@ def card_of(name):
 
 def test_the_card_of_the_1b_is_right_number_by_number():
     card = card_of("InternVL3-1B")
-    vit = 1025 * 1024 + 1024 + (3 * 14 * 14 + 1) * 1024  # positions, class token, patches
+    vit = 1025 * 1024 + 1024 + (3 * 14 * 14 + 1) * 1024  # positions, class token, patch embedding
     vit += 24 * (12 * 1024**2 + (3 + 1 + 4 + 1) * 1024 + 6 * 1024)  # matrices, their biases, two norms and two scales
     projector = 2 * 4096 + (4096 + 1) * 896 + (896 + 1) * 896
     decoder = 2 * 151674 * 896 + 896

@@ -1,4 +1,4 @@
-"""Whole models in 16 bits on a GPU against float32 references, graphs against eager; and that the measures notice."""
+"""Whole models in 16 bits on a GPU agree with float32 references, graphs with eager steps; mistakes are noticed."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from internvl_rt.model.random_checkpoint import random_config, random_weights
 from support.agreement import in_float32, layer_errors, logits_of, rms_error, top1_agreement, tower_cosine
 from support.small_models import VIT_6B, build_model
 
-# Of the noise of a logit by which the likeliest must lead: the difference of two is off by 1.4 of it, and by more than
-# four times that for one token in 16,000.
+# The likeliest token must lead by this many times the noise of a logit. The difference of two logits has 1.4 times
+# that noise, and is off by more than four times as much for one token in 16,000.
 SURE = 6.0
 
 
@@ -41,7 +41,7 @@ def test_vision_tower_of_the_300m_agrees_with_float32(dtype: torch.dtype) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["InternVL3-1B", "InternVL3-8B"])
 def test_likeliest_tokens_agree_with_float32(name: str) -> None:
-    """Random weights make flat logits, so what rounding may change is measured: by plain torch in bfloat16."""
+    """Random weights make flat logits, so plain torch in bfloat16 measures how much rounding may change them."""
     model = random_model(name, torch.bfloat16)
     token_ids = np.random.default_rng(0).integers(0, 150_000, 1000).tolist()
     ours = logits_of(model, token_ids)
@@ -56,12 +56,12 @@ def test_likeliest_tokens_agree_with_float32(name: str) -> None:
 
 @pytest.mark.gpu
 def test_decode_graphs_give_the_bits_of_eager_steps() -> None:
-    """Of one and of four sequences, which are buckets: padding would change how attention is split."""
+    """Graphs exist for the batch sizes one and four: padding would change how attention is split."""
     params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=1)
     conversations = [[{"role": "user", "content": "digits " * n}] for n in (3, 40, 7, 20)]
     found = []
     with Engine.from_pretrained("random:InternVL3-1B", device="cuda", max_num_seqs=4, max_model_len=512) as engine:
-        engine.runner._prefill_graphs = None  # whose products are of other sizes
+        engine.runner._prefill_graphs = None  # their products have other sizes than eager ones
         for _ in range(2):
             for batch in (conversations[:1], conversations):
                 replies = engine.generate(batch, params)
@@ -83,7 +83,7 @@ def test_a_model_agrees_with_itself() -> None:
 
 
 def test_layers_run_one_by_one_are_the_tower() -> None:
-    """On the kernels, in the interpreter: the layers that are compared are those that the engine runs."""
+    """On the kernels, the layers that are compared one by one compute what the tower of the engine computes."""
     model = build_model(VIT_6B)
     tiles = draw_tiles(1, 56, "cpu")
     assert max(layer_errors(InternVL(model.config, model.weights, triton_ops(model.device)), model, tiles)) < 1e-5

@@ -1,4 +1,4 @@
-"""The whole model on the Triton kernels against the references: both kinds of ViT, every decoder layout."""
+"""The whole model on the Triton kernels equals the references, with both kinds of ViT and every decoder layout."""
 
 from dataclasses import fields
 
@@ -50,7 +50,7 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
 
 @pytest.mark.fast("qwen3-whole", "internlm2-whole")
 @torch.inference_mode()
-@pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more and fewer rows than 16
+@pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more than 16 rows, or fewer
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
 def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
     model = build_model(decoder=decoder)
@@ -65,19 +65,19 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
 def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
-    """The prefix ends in the middle of a picture; decodes follow where there are chunks of one token."""
+    """The prefix ends in the middle of a picture; a chunk of one token is a decode."""
     model = build_model(decoder=decoder)
     token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
     other = [*token_ids[:-2], 1, 2]
     tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
     expected = all_logits(model, token_ids, tiles, context_id=47)
     actual = all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens, after=other)
-    assert_near(actual, expected[16:])  # one block of the cache
+    assert_near(actual, expected[16:])  # the first 16 tokens are a block of the cache
 
 
 @pytest.mark.slow
 def test_engine_on_triton_gives_the_tokens_of_the_references() -> None:
-    """One after another, then together: whole prompts, chunks, decodes and prefix hits in one batch."""
+    """One request runs alone, then all together: one batch has whole prompts, chunks, decodes and prefix hits."""
     picture = torch.randint(0, 256, (40, 90, 3), dtype=torch.uint8).numpy()
     task = "Look at the picture and answer with digits only, nothing else. "
     contents = [

@@ -1,4 +1,4 @@
-"""Random checkpoints: the official format, reproducible, and complete or not there."""
+"""Random checkpoints have the official format, are reproducible, and are written completely or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The checkpoint in the package really works: measured on handwriting that was in no training picture."""
+"""The checkpoint in the package really works: it reads handwriting that was in no training picture."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def readings():
-    """For each length 120 pictures of held-out digits, each with two questions."""
+    """Draws for each length 120 pictures of held-out digits, each with two questions."""
     rng, glyphs = np.random.default_rng(41), load_glyphs(held_out=True)
     return [[draw_reading(rng, glyphs, n, "read", "count") for _ in range(120)] for n in range(1, MAX_DIGITS + 1)]
 
@@ -67,8 +67,8 @@ def test_digits_are_counted(engine):
 def test_two_pictures_are_compared(engine):
     rng, glyphs = np.random.default_rng(47), load_glyphs(held_out=True)
     exercises = [draw_comparison(rng, glyphs) for _ in range(150)]
-    assert len({exercise.turns[0] for exercise in exercises}) == 3 * len(COMPARE)  # every phrasing with every answer
-    assert measure_accuracy(engine, exercises) >= 0.78  # 84 % of 200 measured when it was trained, less 2 deviations
+    assert len({exercise.turns[0] for exercise in exercises}) == 3 * len(COMPARE)  # all phrasings have all answers
+    assert measure_accuracy(engine, exercises) >= 0.78  # it had 84 % of 200 after training; 2 deviations less
 
 
 @pytest.mark.fast("1", "0.00390625")

@@ -1,6 +1,6 @@
-"""Random small models of every kind against transformers' own InternVL classes, through every checkpoint layout.
+"""Random small models of every kind, read from every layout, agree with transformers' own InternVL classes.
 
-transformers runs with eager attention, our operations with torch's fused one, so equal results are not equal code.
+transformers runs eager attention and our operations torch's fused one, so equal results do not come from equal code.
 Errors are max |ours - theirs| / max |theirs|.
 """
 
@@ -43,7 +43,7 @@ class Conversation:
 
     @property
     def media(self) -> dict[str, Tensor]:
-        """For transformers: pixel values as the official transform makes them."""
+        """Returns what transformers takes: pixel values as the official transform makes them."""
         if not self.pictures:
             return {}
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -99,7 +99,7 @@ def v2pe_positions(prepared: Prepared, stride: int) -> np.ndarray:
 
 @cache
 def expected_tokens(kind: Kind, name: str, prompt: tuple[int, ...]) -> list[int]:
-    """transformers' greedy answer."""
+    """Returns the tokens of transformers' greedy answer."""
     ids = torch.tensor([prompt])
     answer = reference(kind).generate(
         input_ids=ids,

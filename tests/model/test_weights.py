@@ -1,4 +1,4 @@
-"""Checkpoint tensors to parameters and back: every dialect, every kind of tower, complete in both directions."""
+"""All checkpoint tensors become parameters, and tensors again, in every dialect and with every kind of tower."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SMALL_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "layer_norm", 1e-6, qkv_bias=True,
 LARGE_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "rms_norm", 1e-6, qkv_bias=False, qk_norm=True)
 QWEN2 = DecoderConfig(
     hidden_size=16,
-    num_layers=11,  # numbers of one and of two digits
+    num_layers=11,  # layer numbers have one digit or two
     num_heads=6,
     num_kv_heads=2,
     head_dim=4,
@@ -105,10 +105,10 @@ def test_each_index_on_a_parameters_path_has_its_place_in_the_names():
 
 
 def test_a_placement_takes_a_part_of_a_stored_tensor(tmp_path, monkeypatch):
-    """As a shard of the experts would, whose matrices are stored in one tensor."""
+    """A shard of experts, whose matrices are stored in one tensor, would need this."""
     saved, config = random_weights(PLAIN), PLAIN
     save_weights(saved, config, tmp_path, dialect=DIALECTS["original"])
-    stacked = torch.randn(3, 16, 28).to(torch.bfloat16)  # of three experts; layer 0 gets columns of the second
+    stacked = torch.randn(3, 16, 28).to(torch.bfloat16)  # three experts; layer 0 gets columns of the second
     name, tensors = "layers.0.down.stacked", load_file(tmp_path / "model.safetensors")
     down = "language_model.model.layers.0.mlp.down_proj.weight"
     del tensors[down]
@@ -202,7 +202,7 @@ def test_a_merged_wqkv_holds_the_query_heads_of_a_key_head_then_its_key_then_its
     config = model_config(SMALL_VIT, INTERNLM)
     save_weights(random_weights(config), config, tmp_path, dialect=DIALECTS["internlm2"])
     wqkv = load_file(tmp_path / "model.safetensors")["language_model.model.layers.10.attention.wqkv.weight"]
-    heads = wqkv.view(2, 3 + 2, 4, 16)  # key heads; query heads of each, key, value; channels
+    heads = wqkv.view(2, 3 + 2, 4, 16)  # [key heads, query heads of each + key + value, channels, width]
     qkv = load(tmp_path, config).decoder.layers[10].qkv.weight_NK.view(6 + 2 + 2, 4, 16)
     for query_head in range(6):
         assert torch.equal(qkv[query_head], heads[query_head // 3, query_head % 3])
@@ -213,7 +213,7 @@ def test_a_merged_wqkv_holds_the_query_heads_of_a_key_head_then_its_key_then_its
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that saves random weights with changed tensors, and gives back the weights."""
+    """A function that saves random weights with changed tensors, and returns the unchanged weights."""
 
     def save(config, dialect="original", **changes):
         weights = random_weights(config)

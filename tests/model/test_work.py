@@ -1,4 +1,4 @@
-"""Work and floors: hand-computed numbers, the kernels' own costs, tables of the 1B to 78B, and what a reply shows."""
+"""Work and floors agree with numbers computed by hand, the kernels' costs, tables of the 1B to 78B, and replies."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def config_of(name):
 
 
 def step(name, *chunks, rows=1, dtype=BF16):
-    """chunks: tokens before, and tokens computed."""
+    """Returns the work of a step. chunks: for each, the number of tokens before it and of tokens it computes."""
     return decoder_work(config_of(name).decoder, dtype, [n for _, n in chunks], [s + n for s, n in chunks], rows)
 
 
@@ -46,7 +46,7 @@ def test_a_tile_of_the_1b_number_by_number():
     work = vision_work(config_of("1B"), BF16, 1)
     layer = 2 * 1025 * 12 * 1024**2 + 4 * 1025**2 * 1024
     assert work.flops == 2 * 1024 * 588 * 1024 + 24 * layer + 2 * 256 * (4096 * 896 + 896 * 896)
-    assert work.bytes == 2 * (304_012_288 + 2 * 4096 + 4097 * 896 + 897 * 896)  # parameters of tower and projector
+    assert work.bytes == 2 * (304_012_288 + 2 * 4096 + 4097 * 896 + 897 * 896)  # the parameters of tower and projector
 
 
 def test_a_decode_step_of_the_8b_number_by_number():
@@ -54,7 +54,7 @@ def test_a_decode_step_of_the_8b_number_by_number():
     layer = 3584 * (28 + 2 * 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944
     head = 151674 * 3584
     assert work.flops == 28 * (2 * layer + 4 * 2048 * 28 * 128) + 2 * head
-    weights = 28 * (layer + 2 * 3584 + 36 * 128) + 3584 + head  # norms and biases of q, k and v; no bias elsewhere
+    weights = 28 * (layer + 2 * 3584 + 36 * 128) + 3584 + head  # with norms, and biases of q, k, v only
     assert work.bytes == 2 * (weights + 3584) + 57_344 * (2048 + 1)
 
 
@@ -67,7 +67,7 @@ def test_bytes_are_those_of_the_models_parameters(name):
         for path, tensor in named_parameters(weights).items():
             sizes[path.partition(".")[0]] += tensor.nbytes
         assert vision_work(config, BF16, 13).bytes == sizes["vision"] + sizes["projector"]
-        seen = 11 * kv_bytes_per_token(decoder, BF16) + 7 * decoder.hidden_size * 2  # 4 before, 7 new
+        seen = 11 * kv_bytes_per_token(decoder, BF16) + 7 * decoder.hidden_size * 2  # 4 cached tokens, 7 new ones
         head = decoder.vocab_size * decoder.hidden_size * 2
         written = 7 * kv_bytes_per_token(decoder, BF16)
         assert decoder_work(decoder, BF16, [7], [11], 1).bytes == sizes["decoder"] - head + seen + written
@@ -85,7 +85,7 @@ def test_tied_embeddings_are_read_as_the_head_all_the_same():
 def test_vision_tower_does_what_the_tables_say(name, num_tiles, gflop):
     config = config_of(name)
     flops = vision_work(config, BF16, num_tiles).flops - num_tiles * projector_flops(config)
-    assert flops / 1e9 == pytest.approx(gflop, rel=2e-3)  # they count norms besides
+    assert flops / 1e9 == pytest.approx(gflop, rel=2e-3)  # the tables count norms too
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_prefill_does_what_the_tables_say(name, num_tokens, gflop):
 )  # fmt: skip
 def test_floor_of_a_decode_step_is_that_of_the_tables(name, batch, context, floor_us):
     work = step(name, *[(context - 1, 1)] * batch, rows=batch)
-    assert H200.floor_s(work) * 1e6 == pytest.approx(floor_us, rel=1.5e-2)  # they count activations besides
+    assert H200.floor_s(work) * 1e6 == pytest.approx(floor_us, rel=1.5e-2)  # the tables count activations too
 
 
 def test_vision_flops_are_the_sum_of_the_kernels():
@@ -127,7 +127,7 @@ def test_decoder_flops_and_cache_bytes_are_the_sum_of_the_kernels():
     total = 28 * (sum(map(product_flops, shapes)) + sum(cost.flops for cost in costs))
     work = step("8B", *[(length - 1, 1) for length in decodes], *chunks, rows=5)
     assert work.flops == total + product_flops((5, 151674, 3584))
-    read = 28 * (sum(cost.bytes for cost in costs) - 2 * rows * 28 * 128 * 2)  # without q and y
+    read = 28 * (sum(cost.bytes for cost in costs) - 2 * rows * 28 * 128 * 2)  # q and y are not counted
     nothing_before = decoder_work(config_of("8B").decoder, BF16, [rows], [0], 5)
     assert work.bytes == nothing_before.bytes + read
 
@@ -165,7 +165,7 @@ def test_a_floor_is_the_slower_of_computing_and_moving():
 
 def test_only_devices_with_a_known_data_sheet_have_a_roof():
     assert roof_of(torch.device("cpu"), BF16) is None
-    assert data_sheet_roof("NVIDIA H200 NVL", BF16) is None  # another chip's clocks
+    assert data_sheet_roof("NVIDIA H200 NVL", BF16) is None  # another card, with other clocks
     roof = data_sheet_roof("NVIDIA H200", BF16)
     assert (roof.flops_per_s, roof.bytes_per_s) == (989.4e12, 4.8e12)
     assert data_sheet_roof("NVIDIA H200", torch.float32).flops_per_s == 67e12

