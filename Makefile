@@ -81,10 +81,11 @@ $(VENV)/done-torch: constraints.txt $(VENV)/done-environment
 
 $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt'
-	@$(INSTALL_PACKAGE) .
+	@CXXFLAGS="$$CXXFLAGS $(if $(wildcard $(VENV)/done-test),-Werror)" $(INSTALL_PACKAGE) .
 	@touch $@
 
-# Warnings of the C++ compiler are errors here, but not for users, who only install.
+# Warnings of the C++ compiler are errors here, but not for users, who only install. (Once this has run they are errors
+# above too, because with other flags every file would be compiled again.)
 $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
 	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,bench,test]'
