@@ -163,13 +163,10 @@ def find_names(table: Mapping[str, str], path: ParameterPath) -> tuple[str, list
 
 def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
     """Where the rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
-    queries = c.num_heads // c.num_kv_heads
-    sizes = [queries * c.head_dim, c.head_dim, c.head_dim]
-    firsts = [0, c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
     placements, stored = [], 0
     for group in range(c.num_kv_heads):
-        for size, first in zip(sizes, firsts, strict=True):
-            start = first + group * size
+        for first, heads in ((0, c.num_heads // c.num_kv_heads), (c.num_heads, 1), (c.num_heads + c.num_kv_heads, 1)):
+            start, size = (first + group * heads) * c.head_dim, heads * c.head_dim
             placements.append(Placement(parameter, start, start + size, slice(stored, stored + size)))
             stored += size
     return tuple(placements)
