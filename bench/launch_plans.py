@@ -156,8 +156,8 @@ def split_plan(batch: int, num_kv_heads: int) -> tuple[int, int, int]:
     for seq_id in range(batch):
         blocks.admit(seq_id, np.zeros(CONTEXT, np.int32), identity=None)
     seq_ids, one_each = np.arange(batch, dtype=np.int32), np.ones(batch, np.int32)
-    blocks.append_batch(seq_ids, (CONTEXT - 1) * one_each)
-    blocks.append_batch(seq_ids, one_each)
+    blocks.append(seq_ids, (CONTEXT - 1) * one_each)
+    blocks.append(seq_ids, one_each)
     shapes = {"query_start_S1": batch + 1, "seq_len_S": batch, "block_table_SN": (batch, CONTEXT // BLOCK_SIZE)}
     shapes |= {"slot_T": batch, "split_start_S1": batch + 1, "split_W3": (room, 3)}
     step = {name: np.empty(shape, np.int32) for name, shape in shapes.items()}
