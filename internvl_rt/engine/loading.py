@@ -59,11 +59,11 @@ def _open(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
             "embeddings; the folder mixes files of different models"
         )
-    return (
-        config,
-        tokenizer,
-        lambda dtype, device: load_weights(open_checkpoint(folder), config, dtype=dtype, device=device),
-    )
+
+    def load(dtype: torch.dtype, device: torch.device) -> ModelWeights:
+        return load_weights(open_checkpoint(folder), config, dtype=dtype, device=device)
+
+    return config, tokenizer, load
 
 
 def choose_device(device: str) -> torch.device:

@@ -60,13 +60,7 @@ class LaunchedStep:
 
 class Runner:
     def __init__(
-        self,
-        model: InternVL,
-        cache: KVCache,
-        visual_cache: VisualCache,
-        uploads: Uploads,
-        *,
-        max_draws: int,
+        self, model: InternVL, cache: KVCache, visual_cache: VisualCache, uploads: Uploads, *, max_draws: int
     ) -> None:
         """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called."""
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads

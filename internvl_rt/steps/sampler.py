@@ -15,18 +15,8 @@ from internvl_rt.steps.device_stream import host_memory, to_device
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw
 
-_NAMES = (
-    "seed_R",
-    "counter_R",
-    "temperature_R",
-    "top_k_R",
-    "top_p_R",
-    "min_p_R",
-    "penalty_R3",
-    "listed_start_R1",
-    "listed_id",
-    "listed_count",
-)
+_NAMES = ("seed_R", "counter_R", *Sampling._fields[:-2])  # the order in memory: the wider numbers first
+assert set(_NAMES) == set(Sampling._fields)
 WORDS_PER_ROW = 11  # seed and counter two each, temperature, top_k, top_p, min_p, three penalties
 
 
