@@ -181,9 +181,10 @@ def test_the_plan_of_the_cache_is_understood(num_items: int) -> None:
     cache = PagedKVCache(32, BLOCK)
     for seq_id, length in enumerate(lengths):
         assert cache.admit(seq_id, np.arange(length, dtype=np.int32)) == 0
-        assert cache.append(seq_id, length - new[seq_id])
-        cache.complete(cache.fill_step(*step_buffers([seq_id], [length - new[seq_id]], 1, width)))
-        assert cache.append(seq_id, new[seq_id])
+        old = length - new[seq_id]
+        assert cache.append(np.array([seq_id], np.int32), np.array([old], np.int32))
+        cache.complete(cache.fill_step(*step_buffers([seq_id], [old], 1, width)))
+        assert cache.append(np.array([seq_id], np.int32), np.array([new[seq_id]], np.int32))
     starts = np.empty(padded_rows + 1, np.int32)
     items = np.empty((max(num_items, padded_rows), 3), np.int32)
     buffers = step_buffers(list(range(4)), new, padded_rows, width)
