@@ -222,14 +222,6 @@ def test_the_model_can_be_imported_without_what_requests_and_the_scheduler_need(
     assert run.stdout == "[]\n"
 
 
-def test_the_model_is_imported_without_what_is_above_it() -> None:
-    """The model can be used alone: it needs no tokenizer, decoder of pictures, grammar or compiled part."""
-    code = "import sys, internvl_rt.model; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "internvl_rt.model" in done.stdout.split()
-    assert not {"tokenizers", "PIL", "llguidance", "av", "internvl_rt._C"} & set(done.stdout.split())
-
-
 def test_the_kernels_are_a_link_and_not_a_package_of_their_own() -> None:
     assert (PACKAGE / "kernels").readlink() == Path("../kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()

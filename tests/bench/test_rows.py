@@ -39,6 +39,7 @@ def test_every_way_to_multiply_has_a_row() -> None:
         assert row["tflops"] == pytest.approx(row["flops"] / row["median_us"] / 1e6)
 
 
+@pytest.mark.slow
 def test_what_the_time_does_not_reach_is_named() -> None:
     document = json.loads(run("--budget-s=1e-9").stdout.splitlines()[-1])
     assert (document["rows"], document["left_out"]) == ([], ["out, 1 tiles"])

@@ -304,6 +304,7 @@ def test_plans_are_compared_with_the_reference_before_they_are_timed() -> None:
     assert found.chosen("cublas") == {}
 
 
+@pytest.mark.slow
 def test_plans_of_attention_are_compared_too() -> None:
     plans = {"default": AttentionPlan(32, 16, 8, 1), "other": AttentionPlan(16, 32, 4, 1)}
     work = small("vit_attention", "several_heads_and_tiles")

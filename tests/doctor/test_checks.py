@@ -150,6 +150,7 @@ def test_an_error_of_the_device_is_said_to_end_the_process(monkeypatch: pytest.M
     )
 
 
+@pytest.mark.fast("sm_90")
 @pytest.mark.parametrize("target", [TARGETS[80], TARGETS[90]], ids=["sm_80", "sm_90"])
 def test_each_operation_is_checked_on_something(target: Any) -> None:
     """The cases, one to three, launch something: products with TMA and without, attention with norms and without."""

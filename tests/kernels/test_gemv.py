@@ -155,6 +155,7 @@ def test_the_residual_may_be_overwritten(plan: GemvPlan) -> None:
     torch.testing.assert_close(residual, expected, **TOLERANCE)
 
 
+@pytest.mark.fast("1-0", "5-2")
 @pytest.mark.parametrize("stages", [0, 2])
 @pytest.mark.parametrize("splits", [1, 2, 3, 5])
 def test_a_workspace_serves_call_after_call(splits: int, stages: int) -> None:

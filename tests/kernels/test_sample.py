@@ -161,6 +161,7 @@ def test_reference_keeps_what_a_sort_in_float64_keeps(values: list[float], param
     assert kept.tolist() == sorted(expected.tolist())
 
 
+@pytest.mark.fast("half", "equal", "largest_alone")
 @pytest.mark.parametrize(
     ("logits", "parameters", "kept"),
     [
@@ -172,6 +173,7 @@ def test_reference_keeps_what_a_sort_in_float64_keeps(values: list[float], param
         ([5.0, 5.0, 4.9], (1.0, 0, 1e-9, 0.0), [0]),
         ([3.0, 1.0, 3.0], (1.0, 0, 1.0, 1.0), [0, 2]),
     ],
+    ids=["half", "more_than_half", "half_of_three", "equal", "ratio", "least", "largest_alone"],
 )
 def test_kept_sets_by_hand(logits: list[float], parameters: tuple[float, int, float, float], kept: list[int]) -> None:
     assert kept_reference(torch.tensor(logits), *parameters)[0].tolist() == kept

@@ -48,7 +48,7 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
     assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
 
 
-@pytest.mark.fast("qwen3-whole", "internlm2-whole")
+@pytest.mark.fast("qwen3-chunks", "internlm2-whole")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more than 16 rows, or fewer
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
@@ -60,7 +60,7 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
-@pytest.mark.fast("qwen2-chunks")
+@pytest.mark.fast("qwen2-whole")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])

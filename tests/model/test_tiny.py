@@ -56,6 +56,7 @@ def test_digits_are_counted_in_a_second_question(engine, readings):
     assert measure_accuracy(engine, [e for exercises in readings for e in exercises], turn=1) >= 0.97
 
 
+@pytest.mark.slow
 def test_digits_are_counted(engine):
     rng, glyphs = np.random.default_rng(43), load_glyphs(held_out=True)
     exercises = [draw_reading(rng, glyphs, 1 + n % MAX_DIGITS, "count") for n in range(120)]
