@@ -138,6 +138,7 @@ HOMES = {
     "av": ["inputs.video"],
     "huggingface_hub": ["checkpoint.folder"],
     "llguidance": ["inputs.grammar"],
+    "safetensors": ["checkpoint.tensor_file"],
     "sentencepiece": ["inputs.tokenizer"],
     "tokenizers": ["inputs.tokenizer"],
     "transformers": [],
