@@ -93,6 +93,7 @@ def test_setup_says_in_one_line_what_is_missing(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_only_what_a_change_concerns_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, folder = tmp_path / "source", tmp_path / "build"
     source.mkdir()
@@ -124,6 +125,7 @@ def test_the_extension_knows_every_source_file() -> None:
     assert [file.name for file in files if file.name not in text] == []
 
 
+@pytest.mark.slow
 def test_where_cmake_is_missing_one_call_of_the_compiler_builds_the_extension(tmp_path: Path) -> None:
     """bench/gpu.py builds in this way; then the package has its compiled part and version without an installation."""
     for file in ROOT.iterdir():

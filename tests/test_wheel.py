@@ -62,6 +62,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     compiled = [name for name in held if re.fullmatch(r"internvl_rt/_C\..*(so|pyd)", name)]
@@ -75,6 +76,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert sorted(held) == sorted(checkout + compiled)
 
 
+@pytest.mark.slow
 def test_the_installed_package_reads_its_own_pictures(installed: Path, tmp_path: Path) -> None:
     result = json.loads(run(sys.executable, "-c", READ_SAMPLES, cwd=tmp_path, PYTHONPATH=str(installed)))
     assert all(Path(file).is_relative_to(installed) for file in result["files"])
@@ -83,6 +85,7 @@ def test_the_installed_package_reads_its_own_pictures(installed: Path, tmp_path:
     assert {stem: result["replies"][stem] for stem in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_installed_command_starts(installed: Path, tmp_path: Path) -> None:
     output = run(installed / "bin" / "internvl-rt", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
     assert re.fullmatch(r"internvl-rt \d+\.\d+\.\d+\n", output)

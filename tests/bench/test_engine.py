@@ -21,6 +21,7 @@ def run(name: str, *arguments: str, exit_codes: tuple[int, ...] = (0,)) -> list[
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_second_question_encodes_nothing_again_and_the_last_line_is_json() -> None:
     result = json.loads(run("reuse.py", "--model=tiny", "--rounds=1", "--goal=0.1", "--fork-goal=100")[-1])
     assert result["tiles_encoded_again"] == 0

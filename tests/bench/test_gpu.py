@@ -195,6 +195,7 @@ def test_a_part_whose_time_is_up_is_asked_to_stop_and_what_it_had_is_kept(
     assert run.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_tests_whose_time_was_up_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LEAST_S", 0)
     slow = python("contract", "import time\ntime.sleep(60)", proves=True, read=read_tests)
@@ -270,6 +271,7 @@ def test_tests_that_came_to_their_end_are_complete_though_workers_were_still_end
         assert read_tests(Output([case, *more], 130, stopped=True), ENVIRONMENT, "pytest")["complete"] is complete
 
 
+@pytest.mark.slow
 def test_tests_that_are_stopped_at_their_end_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LEAST_S", 0)
     lines = f"print('{CASE}[gemv/rows_1/float32] PASSED [100%]\\n=== 1 passed in 0.1s ===', flush=True)"

@@ -88,6 +88,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_reference_of_every_operation_is_timed_and_called_that(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     done = run("bench/kernel_table.py", "--quick", "--device=cpu", f"--json={file}")

@@ -118,6 +118,7 @@ def test_every_kernel_that_a_launch_asks_for_was_planned(environment: dict[str, 
     assert run_python(environment, ASK) == ""
 
 
+@pytest.mark.slow
 def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) -> None:
     done = prebuild(environment, "--target=90", "--workers=1", "--what=models", "--only=rms_norm", "--budget-s=0.001")
     assert done.returncode == 0, done.stderr[-4000:]

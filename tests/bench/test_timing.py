@@ -115,6 +115,7 @@ def cuda() -> dict[str, Any]:
     return json.loads(done.stdout) | {"errors": done.stderr}
 
 
+@pytest.mark.slow
 def test_a_cold_call_finds_nothing_in_l2_and_emptying_it_is_not_timed(cuda: dict[str, Any]) -> None:
     """One call reads one block and another two; the timer gives their mean, as exactly as two events can measure."""
     *times, graphed, clock = cuda["cold"]

@@ -186,6 +186,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(LEAVES), JSON)
 def test_any_value_is_either_read_or_refused_with_a_config_error(leaf, value):

@@ -209,6 +209,7 @@ def test_close_ends_open_streams_and_can_be_called_again():
     run(main())
 
 
+@pytest.mark.slow
 def test_forgotten_engine_ends_its_threads_and_frees_its_memory():
     e = AsyncEngine.from_pretrained("tiny", device="cpu")
     assert run(e.chat(ask("Hello"), SHORT)).usage.completion_tokens == 10
@@ -222,6 +223,7 @@ def test_forgotten_engine_ends_its_threads_and_frees_its_memory():
     assert engine() is None
 
 
+@pytest.mark.slow
 def test_program_that_forgets_to_close_ends():
     program = """
 import asyncio

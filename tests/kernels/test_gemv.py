@@ -263,6 +263,7 @@ def test_kernels_start_before_the_last_has_ended_where_they_can(target: Target) 
     assert not any(launch.pdl or launch.constexprs["PDL"] for launch in launches)
 
 
+@pytest.mark.slow
 @pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_first_weights_are_on_their_way_before_the_wait(capability: int) -> None:
@@ -281,6 +282,7 @@ def test_the_first_weights_are_on_their_way_before_the_wait(capability: int) -> 
         assert (multiply in after) == job[1].endswith("_8")
 
 
+@pytest.mark.slow
 def test_chunks_are_on_their_way_to_shared_memory_while_one_is_multiplied() -> None:
     """In the machine code, with and without a norm, copies stand before the loop, and in the loop after the product."""
     for names in instructions_of([("gemv", "8b_gate_up_8", 90), ("gemv", "8b_down_8", 90)]).values():

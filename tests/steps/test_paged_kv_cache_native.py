@@ -92,6 +92,7 @@ def test_random_requests_from_python_are_clean_under_the_sanitizers(build: Build
     assert "passed: 5000 steps" in run_python(build, SOAK, "--steps", "5000", "--seed", str(seed))
 
 
+@pytest.mark.slow
 def test_every_file_is_compiled_with_what_it_is_checked_for(build: Build) -> None:
     everywhere = {"-fsanitize=address", "-fno-sanitize-recover=all", "-D_GLIBCXX_DEBUG", "-Wconversion", "-Werror"}
     core = {path.name for path in ROOT.glob("csrc/*.cpp")} - {"bindings.cpp"}
@@ -103,6 +104,7 @@ def test_every_file_is_compiled_with_what_it_is_checked_for(build: Build) -> Non
         assert everywhere | ({"-O1", "-fsanitize=undefined"} if name in core else {"-O0"}) <= set(command), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
