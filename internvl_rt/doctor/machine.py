@@ -152,7 +152,7 @@ def check_compiled_part() -> Finding:
         text = f"internvl_rt/_C{suffix} does not load ({one_line(str(error))}; {there}); build it with this Python: "
         text += "pip install --force-reinstall --no-deps, of the package or of the checkout; needs a C++20 compiler"
         return Finding("failed", text)
-    return Finding("ok", f"loads, and keeps the books of {PagedKVCache(4, 16).num_blocks} blocks")
+    return Finding("ok", f"loads, and tracks {PagedKVCache(4, 16).num_blocks} blocks")
 
 
 def check_triton() -> Finding:

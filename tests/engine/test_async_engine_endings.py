@@ -145,7 +145,7 @@ def test_step_that_fails_ends_its_own_requests_and_nothing_else(monkeypatch):
 @pytest.mark.parametrize(
     ("place", "cause"),
     [
-        ("scheduler", AssertionError("the books are wrong")),
+        ("scheduler", AssertionError("the block counts are wrong")),
         ("model", KeyboardInterrupt()),
         ("model", SystemExit(3)),
     ],
