@@ -7,6 +7,9 @@ SAMPLE ?= internvl_rt/tiny/samples/4719.png
 # `make audit` uses the oldest, the pinned and the newest triton.
 AUDITED ?= 3.6.0 3.7.1 3.9.0
 
+# How many processes the tests run in, each on one core.
+WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 # Versions come from constraints.txt alone; pip's own configuration says where packages come from.
@@ -15,6 +18,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
 INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
@@ -40,10 +44,10 @@ types: $(VENV)/done-test  ## mypy --strict on the package
 	$(BIN)/mypy
 
 pytest: $(VENV)/done-test  ## the tests of `make test` alone
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/done-test  ## the other tests
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 test-real: $(VENV)/done-real  ## tests with a real 135M language model (downloads 93 MB)
 	$(BIN)/pytest tests/real

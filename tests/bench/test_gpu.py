@@ -87,7 +87,7 @@ def test_a_mistake_a_hang_and_a_crash_cost_only_what_they_touch(tmp_path: Path) 
     """In a copy, one kernel is wrong, one bench never ends and another is killed; everything else still has rows."""
     copy = tmp_path / "copy"
     leave = shutil.ignore_patterns("__pycache__", ".*")
-    for folder in ("internvl_rt", "kernels", "bench", "tests"):
+    for folder in ("internvl_rt", "kernels", "csrc", "bench", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=leave)
     shutil.copy(ROOT / "pyproject.toml", copy)
 
