@@ -1,12 +1,15 @@
 """Chooses the tests that run: a plain `pytest` runs the quick ones, `-m slow` runs the others."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads this when it is imported; kernels then run on the CPU, slowly
+
+NUM_DESELECTED = pytest.StashKey[int]()
 
 # tests/golden runs only if INTERNVL_RT_GOLDEN is set, tests/real only if the command line names it.
 collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "golden"]
@@ -15,7 +18,7 @@ collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "g
 @pytest.hookimpl(tryfirst=True)  # this must run before pytest itself selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects the tests marked `gpu` where there is no GPU, and those marked `slow` unless the command line chooses
-    tests by -m, -k or their ids; pytest's last line says how many."""
+    tests by -m, -k or their ids; pytest's last lines say how many."""
     by_id = any("::" in argument for argument in config.args)
     missing: dict[str, set[str]] = {}
     for item in items:
@@ -36,3 +39,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=unable)
     items[:] = [item for item in items if item not in set(unable)]
+    if hasattr(config, "workeroutput"):  # one of several processes, whose last line nobody sees
+        config.workeroutput["num_deselected"] = len(unable)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Tells the main process how many tests its workers deselected; each of them collects all tests."""
+    node.config.stash[NUM_DESELECTED] = getattr(node, "workeroutput", {}).get("num_deselected", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if num_deselected := config.stash.get(NUM_DESELECTED, 0):
+        terminalreporter.write_line(f"{num_deselected} deselected: slow tests, or tests that need a GPU")
