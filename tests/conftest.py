@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads this when it is imported; kernels then run on the CPU, slowly
 
+# pytest-benchmark measures nothing in a worker of xdist, and takes every program that a worker starts for one.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 NUM_DESELECTED = pytest.StashKey[int]()
 
 # tests/golden runs only if INTERNVL_RT_GOLDEN is set, tests/real only if the command line names it.
