@@ -66,7 +66,7 @@ class Engine:
             max_tokens_per_step=options.max_tokens_per_step,
             max_tiles_per_step=MAX_TILES_PER_STEP,
         )
-        self._uploads = Uploads(model.ops, model.device, model.config.vision.image_size)
+        self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
         self.runner = Runner(model, cache, self.visual_cache, self._uploads, max_draws=max_draws)
         on_gpu = model.device.type == "cuda"

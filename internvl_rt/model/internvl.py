@@ -15,7 +15,6 @@ from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
-ROW_MULTIPLE = 16  # elements; Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 ParameterPath = tuple[str | int, ...]
 
@@ -70,15 +69,16 @@ class InternVL:
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of what `run_step` returns. They are written to `out`, which is `logits_memory` by default."""
+        """Logits [R, V] of what `run_step` returns, in `out` if that is given."""
         weights = self.weights.decoder
-        out = self.logits_memory(len(x_RD)) if out is None else out
+        if out is None and self.ops.row_multiple > 1:
+            out = self.logits_memory(len(x_RD))
         return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)
 
     def logits_memory(self, num_rows: int) -> Tensor:
-        """Memory for logits [num_rows, V], every row of which begins at a multiple of ROW_MULTIPLE elements."""
-        num_columns = self.weights.decoder.lm_head.num_outputs
-        stride = -(-num_columns // ROW_MULTIPLE) * ROW_MULTIPLE
+        """Memory for logits [num_rows, V], every row of which begins at a multiple of `Ops.row_multiple` elements."""
+        num_columns, multiple = self.weights.decoder.lm_head.num_outputs, self.ops.row_multiple
+        stride = -(-num_columns // multiple) * multiple
         return torch.empty(num_rows, stride, dtype=self.dtype, device=self.device)[:, :num_columns]
 
 

@@ -48,6 +48,7 @@ class Ops:
 
     captures_graphs: whether CUDA graphs can be captured, because no operation waits for the device
     resizes_on_device: whether pictures are cut into tiles on the model's device; else the CPU does it, to the same bits
+    row_multiple: logits are read fastest if each of their rows begins at a multiple of so many elements
     num_split_items(num_rows, num_kv_heads): how many items a split plan of decode attention has, which the KV cache
         fills; 0 where no plan is wanted
 
@@ -59,6 +60,7 @@ class Ops:
     name: str
     captures_graphs: bool
     resizes_on_device: bool
+    row_multiple: int
     num_split_items: Callable[[int, int], int]
     resize_tiles: Callable[[Tensor, int, int, int, bool], Tensor]
     patch_embed: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -166,6 +168,7 @@ TORCH = Ops(
     name="torch",
     captures_graphs=False,
     resizes_on_device=False,
+    row_multiple=1,
     num_split_items=lambda num_rows, num_kv_heads: 0,
     resize_tiles=resize_tiles_reference,
     patch_embed=patch_embed_reference,

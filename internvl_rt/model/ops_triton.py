@@ -163,6 +163,7 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         name="triton",
         captures_graphs=True,
         resizes_on_device=True,
+        row_multiple=16,  # Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
         num_split_items=partial(num_split_items, num_sms=target.num_sms),
         resize_tiles=resize_tiles,
         patch_embed=patch_embed,

@@ -16,9 +16,8 @@ class Uploads:
     Any thread may use it.
     """
 
-    def __init__(self, ops: Ops, device: torch.device, tile_side: int) -> None:
-        """tile_side: pixels."""
-        self._ops, self._device, self._tile_side = ops, device, tile_side
+    def __init__(self, ops: Ops, device: torch.device) -> None:
+        self._ops, self._device = ops, device
         self._stream = DeviceStream(device)
         self._arriving: WeakKeyDictionary[Picture, Arriving] = WeakKeyDictionary()
 
@@ -43,11 +42,10 @@ class Uploads:
         """Cuts an image into tiles on the device; if that is the CPU, Pillow resizes them, to the same bits."""
         if not self._ops.resizes_on_device:
             return self._send(torch.from_numpy(image.tiles()))
-        pixels = torch.as_tensor(image.pixels())
-        on_gpu = Arriving.on_current_stream(pixels) if pixels.device.type != "cpu" else None
+        given = Arriving.on_current_stream(torch.as_tensor(image.pixels()))
         with self._stream.use():
-            pixels = to_device(pixels, self._device) if on_gpu is None else on_gpu.get().to(self._device)
-            tiles = self._ops.resize_tiles(pixels, *image.grid, self._tile_side, image.thumbnail)
+            pixels = to_device(given.get(), self._device)
+            tiles = self._ops.resize_tiles(pixels, *image.grid, image.options.image_size, image.thumbnail)
             return Arriving.on_current_stream(tiles)
 
     def _send(self, tensor: torch.Tensor) -> Arriving:

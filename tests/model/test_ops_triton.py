@@ -1,6 +1,6 @@
 """The whole model on the Triton kernels equals the references, with both kinds of ViT and every decoder layout."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -118,3 +118,10 @@ def test_the_kernels_are_refused_on_a_device_that_cannot_run_them(monkeypatch: p
 def test_a_backend_that_is_not_there_is_refused() -> None:
     with pytest.raises(RequestError, match="backend must be auto, triton or torch, got 'cuda'"):
         Engine.from_pretrained("tiny", device="cpu", backend="cuda")
+
+
+def test_logits_lie_as_the_table_reads_them_fastest():
+    model = build_model(VIT_300M, replace(QWEN2, vocab_size=307))
+    x_RD = torch.randn(3, QWEN2.hidden_size, device=DEVICE)
+    assert model.logits(x_RD).stride(0) == 307, "the references make no copy"
+    assert on_triton(model).logits(x_RD).stride(0) % 16 == 0
