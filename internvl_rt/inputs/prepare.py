@@ -95,9 +95,10 @@ class Preparer:
             elif media.kind == "image_embeds":
                 pictures.append(self._given_visual(media.source))
             else:
-                frames = load_video(media.source)
+                frames = load_video(media.source)[::-1]
                 frames_per_video.append(len(frames))
-                pictures += [_open(frame, self._frames) for frame in frames]
+                while frames:  # each frame is freed as soon as its pixels are copied
+                    pictures.append(_open(frames.pop(), self._frames))
         media_s = time.perf_counter() - start_s
         turns = turns_from_messages(
             parsed,
