@@ -1,12 +1,4 @@
-"""The official interface: the quick start of the InternVL3 model cards runs with its import lines changed.
-
-    from internvl_rt.compat import AutoModel, AutoTokenizer, load_image, load_video
-
-    model = AutoModel.from_pretrained(path, torch_dtype=torch.bfloat16, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=False)
-    response, history = model.chat(
-        tokenizer, load_image("page.png", max_num=12), "<image>\nWhat is the total?",
-        dict(max_new_tokens=1024, do_sample=True), history=None, return_history=True)
+"""The official interface: the quick start of the InternVL3 model cards runs with its import lines changed (README.md).
 
 Semantics are those of InternVLChatModel (InternVL, modeling_internvl_chat.py), with three deliberate differences: no
 code of the checkpoint runs, arguments that cannot be honoured raise instead of being ignored, and neither the caller's

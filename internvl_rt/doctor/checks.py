@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from types import ModuleType
 
 from internvl_rt.doctor import machine
 from internvl_rt.doctor.finding import Finding, describe
@@ -12,22 +13,16 @@ from internvl_rt.doctor.finding import Finding, describe
 KERNEL = "kernel "  # prefix of the names of checks of single operations
 
 
-def _launch() -> Finding:
-    from internvl_rt.doctor.kernels import check_launch
+def _kernels() -> ModuleType:
+    from internvl_rt.doctor import kernels
 
-    return check_launch()
-
-
-def _backend() -> Finding:
-    from internvl_rt.doctor.answer import check_backend
-
-    return check_backend()
+    return kernels
 
 
-def _answer(backend: str) -> Finding:
-    from internvl_rt.doctor.answer import check_answer
+def _answers() -> ModuleType:
+    from internvl_rt.doctor import answer
 
-    return check_answer(backend)
+    return answer
 
 
 # Each check by name, and what to do if it raises.
@@ -41,26 +36,24 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "compiled part": (machine.check_compiled_part, "install the package again"),
     "triton": (machine.check_triton, "install it again: pip install --force-reinstall triton (Linux only)"),
     "compiler": (machine.check_compiler, "install gcc, or name one in CC"),
-    "launch": (_launch, 'Triton cannot run its kernels here; backend="torch" computes without them'),
-    "backend": (_backend, "choose another with backend= and device="),
-    "answer": (lambda: _answer("auto"), "report this"),
-    "answer by torch": (lambda: _answer("torch"), "report this"),
+    "launch": (
+        lambda: _kernels().check_launch(),
+        'Triton cannot run its kernels here; backend="torch" computes without them',
+    ),
+    "backend": (lambda: _answers().check_backend(), "choose another with backend= and device="),
+    "answer": (lambda: _answers().check_answer("auto"), "report this"),
+    "answer by torch": (lambda: _answers().check_answer("torch"), "report this"),
 }
 
 
 def run(name: str) -> Finding:
     """Runs a check; whatever it raises becomes a finding."""
-    check, advice = CHECKS.get(name, (lambda: _kernel(name.removeprefix(KERNEL)), "report this"))
+    check, advice = CHECKS.get(name, (lambda: _kernels().check_operation(name.removeprefix(KERNEL)), "report this"))
     try:
-        return check()
+        found: Finding = check()
+        return found
     except Exception as error:
         return Finding("failed", f"{describe(error)}; {advice}")
-
-
-def _kernel(operation: str) -> Finding:
-    from internvl_rt.doctor.kernels import check_operation
-
-    return check_operation(operation)
 
 
 def serve() -> None:

@@ -78,11 +78,8 @@ class Engine:
             )
         max_requests = options.max_num_seqs + options.max_waiting
         self.loop = StepLoop(scheduler, self.runner, max_requests=max_requests, run_ahead=on_gpu)
-        identity: dict[str, str | int] = {
-            "model": repr(model.config),
-            "dtype": str(model.dtype),
-            "block_size": cache.block_size,
-        }
+        identity: dict[str, str | int] = {"model": repr(model.config), "dtype": str(model.dtype)}
+        identity["block_size"] = cache.block_size
         self.preparer = Preparer(
             model.config,
             tokenizer,

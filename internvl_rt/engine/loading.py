@@ -27,14 +27,9 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     weights = load(chosen, target)
-    memory = plan_memory(
-        config,
-        chosen,
-        target,
-        options,
-        weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
-        graphs=options.cuda_graphs and ops.captures_graphs,
-    )
+    weight_bytes = sum(tensor.nbytes for tensor in named_parameters(weights).values())
+    graphs = options.cuda_graphs and ops.captures_graphs
+    memory = plan_memory(config, chosen, target, options, weight_bytes=weight_bytes, graphs=graphs)
     sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
     cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
     return InternVL(config, weights, ops), tokenizer, cache, memory

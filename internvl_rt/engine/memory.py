@@ -44,19 +44,17 @@ class MemoryPlan:
         """Formats the plan as a table for people."""
         num_tokens = self.num_blocks * self.block_size
         cache = f"{_size(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
-        rows = [
-            ("device", self.device),
-            ("weights", _size(self.weight_bytes)),
-            ("vision workspace", _size(self.vision_bytes)),
-        ]
-        rows += [("step workspace", _size(self.step_bytes))]
-        if self.graph_bytes:
-            rows.append(("CUDA graphs", _size(self.graph_bytes)))
-        if self.cublas_bytes:
-            rows.append(("cuBLAS", _size(self.cublas_bytes)))
-        rows += [("visual tokens", _size(self.visual_cache_bytes)), ("KV cache", cache)]
-        if self.total_bytes is not None:
-            rows.insert(1, ("memory", _size(self.total_bytes)))
+        sizes = {
+            "memory": self.total_bytes,
+            "weights": self.weight_bytes,
+            "vision workspace": self.vision_bytes,
+            "step workspace": self.step_bytes,
+            "CUDA graphs": self.graph_bytes or None,
+            "cuBLAS": self.cublas_bytes or None,
+            "visual tokens": self.visual_cache_bytes,
+        }
+        rows = [("device", self.device), *((label, _size(n)) for label, n in sizes.items() if n is not None)]
+        rows.append(("KV cache", cache))
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
 
 

@@ -47,10 +47,8 @@ class SequenceFactory:
                 )
         number = next(self._prompt_numbers)
         seed = params.seed if params.seed is not None else derive_seed(self._engine_seed, number)
-        room = min(
-            self._max_model_len - len(prepared.prompt.token_ids),
-            self._max_position - prepared.next_position,
-        )
+        left = self._max_model_len - len(prepared.prompt.token_ids)
+        room = min(left, self._max_position - prepared.next_position)
         grammar = self._grammars.compile(*params.grammar) if params.grammar else None
         speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
         score_from = prepared.score_from

@@ -37,17 +37,7 @@ _MAX_SIDE = 32_768
 _MAX_ENCODED_BYTES = 1 << 29  # a file is read whole, to be hashed
 
 # Pillow raises these on damaged files; most were seen when files of every format above were changed and cut.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    EOFError,
-    struct.error,
-)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError)
 
 
 def open_media(source: str | Path | bytes, kind: str) -> tuple[BinaryIO, str]:
@@ -252,7 +242,7 @@ def _pillow_errors(name: str, options: ImageOptions) -> Iterator[None]:
         raise MediaError(f"{name} is not a readable {', '.join(_FORMATS)} file: convert it to one of these") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MediaError(f"{name} has more pixels than Pillow accepts: keep it under {options.max_pixels}") from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, struct.error) as error:
         raise MediaError(f"{name} is broken or truncated and cannot be decoded ({type(error).__name__})") from error
 
 

@@ -19,15 +19,7 @@ from internvl_rt.inputs.identity import build_identity, content_digest
 from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.position import Delta, auto_stride, build_positions, parse_delta
-from internvl_rt.inputs.prompt import (
-    Media,
-    Message,
-    Prompt,
-    Turn,
-    build_prompt,
-    parse_messages,
-    turns_from_messages,
-)
+from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import load_video

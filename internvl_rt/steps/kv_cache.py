@@ -42,10 +42,8 @@ class KVCache:
         """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
         ops: copies blocks on the device, and says how attention is split.
-        Raises RequestError for a block size that is not in BLOCK_SIZES, ValueError for no blocks at all.
+        block_size: one of BLOCK_SIZES. Raises ValueError for no blocks at all.
         """
-        if block_size not in BLOCK_SIZES:
-            raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
         watermark_blocks = num_blocks // WATERMARK
         self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark_blocks)

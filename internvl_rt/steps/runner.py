@@ -79,70 +79,57 @@ class Runner:
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
         """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on."""
-        with self.stream.use():
-            self._capture(max_num_seqs, max_model_len, max_tokens_per_step, capture or cuda_capture())
-
-    def _capture(self, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture) -> None:
-        model, cache = self._model, self._cache
-        self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
+        model, cache, config = self._model, self._cache, self._model.config
 
         def decode(inputs: StepInputs, logits_SV: Tensor, sampling: Sampling) -> Tensor:
             logits_SV = model.logits(model.run_step(inputs, cache.layers), logits_SV)
             model.ops.sample(logits_SV, sampling, self._drawn_R[: len(logits_SV)])
             return logits_SV
 
-        self._decode_graphs = DecodeGraphs(
-            decode,
-            cache,
-            self._drawn_R,
-            model.logits_memory(max_num_seqs),
-            capture,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-        )
-        config, buckets = model.config.decoder, prefill_buckets(model.config.decoder, max_tokens_per_step)
-        x_TD = torch.zeros(max(buckets, default=0), config.hidden_size, dtype=model.dtype, device=model.device)
-        self._prefill_graphs = PrefillGraphs(
-            lambda inputs, x_TD: model.run_layers(inputs, x_TD, cache.layers),
-            cache,
-            self._drawn_R,
-            x_TD,
-            capture,
-            max_model_len=max_model_len,
-            buckets=buckets,
-        )
+        def prefill(inputs: StepInputs, x_TD: Tensor) -> Tensor:
+            return model.run_layers(inputs, x_TD, cache.layers)
+
+        with self.stream.use():
+            capture = capture or cuda_capture()
+            self._tile_graphs = TileGraphs(model.encode_tiles, config.vision.image_size, model.device, capture)
+            logits_SV, buckets = model.logits_memory(max_num_seqs), prefill_buckets(config.decoder, max_tokens_per_step)
+            self._decode_graphs = DecodeGraphs(
+                decode, cache, self._drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            )
+            num_tokens, width = max(buckets, default=0), config.decoder.hidden_size
+            x_TD = torch.zeros(num_tokens, width, dtype=model.dtype, device=model.device)
+            self._prefill_graphs = PrefillGraphs(
+                prefill, cache, self._drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
+            )
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences."""
         with self.stream.use():
-            return self._launch(step)
-
-    def _launch(self, step: Step) -> LaunchedStep:
-        start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
-        if step.has_prompts:
-            for chunk in step.chunks:
-                self._encode_pictures(chunk)
-        encoded = Moment(self._model.device) if step.has_prompts else start
-        scored: list[Logprobs] = []
-        is_drawn = False
-        if self._decode_graphs is not None and self._decode_graphs.takes(step):
-            logits_RV = self._decode_graphs.run(step)
-            is_drawn = self._decode_graphs.draws(step)
-        else:
-            logits_RV, scored = self._compute(step)
-        token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
-        return LaunchedStep(
-            step=step,
-            number=self._cache.blocks.num_steps,
-            start=start,
-            encoded=encoded,
-            token_id_R=token_id_R,
-            drawn=drawn,
-            scored=scored,
-            done=Moment(self._model.device),
-            num_tiles=self.num_encoded_tiles - num_encoded_tiles,
-        )
+            start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
+            if step.has_prompts:
+                for chunk in step.chunks:
+                    self._encode_pictures(chunk)
+            encoded = Moment(self._model.device) if step.has_prompts else start
+            scored: list[Logprobs] = []
+            is_drawn = False
+            if self._decode_graphs is not None and self._decode_graphs.takes(step):
+                logits_RV = self._decode_graphs.run(step)
+                is_drawn = self._decode_graphs.draws(step)
+            else:
+                logits_RV, scored = self._compute(step)
+            token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
+            return LaunchedStep(
+                step=step,
+                number=self._cache.blocks.num_steps,
+                start=start,
+                encoded=encoded,
+                token_id_R=token_id_R,
+                drawn=drawn,
+                scored=scored,
+                done=Moment(self._model.device),
+                num_tiles=self.num_encoded_tiles - num_encoded_tiles,
+            )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a step to end and returns its results."""

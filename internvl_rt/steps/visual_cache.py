@@ -47,6 +47,3 @@ class VisualCache:
             while self.num_bytes > self._capacity_bytes:
                 _, oldest = self._entries.popitem(last=False)
                 self.num_bytes -= oldest.nbytes
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from internvl_rt import EngineOptions
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.model.ops import TORCH
@@ -60,7 +61,7 @@ def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
 def test_a_block_size_the_kernels_do_not_know_is_refused() -> None:
     assert BLOCK_SIZES == (16, 32, 64, 128)
     with pytest.raises(RequestError, match=r"block_size must be one of \(16, 32, 64, 128\), got 48"):
-        KVCache(decoder(), num_blocks=1, block_size=48, dtype=torch.float32, device=torch.device("cpu"), ops=TORCH)
+        EngineOptions(block_size=48)
 
 
 @pytest.mark.parametrize(
