@@ -124,7 +124,7 @@ py::list drain_events(PagedKVCache& cache) {
 py::dict stats(const PagedKVCache& cache) {
   const CacheStats s = cache.stats();
   using namespace py::literals;
-  return py::dict("num_blocks"_a = s.num_blocks, "num_fresh"_a = s.num_fresh, "num_cached"_a = s.num_cached,
+  return py::dict("num_blocks"_a = s.num_blocks, "num_free"_a = s.num_free, "num_cached"_a = s.num_cached,
                   "num_used"_a = s.num_used, "num_deferred"_a = s.num_deferred, "num_sequences"_a = s.num_sequences,
                   "queried_tokens"_a = s.queried_tokens, "hit_tokens"_a = s.hit_tokens,
                   "num_evictions"_a = s.num_evictions, "num_copies"_a = s.num_copies);

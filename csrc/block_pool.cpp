@@ -5,19 +5,19 @@
 namespace internvl_rt {
 
 BlockPool::BlockPool(std::int32_t num_blocks)
-    : blocks_(static_cast<std::size_t>(num_blocks) + 2), num_blocks_(num_blocks), num_fresh_(num_blocks) {
-  for (const std::int32_t list : {fresh_list(), cached_list()}) (*this)[list].previous = (*this)[list].next = list;
-  for (std::int32_t block = num_blocks - 1; block >= 0; --block) link_after(fresh_list(), block);
+    : blocks_(static_cast<std::size_t>(num_blocks) + 2), num_blocks_(num_blocks), num_free_(num_blocks) {
+  for (const std::int32_t list : {free_list(), cached_list()}) (*this)[list].previous = (*this)[list].next = list;
+  for (std::int32_t block = num_blocks - 1; block >= 0; --block) link_after(free_list(), block);
 }
 
 std::int32_t BlockPool::next_eviction() const noexcept {
-  return num_fresh_ > 0 || num_cached_ == 0 ? -1 : (*this)[cached_list()].next;
+  return num_free_ > 0 || num_cached_ == 0 ? -1 : (*this)[cached_list()].next;
 }
 
 std::int32_t BlockPool::allocate() {
   CHECK_INVARIANT(num_available() > 0, "allocate on an empty pool");
-  std::int32_t& count = num_fresh_ > 0 ? num_fresh_ : num_cached_;
-  const std::int32_t block = (*this)[num_fresh_ > 0 ? fresh_list() : cached_list()].next;
+  std::int32_t& count = num_free_ > 0 ? num_free_ : num_cached_;
+  const std::int32_t block = (*this)[num_free_ > 0 ? free_list() : cached_list()].next;
   unlink(block);
   --count;
   Block& b = (*this)[block];
@@ -60,10 +60,10 @@ void BlockPool::put_back(std::int32_t block) {
     link_after((*this)[cached_list()].previous, block);
     ++num_cached_;
   } else {
-    b.place = Place::kFresh;
+    b.place = Place::kFree;
     b.content = Content::kPrivate;
-    link_after(fresh_list(), block);
-    ++num_fresh_;
+    link_after(free_list(), block);
+    ++num_free_;
   }
 }
 
@@ -74,9 +74,9 @@ void BlockPool::forget_cached() {
     --num_cached_;
     Block& b = (*this)[block];
     b.content = Content::kPrivate;
-    b.place = Place::kFresh;
-    link_after(fresh_list(), block);
-    ++num_fresh_;
+    b.place = Place::kFree;
+    link_after(free_list(), block);
+    ++num_free_;
   }
 }
 
@@ -106,21 +106,21 @@ std::int32_t BlockPool::check_list(std::int32_t list, Place place) const {
 }
 
 void BlockPool::check_invariants() const {
-  CHECK_INVARIANT(check_list(fresh_list(), Place::kFresh) == num_fresh_, "num_fresh is not ", num_fresh_);
+  CHECK_INVARIANT(check_list(free_list(), Place::kFree) == num_free_, "num_free is not ", num_free_);
   CHECK_INVARIANT(check_list(cached_list(), Place::kCached) == num_cached_, "num_cached is not ", num_cached_);
-  std::int32_t num_fresh = 0, num_cached = 0, num_deferred = 0;
+  std::int32_t num_free = 0, num_cached = 0, num_deferred = 0;
   for (std::int32_t block = 0; block < num_blocks_; ++block) {
     const Block& b = (*this)[block];
-    num_fresh += b.place == Place::kFresh;
+    num_free += b.place == Place::kFree;
     num_cached += b.place == Place::kCached;
     num_deferred += b.place == Place::kDeferred;
     CHECK_INVARIANT((b.place == Place::kUsed) == (b.references > 0), "block ", block, " has ", b.references,
                     " references in the wrong place");
-    CHECK_INVARIANT(b.place != Place::kFresh || b.content == Content::kPrivate, "fresh block ", block, " has content");
+    CHECK_INVARIANT(b.place != Place::kFree || b.content == Content::kPrivate, "free block ", block, " has content");
     CHECK_INVARIANT(b.place != Place::kCached || b.content == Content::kPublished, "cached block ", block,
                     " is not published");
   }
-  CHECK_INVARIANT(num_fresh == num_fresh_ && num_cached == num_cached_, "a block is lost from its list");
+  CHECK_INVARIANT(num_free == num_free_ && num_cached == num_cached_, "a block is lost from its list");
   CHECK_INVARIANT(num_deferred == num_deferred_, "num_deferred is not ", num_deferred);
 }
 

@@ -214,7 +214,7 @@ void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
   frees_.reserve(std::ssize(sequence.blocks));  // allocates here, where a failure has changed nothing yet
   // From the last block to the first: so the end of a prefix is evicted before its beginning, without which nobody
-  // could find it, and the next sequence gets the fresh blocks in the order of this one.
+  // could find it, and the next sequence gets the free blocks in the order of this one.
   for (const std::int32_t block : sequence.blocks | std::views::reverse) unref(block, num_steps_);
   vacate(sequence);
 }

@@ -72,7 +72,7 @@ struct BlockCopy {
 };
 
 struct CacheStats {
-  std::int64_t num_blocks, num_fresh, num_cached, num_used, num_deferred;  // the last four add up to num_blocks
+  std::int64_t num_blocks, num_free, num_cached, num_used, num_deferred;  // the last four add up to num_blocks
   std::int64_t num_sequences;
   std::int64_t queried_tokens, hit_tokens;  // summed over all admissions so far
   std::int64_t num_evictions, num_copies;
@@ -126,7 +126,7 @@ class PagedKVCache {
   std::vector<PrefixEvent> drain_events() { return index_.drain_events(); }
 
   CacheStats stats() const;
-  std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // fresh or cached
+  std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // free or cached
   std::int32_t num_blocks() const noexcept { return pool_.num_blocks(); }
   std::int32_t block_size() const noexcept { return options_.block_size; }
   std::int64_t num_sequences() const noexcept { return ids_.size(); }

@@ -212,7 +212,7 @@ std::int64_t PagedKVCache::blocks_for(std::int64_t num_tokens) const noexcept {
 CacheStats PagedKVCache::stats() const {
   return {
       .num_blocks = num_blocks(),
-      .num_fresh = pool_.num_fresh(),
+      .num_free = pool_.num_free(),
       .num_cached = pool_.num_cached(),
       .num_used = num_blocks() - pool_.num_available() - pool_.num_deferred(),
       .num_deferred = pool_.num_deferred(),

@@ -107,7 +107,7 @@ def target_of(device: torch.device) -> Target:
     if triton.knobs.runtime.interpret:
         return Target(90, 132, interpreted=True)
     if device.type != "cuda":
-        raise ValueError(f"device: expected a CUDA device, got {device}; TORCH is the table for other devices")
+        raise ValueError(f"device: expected a CUDA device, got {device}")
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
     if capability < 80:

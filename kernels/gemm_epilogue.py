@@ -240,34 +240,6 @@ def _torch_product(
     return torch.addmm(bias_N, x_RK, weight_KN, out=product_RN)
 
 
-def linear(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, rows: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """As `linear_reference`; with `rows` [R] (int64, distinct), result row r is written to row rows[r] of `out` [T, N].
-
-    Rows outside `out` are skipped. See `gemm_epilogue` for conditions and errors.
-    """
-    return gemm_epilogue(x, weight_NK, bias_N, rows=rows, out=out)
-
-
-def linear_gelu(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-    """As `linear_gelu_reference`. See `gemm_epilogue` for conditions and errors."""
-    return gemm_epilogue(x, weight_NK, bias_N, activation="gelu", out=out)
-
-
-def linear_residual(
-    x: Tensor,
-    weight_NK: Tensor,
-    bias_N: Tensor | None,
-    residual: Tensor,
-    scale_N: Tensor | None,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As `linear_residual_reference`; `out` may be the residual. See `gemm_epilogue` for conditions and errors."""
-    return gemm_epilogue(x, weight_NK, bias_N, residual=residual, scale_N=scale_N, out=out)
-
-
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """x, weight and residual are cut from tensors with `padding` more columns of NaN; `fill` scales x in 16 bits.
 

@@ -51,7 +51,7 @@ def run_round(name: str, kinds: list[Kind], expected: list[Any], block_bytes: in
     num_threads = threading.active_count()
     faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
     with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
-        engine.loop._run_ahead = rng.random() < 0.5
+        engine.loop.run_ahead = rng.random() < 0.5
         with faults(engine) as arm_fault:
             seed = rng.randrange(1 << 30)
             outcome = run_load(engine, kinds, expected, num_requests=num_requests, seed=seed, arm_fault=arm_fault)

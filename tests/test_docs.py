@@ -32,6 +32,11 @@ def test_the_lives_of_a_request_and_of_a_weight_take_ten_lines_each_and_name_fil
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_in_backquotes_exist(page: Path) -> None:
+    assert [name for name in named_files(page) if "/" in name and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_of_the_repository_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     inside = [link for link in links if not re.match(r"[a-z]+:", link)]

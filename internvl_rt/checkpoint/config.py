@@ -50,13 +50,6 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DynamicRope:
-    """Dynamic NTK scaling: acts only beyond `max_position` (modeling_rope_utils.py of transformers)."""
-
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A Llama-shaped decoder: RMS norm, rotary positions, grouped-query attention, SiLU-gated MLP."""
 
@@ -69,7 +62,6 @@ class DecoderConfig:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: DynamicRope | None
     max_position: int  # the trained window, tokens
     qkv_bias: bool
     qk_norm: bool  # RMS norm per head on q and k, before the rotation (Qwen3)
@@ -268,7 +260,6 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     if head_dim % 2:
         raise section.refusal("head_dim", f"an even number, not {head_dim}")
-    rope_theta, rope_scaling = _read_rope(section)
     return DecoderConfig(
         hidden_size=hidden_size,
         num_layers=section.integer("num_hidden_layers", 32, maximum=_MAX_COUNT),
@@ -278,8 +269,7 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
         intermediate_size=section.integer("intermediate_size", missing.intermediate_size),
         vocab_size=section.integer("vocab_size", missing.vocab_size),
         norm_eps=section.real("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        rope_theta=_read_rope_theta(section),
         max_position=section.integer("max_position_embeddings", missing.max_position),
         qkv_bias=missing.model_type == "qwen2",
         qk_norm=missing.model_type == "qwen3",
@@ -287,19 +277,24 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
     )
 
 
-def _read_rope(section: Section) -> tuple[float, DynamicRope | None]:
-    """Theta and scaling from rope_theta and rope_scaling, or from the rope_parameters of transformers 5."""
+def _read_rope_theta(section: Section) -> float:
+    """Reads theta from rope_theta, or from the rope_parameters of transformers 5, and checks the kind of scaling.
+
+    Dynamic scaling is checked only: it acts beyond the trained window (modeling_rope_utils.py), which is not exceeded.
+    """
     theta = section.real("rope_theta", 10000.0)
     key = "rope_parameters" if section.has("rope_parameters") else "rope_scaling"
     if not section.has(key):
-        return theta, None
+        return theta
     rope = section.section(key)
     kinds = ("default", "dynamic")
     kind = rope.choice("rope_type", kinds, rope.choice("type", kinds, "default"))
     if rope.has("type"):
         rope.support("type", kind)
     rope.support("partial_rotary_factor", 1.0)
-    return rope.real("rope_theta", theta), DynamicRope(rope.real("factor")) if kind == "dynamic" else None
+    if kind == "dynamic":
+        rope.real("factor")
+    return rope.real("rope_theta", theta)
 
 
 def _read_downsample(section: Section, vision: VisionConfig) -> int:

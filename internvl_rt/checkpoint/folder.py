@@ -41,7 +41,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     return folder
 
 
-def find_config(model: str | Path, *, revision: str | None = None) -> tuple[ModelConfig, str]:
+def find_config(model: str | Path) -> tuple[ModelConfig, str]:
     """A model's configuration and name.
 
     model: what `resolve_model` takes, the path of a config.json, or one of `KNOWN_MODELS`. Of a hub id only the
@@ -49,7 +49,7 @@ def find_config(model: str | Path, *, revision: str | None = None) -> tuple[Mode
     """
     if str(model) in KNOWN_MODELS and not os.path.exists(model):
         return load_config(KNOWN_MODELS[str(model)]), str(model)
-    path = _resolve(model, revision, _CONFIG_FILES)
+    path = _resolve(model, None, _CONFIG_FILES)
     on_disk = os.path.isdir(os.path.expanduser(model))
     return load_config(path), path.resolve().name if on_disk else str(model)
 

@@ -11,7 +11,7 @@ from internvl_rt.doctor.process import CheckProcess
 Ask = Callable[[str], Finding]
 
 # Each check, with the checks whose failure would make it fail too; it is skipped then.
-CHECKS: dict[str, tuple[str, ...]] = {
+NEEDS: dict[str, tuple[str, ...]] = {
     "internvl-rt": (),
     "python": (),
     "packages": (),
@@ -36,7 +36,7 @@ def diagnose(ask: Ask) -> Iterator[tuple[str, Finding]]:
         found[name] = ask(name) if missing is None else Finding("not checked", f"needs {missing}, which failed")
         return name, found[name]
 
-    for name, needs in CHECKS.items():
+    for name, needs in NEEDS.items():
         yield check(name, needs)
     launch = found["launch"]
     if launch.status == "ok":

@@ -121,7 +121,7 @@ class InFlight:
     def _reject(self, step: Step, token_ids: list[int]) -> set[int]:
         """Takes back what was computed for wrong draft tokens; returns the rows of the void draws after them."""
         rejected: set[int] = set()
-        row_of = {(draw.sequence, draw.place): row for row, draw in enumerate(step.draws)}
+        row_of = {(draw.sequence, draw.counter): row for row, draw in enumerate(step.draws)}
         for sequence, start, _, drafts in step.chunks:
             if not drafts or sequence.seq_id not in self._answers:
                 continue

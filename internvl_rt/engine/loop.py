@@ -29,7 +29,7 @@ class StepLoop:
         run_ahead: whether a step is launched before the one before it has ended, which keeps a GPU busy.
         """
         self._scheduler, self._runner = scheduler, runner
-        self._max_requests, self._run_ahead = max_requests, run_ahead
+        self._max_requests, self.run_ahead = max_requests, run_ahead
         self._in_flight = InFlight(scheduler)
         self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
@@ -185,7 +185,7 @@ class StepLoop:
             self._launch(chunks)
         else:
             assert self._launched, "a step without work: an unfinished sequence can always run"
-        self._collect_down_to(1 if chunks and self._run_ahead else 0)
+        self._collect_down_to(1 if chunks and self.run_ahead else 0)
         if not self._in_flight:
             self._collect_down_to(0)
         return True

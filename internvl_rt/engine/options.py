@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Options of an engine. Raises RequestError that names a bad one.
+    """Options of an engine. Raises RequestError that names a value out of range.
+
+    `device`, `dtype`, `backend`, `v2pe_delta` and `max_tiles` are checked when an engine is built.
 
     device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
@@ -114,13 +116,13 @@ def takes_options(
     """Makes a function of (class, model, options) take keyword arguments, also for help() and type checkers."""
 
     def decorate(load: Callable[[C, str | Path, EngineOptions], T]) -> Callable[Concatenate[C, str | Path, P], T]:
-        def loads(cls: C, model: str | Path, /, *args: P.args, **given: P.kwargs) -> T:
+        def loads(cls: C, model: str | Path, *args: P.args, **given: P.kwargs) -> T:
             return load(cls, model, options(*args, **given))
 
         update_wrapper(loads, load)
         own, keywords = inspect.signature(load), inspect.signature(options).parameters.values()
         parameters = [*list(own.parameters.values())[:2], *keywords]
         loads.__dict__["__signature__"] = own.replace(parameters=parameters)
-        return loads
+        return loads  # type: ignore[return-value]  # a Concatenate cannot say that `model` may be named
 
     return decorate

@@ -100,10 +100,11 @@ class Preparer:
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
-    def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor], *, v2pe_delta: Delta | None = None) -> Prepared:
+    def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Prepares rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
-        pictures = [Picture(_tensor_digest("tiles", each), len(each), tiles=each) for each in tiles]
-        return self._prepare(turns, pictures, v2pe_delta)
+        own = [each.detach().clone() for each in tiles]  # the caller may change its own
+        pictures = [Picture(_tensor_digest("tiles", each), len(each), tiles=each) for each in own]
+        return self._prepare(turns, pictures, v2pe_delta=None)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
@@ -198,7 +199,7 @@ class Preparer:
             raise RequestError(f"image_embeds: expected at most {self._max_model_len:,} tokens, got {shape[0]:,}")
         if not visual_XD.is_floating_point():
             raise RequestError(f"image_embeds: expected floating-point numbers, got {visual_XD.dtype}")
-        visual_XD = visual_XD.detach()
+        visual_XD = visual_XD.detach().clone()  # the caller may change its own
         if not visual_XD.isfinite().all():
             raise RequestError("image_embeds: expected finite numbers, got NaN or infinity")
         return Picture(_tensor_digest("visual", visual_XD), shape[0] // per_tile, visual_XD=visual_XD)

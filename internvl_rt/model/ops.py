@@ -1,7 +1,7 @@
 """The operations that the model is written against, as one frozen table.
 
 `TORCH` holds the references, which are plain torch and run on any device. `ops_triton` makes tables of the kernels in
-`kernels/`. An engine picks one table when it is built and hands it down; nothing else asks which one it is.
+`kernels/`. An engine picks one table when it is built and hands it down; nothing that computes asks which one it is.
 
 A layer of either tower is five moves:
 
@@ -53,7 +53,8 @@ class Ops:
         fills; 0 where no plan is wanted
 
     The other fields are functions of plain tensors. Each is the reference or the launcher of the file in `kernels/`
-    that has its name; that file explains it. The methods unpack weights and call these functions.
+    that has its name; that file explains it. The methods unpack weights and call these functions; `paged_attention`
+    and `sample`, which are methods only, are the references here.
     A method may write its result into the `residual` that it is given.
     """
 

@@ -156,13 +156,13 @@ class Runner:
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the caches hold and have saved, in tokens and bytes."""
-        books, visual = self._cache.blocks.stats(), self._visual_cache
+        blocks, visual = self._cache.blocks.stats(), self._visual_cache
         return {
-            "kv_blocks": books["num_blocks"],
-            "kv_blocks_used": books["num_used"] + books["num_deferred"],
-            "kv_blocks_cached": books["num_cached"],
-            "prefix_queried_tokens": books["queried_tokens"],
-            "prefix_hit_tokens": books["hit_tokens"],
+            "kv_blocks": blocks["num_blocks"],
+            "kv_blocks_used": blocks["num_used"] + blocks["num_deferred"],
+            "kv_blocks_cached": blocks["num_cached"],
+            "prefix_queried_tokens": blocks["queried_tokens"],
+            "prefix_hit_tokens": blocks["hit_tokens"],
             "visual_cache_bytes": visual.num_bytes,
             "visual_cache_queries": visual.num_queries,
             "visual_cache_hits": visual.num_hits,

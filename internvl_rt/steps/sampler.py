@@ -1,4 +1,4 @@
-"""Arguments of a step's draws, as arrays for the device. A draw depends on its logits, parameters, seed and index."""
+"""Arguments of a step's draws, as arrays for the device. A draw depends on its logits, parameters, seed and counter."""
 
 from collections import Counter
 from collections.abc import Sequence as Items
@@ -43,22 +43,22 @@ class Sampler:
         flat = host_memory(len(self._flat), torch.int32, self._device)
         flat.numpy()[:] = self._flat
         views = _views(flat, num_rows, num_listed, torch.int64, torch.float32)
-        views["counter_R"].numpy()[:] = [draw.place for draw in draws]
+        views["counter_R"].numpy()[:] = [draw.counter for draw in draws]
         if self._device.type != "cpu":
             on_device = flat.to(self._device, non_blocking=True)
             views = _views(on_device, num_rows, num_listed, torch.int64, torch.float32)
         return Sampling(**views)
 
 
-class PlainArguments:
+class UnlistedArguments:
     """The arguments of draws that list no tokens, in host memory that one copy brings to the device.
 
     They lie at fixed places, so a CUDA graph can read them: `num_rows` rows; rows after those of the draws are greedy.
     """
 
     def __init__(self, flat: NDArray[np.int32], num_rows: int) -> None:
-        """flat: [plain_words(num_rows)]."""
-        self._flat, self._views = flat, _plain_views(flat, num_rows, np.int64, np.float32)
+        """flat: [unlisted_words(num_rows)]."""
+        self._flat, self._views = flat, _unlisted_views(flat, num_rows, np.int64, np.float32)
         self._sequences: list[Sequence] | None = None  # the sequences whose arguments the memory holds
 
     def forget(self) -> None:
@@ -73,20 +73,20 @@ class PlainArguments:
             if draws:
                 _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, sequences, [{} for _ in draws])
             self._sequences = sequences
-        self._views["counter_R"][:num_draws] = [draw.place for draw in draws]
+        self._views["counter_R"][:num_draws] = [draw.counter for draw in draws]
 
 
-def plain_words(num_rows: int) -> int:
-    """Returns the length of PlainArguments in words of 32 bits; a multiple of 16 bytes."""
+def unlisted_words(num_rows: int) -> int:
+    """Returns the length of UnlistedArguments in words of 32 bits; a multiple of 16 bytes."""
     return -(-(num_rows * WORDS_PER_ROW + num_rows + 1) // 4) * 4
 
 
-def wrap_plain(flat: Tensor, num_rows: int) -> Sampling:
-    """Wraps what PlainArguments wrote, in a copy `flat` of its memory."""
-    return Sampling(**_plain_views(flat, num_rows, torch.int64, torch.float32))
+def wrap_unlisted(flat: Tensor, num_rows: int) -> Sampling:
+    """Wraps what UnlistedArguments wrote, in a copy `flat` of its memory."""
+    return Sampling(**_unlisted_views(flat, num_rows, torch.int64, torch.float32))
 
 
-def _plain_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str, Any]:
+def _unlisted_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str, Any]:
     return _views(flat[: num_rows * WORDS_PER_ROW + num_rows + 1], num_rows, 0, int64, float32)
 
 
@@ -121,7 +121,7 @@ def _listed(draw: Draw) -> dict[int, int]:
     sequence = draw.sequence
     listed: dict[int, int] = Counter(sequence.generated_ids) if sequence.params.has_penalties else {}
     is_complete = sequence.matcher is not None and sequence.matcher.is_complete  # then only a stop token may follow
-    if draw.place < sequence.params.min_tokens and not is_complete:
+    if draw.counter < sequence.params.min_tokens and not is_complete:
         listed |= dict.fromkeys(sequence.stop_ids, -1)
     return listed
 

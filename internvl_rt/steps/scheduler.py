@@ -146,7 +146,7 @@ class Scheduler:
         stops: dict[Sequence, int] = {}
         tiles = self._max_tiles_per_step
 
-        def take(sequence: Sequence, most: int) -> None:
+        def add_chunk(sequence: Sequence, most: int) -> None:
             nonlocal budget, tiles
             start = stops.get(sequence, sequence.num_computed)
             stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, is_first=tiles == self._max_tiles_per_step)
@@ -158,10 +158,10 @@ class Scheduler:
         if prefilling:
             oldest = prefilling[0]
             others = sorted(prefilling[1:], key=lambda sequence: sequence.num_tokens - sequence.num_computed)
-            take(oldest, -(-budget // 2) if others else budget)
+            add_chunk(oldest, -(-budget // 2) if others else budget)
             for sequence in others:
-                take(sequence, budget)
-            take(oldest, budget)
+                add_chunk(sequence, budget)
+            add_chunk(oldest, budget)
         return [Chunk(sequence, sequence.num_computed, stop) for sequence, stop in stops.items()]
 
     def _chunk_stop(

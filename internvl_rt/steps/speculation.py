@@ -1,7 +1,7 @@
 """Prompt-lookup speculation: what followed the last few tokens earlier in the text may follow them again.
 
 A step computes the draft tokens together with the last token and draws a token after each; those drawn after a wrong
-draft token are thrown away. A draw depends on its logits and its index alone, so speculation changes no answer.
+draft token are thrown away. A draw depends on its logits and its counter alone, so speculation changes no answer.
 """
 
 NGRAM = 3

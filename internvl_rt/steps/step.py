@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
     sequence: Sequence
     row: int
-    place: int  # how many tokens the sequence has generated before this one
+    counter: int  # how many tokens the sequence has generated before this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,13 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
             continue
         is_plain = is_plain and sequence.is_plain and not sequence.siblings
-        place = sequence.num_tokens - sequence.num_prompt
+        counter = sequence.num_tokens - sequence.num_prompt
         if not drafts and not sequence.siblings:
-            draws.append(Draw(sequence, len(draw_rows), place))
+            draws.append(Draw(sequence, len(draw_rows), counter))
             draw_rows.append(first_row - 1)
             continue
         for ahead in range(len(drafts) + 1):
-            draws.append(Draw(sequence, len(draw_rows), place + ahead))
+            draws.append(Draw(sequence, len(draw_rows), counter + ahead))
             draws += [Draw(sibling, len(draw_rows), 0) for sibling in sequence.siblings]
             draw_rows.append(first_row - len(drafts) - 1 + ahead)
     return Step(

@@ -20,7 +20,7 @@ from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
 from internvl_rt.steps.device_stream import Fence, host_memory
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.sampler import PlainArguments, plain_words, wrap_plain
+from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
 from internvl_rt.steps.step import Draw, Step, StepShape, fill_step, picked_rows, wrap_step
 
 # Rows of a prefill graph, one for each sequence: one row, for a single user, or a few, decodes included. Not more:
@@ -37,15 +37,15 @@ class _Stage:
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = host_memory(size, torch.int32, device)
         self.copied = Fence(device)
-        self._arrays: dict[StepShape, tuple[dict[str, Any], PlainArguments]] = {}
+        self._arrays: dict[StepShape, tuple[dict[str, Any], UnlistedArguments]] = {}
         self._held: StepShape | None = None
 
-    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], PlainArguments]:
+    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], UnlistedArguments]:
         """Returns a step's arrays, from `start` on, and the arguments of its draws before them."""
         if shape not in self._arrays:
             flat = self.flat.numpy()
             views = shape.views(flat[start : start + shape.size], np.float32)
-            self._arrays[shape] = views, PlainArguments(flat[:start], shape.num_rows if start else 0)
+            self._arrays[shape] = views, UnlistedArguments(flat[:start], shape.num_rows if start else 0)
         found = self._arrays[shape]
         if shape != self._held:
             self._held = shape
@@ -75,7 +75,7 @@ class _Buffer:
 
     def sampling(self, shape: StepShape) -> Sampling:
         """Returns the arguments of a step's draws."""
-        return wrap_plain(self._flat, shape.num_rows)
+        return wrap_unlisted(self._flat, shape.num_rows)
 
     def pad(self, shape: StepShape) -> None:
         """Fills the buffer with a step without sequences, for a capture."""
@@ -94,7 +94,7 @@ class _Buffer:
         stage.copied.set()
 
     def _start(self, shape: StepShape) -> int:
-        return plain_words(shape.num_rows) if self._draws else 0
+        return unlisted_words(shape.num_rows) if self._draws else 0
 
 
 class DecodeGraphs:
@@ -170,12 +170,12 @@ class PrefillGraphs:
         self._x_TD = x_TD
         self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by (rows, tokens)
         self._shapes = {(shape.num_rows, shape.num_tokens): shape for shape in shapes}
-        for place, shape in self._shapes.items():
+        for size, shape in self._shapes.items():
             assert self._buffer is not None, "there are shapes"
             self._buffer.pad(shape)
             tokens, flat = shape.num_tokens, self._buffer.arrays(shape)
             inputs = wrap_step(shape, flat, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R, logit_row_R=None)
-            self._buckets[place] = inputs, capture(partial(compute, inputs, x_TD[:tokens]))
+            self._buckets[size] = inputs, capture(partial(compute, inputs, x_TD[:tokens]))
 
     def takes(self, step: Step) -> bool:
         rows, tokens = max(self._buckets, default=(0, 0))
@@ -184,8 +184,8 @@ class PrefillGraphs:
     def run(self, step: Step, embed: Callable[[StepInputs], Tensor]) -> Tensor:
         """Returns x_RD of the rows whose logits are needed; the next call may overwrite it."""
         num_rows, num_tokens = len(step.chunks), step.num_tokens
-        place = min(p for p in self._buckets if p[0] >= num_rows and p[1] >= num_tokens)
-        shape, (inputs, replay) = self._shapes[place], self._buckets[place]
+        size = min(s for s in self._buckets if s[0] >= num_rows and s[1] >= num_tokens)
+        shape, (inputs, replay) = self._shapes[size], self._buckets[size]
         assert self._buffer is not None, "there are buckets"
         self._buffer.fill(step, shape)
         picked = picked_rows(step, self._x_TD.device)

@@ -146,7 +146,7 @@ def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(
             engine.runner.capture(
                 max_num_seqs=batch, max_model_len=length, max_tokens_per_step=step, capture=Recorder()
             )
-            engine.loop._run_ahead = True
+            engine.loop.run_ahead = True
         record = Record("decode", "decode/tiny", "float32", CPU, None, ())
         cases = [(batch, context), (9, context // 2), (2, 9 * context)]
         sweep_decode(engine, record, cases, num_steps, seed=0)

@@ -10,7 +10,6 @@ from internvl_rt.checkpoint.config import (
     DEFAULT_SYSTEM_MESSAGE,
     KNOWN_MODELS,
     DecoderConfig,
-    DynamicRope,
     ModelConfig,
     VisionConfig,
     load_config,
@@ -40,7 +39,6 @@ DECODER_1B = DecoderConfig(
     vocab_size=151674,
     norm_eps=1e-6,
     rope_theta=1e6,
-    rope_scaling=DynamicRope(2.0),
     max_position=32768,
     qkv_bias=True,
     qk_norm=False,
@@ -114,7 +112,6 @@ def test_missing_keys_of_the_original_format_mean_what_they_mean_to_the_official
         vocab_size=151936,
         norm_eps=1e-6,
         rope_theta=1e4,
-        rope_scaling=None,
         max_position=32768,
         qkv_bias=True,
         qk_norm=False,
@@ -153,7 +150,6 @@ def test_missing_keys_of_the_hf_format_mean_what_they_mean_to_transformers(text)
         vocab_size=decoder.vocab_size,
         norm_eps=decoder.rms_norm_eps,
         rope_theta=decoder.rope_parameters["rope_theta"],
-        rope_scaling=None,
         max_position=decoder.max_position_embeddings,
         qkv_bias=text == "qwen2",
         qk_norm=text == "qwen3",
@@ -204,18 +200,18 @@ def test_the_hf_format_ties_embeddings_where_either_flag_says_so(changes, tied):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rope_scaling": None}, (1e6, None)),
-        ({"rope_scaling": {"type": "default"}}, (1e6, None)),
-        ({"rope_scaling": {"type": "dynamic", "factor": 6}}, (1e6, DynamicRope(6.0))),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1.5}}, (1e6, DynamicRope(1.5))),
-        ({"rope_scaling": ..., "rope_theta": ...}, (1e4, None)),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e7}, "rope_scaling": ...}, (5e7, None)),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 7, "factor": 4.0}}, (7.0, DynamicRope(4.0))),
+        ({"rope_scaling": None}, 1e6),
+        ({"rope_scaling": {"type": "default"}}, 1e6),
+        ({"rope_scaling": {"type": "dynamic", "factor": 6}}, 1e6),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1.5}}, 1e6),
+        ({"rope_scaling": ..., "rope_theta": ...}, 1e4),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e7}, "rope_scaling": ...}, 5e7),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 7, "factor": 4.0}}, 7.0),
     ],
 )
 def test_rotary_settings_are_read_from_every_spelling(changes, expected):
     decoder = parse(changed(HF, {f"text_config.{key}": value for key, value in changes.items()})).decoder
-    assert (decoder.rope_theta, decoder.rope_scaling) == expected
+    assert decoder.rope_theta == expected
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_chat_score_and_encoded_pictures_are_those_of_the_engine():
 @pytest.mark.parametrize("run_ahead", [False, True])  # an engine on a GPU runs ahead
 def test_requests_cancelled_at_random_moments_leave_nothing_and_disturb_nobody(run_ahead):
     engine = load(max_num_seqs=12)
-    engine.loop._run_ahead = run_ahead
+    engine.loop.run_ahead = run_ahead
     expected = engine.generate(CONVERSATIONS, SHORT)
     draw = random.Random(3)
 

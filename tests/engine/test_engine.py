@@ -153,7 +153,7 @@ def test_a_step_whose_tokens_are_lost_ends_its_requests_and_nothing_else(engine,
             raise error
         return original(running)
 
-    monkeypatch.setattr(engine.loop, "_run_ahead", run_ahead)
+    monkeypatch.setattr(engine.loop, "run_ahead", run_ahead)
     monkeypatch.setattr(engine.runner, "collect", fail_third)
     with pytest.raises(type(error)):
         engine.chat(CONVERSATIONS[0], GREEDY)

@@ -52,7 +52,7 @@ def small_pool():
 def test_200_mixed_requests_get_what_each_gets_alone(kinds, expected, small_pool, options, run_ahead):
     num_threads = threading.active_count()
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, **options) as engine:
-        engine.loop._run_ahead = run_ahead  # as on a GPU, launch a step before reading the step before it
+        engine.loop.run_ahead = run_ahead  # as on a GPU, launch a step before reading the step before it
         outcome = run_load(engine, kinds, expected, num_requests=200, seed=len(options))
         assert not outcome.wrong, outcome.wrong[0]
         assert outcome.finished + outcome.cancelled + outcome.refused == 200
@@ -66,7 +66,7 @@ def test_200_mixed_requests_get_what_each_gets_alone(kinds, expected, small_pool
 @pytest.mark.parametrize("run_ahead", [False, True], ids=["", "ahead"])
 def test_faults_end_the_requests_of_their_step_and_no_others(kinds, expected, small_pool, run_ahead):
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, num_draft_tokens=2) as engine:
-        engine.loop._run_ahead = run_ahead
+        engine.loop.run_ahead = run_ahead
         with faults(engine) as arm_fault:
             outcome = run_load(engine, kinds, expected, num_requests=200, seed=9, arm_fault=arm_fault)
         assert not outcome.wrong, outcome.wrong[0]
@@ -79,7 +79,7 @@ def test_requests_get_the_same_from_graphs(kinds, expected, small_pool):
     with Engine.from_pretrained("tiny", device="cpu", **small_pool, max_num_seqs=8) as engine:
         recorder = Recorder()
         engine.runner.capture(max_num_seqs=8, max_model_len=640, max_tokens_per_step=300, capture=recorder)
-        engine.loop._run_ahead = True
+        engine.loop.run_ahead = True
         outcome = run_load(engine, kinds, expected, num_requests=60, seed=4)
         assert not outcome.wrong, outcome.wrong[0]
         assert len(set(recorder.replayed)) > 8

@@ -26,6 +26,12 @@ def test_every_option_has_its_line_in_the_docstring_and_no_other_has():
     assert described == [field.name for field in fields(EngineOptions)]
 
 
+@pytest.mark.parametrize("engine_class", [Engine, AsyncEngine])
+def test_the_model_may_be_given_by_name(engine_class):
+    engine = engine_class.from_pretrained(model="tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24)
+    assert isinstance(engine, engine_class)
+
+
 def test_an_unknown_argument_is_named():
     with pytest.raises(TypeError, match="max_seqs"):
         Engine.from_pretrained("tiny", max_seqs=3)

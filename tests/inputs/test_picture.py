@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import internvl_rt
-from internvl_rt import Engine, SamplingParams
+from internvl_rt import Engine, SamplingParams, compat
 from internvl_rt.inputs.image import open_image
+from internvl_rt.inputs.prompt import turns_from_question
 from internvl_rt.inputs.tiles import ImageOptions
 
 SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
@@ -62,8 +63,24 @@ def test_pixels_that_are_written_into_later_do_not_change_the_picture(kind):
     assert opened.digest != open_image(given, options).digest
 
 
+@pytest.mark.parametrize("kind", ["image_embeds", "tiles"])
+def test_tensors_that_are_written_into_later_do_not_change_the_prompt(kind):
+    with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24) as engine:
+        if kind == "tiles":
+            given = compat.load_image(SAMPLE, input_size=56)
+            turns, _ = turns_from_question("Read the digits.", None, num_images=1, system=engine.config.system_message)
+            prepared = engine.prepare_turns(turns, [given])
+        else:
+            given = engine.encode_images([SAMPLE])[0].clone()
+            parts = [{"type": kind, kind: given}, {"type": "text", "text": "Read the digits."}]
+            prepared = engine.prepare([{"role": "user", "content": parts}])
+        given[:] = 0
+        (reply,) = engine.generate_prepared(iter([prepared]), [SamplingParams(max_tokens=12)])
+    assert reply.text == "4719"
+
+
 @pytest.mark.gpu
-def test_pixels_on_a_gpu_stay_there():
+def test_pixels_on_a_gpu_are_kept_there():
     given = as_given("tensor").cuda()
     opened = open_image(given, ImageOptions(image_size=56))
     assert opened.pixels().device == given.device

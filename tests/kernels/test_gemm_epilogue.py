@@ -12,11 +12,8 @@ from internvl_rt.kernels._plans import GemmPlan
 from internvl_rt.kernels.gemm_epilogue import (
     gemm_epilogue,
     gemm_epilogue_reference,
-    linear,
-    linear_gelu,
     linear_gelu_reference,
     linear_reference,
-    linear_residual,
     linear_residual_reference,
     plan_gemm_epilogue,
 )
@@ -43,15 +40,17 @@ def product(rows: int = 70, n: int = 72, k: int = 48, dtype: torch.dtype = torch
     return draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, dtype=dtype)
 
 
-def test_the_launchers_are_the_references() -> None:
+def test_the_launcher_is_the_references() -> None:
     x, weight, bias = product()
     residual, scale = draw(70, 72), draw(72)
-    torch.testing.assert_close(linear(x, weight, bias), linear_reference(x, weight, bias), **TOLERANCE)
-    torch.testing.assert_close(linear(x, weight, None), linear_reference(x, weight, None), **TOLERANCE)
-    torch.testing.assert_close(linear_gelu(x, weight, bias), linear_gelu_reference(x, weight, bias), **TOLERANCE)
-    for operands in ((bias, residual, scale), (bias, residual, None), (None, residual, None)):
-        expected = linear_residual_reference(x, weight, *operands)
-        torch.testing.assert_close(linear_residual(x, weight, *operands), expected, **TOLERANCE)
+    torch.testing.assert_close(gemm_epilogue(x, weight, bias), linear_reference(x, weight, bias), **TOLERANCE)
+    torch.testing.assert_close(gemm_epilogue(x, weight, None), linear_reference(x, weight, None), **TOLERANCE)
+    actual = gemm_epilogue(x, weight, bias, activation="gelu")
+    torch.testing.assert_close(actual, linear_gelu_reference(x, weight, bias), **TOLERANCE)
+    for bias_N, scale_N in ((bias, scale), (bias, None), (None, None)):
+        actual = gemm_epilogue(x, weight, bias_N, residual=residual, scale_N=scale_N)
+        expected = linear_residual_reference(x, weight, bias_N, residual, scale_N)
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
 @every_plan
@@ -214,7 +213,7 @@ def test_an_argument_that_does_not_fit_is_named(message: str, change: dict[str, 
 def test_a_result_that_would_destroy_what_is_read_is_refused() -> None:
     x, weight, bias = product(n=48)
     with pytest.raises(ValueError, match="out: expected memory of its own, got x"):
-        linear(x, weight, bias, out=x)
+        gemm_epilogue(x, weight, bias, out=x)
     buffer = draw(140, 48)
     with pytest.raises(ValueError, match="out: expected all of the residual or memory of its own"):
-        linear_residual(x, weight, bias, buffer[:70], None, out=buffer[::2])
+        gemm_epilogue(x, weight, bias, residual=buffer[:70], out=buffer[::2])

@@ -24,7 +24,6 @@ QWEN2 = DecoderConfig(
     vocab_size=30,
     norm_eps=1e-6,
     rope_theta=1e6,
-    rope_scaling=None,
     max_position=128,
     qkv_bias=True,
     qk_norm=False,

@@ -25,7 +25,7 @@ class Model:
         self.num_blocks, self.block_size, self.watermark_blocks = num_blocks, block_size, watermark_blocks
         self.all_contents = Contents()
         self.sequences: dict[int, Sequence] = {}
-        self.fresh = list(range(num_blocks))[::-1]  # the last block is allocated next
+        self.free = list(range(num_blocks))[::-1]  # the last block is allocated next
         self.cached: list[int] = []  # the first block is evicted next
         self.waiting: list[tuple[int, int | None]] = []  # (step, block free after it); None: the block was taken again
         self.published: dict[int, int] = {}  # block -> content of its last token
@@ -62,18 +62,18 @@ class Model:
         return is_private and self.references(block) == 1
 
     def num_available(self) -> int:
-        return len(self.fresh) + len(self.cached)
+        return len(self.free) + len(self.cached)
 
     def deferred(self) -> list[int]:
         return [block for _, block in self.waiting if block is not None]
 
     def stats(self) -> dict[str, int]:
         used = {block for s in self.sequences.values() for block in s.table}
-        everywhere = [*self.fresh, *self.cached, *self.deferred(), *used]
+        everywhere = [*self.free, *self.cached, *self.deferred(), *used]
         assert sorted(everywhere) == list(range(self.num_blocks)), "the model itself lost a block"
         return {
             "num_blocks": self.num_blocks,
-            "num_fresh": len(self.fresh),
+            "num_free": len(self.free),
             "num_cached": len(self.cached),
             "num_used": len(used),
             "num_deferred": len(self.deferred()),
@@ -84,10 +84,10 @@ class Model:
     # --- allocation of blocks
 
     def allocate(self) -> int:
-        block = (self.fresh or self.cached[:1])[-1]
+        block = (self.free or self.cached[:1])[-1]
         assert self.busy_until[block] <= self.completed, "a step or a copy may still use the block"
-        if self.fresh:
-            return self.fresh.pop()
+        if self.free:
+            return self.free.pop()
         self.cached.pop(0)
         self.events.append(("removed", self.published.pop(block), 0, []))
         self.counts["num_evictions"] += 1
@@ -115,7 +115,7 @@ class Model:
         while self.waiting and self.waiting[0][0] <= self.completed:
             _, block = self.waiting.pop(0)
             if block is not None:
-                (self.cached if block in self.published else self.fresh).append(block)
+                (self.cached if block in self.published else self.free).append(block)
 
     def copy(self, source: int, destination: int) -> None:
         self.counts["num_copies"] += 1
@@ -298,7 +298,7 @@ class Model:
 
     def reset(self) -> None:
         self.published, self.pending = {}, []
-        self.fresh += self.cached
+        self.free += self.cached
         self.cached = []
         for sequence in self.sequences.values():
             sequence.num_published = 0

@@ -24,7 +24,6 @@ def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_p
         vocab_size=300,
         norm_eps=1e-6,
         rope_theta=1e6,
-        rope_scaling=None,
         max_position=max_position,
         qkv_bias=True,
         qk_norm=False,

@@ -26,7 +26,6 @@ CONFIG = DecoderConfig(
     vocab_size=100,
     norm_eps=1e-6,
     rope_theta=1e4,
-    rope_scaling=None,
     max_position=1000,
     qkv_bias=False,
     qk_norm=False,
@@ -96,7 +95,7 @@ class Bench:
         def collect():
             self.cache.end_step(number)
             for draw in step.draws:
-                draw.sequence.token_ids.append(draw.place)
+                draw.sequence.token_ids.append(draw.counter)
             self.cache.blocks.check_invariants()
 
         return [(self.names[chunk.sequence.seq_id], chunk.start, chunk.stop) for chunk in chunks], collect

@@ -33,7 +33,6 @@ QWEN2 = DecoderConfig(
     vocab_size=48,
     norm_eps=1e-6,
     rope_theta=1e6,
-    rope_scaling=None,
     max_position=512,
     qkv_bias=True,
     qk_norm=False,
