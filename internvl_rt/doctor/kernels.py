@@ -1,7 +1,5 @@
 """Checks the kernels on this device: that one can be launched, and each operation once against its reference."""
 
-from collections.abc import Iterator
-
 import torch
 
 from internvl_rt.doctor.finding import Finding, describe
@@ -63,24 +61,22 @@ def check_operation(name: str) -> Finding:
 
 
 def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[Case]:
-    """Returns the test case that moves the most bytes, and the largest of other variants of a kernel."""
+    """Returns the test case that moves the most bytes, and the largest of other variants of a kernel.
+
+    What a case launches is found from shapes alone.
+    """
     chosen: list[Case] = []
     seen: set[object] = set()
     for case in sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True):
-        variants = {_variant(launch) for launch in _planned(spec, case, dtype, target)}
+        inputs = spec.make_inputs(case, dtype, torch.device("meta"))
+        expected = spec.reference(**inputs)
+        out = {} if expected is None else {"out": expected.new_empty(expected.shape)}
+        launches = spec.plan(**inputs, **out, target=target)
+        variants = {_variant(launch) for launch in launches if 0 not in launch.grid}
         if variants - seen and len(chosen) < MAX_CASES:
             chosen.append(case)
             seen |= variants
     return chosen
-
-
-def _planned(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
-    """Yields what a case launches, found from shapes alone."""
-    meta = torch.device("meta")
-    expected = spec.reference(**spec.make_inputs(case, dtype, meta))
-    out = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=meta)}
-    launches = spec.plan(**spec.make_inputs(case, dtype, meta), **out, target=target)
-    yield from (launch for launch in launches if 0 not in launch.grid)
 
 
 def _variant(launch: Launch) -> object:

@@ -1,13 +1,13 @@
 """Runs checks in a process of their own, so that a check that dies or hangs disturbs no other."""
 
 import json
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from select import select
 from typing import IO
 
 from internvl_rt.doctor.finding import Finding, one_line
@@ -43,14 +43,12 @@ class CheckProcess:
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        line = ""
-        with selectors.DefaultSelector() as selector, suppress(BrokenPipeError):  # if the process died
-            selector.register(process.stdout, selectors.EVENT_READ)
+        with suppress(BrokenPipeError):  # the process has died, and its stdout is at the end
             process.stdin.write(f"{name}\n")
             process.stdin.flush()
-            if not selector.select(self._timeout_s):
-                return self._lose(f"did not end within {self._timeout_s:g} s")
-            line = process.stdout.readline()
+        if not select([process.stdout], [], [], self._timeout_s)[0]:
+            return self._lose(f"did not end within {self._timeout_s:g} s")
+        line = process.stdout.readline()
         if not line:
             process.wait()
             return self._lose(f"ended its process with {_ending(process.returncode)}")

@@ -123,10 +123,10 @@ class AsyncEngine:
     ) -> list[Score]:
         """Scores responses as `Engine.score` does. Raises what `stream` raises."""
         prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
+        scored = await self._in_pool(prepare)
         calls: list[_Call] = []
         replies: list[Reply] = []
         try:
-            scored = await self._in_pool(prepare)
             for prepared in scored:
                 if len(calls) - len(replies) == self._engine.options.max_num_seqs:
                     replies.append(await calls[len(replies)].reply())

@@ -1,5 +1,6 @@
 """The engine answers requests: it prepares them and submits them to the loop of steps."""
 
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -69,15 +70,15 @@ class Engine:
         self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
         self.runner = Runner(model, cache, self.visual_cache, self._uploads, max_draws=max_draws)
-        on_gpu = model.device.type == "cuda"
-        if on_gpu and options.cuda_graphs and model.ops.captures_graphs:
+        if memory.graph_bytes:
             self.runner.capture(
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
                 max_tokens_per_step=options.max_tokens_per_step,
             )
         max_requests = options.max_num_seqs + options.max_waiting
-        self.loop = StepLoop(scheduler, self.runner, max_requests=max_requests, run_ahead=on_gpu)
+        run_ahead = model.device.type == "cuda"
+        self.loop = StepLoop(scheduler, self.runner, max_requests=max_requests, run_ahead=run_ahead)
         identity: dict[str, str | int] = {"model": repr(model.config), "dtype": str(model.dtype)}
         identity["block_size"] = cache.block_size
         self.preparer = Preparer(
@@ -276,9 +277,9 @@ class Engine:
         """Makes a request for `loop.submit`. Raises RequestError."""
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
-        request = Request(prepared, deadline_s=None if timeout_s is None else prepared.start_s + timeout_s)
-        for index, sequence in enumerate(self._sequences.make(prepared, params)):
-            request.answers.append(Answer(request, index, sequence, AnswerText(self.tokenizer.stream(), params)))
+        request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
+        for sequence in self._sequences.make(prepared, params):
+            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
         return request
 
     def close(self) -> None:
@@ -296,8 +297,9 @@ class Engine:
 
         Skips an image whose keys and values are in the KV cache, or whose visual tokens are kept.
         """
-        num_cached = self.loop.num_cached(prepared) if prepared.pictures else 0
-        for picture in prepared.pictures:
+        token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
+        num_cached = self.cache.match(token_ids, pictures, prepared.identity) if pictures else 0
+        for picture in pictures:
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (is_cached or self.visual_cache.has(picture.digest, prepared.salt)):
                 self._uploads.load(picture)

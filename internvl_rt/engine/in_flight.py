@@ -28,7 +28,6 @@ class InFlight:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._requests: dict[Request, None] = {}
-        self._with_deadline: dict[Request, None] = {}
         self._answers: dict[int, Answer] = {}  # by seq_id
         self.trace: Trace | None = None
         self.num_generated = 0
@@ -40,8 +39,6 @@ class InFlight:
     def add(self, request: Request) -> None:
         request.submitted_s = time.perf_counter()
         self._requests[request] = None
-        if request.deadline_s is not None:
-            self._with_deadline[request] = None
         for answer in request.answers:
             self._answers[answer.sequence.seq_id] = answer
         self._scheduler.add(request.answers[0].sequence)
@@ -68,17 +65,15 @@ class InFlight:
         """Fails every request without a call to the scheduler, which an error may have left in any state."""
         self.finished["error"] += len(self._requests)
         requests = list(self._requests)
-        for left in (self._requests, self._with_deadline, self._answers):
-            left.clear()
+        self._requests.clear()
+        self._answers.clear()
         for request in requests:
             self.fail(request, error(), "error")
 
     def end_late(self) -> None:
         """Ends the requests whose deadline has passed; their answers keep the text so far."""
-        if not self._with_deadline:
-            return
         now_s = time.perf_counter()
-        for request in [r for r in self._with_deadline if r.deadline_s is not None and r.deadline_s <= now_s]:
+        for request in [request for request in self._requests if request.deadline_s <= now_s]:
             for answer in request.answers:
                 if answer.sequence.finish_reason is None:
                     answer.read(len(answer.sequence.generated_ids))
@@ -211,17 +206,16 @@ class InFlight:
         if request not in self._requests:
             return
         del self._requests[request]
-        self._with_deadline.pop(request, None)
         for answer in request.answers:
             self._release(answer)
         self.finished[outcome] += 1
         if LOG.isEnabledFor(logging.DEBUG):
             LOG.debug("%s", json.dumps(figures_of(request, outcome)))
-        if self.trace is not None:
-            self._trace_request(request, outcome)
+        self._trace_request(request, outcome)
 
     def _trace_request(self, request: Request, outcome: str) -> None:
-        assert self.trace is not None, "the caller has looked"
+        if self.trace is None:
+            return
         first_s = request.prepared.start_s + request.first_token_s if request.first_token_s else 0.0
         phases = (("queued", request.submitted_s), ("prefill", request.started_s), ("decode", first_s))
         begun = [(name, start_s) for name, start_s in phases if start_s]

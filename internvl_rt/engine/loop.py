@@ -2,7 +2,8 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
 from internvl_rt.inputs.picture import Picture
-from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.step import Chunk, plan_step
@@ -20,8 +20,8 @@ from internvl_rt.steps.step import Chunk, plan_step
 class StepLoop:
     """Owns the requests in flight and runs their steps: in the thread that waits for one, or in one worker thread.
 
-    Any thread may call any method; steps exclude each other. `check`, `num_cached` and `stats`, and `cancel` if there
-    is a worker thread, do not wait for a step, so an event loop may call them.
+    Any thread may call any method; steps exclude each other. `check` and `stats`, and `cancel` if there is a worker
+    thread, do not wait for a step, so an event loop may call them.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, *, max_requests: int, run_ahead: bool) -> None:
@@ -33,9 +33,9 @@ class StepLoop:
         self._in_flight = InFlight(scheduler)
         self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
-        self._lock = threading.RLock()
-        # A thread holds this lock while it waits for `_lock`. A thread that runs step after step passes through it
-        # before each one; else it would take `_lock` again before those that wait for it have woken up.
+        self._lock = threading.Lock()
+        # A thread holds this lock while it waits for `_lock`; else a thread that runs step after step would take
+        # `_lock` again before those that wait for it have woken up.
         self._queue_lock = threading.Lock()
         self._wake_worker: Callable[[], None] | None = None  # None: there is no worker thread
         self._worker_error: BaseException | None = None  # what ended the worker thread
@@ -47,7 +47,7 @@ class StepLoop:
 
         wake: tells it that there is work; any thread may call `wake`. Raises RequestError if there is a worker thread.
         """
-        with self._queue_lock, self._lock:
+        with self._locked():
             self.check()
             if self._wake_worker is not None:
                 raise RequestError("this engine has an AsyncEngine already; use that one, or load the model again")
@@ -61,7 +61,7 @@ class StepLoop:
             raise RequestError("the engine is closed")
 
     def submit(self, request: Request) -> None:
-        with self._queue_lock, self._lock:
+        with self._locked():
             self.check()
             if self._wake_worker is not None and request.notify is None:
                 raise RequestError(
@@ -79,8 +79,7 @@ class StepLoop:
 
     def advance(self, request: Request) -> list[tuple[int, str]]:
         """Runs one step unless `request` is done, and returns its new text as `poll` does."""
-        self._let_others_in()
-        with self._lock:
+        with self._locked():
             if not request.done:
                 self._step()
             return self.poll(request)
@@ -95,48 +94,45 @@ class StepLoop:
         for answer in request.answers:
             if answer.sequence.finish_reason is None:  # the tokens of an answer that has ended are text already
                 answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
-        new_texts = [(answer.index, answer.new_text) for answer in request.answers if answer.new_text]
+        new_texts = [(index, answer.new_text) for index, answer in enumerate(request.answers) if answer.new_text]
         for answer in request.answers:
             answer.new_text = ""
         return new_texts
 
-    def num_cached(self, prepared: Prepared) -> int:
-        """Counts the leading tokens of a prompt that the cache holds now. It calls C++ once, so it needs no lock."""
-        return self._scheduler.num_cached(prepared.prompt.token_ids, prepared.pictures, prepared.identity)
-
     def cancel(self, request: Request) -> None:
-        """Ends a request that is not done and returns its blocks, at the latest before the next step."""
+        """Ends a request that is not done and returns its blocks, at the latest before the next step.
+
+        It waits for no lock, because the garbage collector, when it closes a stream, may call it in the middle of any
+        other call of the same thread.
+        """
         if request.done:
             return
         self._cancelled.append(request)
         if self._wake_worker is not None:
             self._wake_worker()
-            return
-        with self._queue_lock, self._lock:
-            self._end_cancelled()
-            if not self._in_flight:  # no other call would collect the launched steps, which hold blocks
-                self._collect_down_to(0)
+        else:
+            self._end_cancelled_unless_busy()
 
     def fail_worker(self, cause: BaseException) -> None:
         """Fails every request because the worker thread has died of `cause`, and refuses new ones.
 
         Leaves the scheduler and the cache alone, since the thread may have died in the middle of changing them.
         """
-        with self._queue_lock, self._lock:
+        with self._locked():
             self._worker_error = cause
             self._launched.clear()
             self._cancelled.clear()
             self._in_flight.abandon(lambda: _dead(cause))
 
     def close(self) -> None:
-        with self._queue_lock, self._lock:
+        with self._locked():
             self._closed = True
             self._in_flight.fail_all(lambda: RequestError("the engine was closed"), "cancelled")
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
         """Computes the visual tokens [X, D] of a picture, for use on the calling thread's stream."""
-        with self._queue_lock, self._lock:
+        with self._locked():
             self.check()
             return self._runner.encode(picture, salt)
 
@@ -157,22 +153,39 @@ class StepLoop:
 
         At the end the requests in flight are written too. Raises RequestError if there is a trace already.
         """
-        with self._queue_lock, self._lock:
+        with self._locked():
             if trace is not None and self._in_flight.trace is not None:
                 raise RequestError("this engine writes a trace already, and only one at a time; end that one first")
-            if trace is None and self._in_flight.trace is not None:
+            if trace is None:
                 self._in_flight.trace_unfinished()
             self._in_flight.trace = trace
 
     def step(self) -> bool:
         """Runs one step; returns False if there was nothing to do."""
-        self._let_others_in()
-        with self._lock:
+        with self._locked():
             return self._step()
 
-    def _let_others_in(self) -> None:
-        with self._queue_lock:  # the thread that holds it waits for `_lock`, and gets it first
-            pass
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Waits for the lock in turn; at the end, ends the requests that were cancelled while it was held."""
+        with self._queue_lock:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+            if self._wake_worker is None:
+                self._end_cancelled_unless_busy()
+
+    def _end_cancelled_unless_busy(self) -> None:
+        """Ends cancelled requests, or leaves that to the call that holds the lock."""
+        while self._cancelled and self._lock.acquire(blocking=False):
+            try:
+                self._end_cancelled()
+                if not self._in_flight:  # no other call would collect the launched steps, which hold blocks
+                    self._collect_down_to(0)
+            finally:
+                self._lock.release()
 
     def _step(self) -> bool:
         self._end_cancelled()

@@ -80,13 +80,11 @@ class EngineOptions:
     programmatic_launch: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_tokens_per_step", "max_model_len"):
+        least = dict.fromkeys(("max_num_seqs", "max_tokens_per_step", "max_model_len"), 1)
+        for name, number in (least | {"max_waiting": 0, "visual_cache_bytes": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1, got {value}")
-        for name in ("max_waiting", "visual_cache_bytes"):
-            if getattr(self, name) < 0:
-                raise RequestError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if value is not None and value < number:
+                raise RequestError(f"{name} must be at least {number}, got {value}")
         for name in ("cuda_graphs", "programmatic_launch"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -164,14 +164,7 @@ class AnswerText:
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that becomes visible, often empty."""
         self._num_tokens += 1
-        text = self._stream.push(token_id)
-        if self._stops or self._pending or not self.text:
-            return self._add(text, final=False)
-        ready = text.rstrip()
-        if len(ready) != len(text):
-            self._pending = text[len(ready) :]
-        self.text += ready
-        return ready
+        return self._add(self._stream.push(token_id), final=False)
 
     def finish(self) -> str:
         """Returns the text that was held back and now turns out to belong to the answer."""

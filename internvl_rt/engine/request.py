@@ -1,5 +1,6 @@
 """A request with its growing answers, and the reply built from them."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,6 @@ class Answer:
     """One of a request's answers while it grows."""
 
     request: "Request"
-    index: int
     sequence: Sequence
     text: AnswerText
     num_read: int = 0  # generated tokens that were added to `text`
@@ -36,7 +36,7 @@ class Request:
     """The answers to one prompt, and the reply or error that the caller waits for."""
 
     prepared: Prepared
-    deadline_s: float | None = None  # by perf_counter
+    deadline_s: float = math.inf  # by perf_counter
     notify: Callable[[], None] | None = None  # called between steps when there is text, a reply or an error
     answers: list[Answer] = field(default_factory=list)
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # prompt token index -> its log-probability

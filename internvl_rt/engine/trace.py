@@ -5,7 +5,6 @@ happens, so memory stays bounded; the file gets its name when it is whole.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
@@ -55,7 +54,7 @@ class Trace:
         chunks = launched.step.chunks
         shape = {
             "sequences": len(chunks),
-            "tokens": sum(chunk.num_tokens for chunk in chunks),
+            "tokens": sum(chunk.stop - chunk.start for chunk in chunks),
             "draws": len(launched.step.draws),
             "tiles": result.num_tiles,
         }
@@ -94,7 +93,7 @@ class Trace:
         elif self._error is None:
             try:
                 self._file.close()
-                os.replace(self._part, self._path)
+                self._part.replace(self._path)
             except OSError as problem:
                 self._give_up(problem)
         if self._error is not None and kind is None:

@@ -1,8 +1,8 @@
 """CUDA graphs launch many kernels at once: here a pass of the vision tower, in `step_graph` the decoder's steps.
 
-A pass is some two hundred kernels of a few microseconds, which the CPU launches more slowly than the GPU runs them. The
-graphs of a kind share one memory pool: the largest is captured first and the others reuse its memory. So they must not
-run at the same time, and a replay overwrites earlier results.
+A pass is some two hundred kernels of a few microseconds, which the CPU launches more slowly than the GPU runs them. All
+graphs of an engine share one memory pool: of each kind the largest is captured first, and the others reuse its memory.
+So they must not run at the same time, and a replay overwrites earlier results.
 """
 
 import threading
@@ -38,9 +38,7 @@ class TileGraphs:
         buckets: Sequence[int] = TILE_BUCKETS,
     ) -> None:
         self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
-        self._replays: dict[int, Replay] = {}
-        for num_tiles in sorted(buckets, reverse=True):
-            self._replays[num_tiles] = capture(partial(encode, self._tiles[:num_tiles]))
+        self._replays = {n: capture(partial(encode, self._tiles[:n])) for n in sorted(buckets, reverse=True)}
 
     @property
     def max_tiles(self) -> int:

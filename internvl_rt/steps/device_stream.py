@@ -8,9 +8,9 @@ the copies from and to it have ended.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -29,14 +29,9 @@ class DeviceStream:
             self._stream = _unused_stream(device)
             _IN_USE[self._stream.device_index, self._stream.cuda_stream] = self
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
+    def use(self) -> AbstractContextManager[Any]:
         """Sends what the calling thread launches inside the `with` block to this stream."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
         """Makes this stream wait for the calling thread's stream, whose tensors it uses from now on."""
@@ -118,22 +113,6 @@ class Moment:
         if self._event is None or later._event is None:
             return later.host_s - self.host_s
         return float(self._event.elapsed_time(later._event)) / 1e3
-
-
-class Fence:
-    """A point of the current stream, which may be set again; the host can wait until the stream has passed it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def set(self) -> None:
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> None:
-        """Returns at once if the fence was never set."""
-        if self._event is not None:
-            self._event.synchronize()
 
 
 def on_this_stream(work: Callable[[], T], device: torch.device) -> Callable[[], T]:

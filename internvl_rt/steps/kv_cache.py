@@ -45,8 +45,7 @@ class KVCache:
         block_size: one of BLOCK_SIZES. Raises ValueError for no blocks at all.
         """
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
-        watermark_blocks = num_blocks // WATERMARK
-        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark_blocks)
+        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=num_blocks // WATERMARK)
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
         self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
@@ -58,7 +57,10 @@ class KVCache:
         return self._ops.num_split_items(num_rows, self._num_kv_heads)
 
     def match(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
-        """Counts the leading tokens of a prompt that are cached: whole blocks, and at most all tokens but one."""
+        """Counts the leading tokens of a prompt that are cached: whole blocks, and at most all tokens but one.
+
+        Any thread may call it, because it calls C++ once.
+        """
         return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
 
     def admit(self, sequence: Sequence) -> int | None:
@@ -140,19 +142,15 @@ def plan_num_blocks(
     """
     bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
     affordable = cache_bytes // bytes_per_block
-    required = 1 if max_model_len is None else _ceil_div(max_model_len, block_size)
+    required = 1 if max_model_len is None else -(-max_model_len // block_size)
     if affordable < required:
         raise RequestError(
             f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs "
             f"room for {max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
             "raise kv_cache_bytes or lower max_model_len"
         )
-    used = max_num_seqs * _ceil_div(max_model_len or config.max_position, block_size)
+    used = max_num_seqs * -(-(max_model_len or config.max_position) // block_size)
     return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the watermark comes on top of what is used
-
-
-def _ceil_div(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

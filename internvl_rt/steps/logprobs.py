@@ -42,13 +42,11 @@ class Logprobs:
 
 def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
     """Returns the log-probability of each draw of a step that has ended; None for a draw that requests none."""
-    found: list[TokenLogprob | None] = [None] * len(step.draws)
-    if drawn is not None:
-        wanted = [draw.sequence.params.logprobs for draw in step.draws]
-        rows = [row for row, count in enumerate(wanted) if count is not None]
-        for row, logprob in zip(rows, drawn.read([count for count in wanted if count is not None]), strict=True):
-            found[row] = logprob
-    return found
+    if drawn is None:
+        return [None] * len(step.draws)
+    counts = [draw.sequence.params.logprobs for draw in step.draws]
+    found = iter(drawn.read([count for count in counts if count is not None]))
+    return [None if count is None else next(found) for count in counts]
 
 
 def read_scores(step: Step, parts: Items[Logprobs]) -> list[list[TokenLogprob]]:

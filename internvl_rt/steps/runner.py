@@ -114,8 +114,7 @@ class Runner:
             scored: list[Logprobs] = []
             is_drawn = False
             if self._decode_graphs is not None and self._decode_graphs.takes(step):
-                logits_RV = self._decode_graphs.run(step)
-                is_drawn = self._decode_graphs.draws(step)
+                logits_RV, is_drawn = self._decode_graphs.run(step)
             else:
                 logits_RV, scored = self._compute(step)
             token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
@@ -177,29 +176,24 @@ class Runner:
         else:
             x_RD = model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
         logits_RV = model.logits(x_RD[: step.num_draw_rows])
-        token_ids = [
-            token_id for span in step.scored for token_id in span.sequence.token_ids[span.first : span.last + 1]
-        ]
-        num_top = max((span.sequence.params.prompt_logprobs or 0 for span in step.scored), default=0)
-        scored = []
-        for first in range(0, len(token_ids), SCORED_PER_PASS):
-            rows = slice(step.num_draw_rows + first, step.num_draw_rows + first + SCORED_PER_PASS)
-            targets = to_device(torch.tensor(token_ids[first : first + SCORED_PER_PASS]), model.device)
-            scored.append(Logprobs(model.logits(x_RD[rows]), targets, num_top))
-        return logits_RV, scored
+        if not step.scored:
+            return logits_RV, []
+        token_ids = [i for span in step.scored for i in span.sequence.token_ids[span.first : span.last + 1]]
+        num_top = max(span.sequence.params.prompt_logprobs or 0 for span in step.scored)
+        target_R = to_device(torch.tensor(token_ids), model.device)
+        parts = (torch.split(rows, SCORED_PER_PASS) for rows in (x_RD[step.num_draw_rows :], target_R))
+        return logits_RV, [Logprobs(model.logits(x), targets, num_top) for x, targets in zip(*parts, strict=True)]
 
     def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, Logprobs | None]:
         """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities.
 
         is_drawn: a graph has drawn them already, and no log-probabilities are requested.
         """
-        draws = step.draws
-        if not draws:
-            return torch.empty(0, dtype=torch.int64), None
-        if is_drawn:
-            return to_host(self._drawn_R[: len(draws)]), None
+        draws, token_id_R = step.draws, self._drawn_R[: len(step.draws)]
+        if is_drawn or not draws:
+            return to_host(token_id_R), None
         wanted: list[int] = []
-        raw_RV = None
+        raw_RV = logits_RV
         if not step.is_plain:
             logits_RV = self._rows(logits_RV, [draw.row for draw in draws])
             wanted = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
@@ -207,10 +201,9 @@ class Runner:
             masks = {row: draw.sequence.mask_W for row, draw in enumerate(draws) if draw.sequence.mask_W is not None}
             if masks:
                 forbid(logits_RV, list(masks), np.stack(list(masks.values())))
-        token_id_R = self._drawn_R[: len(draws)]
         self._model.ops.sample(logits_RV, self._sampler.build(draws), token_id_R)
         drawn = None
-        if wanted and raw_RV is not None:
+        if wanted:
             num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
             drawn = Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
         return to_host(token_id_R), drawn
@@ -249,10 +242,6 @@ class Runner:
     def _encode(self, tiles: Tensor) -> Tensor:
         """Encodes one picture's tiles, which are on the device, to visual tokens [X, D]."""
         self.num_encoded_tiles += len(tiles)
-        parts = []
-        for part in torch.split(tiles, MAX_TILES_PER_PASS):
-            if self._tile_graphs is not None and part.dtype == torch.uint8:
-                parts.append(self._tile_graphs.encode(part))
-            else:
-                parts.append(self._model.encode_tiles(part))
-        return torch.cat(parts).flatten(0, 1)
+        graphs = self._tile_graphs if tiles.dtype == torch.uint8 else None
+        encode = self._model.encode_tiles if graphs is None else graphs.encode
+        return torch.cat([encode(part) for part in torch.split(tiles, MAX_TILES_PER_PASS)]).flatten(0, 1)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.device_stream import host_memory, to_device
-from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw
 
 _NAMES = ("seed_R", "counter_R", *Sampling._fields[:-2])  # the order in memory: the wider numbers first
@@ -28,26 +27,25 @@ class Sampler:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sequences: list[Sequence] = []  # the sequences whose arguments `_flat` holds
-        self._flat = np.empty(0, np.int32)
+        self._seq_ids: list[int] = []  # of the sequences whose arguments `_flat` holds
+        self._flat = torch.empty(0, dtype=torch.int32)
 
     def build(self, draws: Items[Draw]) -> Sampling:
         """Returns one row for each draw."""
-        sequences = [draw.sequence for draw in draws]
+        seq_ids = [draw.sequence.seq_id for draw in draws]
         lists = [_listed(draw) if draw.sequence.lists_tokens else {} for draw in draws]
         num_rows, num_listed = len(draws), sum(map(len, lists))
-        if num_listed or sequences != self._sequences:
-            self._flat = np.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, np.int32)
-            _fill(_views(self._flat, num_rows, num_listed, np.int64, np.float32), sequences, lists)
-            self._sequences = [] if num_listed else sequences
+        if num_listed or seq_ids != self._seq_ids:
+            self._flat = torch.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, dtype=torch.int32)
+            _fill(_on_host(_split(self._flat, num_rows, num_listed)), draws, lists)
+            self._seq_ids = [] if num_listed else seq_ids
         flat = host_memory(len(self._flat), torch.int32, self._device)
-        flat.numpy()[:] = self._flat
-        views = _views(flat, num_rows, num_listed, torch.int64, torch.float32)
-        views["counter_R"].numpy()[:] = [draw.counter for draw in draws]
-        if self._device.type != "cpu":
-            on_device = flat.to(self._device, non_blocking=True)
-            views = _views(on_device, num_rows, num_listed, torch.int64, torch.float32)
-        return Sampling(**views)
+        flat.copy_(self._flat)
+        sampling = _split(flat, num_rows, num_listed)
+        sampling.counter_R.numpy()[:] = [draw.counter for draw in draws]
+        if self._device.type == "cpu":
+            return sampling
+        return _split(flat.to(self._device, non_blocking=True), num_rows, num_listed)
 
 
 class UnlistedArguments:
@@ -56,23 +54,19 @@ class UnlistedArguments:
     They lie at fixed places, so a CUDA graph can read them: `num_rows` rows; rows after those of the draws are greedy.
     """
 
-    def __init__(self, flat: NDArray[np.int32], num_rows: int) -> None:
-        """flat: [unlisted_words(num_rows)]."""
-        self._flat, self._views = flat, _unlisted_views(flat, num_rows, np.int64, np.float32)
-        self._sequences: list[Sequence] | None = None  # the sequences whose arguments the memory holds
-
-    def forget(self) -> None:
-        """Must be called when something else has been written to the memory."""
-        self._sequences = None
+    def __init__(self, flat: Tensor, num_rows: int) -> None:
+        """flat: int32 [unlisted_words(num_rows)] on the host, which nobody else writes."""
+        self._flat, self._views = flat, _on_host(wrap_unlisted(flat, num_rows))
+        self._seq_ids: list[int] | None = None  # of the sequences whose arguments the memory holds
 
     def fill(self, draws: Items[Draw]) -> None:
-        sequences, num_draws = [draw.sequence for draw in draws], len(draws)
-        if sequences != self._sequences:
-            self._flat[:] = 0
+        seq_ids, num_draws = [draw.sequence.seq_id for draw in draws], len(draws)
+        if seq_ids != self._seq_ids:
+            self._flat.zero_()
             ends = {"listed_start_R1": num_draws + 1}
             if draws:
-                _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, sequences, [{} for _ in draws])
-            self._sequences = sequences
+                _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, draws, [{} for _ in draws])
+            self._seq_ids = seq_ids
         self._views["counter_R"][:num_draws] = [draw.counter for draw in draws]
 
 
@@ -82,30 +76,29 @@ def unlisted_words(num_rows: int) -> int:
 
 
 def wrap_unlisted(flat: Tensor, num_rows: int) -> Sampling:
-    """Wraps what UnlistedArguments wrote, in a copy `flat` of its memory."""
-    return Sampling(**_unlisted_views(flat, num_rows, torch.int64, torch.float32))
+    """Returns what UnlistedArguments wrote, in its memory or a copy of that."""
+    return _split(flat[: num_rows * WORDS_PER_ROW + num_rows + 1], num_rows, 0)
 
 
-def _unlisted_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str, Any]:
-    return _views(flat[: num_rows * WORDS_PER_ROW + num_rows + 1], num_rows, 0, int64, float32)
-
-
-def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) -> dict[str, Any]:
-    """Splits `flat` (numpy or torch) into arrays; int64 and float32 are its types. 64-bit arrays are first: aligned."""
+def _split(flat: Tensor, num_rows: int, num_listed: int) -> Sampling:
+    """Splits int32 memory into arguments, by one call: every slice of a tensor takes a microsecond."""
     sizes = [2 * num_rows] * 2 + [num_rows] * 4 + [3 * num_rows, num_rows + 1, num_listed, num_listed]
-    is_tensor = isinstance(flat, Tensor)  # one split is faster: every slice of a tensor takes a microsecond
-    parts: Any = torch.split(flat, sizes) if is_tensor else np.split(flat, list(accumulate(sizes))[:-1])
-    found = dict(zip(_NAMES, parts, strict=True))
-    for name in ("seed_R", "counter_R"):
-        found[name] = found[name].view(int64)
+    found = dict(zip(_NAMES, torch.split(flat, sizes), strict=True))
+    for name in ("seed_R", "counter_R"):  # the first in memory, so that they are aligned
+        found[name] = found[name].view(torch.int64)
     for name in ("temperature_R", "top_p_R", "min_p_R", "penalty_R3"):
-        found[name] = found[name].view(float32)
+        found[name] = found[name].view(torch.float32)
     found["penalty_R3"] = found["penalty_R3"].reshape(num_rows, 3)
-    return found
+    return Sampling(**found)
 
 
-def _fill(out: dict[str, np.ndarray], sequences: Items[Sequence], lists: list[dict[int, int]]) -> None:
+def _on_host(sampling: Sampling) -> dict[str, NDArray[Any]]:
+    return {name: tensor.numpy() for name, tensor in sampling._asdict().items()}
+
+
+def _fill(out: dict[str, NDArray[Any]], draws: Items[Draw], lists: list[dict[int, int]]) -> None:
     """Fills all arrays but the counters."""
+    sequences = [draw.sequence for draw in draws]
     params = [sequence.params for sequence in sequences]
     out["seed_R"].view(np.uint64)[:] = [sequence.seed for sequence in sequences]
     for name in ("temperature", "top_k", "top_p", "min_p"):

@@ -8,7 +8,6 @@ its blocks and starts again later. Admission is first come, first served, but a 
 from collections import deque
 from collections.abc import Sequence as Items
 
-from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk
@@ -36,9 +35,6 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
-
-    def num_cached(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> int:
-        return self._cache.match(token_ids, pictures, identity)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence that can fit the empty cache."""
@@ -75,18 +71,17 @@ class Scheduler:
             return decodes
         prefills = self._prefills(budget, prefilling)
         assert self._append(prefills), "admission took room for all tokens that a sequence has"
-        return sorted([*decodes, *prefills], key=lambda chunk: chunk.num_tokens > 1)  # chunks of one token first
+        return sorted([*decodes, *prefills], key=lambda chunk: chunk.stop - chunk.start > 1)  # those of one token first
 
     def launched(self, chunks: Items[Chunk]) -> None:
         """Records that the chunks were launched; siblings fork off when their prompt is computed."""
         for sequence, _, stop, _ in chunks:
             sequence.num_computed = stop
-            if sequence.visual and stop >= sequence.num_prompt:
+            if stop >= sequence.num_prompt:
                 sequence.visual.clear()
-            if sequence.siblings and stop >= sequence.num_prompt:
                 for sibling in sequence.siblings:
                     self._fork(sequence, sibling)
-                sequence.siblings = []
+                sequence.siblings.clear()
 
     def _fork(self, sequence: Sequence, sibling: Sequence) -> None:
         self._cache.blocks.fork(sequence.seq_id, sibling.seq_id)
@@ -149,7 +144,7 @@ class Scheduler:
         def add_chunk(sequence: Sequence, most: int) -> None:
             nonlocal budget, tiles
             start = stops.get(sequence, sequence.num_computed)
-            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles, is_first=tiles == self._max_tiles_per_step)
+            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles)
             if stop > start:
                 stops[sequence] = stop
                 budget -= stop - start
@@ -164,14 +159,11 @@ class Scheduler:
             add_chunk(oldest, budget)
         return [Chunk(sequence, sequence.num_computed, stop) for sequence, stop in stops.items()]
 
-    def _chunk_stop(
-        self, sequence: Sequence, start: int, budget: int, tiles: int, *, is_first: bool
-    ) -> tuple[int, int]:
+    def _chunk_stop(self, sequence: Sequence, start: int, budget: int, tiles: int) -> tuple[int, int]:
         """Returns where a chunk from `start` on ends, and how many tiles must be encoded for it.
 
         It ends at the budget, moved back to a picture's start if it would cut a picture that fits a step, or at the
-        picture that exceeds the step's tiles. The first picture of a step is always taken (is_first: this chunk may
-        hold it).
+        picture that exceeds the step's tiles, of which `tiles` are left. The first picture of a step is always taken.
         """
         stop = min(sequence.num_tokens, start + budget)
         num_tiles = 0
@@ -185,7 +177,8 @@ class Scheduler:
             if stop < behind and uncut and picture.span.num_tokens <= self._max_tokens_per_step:
                 return first, num_tiles
             if picture.visual_XD is None and index not in sequence.visual:
-                if num_tiles + picture.num_tiles > tiles and not (is_first and num_tiles == 0):
+                is_first = num_tiles == 0 and tiles == self._max_tiles_per_step
+                if num_tiles + picture.num_tiles > tiles and not is_first:
                     return max(first, start), num_tiles
                 num_tiles += picture.num_tiles
         return stop, num_tiles
@@ -198,7 +191,7 @@ class Scheduler:
             if sum(remaining[1:]) >= max(budget - sum(remaining[:1]), budget // 2):
                 break
             sequence = self._waiting[len(passed)]
-            if len(self._running) + self._num_siblings() + 1 + len(sequence.siblings) > self._max_num_seqs:
+            if sum(1 + len(each.siblings) for each in (*self._running, sequence)) > self._max_num_seqs:
                 break
             if not self._admit(sequence):
                 if sequence.num_overtaken >= MAX_OVERTAKEN:
@@ -211,9 +204,6 @@ class Scheduler:
             for overtaken in passed:
                 overtaken.num_overtaken += 1
             remaining.append(sequence.num_tokens - sequence.num_computed)
-
-    def _num_siblings(self) -> int:
-        return sum(len(sequence.siblings) for sequence in self._running)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Takes blocks for a sequence's tokens, if there is room; cached tokens need not be computed."""

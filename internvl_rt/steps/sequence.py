@@ -56,8 +56,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = self.num_tokens = len(self.token_ids)
-        asks_more = self.params.stop or self.params.logprobs is not None or self.matcher is not None
-        self.is_plain = not asks_more
+        self.is_plain = not (self.params.stop or self.params.logprobs is not None or self.matcher is not None)
         self.lists_tokens = self.params.has_penalties or self.params.min_tokens > 0
         self.needs_tokens = self.matcher is not None or self.drafter is not None or self.params.has_penalties
 

@@ -7,18 +7,18 @@ a slot. Graphs read a step's numbers from one buffer on the device.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.step_inputs import Sampling, StepInputs
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
-from internvl_rt.steps.device_stream import Fence, host_memory
+from internvl_rt.steps.device_stream import Moment, host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
 from internvl_rt.steps.step import Draw, Step, StepShape, fill_step, picked_rows, wrap_step
@@ -29,28 +29,25 @@ PREFILL_ROWS = (1, 8)
 PREFILL_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
 # At this work per layer an H100 takes as long as its CPU takes for the layer's ten launches, 0.7 ms.
 FLOPS_OF_LAUNCHES = 450e9
+NUM_STAGES = 4
 
 
 class _Stage:
-    """Host memory from which steps are copied to the device, and its arrays for every shape that it has held."""
+    """Host memory from which steps are copied to the device, with its arrays for the shape that it held last."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = host_memory(size, torch.int32, device)
-        self.copied = Fence(device)
-        self._arrays: dict[StepShape, tuple[dict[str, Any], UnlistedArguments]] = {}
-        self._held: StepShape | None = None
+        self.copied: Moment | None = None  # when the latest copy has ended
+        self._shape: StepShape | None = None  # the shape of `_arrays`
+        self._arrays: tuple[dict[str, Any], UnlistedArguments | None] = {}, None
 
-    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], UnlistedArguments]:
-        """Returns a step's arrays, from `start` on, and the arguments of its draws before them."""
-        if shape not in self._arrays:
-            flat = self.flat.numpy()
-            views = shape.views(flat[start : start + shape.size], np.float32)
-            self._arrays[shape] = views, UnlistedArguments(flat[:start], shape.num_rows if start else 0)
-        found = self._arrays[shape]
-        if shape != self._held:
-            self._held = shape
-            found[1].forget()
-        return found
+    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], UnlistedArguments | None]:
+        """Returns a step's arrays, from `start` on, and the arguments of its draws before them, if there is room."""
+        if shape != self._shape:
+            arguments = UnlistedArguments(self.flat[:start], shape.num_rows) if start else None
+            views = shape.views(self.flat[start : start + shape.size].numpy(), np.float32)
+            self._shape, self._arrays = shape, (views, arguments)
+        return self._arrays
 
 
 class _Buffer:
@@ -59,39 +56,36 @@ class _Buffer:
     The host fills one of several stages, so that it never writes what a copy may still read.
     """
 
-    NUM_STAGES = 4
-
     def __init__(self, cache: KVCache, shapes: Iterable[StepShape], device: torch.device, *, draws: bool) -> None:
         self._cache, self._draws = cache, draws
-        size = max(self._start(shape) + shape.size for shape in shapes)
+        size = max((self._start(shape) + shape.size for shape in shapes), default=0)
         self._flat = torch.zeros(size, dtype=torch.int32, device=device)
-        self._stages = [_Stage(size, device) for _ in range(self.NUM_STAGES)]
-        self._next = 0
+        self._stages = cycle([_Stage(size, device) for _ in range(NUM_STAGES)])
 
-    def arrays(self, shape: StepShape) -> Tensor:
-        """Returns the part of the buffer that holds a step's arrays."""
+    def inputs(self, shape: StepShape, **rest: Any) -> StepInputs:
+        """Returns inputs that lie in the buffer, and fills them with a step without sequences, for a capture."""
         start = self._start(shape)
-        return self._flat[start : start + shape.size]
+        flat = self._flat[start : start + shape.size].zero_()
+        arrays = shape.views(flat, torch.float32)
+        for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:  # no slots, no blocks, nothing to split
+            arrays[name].fill_(-1)
+        return wrap_step(shape, flat, logit_row_R=None, **rest)
 
     def sampling(self, shape: StepShape) -> Sampling:
         """Returns the arguments of a step's draws."""
         return wrap_unlisted(self._flat, shape.num_rows)
 
-    def pad(self, shape: StepShape) -> None:
-        """Fills the buffer with a step without sequences, for a capture."""
-        self.arrays(shape).copy_(torch.from_numpy(_padding(shape)))
-
     def fill(self, step: Step, shape: StepShape, draws: Sequence[Draw] = ()) -> None:
-        stage, start = self._stages[self._next], self._start(shape)
-        self._next = (self._next + 1) % self.NUM_STAGES
-        stage.copied.wait()
+        stage, start = next(self._stages), self._start(shape)
+        if stage.copied is not None:
+            stage.copied.wait()
         arrays, arguments = stage.arrays(shape, start)
         fill_step(step, self._cache, arrays)
-        if self._draws:
+        if arguments is not None:
             arguments.fill(draws)
         end = start + shape.size
         self._flat[:end].copy_(stage.flat[:end], non_blocking=True)
-        stage.copied.set()
+        stage.copied = Moment(self._flat.device)
 
     def _start(self, shape: StepShape) -> int:
         return unlisted_words(shape.num_rows) if self._draws else 0
@@ -120,10 +114,8 @@ class DecodeGraphs:
         self._buffer = _Buffer(cache, shapes, drawn_R.device, draws=True)
         self._buckets: dict[int, tuple[StepShape, Replay]] = {}
         for shape in shapes:
-            self._buffer.pad(shape)
-            flat, rows = self._buffer.arrays(shape), shape.num_rows
-            inputs = wrap_step(shape, flat, num_decodes=rows, max_query_len=1, drawn_R=drawn_R, logit_row_R=None)
-            how = self._buffer.sampling(shape)
+            rows, how = shape.num_rows, self._buffer.sampling(shape)
+            inputs = self._buffer.inputs(shape, num_decodes=rows, max_query_len=1, drawn_R=drawn_R)
             self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows], how))
 
     def takes(self, step: Step) -> bool:
@@ -131,18 +123,17 @@ class DecodeGraphs:
         num_rows = len(step.chunks)
         return not step.has_prompts and len(step.draws) == step.num_tokens == num_rows <= max(self._buckets)
 
-    @staticmethod
-    def draws(step: Step) -> bool:
-        """Says whether the graph also draws such a step's tokens; if not, the tokens that it draws are void."""
-        return step.is_plain and not any(draw.sequence.lists_tokens for draw in step.draws)
+    def run(self, step: Step) -> tuple[Tensor, bool]:
+        """Returns logits [S, V], which the next call overwrites, and whether the graph drew the step's tokens.
 
-    def run(self, step: Step) -> Tensor:
-        """Returns logits [S, V], which the next call overwrites."""
+        If not, what it drew is void: lists of tokens, grammars and log-probabilities are no part of a graph.
+        """
         num_rows = len(step.chunks)
+        is_drawn = step.is_plain and not any(draw.sequence.lists_tokens for draw in step.draws)
         shape, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_rows)]
-        self._buffer.fill(step, shape, step.draws if self.draws(step) else ())
+        self._buffer.fill(step, shape, step.draws if is_drawn else ())
         replay.run()
-        return replay.result[:num_rows]
+        return replay.result[:num_rows], is_drawn
 
 
 class PrefillGraphs:
@@ -166,16 +157,13 @@ class PrefillGraphs:
         """x_TD: memory for the tokens of the largest of `buckets`, which are ascending."""
         width, all_rows = -(-max_model_len // cache.block_size), sorted(PREFILL_ROWS, reverse=True)
         shapes = [StepShape(n, rows, width, num_items=0) for n in reversed(buckets) for rows in all_rows]
-        self._buffer = _Buffer(cache, shapes, x_TD.device, draws=False) if shapes else None
+        self._buffer = _Buffer(cache, shapes, x_TD.device, draws=False)
         self._x_TD = x_TD
-        self._buckets: dict[tuple[int, int], tuple[StepInputs, Replay]] = {}  # by (rows, tokens)
-        self._shapes = {(shape.num_rows, shape.num_tokens): shape for shape in shapes}
-        for size, shape in self._shapes.items():
-            assert self._buffer is not None, "there are shapes"
-            self._buffer.pad(shape)
-            tokens, flat = shape.num_tokens, self._buffer.arrays(shape)
-            inputs = wrap_step(shape, flat, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R, logit_row_R=None)
-            self._buckets[size] = inputs, capture(partial(compute, inputs, x_TD[:tokens]))
+        self._buckets: dict[tuple[int, int], tuple[StepShape, StepInputs, Replay]] = {}  # by (rows, tokens)
+        for shape in shapes:
+            tokens = shape.num_tokens
+            inputs = self._buffer.inputs(shape, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R)
+            self._buckets[shape.num_rows, tokens] = shape, inputs, capture(partial(compute, inputs, x_TD[:tokens]))
 
     def takes(self, step: Step) -> bool:
         rows, tokens = max(self._buckets, default=(0, 0))
@@ -185,8 +173,7 @@ class PrefillGraphs:
         """Returns x_RD of the rows whose logits are needed; the next call may overwrite it."""
         num_rows, num_tokens = len(step.chunks), step.num_tokens
         size = min(s for s in self._buckets if s[0] >= num_rows and s[1] >= num_tokens)
-        shape, (inputs, replay) = self._shapes[size], self._buckets[size]
-        assert self._buffer is not None, "there are buckets"
+        shape, inputs, replay = self._buckets[size]
         self._buffer.fill(step, shape)
         picked = picked_rows(step, self._x_TD.device)
         self._x_TD[: shape.num_tokens] = embed(replace(inputs, **picked))
@@ -207,12 +194,3 @@ def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
 def decode_buckets(max_num_seqs: int) -> list[int]:
     """Returns 1, 2, 4, 8, 16, 24, 32, ... and `max_num_seqs`, ascending."""
     return sorted({n for n in (1, 2, 4, *range(8, max_num_seqs, 8)) if n < max_num_seqs} | {max_num_seqs})
-
-
-def _padding(shape: StepShape) -> NDArray[np.int32]:
-    """Builds a step without sequences: lengths 0, no slots, nothing to split."""
-    flat = np.zeros(shape.size, np.int32)
-    found = shape.views(flat, np.float32)
-    for name in found.keys() & {"slot_T", "block_table_SN", "split_W3"}:
-        found[name][...] = -1
-    return flat

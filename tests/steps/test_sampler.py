@@ -1,6 +1,7 @@
 """Tests sampling: filters, penalties, seeds, and that rows do not depend on each other."""
 
 import math
+from itertools import count
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from internvl_rt.steps.step import Draw
 
 VOCAB = 50
 CPU = torch.device("cpu")
+SEQ_IDS = count()
 
 
 def sequence(params=None, *, generated=(), seed=7, stop_ids=(), **fields):
     params = params or SamplingParams(**fields)
     made = Sequence(
-        seq_id=0,
+        seq_id=next(SEQ_IDS),
         token_ids=[1, 2, 3],
         position_T=np.arange(3, dtype=np.float32),
         next_position=3.0,
@@ -171,5 +173,5 @@ def test_arguments_that_are_kept_are_those_that_would_be_built():
         draws = [Draw(each, row, index) for row, each in enumerate(sequences)]
         built.append((sampler.build(draws), Sampler(CPU).build(draws)))
     for kept, fresh in built:
-        for name in kept.__slots__:
+        for name in kept._fields:
             assert torch.equal(getattr(kept, name), getattr(fresh, name)), name
