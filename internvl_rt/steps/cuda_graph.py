@@ -1,8 +1,8 @@
 """CUDA graphs launch many kernels at once: here a pass of the vision tower, in `step_graph` the decoder's steps.
 
-A pass is some two hundred kernels of a few microseconds, which the CPU launches more slowly than the GPU runs them. The
-graphs of a kind share one memory pool: the largest is captured first and the others reuse its memory. So they must not
-run at the same time, and a replay overwrites earlier results.
+A pass is some two hundred kernels of a few microseconds, which the CPU launches more slowly than the GPU runs them. All
+graphs of an engine share one memory pool: of a kind the largest is captured first, and the others reuse its memory. So
+they must not run at the same time, and a replay overwrites earlier results.
 """
 
 import threading

@@ -91,7 +91,10 @@ def _plain_views(flat: Any, num_rows: int, int64: Any, float32: Any) -> dict[str
 
 
 def _views(flat: Any, num_rows: int, num_listed: int, int64: Any, float32: Any) -> dict[str, Any]:
-    """Splits `flat` (numpy or torch) into arrays; int64 and float32 are its types. 64-bit arrays are first: aligned."""
+    """Splits `flat` into arrays.
+
+    int64, float32: those types of numpy or torch. 64-bit arrays come first, so that they are aligned.
+    """
     sizes = [2 * num_rows] * 2 + [num_rows] * 4 + [3 * num_rows, num_rows + 1, num_listed, num_listed]
     is_tensor = isinstance(flat, Tensor)  # one split is faster: every slice of a tensor takes a microsecond
     parts: Any = torch.split(flat, sizes) if is_tensor else np.split(flat, list(accumulate(sizes))[:-1])
