@@ -20,7 +20,7 @@ class MissingToolError(Exception):
 
 
 def find_tool(name: str) -> str:
-    """The program of this Python's environment, which need not be on PATH; else that of the system."""
+    """Finds the program of this Python's environment, which need not be on PATH; else that of the system."""
     try:
         module = importlib.import_module(name)  # the packages on PyPI say where their program is
         folder = str(getattr(module, "CMAKE_BIN_DIR", None) or getattr(module, "BIN_DIR", None) or "")

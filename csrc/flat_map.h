@@ -1,5 +1,5 @@
 // A hash map from small keys to non-negative int32 values, in one array that is at most half full. A key is looked for
-// from its home on, entry by entry (linear probing). To erase a key, the entries behind it are moved up (backward-shift
+// from its home on, entry by entry (linear probing). To erase a key, the entries after it are moved up (backward-shift
 // deletion), so no markers of deleted keys are left. Memory is allocated only when the map grows.
 #pragma once
 
@@ -49,7 +49,7 @@ class FlatMap {
       CHECK_INVARIANT(entries_[hole].value >= 0, "a key that is erased is not in the map");
       hole = after(hole);
     }
-    // Each entry behind the hole moves into it, unless the hole is before that entry's home, where it could not be
+    // Each entry after the hole moves into it, unless the hole is before that entry's home, where it could not be
     // found.
     for (std::size_t next = after(hole); entries_[next].value >= 0; next = after(next)) {
       const std::size_t distance_home = (next - home(entries_[next].key)) & mask();

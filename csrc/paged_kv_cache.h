@@ -45,7 +45,7 @@ struct Prompt {
   // All else that the keys and values depend on (model, dtypes, rotary rule, adapter, tenant), as one string that is
   // different for every combination. Without it the sequence finds no prefix and publishes none.
   std::optional<std::span<const std::uint8_t>> identity;
-  // At most so many leading tokens are taken from the cache, for a caller who needs the logits of the tokens behind
+  // At most so many leading tokens are taken from the cache, for a caller who needs the logits of the tokens after
   // them. By default all tokens but the last may come from the cache.
   std::int64_t max_cached = std::numeric_limits<std::int64_t>::max();
 };
@@ -56,13 +56,13 @@ struct StepBuffers {
   std::span<const std::int32_t> num_new_tokens;  // [S]; the step computes so many of the tokens that were appended last
   std::span<std::int32_t> query_start_S1;        // [rows + 1]; prefix sums of num_new_tokens
   std::span<std::int32_t> seq_len_S;             // [rows]; the lengths, new tokens included
-  std::span<std::int32_t> block_table_SN;        // [rows, table_width]; -1 behind a row's last block
+  std::span<std::int32_t> block_table_SN;        // [rows, table_width]; -1 after a row's last block
   std::int64_t table_width;                      // N
-  std::span<std::int32_t> slot_T;                // block * block_size + offset of each new token; -1 behind the last
+  std::span<std::int32_t> slot_T;                // block * block_size + offset of each new token; -1 after the last
   // The split plan of decode attention: it cuts the rows with exactly one new token into work items. Both are empty if
   // no plan is wanted.
   std::span<std::int32_t> split_start_S1;  // [rows + 1]; a row's items are those from start[row] to start[row + 1] - 1
-  std::span<std::int32_t> split_W3;        // [W, 3]; (row, first block, end block) of each item; -1 behind the last
+  std::span<std::int32_t> split_W3;        // [W, 3]; (row, first block, end block) of each item; -1 after the last
 };
 
 // A block that the device must copy before the next step. All copies of a list may be made at once.
@@ -94,7 +94,7 @@ class PagedKVCache {
   // the sequence's last tokens is copied (see take_copies). false: there is no space for all of them, and nothing has
   // changed. O(new blocks).
   bool append(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
-  // Adds the ids of tokens behind those that are known already. publish() needs them.
+  // Adds the ids of tokens after those that are known already. publish() needs them.
   void extend(std::int64_t seq_id, std::span<const std::int32_t> token_ids);
   // Says that the first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the
   // latest step is complete. The tokens must have been in a step, and their ids must be known. If a block of the same
@@ -141,7 +141,7 @@ class PagedKVCache {
     std::int64_t seq_id = -1;          // -1: no sequence uses this entry
     std::int64_t length = 0;           // the number of tokens with slots
     std::int64_t num_in_steps = 0;     // the number of tokens that a step has computed or computes
-    std::int64_t room = 0;             // the number of slots behind the last token that are known to be writable
+    std::int64_t room = 0;             // the number of slots after the last token that are known to be writable
     bool matches = false;              // whether it has an identity
     std::uint64_t last_seen = 0;       // the latest batch call that named it; so a sequence named twice is noticed
     std::vector<std::int32_t> blocks;  // blocks[t / block_size] holds token t; there may be more than tokens need

@@ -1,20 +1,27 @@
 """The rules that every kernel file follows, and the types that describe an operation.
 
 One file is one operation: the formula, the plain torch reference, the jitted body, the plan, the launcher and `SPEC`.
-The reference is the definition: tests compare everything else with it. The plan is a pure function of shapes, dtypes
-and the target; it works on tensors of the device "meta", so that a test can build every kernel that a real model needs
+The reference is the definition: tests compare everything else with it. A plan allocates the scratch memory of its
+launches and copies their tables to the device; apart from that it is a pure function of shapes, memory layouts, dtypes
+and the target. It works on tensors of the device "meta", so that a test can build every kernel that a real model needs
 for every architecture on a machine without a GPU.
 
-Tensors that are computed with end in their dimensions; the letters mean the same thing across the repository:
+Names of tensors that are computed with end in their dimensions. Some letters have several meanings, which are listed
+one after another; the rest of the name says which one holds:
 
     T tokens in this step      I image tiles in this step          V vocabulary
-    S sequences in this step   U patches per tile (CLS included)   B blocks in the KV pool
-    D decoder width            E vision width                      P token slots per block
-    F MLP width                M visual tokens per tile            N blocks per sequence (table width)
-    H query heads   G key/value heads (G divides H)   C channels per head
-    L patches per tile (CLS not included)
-    X visual tokens of several tiles, in prompt order              R rows of any kind
+    B blocks in the KV pool    U patches per tile (CLS included)   E vision width
+    P token slots per block    M visual tokens per tile            F MLP width
+    G key/value heads (G divides H)   C channels per head          R rows of any kind
+    X visual tokens of several tiles, in prompt order
+    S sequences in this step; the side of a tile in pixels
+    D decoder width; the width of a row that is normalised
+    H query heads; the height of a picture
+    L patches per tile (CLS not included); tokens of one sequence in `paged_attention`; layers in `copy_blocks`
     K, N inputs and outputs of a weight, which is stored as [N, K], as in the checkpoints
+    K also columns of packed q, k and v; keys and values, 2, in `copy_blocks`; listed, kept or likeliest tokens of a row
+    N also blocks per sequence (table width); pairs of blocks in `copy_blocks`
+    W items of a split plan; words of a grammar's mask; the width of a picture
 
 In a vision tower the I * L patch rows of all tiles come first, tile after tile, and the I class rows come last. So a
 tile has 1024 patch rows, and the blocks of a matrix product divide them without a rest.
@@ -53,7 +60,7 @@ class Tolerance:
     reason: str
 
     def norm_limit(self, expected: torch.Tensor) -> float:
-        """The limit of ||y - ref||: rms * ||ref|| for many elements, more for few elements and for small outputs.
+        """Returns the limit of ||y - ref||: rms * ||ref|| for many elements, more for few and for small outputs.
 
         When n roundings have equal weight, the rms error has a standard deviation of about 1 / (2 sqrt(n)) of itself;
         the limit leaves room for four of them. Where elements differ in size, n is (sum ref^2)^2 / (sum ref^4), because

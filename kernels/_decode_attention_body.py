@@ -38,7 +38,7 @@ def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr,
 
 @triton.jit
 def table_blocks(table, start, stop, P: tl.constexpr, BLOCK: tl.constexpr):
-    """The block of the piece at `start`, or of each of its keys if BLOCK does not divide P. Reads none from `stop`."""
+    """Loads the block of the piece at `start`, or of each key if BLOCK does not divide P. Reads none from `stop` on."""
     if P % BLOCK == 0:
         blocks = tl.load(table + start // P, mask=start < stop, other=0)
     else:
@@ -49,7 +49,7 @@ def table_blocks(table, start, stop, P: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def slot_rows(head_cache, blocks, start, block_stride, slot_stride, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the rows of the piece at `start` in one head's cache; `blocks` is the result of `table_blocks`."""
+    """Returns pointers to the rows of the piece at `start` in one head's cache; `blocks` is from `table_blocks`."""
     lane = tl.arange(0, BLOCK)
     if P % BLOCK == 0:  # consecutive slots: all threads share everything but `lane * slot_stride`
         return head_cache + blocks * block_stride + start % P * slot_stride + lane * slot_stride
@@ -131,8 +131,8 @@ def decode_attention_kernel(
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PREFETCH: an item's first keys and values are brought to L2 while the kernel before this one still runs. Only the
-    newest token's are not written by then, and a prefetch into L2 cannot make those stale.
+    """Computes attention for one item of the split plan. PREFETCH: its first keys and values are brought to L2 while
+    the kernel before this one runs. Only the newest token's are not written by then, and that cannot make those stale.
 
     SWAP: S^T = K q^T and O^T = V^T P^T. Then the tall side of both products is the keys or the channels, and 16 query
     rows are enough for matrix units that work on at least 64 rows (sm_90, sm_100).
@@ -202,12 +202,13 @@ def decode_attention_kernel(
             tl.store(stats_parts + item * 2 * ROWS + query, top)
             tl.store(stats_parts + item * 2 * ROWS + ROWS + query, total)
             # The barrier puts the partial results of all threads before one thread's atomic. Its release makes them
-            # visible to every program that sees the new count. Its acquire and the barrier behind it put the reads of
-            # the last program to arrive behind the writes of all others.
+            # visible to every program that sees the new count. Its acquire and the barrier after it put the reads of
+            # the last program to arrive after the writes of all others.
             tl.debug_barrier()
             counter = counters + row * tl.num_programs(1) + head
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 acc_parts += first_split * ROWS * C
                 stats_parts += first_split * 2 * ROWS
                 _combine(y_head, acc_parts, stats_parts, num_splits, group, C)
-                tl.store(counter, 0)  # for the next call; all programs of this row have counted themselves by now
+                # The counter is zero again for the next call; every program of this row has been counted.
+                tl.store(counter, 0)

@@ -11,7 +11,7 @@ SERIES: tl.constexpr = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 @triton.jit
 def _gelu(t, dtype: tl.constexpr):
-    """t * Phi(t), for a result in `dtype`, where Phi is the normal distribution function.
+    """Returns t * Phi(t), for a result in `dtype`, where Phi is the normal distribution function.
 
     For 16-bit results Phi is the approximation 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions".
     With one exponential it takes half the instructions, and these are what such a kernel waits for; the result is off

@@ -25,14 +25,14 @@ def _pairs_of(sums):
 
 @triton.jit
 def _paired_rows(first, distance, BLOCK_N: tl.constexpr):
-    """The rows first, first + distance, first + 1, first + 1 + distance, ..."""
+    """Returns the rows in pairs: first, first + distance, first + 1, ...: gate and up rows alternate."""
     place = tl.arange(0, BLOCK_N)
     return (first + place // 2 + place % 2 * distance).to(tl.int64)
 
 
 @triton.jit
 def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: tl.constexpr):
-    """A chunk of the weight, with zeros from `end` on; no other program reads it. `inside` None: every row exists."""
+    """Loads a chunk of the weight, zero from `end` on; no other program reads it. `inside` None: every row exists."""
     inner = k + tl.arange(0, BLOCK_K)
     at = weight + weight_row[:, None] * weight_stride + inner[None, :]
     mask = (k < end) & (inner < K)[None, :]
@@ -57,7 +57,7 @@ def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def _part_of_k(split_len, K, SPLIT: tl.constexpr):
-    """Where this program's part of K begins and ends."""
+    """Returns where this program's part of K begins and ends."""
     if SPLIT:
         begin = tl.program_id(1) * split_len
         return begin, tl.minimum(begin + split_len, K)
@@ -71,7 +71,7 @@ def _row_sums(
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(x * w_norm) W^T and the squares of x, both still to be added across threads; `w` and `n` are the first chunks.
+    """Computes (x * w_norm) W^T and x's squares, both yet to be added across threads; `w`, `n` are the first chunks.
 
     With MATRIX each warp takes a part of a chunk's K and all rows, so that no two warps read the same operand.
     Otherwise each thread has 16 bytes of every row of the chunk and keeps its sums in registers.
@@ -117,7 +117,7 @@ def _across_threads(sums, squares, MATRIX: tl.constexpr):
 
 @triton.jit
 def _partial_sums(partial, split, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to the place where a split of this program's tile stores its sums [ROWS, BLOCK_N] and squares [ROWS]."""
+    """Returns pointers to where a split of this program's tile stores its sums [ROWS, BLOCK_N] and squares [ROWS]."""
     at = partial + (split * tl.num_programs(0) + tl.program_id(0)) * (ROWS * (BLOCK_N + 1))
     row = tl.arange(0, ROWS)
     return at + row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], at + ROWS * BLOCK_N + row
@@ -131,7 +131,7 @@ def _leave_partial_sums(sums, squares, partial, arrived, last_row):
     tl.store(sums_at, sums, mask=inside[:, None])
     tl.store(squares_at, squares, mask=inside)
     # The barrier puts the stores of all threads before one thread's atomic. Its release makes them visible to every
-    # program that sees the new count; its acquire puts the reads of the last program behind all other programs' stores.
+    # program that sees the new count; its acquire puts the reads of the last program after all other programs' stores.
     tl.debug_barrier()
     return tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1
 
@@ -150,7 +150,7 @@ def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: t
             # Read from L2, because other multiprocessors wrote these values.
             sums += tl.load(sums_at, mask=inside[:, None], other=0.0, cache_modifier=".cg")
             squares += tl.load(squares_at, mask=inside, other=0.0, cache_modifier=".cg")
-    tl.store(arrived + tl.program_id(0), 0)  # for the next call; all splits have counted themselves by now
+    tl.store(arrived + tl.program_id(0), 0)  # the counter is zero again for the next call; every split has been counted
     return sums, squares
 
 

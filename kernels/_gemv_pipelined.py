@@ -27,7 +27,7 @@ def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.co
 
 @triton.jit
 def rounded_to_tf32(x):
-    """The nearest float32 with 10 fraction bits. Matrix units drop the other bits, which would pull sums to zero."""
+    """Returns the nearest float32 of 10 fraction bits. Matrix units drop the others, which would pull sums to zero."""
     rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)  # rounding a NaN's bits could make them a zero
 
@@ -45,7 +45,7 @@ def pipelined_sums(
     x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(x * w_norm) W^T [ROWS, BLOCK_N] and the sum of the squares of x [ROWS]; every row in `weight_row` must exist."""
+    """Computes (x * w_norm) W^T [ROWS, BLOCK_N] and the sum of x's squares [ROWS]; all of `weight_row` must exist."""
     GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
     row = tl.arange(0, ROWS)
     weight_at = weight + weight_row[:, None] * weight_stride

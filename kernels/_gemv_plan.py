@@ -87,8 +87,8 @@ def build_gemv_workspace(device: torch.device, programs: int | None = None) -> G
 def choose_gemv_plan(
     rows: int, n: int, k: int, dtype: torch.dtype, target: Target, *, normed: bool = False
 ) -> GemvPlan:
-    """The plan for x [rows, k] and a weight [n, k]; `normed`: with RMSNorm. It is the same for 1 and 2 rows, and for
-    all numbers of rows from 3 on.
+    """Returns the plan for x [rows, k] and a weight [n, k]; `normed`: with RMSNorm. It is the same for 1 and 2 rows,
+    and for all numbers of rows from 3 on.
 
     One or two rows need no splits: a program takes only 4 or 8 rows of the weight, so there are many programs, and all
     warps of a program share K. On sm_90 eight warps are faster than four wherever K has a chunk for each warp (on an
@@ -110,7 +110,7 @@ def choose_gemv_plan(
 
 
 def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """A plan in which a program reads 16 rows of x beside its rows of the weight, both through registers.
+    """Makes a plan in which a program reads 16 rows of x beside its rows of the weight, both through registers.
 
     A large weight is limited by device memory; there a program takes 64 rows of it, so that x is read less often. K is
     split into the number of parts with which the last program ends first: the programs that run at once should fill
@@ -132,7 +132,7 @@ def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan
 
 
 def _staged_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
-    """A plan in which the weight is the matrix units' tall operand and passes through shared memory.
+    """Makes a plan in which the weight is the matrix units' tall operand and passes through shared memory.
 
     It has the fewest splits that keep most multiprocessors loading: an exchange of partial sums takes time, and
     programs that run at once share device memory evenly whether they fill the chip or not. Few programs on a

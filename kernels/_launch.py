@@ -11,7 +11,7 @@ import triton
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """numerator / denominator, rounded up. triton.cdiv takes 2 us on the host, as long as all checks of a tensor."""
+    """Returns the quotient, rounded up. triton.cdiv takes 2 us on the host, as long as all checks of a tensor."""
     return -(-numerator // denominator)
 
 
@@ -96,7 +96,7 @@ def _run(launch: Launch, device: torch.device) -> None:
 
 
 def _with_scratch(start: Callable[[], object], device: torch.device) -> None:
-    """Triton asks its allocator, a context variable, for the descriptors' memory at every launch; this sets one."""
+    """Sets the allocator, a context variable, that Triton asks for the descriptors' memory at every launch."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     start()
 

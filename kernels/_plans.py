@@ -47,7 +47,7 @@ class GemmPlan:
     use_tma: bool = False  # use the copy engine where the target has it and rows begin at multiples of 16 bytes
 
     def shared_bytes(self, itemsize: int) -> int:
-        """The most that the kernel needs: every stage holds a block of each operand."""
+        """Returns the most that the kernel needs: every stage holds a block of each operand."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
@@ -62,7 +62,7 @@ class AttentionPlan:
     host_descriptor: bool = False  # if the copy engine can be used, the host makes one descriptor for all programs
 
     def shared_bytes(self, channels: int, itemsize: int) -> int:
-        """The least that the kernel needs: every stage holds a block of keys and a block of values."""
+        """Returns the least that the kernel needs: every stage holds a block of keys and a block of values."""
         return self.num_stages * 2 * self.block_n * channels * itemsize
 
 
@@ -99,7 +99,7 @@ _ALLOWED_ATTENTION: _Allowed = {
 
 
 def tilings(target: Target) -> dict[str, GemmPlan]:
-    """The fused plans that are worth measuring on `target`, by name."""
+    """Returns the fused plans that are worth measuring on `target`, by name."""
     if target.capability in (90, 100, 103):
         wide = GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=4, use_tma=True)
         # Two programs share a multiprocessor, so that one multiplies while the other writes its results.
@@ -222,7 +222,7 @@ def _tables_of(folder: Path, target: Target) -> Tables:
 def choose_plan(
     rows: int, n: int, k: int, epilogue: str, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
 ) -> GemmPlan:
-    """The measured plan for x [rows, k] times weight [n, k]; CUBLAS where none was measured, and in float32."""
+    """Returns the measured plan for x [rows, k] times weight [n, k]; CUBLAS where none was measured, and in float32."""
     if dtype.itemsize != 2:  # the tables were measured in bfloat16; float16 takes the same time
         return CUBLAS
     plans = _tables_of(folder, target).gemm_epilogue.get((n, k, epilogue), ())
@@ -232,7 +232,7 @@ def choose_plan(
 def choose_attention_plan(
     tiles: int, patches: int, heads: int, channels: int, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
 ) -> AttentionPlan | None:
-    """The measured plan; None where none was measured, and in float32."""
+    """Returns the measured plan; None where none was measured, and in float32."""
     plans = _tables_of(folder, target).vit_attention.get((patches, heads, channels), ())
     if not plans or dtype.itemsize != 2:
         return None
@@ -240,7 +240,7 @@ def choose_attention_plan(
 
 
 def resolve_plan(plan: Plan, rows: int, n: int, k: int, epilogue: str, dtype: torch.dtype, target: Target) -> GemmPlan:
-    """The plan to use. Raises ValueError for an unknown name and for a plan that `target` cannot run."""
+    """Returns the plan to use. Raises ValueError for an unknown name and for a plan that `target` cannot run."""
     if plan is None:
         return choose_plan(rows, n, k, epilogue, dtype, target)
     if isinstance(plan, str):

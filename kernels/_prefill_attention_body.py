@@ -81,7 +81,8 @@ def prefill_attention_kernel(
                 v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
                 k = tl.load(k_rows[:, None] + channel[None, :])
                 v = tl.load(v_rows[:, None] + channel[None, :])
-            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)  # ahead, so that no copy waits for it
+            # The table's entries are loaded one turn ahead, so that no copy waits for the table.
+            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
             top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
         for start in range(whole_end, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)

@@ -31,9 +31,10 @@ C2: tl.constexpr = tl.constexpr(2.4410395781160332e-05)
 
 @triton.jit
 def sin_cos(angle):
-    """Sine and cosine of float32 angles with |angle| <= 102943 (2^21 on a GPU); they are undefined beyond."""
+    """Returns sine and cosine of float32 angles with |angle| <= 102943 (2^21 on a GPU); they are undefined beyond."""
     rounded = angle * INVERSE_PI_2 + ROUNDER
-    quarter = rounded.to(tl.int32, bitcast=True)  # the quarter turn, in the lowest two bits
+    # Its lowest two bits say by how many quarter turns the angle was reduced.
+    quarter = rounded.to(tl.int32, bitcast=True)
     n = rounded - ROUNDER
     r = tl.fma(n, -PI_2_A, angle)
     r = tl.fma(n, -PI_2_B, r)

@@ -119,7 +119,7 @@ def row_peaks_kernel(
 
 @triton.jit
 def _largest_reaching(place, size, limit, low, high):
-    """The largest t such that the sizes of all places >= t sum to `limit` or more; `low` is such a t, `high` is not."""
+    """Finds the largest t such that sizes of places >= t sum to `limit` or more; `low` is such a t, `high` is not."""
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)  # (low + high) // 2 without overflow
         if tl.sum(tl.where(place >= middle, size, 0), axis=0) >= limit:
@@ -168,7 +168,7 @@ def _at_or_above(x, V, peak, rate, low, BLOCK: tl.constexpr, EDGE: tl.constexpr)
 
 @triton.jit
 def _read_list(x, list_id, length, peak, rate, LIST: tl.constexpr):
-    """The places and weights of a list's tokens. Entries behind its end have the weight 0 and an undefined place."""
+    """Returns places and weights of a list's tokens. Entries after its end have the weight 0 and an undefined place."""
     entry = tl.arange(0, LIST)
     token = tl.load(list_id + entry, mask=entry < length, other=0)
     values = tl.load(x + token, mask=entry < length, other=float("-inf")).to(tl.float32)
@@ -228,7 +228,7 @@ def _lowest_kept(
 ):  # fmt: skip
     """Returns the lowest place that top_k and top_p keep, and the lowest place and the length of the first list.
 
-    The first list is made here, in memory behind the slices' lists, by joining them in order, so it is sorted by id.
+    Each slice has a list of its largest tokens, by id; joined in order, in memory after them, they are the first list.
     """
     x, _, peak, rate, _ = row
     length = tl.sum(tl.load(lengths + tl.arange(0, SLICES)), axis=0)
@@ -260,7 +260,7 @@ def _lowest_kept(
 
 @triton.jit
 def _kept_weight(x, token, end, peak, rate, lowest, least, EDGE: tl.constexpr):
-    """The weights of the tokens: 0 for those that are not kept and those from `end` on."""
+    """Computes the weights of the tokens: 0 for those that are not kept and those from `end` on."""
     values = tl.where(token < end, _load_row(x, token, end, EDGE).to(tl.float32), float("-inf"))
     weight = token_weight(values, peak, rate)
     return tl.where((place_of(order_key(values), token) >= lowest) & (weight >= least), weight, 0)
@@ -280,7 +280,7 @@ def _add_up_spans(
 
 @triton.jit
 def _find(weight, target):
-    """The first index at which the running sum exceeds `target`, and the sum before it."""
+    """Finds the first index at which the running sum exceeds `target`, and the sum before it."""
     running = tl.cumsum(weight, axis=0)
     passed = running <= target
     return tl.sum(passed.to(tl.int32), axis=0), tl.max(tl.where(passed, running, 0), axis=0)

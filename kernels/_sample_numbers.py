@@ -17,7 +17,7 @@ LAST_ID: tl.constexpr = tl.constexpr(2**18 - 1)
 
 @triton.jit
 def order_key(x):
-    """An int32 key in the order of float32 `x`; -0 has the key of 0, and NaN one above infinity's."""
+    """Returns an int32 key in the order of float32 `x`; -0 has the key of 0, and NaN one above infinity's."""
     bits = x.to(tl.int32, bitcast=True)
     key = tl.where(x == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return tl.where(x == x, key, 0x7FFFFFFF)
@@ -30,7 +30,7 @@ def key_value(key):
 
 @triton.jit
 def lowest_place(key):
-    """The lowest place that a token with this key can have; token 0 has the highest."""
+    """Returns the lowest place that a token with this key can have; token 0 has the highest."""
     return key.to(tl.int64) << ID_BITS
 
 
@@ -51,7 +51,7 @@ def token_at(place):
 
 @triton.jit
 def token_weight(x, peak, rate):
-    """int64 2^42 * 2^(-(peak - x) * rate), and 0 from 43 octaves below the peak on.
+    """Returns int64 2^42 * 2^(-(peak - x) * rate), and 0 from 43 octaves below the peak on.
 
     The two float32 operations round once each, and no compiler can fuse them. Everything else, a polynomial for 2^-f
     at 24 bits of f, is integer arithmetic. So every machine gets the same weights.
@@ -70,7 +70,7 @@ def token_weight(x, peak, rate):
 
 @triton.jit
 def philox_word(seed, counter):
-    """The first uint64 of numpy's Philox(key=seed, counter=counter): Philox4x64-10, which first counts up."""
+    """Returns the first uint64 of numpy's Philox(key=seed, counter=counter): Philox4x64-10, which first counts up."""
     c0 = counter.to(tl.uint64, bitcast=True) + 1
     c1, c2, c3, k1 = c0 * 0, c0 * 0, c0 * 0, c0 * 0
     k0 = seed.to(tl.uint64, bitcast=True)
@@ -87,5 +87,5 @@ def philox_word(seed, counter):
 
 @triton.jit
 def uniform_below(mass, word):
-    """u * mass, rounded down, where u is the word's first 53 bits over 2^53, as in numpy's random()."""
+    """Returns u * mass, rounded down, where u is the word's first 53 bits over 2^53, as in numpy's random()."""
     return tl.umulhi(word & 0xFFFFFFFFFFFFF800, mass.to(tl.uint64)).to(tl.int64)

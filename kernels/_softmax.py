@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def probability(exponent, dtype: tl.constexpr):
-    """2 ** exponent, at most 1, to be a factor of a product in `dtype`.
+    """Returns 2 ** exponent, at most 1, to be a factor of a product in `dtype`.
 
     The exponent score * scale - top is never above 0 in exact arithmetic. On hardware it can be, because score * scale
     - top is a fused multiply-add while top is a rounded product: from scores of 2^26 on it can be several units above

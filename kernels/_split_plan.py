@@ -19,7 +19,7 @@ MAX_UNSPLIT_BLOCKS = 4
 
 
 def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
-    """How many items the split plan of a batch should have room for: two programs a multiprocessor, and one a sequence.
+    """Counts the items that the split plan of a batch needs room for: two programs a multiprocessor, one a sequence.
 
     With 128 channels two programs are resident on a multiprocessor and saturate the memory. Where the rows are too many
     or too unequal to run in one such wave, an even division of all blocks needs up to one item more for every row but
@@ -29,7 +29,7 @@ def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
 
 
 def plan_splits(num_blocks: Sequence[int], num_items: int) -> list[list[list[int]]]:
-    """The items of each row in order. num_blocks: of each row, 0 for a row not to be read; num_items: in all."""
+    """Lists the items of each row in order. num_blocks: of each row, 0 for one not to be read; num_items: in all."""
     resident = max(1, num_items - len(num_blocks) + 1)
 
     def count(longest: int) -> int:

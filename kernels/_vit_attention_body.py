@@ -63,7 +63,7 @@ def vit_attention_kernel(
     L: tl.constexpr, H: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CLASS_BLOCK: tl.constexpr, CLASS_STAGES: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs of one tile and head are neighbours, so that its keys and values stay in the L2 cache.
+    """Computes a block of queries. Programs of one tile and head are neighbours, to keep its keys and values in L2.
 
     `descriptor` describes qkv's rows if the host made one; otherwise every program makes its own, in scratch memory.
 

@@ -107,7 +107,7 @@ def add_norm(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Equal to `add_norm_reference`; D at most MAX_WIDTH. `out` may be `y_RD`: a program reads a row, then writes it.
+    """Computes `add_norm_reference`; D at most MAX_WIDTH. `out` may be `y_RD`: a program reads a row, then writes it.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -131,7 +131,7 @@ def add_norm(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | None]:
-    """`vectors` names the given vectors; `mean` shifts the rows of x; `padding` is as in rms_norm, for x and y."""
+    """Makes the vectors that `vectors` names; `mean` shifts the rows of x; `padding` is as in rms_norm, for x and y."""
     rows, width, padding = case["R"], case["D"], case.sizes.get("padding", 0)
     x, y = (torch.randn(rows, width + padding, dtype=torch.float32, device=device) for _ in range(2))
     x += case.sizes.get("mean", 0.0)

@@ -41,7 +41,7 @@ def _copy_blocks_kernel(
 
 
 def _as_words(pool: Tensor) -> Tensor:
-    """The pool as [layers, 2, B, elements of a block]: int32 if all blocks are whole aligned words, else bytes."""
+    """Views the pool as [layers, 2, B, elements of a block]: int32 if all blocks are aligned words, else bytes."""
     size = pool.shape[3:].numel()
     words = pool.as_strided((*pool.shape[:3], size), (*pool.stride()[:3], 1)).view(torch.uint8)
     lengths = (words.data_ptr(), words.storage_offset(), *words.stride()[:3], words.shape[3])
@@ -75,7 +75,7 @@ def plan_copy_blocks(
 
 
 def copy_blocks(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
-    """As `copy_blocks_reference`, for any dtype; ids are int32 or int64. Layers, kinds and blocks may lie apart.
+    """Computes `copy_blocks_reference`, for any dtype; ids are int32 or int64. Layers, kinds and blocks may lie apart.
 
     A pair with an id outside [0, B) is not copied: the ids are on the GPU, so the host cannot check them and raise.
     Raises ValueError naming the argument that does not fit.
@@ -100,7 +100,7 @@ def copy_blocks(pool_LKBGPC: Tensor, source_N: Tensor, destination_N: Tensor) ->
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A pool of `layers` layers, given from `first_layer` on; `padding` is the number of elements behind each block."""
+    """Makes a pool of `layers` layers, given from `first_layer` on; `padding` counts the elements after each block."""
     layers, blocks, groups, places, channels = (case[size] for size in ("layers", "B", "G", "P", "C"))
     size = groups * places * channels
     shape = (layers, 2, blocks, size + case.sizes.get("padding", 0))

@@ -46,7 +46,7 @@ def decode_attention_reference(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
 ) -> Tensor:
-    """Attention output [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect here."""
+    """Computes attention [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect."""
     out_SHC = torch.zeros_like(q_SHC)
     if q_SHC.is_meta:  # a meta tensor has no lengths
         return out_SHC
@@ -178,10 +178,10 @@ def decode_attention(
     programmatic_launch: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `decode_attention_reference`, for q with rows at any stride; the integer tensors are int32.
+    """Computes `decode_attention_reference`, for q with rows at any stride; the integer tensors are int32.
 
     split_W3 has items for all blocks of every row whose length is not 0: those of a row in order, from split_start[row]
-    to split_start[row + 1]; (-1, -1, -1) behind the last; and W >= S. Rows without an item give zeros. Table entries
+    to split_start[row + 1]; (-1, -1, -1) after the last; and W >= S. Rows without an item give zeros. Table entries
     and slots beyond a length are not used. The same plan gives the same bits, another plan rounds differently.
     counters_SG, int32 zeros, counts the parts that have arrived. The call leaves it as zeros, so that one tensor serves
     all calls that follow each other on a stream; None: every call makes one, which takes one more launch.
@@ -210,7 +210,7 @@ def decode_attention(
 def make_paged_cache(
     case: Case, seq_lens: list[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes keys, values and the table: blocks in any order, NaN in slots without a token, -1 behind each row's blocks.
+    """Makes keys, values and the table: blocks in any order, NaN in slots without a token, -1 after each row's blocks.
 
     `shared`: how many leading blocks all rows share with the first. `fill` chooses the kind of keys. `padding`: how
     many channels, which hold NaN, lie between one slot and the next.
@@ -252,8 +252,8 @@ def make_paged_cache(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`room`: the plan is the engine's, with room for so many items. Otherwise an item has `split` blocks, and `spare`
-    items more are left empty.
+    """Makes the inputs of a case. `room`: the plan is the engine's, with room for so many items. Otherwise an item has
+    `split` blocks, and `spare` items more are left empty.
     """
     seq_lens, block_size = case["seq_lens"], case["P"]
     heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, with NaN beside it

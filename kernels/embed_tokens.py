@@ -12,7 +12,7 @@ BLOCK = 1024  # columns of one program: 8 values for each of its 128 threads
 
 
 def embed_tokens_reference(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor) -> Tensor:
-    """x [T, D]. A token id (int32) of -1 - r stands for `drawn_R[r]` (int64), which has at least one element."""
+    """Returns x [T, D]. A token id (int32) of -1 - r stands for `drawn_R[r]` (int64); `drawn_R` is never empty."""
     drawn_T = drawn_R[(-1 - token_id_T).clamp_min(0)]
     return embedding_VD[torch.where(token_id_T < 0, drawn_T, token_id_T)]
 
@@ -57,8 +57,8 @@ def plan_embed_tokens(
 
 
 def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """As `embed_tokens_reference`, but a token gets zeros if its id is outside [0, V) or its r outside `drawn_R`: the
-    ids are on the GPU, so the host cannot check them and raise.
+    """Computes `embed_tokens_reference`, but a token gets zeros if its id is outside [0, V) or its r outside `drawn_R`:
+    the ids are on the GPU, so the host cannot check them and raise.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -80,7 +80,7 @@ def embed_tokens(token_id_T: Tensor, drawn_R: Tensor, embedding_VD: Tensor, *, o
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Every third token was drawn, as one of R drawn ids in turn; the embedding has `padding` columns behind it."""
+    """Draws every third token, as one of R drawn ids in turn; the embedding has `padding` columns after it."""
     tokens, drawn, vocab, width = case["T"], case["R"], case["V"], case["D"]
     embedding = torch.randn(vocab, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     known_T = torch.randint(0, vocab, (tokens,), dtype=torch.int32, device=device)

@@ -66,7 +66,7 @@ def gemm_epilogue_reference(
     out: Tensor | None = None,
     plan: Plan = None,  # does not change the result
 ) -> Tensor:
-    """With `rows` [R], row r of the product is written to row rows[r] of `out`; without `out`, to R new rows."""
+    """Computes a product. With `rows` [R], its row r is written to row rows[r] of `out`; without it, to R new rows."""
     if residual is not None:
         return linear_residual_reference(x, weight_NK, bias_N, residual, scale_N)
     if activation == "gelu":
@@ -96,7 +96,7 @@ def plan_gemm_epilogue(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """The fused kernel, or the kernel after a torch product, which is in `product` [R, N] (None: in `out`)."""
+    """Plans the fused kernel, or the kernel after a torch product, which is in `product` [R, N] (None: in `out`)."""
     x_RK, out_RN = rows_of("x", x), rows_of("out", out)
     residual_RN = None if residual is None else rows_of("residual", residual)
     num_rows, (n, k) = len(x_RK), weight_NK.shape
@@ -147,12 +147,12 @@ def plan_gemm_epilogue(
 
 
 def _epilogue(activation: Activation, residual: Tensor | None, rows: Tensor | None) -> str:
-    """The name of this epilogue in the tables."""
+    """Returns the name of this epilogue in the tables."""
     return "rows" if rows is not None else activation if residual is None else "residual"
 
 
 def _residual_in_product(bias_N: Tensor | None, scale_N: Tensor | None) -> bool:
-    """Whether only the residual is added to x W^T: torch's product adds it itself, before it rounds."""
+    """Returns whether only the residual is added to x W^T: torch's product adds it itself, before it rounds."""
     return bias_N is None and scale_N is None
 
 
@@ -174,7 +174,7 @@ def gemm_epilogue(
     out: Tensor | None = None,
     plan: Plan = None,
 ) -> Tensor:
-    """As `gemm_epilogue_reference`, for `x` [..., K] whose rows lie at one stride; all floating tensors have one dtype.
+    """Computes `gemm_epilogue_reference`, for `x` [..., K] with rows at one stride; all floating tensors of one dtype.
 
     `residual` has the shape of the result, and `out` may be the same tensor. `rows` [R] (int64, distinct) needs `out`
     [T, N]; rows outside 0 ... T - 1 are skipped, because only the device knows them. `out` must not be one of the other
@@ -226,7 +226,7 @@ def _torch_product(
     rows: Tensor | None,
     out_RN: Tensor,
 ) -> Tensor:
-    """x W^T + b for the epilogue kernel: in `out_RN`, or in new memory if the epilogue still reads `out_RN`."""
+    """Computes x W^T + b for the epilogue kernel: in `out_RN`, or in new memory if the epilogue still reads that."""
     weight_KN = weight_NK.t()
     if residual is not None and _residual_in_product(bias_N, scale_N):
         residual_RN = rows_of("residual", residual)
@@ -241,7 +241,7 @@ def _torch_product(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """x, weight and residual are cut from tensors with `padding` more columns of NaN; `fill` scales x in 16 bits.
+    """Cuts x, weight and residual from tensors with `padding` more columns of NaN; `fill` scales x in 16 bits.
 
     In float32 it is at most 10: small results of large sums would depend on the order of summation.
     """

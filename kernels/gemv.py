@@ -43,7 +43,7 @@ def plan_product(
     programmatic_launch: bool,
     target: Target,
 ) -> dict[str, Any]:
-    """What gemv and gemv_qkv are launched with in common; each adds arguments and constexprs of its own."""
+    """Returns what gemv and gemv_qkv are launched with in common; each adds arguments and constexprs of its own."""
     rows, k = x_RK.shape
     chunks = cdiv(k, plan.block_k)
     args: dict[str, Any] = {
@@ -133,7 +133,7 @@ def gemv_reference(
     residual_RN: Tensor | None = None,
     plan: GemvPlan | None = None,  # does not change the result
 ) -> Tensor:
-    """With "swiglu" the weight's 2F rows are (gate | up), and the result is [R, F]."""
+    """Computes the product; with "swiglu" the weight's 2F rows are (gate | up), and the result is [R, F]."""
     normed_RK = x_RK if norm_weight_K is None else rms_norm_reference(x_RK, norm_weight_K, eps)
     y_RN = F.linear(normed_RK, weight_NK, bias_N)
     if activation == "swiglu":
@@ -188,7 +188,7 @@ def gemv(
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
 ) -> Tensor:
-    """As `gemv_reference`, for at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
+    """Computes `gemv_reference`, for at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
 
     Every call gives the same bits. Among 3 to 16 rows, a row also gets the same bits whatever the other rows are. A
     plan with splits needs a workspace: without one it is made for this call, which takes one more launch. From sm_90 on
@@ -232,8 +232,8 @@ def gemv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """x, weight and residual are cut from tensors with `padding` more columns of NaN; `factor` scales x; `plan` is a
-    name in TEST_PLANS.
+    """Cuts x, weight and residual from tensors with `padding` more columns of NaN; `factor` scales x; `plan` is a name
+    in TEST_PLANS.
     """
     rows, n, k, padding = case["R"], case["N"], case["K"], case.sizes.get("padding", 0)
     swiglu = case.sizes.get("activation") == "swiglu"
@@ -292,7 +292,8 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"{plan}_{rows}_norm", rows, 16, 192, plan=plan, bias=True, padding=8, **_NORM)
         yield case(f"{plan}_{rows}_swiglu", rows, 34, 130, plan=plan, bias=True, padding=3, **_SWIGLU, **_RESIDUAL)
         yield case(f"{plan}_{rows}_huge", rows, 16, 128, plan=plan, factor=1e4, **_NORM)  # squares beyond float16
-        yield case(f"{plan}_{rows}_tiny", rows, 16, 128, plan=plan, factor=1e-3, **_NORM)  # mean square like eps
+        # The mean square is about as small as eps.
+        yield case(f"{plan}_{rows}_tiny", rows, 16, 128, plan=plan, factor=1e-3, **_NORM)
     for rows in (1, 3):
         yield case(f"one_by_one_{rows}", rows, 1, 1, **_NORM)
         yield case(f"many_{rows}", rows, 200, 256, **_RESIDUAL)

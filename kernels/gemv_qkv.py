@@ -37,7 +37,7 @@ def gemv_qkv_reference(
     *,
     plan: GemvPlan | None = None,  # does not change the result
 ) -> Tensor:
-    """Rotated queries [R, H, C]; writes k and v to the cache. Rows of the weight: H q heads | G k heads | G v heads."""
+    """Returns rotated q [R, H, C]; writes k, v to the cache. Rows of the weight: H q heads | G k heads | G v heads."""
     qkv_RK = F.linear(rms_norm_reference(x_RD, norm_weight_D, eps), weight_KD, bias_K)
     caches = (k_cache_BGPC, v_cache_BGPC)
     return qkv_rope_kv_reference(qkv_RK, None, None, eps, position_T, inv_freq_C, *caches, slot_T)
@@ -62,7 +62,7 @@ def plan_gemv_qkv(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """A block of the weight's rows never contains rows of two heads."""
+    """Plans the launch. A block of the weight's rows never contains rows of two heads."""
     num_blocks, num_kv_heads, block_size, head_dim = k_cache_BGPC.shape
     rows, (n, k) = len(x_RD), weight_KD.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target, normed=True)
@@ -109,7 +109,7 @@ def gemv_qkv(
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
 ) -> Tensor:
-    """As `gemv_qkv_reference`, for up to 16 rows; slots (int32) and caches as in `qkv_rope_kv`, the rest as in `gemv`.
+    """Computes `gemv_qkv_reference` of up to 16 rows; slots (int32), caches as in `qkv_rope_kv`, the rest as in `gemv`.
 
     A row with slot -1, or a slot beyond the cache, only fills up a batch: it writes no k and v and gets zeros for q.
     Raises ValueError naming the argument that does not fit.
@@ -145,9 +145,9 @@ def gemv_qkv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Rows with random slots of a cache that has a block to spare and random values, so that a stray write shows.
+    """Makes rows with random slots of a cache that has a block to spare and random values, so a stray write shows.
 
-    x and weight are cut from tensors with `padding` more columns of NaN, and the cache has as many channels behind each
+    x and weight are cut from tensors with `padding` more columns of NaN, and the cache has as many channels after each
     slot; `factor` scales x; the rows' positions are `step` apart from `first` on; the first `unslotted` have no slot.
     """
     rows, width, heads, groups, channels = (case[letter] for letter in "RDHGC")

@@ -51,7 +51,7 @@ def _layer_norm_kernel(x, weight, bias, y, x_stride, y_stride, eps, D, BLOCK: tl
 
 
 def row_warps(width: int) -> int:
-    """How many warps hold one row in registers: a thread has at most 32 values and at least 8 (16 bytes of bf16)."""
+    """Counts the warps that hold one row in registers: a thread has 8 (16 bytes of bf16) to 32 values."""
     return min(16, max(1, next_power_of_2(width) // 512))
 
 
@@ -81,7 +81,7 @@ def plan_layer_norm(
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """As `layer_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
+    """Computes `layer_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -99,7 +99,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, out: 
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float]:
-    """`fill` chooses the kind of rows; they are cut from a tensor with `padding` more columns."""
+    """Makes rows of the kind that `fill` chooses; they are cut from a tensor with `padding` more columns."""
     rows, width = case["R"], case["D"]
     x = torch.randn(rows, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     fill = case.sizes.get("fill", "normal")

@@ -19,7 +19,7 @@ def paged_attention_reference(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
 ) -> Tensor:
-    """Attention output [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length."""
+    """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length."""
     block_size = k_cache_BGPC.shape[2]
     out_THC = torch.empty_like(q_THC)
     starts, lengths = query_start_S1.tolist(), seq_len_S.tolist()

@@ -38,7 +38,7 @@ def normalise_tiles_reference(tiles: Tensor) -> Tensor:
 def patch_embed_reference(
     tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor
 ) -> Tensor:
-    """Rows [I * (L + 1), E]. Tiles are uint8 [I, S, S, 3], or floating point and normalised [I, 3, S, S].
+    """Returns rows [I * (L + 1), E]. Tiles are uint8 [I, S, S, 3], or floating point and normalised [I, 3, S, S].
 
     K = 3 * patch * patch in the order (channel, row, column), the memory order of the checkpoint's convolution.
     """
@@ -59,7 +59,7 @@ def _patches_kernel(
     K: tl.constexpr, PATCH: tl.constexpr, GRID: tl.constexpr, NORMALISE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes patches [R, K] and zeros behind them. NORMALISE, unless None, holds a scale and a shift of each channel.
+    """Writes patches [R, K] and zeros after them. NORMALISE, unless None, holds a scale and a shift of each channel.
 
     Neighbouring lanes take neighbouring k, as channel, row and column. From a plain `k` the compiler would let each
     thread store 8 values at once, and the pixels that a warp reads together would be in 18 rows instead of 3.
@@ -123,7 +123,7 @@ def plan_patch_embed(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """The launches, and with them the matrix of patches, which is made here."""
+    """Plans the launches, and allocates the matrix of patches for them."""
     width, depth = weight_EK.shape
     patch = math.isqrt(depth // CHANNELS)
     grid = tiles.shape[2] // patch  # patches along a side; the index holds for both layouts
@@ -190,7 +190,7 @@ def patch_embed(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `patch_embed_reference`; the tiles may have any strides and, if normalised, any floating-point dtype.
+    """Computes `patch_embed_reference`; the tiles may have any strides and, if normalised, any floating-point dtype.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -224,7 +224,7 @@ def patch_embed(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`normalised` tiles are floating point; a tile is cut from a tensor with `padding` more pixels on two sides."""
+    """Makes tiles, floating-point ones if `normalised`, cut from a tensor with `padding` more pixels on two sides."""
     num_tiles, patch, grid, width = (case[name] for name in ("I", "patch", "grid", "E"))
     side, depth = patch * grid, 3 * patch * patch
     padded = side + case.sizes.get("padding", 0)

@@ -49,8 +49,8 @@ def plan_place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor, *, 
 
 
 def place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
-    """As `place_visual_tokens_reference`, but a token whose row is outside [0, T) is not written: the indices are on
-    the GPU, so the host cannot check them and raise.
+    """Computes `place_visual_tokens_reference`, but a token whose row is outside [0, T) is not written: the indices are
+    on the GPU, so the host cannot check them and raise.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -68,7 +68,7 @@ def place_visual_tokens(x_TD: Tensor, visual_XD: Tensor, row_X: Tensor) -> None:
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`visual_dtype` is given if it is not x's; both tensors are cut from ones with `padding` more columns."""
+    """Cuts both tensors from ones with `padding` more columns; `visual_dtype` is given if it is not x's."""
     rows, tokens, width = case["T"], case["X"], case["D"]
     full_width = width + case.sizes.get("padding", 0)
     x = torch.randn(rows, full_width, dtype=torch.float32, device=device).to(dtype)

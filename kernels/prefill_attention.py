@@ -35,7 +35,7 @@ def prefill_attention_reference(
     seq_len_S: Tensor,
     max_query_len: int,
 ) -> Tensor:
-    """Attention output [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most."""
+    """Computes attention [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most."""
     if q_THC.is_meta:  # a meta tensor has no lengths
         return torch.empty_like(q_THC)
     return paged_attention_reference(q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, query_start_S1, seq_len_S)
@@ -126,7 +126,7 @@ def prefill_attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `prefill_attention_reference`, for q with rows at any stride; the integer tensors are int32.
+    """Computes `prefill_attention_reference`, for q with rows at any stride; the integer tensors are int32.
 
     No row may have more than max_query_len queries, which determines the grid. Queries before query_start[0] and from
     query_start[S] on belong to no sequence; their result is not written. Table entries and slots beyond a length are
@@ -149,7 +149,7 @@ def prefill_attention(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int]:
-    """`chunks` holds (cached tokens, new tokens) for each row."""
+    """Makes a batch and its cache. `chunks` holds (cached tokens, new tokens) for each row."""
     new_lens = [new for _, new in case["chunks"]]
     seq_lens = [cached + new for cached, new in case["chunks"]]
     starts = [sum(new_lens[:row]) for row in range(len(new_lens) + 1)]

@@ -38,7 +38,7 @@ def qkv_rope_kv_reference(
     v_cache_BGPC: Tensor,
     slot_T: Tensor,
 ) -> Tensor:
-    """Rotated queries [T, H, C] of packed rows (H q heads | G k heads | G v heads); writes k and v to the cache.
+    """Returns rotated q [T, H, C] of packed rows (H q heads | G k heads | G v heads); writes k and v to the cache.
 
     `position_T` must be float32: half precision cannot tell neighbouring positions apart. `inv_freq_C` is [C / 2]. In
     float64, for tests, the two may be float64 as well; their product is still computed in float32.
@@ -173,7 +173,7 @@ def qkv_rope_kv(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `qkv_rope_kv_reference`, for rows at any stride, distinct slots (int32) and caches with the same strides.
+    """Computes `qkv_rope_kv_reference` for rows at any stride, distinct slots (int32) and caches with the same strides.
 
     A slot beyond the cache counts as none: the slots are on the GPU, so the host cannot check them and raise.
     Raises ValueError naming the argument that does not fit.
@@ -211,7 +211,7 @@ def qkv_rope_kv(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | None]:
-    """Tokens with random slots of a cache that has a block to spare and random values, so that a stray write shows.
+    """Makes tokens with random slots of a cache that has a block to spare and random values, so a stray write shows.
 
     `far` positions are one unit in the last place apart; `unslotted` tokens in the middle have slot -1; `padding` NaN
     columns follow each row, `cache_padding` channels each slot.

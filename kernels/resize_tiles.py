@@ -32,7 +32,7 @@ CACHED_TABLES = 32  # one a picture's axis; a 4000 x 3000 photograph's take 0.5 
 
 
 def bicubic_table(size_in: int, size_out: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """First pixel [size_out] and fixed-point weights [size_out, taps] for every output position of one axis.
+    """Computes first pixel [size_out] and fixed-point weights [size_out, taps] for every output position of one axis.
 
     Weights after the last pixel of a position are 0. The float64 arithmetic runs in Pillow's order.
     """
@@ -63,7 +63,7 @@ def _resize_axis_reference(pixels: Tensor, dim: int, size_out: int) -> Tensor:
 
 
 def resize_tiles_reference(image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool) -> Tensor:
-    """uint8 tiles [columns * rows (+ 1), size, size, 3] of a uint8 picture, row by row, then the thumbnail."""
+    """Returns uint8 tiles [columns * rows (+ 1), size, size, 3] of a uint8 picture, row by row, then the thumbnail."""
 
     def stretched(width: int, height: int) -> Tensor:
         return _resize_axis_reference(_resize_axis_reference(image_HW3, 1, width), 0, height)
@@ -135,7 +135,7 @@ def _resize_lines_kernel(
 
 @lru_cache(CACHED_TABLES)
 def _device_tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of an axis' stretches, one after the other: int32 first [m], count [m] and weights [taps, m].
+    """Makes the tables of an axis' stretches, one after the other: int32 first [m], count [m] and weights [taps, m].
 
     `count` does not count the zeros after a position's last weight. Neighbouring positions are neighbours in memory.
     """
@@ -161,7 +161,7 @@ def _tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> t
 def plan_resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor, target: Target
 ) -> tuple[Launch, ...]:
-    """The launches, and with them the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
+    """Plans the launches, and allocates the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
     height, width = image_HW3.shape[:2]
     tables_x = _tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
     tables_y = _tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
@@ -204,7 +204,7 @@ def plan_resize_tiles(
 def resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor | None = None
 ) -> Tensor:
-    """As `resize_tiles_reference`, for a picture with contiguous rows, which may have gaps between them.
+    """Computes `resize_tiles_reference`, for a picture with contiguous rows, which may have gaps between them.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -225,7 +225,7 @@ def resize_tiles(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | bool]:
-    """`fill` is noise, or stripes of 0 and 255, whose resized values are clamped; `padding` pixels follow each row."""
+    """Makes a picture of noise, or stripes of 0 and 255, clamped when resized; `padding` pixels follow each row."""
     width, height = case["width"], case["height"]
     shape = (height, width + case.sizes.get("padding", 0), 3)
     if case.sizes.get("fill") == "stripes":
@@ -237,7 +237,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads the picture and writes the tiles once; a tap is 2 operations, and a position has 4 taps at scale 1."""
+    """Counts reading the picture and writing the tiles once; a tap is 2 operations, a position 4 taps at scale 1."""
     width, height, size = case["width"], case["height"], case["size"]
     grids = [(case["columns"], case["rows"]), (1, 1)][: 1 + case["thumbnail"]]
     taps = sum(

@@ -46,7 +46,7 @@ def _rms_norm_kernel(x, weight, y, x_stride, y_stride, eps, D, BLOCK: tl.constex
 
 
 def plan_rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor, target: Target) -> tuple[Launch, ...]:
-    """The width is an argument of the kernel, so that widths with the same next power of two share one kernel."""
+    """Plans a launch whose width is an argument, so that widths with the same next power of two share one kernel."""
     width = x.shape[-1]
     x_RD, out_RD = rows_of("x", x), rows_of("out", out)
     return (
@@ -69,7 +69,7 @@ def plan_rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor, targe
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """As `rms_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
+    """Computes `rms_norm_reference`, for `x` [..., D] whose rows lie at one stride; D is at most MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -86,7 +86,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, out: Tensor | None = No
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float]:
-    """`factor` scales the rows, which are cut from a tensor with `padding` more columns of NaN."""
+    """Makes rows, which `factor` scales, and cuts them from a tensor with `padding` more columns of NaN."""
     rows, width, padding = case["R"], case["D"], case.sizes.get("padding", 0)
     x = torch.randn(rows, width + padding, dtype=torch.float32, device=device) * case.sizes.get("factor", 1.0)
     x[:, width:] = torch.nan

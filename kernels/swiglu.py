@@ -63,7 +63,7 @@ def plan_swiglu(gate_up_T2F: Tensor, *, out: Tensor, target: Target) -> tuple[La
 
 
 def swiglu(gate_up_T2F: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """As `swiglu_reference`, for [..., 2F] whose rows lie at one stride.
+    """Computes `swiglu_reference`, for [..., 2F] whose rows lie at one stride.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -80,7 +80,7 @@ def swiglu(gate_up_T2F: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """`factor` scales the rows, which are cut from a tensor with `padding` more columns of NaN."""
+    """Makes rows, which `factor` scales, and cuts them from a tensor with `padding` more columns of NaN."""
     rows, width = case["T"], 2 * case["F"]
     x = torch.randn(rows, width + case.sizes.get("padding", 0), dtype=torch.float32, device=device)
     x *= case.sizes.get("factor", 1.0)

@@ -39,7 +39,7 @@ def unshuffle_norm_reference(
     factor: int,
     version: Literal["v1", "v2"],
 ) -> Tensor:
-    """Visual tokens [I, M, factor^2 * E] from rows [I * (L + 1), E] of the tower; here D = factor^2 * E."""
+    """Returns visual tokens [I, M, factor^2 * E] from rows [I * (L + 1), E] of the tower; here D = factor^2 * E."""
     num_patch_rows, width = len(x_RE) - num_tiles, x_RE.shape[1]
     side = round((num_patch_rows // max(num_tiles, 1)) ** 0.5) // factor
     x = x_RE[:num_patch_rows].view(num_tiles, side, factor, side, factor, width).transpose(2, 3)
@@ -132,7 +132,7 @@ def unshuffle_norm(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E up to MAX_WIDTH.
+    """Computes `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E up to MAX_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -160,7 +160,7 @@ def unshuffle_norm(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | str]:
-    """`side` counts visual tokens. The kernel must not read the class rows and `padding` more columns: they are NaN."""
+    """Makes tiles `side` visual tokens wide. Class rows and `padding` more columns, which must not be read, are NaN."""
     tiles, channels, factor = case["I"], case["E"], case.sizes.get("factor", 2)
     num_patch_rows = tiles * (case["side"] * factor) ** 2
     shape = (num_patch_rows + tiles, channels + case.sizes.get("padding", 0))

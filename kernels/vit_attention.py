@@ -35,7 +35,7 @@ def vit_attention_reference(
     *,
     plan: AttentionPlan | None = None,  # does not change the result
 ) -> Tensor:
-    """Attention output [R, E] of the packed projection [R, 3E]; R = num_tiles * (L + 1)."""
+    """Computes attention [R, E] of the packed projection [R, 3E]; R = num_tiles * (L + 1)."""
     q, k, v = qkv_RK.chunk(3, dim=-1)
     if q_norm_E is not None and k_norm_E is not None:
         q, k = rms_norm_reference(q, q_norm_E, eps), rms_norm_reference(k, k_norm_E, eps)
@@ -45,14 +45,14 @@ def vit_attention_reference(
 
 
 def tile_tokens(x_RE: Tensor, num_tiles: int) -> Tensor:
-    """Rows whose patches come first, as [I, U, E] with the class token last."""
+    """Returns rows whose patches come first, as [I, U, E] with the class token last."""
     num_patch_rows = len(x_RE) - num_tiles
     patches_ILE = x_RE[:num_patch_rows].view(num_tiles, num_patch_rows // max(num_tiles, 1), x_RE.shape[1])
     return torch.cat((patches_ILE, x_RE[num_patch_rows:, None]), dim=1)
 
 
 def default_plan(head_dim: int, dtype: torch.dtype, target: Target) -> AttentionPlan:
-    """The plan where none was measured. With 64 channels a multiprocessor of sm_90 runs two programs."""
+    """Returns the plan where none was measured. With 64 channels a multiprocessor of sm_90 runs two programs."""
     if dtype == torch.float32:  # for tests only: no matrix units, and larger blocks would not fit the registers
         return AttentionPlan(32, 16, num_warps=8, num_stages=1)
     num_stages = 2 if head_dim == 128 and target.shared_bytes < 160 * 1024 else 3
@@ -71,7 +71,7 @@ def plan_vit_attention(
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    """`plan` None: the measured plan, or the default if none was measured."""
+    """Plans the launches. `plan` None: the measured plan, or the default if none was measured."""
     num_rows, width = out.shape
     num_heads = width // head_dim
     num_patches = (num_rows - num_tiles) // max(num_tiles, 1)
@@ -152,7 +152,7 @@ def vit_attention(
     plan: AttentionPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `vit_attention_reference`, for rows at any stride, a head_dim of HEAD_DIMS, and both norms or neither.
+    """Computes `vit_attention_reference`, for rows at any stride, a head_dim of HEAD_DIMS, and both norms or neither.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -184,7 +184,7 @@ def vit_attention(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """`fill` chooses the kind of q and k; the rows are cut from a tensor with `padding` more columns of NaN.
+    """Makes q and k of the kind that `fill` chooses; cuts the rows from a tensor with `padding` more columns of NaN.
 
     `plan` is used in 16 bits only; in float32, which has no matrix units, its blocks would not fit.
     """

@@ -96,7 +96,7 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def parse_config(top: Section) -> ModelConfig:
-    """As `load_config`, of a config.json's content."""
+    """Reads the content of a config.json, as `load_config` does."""
     original = top.choice("model_type", ("internvl_chat", "internvl")) == "internvl_chat"
     top.support("architectures", ["InternVLChatModel" if original else "InternVLForConditionalGeneration"])
     vision, text = top.section("vision_config"), top.section("llm_config" if original else "text_config")
@@ -149,7 +149,7 @@ _DECODERS = {
 
 
 def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
-    """Missing keys as in configuration_internvl_chat.py, configuration_intern_vit.py, configuration_internlm2.py."""
+    """Reads the original format; defaults as in configuration_{internvl_chat,intern_vit,internlm2}.py."""
     top.choice("template", ("internvl2_5",))
     top.support("select_layer", -1)
     top.support("pad2square", False)
@@ -180,7 +180,7 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 
 def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
-    """Missing keys as in models/{internvl,qwen2,qwen3,llama}/configuration_*.py of transformers."""
+    """Reads the -hf format; defaults as in transformers' models/{internvl,qwen2,qwen3,llama}/configuration_*.py."""
     top.support("projector_hidden_act", "gelu")
     top.support("vision_feature_layer", -1)
     top.support("vision_feature_select_strategy", "default")
@@ -213,7 +213,7 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 
 def _read_image_processor(folder: Path) -> Section:
-    """Part of processor_config.json (transformers 5), else preprocessor_config.json, else nothing: all defaults."""
+    """Reads part of processor_config.json (transformers 5), else preprocessor_config.json, else {}: all defaults."""
     if (file := folder / "processor_config.json").is_file() and (processor := read_json(file)).has("image_processor"):
         return processor.section("image_processor")
     file = folder / "preprocessor_config.json"

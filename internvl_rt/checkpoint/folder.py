@@ -28,7 +28,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of `model`: "tiny" (in the package), a path, or a hub id such as OpenGVLab/InternVL3-1B.
+    """Finds the folder of `model`: "tiny" (in the package), a path, or a hub id such as OpenGVLab/InternVL3-1B.
 
     What exists on disk never touches the network; hub ids are downloaded to the cache of `huggingface_hub`, which shows
     its progress and respects HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. Raises CheckpointError.
@@ -42,7 +42,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
 
 
 def find_config(model: str | Path) -> tuple[ModelConfig, str]:
-    """A model's configuration and name.
+    """Returns a model's configuration and name.
 
     model: what `resolve_model` takes, the path of a config.json, or one of `KNOWN_MODELS`. Of a hub id only the
     configuration is downloaded. Raises CheckpointError or ConfigError.
@@ -103,11 +103,11 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry]
 
     def read_into(self, name: str, out: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
-        """`read_tensor` of a tensor, by default of all of it."""
+        """Reads a tensor, by default all of it, as `read_tensor` does."""
         read_tensor(self.entries[name], out, rows, columns)
 
     def same_bytes(self, name: str, other: str) -> bool:
-        """Whether two tensors are equal bit for bit, compared in small chunks."""
+        """Returns whether two tensors are equal bit for bit; compares them in small chunks."""
         one, two = self.entries[name], self.entries[other]
         same_kind = (one.dtype, one.shape) == (two.dtype, two.shape)
         return same_kind and all(a == b for a, b in zip(read_chunks(one), read_chunks(two), strict=True))

@@ -18,7 +18,7 @@ UNSUPPORTED = "this kind of model is not supported; choose another of the Intern
 
 
 def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[str, Any]:
-    """The JSON object in `text`, the content of `file` or of a part of it.
+    """Parses the JSON object in `text`, the content of `file` or of a part of it.
 
     Raises `refusal` if there is none, or if any object in it names a key twice.
     """
@@ -41,7 +41,7 @@ def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[
 
 
 def read_json(file: Path) -> "Section":
-    """The object in `file`. Raises ConfigError if there is none."""
+    """Reads the object in `file`. Raises ConfigError if there is none."""
     try:
         text = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +88,7 @@ class Section:
         raise self.refusal(key, " or ".join(map(repr, options)), UNSUPPORTED)
 
     def side(self, key: str, default: int) -> int:
-        """The side of a square, which the file gives as one number or as [height, width]."""
+        """Returns the side of a square, which the file gives as one number or as [height, width]."""
         value = self.values.get(key)
         if not isinstance(value, list):
             return self.integer(key, default)

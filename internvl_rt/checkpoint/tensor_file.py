@@ -54,7 +54,7 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors by name, in the order in which they lie. Raises CheckpointError for a malformed or truncated file."""
+    """Returns the tensors by name, in file order. Raises CheckpointError for a malformed or truncated file."""
     try:
         # Checks the header's size, its JSON, each tensor's dtype, shape and range, and that the ranges fill the file.
         with safe_open(file, framework="numpy"):
@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) -> None:
     """Fills `out`, contiguous, in its dtype and on its device, with a part of a tensor.
 
-    rows, columns: of the stored tensor as a matrix, whose columns are its last dimension.
+    rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension.
 
     The file is read straight into `out` where nothing has to change on the way, and otherwise through a buffer of
     16 MiB, or of one row. Raises CheckpointError if the file has become shorter.
@@ -108,7 +108,7 @@ def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) ->
 
 
 def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
-    """A tensor's bytes, in order, in pieces of at most 16 MiB."""
+    """Yields a tensor's bytes, in order, in pieces of at most 16 MiB."""
     with entry.file.open("rb") as file:
         file.seek(entry.offset_bytes)
         for done in range(0, entry.num_bytes, _CHUNK_BYTES):
@@ -137,10 +137,10 @@ def write_file(
 
 
 def _quoted(text: str) -> str:
-    """One printable line of at most about 250 characters."""
+    """Returns `text` as one printable line of at most about 250 characters."""
     return repr(text if len(text) <= 250 else f"{text[:250]}...")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Returns the memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

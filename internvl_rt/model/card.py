@@ -12,7 +12,7 @@ GPUS_GIB = (24, 48, 80, 141)  # memory of common GPUs
 
 
 def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
-    """Sizes and limits as plain values for JSON. Parameters are counted on the meta device, so nothing is loaded.
+    """Returns sizes and limits as plain values for JSON. It counts parameters on the meta device, so nothing is loaded.
 
     `fits` says for each size of GPU memory whether 16-bit weights fit, and at most how many tokens of 16-bit KV cache
     fit beside them. Activations and the CUDA context leave room for fewer.
@@ -42,7 +42,7 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def render_card(card: dict[str, Any]) -> str:
-    """The card as a table for people."""
+    """Renders the card as a table for people."""
     parameters, weights = card["parameters"], card["weight_bytes"]
     parts = ", ".join(f"{part} {_millions(parameters[part])}" for part in ("vision", "projector", "decoder"))
     rows = [

@@ -32,7 +32,7 @@ class DecoderWeights:
 
 
 def rotary_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:
-    """inv_freq[j] = theta^(-2j / C) for j < C / 2, float32."""
+    """Computes inv_freq[j] = theta^(-2j / C) for j < C / 2, float32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     return 1.0 / config.rope_theta**exponent
 
@@ -45,7 +45,7 @@ def run_layers(
     step: StepInputs,
     x_TD: Tensor,
 ) -> Tensor:
-    """x_TD behind the last layer. The keys and values of every token are written to their slots in the caches."""
+    """Returns x_TD after the last layer. Writes the keys and values of every token to their slots in the caches."""
     for layer, cache in zip(weights.layers, caches, strict=True):
         projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
         q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, inv_freq_C, cache, step.slot_T)

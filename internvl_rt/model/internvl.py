@@ -46,44 +46,44 @@ class InternVL:
         return self.weights.decoder.embedding_VD.dtype
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
-        """Visual tokens [I, M, D] of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
+        """Computes visual tokens [I, M, D]. Tiles are uint8 [I, S, S, 3], or normalised floats [I, 3, S, S]."""
         x_RE = encode_tiles(self.ops, self.config.vision, self.weights.vision, tiles)
         return project_tiles(
             self.ops, self.weights.projector, x_RE, len(tiles), self.config.downsample, self.config.unshuffle
         )
 
     def embed(self, step: StepInputs) -> Tensor:
-        """x_TD of a step's tokens. Visual tokens take the place of their placeholders."""
+        """Returns x_TD of a step's tokens. Visual tokens take the place of their placeholders."""
         x_TD = self.ops.embed_tokens(step.token_id_T, step.drawn_R, self.weights.decoder.embedding_VD)
         if step.visual_XD is not None and step.visual_row_X is not None:
             self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
         return x_TD
 
     def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
-        """x_TD behind the decoder's last layer, perhaps in the memory of the given one. Fills the caches' slots."""
+        """Returns x_TD after the decoder's last layer, perhaps in the given one's memory. Fills the caches' slots."""
         return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
 
     def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
-        """x_RD behind the decoder's last layer, of the rows whose logits are wanted. Fills the caches' slots."""
+        """Returns x_RD after the decoder's last layer: the rows whose logits are wanted. Fills the caches' slots."""
         x_TD = self.run_layers(step, self.embed(step), caches)
         return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of what `run_step` returns, in `out` if that is given."""
+        """Returns logits [R, V] of what `run_step` returns, in `out` if that is given."""
         weights = self.weights.decoder
         if out is None and self.ops.row_multiple > 1:
             out = self.logits_memory(len(x_RD))
         return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)
 
     def logits_memory(self, num_rows: int) -> Tensor:
-        """Memory for logits [num_rows, V], every row of which begins at a multiple of `Ops.row_multiple` elements."""
+        """Allocates logits [num_rows, V], every row of which begins at a multiple of `Ops.row_multiple` elements."""
         num_columns, multiple = self.weights.decoder.lm_head.num_outputs, self.ops.row_multiple
         stride = -(-num_columns // multiple) * multiple
         return torch.empty(num_rows, stride, dtype=self.dtype, device=self.device)[:, :num_columns]
 
 
 def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
-    """Uninitialised parameters of the configuration's shapes; `device="meta"` takes no memory."""
+    """Allocates uninitialised parameters of the configuration's shapes; `device="meta"` takes no memory."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -147,12 +147,12 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
 
 
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
-    """Every parameter by its dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
+    """Returns all parameters by dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
     return {".".join(map(str, path)): tensor for path, tensor in walk_parameters(weights)}
 
 
 def walk_parameters(weights: ModelWeights) -> Iterator[tuple[ParameterPath, Tensor]]:
-    """As `named_parameters`, with the fields and indices of each path, such as ("decoder", "layers", 3, "qkv", ...)."""
+    """Yields `named_parameters`, each path as fields and indices, such as ("decoder", "layers", 3, "qkv", ...)."""
     seen: set[int] = set()
 
     def walk(path: ParameterPath, value: Any) -> Iterator[tuple[ParameterPath, Tensor]]:

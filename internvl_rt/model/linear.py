@@ -1,6 +1,7 @@
 """The weights of a layer as small frozen values. Only the tables of operations unpack them.
 
-`Linear` is the only kind of weight so far. Another kind is another class, and a case in the `linear` of each table.
+`Linear` is the only kind of weight so far. Another kind is another class, and a case wherever a table unpacks
+`weight_NK`: `linear` and `embed_tiles` of `Ops`, `linear` and `norm_qkv_rope_kv` of `TritonOps`.
 """
 
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ class Norm:
 
 
 def bias_of(part: Linear | Norm) -> Tensor:
-    """The bias of a part that always has one: the patch embedding, and the projector's norm, which is a LayerNorm."""
+    """Returns the bias of a part that always has one: the patch embedding, or the projector's norm, a LayerNorm."""
     bias = part.bias_N if isinstance(part, Linear) else part.bias_D
     assert bias is not None, "this part of every InternVL has a bias"
     return bias
 
 
 def qk_weights(q_norm: Norm | None, k_norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float]:
-    """Weights of the norms on q and k, and their eps; no weights where there are no norms."""
+    """Returns the weights of the norms on q and k, and their eps; no weights where there are no norms."""
     if q_norm is None or k_norm is None:
         return None, None, 0.0
     return q_norm.weight_D, k_norm.weight_D, q_norm.eps

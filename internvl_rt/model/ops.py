@@ -77,7 +77,7 @@ class Ops:
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
 
     def embed_tiles(self, tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
-        """x_RE, patches first, of uint8 tiles [I, S, S, 3] or of normalised floating-point tiles [I, 3, S, S]."""
+        """Returns x_RE, patches first, of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
         return self.patch_embed(tiles, patch.weight_NK, bias_of(patch), class_E, position_UE)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -97,7 +97,7 @@ class Ops:
         scale_N: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """activation(norm(x) W^T + b), or with a residual: residual + scale * (norm(x) W^T + b).
+        """Computes activation(norm(x) W^T + b), or with a residual: residual + scale * (norm(x) W^T + b).
 
         bias: False leaves out b
         activation: for "swiglu" the rows of W are gate, then up
@@ -123,7 +123,7 @@ class Ops:
     def linear_residual_norm(
         self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
-        """x = residual + scale * (y W^T + b), and norm(x). Without a norm both results are x."""
+        """Computes x = residual + scale * (y W^T + b), and norm(x). Without a norm both results are x."""
         x = self.linear(y, linear, residual=residual, scale_N=scale_N)
         return x, x if norm is None else self.norm(x, norm)
 
@@ -139,25 +139,25 @@ class Ops:
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """The rotated q_THC. Rotated keys and values of the tokens are written to their slots in the cache."""
+        """Returns the rotated q_THC. Writes rotated keys and values of the tokens to their slots in the cache."""
         where = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
         return self.qkv_rope_kv(self.linear(self.norm(x_TD, norm), qkv), *qk_weights(q_norm, k_norm), *where)
 
     def attend_tiles(
         self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
     ) -> Tensor:
-        """y_RE of the ViT's attention. A patch attends to all patches of its tile."""
+        """Computes y_RE of the ViT's attention. A patch attends to all patches of its tile."""
         return self.vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """y_THC of the decoder's attention. A token attends to itself and to all tokens of its sequence before it."""
+        """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence."""
         where = batch.block_table_SN, batch.query_start_S1, batch.seq_len_S
         return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
 
     def merge_patches(
         self, x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, version: Literal["v1", "v2"]
     ) -> Tensor:
-        """y_IMK of the ViT's patches: each square of factor * factor patches becomes one row, and is normalised."""
+        """Returns y_IMK of the ViT's patches: each square of factor * factor patches becomes one normalised row."""
         return self.unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
 
     def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:

@@ -66,7 +66,7 @@ class TritonOps(Ops):
         scale_N: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As `Ops.linear`. A product of the decoder is one kernel when it has few rows.
+        """Computes `Ops.linear`. A product of the decoder is one kernel when it has few rows.
 
         The decoder's products have an RMSNorm or a residual. The vision tower has the plain ones and those with GELU
         or LayerScale, always of many rows.
@@ -84,7 +84,7 @@ class TritonOps(Ops):
     def linear_residual_norm(
         self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
-        """As `Ops.linear_residual_norm`. Everything but the product is one pass over the rows."""
+        """Computes `Ops.linear_residual_norm`. Everything but the product is one pass over the rows."""
         if norm is None:
             return Ops.linear_residual_norm(self, y, linear, residual, scale_N, norm)
         product = self.linear(y, linear, bias=False)
@@ -103,7 +103,7 @@ class TritonOps(Ops):
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """As `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows and no norms on q and k."""
+        """Computes `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows and no norms on q and k."""
         if q_norm is not None or norm.bias_D is not None or not 0 < len(x_TD) <= MAX_ROWS:
             where = position_T, inv_freq_C, cache, slot_T
             return Ops.norm_qkv_rope_kv(self, x_TD, norm, qkv, q_norm, k_norm, *where)
@@ -114,7 +114,7 @@ class TritonOps(Ops):
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """As `Ops.paged_attention`. Sequences with one new token have a kernel of their own, whose work is split."""
+        """Computes `Ops.paged_attention`. Sequences with one new token have their own kernel, whose work is split."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
@@ -132,7 +132,7 @@ class TritonOps(Ops):
         sample(logits_RV, *sampling, out=token_id_R)
 
     def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
-        """The arguments that all products of few rows have in common. The parts of a product meet in the workspace."""
+        """Returns the arguments that all products of few rows share. The parts of a product meet in the workspace."""
         shared = self._shared.get(device)
         if shared is None:
             workspace = build_gemv_workspace(device)
@@ -141,9 +141,9 @@ class TritonOps(Ops):
         return shared
 
     def _zero_counters(self, device: torch.device, rows: int, kv_heads: int) -> Tensor | None:
-        """Counters with which decode attention counts the finished parts of a row: zeros before and after every call.
+        """Returns counters of the finished parts of a row in decode attention: zeros before and after every call.
 
-        None where so many are needed that the call must make its own.
+        Returns None where so many are needed that the call must make its own.
         """
         if rows * kv_heads > MAX_COUNTERS:
             return None
@@ -154,7 +154,7 @@ class TritonOps(Ops):
 
 
 def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:
-    """A table for one stream of a device. Raises RequestError for a device on which the kernels cannot run."""
+    """Makes a table for one stream of a device. Raises RequestError for a device on which the kernels cannot run."""
     try:
         target = target_of(device)
     except ValueError as error:

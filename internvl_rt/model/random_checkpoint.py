@@ -83,14 +83,14 @@ def write_random_checkpoint(
 
 
 def random_config(model: str | Path) -> ModelConfig:
-    """The configuration of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
+    """Returns the configuration of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
     return _parse(_find(model))
 
 
 def random_weights(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ModelWeights:
-    """Random weights on `device`, made there without a file or a copy, distributed as `write_random_checkpoint` says.
+    """Makes random weights on `device`, without a file or a copy, distributed as `write_random_checkpoint` says.
 
     What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
     """

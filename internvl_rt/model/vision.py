@@ -33,7 +33,7 @@ class VisionWeights:
 
 
 def encode_tiles(ops: Ops, config: VisionConfig, weights: VisionWeights, tiles: Tensor) -> Tensor:
-    """Features [I * U, E] of tiles as `Ops.embed_tiles` takes them, patches first. No norm follows the last layer."""
+    """Returns features [I * U, E], patches first, of tiles for `Ops.embed_tiles`. No norm follows the last layer."""
     x_RE = ops.embed_tiles(tiles, weights.patch, weights.class_E, weights.position_UE)
     n_RE = ops.norm(x_RE, weights.layers[0].norm1)
     for layer, next_layer in zip_longest(weights.layers, weights.layers[1:]):

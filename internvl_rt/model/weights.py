@@ -74,14 +74,14 @@ class Dialect:
     lm_head: str
 
     def table(self) -> dict[str, str]:
-        """The tensors' names by the parameter's path, both with `#` for indices."""
+        """Returns the tensors' names by the parameter's path, both with `#` for indices."""
         rows = [(f"vision.{row[0]}", self.vision_prefix + row[self.vision_column]) for row in _VISION]
         rows += [(f"projector.{row[0]}", self.projector_prefix + row[self.vision_column]) for row in _PROJECTOR]
         rows += [(f"decoder.{row[0]}", self.decoder_prefix + row[self.decoder_column]) for row in _DECODER]
         return {**dict(rows), "decoder.lm_head": self.lm_head}
 
     def telltales(self) -> set[str]:
-        """A few tensors of every checkpoint in this dialect, which together none has in another one."""
+        """Returns a few tensors of every checkpoint in this dialect, which together none has in another one."""
         table = self.table()
         norms = {f"{table[path].replace('#', '0')}.weight" for path in ("decoder.layers.#.norm1", "projector.norm")}
         return norms | {table["vision.class_E"], table["decoder.embedding_VD"]}
@@ -104,7 +104,7 @@ _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
 class Placement(NamedTuple):
     """Rows [start, stop) of a parameter, and the part of a stored tensor that fills them.
 
-    rows, columns: of the stored tensor as a matrix, whose columns are its last dimension; by default all of it.
+    rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension; by default all.
     """
 
     parameter: str
@@ -122,7 +122,7 @@ class PlannedTensor(NamedTuple):
 
 
 def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTensor]:
-    """Every tensor that a checkpoint in this dialect must hold, by name."""
+    """Lists every tensor that a checkpoint in this dialect must hold, by name."""
     v, d, table = config.vision, config.decoder, dialect.table()
     shapes_in_file = {
         "vision.class_E": (1, 1, v.hidden_size),
@@ -148,7 +148,7 @@ def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTens
 
 
 def find_names(table: Mapping[str, str], path: ParameterPath) -> tuple[str, list[str]]:
-    """The pattern of the tensors that fill a parameter, and their names in the order of its rows."""
+    """Returns the pattern of the tensors that fill a parameter, and their names in the order of its rows."""
     fields = ["#" if isinstance(field, int) else field for field in path]
     pattern, suffix = table.get(".".join(fields)), ""
     if pattern is None:  # the weight or the bias of a linear or a norm
@@ -162,7 +162,7 @@ def find_names(table: Mapping[str, str], path: ParameterPath) -> tuple[str, list
 
 
 def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
-    """Where the rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
+    """Says where rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
     placements, stored = [], 0
     for group in range(c.num_kv_heads):
         for first, heads in ((0, c.num_heads // c.num_kv_heads), (c.num_heads, 1), (c.num_heads + c.num_kv_heads, 1)):
@@ -175,7 +175,7 @@ def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
 def load_weights(
     checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
 ) -> ModelWeights:
-    """The checkpoint's weights in `dtype` on `device`.
+    """Loads the checkpoint's weights in `dtype` on `device`.
 
     Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
     before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers.
@@ -214,7 +214,7 @@ def save_weights(
 
 
 def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect) -> ModelConfig:
-    """The configuration, with `tie_embeddings` as this checkpoint means it.
+    """Returns the configuration, with `tie_embeddings` as this checkpoint means it.
 
     A checkpoint may hold an lm_head although its config ties it to the embedding. One that is equal changes nothing;
     one that differs is used in the -hf format, as transformers does, and refused in the original format.

@@ -45,12 +45,12 @@ class Tally:
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """Counts the bytes of one token's keys and values in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
-    """One pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none."""
+    """Counts the work of one pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none."""
     if num_tiles == 0:
         return NO_WORK
     vision, width = config.vision, config.vision.hidden_size
@@ -72,7 +72,7 @@ def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work
 def decoder_work(
     config: DecoderConfig, dtype: torch.dtype, chunk_lens: Items[int], seq_lens: Items[int], num_logit_rows: int
 ) -> Work:
-    """One step of the decoder, logits included.
+    """Counts the work of one step of the decoder, logits included.
 
     chunk_lens: how many tokens of each sequence are computed; their keys and values are written
     seq_lens: how many tokens each sequence has with these; their keys and values are read, once for each sequence, even
@@ -102,7 +102,7 @@ class Roof:
     name: str
 
     def floor_s(self, work: Work) -> float:
-        """Seconds below which no device under this roof can do the work."""
+        """Returns the seconds below which no device under this roof can do the work."""
         return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
 
 
@@ -120,12 +120,12 @@ _DATA_SHEETS = {
 
 
 def roof_of(device: torch.device, dtype: torch.dtype) -> Roof | None:
-    """The device's roof by its data sheet; None for the CPU and for devices whose data sheet is not in the table."""
+    """Returns the device's roof by its data sheet; None for the CPU and for devices that are not in the table."""
     return None if device.type != "cuda" else data_sheet_roof(torch.cuda.get_device_name(device), dtype)
 
 
 def data_sheet_roof(device_name: str, dtype: torch.dtype) -> Roof | None:
-    """As `roof_of`, for a device with this CUDA name."""
+    """Returns the roof as `roof_of` does, for a device with this CUDA name."""
     if device_name not in _DATA_SHEETS:
         return None
     half, single, memory = _DATA_SHEETS[device_name]

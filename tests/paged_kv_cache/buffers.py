@@ -41,7 +41,7 @@ def step_buffers(num_rows: int, table_width: int, num_tokens: int, num_items: in
 
 
 def check_split_plan(starts: list[int], items: list[list[int]], num_blocks: list[int]) -> None:
-    """num_blocks: the number of blocks of each row, 0 for a row that must not be split."""
+    """Checks that a plan covers each row's blocks once. num_blocks: each row's number, 0 for a row not to be split."""
     assert starts[0] == 0
     assert len(starts) == len(num_blocks) + 1
     resident = max(1, len(items) - len(num_blocks) + 1)
