@@ -12,8 +12,6 @@ namespace {
 
 constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
-std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
-
 const CacheOptions& checked(const CacheOptions& options) {
   CHECK_ARGUMENT(options.num_blocks > 0, "num_blocks: expected at least 1, got ", options.num_blocks);
   CHECK_ARGUMENT(options.block_size > 0, "block_size: expected at least 1, got ", options.block_size);
@@ -29,10 +27,6 @@ const CacheOptions& checked(const CacheOptions& options) {
 
 void check_count(const char* name, std::int64_t count) {
   CHECK_ARGUMENT(count >= 0, name, ": expected at least 0, got ", count);
-}
-
-void check_size(const char* name, std::size_t actual, std::size_t expected) {
-  CHECK_ARGUMENT(actual == expected, name, ": expected size ", expected, ", got ", actual);
 }
 
 }  // namespace

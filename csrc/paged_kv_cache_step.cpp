@@ -13,8 +13,6 @@ namespace {
 // One program of decode attention reads a whole row if the row has at most so many blocks.
 constexpr std::int64_t kMaxUnsplitBlocks = 4;
 
-std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Returns into how many splits a row of num_blocks blocks is cut, if no split of the batch should be longer than
@@ -24,10 +22,6 @@ std::int64_t num_splits(std::int64_t num_blocks, std::int64_t longest) {
   if (num_blocks <= kMaxUnsplitBlocks) return num_blocks > 0 ? 1 : 0;
   const auto shortest = static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(num_blocks) / 8)));
   return ceil_div(num_blocks, std::max(longest, shortest));
-}
-
-void check_size(const char* name, std::size_t actual, std::size_t expected) {
-  CHECK_ARGUMENT(actual == expected, name, ": expected size ", expected, ", got ", actual);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_rt.bench.arguments import add_bench
-from internvl_rt.errors import InternVLError
+from internvl_rt.errors import InternVLError, MediaError
 
 if TYPE_CHECKING:
     from internvl_rt.engine.engine import Engine
@@ -79,11 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     chat.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     chat.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: by device)")
-    chat.add_argument(
-        "--timings",
-        action="store_true",
-        help="print the memory plan, and tokens and seconds by stage after each answer",
-    )
+    chat.add_argument("--timings", action="store_true", help="print the memory plan; per answer tokens and seconds")
 
     info = commands.add_parser(
         "info", help="a model's static card", description="Parameters, bytes and limits, from config.json alone."
@@ -116,12 +112,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _delta(text: str) -> "Delta":
-    if text == "auto":
-        return "auto"
     above, _, below = text.partition("/")
-    if below and float(below) == 0:
-        raise ValueError(text)  # argparse turns it into a message about a wrong value
-    return float(above) / float(below or 1)
+    try:
+        return "auto" if text == "auto" else float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        message = f"expected a power of two from 1 to 1/256, or auto, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -137,7 +133,8 @@ def _chat(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
     )
     for file in [*args.image, *args.video]:
-        _check_file(file)
+        if not Path(file).is_file():
+            raise MediaError(f"{file}: no such file; give an existing picture or video")
     engine = Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
     )
@@ -151,11 +148,6 @@ def _chat(args: argparse.Namespace) -> int:
         _answer(engine, [*start, message], params, args.timings)
         return 0
     return _interactive(engine, start, media, params, args.timings)
-
-
-def _check_file(file: str) -> None:
-    if not Path(file).is_file():
-        raise InternVLError(f"{file}: no such file")
 
 
 def _interactive(

@@ -16,11 +16,10 @@ from torch import Tensor
 from internvl_rt.checkpoint.folder import resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.image import load_image as read_image
+from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.prompt import tiles_per_image, turns_from_question
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.inputs.tiles import ImageOptions, tile_image
+from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.inputs.video import load_video as read_video
@@ -35,8 +34,7 @@ _NO_EFFECT = frozenset({"trust_remote_code", "low_cpu_mem_usage", "use_flash_att
 def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12) -> Tensor:
     """Returns normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last, as in the model card."""
     options = ImageOptions(image_size=input_size, max_tiles=max_num)
-    tiles = tile_image(read_image(image_file, options), options)
-    return normalise_tiles(torch.from_numpy(tiles))
+    return normalise_tiles(torch.from_numpy(open_image(image_file, options).tiles()))
 
 
 def load_video(

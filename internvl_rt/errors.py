@@ -1,4 +1,4 @@
-"""The errors a user can cause; everything else that escapes the package is a bug.
+"""The errors that a user can cause; everything else that escapes the package is a bug.
 
 Each message says what was wrong, what was expected, what was given and what to do, in one line. All errors that a
 request can cause are `ValueError`s, so a caller may catch them as one.
@@ -31,3 +31,8 @@ class QueueFullError(RequestError):
 
 class EngineDeadError(InternVLError, RuntimeError):
     """The thread that ran the engine's steps has died; `__cause__` is the error that ended it."""
+
+
+def quoted(text: str) -> str:
+    """Returns `text`, or its beginning, as one printable line of about 200 characters, for a message."""
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")

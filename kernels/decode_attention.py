@@ -18,8 +18,8 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels._split_plan import num_split_items, plan_splits
-from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
 from internvl_rt.kernels.decode_attention import (
     BLOCK_SIZES,
@@ -23,7 +24,6 @@ from internvl_rt.kernels.decode_attention import (
     make_paged_cache,
     require_index,
 )
-from internvl_rt.kernels.paged_attention import paged_attention_reference
 
 
 def prefill_attention_reference(

@@ -61,7 +61,7 @@ MODULES = [
     "kernels._softmax",
     "kernels._vit_attention_body",
     "kernels.vit_attention",
-    "kernels.paged_attention",
+    "kernels._paged_attention",
     "kernels._split_plan",
     "kernels._decode_attention_body",
     "kernels.decode_attention",

@@ -108,21 +108,6 @@ def parse_config(top: Section) -> ModelConfig:
 _MAX_COUNT = 1 << 10  # of layers and of tiles
 
 
-class _VisionClass(NamedTuple):
-    """A ViT class: what its missing keys mean, and the keys that the two formats name differently."""
-
-    model_type: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    image_size: int
-    norm: Literal["layer_norm", "rms_norm"]
-    qkv_bias_key: str  # missing: no bias
-    qk_norm_key: str
-    qk_norm: bool
-
-
 class _DecoderClass(NamedTuple):
     """A language model class: what its missing keys mean, and the flags that must be off, with their defaults."""
 
@@ -135,10 +120,9 @@ class _DecoderClass(NamedTuple):
     flags_off: Mapping[str, bool]
 
 
-_ORIGINAL_VIT = _VisionClass(
-    "intern_vit_6b", 3200, 48, 25, 12800, 224, "rms_norm", "qkv_bias", "qk_normalization", True
-)
-_HF_VIT = _VisionClass("internvl_vision", 1024, 24, 16, 4096, 448, "layer_norm", "attention_bias", "use_qk_norm", False)
+# What the missing keys of each format mean to its ViT class.
+_ORIGINAL_VIT = VisionConfig(3200, 48, 25, 12800, 224, 14, "rms_norm", 1e-6, qkv_bias=False, qk_norm=True)
+_HF_VIT = VisionConfig(1024, 24, 16, 4096, 448, 14, "layer_norm", 1e-6, qkv_bias=False, qk_norm=False)
 _SLIDING, _BIASED = {"use_sliding_window": False}, {"attention_bias": False}
 _DECODERS = {
     "Qwen2ForCausalLM": _DecoderClass("qwen2", 151936, 22016, 32, None, 32768, _SLIDING),
@@ -155,7 +139,8 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
     top.support("pad2square", False)
     top.support("flash_mode", None, False)
     vision.support("use_moe", False)
-    vision_config = _read_vision(vision, _ORIGINAL_VIT)
+    vision.support("model_type", "intern_vit_6b")
+    vision_config = _read_vision(vision, _ORIGINAL_VIT, qkv_bias="qkv_bias", qk_norm="qk_normalization")
     top.support("force_image_size", None, vision_config.image_size)
     names = text.values.get("architectures")
     decoder_class = _DECODERS.get(str(names[0])) if isinstance(names, list) and names else None
@@ -186,7 +171,8 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     top.support("vision_feature_select_strategy", "default")
     vision.support("use_absolute_position_embeddings", True)
     vision.support("use_mean_pooling", True)  # without it one more norm follows the last layer
-    vision_config = _read_vision(vision, _HF_VIT)
+    vision.support("model_type", "internvl_vision")
+    vision_config = _read_vision(vision, _HF_VIT, qkv_bias="attention_bias", qk_norm="use_qk_norm")
     if vision_config.qk_norm:
         vision.support("layer_norm_eps", 1e-6)  # the class has this value built in for q and k
     model_type = text.choice("model_type", ("qwen2", "qwen3", "llama"), "qwen2")
@@ -220,8 +206,8 @@ def _read_image_processor(folder: Path) -> Section:
     return read_json(file) if file.is_file() else Section(file, "", {})
 
 
-def _read_vision(section: Section, missing: _VisionClass) -> VisionConfig:
-    section.support("model_type", missing.model_type)
+def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_norm: str) -> VisionConfig:
+    """Reads the ViT; qkv_bias and qk_norm are the keys that the two formats name differently."""
     section.support("hidden_act", "gelu")
     section.support("num_channels", 3)
     config = VisionConfig(
@@ -230,11 +216,11 @@ def _read_vision(section: Section, missing: _VisionClass) -> VisionConfig:
         num_heads=section.integer("num_attention_heads", missing.num_heads),
         intermediate_size=section.integer("intermediate_size", missing.intermediate_size),
         image_size=section.side("image_size", missing.image_size),
-        patch_size=section.side("patch_size", 14),
+        patch_size=section.side("patch_size", missing.patch_size),
         norm=section.choice("norm_type", ("layer_norm", "rms_norm"), missing.norm),
-        norm_eps=section.real("layer_norm_eps", 1e-6),
-        qkv_bias=section.flag(missing.qkv_bias_key, False),
-        qk_norm=section.flag(missing.qk_norm_key, missing.qk_norm),
+        norm_eps=section.real("layer_norm_eps", missing.norm_eps),
+        qkv_bias=section.flag(qkv_bias, missing.qkv_bias),
+        qk_norm=section.flag(qk_norm, missing.qk_norm),
     )
     if config.hidden_size % config.num_heads:
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from internvl_rt.checkpoint.json_section import parse_object
-from internvl_rt.errors import CheckpointError
+from internvl_rt.errors import CheckpointError, quoted
 
 _DTYPES = {
     "F64": torch.float64,
@@ -60,7 +60,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {_quoted(str(error))}; download it again") from error
+        raise CheckpointError(f"{file} is damaged: {quoted(str(error))}; download it again") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = parse_object(file, stream.read(length), CheckpointError)
@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         dtype, shape = _DTYPES.get(value["dtype"]), tuple(value["shape"])
         if dtype is None or len(shape) > _MAX_DIMENSIONS or not name.isprintable():
             raise CheckpointError(
-                f"{file}: {_quoted(name)} is described by {reprlib.repr(value)}, expected a printable name, at most "
+                f"{file}: {quoted(name)} is described by {reprlib.repr(value)}, expected a printable name, at most "
                 f"{_MAX_DIMENSIONS} dimensions and one of the dtypes {', '.join(_DTYPES)}; use another checkpoint"
             )
         entries[name] = TensorEntry(file, dtype, shape, 8 + length + value["data_offsets"][0])
@@ -122,7 +122,7 @@ def write_file(
 
     The library would need all tensors in memory at once.
     """
-    dtype_name = next(name for name, known in _DTYPES.items() if known == dtype)
+    dtype_name = {known: name for name, known in _DTYPES.items()}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -134,11 +134,6 @@ def write_file(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             stream.write(_bytes_of(make(name)))
-
-
-def _quoted(text: str) -> str:
-    """Returns `text` as one printable line of at most about 250 characters."""
-    return repr(text if len(text) <= 250 else f"{text[:250]}...")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

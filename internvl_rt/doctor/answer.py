@@ -26,6 +26,7 @@ def check_backend() -> Finding:
 
 
 def check_answer(backend: str) -> Finding:
+    """Asks the checkpoint in the package what its sample picture shows."""
     parts = [{"type": "image", "image": str(SAMPLE)}, {"type": "text", "text": "Read the digits."}]
     with Engine.from_pretrained("tiny", backend=backend, max_num_seqs=1) as engine:
         reply = engine.chat([{"role": "user", "content": parts}], SamplingParams(max_tokens=12))

@@ -10,6 +10,8 @@ from internvl_rt.doctor.process import CheckProcess
 
 Ask = Callable[[str], Finding]
 
+ENGINE = ("torch", "device", "triton", "compiled part")  # what an engine needs
+
 # Each check, with the checks whose failure would make it fail too; it is skipped then.
 NEEDS: dict[str, tuple[str, ...]] = {
     "internvl-rt": (),
@@ -21,10 +23,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "compiled part": (),
     "triton": (),
     "compiler": ("torch", "triton"),
-    "backend": ("torch", "device", "triton", "compiled part"),
+    "backend": ENGINE,
     "launch": ("torch", "device", "triton", "compiler", "backend"),
 }
-ENGINE = ("torch", "device", "triton", "compiled part")
 
 
 def diagnose(ask: Ask) -> Iterator[tuple[str, Finding]]:

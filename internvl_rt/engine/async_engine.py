@@ -23,7 +23,7 @@ from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Request
-from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
+from internvl_rt.errors import EngineDeadError, QueueFullError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -210,7 +210,8 @@ class AsyncEngine:
         try:
             future = self._pool.submit(on_this_stream(work, self._engine.device))
         except RuntimeError:
-            raise RequestError("the engine is closed") from None
+            self._steps.check()  # the pool ends after the engine was closed
+            raise
         self._preparing.add(future)
         future.add_done_callback(self._preparing.discard)
         try:

@@ -58,7 +58,7 @@ class StepLoop:
         if self._worker_error is not None:
             raise _dead(self._worker_error)
         if self._closed:
-            raise RequestError("the engine is closed")
+            raise RequestError("the engine is closed; load the model again")
 
     def submit(self, request: Request) -> None:
         with self._locked():
@@ -127,7 +127,7 @@ class StepLoop:
     def close(self) -> None:
         with self._locked():
             self._closed = True
-            self._in_flight.fail_all(lambda: RequestError("the engine was closed"), "cancelled")
+            self._in_flight.fail_all(lambda: RequestError("the engine was closed; load the model again"), "cancelled")
             self._collect_down_to(0)
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 from internvl_rt.inputs.tokenizer import TEMPLATE_TOKENS, Tokenizer
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class GrammarCompiler:
         if state.is_error() or int.from_bytes(mask, "little") == 1 << self._stop_id:
             reason = _reason(state) if state.is_error() else "it matches only the empty text"
             raise RequestError(
-                f"the {kind} cannot be compiled: {reason}; expected {_EXPECTED[kind]}, got {_excerpt(text)}; rewrite it"
+                f"the {kind} cannot be compiled: {reason}; expected {_EXPECTED[kind]}, got {quoted(text)}; rewrite it"
             )
         return grammar
 
@@ -136,15 +136,15 @@ class Grammar:
         """Begins a new answer."""
         if self.is_used_up:
             self.state, self.is_used_up = self.build(), False
-        return Matcher(self, self.state.deep_copy(), [])
+        return Matcher(self, self.state.deep_copy())
 
 
 class Matcher:
     """One answer's place in its grammar; one thread at a time may use it."""
 
-    def __init__(self, grammar: Grammar, state: "LLMatcher", token_ids: list[int]) -> None:
-        """token_ids: the tokens that `state` has accepted."""
-        self._grammar, self._state, self._token_ids = grammar, state, token_ids
+    def __init__(self, grammar: Grammar, state: "LLMatcher") -> None:
+        self._grammar, self._state = grammar, state
+        self._token_ids: list[int] = []  # the tokens that `state` has accepted
         self._is_shared = True  # whether `state` shares what the library knows with other answers
 
     def fill_mask(self, mask_W: NDArray[np.int32]) -> None:
@@ -237,12 +237,8 @@ def _reason(state: "LLMatcher") -> str:
         return "the alternatives of its oneOf may overlap, where anyOf would do"
     message = message.partition("\n   1 | ")[0].replace("<non-verbose/>", "")
     message = message.rpartition(" (in regex): ")[2].rpartition("\nerror: ")[2]
-    return _excerpt(" ".join(message.split()), quote=False)
-
-
-def _excerpt(text: str, *, quote: bool = True) -> str:
-    text = text if len(text) <= 200 else f"{text[:200]}..."
-    return repr(text) if quote else text
+    message = " ".join(message.split())
+    return message if len(message) <= 200 else f"{message[:200]}..."
 
 
 def _check_count(kind: GrammarKind, what: str, count: int, limit: int) -> None:
@@ -257,9 +253,9 @@ def _refuse_constant(name: str) -> None:
 def _check_regex(text: str) -> None:
     """Refuses text that the library would silently read in another sense, and too many operators."""
     if (len(text) - len(text.rstrip("\\"))) % 2:
-        raise RequestError(f"the regex ends in a backslash that escapes nothing: {_excerpt(text)}; remove or double it")
+        raise RequestError(f"the regex ends in a backslash that escapes nothing: {quoted(text)}; remove or double it")
     if "\n" in text and _VERBOSE.search(text):
-        raise RequestError(f"the regex has line breaks under the flag x: {_excerpt(text)}; write it in one line")
+        raise RequestError(f"the regex has line breaks under the flag x: {quoted(text)}; write it in one line")
     _check_count("regex", "repetitions and groups", len(_OPERATOR.findall(text)), MAX_REGEX_OPERATORS)
 
 
@@ -268,7 +264,7 @@ def _check_schema(text: str) -> None:
         schema: Any = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RequestError(f"the json_schema is not JSON: {reason}; got {_excerpt(text)}; correct it") from error
+        raise RequestError(f"the json_schema is not JSON: {reason}; got {quoted(text)}; correct it") from error
     if isinstance(schema, dict) and "x-guidance" in schema:  # sets options of the library: lenient, separators, ...
         raise RequestError("the json_schema has x-guidance, which is no keyword of JSON Schema; remove it")
     num_properties, patterns, combined = 0, set[str](), False

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from internvl_rt.errors import MediaError
+from internvl_rt.errors import MediaError, quoted
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.tiles import ImageOptions, choose_grid, tile_image
 
@@ -63,7 +63,7 @@ def open_media(source: str | Path | bytes, kind: str) -> tuple[BinaryIO, str]:
             ) from error
     else:
         path = str(source)
-        name = f"{kind} {path if len(path) <= 200 else path[:197] + '...'!r}"
+        name = f"{kind} {quoted(path)}"
         stream = _open_file(path, name)
     if not stream.seek(0, os.SEEK_END):
         stream.close()
@@ -81,27 +81,6 @@ def _open_file(path: str, name: str) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise MediaError(f"{name} cannot be opened: {error.strerror}") from error
-
-
-def load_image(source: ImageSource, options: ImageOptions) -> Image.Image:
-    """Reads a picture as RGB, as the official `Image.open(file).convert("RGB")` does, within limits.
-
-    EXIF orientation and ICC profiles are ignored and alpha is dropped unless the options say otherwise; an animation
-    gives its first frame. Unlike in Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
-
-    source: path, `data:` URL, encoded bytes, PIL image, or uint8 array or tensor [height, width, 3].
-    options: `exif`, `alpha` and `max_pixels` are used.
-
-    Returns a PIL image of mode RGB, which may be `source` itself or share its memory, so do not write into it. Raises
-    MediaError if the source cannot be read or decoded, or is too large; sizes are checked before decoding.
-    """
-    if isinstance(source, str | Path | bytes):
-        stream, name = open_media(source, "image")
-        with stream:
-            return _to_rgb(_open_encoded(stream, name, options), name, options)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, f"image (PIL, mode {source.mode})", options)
-    return Image.fromarray(_on_host(_check_array(source, options)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,39 +106,45 @@ class OpenImage:
     def num_tiles(self) -> int:
         return self.grid[0] * self.grid[1] + self.thumbnail
 
-    def pixels(self) -> "npt.NDArray[np.uint8] | torch.Tensor":
-        """Returns uint8 [height, width, 3], on the device where the picture was given.
+    def decode(self) -> Image.Image:
+        """Returns mode RGB, not to be written into. Raises MediaError for an encoded picture that is broken."""
+        if isinstance(self.content, bytes):
+            stream = io.BytesIO(self.content)
+            return _to_rgb(_open_encoded(stream, self.name, self.options), self.name, self.options)
+        return Image.fromarray(_on_host(self.content))
 
-        Raises MediaError for an encoded picture that turns out to be broken.
-        """
-        return np.array(self._decode(self.content)) if isinstance(self.content, bytes) else self.content
+    def pixels(self) -> "npt.NDArray[np.uint8] | torch.Tensor":
+        """Returns uint8 [height, width, 3], on the device where the picture was given. Raises as `decode` does."""
+        return np.array(self.decode()) if isinstance(self.content, bytes) else self.content
 
     def tiles(self) -> npt.NDArray[np.uint8]:
-        """Cuts tiles by `tile_image`. Raises MediaError for an encoded picture that turns out to be broken."""
-        content = self.content
-        image = self._decode(content) if isinstance(content, bytes) else Image.fromarray(_on_host(content))
-        return tile_image(image, self.options)
-
-    def _decode(self, encoded: bytes) -> Image.Image:
-        return _to_rgb(_open_encoded(io.BytesIO(encoded), self.name, self.options), self.name, self.options)
+        """Cuts tiles by `tile_image`. Raises as `decode` does."""
+        return tile_image(self.decode(), self.options)
 
 
 def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
-    """Reads and hashes a picture; decodes only the header of an encoded one. Sources and errors: see `load_image`.
+    """Reads and hashes a picture; decodes only the header of an encoded one.
 
-    Pixels are copied, on their device, so that the caller may change its own.
+    Its pixels are RGB, as the official `Image.open(file).convert("RGB")` gives them. EXIF orientation and ICC profiles
+    are ignored and alpha is dropped unless the options say otherwise; an animation gives its first frame. Unlike in
+    Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
+
+    source: path, `data:` URL, encoded bytes, PIL image, or uint8 array or tensor [height, width, 3]. Pixels are copied,
+    on their device, so that the caller may change its own. Raises MediaError if the source cannot be read, or is too
+    large; sizes are checked before decoding.
     """
-    content: bytes | npt.NDArray[np.uint8] | torch.Tensor
     if not isinstance(source, str | Path | bytes):
+        pixels: npt.NDArray[np.uint8] | torch.Tensor
         if isinstance(source, Image.Image):
-            content = np.array(load_image(source, options))
+            pixels = np.array(_to_rgb(source, f"image (PIL, mode {source.mode})", options))
+        elif isinstance(array := _check_array(source, options), np.ndarray):
+            pixels = np.array(array, order="C")
         else:
-            array = _check_array(source, options)
-            content = array.detach().clone() if _is_on_gpu(array) else np.array(_on_host(array))
-        on_host = np.ascontiguousarray(_on_host(content))
+            pixels = array.detach().clone().contiguous()
+        on_host = _on_host(pixels)
         height, width = on_host.shape[:2]
         digest = content_digest("pixels", f"{(width, height)} {options}", on_host.data)
-        return OpenImage(digest, choose_grid(width, height, options), content, "image", options)
+        return OpenImage(digest, choose_grid(width, height, options), pixels, "image", options)
     stream, name = open_media(source, "image")
     with stream:
         if stream.seek(0, os.SEEK_END) > _MAX_ENCODED_BYTES:
@@ -198,11 +183,7 @@ def _check_array(array: Any, options: ImageOptions) -> Any:
     return array
 
 
-def _is_on_gpu(array: Any) -> bool:
-    return not isinstance(array, np.ndarray) and array.device.type != "cpu"
-
-
-def _on_host(array: Any) -> npt.NDArray[np.uint8]:
+def _on_host(array: "npt.NDArray[np.uint8] | torch.Tensor") -> npt.NDArray[np.uint8]:
     """Returns an array as it is, a tensor as an array that shares its memory, or as a copy if it is on a GPU."""
     return array if isinstance(array, np.ndarray) else array.detach().cpu().numpy()
 

@@ -37,15 +37,11 @@ _UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescap
 class TextStream:
     """Text of one growing sequence; the pieces joined are exactly `Tokenizer.decode` of all its ids."""
 
-    def __init__(
-        self, token_bytes: Mapping[int, bytes], skipped: Collection[int], whole: dict[int, str], *, pieces: bool
-    ) -> None:
-        """whole: a cache of the texts of tokens that are whole characters, shared by a tokenizer's streams."""
-        self._token_bytes = token_bytes
-        self._skipped = skipped
-        self._whole = whole
+    def __init__(self, tokenizer: "Tokenizer", skipped: Collection[int]) -> None:
+        """skipped: ids that give no text."""
+        self._token_bytes, self._whole, self._skipped = tokenizer.token_bytes, tokenizer.whole, skipped
+        self._pieces = pieces = tokenizer.pieces
         self._is_between = not pieces  # no incomplete character is held, and no space will be dropped
-        self._pieces = pieces
         self._at_start = pieces
         # A broken character is one U+FFFD with byte-level BPE, and one for each of its bytes with sentencepiece.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if pieces else "replace")
@@ -86,7 +82,7 @@ class Tokenizer:
     token_bytes: Mapping[int, bytes]
     special_ids: frozenset[int]
     pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
-    _whole: dict[int, str] = field(default_factory=dict)  # cached texts of tokens that are whole characters
+    whole: dict[int, str] = field(default_factory=dict)  # streams keep the texts of whole characters' tokens here
 
     @property
     def vocab_size(self) -> int:
@@ -121,8 +117,7 @@ class Tokenizer:
 
     def stream(self, *, skip_specials: bool = True) -> TextStream:
         """Starts to decode a sequence whose ids come one by one."""
-        skipped = self.special_ids if skip_specials else ()
-        return TextStream(self.token_bytes, skipped, self._whole, pieces=self.pieces)
+        return TextStream(self, self.special_ids if skip_specials else ())
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

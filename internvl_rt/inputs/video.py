@@ -80,7 +80,7 @@ def load_video(
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
     stream, name = open_media(source, "video")
-    with stream, _av_errors(name):
+    with stream:
         with _open_track(stream, name, limits) as (container, track):
             rate = track.average_rate or track.guessed_rate
             if not rate:
@@ -122,7 +122,7 @@ def _decode(
             if num_frames == needed:
                 break
     if not num_frames:
-        raise MediaError(f"{name} has a video stream without frames")
+        raise MediaError(f"{name} has a video stream without frames: convert it to MP4")
     return num_frames, frames
 
 
@@ -134,9 +134,11 @@ def _to_image(frame: "VideoFrame") -> Image.Image:
 
 @contextmanager
 def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Opens the container and its main video stream, ready to be decoded from the first frame."""
-    import av
-
+    """Opens the container and its main video stream, to be decoded from the first frame. Raises MediaError."""
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError("reading videos needs PyAV: pip install 'internvl-rt[video]'") from error
     stream.seek(0)
     options = {
         "format_whitelist": _CONTAINERS,
@@ -144,31 +146,23 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         # Stops frames that grow during decoding; FFmpeg counts their padding, hence the slack.
         "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
-    with av.open(stream, "r", options=options, metadata_errors="replace") as container:
-        track = container.streams.best("video")
-        if not isinstance(track, av.VideoStream):
-            raise MediaError(f"{name} has no video stream")
-        context: CodecContext | None = track.codec_context  # None if FFmpeg has no decoder
-        if context is None or context.codec.name not in _DECODERS.split(","):
-            codec = context.codec.name if context else "an unknown codec"
-            raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
-        if track.width * track.height > limits.frame_pixels:
-            raise MediaError(
-                f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed"
-            )
-        context.options = options  # the options of `open` only reach the decoders that probe the file
-        track.thread_type = "AUTO"
-        yield container, track
-
-
-@contextmanager
-def _av_errors(name: str) -> Iterator[None]:
     try:
-        import av
-    except ImportError as error:
-        raise MediaError("reading videos needs PyAV: pip install 'internvl-rt[video]'") from error
-    try:
-        yield
+        with av.open(stream, "r", options=options, metadata_errors="replace") as container:
+            track = container.streams.best("video")
+            if not isinstance(track, av.VideoStream):
+                raise MediaError(f"{name} has no video stream: give a video, or an image part for a picture")
+            context: CodecContext | None = track.codec_context  # None if FFmpeg has no decoder
+            if context is None or context.codec.name not in _DECODERS.split(","):
+                codec = context.codec.name if context else "an unknown codec"
+                raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
+            if track.width * track.height > limits.frame_pixels:
+                raise MediaError(
+                    f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
+                    "it smaller"
+                )
+            context.options = options  # the options of `open` only reach the decoders that probe the file
+            track.thread_type = "AUTO"
+            yield container, track
     except av.FFmpegError as error:
         raise MediaError(
             f"{name} is broken or not a video in one of {_CONTAINERS} ({type(error).__name__}): convert it to MP4"

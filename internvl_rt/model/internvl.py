@@ -16,7 +16,6 @@ from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
-ParameterPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +147,18 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
 
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
     """Returns all parameters by dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
-    return {".".join(map(str, path)): tensor for path, tensor in walk_parameters(weights)}
-
-
-def walk_parameters(weights: ModelWeights) -> Iterator[tuple[ParameterPath, Tensor]]:
-    """Yields `named_parameters`, each path as fields and indices, such as ("decoder", "layers", 3, "qkv", ...)."""
     seen: set[int] = set()
 
-    def walk(path: ParameterPath, value: Any) -> Iterator[tuple[ParameterPath, Tensor]]:
+    def walk(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
             if id(value) not in seen:
                 seen.add(id(value))
-                yield path, value
+                yield ".".join(path), value
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
-                yield from walk((*path, index), item)
+                yield from walk((*path, str(index)), item)
         elif is_dataclass(value):
             for field in fields(value):
                 yield from walk((*path, field.name), getattr(value, field.name))
 
-    return walk((), weights)
+    return dict(walk((), weights))

@@ -20,11 +20,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
-from internvl_rt.kernels.paged_attention import paged_attention_reference
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference, patch_embed_reference
 from internvl_rt.kernels.place_visual_tokens import place_visual_tokens_reference
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference

@@ -133,12 +133,10 @@ class TritonOps(Ops):
 
     def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
         """Returns the arguments that all products of few rows share. The parts of a product meet in the workspace."""
-        shared = self._shared.get(device)
-        if shared is None:
-            workspace = build_gemv_workspace(device)
-            shared = {"workspace": workspace, "programmatic_launch": self.switches.programmatic_launch}
-            self._shared[device] = shared
-        return shared
+        if device not in self._shared:
+            launch = self.switches.programmatic_launch
+            self._shared[device] = {"workspace": build_gemv_workspace(device), "programmatic_launch": launch}
+        return self._shared[device]
 
     def _zero_counters(self, device: torch.device, rows: int, kv_heads: int) -> Tensor | None:
         """Returns counters of the finished parts of a row in decode attention: zeros before and after every call.
@@ -147,10 +145,9 @@ class TritonOps(Ops):
         """
         if rows * kv_heads > MAX_COUNTERS:
             return None
-        counters = self._counters.get(device)
-        if counters is None:
-            counters = self._counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
-        return counters[: rows * kv_heads].view(rows, kv_heads)
+        if device not in self._counters:
+            self._counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+        return self._counters[device][: rows * kv_heads].view(rows, kv_heads)
 
 
 def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:

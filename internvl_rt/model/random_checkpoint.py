@@ -17,7 +17,7 @@ from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.checkpoint.json_section import Section, read_json
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
-from internvl_rt.model.weights import DIALECTS, FLOATS, PlannedTensor, plan_tensors
+from internvl_rt.model.weights import DIALECTS, FLOATS, plan_tensors
 
 RANDOM_PREFIX = "random:"  # starts a model's name where the engine is to make the weights itself
 
@@ -56,10 +56,13 @@ def write_random_checkpoint(
     model.
     """
     assert dtype in FLOATS, dtype
-    top = _find(model)
-    config = _parse(top)
+    top, config = _read(model)
     internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
     plan = plan_tensors(config, DIALECTS["internlm2" if internlm2 else "original"])
+
+    def make(name: str) -> Tensor:
+        return _fill(torch.empty(plan[name].shape, dtype=dtype), plan[name].placements[0].parameter, f"{seed} {name}")
+
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there already and is not an empty folder; give a new one")
@@ -72,19 +75,14 @@ def write_random_checkpoint(
         unfinished.mkdir()
         _write_json(unfinished / "config.json", {**top.values, "torch_dtype": str(dtype).removeprefix("torch.")})
         write_random_tokenizer(unfinished, config.decoder.vocab_size)
-        write_tensors(
-            unfinished,
-            {name: planned.shape for name, planned in plan.items()},
-            lambda name: _random_tensor(seed, name, plan[name], dtype),
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-        )
+        shapes = {name: planned.shape for name, planned in plan.items()}
+        write_tensors(unfinished, shapes, make, dtype=dtype, max_shard_bytes=max_shard_bytes)
         unfinished.replace(folder)
 
 
 def random_config(model: str | Path) -> ModelConfig:
     """Returns the configuration of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
-    return _parse(_find(model))
+    return _read(model)[1]
 
 
 def random_weights(
@@ -100,24 +98,19 @@ def random_weights(
     return weights
 
 
-def _parse(top: Section) -> ModelConfig:
+def _read(model: str | Path | Mapping[str, Any]) -> tuple[Section, ModelConfig]:
+    if isinstance(model, Mapping):
+        top = Section(Path("config.json"), "", model)
+    else:
+        path = KNOWN_MODELS.get(str(model), Path(model))
+        if not path.exists():
+            known = ", ".join(KNOWN_MODELS)
+            raise ConfigError(f"{model}: no such file, and none of the known models {known}; give either")
+        top = read_json(path / "config.json" if path.is_dir() else path)
     config = parse_config(top)
     if config.format != "original":
         raise ConfigError(f"{top.file} is of the -hf format, expected the original one; give an original config.json")
-    return config
-
-
-def _find(model: str | Path | Mapping[str, Any]) -> Section:
-    if isinstance(model, Mapping):
-        return Section(Path("config.json"), "", model)
-    path = KNOWN_MODELS.get(str(model), Path(model))
-    if not path.exists():
-        raise ConfigError(f"{model}: no such file, and none of the known models {', '.join(KNOWN_MODELS)}; give either")
-    return read_json(path / "config.json" if path.is_dir() else path)
-
-
-def _random_tensor(seed: int, name: str, planned: PlannedTensor, dtype: torch.dtype) -> Tensor:
-    return _fill(torch.empty(planned.shape, dtype=dtype), planned.placements[0].parameter, f"{seed} {name}")
+    return top, config
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.folder import Checkpoint, write_tensors
 from internvl_rt.errors import CheckpointError
-from internvl_rt.model.internvl import ModelWeights, ParameterPath, build_weights, named_parameters, walk_parameters
+from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 
 # Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
 # the parameter's rows in this order. A path that ends at a linear or a norm stands for its weight and its bias.
@@ -130,32 +130,33 @@ def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTens
         "vision.patch.weight_NK": (v.hidden_size, 3, v.patch_size, v.patch_size),
     }
     plan = {}
-    for path, parameter in walk_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")):
-        dotted, num_rows = ".".join(map(str, path)), len(parameter)
+    for path, parameter in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
+        num_rows = len(parameter)
         pattern, names = find_names(table, path)
         if pattern.endswith(_GROUPED):
             (name,) = names
-            plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(dotted, d))
+            plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(path, d))
             continue
         sizes = [num_rows // len(names)] * len(names)
         if len(names) == 3:  # q, k and v
-            kv_rows = v.hidden_size if path[0] == "vision" else d.num_kv_heads * d.head_dim
+            kv_rows = v.hidden_size if path.startswith("vision.") else d.num_kv_heads * d.head_dim
             sizes = [num_rows - 2 * kv_rows, kv_rows, kv_rows]
         for name, size, stop in zip(names, sizes, accumulate(sizes), strict=True):
-            shape = shapes_in_file.get(dotted, (size, *parameter.shape[1:]))
-            plan[name] = PlannedTensor(shape, (Placement(dotted, stop - size, stop),))
+            shape = shapes_in_file.get(path, (size, *parameter.shape[1:]))
+            plan[name] = PlannedTensor(shape, (Placement(path, stop - size, stop),))
     return plan
 
 
-def find_names(table: Mapping[str, str], path: ParameterPath) -> tuple[str, list[str]]:
+def find_names(table: Mapping[str, str], path: str) -> tuple[str, list[str]]:
     """Returns the pattern of the tensors that fill a parameter, and their names in the order of its rows."""
-    fields = ["#" if isinstance(field, int) else field for field in path]
+    parts = path.split(".")
+    indices = [part for part in parts if part.isdigit()]
+    fields = ["#" if part.isdigit() else part for part in parts]
     pattern, suffix = table.get(".".join(fields)), ""
     if pattern is None:  # the weight or the bias of a linear or a norm
         pattern, suffix = table[".".join(fields[:-1])], f".{fields[-1].partition('_')[0]}"
-    before, *parts = pattern.split("#")
-    indices = [field for field in path if isinstance(field, int)]
-    name = before + "".join(f"{index}{part}" for index, part in zip(indices, parts, strict=True))
+    before, *between = pattern.split("#")
+    name = before + "".join(f"{index}{part}" for index, part in zip(indices, between, strict=True))
     before, _, rest = name.partition("{")
     inside, _, after = rest.partition("}")
     return pattern, [before + part + after + suffix for part in inside.split(",")]

@@ -33,6 +33,8 @@ SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """What a step has computed, on the host."""
+
     token_ids: list[int]  # one for each draw of the step
     logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
     scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
@@ -59,6 +61,8 @@ class LaunchedStep:
 
 
 class Runner:
+    """Runs steps on the device: launches them, and returns their results once they have ended."""
+
     def __init__(
         self, model: InternVL, cache: KVCache, visual_cache: VisualCache, uploads: Uploads, *, max_draws: int
     ) -> None:

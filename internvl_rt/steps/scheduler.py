@@ -17,6 +17,8 @@ LOOK_AHEAD = 8  # how many waiting sequences are tried
 
 
 class Scheduler:
+    """Holds the sequences that wait and those that run, and chooses the chunks of each step."""
+
     def __init__(
         self, cache: KVCache, *, max_num_seqs: int, max_tokens_per_step: int, max_tiles_per_step: int = 1 << 30
     ) -> None:

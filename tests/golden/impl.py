@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.compat import ChatModel
-from internvl_rt.inputs.image import load_image
+from internvl_rt.inputs.image import open_image
 from internvl_rt.inputs.position import build_positions
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.prompt import (
@@ -23,7 +23,7 @@ from internvl_rt.inputs.prompt import (
     tiles_per_image,
     turns_from_question,
 )
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.inputs.video import choose_frame_indices
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
@@ -51,7 +51,7 @@ def grid(width: int, height: int, max_num: int, image_size: int, min_num: int) -
 
 def tile(path: str | Path, max_num: int, image_size: int) -> NDArray[np.uint8]:
     options = ImageOptions(image_size=image_size, max_tiles=max_num)
-    return tile_image(load_image(path, options), options)
+    return open_image(path, options).tiles()
 
 
 def normalise(tiles: NDArray[np.uint8]) -> Floats:

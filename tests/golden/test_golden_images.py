@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from internvl_rt.inputs.image import ImageSource, load_image
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
+from internvl_rt.inputs.image import ImageSource, open_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
 from internvl_rt.inputs.video import choose_frame_indices
 
 SETS = sorted(Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("set*"))
@@ -33,7 +33,7 @@ def sha256(array: np.ndarray[Any, Any]) -> str:
 
 def tile_hashes(source: ImageSource, max_tiles: int, image_size: int) -> list[str]:
     options = ImageOptions(image_size=image_size, max_tiles=max_tiles)
-    return [sha256(tile) for tile in tile_image(load_image(source, options), options)]
+    return [sha256(tile) for tile in open_image(source, options).tiles()]
 
 
 def test_at_least_one_set_is_found() -> None:
@@ -59,7 +59,7 @@ def test_grids_with_a_minimum(folder: Path) -> None:
 def test_photographs(folder: Path) -> None:
     for photo in read(folder / "preprocessing.json")["photos"]:
         path = folder / photo["file"]
-        assert sha256(np.asarray(load_image(path, ImageOptions()))) == photo["sha256_decoded_rgb"]
+        assert sha256(np.asarray(open_image(path, ImageOptions()).decode())) == photo["sha256_decoded_rgb"]
         for run in photo["runs"]:
             assert tile_hashes(path, run["max_num"], run["image_size"]) == run["sha256_tiles"]
 
@@ -68,7 +68,7 @@ def test_inputs_of_the_model_cases(folder: Path) -> None:
     stored = load_file(folder / "inputs.safetensors")
     for name, case in read(folder / "inputs.json").items():
         options = ImageOptions(image_size=case["image_size"], max_tiles=case["max_num"])
-        tiles = tile_image(load_image(folder / case["file"], options), options)
+        tiles = open_image(folder / case["file"], options).tiles()
         assert [sha256(tile) for tile in tiles] == case["sha256_tiles_u8"]
         assert np.array_equal(tiles, stored.get(f"{name}.tiles_u8", tiles))
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.image import ImageSource, load_image
+from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.tiles import ImageOptions
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,7 +32,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def pixels(source: ImageSource, options: ImageOptions = OFFICIAL) -> Pixels:
-    image = load_image(source, options)
+    image = open_image(source, options).decode()
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -40,7 +40,7 @@ def pixels(source: ImageSource, options: ImageOptions = OFFICIAL) -> Pixels:
 def message(source: Any, options: ImageOptions = OFFICIAL) -> str:
     """Returns the error message, of one line, with which `source` is refused."""
     with pytest.raises(MediaError) as caught:
-        load_image(source, options)
+        open_image(source, options).decode()
     text = str(caught.value)
     assert "\n" not in text
     assert " object at " not in text
@@ -155,7 +155,7 @@ def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
 
 def test_torch_is_not_imported_to_read_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    load_image(noise(2, 2), OFFICIAL)
+    open_image(noise(2, 2), OFFICIAL).decode()
     assert "torch" not in sys.modules
 
 

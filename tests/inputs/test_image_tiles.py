@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_rt.inputs.image import load_image
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
+from internvl_rt.inputs.image import open_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
 
 Pixels = npt.NDArray[np.uint8]
 OFFICIAL = ImageOptions()
@@ -68,7 +68,7 @@ def test_tiles_of_extreme_sizes(width: int, height: int, grid: tuple[int, int], 
     options = ImageOptions(image_size=448)
     assert choose_grid(width, height, options) == grid
     assert num_tiles(width, height, options) == tiles
-    assert tile_image(load_image(noise(height, width), options), options).shape == (tiles, 448, 448, 3)
+    assert open_image(noise(height, width), options).tiles().shape == (tiles, 448, 448, 3)
 
 
 # Tiles
@@ -119,7 +119,7 @@ def reference_tiles(array: Pixels, options: ImageOptions, resize: Callable[..., 
 def test_tiles_equal_integer_bicubic_bit_for_bit(height: int, width: int, thumbnail: bool) -> None:
     options = ImageOptions(image_size=28, max_tiles=6, thumbnail=thumbnail)
     array = noise(height, width)
-    tiles = tile_image(load_image(array, options), options)
+    tiles = open_image(array, options).tiles()
     assert tiles.dtype == np.uint8
     assert tiles.flags.c_contiguous
     assert len(tiles) == num_tiles(width, height, options)
@@ -136,7 +136,7 @@ def test_the_horizontal_pass_comes_first_where_the_order_matters(width: int, hei
     def vertical_first(array: Pixels, width: int, height: int) -> Pixels:
         return reference_resize(array, width, height, vertical_first=True)
 
-    tiles = tile_image(load_image(array, options), options)
+    tiles = open_image(array, options).tiles()
     assert np.array_equal(tiles, reference_tiles(array, options))
     assert not np.array_equal(tiles, reference_tiles(array, options, vertical_first))
 
@@ -144,7 +144,7 @@ def test_the_horizontal_pass_comes_first_where_the_order_matters(width: int, hei
 def test_tiles_run_row_by_row_and_the_thumbnail_is_last() -> None:
     colors = noise(2, 3, seed=5)
     picture = np.repeat(np.repeat(colors, 448, axis=0), 448, axis=1)
-    tiles = tile_image(load_image(picture, OFFICIAL), OFFICIAL)
+    tiles = open_image(picture, OFFICIAL).tiles()
     assert np.array_equal(tiles[:6], np.broadcast_to(colors.reshape(6, 1, 1, 3), (6, 448, 448, 3)))
     assert np.array_equal(tiles[6, [0, 0, -1, -1], [0, -1, 0, -1]], colors[[0, 0, 1, 1], [0, 2, 0, 2]])
     assert len(tiles) == 7

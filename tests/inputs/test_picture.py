@@ -63,6 +63,15 @@ def test_pixels_that_are_written_into_later_do_not_change_the_picture(kind):
     assert opened.digest != open_image(given, options).digest
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_pixels_in_any_order_of_memory_are_copied_row_by_row(kind):
+    upright = np.ascontiguousarray(np.rot90(as_given("array")))
+    given = np.rot90(as_given("array")) if kind == "array" else torch.rot90(as_given("tensor")).mT.contiguous().mT
+    pixels = torch.as_tensor(open_image(given, ImageOptions(image_size=56)).pixels())
+    assert pixels.is_contiguous()
+    assert np.array_equal(pixels.numpy(), upright)
+
+
 @pytest.mark.parametrize("kind", ["image_embeds", "tiles"])
 def test_tensors_that_are_written_into_later_do_not_change_the_prompt(kind):
     with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24) as engine:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.gemm_epilogue import linear_gelu_reference, linear_residual_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
-from internvl_rt.kernels.paged_attention import paged_attention_reference
 from internvl_rt.kernels.patch_embed import patch_embed_reference
 from internvl_rt.kernels.place_visual_tokens import place_visual_tokens_reference
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import internvl_rt
-from internvl_rt.inputs.image import load_image
+from internvl_rt.inputs.image import open_image
 from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 from internvl_rt.kernels.resize_tiles import (
     CACHED_TABLES,
@@ -78,7 +78,7 @@ def test_the_reference_equals_pillow_at_any_size(
 @pytest.mark.parametrize("max_tiles", [1, 12])
 def test_the_reference_equals_the_tiles_of_the_cpu_path(path: Path, max_tiles: int) -> None:
     options = ImageOptions(max_tiles=max_tiles)
-    image = load_image(path, options)
+    image = open_image(path, options).decode()
     columns, rows = choose_grid(*image.size, options)
     thumbnail = num_tiles(*image.size, options) > columns * rows
     tiles = resize_tiles_reference(torch.from_numpy(np.array(image)), columns, rows, options.image_size, thumbnail)
@@ -113,7 +113,7 @@ def test_the_kernels_equal_pillow_at_any_size(
 @pytest.mark.fast("4719", "flower")
 @pytest.mark.parametrize("path", [*PHOTOGRAPHS, *SAMPLES], ids=lambda path: path.stem)
 def test_the_kernels_equal_pillow_on_real_pictures(path: Path) -> None:
-    image = load_image(path, ImageOptions())
+    image = open_image(path, ImageOptions()).decode()
     image.thumbnail((160, 160))
     assert_equals_pillow(resize_tiles, np.array(image), 3, 2, 32, True)
 
@@ -129,7 +129,7 @@ def test_the_kernels_equal_pillow_for_long_strips(width: int, height: int) -> No
 @pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", [0.3, 1, 6.5])
 def test_the_kernels_equal_pillow_at_full_size(path: Path, scale: float) -> None:
-    image = load_image(path, ImageOptions())
+    image = open_image(path, ImageOptions()).decode()
     image = image.resize((round(image.width * scale), round(image.height * scale)))
     assert_equals_pillow(resize_tiles, np.array(image), 4, 3, 448, True)
 

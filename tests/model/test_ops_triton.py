@@ -109,7 +109,7 @@ def test_a_function_of_the_tables_is_the_kernel_of_its_name_or_the_reference_bes
 def test_the_kernels_are_refused_on_a_device_that_cannot_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     target_of.cache_clear()
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    message = "backend 'triton' cannot run here: device: expected a CUDA device, got cpu; .*; choose 'torch'"
+    message = "backend 'triton' cannot run here: device: expected a CUDA device, got cpu; choose 'torch'"
     with pytest.raises(RequestError, match=message):
         triton_ops(torch.device("cpu"))
     target_of.cache_clear()

@@ -97,10 +97,10 @@ def test_the_plan_fills_every_row_of_every_parameter_exactly_once(dialect, confi
 
 def test_each_index_on_a_parameters_path_has_its_place_in_the_names():
     table = {"layers.#.experts.#.gate_up": "model.layers.#.mlp.experts.#.{gate,up}_proj", "norm": "model.norm"}
-    path = ("layers", 3, "experts", 17, "gate_up", "weight_NK")
+    path = "layers.3.experts.17.gate_up.weight_NK"
     names = [f"model.layers.3.mlp.experts.17.{part}_proj.weight" for part in ("gate", "up")]
     assert find_names(table, path) == (table["layers.#.experts.#.gate_up"], names)
-    assert find_names(table, ("norm", "bias_D")) == ("model.norm", ["model.norm.bias"])
+    assert find_names(table, "norm.bias_D") == ("model.norm", ["model.norm.bias"])
 
 
 def test_a_placement_takes_a_part_of_a_stored_tensor(tmp_path, monkeypatch):
