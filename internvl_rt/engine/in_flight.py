@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ class InFlight:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._requests: dict[Request, None] = {}
+        self._next_deadline_s = math.inf  # no request's deadline is earlier
         self._answers: dict[int, Answer] = {}  # by seq_id
         self.trace: Trace | None = None
         self.num_generated = 0
@@ -39,6 +41,7 @@ class InFlight:
     def add(self, request: Request) -> None:
         request.submitted_s = time.perf_counter()
         self._requests[request] = None
+        self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
         for answer in request.answers:
             self._answers[answer.sequence.seq_id] = answer
         self._scheduler.add(request.answers[0].sequence)
@@ -73,6 +76,8 @@ class InFlight:
     def end_late(self) -> None:
         """Ends the requests whose deadline has passed; their answers keep the text so far."""
         now_s = time.perf_counter()
+        if now_s < self._next_deadline_s:
+            return
         for request in [request for request in self._requests if request.deadline_s <= now_s]:
             for answer in request.answers:
                 if answer.sequence.finish_reason is None:
@@ -80,6 +85,7 @@ class InFlight:
                     self._finish(answer, "timeout")
             if request.notify is not None:
                 request.notify()
+        self._next_deadline_s = min((request.deadline_s for request in self._requests), default=math.inf)
 
     def collect(self, launched: LaunchedStep, result: StepResult) -> None:
         """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""

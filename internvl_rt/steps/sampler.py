@@ -32,7 +32,7 @@ class Sampler:
 
     def build(self, draws: Items[Draw]) -> Sampling:
         """Returns one row for each draw."""
-        seq_ids = [draw.sequence.seq_id for draw in draws]
+        seq_ids = [sequence.seq_id for sequence, _, _ in draws]
         lists = [_listed(draw) if draw.sequence.lists_tokens else {} for draw in draws]
         num_rows, num_listed = len(draws), sum(map(len, lists))
         if num_listed or seq_ids != self._seq_ids:
@@ -42,7 +42,7 @@ class Sampler:
         flat = host_memory(len(self._flat), torch.int32, self._device)
         flat.copy_(self._flat)
         sampling = _split(flat, num_rows, num_listed)
-        sampling.counter_R.numpy()[:] = [draw.counter for draw in draws]
+        sampling.counter_R.numpy()[:] = [counter for _, _, counter in draws]
         if self._device.type == "cpu":
             return sampling
         return _split(flat.to(self._device, non_blocking=True), num_rows, num_listed)
@@ -60,14 +60,14 @@ class UnlistedArguments:
         self._seq_ids: list[int] | None = None  # of the sequences whose arguments the memory holds
 
     def fill(self, draws: Items[Draw]) -> None:
-        seq_ids, num_draws = [draw.sequence.seq_id for draw in draws], len(draws)
+        seq_ids, num_draws = [sequence.seq_id for sequence, _, _ in draws], len(draws)
         if seq_ids != self._seq_ids:
             self._flat.zero_()
             ends = {"listed_start_R1": num_draws + 1}
             if draws:
                 _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, draws, [{} for _ in draws])
             self._seq_ids = seq_ids
-        self._views["counter_R"][:num_draws] = [draw.counter for draw in draws]
+        self._views["counter_R"][:num_draws] = [counter for _, _, counter in draws]
 
 
 def unlisted_words(num_rows: int) -> int:

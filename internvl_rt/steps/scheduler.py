@@ -79,7 +79,7 @@ class Scheduler:
         """Records that the chunks were launched; siblings fork off when their prompt is computed."""
         for sequence, _, stop, _ in chunks:
             sequence.num_computed = stop
-            if stop >= sequence.num_prompt:
+            if stop >= sequence.num_prompt and (sequence.visual or sequence.siblings):
                 sequence.visual.clear()
                 for sibling in sequence.siblings:
                     self._fork(sequence, sibling)
