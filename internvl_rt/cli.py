@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_rt.bench.arguments import add_bench
-from internvl_rt.errors import InternVLError, MediaError
+from internvl_rt.errors import InternVLError
 
 if TYPE_CHECKING:
     from internvl_rt.engine.engine import Engine
@@ -29,26 +29,29 @@ INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
-    if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
-        args.prompt = rest.pop(0)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        parser = _parser()
+        args, rest = parser.parse_known_args(arguments)
+        # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
+        if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
+            args.prompt = rest.pop(0)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(args.run(args))
     except InternVLError as error:
         print(f"internvl-rt: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)  # in the middle of an answer, perhaps
         return EXIT_INTERRUPT
     except BrokenPipeError:  # the reader of stdout is gone, so no message would arrive
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except OSError as error:
         print(f"internvl-rt: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    except ModuleNotFoundError as error:
+        print(f"internvl-rt: {error}; internvl-rt doctor says what is missing and what to do", file=sys.stderr)
         return EXIT_FAILURE
 
 
@@ -132,22 +135,27 @@ def _chat(args: argparse.Namespace) -> int:
         seed=args.seed,
         ignore_eos=args.ignore_eos,
     )
-    for file in [*args.image, *args.video]:
-        if not Path(file).is_file():
-            raise MediaError(f"{file}: no such file; give an existing picture or video")
+    media = [*(_media("image", file) for file in args.image), *(_media("video", file) for file in args.video)]
     engine = Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
     )
     if args.timings:
         print(engine.memory.render(), file=sys.stderr)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    media = [{"type": "image", "image": file} for file in args.image]
-    media += [{"type": "video", "video": file} for file in args.video]
     if args.prompt is not None:
         message = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
         _answer(engine, [*start, message], params, args.timings)
         return 0
     return _interactive(engine, start, media, params, args.timings)
+
+
+def _media(kind: str, file: str) -> dict[str, str]:
+    """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
+    from internvl_rt.inputs.image import open_media
+
+    file = os.path.expanduser(file)
+    open_media(file, kind)[0].close()
+    return {"type": kind, kind: file}
 
 
 def _interactive(
@@ -161,11 +169,13 @@ def _interactive(
             break
         if command == "/reset":
             messages, media = list(start), []
-        elif command in ("/image", "/video") and Path(rest.strip()).is_file():
-            media.append({"type": command[1:], command[1:]: rest.strip()})
+        elif command in ("/image", "/video"):
+            try:
+                media.append(_media(command[1:], rest.strip()))
+            except InternVLError as error:
+                print(error, file=sys.stderr)
         elif command.startswith("/"):
-            problem = f"no such file: {rest.strip()!r}" if command in ("/image", "/video") else f"no command {command}"
-            print(f"{problem}\n{INTERACTIVE_HELP}", file=sys.stderr)
+            print(f"no command {command}\n{INTERACTIVE_HELP}", file=sys.stderr)
         else:
             question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
             try:

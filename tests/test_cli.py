@@ -36,12 +36,18 @@ def test_timings_go_to_stderr_and_leave_the_answer_alone(capsys):
 
 
 def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
-    mistakes = ["/image no.png", "/what"]
+    mistakes = ["/image no.png", f"/image {'x' * 5000}", "/what"]
     lines = [f"/image {SAMPLE}", "Read the digits.", *mistakes, "How many digits are there?", "/exit", "Hello"]
     done = run("chat", "tiny", stdin="\n".join(lines))
     assert (done.returncode, done.stdout.split()) == (0, ["4719", "4"])
-    assert "no such file: 'no.png'" in done.stderr
+    assert "image 'no.png' does not exist" in done.stderr
     assert "no command /what" in done.stderr
+
+
+def test_a_part_that_is_missing_leads_to_the_doctor(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "internvl_rt.engine.engine", None)  # as if the compiled part were not built
+    assert main(["chat", "tiny", "Hi"]) == 1
+    assert "internvl-rt doctor says what is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["doctor"], ["write-random"]])
@@ -57,14 +63,16 @@ def test_help_explains_and_does_not_load_torch(command):
     ("arguments", "message"),
     [
         (["chat", "./no-such-model", "Hi"], "no-such-model"),
-        (["chat", "tiny", "--image", "no.png", "Hi"], "no.png"),
+        (["chat", "tiny", "--image", "no.png", "Hi"], "image 'no.png' does not exist"),
+        (["chat", "tiny", "--image", str(SAMPLES), "Hi"], "is not a regular file"),
+        (["chat", "tiny", "--video", "https://host.test/clip.mp4", "Hi"], "is a URL, which is not fetched"),
         (["chat", "tiny", "--image", __file__, "Hi"], "test_cli.py"),
         (["chat", "tiny", "--temperature", "-1", "Hi"], "temperature must be"),
         (["chat", "tiny", "--device", "tpu", "Hi"], "device must be"),
         (["chat", "tiny", "--v2pe-delta", "0.3", "Hi"], "v2pe_delta"),
-        (["chat", "tiny", "--v2pe-delta", "1/0", "Hi"], "--v2pe-delta"),
+        (["chat", "tiny", "--v2pe-delta", "1/0", "Hi"], "expected a power of two from 1 to 1/256, or auto, got '1/0'"),
         (["chat", "tiny", "--max-tiles", "0", "Hi"], "max_tiles"),
-        (["info", "InternVL3-7B"], "InternVL3-7B"),
+        (["info", "internvl3-8b"], "a hub id such as OpenGVLab/InternVL3-8B"),
         (["write-random", "InternVL3-7B", "out"], "InternVL3-7B"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from internvl_rt.bench import decode, prefill, serve, vision
 from internvl_rt.bench.record import Column, Pace, Record, peak, table
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.checkpoint.folder import find_config
+from internvl_rt.checkpoint.folder import find_config, resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import choose_device, choose_dtype
 from internvl_rt.engine.options import EngineOptions
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model.startswith(RANDOM_PREFIX):
         config, name = random_config(args.model.removeprefix(RANDOM_PREFIX)), args.model
     else:
+        resolve_model(args.model)  # for its weights, before anything is printed
         config, name = find_config(args.model)
     dtype = choose_dtype(args.dtype, config, device)
     kind = str(dtype).removeprefix("torch.")

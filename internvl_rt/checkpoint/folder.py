@@ -4,6 +4,7 @@ Nothing in a folder is trusted: every file's header is checked in full before an
 safetensors are read, and no code that lies beside them is looked at.
 """
 
+import difflib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, load_config
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.checkpoint.tensor_file import TensorEntry, read_chunks, read_header, read_tensor, write_file
-from internvl_rt.errors import CheckpointError
+from internvl_rt.errors import CheckpointError, quoted
 
 _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,8 +64,11 @@ def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...])
             raise CheckpointError(f"revision {revision!r} was given, but {path} is on disk; leave it out")
         return Path(path)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        known = f"OpenGVLab/{model}" if model in KNOWN_MODELS else "OpenGVLab/InternVL3-1B"
-        raise CheckpointError(f"{str(model)!r}: no such folder; give an existing one, or a hub id such as {known}")
+        close = difflib.get_close_matches(str(model), KNOWN_MODELS, 1) or ["InternVL3-1B"]
+        hub_id = f"OpenGVLab/{close[0]}"
+        raise CheckpointError(
+            f"{quoted(str(model))}: no such folder; give an existing one, 'tiny', or a hub id such as {hub_id}"
+        )
     return _download(model, revision, patterns)
 
 

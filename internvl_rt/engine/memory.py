@@ -7,6 +7,7 @@ import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.engine.options import EngineOptions
+from internvl_rt.model.card import format_bytes
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
 from internvl_rt.steps.kv_cache import plan_num_blocks
@@ -43,7 +44,7 @@ class MemoryPlan:
     def render(self) -> str:
         """Formats the plan as a table for people."""
         num_tokens = self.num_blocks * self.block_size
-        cache = f"{_size(self.cache_bytes)}: {num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
+        blocks = f"{num_tokens:,} tokens in {self.num_blocks:,} blocks of {self.block_size}"
         sizes = {
             "memory": self.total_bytes,
             "weights": self.weight_bytes,
@@ -53,8 +54,8 @@ class MemoryPlan:
             "cuBLAS": self.cublas_bytes or None,
             "visual tokens": self.visual_cache_bytes,
         }
-        rows = [("device", self.device), *((label, _size(n)) for label, n in sizes.items() if n is not None)]
-        rows.append(("KV cache", cache))
+        rows = [("device", self.device), *((label, format_bytes(n)) for label, n in sizes.items() if n is not None)]
+        rows.append(("KV cache", f"{format_bytes(self.cache_bytes)}: {blocks}"))
         return "\n".join(f"{label:<17} {text}" for label, text in rows)
 
 
@@ -156,7 +157,3 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
     attention = qkv + 2 * config.num_heads * config.head_dim
     layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
     return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):,.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):,.1f} MiB"

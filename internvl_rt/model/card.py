@@ -44,11 +44,12 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
 def render_card(card: dict[str, Any]) -> str:
     """Renders the card as a table for people."""
     parameters, weights = card["parameters"], card["weight_bytes"]
+    small, large = (format_bytes(weights[dtype]) for dtype in ("bfloat16", "float32"))
     parts = ", ".join(f"{part} {_millions(parameters[part])}" for part in ("vision", "projector", "decoder"))
     rows = [
         ("model", f"{card['name']} ({card['format']} format)"),
         ("parameters", f"{_millions(parameters['total'])}: {parts}"),
-        ("weights", f"{_gib(weights['bfloat16'])} in bfloat16 or float16, {_gib(weights['float32'])} in float32"),
+        ("weights", f"{small} in bfloat16 or float16, {large} in float32"),
         ("KV cache", f"{card['kv_bytes_per_token'] / 1024:.0f} KiB per token in bfloat16"),
         ("context window", f"{card['context_window']:,} tokens"),
         ("tile", f"{card['tile_side_pixels']} pixels a side, {card['tokens_per_tile']} tokens"),
@@ -64,5 +65,5 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M"
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):,.1f} GiB"
+def format_bytes(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):,.2f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):,.1f} MiB"

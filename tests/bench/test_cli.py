@@ -206,7 +206,7 @@ def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert (process.returncode, errors) == (130, "\ninterrupted\n")
     rows = json.loads(output.splitlines()[-1])["rows"]
     assert (rows[1]["name"], rows[1].keys() & {"left_out"}) == (f"{part}/tiny/{first}/float32", set())
     assert rows[-1] == {"name": f"{part}/tiny/the rest/float32", "left_out": "interrupted"}
@@ -363,6 +363,7 @@ def test_a_random_model_that_cannot_be_made_is_refused(small):
         (["decode", "tiny", "--device", "tpu"], "device must be"),
         (["decode", "tiny", "--dtype", "int4"], "dtype must be"),
         (["vision", "./no-such-model"], "no-such-model"),
+        (["decode", "InternVL3-8B"], "'InternVL3-8B': no such folder"),
         (["vision", "random:InternVL3-5B"], "InternVL3-5B: no such file"),
     ],
 )
