@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -34,8 +34,8 @@ class StepLoop:
         self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
         self._lock = threading.Lock()
-        # A thread holds this lock while it waits for `_lock`; else a thread that runs step after step would take
-        # `_lock` again before those that wait for it have woken up.
+        # A thread holds this lock while it waits for `_lock`. A thread that runs step after step passes through it
+        # before each one; else it would take `_lock` again before those that wait for it have woken up.
         self._queue_lock = threading.Lock()
         self._wake_worker: Callable[[], None] | None = None  # None: there is no worker thread
         self._worker_error: BaseException | None = None  # what ended the worker thread
@@ -79,7 +79,7 @@ class StepLoop:
 
     def advance(self, request: Request) -> list[tuple[int, str]]:
         """Runs one step unless `request` is done, and returns its new text as `poll` does."""
-        with self._locked():
+        with self._locked(for_step=True):
             if not request.done:
                 self._step()
             return self.poll(request)
@@ -162,18 +162,19 @@ class StepLoop:
 
     def step(self) -> bool:
         """Runs one step; returns False if there was nothing to do."""
-        with self._locked():
+        with self._locked(for_step=True):
             return self._step()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Waits for the lock in turn; at the end, ends the requests that were cancelled while it was held."""
-        with self._queue_lock:
-            self._lock.acquire()
+    def _locked(self, *, for_step: bool = False) -> Iterator[None]:
+        """Holds the lock, and then ends the requests that were cancelled meanwhile. A step lets all others go first."""
+        if for_step:
+            with self._queue_lock:
+                pass
         try:
-            yield
+            with nullcontext() if for_step else self._queue_lock, self._lock:
+                yield
         finally:
-            self._lock.release()
             if self._wake_worker is None:
                 self._end_cancelled_unless_busy()
 
