@@ -103,7 +103,7 @@ def distinct(builds: Iterable[Build], target: Target, seen: set[object]) -> Iter
 
     def note(*, key: object, fn: Any, **_: object) -> bool:
         asked.append((fn.module, fn.name, key))
-        return True  # then Triton does not compile it
+        return True  # tells Triton that there is nothing to compile
 
     triton.knobs.runtime.jit_cache_hook = note
     try:

@@ -21,7 +21,7 @@ Document = Mapping[str, Any]
 Row = dict[str, Any]
 LAUNCHES_NEAR = 2.0  # an operation whose roof is below the time of this many graph nodes is bound by its launch
 TESTS = (CONTRACT, AGREEMENT, "gpu_tests", "sanitizer")
-NO_DOUBT = ("not asked for", "no CUDA device")  # reasons why tests did not run that cast no doubt on what is timed
+NO_DOUBT = ("not asked for", "no CUDA device")  # tests that did not run for these reasons cast no doubt on times
 ALT = {
     "roofline": "every kernel under the measured roof",
     "batch": "time per token against batch",

@@ -65,4 +65,4 @@ def _time_passes(run: Callable[[], object], stream: DeviceStream, pace: Pace) ->
         return [before.seconds_until(after) for before, after in pairwise(moments)]
 
     warm_s = min(passes(2))
-    return passes(1 + pace.repeats(warm_s))[1:]  # the first pass waited for the host
+    return passes(1 + pace.repeats(warm_s))[1:]  # during the first one the GPU waits for the host to launch

@@ -22,7 +22,7 @@ def draws(device: str) -> list[Tensor]:
         *(torch.randperm(count, device=device) for count in (0, 1, 2, 17, 64, 160, 1000)),
         torch.rand(0, device=device),
         torch.randn(132 * 2048 * 5 + 3, device=device),
-        torch.randn(1, device=device),  # the call before this one took two rounds
+        torch.randn(1, device=device),  # comes after a call whose draws took two rounds of the generator
     ]
 
 
