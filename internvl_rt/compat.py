@@ -1,4 +1,4 @@
-"""The official interface: the quick start of the InternVL3 model cards runs with its import lines changed (README.md).
+"""The official interface: a model card's quick start runs with its import lines changed (README.md says what does not).
 
 Semantics are those of InternVLChatModel (InternVL, modeling_internvl_chat.py), with three deliberate differences: no
 code of the checkpoint runs, arguments that cannot be honoured raise instead of being ignored, and neither the caller's

@@ -218,8 +218,8 @@ class StepLoop:
             self._end_step_of(chunks, error)
             return
         for row in reversed(range(len(step.draws))):
-            sequence, _, place = step.draws[row]
-            if place == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
+            sequence, _, counter = step.draws[row]
+            if counter == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
                 sequence.unread_row = row
                 sequence.num_tokens += 1
         self._scheduler.launched(chunks)

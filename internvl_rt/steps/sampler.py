@@ -36,9 +36,9 @@ class Sampler:
         lists = [_listed(draw) if draw.sequence.lists_tokens else {} for draw in draws]
         num_rows, num_listed = len(draws), sum(map(len, lists))
         if num_listed or seq_ids != self._seq_ids:
-            self._flat = torch.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, dtype=torch.int32)
-            _fill(_on_host(_split(self._flat, num_rows, num_listed)), draws, lists)
-            self._seq_ids = [] if num_listed else seq_ids
+            filled = torch.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, dtype=torch.int32)
+            _fill(_on_host(_split(filled, num_rows, num_listed)), draws, lists)
+            self._flat, self._seq_ids = filled, [] if num_listed else seq_ids
         flat = host_memory(len(self._flat), torch.int32, self._device)
         flat.copy_(self._flat)
         sampling = _split(flat, num_rows, num_listed)
@@ -62,6 +62,7 @@ class UnlistedArguments:
     def fill(self, draws: Items[Draw]) -> None:
         seq_ids, num_draws = [sequence.seq_id for sequence, _, _ in draws], len(draws)
         if seq_ids != self._seq_ids:
+            self._seq_ids = None  # until all is written, since an interrupt may come before that
             self._flat.zero_()
             ends = {"listed_start_R1": num_draws + 1}
             if draws:

@@ -6,29 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
+from internvl_rt.checkpoint.config import ModelConfig, VisionConfig
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError
 from internvl_rt.model.internvl import build_weights, named_parameters
 from internvl_rt.model.weights import DIALECTS, PlannedTensor, find_names, load_weights, plan_tensors, save_weights
+from support import small_models
 
 SMALL_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "layer_norm", 1e-6, qkv_bias=True, qk_norm=False)
 LARGE_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "rms_norm", 1e-6, qkv_bias=False, qk_norm=True)
-QWEN2 = DecoderConfig(
-    hidden_size=16,
-    num_layers=11,  # layer numbers have one digit or two
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    intermediate_size=14,
-    vocab_size=30,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    max_position=128,
-    qkv_bias=True,
-    qk_norm=False,
-    tie_embeddings=False,
-)
+SIZES = {"hidden_size": 16, "num_heads": 6, "head_dim": 4, "intermediate_size": 14, "vocab_size": 30}
+QWEN2 = replace(small_models.QWEN2, **SIZES, num_layers=11)  # layer numbers have one digit or two
 QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True)
 INTERNLM = replace(QWEN2, qkv_bias=False)
 

@@ -1,5 +1,6 @@
 """Tests the memory of the KV cache and the plan of its size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,12 @@ from internvl_rt.errors import RequestError
 from internvl_rt.model.ops import TORCH
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
+from support.small_models import QWEN2
 
 
 def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_position: int = 100) -> DecoderConfig:
-    return DecoderConfig(
-        hidden_size=32,
-        num_layers=num_layers,
-        num_heads=4,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=64,
-        vocab_size=300,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position=max_position,
-        qkv_bias=True,
-        qk_norm=False,
-        tie_embeddings=False,
-    )
+    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "max_position": max_position}
+    return replace(QWEN2, **sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,11 +1,11 @@
 """Tests which tokens run in a step: budget, order, picture borders, admission."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.inputs.prompt import VisualSpan
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -15,22 +15,9 @@ from internvl_rt.steps.scheduler import MAX_OVERTAKEN, Scheduler
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.speculation import PromptLookup
 from internvl_rt.steps.step import fill_step, plan_step, shape_of
+from support.small_models import QWEN2
 
-CONFIG = DecoderConfig(
-    hidden_size=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    intermediate_size=8,
-    vocab_size=100,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position=1000,
-    qkv_bias=False,
-    qk_norm=False,
-    tie_embeddings=False,
-)
+CONFIG = replace(QWEN2, max_position=1000)
 BLOCK = 16
 ids = itertools.count()
 
