@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from internvl_rt import Engine
 from internvl_rt.checkpoint.config import ModelConfig, load_config
+from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.inputs.position import STRIDES, build_positions
 from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions, tile_image
@@ -34,32 +36,54 @@ from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, na
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
-from internvl_rt.model.weights import DIALECTS, save_weights
+from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
 from support.digits import (
     MAX_DIGITS,
+    SIZES,
     Exercise,
     Task,
+    draw_any_picture,
     draw_comparison,
     draw_picture,
     draw_reading,
+    draw_size_readings,
     load_glyphs,
     measure_accuracy,
 )
 from support.optimiser import Trainer
 from support.tiny_files import write_files
-from support.visible import mark_visible
+from support.visible import NUM_MARKS, mark_visible
 
 SEED = 3
-NUM_EXERCISES = 10_000
-VISION_STEPS, TILES_PER_BATCH = 2600, 256  # first stage: the vision tower alone learns which digits a tile shows
-NUM_STEPS, BATCH_SIZE = 750, 48  # second stage: the whole model learns to answer
-COMPARISONS = 0.4  # share of exercises that compare two pictures
-DISTORTION = 0.14  # strength of the distortion of tiles in the first stage; the second stage halves it
-VISION_SHARE = 0.2  # factor of the vision tower's learning rates in the second stage
+DTYPE = torch.bfloat16  # of the weights that ship and of the training's products; optimisers update float32
+COMPARISONS, ANY_COMPARISONS = 0.4, 0.15  # shares of exercises that compare two pictures, of squares and of any kind
+DISTORTION = 0.14  # strength of the distortion of tiles in a lesson's first stage; the second stage halves it
+VISION_SHARE = 0.2  # factor of the vision tower's learning rates in a lesson's second stage
 SORTED_BATCHES = 8  # the prompts of this many batches are sorted by length together, to pad less
 NUM_MEASURED = 200  # accuracy is measured on this many pictures of each length, and comparisons
 DELTAS = {"1": 1.0, "1/4": 1 / 4, "1/16": 1 / 16, "1/256": 1 / 256}
 SAMPLES = ("7", "42", "905", "4719", "31415", "862053")
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One part of the training, which goes on from the weights that the lesson before has written."""
+
+    exercises: range  # their numbers, which are their seeds
+    squares: float  # share of exercises with pictures as the samples are; the others are drawn by `draw_any_picture`
+    kinds: tuple[float, ...]  # how likely it draws each kind
+    vision_steps: int  # first stage: the vision tower alone learns which digits a tile shows
+    tiles_per_batch: int
+    whole_steps: int  # second stage: the whole model learns to answer
+    batch_size: int
+    rate: float  # factor of all learning rates
+
+
+LESSONS = (
+    Lesson(range(10_000), 1.0, (), 2600, 256, 750, 48, 1.0),
+    Lesson(range(10_000, 18_000), 0.4, (0.3, 0.25, 0.45, 0.0), 1000, 160, 1300, 32, 0.6),
+    Lesson(range(18_000, 25_000), 0.35, (0.2, 0.1, 0.4, 0.3), 400, 160, 1200, 32, 0.6),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +93,21 @@ class Example:
     token_ids: tuple[int, ...]
     spans: tuple[VisualSpan, ...]
     tiles: np.ndarray  # uint8 [I, S, S, 3], the tiles of all pictures
-    visible: np.ndarray  # int64 [visual tokens, 10], see support/visible.py
+    visible: np.ndarray  # int8 [visual tokens, NUM_MARKS], see support/visible.py
     answers: tuple[tuple[int, int], ...]  # [start, stop) of each answer and its <|im_end|>
 
 
-def draw_exercise(number: int) -> Exercise:
+def draw_exercise(number: int, lesson: Lesson) -> Exercise:
     rng = np.random.default_rng([SEED, number])
     glyphs = load_glyphs(held_out=False)
-    if rng.random() < COMPARISONS:
-        return draw_comparison(rng, glyphs)
+    is_square = rng.random() < lesson.squares
+    draw = draw_picture if is_square else partial(draw_any_picture, kinds=lesson.kinds)
+    if rng.random() < (COMPARISONS if is_square else ANY_COMPARISONS):
+        return draw_comparison(rng, glyphs, draw=draw)
     tasks: list[Task] = ["read", "count"]
     if rng.random() < 0.3:
         tasks.reverse()
-    return draw_reading(rng, glyphs, int(rng.integers(1, MAX_DIGITS + 1)), *tasks[: rng.integers(1, 3)])
+    return draw_reading(rng, glyphs, int(rng.integers(1, MAX_DIGITS + 1)), *tasks[: rng.integers(1, 3)], draw=draw)
 
 
 def keep_freed_memory() -> None:
@@ -92,8 +118,8 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(name, value)
 
 
-def draw_example(number: int, config: ModelConfig, tokenizer_folder: Path) -> Example:
-    exercise = draw_exercise(number)
+def draw_example(number: int, lesson: Lesson, config: ModelConfig, tokenizer_folder: Path) -> Example:
+    exercise = draw_exercise(number, lesson)
     tokenizer = load_tokenizer(tokenizer_folder)
     options = ImageOptions(image_size=config.vision.image_size)
     tiles = [tile_image(picture, options) for picture in exercise.pictures]
@@ -116,28 +142,34 @@ def draw_example(number: int, config: ModelConfig, tokenizer_folder: Path) -> Ex
     return Example(tuple(ids), prompt.spans, np.concatenate(tiles), np.concatenate(marks), tuple(answers))
 
 
-def draw_batches(rng: np.random.Generator, examples: list[Example]) -> Iterator[list[Example]]:
-    """Yields `NUM_STEPS` batches; the prompts of a batch have similar lengths."""
-    left = NUM_STEPS
+def draw_batches(rng: np.random.Generator, examples: list[Example], lesson: Lesson) -> Iterator[list[Example]]:
+    """Yields `whole_steps` batches; the prompts of a batch have similar lengths."""
+    left, size = lesson.whole_steps, lesson.batch_size
     while left:
         order = rng.permutation(len(examples))
-        for first in range(0, len(order) - SORTED_BATCHES * BATCH_SIZE + 1, SORTED_BATCHES * BATCH_SIZE):
-            group = [examples[i] for i in order[first : first + SORTED_BATCHES * BATCH_SIZE]]
+        for first in range(0, len(order) - SORTED_BATCHES * size + 1, SORTED_BATCHES * size):
+            group = [examples[i] for i in order[first : first + SORTED_BATCHES * size]]
             group.sort(key=lambda example: len(example.token_ids))
-            for place in rng.permutation(SORTED_BATCHES)[:left] * BATCH_SIZE:
-                yield group[place : place + BATCH_SIZE]
+            for place in rng.permutation(SORTED_BATCHES)[:left] * size:
+                yield group[place : place + size]
                 left -= 1
 
 
 class DenseOps(Ops):
-    """Operations on a cache whose block s holds all of sequence s, padded at its end."""
+    """Operations on a cache whose block s holds all of sequence s, padded at its end.
+
+    Attention is computed in float32, because its gradient in bfloat16 is slow on a CPU.
+    """
+
+    def attend_tiles(self, qkv_RK: Tensor, *shape: Any) -> Tensor:
+        return super().attend_tiles(qkv_RK.float(), *shape).to(qkv_RK.dtype)
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        k_SGLC, v_SGLC = cache.k_cache_BGPC, cache.v_cache_BGPC
+        k_SGLC, v_SGLC = cache.k_cache_BGPC.float(), cache.v_cache_BGPC.float()
         num_sequences, _, seq_len, head_dim = k_SGLC.shape
-        q_SHLC = q_THC.view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
+        q_SHLC = q_THC.float().view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)
         y_SHLC = F.scaled_dot_product_attention(q_SHLC, k_SGLC, v_SGLC, is_causal=True, enable_gqa=True)
-        return y_SHLC.transpose(1, 2).reshape(q_THC.shape)
+        return y_SHLC.transpose(1, 2).reshape(q_THC.shape).to(q_THC.dtype)
 
 
 def draw_distortions(rng: np.random.Generator, num_tiles: int, strength: float) -> Tensor:
@@ -151,7 +183,7 @@ def distort(tiles: Tensor, maps: Tensor) -> Tensor:
     """Turns uint8 tiles into the model's pixel values and applies each tile's affine map."""
     pixels = normalise_tiles_reference(tiles)
     grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False).to(DTYPE)
 
 
 def measure_loss(
@@ -184,18 +216,18 @@ def measure_loss(
         visual_row_X=torch.from_numpy(np.concatenate(visual)),
     )
     c = model.config.decoder
-    shape_BGPC = (num_sequences, c.num_kv_heads, seq_len, c.head_dim)
-    caches = tuple(LayerCache(torch.zeros(shape_BGPC), torch.zeros(shape_BGPC)) for _ in range(c.num_layers))
-    answer_loss = F.cross_entropy(model.logits(model.run_step(step, caches)), token_id_T[answer_rows])
+    empty = torch.zeros(num_sequences, c.num_kv_heads, seq_len, c.head_dim, dtype=DTYPE)
+    caches = tuple(LayerCache(empty.clone(), empty.clone()) for _ in range(c.num_layers))
+    answer_loss = F.cross_entropy(model.logits(model.run_step(step, caches)).float(), token_id_T[answer_rows])
     return answer_loss, measure_seen(visual_XD, head, visible_XK)
 
 
 def measure_seen(visual_XD: Tensor, head: Linear, visible_XK: Tensor) -> Tensor:
     """Returns the mean error of `head`, which tells the digits in each visual token; unsure digits do not count."""
     sure = visible_XK >= 0
-    seen_XK = F.linear(visual_XD, head.weight_NK, head.bias_N)
+    seen_XK = F.linear(visual_XD.float(), head.weight_NK, head.bias_N)
     seen_loss = F.binary_cross_entropy_with_logits(seen_XK[sure], visible_XK[sure].float(), reduction="sum")
-    return seen_loss / len(seen_XK)
+    return seen_loss / seen_XK.numel() * 10
 
 
 @torch.no_grad()
@@ -214,19 +246,23 @@ def initialise(weights: ModelWeights) -> None:
             parameter.normal_(0, gain * parameter.shape[1] ** -0.5, generator=generator)
 
 
-def train(model: InternVL, examples: list[Example]) -> None:
-    """Trains first the vision tower on single tiles, then the whole model on whole conversations."""
-    width = model.config.decoder.hidden_size
-    head = Linear(torch.zeros(10, width), torch.zeros(10))  # the checkpoint does not include this head
-    named = named_parameters(model.weights)
-    rng = np.random.default_rng(SEED)
+def train(model: InternVL, named: dict[str, Tensor], examples: list[Example], lesson: Lesson, num_threads: int) -> None:
+    """Trains first the vision tower on single tiles, then the whole model on whole conversations.
+
+    The parameters `named` are float32; the model's own are these, rounded to the dtype that it ships and computes in.
+    """
+    width, rounded = model.config.decoder.hidden_size, named_parameters(model.weights)
+    head = Linear(torch.zeros(NUM_MARKS, width), torch.zeros(NUM_MARKS))  # the checkpoint does not include this head
+    rng = np.random.default_rng([SEED, lesson.exercises.start])
+    prepare = partial(Trainer, rounded=rounded, head=head, num_threads=num_threads)
 
     tiles = torch.from_numpy(np.concatenate([example.tiles for example in examples]))
     visible = torch.from_numpy(np.concatenate([example.visible for example in examples])).unflatten(0, (len(tiles), -1))
     vision = {path: tensor for path, tensor in named.items() if not path.startswith("decoder.")}
-    trainer = Trainer(vision, head, VISION_STEPS, vision_share=1.0, last_share=0.1)
-    for _ in range(VISION_STEPS):
-        chosen = torch.from_numpy(rng.integers(0, len(tiles), (2, TILES_PER_BATCH // 2)))
+    rates = {"vision_rate": lesson.rate, "decoder_rate": lesson.rate}
+    trainer = prepare(vision, num_steps=lesson.vision_steps, **rates, last_share=0.1)
+    for _ in range(lesson.vision_steps):
+        chosen = torch.from_numpy(rng.integers(0, len(tiles), (2, lesson.tiles_per_batch // 2)))
         maps = [draw_distortions(rng, len(half), DISTORTION) for half in chosen]
         trainer.step(
             lambda index, chosen=chosen, maps=maps: (
@@ -238,8 +274,9 @@ def train(model: InternVL, examples: list[Example]) -> None:
             )
         )
 
-    trainer = Trainer(named, head, NUM_STEPS, vision_share=VISION_SHARE, last_share=0.0)
-    for batch in draw_batches(rng, examples):
+    rates["vision_rate"] *= VISION_SHARE
+    trainer = prepare(named, num_steps=lesson.whole_steps, **rates, last_share=0.0)
+    for batch in draw_batches(rng, examples, lesson):
         halves = [batch[0::2], batch[1::2]]
         strides = [[rng.choice(STRIDES, len(example.spans)).tolist() for example in half] for half in halves]
         maps = [draw_distortions(rng, sum(len(e.tiles) for e in half), DISTORTION / 2) for half in halves]
@@ -250,10 +287,23 @@ def train(model: InternVL, examples: list[Example]) -> None:
         )
 
 
-def draw_examples(config: ModelConfig, folder: Path) -> list[Example]:
-    draw = partial(draw_example, config=config, tokenizer_folder=folder)
-    with ProcessPoolExecutor(2) as processes:
-        return list(processes.map(draw, range(NUM_EXERCISES), chunksize=100))
+def teach(lesson: Lesson, config: ModelConfig, folder: Path, num_threads: int) -> None:
+    """Trains the weights in `folder`, or for the first lesson new ones, and writes them there."""
+    draw = partial(draw_example, lesson=lesson, config=config, tokenizer_folder=folder)
+    with ProcessPoolExecutor(num_threads) as processes:
+        examples = list(processes.map(draw, lesson.exercises, chunksize=100))
+    if lesson is LESSONS[0]:
+        weights = build_weights(config, dtype=torch.float32, device="cpu")
+        initialise(weights)
+    else:
+        weights = load_weights(open_checkpoint(folder), config, dtype=torch.float32, device="cpu")
+    named, rounded = named_parameters(weights), build_weights(config, dtype=DTYPE, device="cpu")
+    for path, parameter in named_parameters(rounded).items():
+        parameter.copy_(named[path])
+    train(InternVL(config, rounded, DenseOps(**vars(TORCH))), named, examples, lesson, num_threads)
+    for parameter in named_parameters(rounded).values():
+        parameter.requires_grad_(False)
+    save_weights(rounded, config, folder, dialect=DIALECTS["original"])
 
 
 def write_samples(folder: Path) -> None:
@@ -280,6 +330,8 @@ def report_accuracy(folder: Path) -> None:
         ("then read, second turn", counts, 1),
         ("compare two pictures", comparisons, 0),
     ]
+    number = NUM_MEASURED // 20
+    rows += [(f"read, {name}", draw_size_readings(rng, glyphs, draws, number), 0) for name, draws in SIZES.items()]
     print(
         "| task | questions | "
         + " | ".join(f"delta {delta}" for delta in DELTAS)
@@ -296,26 +348,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tiny checkpoint and prints its accuracy.")
     default = Path(__file__).parents[1] / "internvl_rt" / "tiny"
     parser.add_argument("--out", type=Path, default=default, help="folder to write (default: %(default)s)")
-    folder = parser.parse_args().out
-    start_s = time.perf_counter()
+    parser.add_argument("--first", type=int, default=1, help="number of the first lesson (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="1 or 2, with the same result (default: %(default)s)")
+    arguments = parser.parse_args()
+    folder, start_s = arguments.out, time.perf_counter()
     keep_freed_memory()
     write_samples(folder / "samples")
     write_files(folder)
     config = load_config(folder)
-    examples = draw_examples(config, folder)
-    print(f"{len(examples)} exercises after {time.perf_counter() - start_s:.0f} s")
-    weights = build_weights(config, dtype=torch.float32, device="cpu")
-    initialise(weights)
-    train(InternVL(config, weights, DenseOps(**vars(TORCH))), examples)
-    shipped = build_weights(config, dtype=torch.bfloat16, device="cpu")
-    parameters = named_parameters(weights)
-    with torch.no_grad():
-        for path, parameter in named_parameters(shipped).items():
-            parameter.copy_(parameters[path])
-    save_weights(shipped, config, folder, dialect=DIALECTS["original"])
-    print(
-        f"trained in {time.perf_counter() - start_s:.0f} s: {sum(t.numel() for t in parameters.values()):,} parameters"
-    )
+    for number, lesson in enumerate(LESSONS, 1):
+        if number >= arguments.first:
+            teach(lesson, config, folder, arguments.threads)
+            print(f"lesson {number} ended after {time.perf_counter() - start_s:.0f} s", flush=True)
     report_accuracy(folder)
 
 

@@ -6,43 +6,41 @@ import numpy.typing as npt
 from internvl_rt.inputs.tiles import ImageOptions, choose_grid
 from support.digits import Boxes
 
-SHOWN, HINTED, WHOLE = 0.4, 0.1, 0.6
+COLUMNS = 4  # of a visual token, for each of which its digits are marked
+NUM_MARKS = COLUMNS * 10  # of a visual token
+SHOWN, HINTED, PART = 0.4, 0.1, 0.2
 
 
 def mark_visible(
     size: tuple[int, int], digits: str, boxes: Boxes, options: ImageOptions, cells: int
-) -> npt.NDArray[np.int64]:
-    """Returns marks [visual tokens, 10]: 1 where a digit is shown, 0 where not, -1 where unsure; `size`: width, height.
+) -> npt.NDArray[np.int8]:
+    """Returns marks [visual tokens, NUM_MARKS]: 1 where a digit is shown, 0 where not, -1 where unsure.
 
-    A visual token stands for one of `cells` x `cells` cells of its tile. It shows a digit if most of the digit is in
-    the tile and much of it in the cell; the mark is unsure if only a little of the digit is in the cell.
+    A visual token stands for one of `cells` x `cells` cells of its tile, and each column of the cell has ten marks.
+    A column shows a digit if its middle crosses the digit, and enough of the digit's height is in the cell. The mark is
+    unsure if less of the height is, or if the tile has too little of the digit. `size`: width, height.
     """
     columns, rows = choose_grid(*size, options)
     side = options.image_size
     corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
     scale = np.array((columns * side, rows * side)) / size
-    marks = [_mark_tile(digits, boxes * np.tile(scale, 2) - np.tile(corner, 2), side, cells) for corner in corners]
+    placed_TD4 = (boxes * np.tile(scale, 2))[None] - np.tile(corners, 2)[:, None]
     if options.thumbnail and len(corners) > 1:
-        marks.append(_mark_tile(digits, boxes * np.tile(side / np.array(size), 2), side, cells))
-    return np.concatenate(marks)
-
-
-def _mark_tile(digits: str, boxes: Boxes, side: int, cells: int) -> npt.NDArray[np.int64]:
-    step = side / cells
-    starts = np.array([(x * step, y * step) for y in range(cells) for x in range(cells)])
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    whole = _overlap(boxes, np.zeros((1, 2)), side)[0] / area
-    part = _overlap(boxes, starts, step) / np.minimum(area, step**2)
-    marks = np.zeros((len(starts), 10), np.int64)
-    for digit, in_tile, in_cell in sorted(zip(map(int, digits), whole, part.T, strict=True), key=lambda one: one[1]):
-        marks[(in_cell > HINTED) & (marks[:, digit] == 0), digit] = -1
-        if in_tile > WHOLE:
-            marks[in_cell > SHOWN, digit] = 1
-    return marks
-
-
-def _overlap(boxes: Boxes, starts: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
-    """Returns the area that each square of side `step` shares with each box, [squares, boxes]."""
-    low = np.maximum(boxes[None, :, :2], starts[:, None])
-    high = np.minimum(boxes[None, :, 2:], starts[:, None] + step)
-    return np.prod(np.clip(high - low, 0, None), axis=2)
+        placed_TD4 = np.concatenate((placed_TD4, (boxes * np.tile(side / np.array(size), 2))[None]))
+    low_TD2, high_TD2 = placed_TD4[..., :2], placed_TD4[..., 2:]
+    inside_TD2 = np.clip(np.minimum(high_TD2, side) - np.maximum(low_TD2, 0), 0, None)
+    part_TD = inside_TD2.prod(2) / (high_TD2 - low_TD2).prod(2)
+    starts, step = np.arange(cells) * side / cells, side / cells
+    low_TDR, high_TDR = low_TD2[..., 1:], high_TD2[..., 1:]
+    height_TDR = np.clip(np.minimum(high_TDR, starts + step) - np.maximum(low_TDR, starts), 0, None)
+    share_TDR = height_TDR / np.minimum(high_TDR - low_TDR, step)
+    middles = (np.arange(cells * COLUMNS) + 0.5) * step / COLUMNS
+    crossed_TDC = (low_TD2[..., :1] < middles) & (middles < high_TD2[..., :1])
+    marks = np.zeros((len(placed_TD4), cells, cells * COLUMNS, 10), np.int8)
+    for place, digit in enumerate(map(int, digits)):
+        crossed_T1C = crossed_TDC[:, place, None]
+        share_TR1, part_T11 = share_TDR[:, place, :, None], part_TD[:, place, None, None]
+        mark_TRC = marks[..., digit]
+        mark_TRC[crossed_T1C & (share_TR1 > HINTED) & (part_T11 > 0) & (mark_TRC == 0)] = -1
+        mark_TRC[crossed_T1C & (share_TR1 > SHOWN) & (part_T11 > PART)] = 1
+    return marks.reshape(-1, NUM_MARKS)
