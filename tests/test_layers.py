@@ -16,6 +16,7 @@ PACKAGE = ROOT / "internvl_rt"
 # The modules from leaf to top: a module imports only modules above it in this list.
 MODULES = [
     "errors",
+    "values",
     "checkpoint.json_section",
     "checkpoint.tensor_file",
     "checkpoint.config",

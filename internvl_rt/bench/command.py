@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part], args.switches)
     with record:
         start_s = time.perf_counter()
-        options = _engine_options(args, config)
+        options = _engine_options(args, config, device)
         with Engine.from_pretrained(
             args.model, device=args.device, dtype=args.dtype, seed=args.seed, **args.switches, **options
         ) as engine:
@@ -90,7 +90,7 @@ def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: tor
     table(rows)
 
 
-def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+def _engine_options(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Returns the options that each bench needs; caches are off unless reuse is measured."""
     window = config.decoder.max_position
     if args.part == "serve":
@@ -101,7 +101,7 @@ def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, 
     if args.part == "prefill":
         lengths = [num for _, num, _ in prefill.prompt_lengths(args.tokens, args.tiles, config.tokens_per_tile)]
         return alone | {"max_model_len": min(window, 1 + max(lengths))}
-    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().max_tokens_per_step, window)
+    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().tokens_per_step(device), window)
     return alone | {"max_num_seqs": max(args.batch), "max_model_len": length}
 
 

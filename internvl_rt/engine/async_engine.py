@@ -84,6 +84,7 @@ class AsyncEngine:
         timeout_s counts from the first `anext`; it does not interrupt preparation. Raises RequestError or MediaError,
         QueueFullError if there are more requests than the engine takes, EngineDeadError if the worker thread has died.
         """
+        params = self._engine.check_call(params, timeout_s)
         make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
         call = await self._start(make, every_piece=True)
         try:
@@ -105,6 +106,7 @@ class AsyncEngine:
         timeout_s: float | None = None,
     ) -> Reply:
         """Answers as `Engine.chat` does. Raises what `stream` raises."""
+        params = self._engine.check_call(params, timeout_s)
         make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
         call = await self._start(make)
         try:
@@ -177,14 +179,14 @@ class AsyncEngine:
     def _prepare(
         self,
         messages: Messages,
-        params: SamplingParams | None,
+        params: SamplingParams,
         v2pe_delta: Delta | None,
         cache_salt: str | None,
         timeout_s: float | None,
         start_s: float,
     ) -> Request:
         prepared = self._engine.prepare(messages, v2pe_delta, cache_salt)
-        return self._engine.new_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+        return self._engine.new_request(replace(prepared, start_s=start_s), params, timeout_s)
 
     async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
         """Makes a request and submits it, both in a thread of the pool."""

@@ -15,14 +15,14 @@ from tqdm import tqdm
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
-from internvl_rt.engine.options import EngineOptions, takes_options
+from internvl_rt.engine.options import PARAMS, SALT, TIMEOUT, EngineOptions, takes_options
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -34,8 +34,9 @@ from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
+from internvl_rt.values import Flag, OrNone, read, shown
 
-MAX_TILES_PER_STEP = 32  # 32 tiles of 256 visual tokens: as many tokens as a step computes by default
+MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
 
 SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
@@ -61,11 +62,12 @@ class Engine:
         self.visual_cache = VisualCache(options.visual_cache_bytes)
         room = min(model.config.decoder.max_position, cache.blocks.num_blocks * cache.block_size)
         self.max_model_len = options.max_model_len or room
+        self.max_tokens_per_step = options.tokens_per_step(model.device)
         scheduler = Scheduler(
             cache,
             max_num_seqs=options.max_num_seqs,
-            max_tokens_per_step=options.max_tokens_per_step,
-            max_tiles_per_step=MAX_TILES_PER_STEP,
+            max_tokens_per_step=self.max_tokens_per_step,
+            max_tiles_per_step=min(MAX_TILES_PER_STEP, -(-self.max_tokens_per_step // model.config.tokens_per_tile)),
         )
         self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
@@ -74,7 +76,7 @@ class Engine:
             self.runner.capture(
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
-                max_tokens_per_step=options.max_tokens_per_step,
+                max_tokens_per_step=self.max_tokens_per_step,
             )
         max_requests = options.max_num_seqs + options.max_waiting
         run_ahead = model.device.type == "cuda"
@@ -139,8 +141,9 @@ class Engine:
 
         This call raises the errors in the request; closing the iterator cancels the request.
         """
+        params = self.check_call(params, timeout_s)
         prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self._stream(self.new_request(prepared, params or SamplingParams(), timeout_s))
+        return self._stream(self.new_request(prepared, params, timeout_s))
 
     def generate(
         self,
@@ -157,7 +160,11 @@ class Engine:
         The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
-        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
+        read("progress", progress, Flag())
+        if isinstance(params, Items):
+            each = [self.check_call(one, timeout_s) for one in params]
+        else:
+            each = [self.check_call(params, timeout_s)] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
@@ -192,6 +199,8 @@ class Engine:
 
         Raises RequestError or MediaError.
         """
+        self.loop.check()
+        cache_salt = read("cache_salt", cache_salt, SALT)
         pictures = self.preparer.open_images(images)
         for picture in pictures:
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
@@ -208,6 +217,9 @@ class Engine:
         The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, as
         on a full disk, disturbs no request. Raises RequestError if the file cannot be made, or at the end if it failed.
         """
+        self.loop.check()
+        if not isinstance(path, str | Path):
+            raise RequestError(f"path must be a string or a Path, got {shown(path)}")
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)
             try:
@@ -215,11 +227,21 @@ class Engine:
             finally:
                 self.loop.set_trace(None)
 
+    def check_call(self, params: SamplingParams | None, timeout_s: float | None) -> SamplingParams:
+        """Returns the parameters of a call, before anything is prepared. Raises RequestError or EngineDeadError."""
+        self.loop.check()
+        read("timeout_s", timeout_s, TIMEOUT)
+        params = read("params", params, PARAMS) or SamplingParams()
+        self._sequences.check(params)
+        return params
+
     def prepare(self, messages: Messages, v2pe_delta: Delta | None = None, cache_salt: str | None = None) -> Prepared:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
         Raises RequestError or MediaError.
         """
+        self.loop.check()
+        v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt)
         start_s = time.perf_counter()
         self._load_pictures(prepared)
@@ -227,6 +249,7 @@ class Engine:
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Makes a prompt as `prepare` does, from rendered turns and the tiles of each of their pictures."""
+        self.loop.check()
         prepared = self.preparer.prepare_turns(turns, tiles)
         self._load_pictures(prepared)
         return prepared
@@ -235,6 +258,7 @@ class Engine:
         self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
+        read("include_end", include_end, Flag())
         prompt = self.prepare(messages, delta, salt)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
@@ -275,8 +299,7 @@ class Engine:
 
     def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
         """Makes a request for `loop.submit`. Raises RequestError."""
-        if timeout_s is not None and not timeout_s > 0:
-            raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
+        timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
             request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))

@@ -72,7 +72,7 @@ def plan_memory(
 
     graphs: whether CUDA graphs will be captured. Raises RequestError unless one sequence of `max_model_len` fits.
     """
-    max_num_tokens, max_num_seqs = options.max_tokens_per_step, options.max_num_seqs
+    max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
     total_bytes, graph_bytes, cublas_bytes = None, 0, 0

@@ -1,6 +1,7 @@
 """The options of an engine: keyword arguments of `Engine.from_pretrained`, checked once."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
@@ -10,12 +11,15 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
-from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.position import DELTA, Delta
+from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
+TOKENS_PER_STEP = 8192
+TOKENS_PER_CPU_STEP = 512
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
 
 P = ParamSpec("P")
@@ -27,7 +31,8 @@ T = TypeVar("T")
 class EngineOptions:
     """Options of an engine. Raises RequestError that names a value out of range.
 
-    `device`, `dtype`, `backend`, `v2pe_delta` and `max_tiles` are checked when an engine is built.
+    A count, a size or a number may be numpy's; a bool is no number. Whether the device is there is checked when an
+    engine is built.
 
     device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
@@ -37,7 +42,8 @@ class EngineOptions:
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
-    max_tokens_per_step: most tokens that one step computes.
+    max_tokens_per_step: most tokens that one step computes; None is 8192 on CUDA and 512 on the CPU, where a longer
+        step would hold up all other requests for seconds.
     max_waiting: most requests that may wait until they run; more are refused.
     prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
@@ -64,7 +70,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64
-    max_tokens_per_step: int = 8192
+    max_tokens_per_step: int | None = None
     max_waiting: int = 1024
     prefix_cache: bool = True
     visual_cache_bytes: int = DEFAULT_VISUAL_CACHE_BYTES
@@ -80,19 +86,14 @@ class EngineOptions:
     programmatic_launch: bool = True
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("max_num_seqs", "max_tokens_per_step", "max_model_len"), 1)
-        for name, number in (least | {"max_waiting": 0, "visual_cache_bytes": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise RequestError(f"{name} must be at least {number}, got {value}")
-        for name in ("cuda_graphs", "programmatic_launch"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not 0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
-            raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
-        if self.block_size not in BLOCK_SIZES:
-            raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
+        read_fields(self, _KINDS)
         ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
+
+    def tokens_per_step(self, device: torch.device) -> int:
+        """Returns `max_tokens_per_step`, or its default for a device."""
+        return self.max_tokens_per_step or (TOKENS_PER_STEP if device.type == "cuda" else TOKENS_PER_CPU_STEP)
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -106,6 +107,57 @@ class EngineOptions:
             alpha=self.alpha,
             max_pixels=self.max_pixels,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    expected = "auto, cpu, cuda or cuda:N"
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", value):
+            raise UnfitError
+        return str.__str__(value)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+_MOST_BYTES = 1 << 50
+_KINDS: dict[str, Kind] = {
+    "device": _Device(),
+    "dtype": OneOf(("auto", *_FLOAT_NAMES, *_FLOATS), f"auto, {', '.join(_FLOAT_NAMES)} or the same torch dtype"),
+    "revision": OrNone(Text(1, 256)),
+    "max_model_len": OrNone(Integer(1, 1 << 24)),
+    "kv_cache_bytes": OrNone(Integer(1, _MOST_BYTES)),
+    "block_size": OneOf(BLOCK_SIZES),
+    "max_num_seqs": Integer(1, 4096),
+    "max_tokens_per_step": OrNone(Integer(1, 1 << 20)),
+    "max_waiting": Integer(0, 1 << 20),
+    "prefix_cache": Flag(),
+    "visual_cache_bytes": Integer(0, _MOST_BYTES),
+    "num_draft_tokens": Integer(0, MAX_DRAFT_TOKENS),
+    "v2pe_delta": DELTA,
+    "max_tiles": OrNone(Integer(1, 128)),
+    "seed": OrNone(Integer(0, 2**64 - 1)),
+    "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
+    "cuda_graphs": Flag(),
+    "programmatic_launch": Flag(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Params:
+    expected = "SamplingParams, such as SamplingParams(max_tokens=64), or None"
+
+    def read(self, value: object) -> SamplingParams | None:
+        if not isinstance(value, SamplingParams | None):
+            raise UnfitError
+        return value
+
+
+# What calls of an engine take besides.
+PARAMS = _Params()
+SALT = OrNone(Text(0, 4096))
+TIMEOUT = OrNone(Number(0, 1e9, above=True))  # seconds
 
 
 def takes_options(

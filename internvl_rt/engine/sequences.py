@@ -29,22 +29,26 @@ class SequenceFactory:
         self._engine_seed = secrets.randbits(64) if options.seed is None else options.seed
         self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
 
-    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
-        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
-
-        `max_tokens` is cut to the room left in the context window. Raises RequestError.
-        """
+    def check(self, params: SamplingParams) -> None:
+        """Raises RequestError for parameters that this engine cannot serve."""
         most = self._options.max_num_seqs
         if params.n > most:
             raise RequestError(
                 f"n is {params.n}, but at most max_num_seqs = {most} answers run together; lower n or raise "
                 "max_num_seqs"
             )
-        for token_id in params.stop_token_ids:
+        for token_id in params.stop_ids:
             if token_id >= self._vocab_size:
                 raise RequestError(
                     f"stop_token_ids: {token_id} is not in the vocabulary of {self._vocab_size:,} tokens"
                 )
+
+    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
+        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
+
+        `max_tokens` is cut to the room left in the context window. Raises RequestError.
+        """
+        self.check(params)
         number = next(self._prompt_numbers)
         seed = params.seed if params.seed is not None else derive_seed(self._engine_seed, number)
         left = self._max_model_len - len(prepared.prompt.token_ids)
@@ -64,7 +68,7 @@ class SequenceFactory:
                 pictures=prepared.pictures,
                 params=params,
                 max_tokens=min(params.max_tokens, room) if prepared.score_from is None else 0,
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                stop_ids=frozenset((*eos, *params.stop_ids)),
                 seed=derive_seed(seed, index) if index else seed,
                 identity=prepared.identity,
                 salt=prepared.salt,

@@ -255,7 +255,7 @@ def test_an_answer_that_takes_too_long_ends_where_it_is(engine, monkeypatch):
     assert reply.finish_reason == "timeout"
     assert 0 < len(reply.token_ids) < 30
     assert 1 <= reply.timings.total_s < 10
-    with pytest.raises(RequestError, match="timeout_s must be above 0"):
+    with pytest.raises(RequestError, match="timeout_s must be a number above 0"):
         engine.chat(ask("Hello"), timeout_s=0)
 
 

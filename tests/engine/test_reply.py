@@ -78,5 +78,7 @@ def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
 def test_useless_stop_strings_are_refused(stop):
-    with pytest.raises(ValueError, match="stop must be at most 64 strings of 1 to 1024 characters"):
+    with pytest.raises(
+        ValueError, match="stop must be a string of 1 to 1,024 characters, or a list of at most 64 such"
+    ):
         SamplingParams(stop=stop)
