@@ -105,6 +105,7 @@ MODULES = [
     "engine.sequences",
     "engine.in_flight",
     "engine.loop",
+    "engine.preparing",
     "engine.engine",
     "engine.async_engine",
     "engine.__init__",

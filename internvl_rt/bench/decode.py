@@ -125,5 +125,5 @@ def _check(requests: Iterable[Request]) -> None:
     """Checks that all requests still run, so that every step was of the whole batch."""
     for request in requests:
         if request.error is not None:
-            raise request.error
+            raise request.take_error()
         assert not request.done, "there is room for all tokens that are drawn"

@@ -16,6 +16,7 @@ from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, SALT, TIMEOUT, EngineOptions, takes_options
+from internvl_rt.engine.preparing import Proceed, go_on
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
@@ -173,7 +174,9 @@ class Engine:
                 try:
                     yield self.prepare(messages, v2pe_delta, cache_salt)
                 except InternVLError as error:
-                    raise error if len(batch) == 1 else type(error)(f"request {index}: {error}") from error
+                    if len(batch) == 1:
+                        raise
+                    raise type(error)(f"request {index}: {error}") from error
 
         return self.generate_prepared(prepared(), each, timeout_s=timeout_s, progress=progress)
 
@@ -199,12 +202,7 @@ class Engine:
 
         Raises RequestError or MediaError.
         """
-        self.loop.check()
-        cache_salt = read("cache_salt", cache_salt, SALT)
-        pictures = self.preparer.open_images(images)
-        for picture in pictures:
-            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+        return self.encode_while(images, cache_salt)
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
@@ -227,6 +225,18 @@ class Engine:
             finally:
                 self.loop.set_trace(None)
 
+    def encode_while(
+        self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on
+    ) -> list[Tensor]:
+        """Encodes pictures as `encode_images` does. proceed: called before each picture is decoded; it may raise."""
+        self.loop.check()
+        cache_salt = read("cache_salt", cache_salt, SALT)
+        pictures = self.preparer.open_images(images)
+        for picture in pictures:
+            proceed()
+            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
+        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+
     def check_call(self, params: SamplingParams | None, timeout_s: float | None) -> SamplingParams:
         """Returns the parameters of a call, before anything is prepared. Raises RequestError or EngineDeadError."""
         self.loop.check()
@@ -235,16 +245,22 @@ class Engine:
         self._sequences.check(params)
         return params
 
-    def prepare(self, messages: Messages, v2pe_delta: Delta | None = None, cache_salt: str | None = None) -> Prepared:
+    def prepare(
+        self,
+        messages: Messages,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        proceed: Proceed = go_on,
+    ) -> Prepared:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
-        Raises RequestError or MediaError.
+        proceed: called before each picture is decoded; it may raise. Raises RequestError or MediaError.
         """
         self.loop.check()
         v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt)
         start_s = time.perf_counter()
-        self._load_pictures(prepared)
+        self._load_pictures(prepared, proceed)
         return replace(prepared, tile_s=time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
@@ -255,11 +271,17 @@ class Engine:
         return prepared
 
     def prepare_scores(
-        self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
+        self,
+        messages: Messages,
+        responses: Items[str],
+        include_end: bool,
+        delta: Delta | None,
+        salt: str | None,
+        proceed: Proceed = go_on,
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
         read("include_end", include_end, Flag())
-        prompt = self.prepare(messages, delta, salt)
+        prompt = self.prepare(messages, delta, salt, proceed)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
@@ -271,38 +293,40 @@ class Engine:
         progress: bool = False,
     ) -> list[Reply]:
         """Answers as `generate` does. Takes a prompt from `prompts` when fewer than `max_num_seqs` requests run."""
-        requests: list[Request] = []
-        unfinished: list[Request] = []
+        replies: dict[int, Reply] = {}
+        unfinished: dict[int, Request] = {}  # a request that has ended is not held any longer
         with tqdm(total=len(params), unit="request", disable=not progress) as bar:
 
             def advance() -> None:
-                self.loop.advance(unfinished[0])
-                left = [request for request in unfinished if not request.done]
-                bar.update(len(unfinished) - len(left))
-                unfinished[:] = left
+                self.loop.advance(next(iter(unfinished.values())))
+                for index, request in [(i, request) for i, request in unfinished.items() if request.done]:
+                    self.loop.poll(request)  # raises the request's error
+                    if request.reply is not None:
+                        replies[index] = request.reply
+                    del unfinished[index]
+                    bar.update()
 
             try:
-                for prompt, each in zip(prompts, params, strict=True):
+                for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
                     while len(unfinished) >= self.options.max_num_seqs:
                         advance()
-                    requests.append(self.new_request(prompt, each, timeout_s))
-                    self.loop.submit(requests[-1])
-                    unfinished.append(requests[-1])
+                    request = self.new_request(prompt, each, timeout_s)
+                    self.loop.submit(request)
+                    unfinished[index] = request
+                    del request, prompt
                 while unfinished:
                     advance()
-                for request in requests:
-                    self.loop.poll(request)  # raises the request's error
             finally:
-                for request in unfinished:
+                for request in unfinished.values():
                     self.loop.cancel(request)
-        return [request.reply for request in requests if request.reply is not None]
+        return [replies[index] for index in range(len(params))]
 
     def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
         """Makes a request for `loop.submit`. Raises RequestError."""
         timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
+            request.answers.append(Answer(sequence, AnswerText(self.tokenizer.stream(), params)))
         return request
 
     def close(self) -> None:
@@ -315,7 +339,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load_pictures(self, prepared: Prepared) -> None:
+    def _load_pictures(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
         """Decodes and uploads pictures in the caller's thread, so that a broken one is this caller's error alone.
 
         Skips an image whose keys and values are in the KV cache, or whose visual tokens are kept.
@@ -323,6 +347,7 @@ class Engine:
         token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
         num_cached = self.cache.match(token_ids, pictures, prepared.identity) if pictures else 0
         for picture in pictures:
+            proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (is_cached or self.visual_cache.has(picture.digest, prepared.salt)):
                 self._uploads.load(picture)

@@ -111,8 +111,8 @@ def plan_memory(
 def _free_bytes(device: torch.device) -> tuple[int, int]:
     """Returns the bytes of the device that can still be allocated, and the bytes that it has.
 
-    Memory that torch keeps but can give back is free too. An unused engine is a reference cycle, whose memory is freed
-    when the garbage is collected.
+    Memory that torch keeps but can give back is free too, and so is that of an unused engine that a caller's error or
+    other reference cycle holds: garbage is collected first.
     """
     gc.collect()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -1,11 +1,12 @@
 """The text of an answer as it becomes visible, and the finished reply with its costs."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
-from internvl_rt.model.work import Roof, Work
+from internvl_rt.model.work import NO_WORK, Roof, Work
 from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import FinishReason
 
@@ -111,6 +112,30 @@ class Reply:
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         return self.choices[0].logprobs
+
+
+def unprepared_reply(params: SamplingParams, start_s: float) -> Reply:
+    """Returns the reply to a request whose time was over before its prompt was known. start_s: by perf_counter."""
+    empty = Choice("", [], "timeout", logprobs=None if params.logprobs is None else ())
+    return Reply(
+        choices=(empty,) * params.n,
+        usage=Usage(prompt_tokens=0, image_tokens=0, completion_tokens=0),
+        timings=Timings(
+            media_s=0.0,
+            tile_s=0.0,
+            vision_s=0.0,
+            prefill_s=0.0,
+            decode_s=0.0,
+            queued_s=0.0,
+            first_token_s=0.0,
+            total_s=time.perf_counter() - start_s,
+            num_decoded=0,
+            vision_work=NO_WORK,
+            prefill_work=NO_WORK,
+            decode_work=NO_WORK,
+        ),
+        prompt_logprobs=None if params.prompt_logprobs is None else (),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,11 +68,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: width of the model's logits; ids that the tokenizer does not have are never allowed."""
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._stop_id = tokenizer.token_id("<|im_end|>")
-        self._lock = Lock()
-        self._vocabulary: LLTokenizer | None = None
-        self._compile = lru_cache(maxsize=_CACHED)(self._compile_anew)
+        self._compile = lru_cache(maxsize=_CACHED)(_Library(tokenizer, vocab_size).compile)
 
     def compile(self, kind: GrammarKind, text: str) -> "Grammar":
         """Compiles a JSON schema, given as JSON, or a regular expression that the whole answer must match.
@@ -83,7 +79,17 @@ class GrammarCompiler:
         check_grammar_size(kind, text)
         return self._compile(kind, text)
 
-    def _compile_anew(self, kind: GrammarKind, text: str) -> "Grammar":
+
+class _Library:
+    """llguidance with one tokenizer; nothing is compiled until the first grammar is needed."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._lock = Lock()
+        self._vocabulary: LLTokenizer | None = None
+
+    def compile(self, kind: GrammarKind, text: str) -> "Grammar":
         vocabulary = self._build_vocabulary()
         from llguidance import LLMatcher, LLParserLimits
 

@@ -82,12 +82,15 @@ class Runner:
     def capture(
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
-        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on."""
-        model, cache, config = self._model, self._cache, self._model.config
+        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
+
+        What the graphs call refers to the model and the cache, not to this object, which holds the graphs.
+        """
+        model, cache, config, drawn_R = self._model, self._cache, self._model.config, self._drawn_R
 
         def decode(inputs: StepInputs, logits_SV: Tensor, sampling: Sampling) -> Tensor:
             logits_SV = model.logits(model.run_step(inputs, cache.layers), logits_SV)
-            model.ops.sample(logits_SV, sampling, self._drawn_R[: len(logits_SV)])
+            model.ops.sample(logits_SV, sampling, drawn_R[: len(logits_SV)])
             return logits_SV
 
         def prefill(inputs: StepInputs, x_TD: Tensor) -> Tensor:
@@ -98,12 +101,12 @@ class Runner:
             self._tile_graphs = TileGraphs(model.encode_tiles, config.vision.image_size, model.device, capture)
             logits_SV, buckets = model.logits_memory(max_num_seqs), prefill_buckets(config.decoder, max_tokens_per_step)
             self._decode_graphs = DecodeGraphs(
-                decode, cache, self._drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+                decode, cache, drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
             )
             num_tokens, width = max(buckets, default=0), config.decoder.hidden_size
             x_TD = torch.zeros(num_tokens, width, dtype=model.dtype, device=model.device)
             self._prefill_graphs = PrefillGraphs(
-                prefill, cache, self._drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
+                prefill, cache, drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
             )
 
     @torch.inference_mode()
