@@ -176,7 +176,7 @@ class Preparer:
         most = self._max_model_len // self._config.tokens_per_tile
         if num_media > most:
             raise RequestError(
-                f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
+                f"the conversation has {quoted(num_media)} pictures and videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
         num_characters = sum(len(part) for part in parts if isinstance(part, str))
