@@ -64,9 +64,9 @@ def build_prompt(
     """Renders `turns` and, after a last user turn, the beginning of the answer.
 
     image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. A user or assistant turn with
-    neither text nor picture renders its role alone, as in the official template. `user_specials`: special tokens
-    written in the texts are read as special, as in the official code; they give no picture a place, which only `IMAGE`
-    parts do. Raises RequestError if the counts do not match the parts.
+    neither text nor picture renders its role alone, as in the official template. `user_specials`: the tokens that the
+    tokenizer hides from texts are read in them, as in the official code; they give no picture a place, which only
+    `IMAGE` parts do. Raises RequestError if the counts do not match the parts.
     """
     num_images = sum(part is IMAGE for turn in turns for part in turn.parts)
     if num_images != len(image_token_counts):

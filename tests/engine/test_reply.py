@@ -43,6 +43,14 @@ def test_surrounding_whitespace_never_becomes_visible():
     assert out == ["", "a", "", " \n b", "", ""]
 
 
+@pytest.mark.parametrize("grammar", [{"regex": "(?s).*"}, {"json_schema": True}])
+def test_an_answer_with_a_grammar_keeps_all_its_text(grammar):
+    out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], **grammar)
+    assert answer.text == " \n a \n b \n"
+    assert out == [" ", "\n a", " \n", " b ", "\n", ""]
+    assert visible_pieces([" a", " E", "ND"], stop="END", **grammar)[1].text == " a "
+
+
 def test_stop_string_across_pieces_ends_the_answer_before_it():
     out, answer = visible_pieces(["one E", "N", "D two"], stop="END")
     assert (out, answer.text, answer.stopped) == (["one", "", "", ""], "one", True)
