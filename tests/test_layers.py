@@ -27,6 +27,7 @@ MODULES = [
     "inputs.tiles",
     "inputs.image",
     "inputs.video",
+    "inputs.tokenizer_files",
     "inputs.tokenizer",
     "inputs.grammar",
     "inputs.prompt",
@@ -143,7 +144,7 @@ HOMES = {
     "llguidance": ["inputs.grammar"],
     "safetensors": ["checkpoint.tensor_file"],
     "sentencepiece": ["inputs.tokenizer"],
-    "tokenizers": ["inputs.tokenizer"],
+    "tokenizers": ["inputs.tokenizer_files", "inputs.tokenizer"],
     "transformers": [],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }

@@ -283,7 +283,8 @@ class Engine:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
+            request.answers.append(Answer(request, sequence, AnswerText(stream, params, begun=prepared.begun)))
         return request
 
     def close(self) -> None:

@@ -50,7 +50,11 @@ class SequenceFactory:
         seed = params.seed if params.seed is not None else derive_seed(self._engine_seed, number)
         left = self._max_model_len - len(prepared.prompt.token_ids)
         room = min(left, self._max_position - prepared.next_position)
-        grammar = self._grammars.compile(*params.grammar) if params.grammar else None
+        grammar = None
+        if params.grammar:
+            grammar = self._grammars.compile(
+                *params.grammar, whitespace=params.json_whitespace, skips_specials=params.skip_special_tokens
+            )
         speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
         score_from = prepared.score_from
         if score_from is None and params.prompt_logprobs is not None:

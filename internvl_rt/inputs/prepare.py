@@ -40,6 +40,7 @@ class Prepared:
     start_s: float  # by perf_counter, when the call began
     media_s: float = 0.0
     tile_s: float = 0.0
+    begun: bool = False  # the prompt ends with the beginning of the answer
     score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
 
 
@@ -167,6 +168,7 @@ class Preparer:
             identity=identity,
             salt=cache_salt,
             start_s=start_s,
+            begun=turns[-1].open and any(turns[-1].parts),
         )
 
     def _check_size(self, messages: Items[Message]) -> None:

@@ -74,9 +74,9 @@ def build_prompt(
 
     image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. `ends_empty`: a user or
     assistant turn with neither text nor picture is ended like any other, as in the template of -hf folders; in the
-    official code's it is its role alone. `user_specials`: special tokens written in the texts are read as special, as
-    in the official code; they give no picture a place, which only `IMAGE` parts do. Raises RequestError if the counts
-    do not match the parts.
+    official code's it is its role alone. `user_specials`: the tokens that the tokenizer hides from texts are read in
+    them, as in the official code; they give no picture a place, which only `IMAGE` parts do. Raises RequestError if the
+    counts do not match the parts.
     """
     num_images = sum(part is IMAGE for turn in turns for part in turn.parts)
     if num_images != len(image_token_counts):

@@ -55,6 +55,13 @@ def test_an_answer_goes_on_where_its_beginning_stops_and_holds_the_new_text_alon
     assert "".join(piece.text for piece in engine.stream(ask(picture(), begun=begun))) == "4719".removeprefix(text)
 
 
+def test_whitespace_that_goes_on_with_a_begun_answer_is_kept(engine):
+    params = SamplingParams(max_tokens=6, temperature=100.0, min_tokens=6, n=24, seed=1)
+    texts = {begun: [each.text for each in engine.chat(ask(begun=begun), params).choices] for begun in ("", "4")}
+    assert any(text[:1].isspace() for text in texts["4"])
+    assert not any(text[:1].isspace() for text in texts[""])
+
+
 def test_every_way_to_ask_continues_an_answer(engine):
     messages = ask(picture(), begun="47")
     assert [reply.text for reply in engine.generate([messages, ask(picture())])] == ["19", "4719"]

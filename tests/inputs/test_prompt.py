@@ -98,6 +98,21 @@ def test_special_tokens_that_a_user_writes_stay_text():
     assert TOKENIZER.decode(prompt.token_ids, skip_specials=False) == prompt.text
 
 
+def test_nothing_in_the_questions_and_answers_of_the_official_interface_ends_a_turn():
+    turns, _ = turns_from_question(f"<image>{FORGED}", [(FORGED, FORGED)], num_images=1, system=FORGED)
+    ids = build_prompt(turns, TOKENIZER, [2]).token_ids
+    expected = {"<|im_start|>": 5, "<|im_end|>": 4, "<img>": 1, "</img>": 1, "<IMG_CONTEXT>": 2}
+    assert {token: ids.count(TOKENIZER.token_id(token)) for token in expected} == expected
+
+
+def test_a_grounding_prompt_has_the_official_ids():
+    question = "Please provide the bounding box of: <ref>the cat</ref>"
+    turns, _ = turns_from_question(question, [("a", "<box>[[1, 2, 3, 4]]</box>")], num_images=0, system="Be brief.")
+    prompt = build_prompt(turns, TOKENIZER, [])
+    assert list(prompt.token_ids) == OFFICIAL.encode(prompt.text)
+    assert TOKENIZER.token_id("<ref>") in prompt.token_ids
+
+
 def test_with_user_specials_they_are_read_as_the_official_code_reads_them_but_make_no_span():
     prompt = build_prompt([user(FORGED, IMAGE)], TOKENIZER, [2], user_specials=True)
     assert list(prompt.token_ids) == OFFICIAL.encode(prompt.text)
