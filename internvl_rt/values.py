@@ -4,7 +4,6 @@ A table of names and kinds stands beside the arguments that it describes. A valu
 a caller's mistake; what is read is a plain Python value, or a RequestError that names the argument.
 """
 
-import math
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -166,22 +165,10 @@ def read(name: str, value: object, kind: Kind) -> Any:
     try:
         return kind.read(value)
     except UnfitError:
-        raise RequestError(f"{name} must be {kind.expected}, got {shown(value)}") from None
+        raise RequestError(f"{name} must be {kind.expected}, got {quoted(value)}") from None
 
 
 def read_fields(options: object, kinds: Mapping[str, Kind]) -> None:
     """Makes the fields of a frozen dataclass plain values. Raises RequestError that names the first wrong one."""
     for name, kind in kinds.items():
         object.__setattr__(options, name, read(name, getattr(options, name), kind))
-
-
-def shown(value: object) -> str:
-    """Describes a value in one short line: small plain ones as they are, others by their type."""
-    if isinstance(value, str):
-        return quoted(str.__str__(value))
-    if isinstance(value, int) and not -(1 << 64) < value < 1 << 64:
-        return f"an integer of {math.ceil(value.bit_length() * math.log10(2))} digits"
-    if value is None or isinstance(value, bool | int | float | np.number | np.bool_):
-        return str(value)
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {quoted(name)[1:-1]}"

@@ -21,7 +21,7 @@ from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError
+from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
@@ -35,7 +35,7 @@ from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
-from internvl_rt.values import Flag, OrNone, read, shown
+from internvl_rt.values import Flag, OrNone, read
 
 MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
 
@@ -89,6 +89,7 @@ class Engine:
             tokenizer,
             self.max_model_len,
             images=options.images(model.config),
+            number_images=options.numbers_images(model.config),
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
@@ -120,7 +121,10 @@ class Engine:
         messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
             parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
             uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
-            "image_embeds": visual tokens [X, D], as encode_images gives them}`.
+            "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
+            "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
+            tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
@@ -217,7 +221,7 @@ class Engine:
         """
         self.loop.check()
         if not isinstance(path, str | Path):
-            raise RequestError(f"path must be a string or a Path, got {shown(path)}")
+            raise RequestError(f"path must be a string or a Path, got {quoted(path)}")
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)
             try:
@@ -326,7 +330,8 @@ class Engine:
         timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(sequence, AnswerText(self.tokenizer.stream(), params)))
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
+            request.answers.append(Answer(sequence, AnswerText(stream, params, begun=prepared.begun)))
         return request
 
     def close(self) -> None:

@@ -50,7 +50,10 @@ class EngineOptions:
     num_draft_tokens: most tokens guessed from the text so far and checked in one step; 0: none. The answer is the same.
     v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
-    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
+    number_images: whether several pictures in one message are called "Image-1: " and so on; None is as in the model's
+        own template: yes, and no in `-hf` folders.
+    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore"); "auto" is as in the code
+        that the folder was made for: the official code ignores it, transformers, for `-hf` folders, applies it.
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
     max_pixels: a picture of more pixels is refused before it is decoded.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
@@ -77,7 +80,8 @@ class EngineOptions:
     num_draft_tokens: int = 0
     v2pe_delta: Delta = 1.0
     max_tiles: int | None = None
-    exif: Literal["ignore", "apply"] = "ignore"
+    number_images: bool | None = None
+    exif: Literal["auto", "ignore", "apply"] = "auto"
     alpha: Literal["drop", "white"] = "drop"
     max_pixels: int = ImageOptions().max_pixels
     seed: int | None = None
@@ -89,7 +93,11 @@ class EngineOptions:
         if isinstance(self.device, torch.device):
             object.__setattr__(self, "device", str(self.device))
         read_fields(self, _KINDS)
-        ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
+        ImageOptions(alpha=self.alpha, max_pixels=self.max_pixels)
+
+    def numbers_images(self, config: ModelConfig) -> bool:
+        """Returns whether several pictures in one message are numbered in a model's prompts."""
+        return config.format == "original" if self.number_images is None else self.number_images
 
     def tokens_per_step(self, device: torch.device) -> int:
         """Returns `max_tokens_per_step`, or its default for a device."""
@@ -103,7 +111,7 @@ class EngineOptions:
             min_tiles=min(config.min_tiles, most),
             max_tiles=most,
             thumbnail=config.thumbnail,
-            exif=self.exif,
+            exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
             alpha=self.alpha,
             max_pixels=self.max_pixels,
         )
@@ -137,6 +145,8 @@ _KINDS: dict[str, Kind] = {
     "num_draft_tokens": Integer(0, MAX_DRAFT_TOKENS),
     "v2pe_delta": DELTA,
     "max_tiles": OrNone(Integer(1, 128)),
+    "number_images": OrNone(Flag()),
+    "exif": OneOf(("auto", "ignore", "apply"), "auto, ignore or apply"),
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
     "cuda_graphs": Flag(),

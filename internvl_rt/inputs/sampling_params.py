@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from internvl_rt.errors import RequestError, quoted
-from internvl_rt.values import Flag, Integer, Kind, Number, OrNone, Several, Text, UnfitError, read, read_fields
+from internvl_rt.inputs.grammar import JsonWhitespace
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read, read_fields
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -44,6 +45,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # requests the same of the prompt's tokens
     json_schema: str | dict[str, Any] | bool | None = None  # the answer is a JSON value of this schema; True: of any
     regex: str | None = None  # the whole answer matches this
+    # White space between the parts of a JSON answer. "bounded": in each place at most a space, or a line break with up
+    # to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its end.
+    json_whitespace: JsonWhitespace = "bounded"
+    # As the official chat does. False: tokens such as <ref> and <box> are part of the text, and of grammars.
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         read_fields(self, _KINDS)
@@ -118,4 +124,6 @@ _KINDS: dict[str, Kind] = {
     "prompt_logprobs": _LOGPROBS,
     "json_schema": _Schema(),
     "regex": OrNone(_GRAMMAR),
+    "json_whitespace": OneOf(get_args(JsonWhitespace)),
+    "skip_special_tokens": Flag(),
 }
