@@ -220,6 +220,7 @@ class AsyncEngine:
         def start(proceed: Proceed) -> _Call:
             steps.check()  # nothing is prepared for an engine that was closed meanwhile
             call = _Call(steps, make(proceed), event_loop, every_piece=every_piece)
+            proceed()
             steps.submit(call.request, call.notify)
             return call
 

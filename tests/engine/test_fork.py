@@ -1,9 +1,13 @@
 """A process that was forked after an engine was used is told so at the first call, and ends; nothing hangs."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from internvl_rt import EngineDeadError
+from support.async_calls import SHORT, ask, load
 
 COMMON = """
 import asyncio, gc, os, signal, sys, threading, time
@@ -91,6 +95,24 @@ def run(program):
     return ended.stdout
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_to_spawn():
+    with load(kv_cache_bytes=1 << 24) as engine:
+        engine.chat(ask("Hello"), SHORT)
+        child = os.fork()
+        if child == 0:
+            try:
+                engine.chat(ask("Hello"), SHORT)
+            except EngineDeadError as error:
+                engine.close()
+                os._exit(7 if "spawn" in str(error) else 8)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        engine.chat(ask("Hello"), SHORT)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [AFTER_USE, DURING_GENERATION], ids=["after use", "during generation"])
 def test_every_call_in_a_child_is_refused_and_the_child_ends(start):
     acts = "use, leave_the_block, forget, close_the_stream, do_nothing"
@@ -98,6 +120,7 @@ def test_every_call_in_a_child_is_refused_and_the_child_ends(start):
     assert run(program) == "[7, 7, 7, 7, 7]\n"
 
 
+@pytest.mark.slow
 def test_the_parent_goes_on_after_its_child_has_used_and_closed_the_engine():
     program = f"{COMMON}{SYNC}{AFTER_USE}\nprint(in_child(use))\nprint(list(stream)[-1].reply.usage.completion_tokens)"
     assert run(program) == "7\n20\n"
@@ -145,5 +168,6 @@ event_loop.close()
 """
 
 
+@pytest.mark.slow
 def test_every_call_of_asyncio_in_a_child_is_refused_and_the_child_ends():
     assert run(COMMON + ASYNC) == "[7, 7, 7, 7]\n"
