@@ -36,3 +36,14 @@ class EngineDeadError(InternVLError, RuntimeError):
 def quoted(text: str) -> str:
     """Returns `text`, or its beginning, as one printable line of about 200 characters, for a message."""
     return repr(text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def not_finite(dtype: object, remedy: str) -> str:
+    """Ends a message about numbers that are NaN or infinite in a torch dtype.
+
+    remedy: what to do where the dtype is not to blame. Only float16 has a range that models and inputs exceed.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        remedy += ", or load the model with dtype='bfloat16' or 'float32', whose range is larger"
+    return f"not finite in {name} (NaN or infinity); {remedy}"

@@ -20,7 +20,7 @@ from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError
+from internvl_rt.errors import InternVLError, RequestError, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
@@ -85,6 +85,7 @@ class Engine:
             model.config,
             tokenizer,
             self.max_model_len,
+            dtype=model.dtype,
             images=options.images(model.config),
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
@@ -195,7 +196,12 @@ class Engine:
         pictures = self.preparer.open_images(images)
         for picture in pictures:
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        for index, visual_XD in enumerate(visual):
+            if not visual_XD.isfinite().all():
+                what = not_finite(visual_XD.dtype, "check the checkpoint")
+                raise RequestError(f"picture {index}: its visual tokens are {what}")
+        return visual
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
@@ -274,7 +280,21 @@ class Engine:
         return [request.reply for request in requests if request.reply is not None]
 
     def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Makes a request for `loop.submit`. Raises RequestError."""
+        """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
+
+        A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
+        """
+        if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
+            raise RequestError(
+                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+            )
+        num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
+                "it, or raise max_model_len"
+            )
+        self._load_pictures(prepared)  # does nothing for those that are loaded
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
