@@ -4,6 +4,8 @@ Each message says what was wrong, what was expected, what was given and what to 
 request can cause are `ValueError`s, so a caller may catch them as one.
 """
 
+from collections.abc import Sequence
+
 
 class InternVLError(Exception):
     """Base of every error that internvl_rt raises on purpose."""
@@ -36,6 +38,16 @@ class EngineDeadError(InternVLError, RuntimeError):
 def quoted(text: str) -> str:
     """Returns `text`, or its beginning, as one printable line of about 200 characters, for a message."""
     return repr(text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def check_list(name: str, value: object, of: str) -> None:
+    """Raises RequestError unless `value` is a list or another sequence of several things.
+
+    A text, bytes and an array are one thing each, although Python can walk through them. of: what the things are.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        given = quoted(value) if isinstance(value, str) else type(value).__name__
+        raise RequestError(f"{name}: expected a list of {of}, got {given}; wrap one in a list: [...]")
 
 
 def not_finite(dtype: object, remedy: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +20,7 @@ from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError, not_finite
+from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
@@ -141,7 +141,7 @@ class Engine:
         This call raises the errors in the request; closing the iterator cancels the request.
         """
         prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self._stream(self.new_request(prepared, params or SamplingParams(), timeout_s))
+        return self._stream(self.new_request(prepared, params, timeout_s))
 
     def generate(
         self,
@@ -158,7 +158,10 @@ class Engine:
         The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
-        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
+        check_list("batch", batch, "conversations, each a list of messages")
+        if any(isinstance(messages, Mapping) for messages in batch):
+            raise RequestError("batch: expected a list of conversations, got one of messages; wrap it: [messages]")
+        each = list(params) if isinstance(params, Items) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
@@ -241,13 +244,14 @@ class Engine:
         self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
+        check_list("responses", responses, "texts")
         prompt = self.prepare(messages, delta, salt)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
         self,
         prompts: Iterator[Prepared],
-        params: Items[SamplingParams],
+        params: Items[SamplingParams | None],
         *,
         timeout_s: float | None = None,
         progress: bool = False,
@@ -279,7 +283,9 @@ class Engine:
                     self.loop.cancel(request)
         return [request.reply for request in requests if request.reply is not None]
 
-    def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
+    def new_request(
+        self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
+    ) -> Request:
         """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
 
         A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
@@ -287,6 +293,10 @@ class Engine:
         if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
             raise RequestError(
                 "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+            )
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"params: expected SamplingParams, got {type(params).__name__}; build one: SamplingParams()"
             )
         num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
         if num_tokens > self.max_model_len:

@@ -4,7 +4,7 @@ It knows no engine, and the result is plain data.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, check_list
 from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
@@ -137,8 +137,9 @@ class Preparer:
             score_from=num_prompt,
         )
 
-    def open_images(self, images: Iterable[ImageSource]) -> list[Picture]:
-        """Opens pictures without a prompt. Raises MediaError."""
+    def open_images(self, images: Items[ImageSource]) -> list[Picture]:
+        """Opens pictures without a prompt. Raises RequestError or MediaError."""
+        check_list("images", images, "pictures")
         return [_open(image, self._images) for image in images]
 
     def _prepare(
