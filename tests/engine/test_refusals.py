@@ -128,7 +128,7 @@ def bad_calls(engine):
     encoded = [lambda given=given: engine.encode_images([given]) for given in BAD_PIXELS.values()]
     tiles = [lambda given=given: engine.prepare_turns(turns, [given]) for given in BAD_TILES.values()]
     scores = [lambda given=given: engine.score(ask(("image", given)), ["4719"]) for given in BAD_PIXELS.values()]
-    return [*embeddings, *pixels, *encoded, *tiles, *scores]
+    return [*embeds, *pixels, *encoded, *tiles, *scores]
 
 
 def test_bad_inputs_fail_alone_beside_threads_that_get_their_answers(engine):
@@ -169,9 +169,11 @@ def test_a_prompt_of_another_engine_is_refused_unless_that_has_the_same_model(en
         prepared = pickle.loads(pickle.dumps(other.preparer.prepare(messages)))
     assert engine.generate_prepared(iter([prepared]), [ANSWER])[0].text == SAMPLE.stem
     long = engine.prepare(ask(*[("image", SAMPLE)] * 20))
-    with open_engine(max_model_len=64, kv_cache_bytes=1 << 24) as other:
-        with pytest.raises(RequestError, match=r"the prompt needs room for \d+ tokens, but this engine has 64"):
-            other.generate_prepared(iter([long]), [ANSWER])
+    with (
+        open_engine(max_model_len=64, kv_cache_bytes=1 << 24) as other,
+        pytest.raises(RequestError, match=r"the prompt needs room for \d+ tokens, but this engine has 64"),
+    ):
+        other.generate_prepared(iter([long]), [ANSWER])
 
 
 def test_a_broken_picture_of_a_prompt_from_elsewhere_fails_before_it_reaches_a_step(engine):
