@@ -121,7 +121,7 @@ def bad_calls(engine):
     turns, _ = turns_from_question("Read the digits.", None, num_images=1, system=None)
     width = engine.config.decoder.hidden_size
     assert width == VISUAL.shape[1]
-    embeddings = [
+    embeds = [
         lambda given=given: engine.chat(ask(("image_embeds", given)), ANSWER) for given in BAD_EMBEDDINGS.values()
     ]
     pixels = [lambda given=given: engine.chat(ask(("image", given)), ANSWER) for given in BAD_PIXELS.values()]
