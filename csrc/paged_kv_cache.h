@@ -184,7 +184,7 @@ class PagedKVCache {
   void check_prompt(const Prompt& prompt) const;
   void find_batch(std::span<const std::int32_t> seq_ids);
   void check_step(const StepBuffers& step);
-  void check_new_tokens(const Sequence& sequence, std::int32_t num_new) const;
+  void check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const;
   void fill_split_plan(const StepBuffers& step) const;
 
   std::int64_t blocks_for(std::int64_t num_tokens) const noexcept;

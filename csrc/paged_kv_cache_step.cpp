@@ -80,10 +80,11 @@ void PagedKVCache::check_step(const StepBuffers& step) {
     const std::int32_t num_new = step.num_new_tokens[row];
     CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
                    " (the length of sequence ", sequence.seq_id, "), got ", num_new);
-    check_new_tokens(sequence, num_new);
-    CHECK_ARGUMENT(blocks_for(sequence.length) <= step.table_width, "block_table_SN: expected at least ",
-                   blocks_for(sequence.length), " columns for the ", sequence.length, " tokens of sequence ",
-                   sequence.seq_id, ", got ", step.table_width);
+    const std::int64_t num_blocks = blocks_for(sequence.length);
+    check_new_tokens(sequence, num_new, num_blocks);
+    CHECK_ARGUMENT(num_blocks <= step.table_width, "block_table_SN: expected at least ", num_blocks,
+                   " columns for the ", sequence.length, " tokens of sequence ", sequence.seq_id, ", got ",
+                   step.table_width);
     num_tokens += num_new;
     num_decodes += num_new == 1;
   }
@@ -95,13 +96,17 @@ void PagedKVCache::check_step(const StepBuffers& step) {
                  " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
 }
 
-void PagedKVCache::check_new_tokens(const Sequence& sequence, std::int32_t num_new) const {
+// A step may write the sequence's last tokens only where nobody else reads them. The sequence's last token is in block
+// number num_blocks - 1.
+void PagedKVCache::check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const {
   const std::int64_t first = sequence.length - num_new;
-  CHECK_ARGUMENT(num_new == 0 || first >= sequence.num_matched, "num_new_tokens: expected at most ",
+  CHECK_ARGUMENT(first >= sequence.num_matched, "num_new_tokens: expected at most ",
                  sequence.length - sequence.num_matched, " (of the ", sequence.length, " tokens of sequence ",
                  sequence.seq_id, ", ", sequence.num_matched, " came from the cache), got ", num_new);
   if (num_new == 0) return;
-  for (std::int64_t i = first / block_size(); i < blocks_for(sequence.length); ++i)
+  std::int64_t i = num_blocks - 1;
+  while (i * block_size() > first) --i;
+  for (; i < num_blocks; ++i)
     CHECK_ARGUMENT(pool_.writable(sequence.blocks[as_size(i)]), "num_new_tokens: expected tokens in blocks that ",
                    "sequence ", sequence.seq_id, " alone holds and that are not published, got ", num_new,
                    ", and the block of token ", std::max(first, i * block_size()),

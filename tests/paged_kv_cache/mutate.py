@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "a step may compute tokens that came from the cache",
         "paged_kv_cache_step.cpp",
-        "num_new == 0 || first >= sequence.num_matched",
-        "num_new == 0 || first >= 0",
+        "CHECK_ARGUMENT(first >= sequence.num_matched",
+        "CHECK_ARGUMENT(first >= 0",
     ),
     Mutation(
         "a step may write blocks that are shared or published",
