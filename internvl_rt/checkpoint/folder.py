@@ -23,8 +23,8 @@ from internvl_rt.errors import CheckpointError, quoted
 
 _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-_ALL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_CONFIG_FILES = ("*config.json", "chat_template.*")
+_ALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
