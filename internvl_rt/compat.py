@@ -86,7 +86,7 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> SimpleNamespace:
         """Returns config.json as attributes, such as `.llm_config.num_hidden_layers`. Downloads no weights."""
-        _check_arguments("AutoConfig.from_pretrained", official)
+        _check_arguments("AutoConfig.from_pretrained", model, revision, official)
         values = read_json(find_config_file(model, revision=revision)).values
         config: SimpleNamespace = json.loads(json.dumps(values), object_hook=lambda keys: SimpleNamespace(**keys))
         return config
@@ -103,7 +103,7 @@ class ChatTokenizer(Tokenizer):
 class AutoTokenizer:
     @staticmethod
     def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> ChatTokenizer:
-        _check_arguments("AutoTokenizer.from_pretrained", official)
+        _check_arguments("AutoTokenizer.from_pretrained", model, revision, official)
         read = read_tokenizer(resolve_model(model, revision=revision))
         return ChatTokenizer(**{field.name: getattr(read, field.name) for field in fields(read) if field.init})
 
@@ -127,7 +127,7 @@ class AutoModel:
         device_map: the same in transformers' forms, such as "auto", 0, "cuda:1" or {"": 0}. The model runs on one
             device, so every entry of a map must name the same one.
         """
-        _check_arguments("AutoModel.from_pretrained", official)
+        _check_arguments("AutoModel.from_pretrained", model, revision, official)
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise RequestError(f"torch_dtype is {quoted(torch_dtype)} but dtype is {quoted(dtype)}; give one of them")
         if device_map is not None and device != "auto":
@@ -177,6 +177,9 @@ class ChatModel:
         RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
         params, streamer = _read_generation_config(generation_config)
+        for name, flag in (("return_history", return_history), ("verbose", verbose)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name} must be True or False, got {quoted(flag)}")
         tiles = self._split(pixel_values, num_patches_list)
         turns, asked = self._turns(question, _check_history(history), len(tiles))
         prepared = self.engine.prepare_turns(turns, tiles)
@@ -250,7 +253,11 @@ class ChatModel:
         return request.reply.text
 
 
-def _check_arguments(call: str, official: Mapping[str, Any]) -> None:
+def _check_arguments(call: str, model: object, revision: object, official: Mapping[str, Any]) -> None:
+    if not isinstance(model, str | Path):
+        raise RequestError(f"{call}: expected a folder or a hub id, got {quoted(model)}")
+    if not isinstance(revision, str | None):
+        raise RequestError(f"{call}: revision must be a text or None, got {quoted(revision)}")
     for name in _QUANTISED:
         if official.get(name):
             raise RequestError(f"{call}: {name} is not supported, since weights stay in their dtype; leave it out")

@@ -133,6 +133,7 @@ REFUSED = {
     "a question of bytes": ({"question": b"Hello"}, "question: expected a text, got b'Hello'"),
     "several questions": ({"question": ["Hello"]}, "question: expected a text"),
     "a place too few": ({"history": []}, "<image>"),
+    "a flag as text": ({"return_history": "no"}, "return_history must be True or False, got 'no'"),
     "a text as history": ({"history": "Hello"}, "history: expected a list of pairs"),
     "one answer as history": ({"history": [("Hello",)]}, r"history: expected pairs .*, got \('Hello'"),
     "three texts": ({"history": [("a", "b", "c")]}, "history: expected pairs"),
@@ -332,6 +333,14 @@ class _Loaded:
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(RequestError, match="device must be auto, cpu, cuda or cuda:N, got 'disk'"):
         AutoModel.from_pretrained("tiny", device_map="disk")
+
+
+@pytest.mark.parametrize("kind", [AutoConfig, AutoModel, AutoTokenizer])
+def test_a_model_is_a_name_or_a_folder(kind):
+    with pytest.raises(RequestError, match="expected a folder or a hub id, got None"):
+        kind.from_pretrained(None)
+    with pytest.raises(RequestError, match="revision must be a text or None, got 7"):
+        kind.from_pretrained("tiny", revision=7)
 
 
 def test_a_configuration_has_the_keys_of_its_file_as_attributes(tmp_path):
