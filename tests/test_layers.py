@@ -27,6 +27,7 @@ MODULES = [
     "inputs.tiles",
     "inputs.image",
     "inputs.video",
+    "inputs.slices",
     "inputs.tokenizer_files",
     "inputs.tokenizer",
     "inputs.grammar",
