@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import fields
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -317,7 +317,8 @@ def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[Sampl
     streamer = given.pop("streamer", None)
     if streamer is not None and not all(callable(getattr(streamer, method, None)) for method in ("put", "end")):
         raise RequestError(f"generation_config: streamer must have the methods put and end, got {quoted(streamer)}")
-    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "repetition_penalty": "repetition_penalty"}
+    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    names |= {name: name for name in ("repetition_penalty", "skip_special_tokens")}
     params = {ours: given.pop(theirs) for ours, theirs in names.items() if theirs in given}
     sampling = {name: given.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in given}
     do_sample = given.pop("do_sample", False)
@@ -328,14 +329,15 @@ def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[Sampl
     elif not all(map(_is_number, sampling.values())):
         raise RequestError(f"generation_config: expected numbers, got {quoted(sampling)}")
     for only_one in ("num_beams", "num_return_sequences"):
-        if (value := given.pop(only_one, 1)) != 1 or isinstance(value, bool):
+        if not _is_number(value := given.pop(only_one, 1)) or value != 1:
             raise RequestError(
                 f"generation_config: {only_one} must be 1, got {quoted(value)}; beam search is not supported"
             )
     for no_effect in ("pad_token_id", "eos_token_id", "use_cache"):  # answers end at <|im_end|>
         given.pop(no_effect, None)
     if given:
-        raise RequestError(f"generation_config: {', '.join(sorted(map(str, given)))} not supported; leave it out")
+        unknown = ", ".join(sorted(quoted(name).strip("'") for name in islice(given, 12)))
+        raise RequestError(f"generation_config: {unknown} not supported; leave it out")
     try:
         return SamplingParams(**params), streamer
     except RequestError as error:

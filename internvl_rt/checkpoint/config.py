@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvl_rt.checkpoint.chat_template import find_system_message
 from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
 
 LOG = logging.getLogger("internvl_rt")
@@ -171,6 +170,9 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     """Reads the -hf format; defaults as in transformers' models/{internvl,qwen2,qwen3,llama}/configuration_*.py."""
+    # Here, because jinja2 is slow to import and the original format does without it.
+    from internvl_rt.checkpoint.chat_template import find_system_message
+
     top.support("projector_hidden_act", "gelu")
     top.support("vision_feature_layer", -1)
     top.support("vision_feature_select_strategy", "default")
