@@ -86,6 +86,7 @@ class Engine:
             tokenizer,
             self.max_model_len,
             images=options.images(model.config),
+            videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -13,10 +13,13 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.video import VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
+
+_IMAGES, _VIDEOS = ImageOptions(), VideoLimits()
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -46,7 +49,15 @@ class EngineOptions:
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
     exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
-    max_pixels: a picture of more pixels is refused before it is decoded.
+    max_pixels: most pixels of a picture; the default is what Pillow opens without a warning, and takes 358 MB as RGB.
+    max_side: most pixels of a picture's width and of its height.
+    max_image_bytes: most encoded bytes of a picture.
+    max_decode_bytes: most memory for decoding a picture, as estimated from its header.
+    max_decode_s: most seconds of one core for decoding a picture, as estimated from its size, bytes and scans.
+    max_video_bytes: most encoded bytes of a video.
+    max_video_frames: most frames of a video that are decoded to reach the chosen ones.
+    max_frame_pixels: most pixels of a frame of a video.
+    max_video_pixels: most pixels of all chosen frames of a video together.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
@@ -73,7 +84,15 @@ class EngineOptions:
     max_tiles: int | None = None
     exif: Literal["ignore", "apply"] = "ignore"
     alpha: Literal["drop", "white"] = "drop"
-    max_pixels: int = ImageOptions().max_pixels
+    max_pixels: int = _IMAGES.max_pixels
+    max_side: int = _IMAGES.max_side
+    max_image_bytes: int = _IMAGES.max_image_bytes
+    max_decode_bytes: int = _IMAGES.max_decode_bytes
+    max_decode_s: float = _IMAGES.max_decode_s
+    max_video_bytes: int = _VIDEOS.file_bytes
+    max_video_frames: int = _VIDEOS.num_frames
+    max_frame_pixels: int = _VIDEOS.frame_pixels
+    max_video_pixels: int = _VIDEOS.total_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -92,7 +111,21 @@ class EngineOptions:
             raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
         if self.block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
-        ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
+        _ = self.videos, ImageOptions(**self._reading)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        names = "exif alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def videos(self) -> VideoLimits:
+        return VideoLimits(
+            num_frames=self.max_video_frames,
+            frame_pixels=self.max_frame_pixels,
+            file_bytes=self.max_video_bytes,
+            total_pixels=self.max_video_pixels,
+        )
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -102,9 +135,7 @@ class EngineOptions:
             min_tiles=min(config.min_tiles, most),
             max_tiles=most,
             thumbnail=config.thumbnail,
-            exif=self.exif,
-            alpha=self.alpha,
-            max_pixels=self.max_pixels,
+            **self._reading,
         )
 
 

@@ -22,7 +22,7 @@ from internvl_rt.inputs.position import Delta, auto_stride, build_positions, par
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import load_video
+from internvl_rt.inputs.video import VideoLimits, load_video
 
 MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of more characters per token cannot fit
 
@@ -53,6 +53,7 @@ class Preparer:
         max_model_len: int,
         *,
         images: ImageOptions,
+        videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
@@ -61,7 +62,7 @@ class Preparer:
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
-        self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
         if v2pe_delta != "auto":
@@ -87,7 +88,7 @@ class Preparer:
             elif media.kind == "image_embeds":
                 pictures.append(self._given_visual(media.source))
             else:
-                frames = load_video(media.source)[::-1]
+                frames = load_video(media.source, limits=self._videos)[::-1]
                 frames_per_video.append(len(frames))
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
