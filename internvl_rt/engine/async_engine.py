@@ -201,6 +201,7 @@ class AsyncEngine:
 
         def make(proceed: Proceed) -> Request:
             prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed)
+            proceed()
             return self._engine.new_request(replace(prepared, start_s=start_s), checked, timeout_s)
 
         deadline_s = None if timeout_s is None else start_s + timeout_s

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from tqdm import tqdm
 
+from internvl_rt.engine.batch import run_batch
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
@@ -21,7 +21,7 @@ from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError, quoted
+from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
@@ -88,8 +88,10 @@ class Engine:
             model.config,
             tokenizer,
             self.max_model_len,
+            dtype=model.dtype,
             images=options.images(model.config),
             number_images=options.numbers_images(model.config),
+            videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
@@ -124,7 +126,7 @@ class Engine:
             "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
             "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
             tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
-            beginning of the answer: the reply goes on where it stops, and holds the new text alone.
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
@@ -165,6 +167,9 @@ class Engine:
         The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
+        check_list("batch", batch, "conversations, each a list of messages")
+        if any(isinstance(messages, Mapping) for messages in batch):
+            raise RequestError("batch: expected a list of conversations, got one of messages; wrap it: [messages]")
         read("progress", progress, Flag())
         if isinstance(params, Items):
             each = [self.check_call(one, timeout_s) for one in params]
@@ -239,7 +244,12 @@ class Engine:
         for picture in pictures:
             proceed()
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        for index, visual_XD in enumerate(visual):
+            if not visual_XD.isfinite().all():
+                what = not_finite(visual_XD.dtype, "check the checkpoint")
+                raise RequestError(f"picture {index}: its visual tokens are {what}")
+        return visual
 
     def check_call(self, params: SamplingParams | None, timeout_s: float | None) -> SamplingParams:
         """Returns the parameters of a call, before anything is prepared. Raises RequestError or EngineDeadError."""
@@ -285,48 +295,42 @@ class Engine:
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
         read("include_end", include_end, Flag())
+        check_list("responses", responses, "texts")
         prompt = self.prepare(messages, delta, salt, proceed)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
         self,
         prompts: Iterator[Prepared],
-        params: Items[SamplingParams],
+        params: Items[SamplingParams | None],
         *,
         timeout_s: float | None = None,
         progress: bool = False,
     ) -> list[Reply]:
         """Answers as `generate` does. Takes a prompt from `prompts` when fewer than `max_num_seqs` requests run."""
-        replies: dict[int, Reply] = {}
-        unfinished: dict[int, Request] = {}  # a request that has ended is not held any longer
-        with tqdm(total=len(params), unit="request", disable=not progress) as bar:
+        requests = (self.new_request(prompt, each, timeout_s) for prompt, each in zip(prompts, params, strict=True))
+        most = self.options.max_num_seqs
+        return run_batch(self.loop, requests, len(params), max_running=most, progress=progress)
 
-            def advance() -> None:
-                self.loop.advance(next(iter(unfinished.values())))
-                for index, request in [(i, request) for i, request in unfinished.items() if request.done]:
-                    self.loop.poll(request)  # raises the request's error
-                    if request.reply is not None:
-                        replies[index] = request.reply
-                    del unfinished[index]
-                    bar.update()
+    def new_request(
+        self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
+    ) -> Request:
+        """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
 
-            try:
-                for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-                    while len(unfinished) >= self.options.max_num_seqs:
-                        advance()
-                    request = self.new_request(prompt, each, timeout_s)
-                    self.loop.submit(request)
-                    unfinished[index] = request
-                    del request, prompt
-                while unfinished:
-                    advance()
-            finally:
-                for request in unfinished.values():
-                    self.loop.cancel(request)
-        return [replies[index] for index in range(len(params))]
-
-    def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Makes a request for `loop.submit`. Raises RequestError."""
+        A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
+        """
+        if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
+            raise RequestError(
+                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+            )
+        params = read("params", params, PARAMS) or SamplingParams()
+        num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
+                "it, or raise max_model_len"
+            )
+        self._load_pictures(prepared)  # does nothing for those that are loaded
         timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):

@@ -75,6 +75,9 @@ def plan_memory(
     max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
+    if options.uses_torch(device):
+        seq_len = options.max_model_len or config.decoder.max_position
+        step_bytes += torch_attention_bytes(config.decoder, dtype, device, max_num_tokens, seq_len)
     total_bytes, graph_bytes, cublas_bytes = None, 0, 0
     if device.type == "cuda":
         cublas_bytes = CUBLAS_BYTES
@@ -157,3 +160,18 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
     attention = qkv + 2 * config.num_heads * config.head_dim
     layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
     return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
+
+
+def torch_attention_bytes(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, num_tokens: int, seq_len: int
+) -> int:
+    """Counts the most that torch's attention holds besides its output, for new tokens at the end of a sequence.
+
+    It gathers keys and values and makes a mask, as bools and as numbers. On a GPU it also repeats keys and values for
+    each head, and holds all scores twice (`scaled_dot_product_attention` has no fused kernel for masks with GQA).
+    """
+    num_tokens = min(num_tokens, seq_len)
+    numbers = 2 * config.num_kv_heads * config.head_dim * seq_len + num_tokens * seq_len
+    if device.type != "cpu":
+        numbers += 2 * config.num_heads * (config.head_dim + num_tokens) * seq_len
+    return num_tokens * seq_len + dtype.itemsize * numbers

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -14,13 +14,16 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.video import VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
 TOKENS_PER_STEP = 8192
-TOKENS_PER_CPU_STEP = 512
+TOKENS_PER_TORCH_STEP = 512
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
+
+_IMAGES, _VIDEOS = ImageOptions(), VideoLimits()
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -42,8 +45,8 @@ class EngineOptions:
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
-    max_tokens_per_step: most tokens that one step computes; None is 8192 on CUDA and 512 on the CPU, where a longer
-        step would hold up all other requests for seconds.
+    max_tokens_per_step: most tokens that one step computes; None is 8192 with the kernels, and 512 on the CPU and with
+        backend "torch", where a longer step would hold up all other requests and take much memory.
     max_waiting: most requests that may wait until they run; more are refused.
     prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
@@ -55,7 +58,15 @@ class EngineOptions:
     exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore"); "auto" is as in the code
         that the folder was made for: the official code ignores it, transformers, for `-hf` folders, applies it.
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
-    max_pixels: a picture of more pixels is refused before it is decoded.
+    max_pixels: most pixels of a picture; the default is what Pillow opens without a warning, and takes 358 MB as RGB.
+    max_side: most pixels of a picture's width and of its height.
+    max_image_bytes: most encoded bytes of a picture.
+    max_decode_bytes: most memory for decoding a picture, as estimated from its header.
+    max_decode_s: most seconds of one core for decoding a picture, as estimated from its size, bytes and scans.
+    max_video_bytes: most encoded bytes of a video.
+    max_video_frames: most frames of a video that are decoded to reach the chosen ones.
+    max_frame_pixels: most pixels of a frame of a video.
+    max_video_pixels: most pixels of all chosen frames of a video together.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
@@ -83,7 +94,15 @@ class EngineOptions:
     number_images: bool | None = None
     exif: Literal["auto", "ignore", "apply"] = "auto"
     alpha: Literal["drop", "white"] = "drop"
-    max_pixels: int = ImageOptions().max_pixels
+    max_pixels: int = _IMAGES.max_pixels
+    max_side: int = _IMAGES.max_side
+    max_image_bytes: int = _IMAGES.max_image_bytes
+    max_decode_bytes: int = _IMAGES.max_decode_bytes
+    max_decode_s: float = _IMAGES.max_decode_s
+    max_video_bytes: int = _VIDEOS.file_bytes
+    max_video_frames: int = _VIDEOS.num_frames
+    max_frame_pixels: int = _VIDEOS.frame_pixels
+    max_video_pixels: int = _VIDEOS.total_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -93,7 +112,6 @@ class EngineOptions:
         if isinstance(self.device, torch.device):
             object.__setattr__(self, "device", str(self.device))
         read_fields(self, _KINDS)
-        ImageOptions(alpha=self.alpha, max_pixels=self.max_pixels)
 
     def numbers_images(self, config: ModelConfig) -> bool:
         """Returns whether several pictures in one message are numbered in a model's prompts."""
@@ -101,7 +119,25 @@ class EngineOptions:
 
     def tokens_per_step(self, device: torch.device) -> int:
         """Returns `max_tokens_per_step`, or its default for a device."""
-        return self.max_tokens_per_step or (TOKENS_PER_STEP if device.type == "cuda" else TOKENS_PER_CPU_STEP)
+        return self.max_tokens_per_step or (TOKENS_PER_TORCH_STEP if self.uses_torch(device) else TOKENS_PER_STEP)
+
+    def uses_torch(self, device: torch.device) -> bool:
+        """Says whether the references compute instead of the kernels."""
+        return self.backend == "torch" or (self.backend == "auto" and device.type == "cpu")
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        names = "alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def videos(self) -> VideoLimits:
+        return VideoLimits(
+            num_frames=self.max_video_frames,
+            frame_pixels=self.max_frame_pixels,
+            file_bytes=self.max_video_bytes,
+            total_pixels=self.max_video_pixels,
+        )
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -112,8 +148,7 @@ class EngineOptions:
             max_tiles=most,
             thumbnail=config.thumbnail,
             exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
-            alpha=self.alpha,
-            max_pixels=self.max_pixels,
+            **self._reading,
         )
 
 
@@ -147,6 +182,12 @@ _KINDS: dict[str, Kind] = {
     "max_tiles": OrNone(Integer(1, 128)),
     "number_images": OrNone(Flag()),
     "exif": OneOf(("auto", "ignore", "apply"), "auto, ignore or apply"),
+    "alpha": OneOf(("drop", "white"), "drop or white"),
+    "max_pixels": Integer(1, 1 << 30),
+    "max_side": Integer(1, 1 << 20),
+    **dict.fromkeys(("max_image_bytes", "max_decode_bytes", "max_video_bytes"), Integer(1, 1 << 40)),
+    "max_decode_s": Number(0, 1e6, above=True),
+    **dict.fromkeys(("max_video_frames", "max_frame_pixels", "max_video_pixels"), Integer(1, 1 << 40)),
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
     "cuda_graphs": Flag(),

@@ -44,6 +44,7 @@ def test_answers_that_begin_later_are_those_that_begin_at_once(prefix_cache):
 def test_the_tokens_of_a_step_follow_the_device():
     assert EngineOptions().tokens_per_step(torch.device("cpu")) == 512
     assert EngineOptions().tokens_per_step(torch.device("cuda")) == 8192
+    assert EngineOptions(backend="torch").tokens_per_step(torch.device("cuda")) == 512
     assert EngineOptions(max_tokens_per_step=77).tokens_per_step(torch.device("cuda")) == 77
     with load(max_num_seqs=1, kv_cache_bytes=1 << 24) as engine:
         steps = engine.stats()["steps"]

@@ -14,8 +14,10 @@ from internvl_rt.engine.memory import (
     graphs_bytes,
     plan_memory,
     step_workspace_bytes,
+    torch_attention_bytes,
     vision_workspace_bytes,
 )
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 
 GIB = 1 << 30
 
@@ -52,6 +54,30 @@ def test_step_workspace_grows_with_tokens_and_with_draws():
     one = step_workspace_bytes(decoder, torch.bfloat16, 1, 1)
     assert step_workspace_bytes(decoder, torch.bfloat16, 8192, 1) > 8000 * (one - decoder.vocab_size * 14)
     assert step_workspace_bytes(decoder, torch.bfloat16, 1, 64) > 60 * one - 1e7
+
+
+@pytest.mark.parametrize("num_tokens", [512, 2048])
+def test_what_attention_in_torch_takes_is_counted(num_tokens):
+    config = load_config(KNOWN_MODELS["InternVL3-1B"]).decoder
+    heads, kv_heads, width, seq_len = config.num_heads, config.num_kv_heads, config.head_dim, 4096
+    cache = torch.zeros(seq_len // 64, kv_heads, 64, width)
+    table = torch.arange(len(cache), dtype=torch.int32)[None]
+    sizes = torch.tensor([0, num_tokens], dtype=torch.int32), torch.tensor([seq_len], dtype=torch.int32)
+    q_THC = torch.randn(num_tokens, heads, width)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        paged_attention_reference(q_THC, cache, cache, table, *sizes)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    planned = torch_attention_bytes(config, torch.float32, torch.device("cpu"), num_tokens, seq_len)
+    assert 0.4 * taken < planned < 1.2 * taken  # not all that is taken is held at the same time
+
+
+def test_the_plan_counts_attention_where_torch_computes_it():
+    kernels = plan(backend="triton", max_tokens_per_step=512).step_bytes
+    attention = plan(backend="torch", max_tokens_per_step=512).step_bytes - kernels
+    assert attention == plan(max_tokens_per_step=512).step_bytes - kernels
+    assert attention > 512 * 32768 * 3
+    assert plan(backend="torch").step_bytes == kernels + attention
 
 
 def test_the_card_names_every_part():
