@@ -43,7 +43,7 @@ class QueueFullError(RequestError):
 
 
 class EngineDeadError(InternVLError, RuntimeError):
-    """The thread that ran the engine's steps has died, of `__cause__`, or stayed behind when this process was forked."""
+    """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked."""
 
 
 def check_list(name: str, value: object, of: str) -> None:
