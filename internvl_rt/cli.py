@@ -219,7 +219,7 @@ def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingP
 
 
 def _info(args: argparse.Namespace) -> int:
-    from internvl_rt.checkpoint.folder import find_config
+    from internvl_rt.checkpoint.find import find_config
     from internvl_rt.model.card import model_card, render_card
 
     config, name = find_config(args.model)

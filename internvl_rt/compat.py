@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.folder import resolve_model
+from internvl_rt.checkpoint.find import resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.image import ImageSource, open_image

@@ -16,9 +16,11 @@ PACKAGE = ROOT / "internvl_rt"
 # The modules from leaf to top: a module imports only modules above it in this list.
 MODULES = [
     "errors",
+    "checkpoint.files",
     "checkpoint.json_section",
-    "checkpoint.tensor_file",
     "checkpoint.config",
+    "checkpoint.find",
+    "checkpoint.tensor_file",
     "checkpoint.folder",
     "checkpoint.__init__",
     "inputs.identity",
@@ -136,7 +138,7 @@ HOMES = {
     "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
     "PIL": ["inputs.tiles", "inputs.image", "inputs.video"],
     "av": ["inputs.video"],
-    "huggingface_hub": ["checkpoint.folder"],
+    "huggingface_hub": ["checkpoint.find"],
     "llguidance": ["inputs.grammar"],
     "safetensors": ["checkpoint.tensor_file"],
     "sentencepiece": ["inputs.tokenizer"],

@@ -9,12 +9,11 @@ import torch
 from internvl_rt.bench import decode, prefill, serve, vision
 from internvl_rt.bench.record import Column, Pace, Record, peak, table
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.checkpoint.folder import find_config, resolve_model
+from internvl_rt.checkpoint.find import RANDOM_PREFIX, find_config, is_random, resolve_model
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import choose_device, choose_dtype
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.model.card import model_card, render_card
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config
 from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
@@ -30,11 +29,9 @@ SHEET = "NVIDIA H200"  # its floors are printed if the device's own data sheet i
 def run(args: argparse.Namespace) -> int:
     """Takes arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt."""
     device = choose_device(args.device)
-    if args.model.startswith(RANDOM_PREFIX):
-        config, name = random_config(args.model.removeprefix(RANDOM_PREFIX)), args.model
-    else:
+    if not is_random(args.model):
         resolve_model(args.model)  # for its weights, before anything is printed
-        config, name = find_config(args.model)
+    config, name = find_config(args.model)
     dtype = choose_dtype(args.dtype, config, device)
     kind = str(dtype).removeprefix("torch.")
     card = model_card(config, name)

@@ -8,12 +8,13 @@ transformers). A missing key means what it means to the official class, a key th
 a value that the runtime would not honour is refused with key, value and file.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
+from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section, read_json
 
 KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
     f"InternVL3-{size}": Path(__file__).parents[1] / "configs" / f"InternVL3-{size}.json"
@@ -106,6 +107,7 @@ def parse_config(top: Section) -> ModelConfig:
 
 
 _MAX_COUNT = 1 << 10  # of layers and of tiles
+_MAX_SIDE = 2048  # of a tile, pixels
 
 
 class _DecoderClass(NamedTuple):
@@ -200,10 +202,11 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 def _read_image_processor(folder: Path) -> Section:
     """Reads part of processor_config.json (transformers 5), else preprocessor_config.json, else {}: all defaults."""
-    if (file := folder / "processor_config.json").is_file() and (processor := read_json(file)).has("image_processor"):
+    file = folder / "processor_config.json"
+    if os.path.lexists(file) and (processor := read_json(file)).has("image_processor"):
         return processor.section("image_processor")
     file = folder / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else Section(file, "", {})
+    return read_json(file) if os.path.lexists(file) else Section(file, "", {})
 
 
 def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_norm: str) -> VisionConfig:
@@ -226,6 +229,8 @@ def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_n
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")
     if config.image_size % config.patch_size:
         raise section.refusal("image_size", f"a multiple of patch_size, {config.patch_size}", UNSUPPORTED)
+    if config.image_size > _MAX_SIDE:
+        raise section.refusal("image_size", f"at most {_MAX_SIDE} pixels", UNSUPPORTED)
     return config
 
 
@@ -246,6 +251,8 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     if head_dim % 2:
         raise section.refusal("head_dim", f"an even number, not {head_dim}")
+    if (num_heads + 2 * num_kv_heads) * head_dim > MAX_SIZE:
+        raise section.refusal("num_attention_heads", f"fewer than {MAX_SIZE} channels in all heads of {head_dim}")
     return DecoderConfig(
         hidden_size=hidden_size,
         num_layers=section.integer("num_hidden_layers", 32, maximum=_MAX_COUNT),
@@ -288,6 +295,8 @@ def _read_downsample(section: Section, vision: VisionConfig) -> int:
     downsample = round(1 / ratio)
     if ratio * downsample != 1 or grid % downsample:
         raise section.refusal("downsample_ratio", f"one over a divisor of the tile's {grid} patches", UNSUPPORTED)
+    if vision.hidden_size * downsample**2 > MAX_SIZE:
+        raise section.refusal("downsample_ratio", f"fewer than {MAX_SIZE} channels in a visual token", UNSUPPORTED)
     return downsample
 
 
@@ -295,5 +304,6 @@ def _read_dtype(*sections: Section) -> Literal["bfloat16", "float16", "float32"]
     for section in sections:
         for key in ("torch_dtype", "dtype"):
             if section.has(key):
-                return section.choice(key, ("bfloat16", "float16", "float32"))
+                remedy = f"write the dtype of the weights at {key}"
+                return section.choice(key, ("bfloat16", "float16", "float32"), remedy=remedy)
     return "float32"

@@ -7,15 +7,16 @@ from tempfile import TemporaryDirectory
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig, load_config
-from internvl_rt.checkpoint.folder import open_checkpoint, resolve_model
+from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config, resolve_model
+from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.engine.memory import MemoryPlan, plan_memory
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import CheckpointError, RequestError
+from internvl_rt.errors import CheckpointError, RequestError, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_weights, write_random_tokenizer
+from internvl_rt.model.random_checkpoint import random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 
@@ -39,10 +40,10 @@ def _open(
     model: str | Path, revision: str | None, seed: int
 ) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
     """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
-    if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
+    if is_random(model):
         if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
-        config = random_config(model.removeprefix(RANDOM_PREFIX))
+            raise CheckpointError(f"revision {quoted(revision)} was given, but {model} has none; leave it out")
+        config = random_config(str(model).removeprefix(RANDOM_PREFIX))
         with TemporaryDirectory() as scratch:
             write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
             tokenizer = load_tokenizer(Path(scratch))

@@ -6,6 +6,7 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, RequestError
 
@@ -126,11 +128,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
     if no such file is there, one is malformed, or sentencepiece is needed and not installed.
     """
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return _from_library(folder, _read_tokenizer_json(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
         return _from_library(folder, _read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
-    if (folder / "tokenizer.model").is_file():
+    if os.path.lexists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
@@ -140,7 +142,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        return tokenizers.Tokenizer.from_buffer(read_file(path, CheckpointError, max_bytes=MAX_TOKENIZER_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{path} is not a tokenizer file: {error}; download it again") from error
 
@@ -148,8 +150,8 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
     """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
     vocab = _read_json(vocab_path)
-    merges = []
-    for number, line in enumerate(merges_path.read_text("utf-8", "replace").split("\n"), start=1):
+    lines, merges = read_file(merges_path, CheckpointError).decode("utf-8", "replace").split("\n"), []
+    for number, line in enumerate(lines, start=1):
         pair = tuple(line.split())
         if not pair or (number == 1 and line.startswith("#version")):
             continue
@@ -230,7 +232,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     except ImportError as error:
         raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        model = SentencePieceProcessor(model_proto=read_file(path, CheckpointError))
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
@@ -316,4 +318,4 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}
+    return parse_object(path, read_file(path, CheckpointError), CheckpointError) if os.path.lexists(path) else {}

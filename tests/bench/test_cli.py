@@ -20,10 +20,11 @@ from internvl_rt.bench.arrivals import draw_arrivals, fitting_mix
 from internvl_rt.bench.decode import room_for, sweep_decode
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Pace, Record, environment, shares
+from internvl_rt.checkpoint.find import random_config
 from internvl_rt.cli import main
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.model.internvl import named_parameters
-from internvl_rt.model.random_checkpoint import random_config, random_weights, write_random_checkpoint
+from internvl_rt.model.random_checkpoint import random_weights, write_random_checkpoint
 from internvl_rt.model.work import Roof, Work, decoder_work, vision_work
 from support.configs import ORIGINAL, changed
 from support.recorder import Recorder
