@@ -38,6 +38,14 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     raise CheckpointError(f"{folder} holds no config.json; give the folder of an InternVL checkpoint")
 
 
+def find_model(model: str) -> str | Path:
+    """Returns what an engine loads: a model's folder, or a name of random weights. Raises as `find_config` does."""
+    if is_random(model):
+        find_config(model)
+        return model
+    return resolve_model(model)
+
+
 def find_config(model: str | Path) -> tuple[ModelConfig, str]:
     """Returns a model's configuration and name.
 
@@ -50,7 +58,8 @@ def find_config(model: str | Path) -> tuple[ModelConfig, str]:
         return load_config(KNOWN_MODELS[str(model)]), str(model)
     path = _resolve(model, None, _CONFIG_FILES)
     on_disk = os.path.isdir(os.path.expanduser(model))
-    return load_config(path), path.resolve().name if on_disk else str(model)
+    name = path.resolve().name if on_disk else str(model)
+    return load_config(path), name if name.isprintable() else quoted(name)
 
 
 def is_random(model: str | Path) -> bool:
@@ -74,7 +83,7 @@ def read_original(model: str | Path | Mapping[str, Any]) -> tuple[Section, Model
         path = KNOWN_MODELS.get(str(model), Path(model))
         if not os.path.exists(path):
             known = ", ".join(KNOWN_MODELS)
-            raise ConfigError(f"{quoted(str(model))}: no such file, and none of the known models {known}; give either")
+            raise ConfigError(f"{str(model)[:200]}: no such file, and none of the known models {known}; give either")
         top = read_json(path / "config.json" if path.is_dir() else path)
     config = parse_config(top)
     if config.format != "original":

@@ -353,32 +353,6 @@ def test_a_random_model_that_cannot_be_made_is_refused(small):
         Engine.from_pretrained(small, device="cpu", revision="main")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["kernels"], "python bench/kernel_table.py"),
-        (["vision", "tiny", "--tiles", "0"], "expected a number above 0, got '0'"),
-        (["prefill", "tiny", "--tokens", "1,two"], "expected a number above 0, got 'two'"),
-        (["serve", "tiny", "--seconds", "-1"], "expected a number above 0, got '-1'"),
-        (["decode", "tiny", "--rates", "1"], "unrecognized arguments: --rates 1"),
-        (["decode", "tiny", "--device", "tpu"], "device must be"),
-        (["decode", "tiny", "--dtype", "int4"], "dtype must be"),
-        (["vision", "./no-such-model"], "no-such-model"),
-        (["decode", "InternVL3-8B"], "'InternVL3-8B': no such folder"),
-        (["vision", "random:InternVL3-5B"], "InternVL3-5B: no such file"),
-    ],
-)
-def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, capsys):
-    try:
-        code = main(["bench", *arguments])
-    except SystemExit as exit_:  # argparse exits by itself
-        code = exit_.code
-    printed = capsys.readouterr()
-    assert (code, printed.out) == (2, "")
-    assert message in printed.err
-    assert "Traceback" not in printed.err
-
-
 @pytest.mark.parametrize("part", [*PARTS, "kernels"])
 def test_help_explains_and_does_not_load_torch(part):
     program = "import sys; from internvl_rt.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"

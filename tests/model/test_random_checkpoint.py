@@ -166,6 +166,6 @@ def test_a_model_that_cannot_be_written_is_refused(tmp_path, values, problem):
 
 def test_an_unknown_name_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match="'InternVL3-5B': no such file, and none of the known models InternVL3-1B, InternVL3-2B"
+        ConfigError, match="InternVL3-5B: no such file, and none of the known models InternVL3-1B, InternVL3-2B"
     ):
         write_random_checkpoint("InternVL3-5B", tmp_path / "model")
