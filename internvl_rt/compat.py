@@ -150,7 +150,8 @@ def _split(pixel_values: Tensor | None, num_patches_list: list[int] | None) -> l
 def _sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     """Maps transformers' names and defaults: sampling draws from the 50 best tokens unless top_k is given."""
     given = dict(generation_config)
-    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "repetition_penalty": "repetition_penalty"}
+    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+    names |= {name: name for name in ("repetition_penalty", "skip_special_tokens")}
     params = {ours: given.pop(theirs) for theirs, ours in names.items() if given.get(theirs) is not None}
     sampling = {name: given.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in given}
     if given.pop("do_sample", False):

@@ -18,8 +18,8 @@ MERGE_LORA = (
 RANDOM_PREFIX = "random:"  # starts a model's name where the engine is to make the weights itself
 _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-_ALL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_CONFIG_FILES = ("*config.json", "chat_template.*")
+_ALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:

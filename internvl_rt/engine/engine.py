@@ -86,6 +86,7 @@ class Engine:
             tokenizer,
             self.max_model_len,
             images=options.images(model.config),
+            number_images=options.numbers_images(model.config),
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
@@ -117,7 +118,10 @@ class Engine:
         messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
             parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
             uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
-            "image_embeds": visual tokens [X, D], as encode_images gives them}`.
+            "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
+            "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
+            tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
@@ -279,7 +283,8 @@ class Engine:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
+            request.answers.append(Answer(request, sequence, AnswerText(stream, params, begun=prepared.begun)))
         return request
 
     def close(self) -> None:

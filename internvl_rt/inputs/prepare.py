@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 from internvl_rt.inputs.identity import build_identity, content_digest
 from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.picture import Picture
@@ -40,6 +40,7 @@ class Prepared:
     start_s: float  # by perf_counter, when the call began
     media_s: float = 0.0
     tile_s: float = 0.0
+    begun: bool = False  # the prompt ends with the beginning of the answer
     score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
 
 
@@ -53,15 +54,18 @@ class Preparer:
         max_model_len: int,
         *,
         images: ImageOptions,
+        number_images: bool,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
         """images: how pictures are read and cut; frames of videos become one tile each.
 
+        number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._number_images, self._ends_empty = number_images, config.format == "hf"
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
         if v2pe_delta != "auto":
@@ -75,7 +79,7 @@ class Preparer:
         Raises RequestError or MediaError.
         """
         if not isinstance(cache_salt, str | None):
-            raise RequestError(f"cache_salt must be a string or None, got {cache_salt!r}")
+            raise RequestError(f"cache_salt must be a string or None, got {quoted(cache_salt)}")
         start_s = time.perf_counter()
         parsed = parse_messages(messages)
         self._check_size(parsed)
@@ -83,11 +87,12 @@ class Preparer:
         frames_per_video: list[int] = []
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
             if media.kind == "image":
-                pictures.append(_open(media.source, self._images))
+                pictures.append(_open(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
                 pictures.append(self._given_visual(media.source))
             else:
-                frames = load_video(media.source)[::-1]
+                chosen: dict[str, Any] = {} if media.num_frames is None else {"num_segments": media.num_frames}
+                frames = load_video(media.source, bound=media.bound, **chosen)[::-1]
                 frames_per_video.append(len(frames))
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
@@ -96,7 +101,7 @@ class Preparer:
             parsed,
             frames_per_video,
             system=self._config.system_message,
-            number_images=self._config.format == "original",
+            number_images=self._number_images,
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
@@ -109,7 +114,7 @@ class Preparer:
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
         if not isinstance(response, str) or not response:
-            raise RequestError(f"responses: expected texts that are not empty, got {response!r}")
+            raise RequestError(f"responses: expected texts that are not empty, got {quoted(response)}")
         added = [*self._tokenizer.encode(response), *([self._stop_id] if include_end else [])]
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
         next_position = prepared.next_position + len(added)
@@ -136,7 +141,7 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(turns, self._tokenizer, counts)
+        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
@@ -163,16 +168,17 @@ class Preparer:
             identity=identity,
             salt=cache_salt,
             start_s=start_s,
+            begun=turns[-1].open and any(turns[-1].parts),
         )
 
     def _check_size(self, messages: Items[Message]) -> None:
         """Refuses what cannot fit before any media are read."""
         parts = [part for message in messages for part in message.parts]
-        num_media = sum(isinstance(part, Media) for part in parts)
+        num_media = sum(part.num_frames or 1 for part in parts if isinstance(part, Media))
         most = self._max_model_len // self._config.tokens_per_tile
         if num_media > most:
             raise RequestError(
-                f"the conversation has {num_media} pictures and videos, but only {most} tiles of "
+                f"the conversation has {quoted(num_media)} pictures and videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
         num_characters = sum(len(part) for part in parts if isinstance(part, str))
@@ -181,6 +187,17 @@ class Preparer:
                 f"the conversation has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens; "
                 "shorten it, or raise max_model_len"
             )
+
+    def _options_of(self, media: Media) -> ImageOptions:
+        most = self._images.max_tiles
+        if media.max_tiles is None or media.max_tiles == most:
+            return self._images
+        if media.max_tiles > most:
+            raise RequestError(
+                f"max_tiles of a picture: expected at most the engine's {most}, got {quoted(media.max_tiles)}; "
+                "lower it, or raise max_tiles of the engine"
+            )
+        return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
 
     def _given_visual(self, visual_XD: object) -> Picture:
         """Checks visual tokens that were computed elsewhere, for example by `Engine.encode_images`."""

@@ -1,4 +1,4 @@
-"""Chooses the official tile grid of a picture and cuts its tiles; the order of the resize passes is fixed.
+"""Chooses the official tile grid of a picture and cuts its tiles, in the passes of Pillow 12's resize.
 
 Source: `dynamic_preprocess` (InternVL README.md and internvl_chat/internvl/train/dataset.py).
 """
@@ -94,10 +94,11 @@ def tile_image(image: Image.Image, options: ImageOptions) -> npt.NDArray[np.uint
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resizes by Pillow's antialiased bicubic, horizontal pass first.
+    """Resizes by Pillow's antialiased bicubic in the order of Pillow 12: each pass is a call of its own.
 
-    In one call Pillow 13 starts with the vertical pass for some sizes, which rounds differently.
+    The horizontal pass comes first, except where a picture over 100 times taller than wide loses height. The orders
+    round differently, and Pillow 13 starts with the vertical pass for other sizes.
     """
-    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    vertical_first = image.height > 100 * image.width and height < image.height
+    halfway = (image.width, height) if vertical_first else (width, image.height)
+    return image.resize(halfway, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)

@@ -4,7 +4,7 @@ Only this module imports PyAV (`av`), when a video is read.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,16 @@ def _to_image(frame: "VideoFrame") -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _open_container(
+    av_open: "Callable[..., InputContainer]", stream: BinaryIO, options: dict[str, str]
+) -> "InputContainer":
+    """Opens a container whose metadata may hold bytes that are not UTF-8, which PyAV replaces by itself from 19 on."""
+    try:
+        return av_open(stream, "r", options=options, metadata_errors="replace")
+    except TypeError:  # PyAV 19 has no such argument, and has read nothing yet
+        return av_open(stream, "r", options=options)
+
+
 @contextmanager
 def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Opens the container and its main video stream, to be decoded from the first frame. Raises MediaError."""
@@ -147,7 +157,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
     try:
-        with av.open(stream, "r", options=options, metadata_errors="replace") as container:
+        with _open_container(av.open, stream, options) as container:
             track = container.streams.best("video")
             if not isinstance(track, av.VideoStream):
                 raise MediaError(f"{name} has no video stream: give a video, or an image part for a picture")

@@ -27,14 +27,17 @@ def clip(
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
         for index in range(num_frames):
             array = np.full((SIZE[1], SIZE[0], 3), 10 * index, np.uint8)
             array[: SIZE[1] // 2, : SIZE[0] // 2] = 0
             output.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         output.mux(stream.encode())
-    return file.getvalue()
+    data = bytearray(file.getvalue())
+    if rotation:  # degrees counterclockwise; the matrix stands in the header of the track
+        sine, cosine = round(math.sin(math.radians(rotation))), round(math.cos(math.radians(rotation)))
+        matrix = cosine << 16, -sine << 16, 0, sine << 16, cosine << 16, 0, 0, 0, 1 << 30
+        struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *matrix)
+    return bytes(data)
 
 
 def levels(source: str | Path | bytes, **arguments: Any) -> list[int]:
@@ -149,6 +152,16 @@ def test_metadata_that_is_not_utf_8_does_no_harm() -> None:
     data = clip(container="avi")
     assert data.count(b"Lavf") == 1
     assert levels(data.replace(b"Lavf", b"\xff\xfe\xc3("), num_segments=1) == [9]
+
+
+def test_videos_are_read_with_the_open_of_pyav_19(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, av_open = clip(), av.open
+
+    def open_of_19(file: Any, mode: str, *, options: dict[str, str]) -> Any:
+        return av_open(file, mode, options=options)
+
+    monkeypatch.setattr(av, "open", open_of_19)
+    assert levels(data, num_segments=5) == [1, 5, 9, 12, 16]
 
 
 # Refusals
