@@ -101,6 +101,7 @@ MODULES = [
     "steps.runner",
     "steps.__init__",
     "engine.options",
+    "engine.host_memory",
     "engine.memory",
     "engine.loading",
     "engine.reply",
