@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.terminal import importing, say
@@ -77,12 +77,12 @@ def _check_text(name: str, text: str) -> None:
         raise RequestError(f"{name} is not valid {sys.getfilesystemencoding()} at {around}; type it again") from error
 
 
-def _media(kind: str, file: str) -> dict[str, str]:
+def _media(kind: Literal["image", "video"], file: str) -> dict[str, str]:
     """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
     with importing():
-        from internvl_rt.inputs.image import open_media
+        from internvl_rt.inputs.media import open_media
     file = os.path.expanduser(file)
-    open_media(file, kind)[0].close()
+    open_media(file, kind, max_bytes=sys.maxsize)[0].close()  # the engine checks the size
     return {"type": kind, kind: file}
 
 
@@ -101,7 +101,7 @@ def _converse(
             elif command in ("/image", "/video"):
                 if not rest:
                     raise RequestError(f"{command} needs the name of a file: {command} FILE")
-                media.append(_media(command[1:], rest.strip()))
+                media.append(_media("image" if command == "/image" else "video", rest.strip()))
             elif command.startswith("/"):
                 say(f"no command {InternVLError(command)!s}\n{INTERACTIVE_HELP}")
             else:

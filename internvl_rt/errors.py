@@ -4,7 +4,7 @@ Each message says what was wrong, what was expected, what was given and what to 
 request can cause are `ValueError`s, so a caller may catch them as one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 _MAX_MESSAGE, _MAX_TEXT, _MAX_VALUE = 2000, 200, 300  # characters
@@ -46,6 +46,27 @@ class EngineDeadError(InternVLError, RuntimeError):
     """The thread that ran the engine's steps has died; `__cause__` is the error that ended it."""
 
 
+def check_list(name: str, value: object, of: str) -> None:
+    """Raises RequestError unless `value` is a list or another sequence of several things.
+
+    A text, bytes and an array are one thing each, although Python can walk through them. of: what the things are.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        given = quoted(value) if isinstance(value, str) else type(value).__name__
+        raise RequestError(f"{name}: expected a list of {of}, got {given}; wrap one in a list: [...]")
+
+
+def not_finite(dtype: object, remedy: str) -> str:
+    """Ends a message about numbers that are NaN or infinite in a torch dtype.
+
+    remedy: what to do where the dtype is not to blame. Only float16 has a range that models and inputs exceed.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        remedy += ", or load the model with dtype='bfloat16' or 'float32', whose range is larger"
+    return f"not finite in {name} (NaN or infinity); {remedy}"
+
+
 def quoted(value: object) -> str:
     """Returns any value, or its beginning, as one printable line of at most 300 characters, for a message.
 
@@ -67,6 +88,7 @@ def _shown(value: object, depth: int) -> str:
             return f"{{{_joined(pairs, depth)}}}"
         if isinstance(value, list | tuple | set | frozenset):
             left, right = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+            right = ",)" if left == "(" and len(value) == 1 else right
             return f"{left}{_joined((_shown(item, depth - 1) for item in value), depth)}{right}"
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python refuses to print very long integers
             return f"an integer of {value.bit_length():,} bits"

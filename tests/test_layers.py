@@ -28,8 +28,12 @@ MODULES = [
     "inputs.sampling_params",
     "inputs.identity",
     "inputs.tiles",
+    "inputs.media",
+    "inputs.decoding",
+    "inputs.pil_picture",
     "inputs.image",
     "inputs.video",
+    "inputs.slices",
     "inputs.tokenizer_files",
     "inputs.tokenizer",
     "inputs.grammar",
@@ -143,7 +147,7 @@ MODULES = [
 # The modules that may import each library. Any module may import a library that is not listed here.
 HOMES = {
     "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
-    "PIL": ["inputs.tiles", "inputs.image", "inputs.video"],
+    "PIL": ["inputs.tiles", "inputs.decoding", "inputs.pil_picture", "inputs.image", "inputs.video"],
     "av": ["inputs.video"],
     "huggingface_hub": ["checkpoint.find"],
     "jinja2": ["checkpoint.template_walk"],

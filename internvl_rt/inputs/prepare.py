@@ -4,7 +4,7 @@ It knows no engine, and the result is plain data.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError, quoted
-from internvl_rt.inputs.identity import build_identity, content_digest
+from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, open_image
-from internvl_rt.inputs.picture import Picture
+from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.position import Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import load_video
+from internvl_rt.inputs.video import VideoLimits, load_video
 
-MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of more characters per token cannot fit
+NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Prepared:
     next_position: int  # position of the first token after the prompt
     identity: bytes | None  # what keys and values depend on besides tokens and pictures; None: no prefix is shared
     salt: str | None  # only prompts of equal salt share visual tokens
+    made_for: str  # what an engine must have in common with the one that prepared this
     start_s: float  # by perf_counter, when the call began
     media_s: float = 0.0
     tile_s: float = 0.0
@@ -53,21 +54,26 @@ class Preparer:
         tokenizer: Tokenizer,
         max_model_len: int,
         *,
+        dtype: torch.dtype,
         images: ImageOptions,
         number_images: bool,
+        videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
-        """images: how pictures are read and cut; frames of videos become one tile each.
+        """dtype: the model's; numbers that a caller gives are cast to it.
+        images: how pictures are read and cut; frames of videos become one tile each.
 
         number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
-        self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
+        self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._number_images, self._ends_empty = number_images, config.format == "hf"
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
         if v2pe_delta != "auto":
             parse_delta(v2pe_delta)
 
@@ -89,10 +95,10 @@ class Preparer:
             if media.kind == "image":
                 pictures.append(_open(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
-                pictures.append(self._given_visual(media.source))
+                pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
                 chosen: dict[str, Any] = {} if media.num_frames is None else {"num_segments": media.num_frames}
-                frames = load_video(media.source, bound=media.bound, **chosen)[::-1]
+                frames = load_video(media.source, bound=media.bound, limits=self._videos, **chosen)[::-1]
                 frames_per_video.append(len(frames))
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
@@ -106,17 +112,25 @@ class Preparer:
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
-        """Prepares rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
-        own = [each.detach().clone() for each in tiles]  # the caller may change its own
-        pictures = [Picture(_tensor_digest("tiles", each), len(each), tiles=each) for each in own]
+        """Prepares rendered turns and one tensor or array of tiles for each picture. Raises RequestError.
+
+        tiles: uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
+        """
+        pictures: list[Picture] = []
+        left = self._max_model_len
+        for each in tiles:
+            pictures.append(picture_of_tiles(each, self._config, self._dtype, left))
+            left -= pictures[-1].num_tiles * self._config.tokens_per_tile
         return self._prepare(turns, pictures, v2pe_delta=None)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
         if not isinstance(response, str) or not response:
             raise RequestError(f"responses: expected texts that are not empty, got {quoted(response)}")
-        added = [*self._tokenizer.encode(response), *([self._stop_id] if include_end else [])]
+        self._check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
+        ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
+        added = [*ids, *([self._stop_id] if include_end else [])]
         next_position = prepared.next_position + len(added)
         if num_prompt + len(added) > self._max_model_len or next_position > self._config.decoder.max_position:
             raise RequestError(
@@ -132,8 +146,9 @@ class Preparer:
             score_from=num_prompt,
         )
 
-    def open_images(self, images: Iterable[ImageSource]) -> list[Picture]:
-        """Opens pictures without a prompt. Raises MediaError."""
+    def open_images(self, images: Items[ImageSource]) -> list[Picture]:
+        """Opens pictures without a prompt. Raises RequestError or MediaError."""
+        check_list("images", images, "pictures")
         return [_open(image, self._images) for image in images]
 
     def _prepare(
@@ -141,7 +156,8 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty)
+        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
+        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty, limit=self._max_model_len)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
@@ -167,6 +183,7 @@ class Preparer:
             next_position=next_position,
             identity=identity,
             salt=cache_salt,
+            made_for=self.made_for,
             start_s=start_s,
             begun=turns[-1].open and any(turns[-1].parts),
         )
@@ -181,11 +198,16 @@ class Preparer:
                 f"the conversation has {quoted(num_media)} pictures and videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
-        num_characters = sum(len(part) for part in parts if isinstance(part, str))
-        if num_characters > self._max_model_len * MAX_CHARACTERS_PER_TOKEN:
+        self._check_texts("the conversation", [part for part in parts if isinstance(part, str)])
+
+    def _check_texts(self, what: str, texts: Items[str]) -> None:
+        """Refuses texts that cannot fit, whatever is in them, before any of them is encoded."""
+        most = self._max_model_len * self._bytes_per_token
+        num_characters = sum(map(len, texts))  # no more than there are bytes, and known at once
+        if num_characters > most or sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
             raise RequestError(
-                f"the conversation has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens; "
-                "shorten it, or raise max_model_len"
+                f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
+                f"{self._bytes_per_token} bytes; shorten it, or raise max_model_len"
             )
 
     def _options_of(self, media: Media) -> ImageOptions:
@@ -199,34 +221,7 @@ class Preparer:
             )
         return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
 
-    def _given_visual(self, visual_XD: object) -> Picture:
-        """Checks visual tokens that were computed elsewhere, for example by `Engine.encode_images`."""
-        width, per_tile = self._config.decoder.hidden_size, self._config.tokens_per_tile
-        if isinstance(visual_XD, np.ndarray):
-            visual_XD = torch.from_numpy(visual_XD)
-        if not isinstance(visual_XD, Tensor):
-            raise RequestError(f"image_embeds: expected a tensor [tokens, {width}], got {type(visual_XD).__name__}")
-        shape = tuple(visual_XD.shape)
-        if len(shape) != 2 or shape[1] != width or shape[0] == 0 or shape[0] % per_tile:
-            raise RequestError(
-                f"image_embeds: expected shape [tokens, {width}] with a multiple of {per_tile} tokens, "
-                f"got {list(shape)}"
-            )
-        if shape[0] > self._max_model_len:
-            raise RequestError(f"image_embeds: expected at most {self._max_model_len:,} tokens, got {shape[0]:,}")
-        if not visual_XD.is_floating_point():
-            raise RequestError(f"image_embeds: expected floating-point numbers, got {visual_XD.dtype}")
-        visual_XD = visual_XD.detach().clone()  # the caller may change its own
-        if not visual_XD.isfinite().all():
-            raise RequestError("image_embeds: expected finite numbers, got NaN or infinity")
-        return Picture(_tensor_digest("visual", visual_XD), shape[0] // per_tile, visual_XD=visual_XD)
-
 
 def _open(source: ImageSource, options: ImageOptions) -> Picture:
     image = open_image(source, options)
     return Picture(image.digest, image.num_tiles, image=image)
-
-
-def _tensor_digest(kind: str, tensor: Tensor) -> bytes:
-    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-    return content_digest(kind, f"{tensor.dtype} {tuple(tensor.shape)}", content)

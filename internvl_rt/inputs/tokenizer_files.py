@@ -1,6 +1,8 @@
 """Reads a checkpoint's tokenizer files with the `tokenizers` library, and refuses what a prompt cannot follow."""
 
+import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,18 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, InternVLError, RequestError, quoted
+from internvl_rt.inputs.slices import QWEN2_CUT, cuts_are_safe
 
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
@@ -135,6 +145,18 @@ def with_added(
                 f"{actual}; take all tokenizer files from one checkpoint"
             )
     return result
+
+
+def find_cut(base: tokenizers.Tokenizer, added: Collection[AddedToken]) -> re.Pattern[str] | None:
+    """Returns where a text may be cut without a change of its ids: known for tokenizers that work as Qwen2's does."""
+    words = json.loads(base.pre_tokenizer.__getstate__()) if base.pre_tokenizer else {}
+    for part in words.get("pretokenizers", []):
+        part.pop("trim_offsets", None)  # changes no ids
+    is_known = words == _QWEN2_PRE_TOKENIZER and isinstance(base.normalizer, normalizers.NFC | None)
+    depends_on_place = any(token.single_word or token.rstrip for token in added)
+    if not is_known or depends_on_place or not cuts_are_safe(QWEN2_CUT, [token.content for token in added]):
+        return None
+    return QWEN2_CUT
 
 
 def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
