@@ -70,6 +70,16 @@ def check_grammar_size(kind: GrammarKind, text: str) -> None:
         _check_regex(text)
 
 
+def write_schema(schema: object) -> str:
+    """Writes a schema as JSON. Raises RequestError at the limit of its size, and what json raises for no JSON value."""
+    pieces, num_bytes = list[str](), 0
+    for piece in json.JSONEncoder().iterencode(schema):
+        pieces.append(piece)
+        num_bytes += len(piece)
+        _check_count("json_schema", "bytes", num_bytes, MAX_GRAMMAR_BYTES)
+    return "".join(pieces)
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest; any number of threads may use it at once."""
 

@@ -1,12 +1,11 @@
 """Sampling parameters: what a caller may request of an answer, checked once."""
 
-import json
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.grammar import JsonWhitespace
+from internvl_rt.inputs.grammar import JsonWhitespace, write_schema
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -110,7 +109,9 @@ class SamplingParams:
         if isinstance(self.json_schema, str):
             return "json_schema", self.json_schema
         try:
-            return "json_schema", json.dumps(self.json_schema)
+            return "json_schema", write_schema(self.json_schema)
+        except RequestError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(
                 f"json_schema: expected a JSON value, got one that json cannot write: {error}"
