@@ -14,7 +14,7 @@ from internvl_rt.checkpoint.template_walk import TemplateWalkError, parse_templa
 from internvl_rt.errors import ConfigError, quoted
 
 LOG = logging.getLogger("internvl_rt")
-_MAX_BYTES = 1 << 16  # of a template: InternVL's has 600, those with tools have up to 10,000
+_MAX_BYTES = 1 << 15  # of a template: InternVL's has 600, those with tools have up to 10,000
 
 Messages = list[dict[str, Any]]
 
@@ -44,7 +44,7 @@ def find_system_message(folder: Path) -> str | None:
     system = None
     try:
         body = parse_template(template)
-        names: dict[str, Any] = {"add_generation_prompt": True, **_special_tokens(folder)}
+        names = {"add_generation_prompt": True, "tools": None, "documents": None, **_special_tokens(folder)}
         system = _system_before(render_template(body, names | {"messages": [_QUESTION]}))
         for name, messages in _CONVERSATIONS.items():
             added = [] if system is None or messages[0] is _SYSTEM else [{"role": "system", "content": system}]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvl_rt.checkpoint.chat_template import find_system_message
 from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
 
 LOG = logging.getLogger("internvl_rt")
@@ -171,6 +170,9 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     """Reads the -hf format; defaults as in transformers' models/{internvl,qwen2,qwen3,llama}/configuration_*.py."""
+    # Here, because jinja2 is slow to import and the original format does without it.
+    from internvl_rt.checkpoint.chat_template import find_system_message
+
     top.support("projector_hidden_act", "gelu")
     top.support("vision_feature_layer", -1)
     top.support("vision_feature_select_strategy", "default")
@@ -211,14 +213,18 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 
 def _read_end_tokens(top: Section, text: Section, vocab_size: int) -> tuple[int, ...]:
-    """Reads eos_token_id of generation_config.json, or without that file of config.json; () if it is not there."""
+    """Reads eos_token_id of generation_config.json, or without that file of config.json; () if it is not there.
+
+    What else transformers would do by that file is logged, since here `SamplingParams` alone say how tokens are drawn.
+    """
     file = top.file.parent / "generation_config.json"
     found = [read_json(file)] if file.is_file() else [top, text]
+    penalty = found[0].values.get("repetition_penalty")
+    if found[0].values.get("do_sample") is True or (isinstance(penalty, int | float) and penalty != 1):
+        LOG.warning("%s asks for draws or a penalty; here answers are greedy unless SamplingParams ask for it", file)
     section = next((section for section in found if section.has("eos_token_id")), None)
     if section is None:
-        LOG.warning(
-            "%s names no eos_token_id, so transformers ends no answer; here it ends with <|im_end|>", found[0].file
-        )
+        LOG.warning("%s names no eos_token_id: transformers ends no answer, here <|im_end|> does", found[0].file)
         return ()
     value = section.values["eos_token_id"]
     ids = tuple(value) if isinstance(value, list) else (value,)

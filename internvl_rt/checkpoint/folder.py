@@ -55,6 +55,14 @@ def find_config(model: str | Path) -> tuple[ModelConfig, str]:
     return load_config(path), path.resolve().name if on_disk else str(model)
 
 
+def find_config_file(model: str | Path, *, revision: str | None = None) -> Path:
+    """Returns the path of a model's config.json, given as for `find_config`. Raises CheckpointError."""
+    if revision is None and str(model) in KNOWN_MODELS and not os.path.exists(model):
+        return KNOWN_MODELS[str(model)]
+    path = _resolve(model, revision, _CONFIG_FILES)
+    return path / "config.json" if path.is_dir() else path
+
+
 def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
     if model == "tiny":
         return _TINY

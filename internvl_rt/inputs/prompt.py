@@ -275,7 +275,9 @@ def _shown(value: object) -> str:
         keys = [quoted(key).strip("'\"") for key in islice(value, 12)]
         kind = f" and type {quoted(value['type'])}" if "type" in value else ""
         return f"an object with the keys {', '.join(keys) or '(none)'}{kind}"
-    return "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return quoted(type(value).__name__).strip("'")
 
 
 def turns_from_messages(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,11 @@ class ImageOptions:
         for name, limit in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {quoted(value)}")
         for name, choices in {"exif": ("ignore", "apply"), "alpha": ("drop", "white")}.items():
-            if getattr(self, name) not in choices:
-                raise RequestError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise RequestError(f"{name} must be one of {choices}, got {quoted(value)}")
 
 
 @lru_cache

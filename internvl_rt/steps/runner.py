@@ -140,8 +140,12 @@ class Runner:
             )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
-        """Waits for a step to end and returns its results."""
-        launched.done.wait()
+        """Waits for a step to end and returns its results. If the wait fails, nothing that it wrote will be reused."""
+        try:
+            launched.done.wait()
+        except BaseException:
+            self._cache.end_step(launched.number, failed=True)
+            raise
         self._cache.end_step(launched.number)
         config, dtype, step = self._model.config, self._model.dtype, launched.step
         stops = [chunk.stop for chunk in step.chunks]
