@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_rt.bench.arguments import add_bench
 from internvl_rt.errors import InternVLError
@@ -149,12 +149,12 @@ def _chat(args: argparse.Namespace) -> int:
     return _interactive(engine, start, media, params, args.timings)
 
 
-def _media(kind: str, file: str) -> dict[str, str]:
+def _media(kind: Literal["image", "video"], file: str) -> dict[str, str]:
     """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
-    from internvl_rt.inputs.image import open_media
+    from internvl_rt.inputs.media import open_media
 
     file = os.path.expanduser(file)
-    open_media(file, kind)[0].close()
+    open_media(file, kind, max_bytes=sys.maxsize)[0].close()  # the engine checks the size
     return {"type": kind, kind: file}
 
 
@@ -171,7 +171,7 @@ def _interactive(
             messages, media = list(start), []
         elif command in ("/image", "/video"):
             try:
-                media.append(_media(command[1:], rest.strip()))
+                media.append(_media("image" if command == "/image" else "video", rest.strip()))
             except InternVLError as error:
                 print(error, file=sys.stderr)
         elif command.startswith("/"):

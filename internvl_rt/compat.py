@@ -224,11 +224,12 @@ class ChatModel:
         counts = num_patches_list
         if counts is not None:
             check_list("num_patches_list", counts, "numbers of tiles")
-            wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1]
+            least = 0 if pixel_values is None else 1  # of questions about no picture, as the official code counts them
+            wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < least]
             if wrong:
-                raise RequestError(f"num_patches_list: expected integers of at least 1, got {quoted(wrong[0])}")
+                raise RequestError(f"num_patches_list: expected integers of at least {least}, got {quoted(wrong[0])}")
         if pixel_values is None:
-            if counts:
+            if counts and any(counts):
                 raise RequestError(f"num_patches_list: {quoted(counts)} tiles, but no pixel_values; give both or none")
             return []
         counts = tiles_per_image(count_tiles(pixel_values, self.engine.config), counts)

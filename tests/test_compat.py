@@ -69,6 +69,13 @@ def test_batch_chat_equals_single_chats(model, tokenizer):
     assert responses == [sample.stem for sample in SAMPLES[:3]]
 
 
+def test_questions_about_no_picture_may_count_no_tiles(model, tokenizer):
+    questions = ["Hello", "Read the digits."]
+    assert model.batch_chat(tokenizer, None, questions, GREEDY, num_patches_list=[0, 0]) == [
+        model.chat(tokenizer, None, question, GREEDY) for question in questions
+    ]
+
+
 def test_same_tokens_as_the_engine(model, tokenizer):
     with Engine.from_pretrained("tiny", device="cpu") as engine:
         parts = [{"type": "image", "image": str(SAMPLES[1])}, {"type": "text", "text": "Read the digits."}]

@@ -25,6 +25,9 @@ MODULES = [
     "checkpoint.__init__",
     "inputs.identity",
     "inputs.tiles",
+    "inputs.media",
+    "inputs.decoding",
+    "inputs.pil_picture",
     "inputs.image",
     "inputs.video",
     "inputs.slices",
@@ -138,7 +141,7 @@ MODULES = [
 # The modules that may import each library. Any module may import a library that is not listed here.
 HOMES = {
     "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
-    "PIL": ["inputs.tiles", "inputs.image", "inputs.video"],
+    "PIL": ["inputs.tiles", "inputs.decoding", "inputs.pil_picture", "inputs.image", "inputs.video"],
     "av": ["inputs.video"],
     "huggingface_hub": ["checkpoint.folder"],
     "jinja2": ["checkpoint.template_walk"],

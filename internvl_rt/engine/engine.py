@@ -88,6 +88,7 @@ class Engine:
             dtype=model.dtype,
             images=options.images(model.config),
             number_images=options.numbers_images(model.config),
+            videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )

@@ -22,7 +22,7 @@ from internvl_rt.inputs.position import Delta, auto_stride, build_positions, par
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import load_video
+from internvl_rt.inputs.video import VideoLimits, load_video
 
 NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
@@ -57,6 +57,7 @@ class Preparer:
         dtype: torch.dtype,
         images: ImageOptions,
         number_images: bool,
+        videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
@@ -68,7 +69,7 @@ class Preparer:
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
-        self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._number_images, self._ends_empty = number_images, config.format == "hf"
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
@@ -97,7 +98,7 @@ class Preparer:
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
                 chosen: dict[str, Any] = {} if media.num_frames is None else {"num_segments": media.num_frames}
-                frames = load_video(media.source, bound=media.bound, **chosen)[::-1]
+                frames = load_video(media.source, bound=media.bound, limits=self._videos, **chosen)[::-1]
                 frames_per_video.append(len(frames))
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
