@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
+MAX_GRAMMAR_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,23 @@ class SamplingParams:
             return None
         if isinstance(self.json_schema, str):
             return "json_schema", self.json_schema
-        try:
-            return "json_schema", json.dumps(self.json_schema)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"json_schema: expected a JSON value, got one that json cannot write: {error}"
-            ) from error
+        return "json_schema", _write_schema(self.json_schema)
+
+
+def _write_schema(schema: object) -> str:
+    """Writes a schema as JSON, no more of it than its size may be."""
+    pieces, num_bytes = list[str](), 0
+    try:
+        for piece in json.JSONEncoder().iterencode(schema):
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > MAX_GRAMMAR_BYTES:
+                raise RequestError(
+                    f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
+                    "simplify it"
+                )
+    except (TypeError, RecursionError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"json_schema: expected a JSON value, got one that json cannot write: {error}") from error
+    return "".join(pieces)

@@ -203,11 +203,13 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     content = read_file(path, CheckpointError)
     try:
         model = SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
+        names: list[str] = [model.id_to_piece(token_id) for token_id in range(model.get_piece_size())]
+        bos = model.bos_id()
+        own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
+        added = {names[token_id]: token_id for token_id in own}
+    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
-    size, bos = model.get_piece_size(), model.bos_id()
-    own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
     declared = read_declared_tokens(folder)
     for token in declared.values():
         if token.lstrip or token.rstrip or token.single_word:
@@ -215,10 +217,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
                 f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which a checkpoint with "
                 "tokenizer.model cannot have here; set them to false"
             )
-    added = {model.id_to_piece(token_id): token_id for token_id in own}
     added |= {token.content: token_id for token_id, token in declared.items()}
     hidden = _hidden_tokens(folder, added, [bos, model.eos_id()])
-    pieces = {token_id: _piece_bytes(model.id_to_piece(token_id)) for token_id in range(size)}
+    pieces = {token_id: _piece_bytes(name) for token_id, name in enumerate(names)}
 
     def find_token_id(token: str) -> int | None:
         token_id = added.get(token, model.piece_to_id(token))
@@ -231,7 +232,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
             raise RequestError(f"the tokenizer cannot read {quoted(text)}: {error}; change it") from error
         return ids
 
-    control = model.is_control(list(range(size)))
+    control = model.is_control(list(pieces))
     add_bos = bos >= 0 and read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     return Tokenizer(
         prefix_ids=(bos,) if add_bos else (),

@@ -95,7 +95,12 @@ def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
     older, special_map = read_json(folder / "added_tokens.json"), read_json(folder / "special_tokens_map.json")
     try:
         if "added_tokens_decoder" in config:
-            declared = {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}
+            decoder = config["added_tokens_decoder"]
+            known = (*_FLAGS, "special")
+            declared = {
+                int(key): AddedToken(fields["content"], **{flag: fields[flag] for flag in known if flag in fields})
+                for key, fields in decoder.items()
+            }
         else:
             groups = [value if isinstance(value, list) else [value] for value in special_map.values()]
             special = {item["content"] if isinstance(item, dict) else item for group in groups for item in group}
