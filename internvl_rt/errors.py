@@ -88,6 +88,7 @@ def _shown(value: object, depth: int) -> str:
             return f"{{{_joined(pairs, depth)}}}"
         if isinstance(value, list | tuple | set | frozenset):
             left, right = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+            right = ",)" if left == "(" and len(value) == 1 else right
             return f"{left}{_joined((_shown(item, depth - 1) for item in value), depth)}{right}"
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:  # Python refuses to print very long integers
             return f"an integer of {value.bit_length():,} bits"

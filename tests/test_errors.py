@@ -33,6 +33,7 @@ def test_any_value_is_quoted_in_one_short_line_at_once(name):
         (-3.5, "-3.5"),
         (10**30, "1" + "0" * 30),
         (1 << 600, "an integer of 601 bits"),
+        (("a",), "('a',)"),
         ([1, 2, 3, 4, 5, 6], "[1, 2, 3, 4, 5, 6]"),
         (range(10**9), "range(0, 1000000000)"),
         (list(range(1000)), "[0, 1, 2, 3, 4, 5, ...]"),

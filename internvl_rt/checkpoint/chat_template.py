@@ -6,15 +6,17 @@ the model is loaded.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import read_json
 from internvl_rt.checkpoint.template_walk import TemplateWalkError, parse_template, render_template
 from internvl_rt.errors import ConfigError, quoted
 
 LOG = logging.getLogger("internvl_rt")
-_MAX_BYTES = 1 << 16  # of a template: InternVL's has 600, those with tools have up to 10,000
+_MAX_BYTES = 1 << 15  # of a template: InternVL's has 600, those with tools have up to 10,000
 
 Messages = list[dict[str, Any]]
 
@@ -44,7 +46,7 @@ def find_system_message(folder: Path) -> str | None:
     system = None
     try:
         body = parse_template(template)
-        names: dict[str, Any] = {"add_generation_prompt": True, **_special_tokens(folder)}
+        names = {"add_generation_prompt": True, "tools": None, "documents": None, **_special_tokens(folder)}
         system = _system_before(render_template(body, names | {"messages": [_QUESTION]}))
         for name, messages in _CONVERSATIONS.items():
             added = [] if system is None or messages[0] is _SYSTEM else [{"role": "system", "content": system}]
@@ -90,7 +92,7 @@ def _find_template(folder: Path) -> tuple[Path, str | None]:
     """
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         file = folder / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             continue
         if name.endswith(".jinja"):
             return file, _read_text(file)
@@ -109,14 +111,10 @@ def _find_template(folder: Path) -> tuple[Path, str | None]:
 
 
 def _read_text(file: Path) -> str:
-    with file.open("rb") as stream:
-        content = stream.read(_MAX_BYTES + 1)
     try:
-        if len(content) <= _MAX_BYTES:
-            return content.decode()
-    except UnicodeDecodeError:
-        pass
-    raise ConfigError(f"{file}: expected UTF-8 text of at most {_MAX_BYTES} bytes; download the file again")
+        return read_file(file, ConfigError, max_bytes=_MAX_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected UTF-8 text; download the file again") from error
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -124,7 +122,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     file = folder / "tokenizer_config.json"
     tokens = (
         {key: value for key, value in read_json(file).values.items() if key.endswith("_token")}
-        if file.is_file()
+        if os.path.lexists(file)
         else {}
     )
     contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 MAX_STEPS = 1 << 18  # expressions and characters for one conversation: InternVL's template takes 2,000
 
@@ -19,10 +21,21 @@ class TemplateWalkError(Exception):
     """The template cannot be parsed, or goes where it is not followed."""
 
 
+class _Generation(Extension):
+    """The statement of transformers that marks what is trained on; it changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own type
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def parse_template(template: str) -> list[nodes.Node]:
     """Parses as transformers does. Raises TemplateWalkError."""
     try:
-        return Environment(trim_blocks=True, lstrip_blocks=True).parse(template).body
+        extensions = (_Generation, loopcontrols)
+        return Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions).parse(template).body
     except (TemplateError, ValueError, RecursionError) as error:
         raise TemplateWalkError(f"it cannot be parsed ({error})") from error
 

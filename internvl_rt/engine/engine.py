@@ -88,6 +88,7 @@ class Engine:
             dtype=model.dtype,
             images=options.images(model.config),
             number_images=options.numbers_images(model.config),
+            videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
@@ -122,7 +123,7 @@ class Engine:
             "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
             "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
             tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
-            beginning of the answer: the reply goes on where it stops, and holds the new text alone.
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -13,10 +13,13 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, quoted
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.video import VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
+
+_IMAGES, _VIDEOS = ImageOptions(), VideoLimits()
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -33,7 +36,7 @@ class EngineOptions:
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
-    kv_cache_bytes: size of the KV cache; None is 4 GiB on the CPU, and on CUDA what weights and workspaces leave
+    kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
@@ -49,7 +52,15 @@ class EngineOptions:
     exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore"); "auto" is as in the code
         that the folder was made for: the official code ignores it, transformers, for `-hf` folders, applies it.
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
-    max_pixels: a picture of more pixels is refused before it is decoded.
+    max_pixels: most pixels of a picture; the default is what Pillow opens without a warning, and takes 358 MB as RGB.
+    max_side: most pixels of a picture's width and of its height.
+    max_image_bytes: most encoded bytes of a picture.
+    max_decode_bytes: most memory for decoding a picture, as estimated from its header.
+    max_decode_s: most seconds of one core for decoding a picture, as estimated from its size, bytes and scans.
+    max_video_bytes: most encoded bytes of a video.
+    max_video_frames: most frames of a video that are decoded to reach the chosen ones.
+    max_frame_pixels: most pixels of a frame of a video.
+    max_video_pixels: most pixels of all chosen frames of a video together.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
@@ -77,7 +88,15 @@ class EngineOptions:
     number_images: bool | None = None
     exif: Literal["auto", "ignore", "apply"] = "auto"
     alpha: Literal["drop", "white"] = "drop"
-    max_pixels: int = ImageOptions().max_pixels
+    max_pixels: int = _IMAGES.max_pixels
+    max_side: int = _IMAGES.max_side
+    max_image_bytes: int = _IMAGES.max_image_bytes
+    max_decode_bytes: int = _IMAGES.max_decode_bytes
+    max_decode_s: float = _IMAGES.max_decode_s
+    max_video_bytes: int = _VIDEOS.file_bytes
+    max_video_frames: int = _VIDEOS.num_frames
+    max_frame_pixels: int = _VIDEOS.frame_pixels
+    max_video_pixels: int = _VIDEOS.total_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -100,11 +119,25 @@ class EngineOptions:
             raise RequestError(f"number_images must be True, False or None, got {quoted(self.number_images)}")
         if not isinstance(self.exif, str) or self.exif not in ("auto", "ignore", "apply"):
             raise RequestError(f"exif must be auto, ignore or apply, got {quoted(self.exif)}")
-        ImageOptions(alpha=self.alpha, max_pixels=self.max_pixels)
+        _ = self.videos, ImageOptions(**self._reading)
 
     def numbers_images(self, config: ModelConfig) -> bool:
         """Returns whether several pictures in one message are numbered in a model's prompts."""
         return config.format == "original" if self.number_images is None else self.number_images
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        names = "alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def videos(self) -> VideoLimits:
+        return VideoLimits(
+            num_frames=self.max_video_frames,
+            frame_pixels=self.max_frame_pixels,
+            file_bytes=self.max_video_bytes,
+            total_pixels=self.max_video_pixels,
+        )
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -115,8 +148,7 @@ class EngineOptions:
             max_tiles=most,
             thumbnail=config.thumbnail,
             exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
-            alpha=self.alpha,
-            max_pixels=self.max_pixels,
+            **self._reading,
         )
 
 

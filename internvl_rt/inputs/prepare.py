@@ -22,9 +22,9 @@ from internvl_rt.inputs.position import Delta, auto_stride, build_positions, par
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import load_video
+from internvl_rt.inputs.video import VideoLimits, load_video
 
-MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of more characters per token cannot fit
+NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class Preparer:
         dtype: torch.dtype,
         images: ImageOptions,
         number_images: bool,
+        videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
@@ -68,10 +69,11 @@ class Preparer:
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
         self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
-        self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._number_images, self._ends_empty = number_images, config.format == "hf"
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
         if v2pe_delta != "auto":
             parse_delta(v2pe_delta)
 
@@ -96,7 +98,7 @@ class Preparer:
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
                 chosen: dict[str, Any] = {} if media.num_frames is None else {"num_segments": media.num_frames}
-                frames = load_video(media.source, bound=media.bound, **chosen)[::-1]
+                frames = load_video(media.source, bound=media.bound, limits=self._videos, **chosen)[::-1]
                 frames_per_video.append(len(frames))
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
@@ -125,8 +127,10 @@ class Preparer:
         """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
         if not isinstance(response, str) or not response:
             raise RequestError(f"responses: expected texts that are not empty, got {quoted(response)}")
-        added = [*self._tokenizer.encode(response), *([self._stop_id] if include_end else [])]
+        self._check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
+        ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
+        added = [*ids, *([self._stop_id] if include_end else [])]
         next_position = prepared.next_position + len(added)
         if num_prompt + len(added) > self._max_model_len or next_position > self._config.decoder.max_position:
             raise RequestError(
@@ -152,7 +156,8 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty)
+        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
+        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty, limit=self._max_model_len)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
@@ -193,11 +198,16 @@ class Preparer:
                 f"the conversation has {quoted(num_media)} pictures and videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
-        num_characters = sum(len(part) for part in parts if isinstance(part, str))
-        if num_characters > self._max_model_len * MAX_CHARACTERS_PER_TOKEN:
+        self._check_texts("the conversation", [part for part in parts if isinstance(part, str)])
+
+    def _check_texts(self, what: str, texts: Items[str]) -> None:
+        """Refuses texts that cannot fit, whatever is in them, before any of them is encoded."""
+        most = self._max_model_len * self._bytes_per_token
+        num_characters = sum(map(len, texts))  # no more than there are bytes, and known at once
+        if num_characters > most or sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
             raise RequestError(
-                f"the conversation has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens; "
-                "shorten it, or raise max_model_len"
+                f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
+                f"{self._bytes_per_token} bytes; shorten it, or raise max_model_len"
             )
 
     def _options_of(self, media: Media) -> ImageOptions:

@@ -69,6 +69,7 @@ def build_prompt(
     *,
     ends_empty: bool = False,
     user_specials: bool = False,
+    limit: int | None = None,
 ) -> Prompt:
     """Renders `turns` and, after a last user turn, the beginning of the answer.
 
@@ -76,7 +77,7 @@ def build_prompt(
     assistant turn with neither text nor picture is ended like any other, as in the template of -hf folders; in the
     official code's it is its role alone. `user_specials`: the tokens that the tokenizer hides from texts are read in
     them, as in the official code; they give no picture a place, which only `IMAGE` parts do. Raises RequestError if the
-    counts do not match the parts.
+    counts do not match the parts, or if a long text is seen to have more than `limit` tokens before all of it is read.
     """
     num_images = sum(part is IMAGE for turn in turns for part in turn.parts)
     if num_images != len(image_token_counts):
@@ -90,7 +91,8 @@ def build_prompt(
     for is_text, group in groupby(_render(turns, ends_empty), key=lambda item: isinstance(item, str)):
         if is_text:
             piece = "".join(map(str, group))
-            ids += tokenizer.encode(piece, specials=user_specials)
+            left = None if limit is None else limit - len(ids)
+            ids += tokenizer.encode(piece, specials=user_specials, limit=left)
             text.append(piece)
             continue
         for mark in group:
@@ -273,7 +275,9 @@ def _shown(value: object) -> str:
         keys = [quoted(key).strip("'\"") for key in islice(value, 12)]
         kind = f" and type {quoted(value['type'])}" if "type" in value else ""
         return f"an object with the keys {', '.join(keys) or '(none)'}{kind}"
-    return "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
+    if isinstance(value, list | tuple) and not value:
+        return "an empty list"
+    return quoted(type(value).__name__).strip("'")
 
 
 def turns_from_messages(

@@ -6,6 +6,7 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import tokenizers
 
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.errors import CheckpointError, RequestError, quoted
+from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
     encoder,
+    find_cut,
     read_declared_tokens,
     read_json,
     read_prefix_ids,
@@ -83,6 +87,7 @@ class Tokenizer:
     _encode_plain: Callable[[str], list[int]]
     _encode_all: Callable[[str], list[int]]
     _spelled: Mapping[int, list[int]]  # what text becomes that would otherwise give this hidden id
+    _cut: re.Pattern[str] | None  # matches between two parts of a text that can be encoded one by one
     token_bytes: Mapping[int, bytes]
     hidden_ids: frozenset[int]  # never read from a user's text: they end a turn, open one or stand for a picture
     special_ids: frozenset[int]  # give no text in an answer
@@ -100,12 +105,13 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer has no token {token!r}; take all tokenizer files from one checkpoint")
         return token_id
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+    def encode(self, text: str, *, specials: bool = False, limit: int | None = None) -> list[int]:
         """Returns the ids of `text`, without `prefix_ids`.
 
         Added tokens written in `text`, such as <ref> or <tool_call>, are read as tokens, as the official code does with
         a rendered prompt. Those of `hidden_ids` stay ordinary text, unless `specials` is set. Raises RequestError for
-        text that is not valid Unicode or that the checkpoint's tokenizer cannot read.
+        text that is not valid Unicode, that the checkpoint's tokenizer cannot read, or that is seen to have more than
+        `limit` tokens before all of it is read.
         """
         try:
             text.encode()
@@ -113,10 +119,15 @@ class Tokenizer:
             raise RequestError(
                 f"text is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
             ) from error
-        if specials:
-            return self._encode_all(text)
-        ids = self._encode_plain(text)
-        if self._spelled.keys().isdisjoint(ids):
+        ids: list[int] = []
+        for part in slices(text, self._cut):
+            if limit is not None and len(ids) > limit:
+                raise RequestError(
+                    f"a text has more than {len(ids):,} tokens, but only {max(limit, 0):,} fit; shorten it, or raise "
+                    "max_model_len"
+                )
+            ids += self._encode_all(part) if specials else self._encode_plain(part)
+        if specials or self._spelled.keys().isdisjoint(ids):
             return ids
         return [part for token_id in ids for part in self._spelled.get(token_id, [token_id])]
 
@@ -136,11 +147,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
     if no such file is there, one is malformed, or sentencepiece is needed and not installed.
     """
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return _from_library(folder, read_tokenizer_json(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
         return _from_library(folder, read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
-    if (folder / "tokenizer.model").is_file():
+    if os.path.lexists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
@@ -174,6 +185,7 @@ def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
         _encode_plain=encoder(with_added(folder, base, added, hidden=hidden)),
         _encode_all=encoder(everything),
         _spelled=_spelled(token_bytes, [names[token] for token in hidden]),
+        _cut=find_cut(base, added.values()),
         token_bytes=token_bytes | {token_id: token.content.encode() for token_id, token in added.items()},
         hidden_ids=frozenset(names[token] for token in hidden),
         special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
@@ -188,8 +200,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
+    content = read_file(path, CheckpointError)
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        model = SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
@@ -227,6 +240,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         _encode_all=_splitting(added, encode),
         # A special token may use an unused piece of the model. Text spelt like the piece must not give it, but bytes.
         _spelled=_spelled(pieces, [added[token] for token in hidden]),
+        _cut=None,
         token_bytes={i: b"" if control[i] else piece for i, piece in pieces.items()}
         | {token_id: token.encode() for token, token_id in added.items()},
         hidden_ids=frozenset(added[token] for token in hidden),

@@ -1,5 +1,8 @@
 """Reads a checkpoint's tokenizer files with the `tokenizers` library, and refuses what a prompt cannot follow."""
 
+import json
+import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +11,21 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, InternVLError, RequestError, quoted
+from internvl_rt.inputs.slices import QWEN2_CUT, cuts_are_safe
 
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
@@ -35,8 +47,9 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
     Raises CheckpointError for a malformed file, and for one that would draw the ids of a text at random.
     """
+    content = read_file(path, CheckpointError, max_bytes=MAX_TOKENIZER_BYTES)
     with library_errors(lambda reason: CheckpointError(f"{path} is not a tokenizer file: {reason}; download it again")):
-        base = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        base = tokenizers.Tokenizer.from_buffer(content)
         base.no_padding()
         base.no_truncation()
     if dropout := getattr(base.model, "dropout", None):
@@ -50,8 +63,8 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
     """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
     vocab = read_json(vocab_path)
-    merges = []
-    for number, line in enumerate(merges_path.read_text("utf-8", "replace").split("\n"), start=1):
+    lines, merges = read_file(merges_path, CheckpointError).decode("utf-8", "replace").split("\n"), []
+    for number, line in enumerate(lines, start=1):
         pair = tuple(line.split())
         if not pair or (number == 1 and line.startswith("#version")):
             continue
@@ -93,7 +106,7 @@ def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: the added tokens in tokenizer_config.json, added_tokens.json or special_tokens_map.json are "
-            f"malformed ({error!r}); download these files again"
+            f"malformed ({quoted(error)}); download these files again"
         ) from error
 
 
@@ -134,6 +147,18 @@ def with_added(
     return result
 
 
+def find_cut(base: tokenizers.Tokenizer, added: Collection[AddedToken]) -> re.Pattern[str] | None:
+    """Returns where a text may be cut without a change of its ids: known for tokenizers that work as Qwen2's does."""
+    words = json.loads(base.pre_tokenizer.__getstate__()) if base.pre_tokenizer else {}
+    for part in words.get("pretokenizers", []):
+        part.pop("trim_offsets", None)  # changes no ids
+    is_known = words == _QWEN2_PRE_TOKENIZER and isinstance(base.normalizer, normalizers.NFC | None)
+    depends_on_place = any(token.single_word or token.rstrip for token in added)
+    if not is_known or depends_on_place or not cuts_are_safe(QWEN2_CUT, [token.content for token in added]):
+        return None
+    return QWEN2_CUT
+
+
 def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
     """Returns a function from text to ids that any number of threads may call, and that holds none of them up."""
 
@@ -149,4 +174,4 @@ def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}
+    return parse_object(path, read_file(path, CheckpointError), CheckpointError) if os.path.lexists(path) else {}

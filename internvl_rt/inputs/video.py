@@ -7,13 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.image import open_media
+from internvl_rt.inputs.media import MediaSource, open_media
 
 if TYPE_CHECKING:
     from av import CodecContext, VideoFrame, VideoStream
@@ -27,6 +26,14 @@ _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no b
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
+# The options of the engine that set the limits.
+_LIMIT_OPTIONS = {
+    "num_frames": "max_video_frames",
+    "frame_pixels": "max_frame_pixels",
+    "file_bytes": "max_video_bytes",
+    "total_pixels": "max_video_pixels",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
@@ -34,7 +41,14 @@ class VideoLimits:
 
     num_frames: int = 108_000  # frames decoded up to the end, or the end of the bound: an hour at 30 per second
     frame_pixels: int = 1 << 25  # pixels of one frame: 8K has 33.2 million
-    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K, which are 1 GiB as PIL images
+    file_bytes: int = 1 << 32  # encoded; a file is not read into memory
+    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K
+
+    def __post_init__(self) -> None:
+        for name, option in _LIMIT_OPTIONS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 1 << 40:
+                raise RequestError(f"{option} must be an integer from 1 to {1 << 40}, got {value!r}")
 
 
 def choose_frame_indices(
@@ -55,7 +69,7 @@ def choose_frame_indices(
 
 
 def load_video(
-    source: str | Path | bytes,
+    source: MediaSource,
     *,
     num_segments: int = 32,
     bound: tuple[float, float] | None = None,
@@ -79,7 +93,7 @@ def load_video(
         raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
-    stream, name = open_media(source, "video")
+    stream, name = open_media(source, "video", limits.file_bytes)
     with stream:
         with _open_track(stream, name, limits) as (container, track):
             rate = track.average_rate or track.guessed_rate
@@ -91,7 +105,8 @@ def load_video(
         expected = min(max(1, num_frames), needed)
         if expected > limits.num_frames:
             raise MediaError(
-                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: set an earlier bound"
+                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: cut it, or "
+                "raise max_video_frames of the engine"
             )
         for _ in range(2):
             chosen = choose_frame_indices(expected, fps, num_segments, bound)
@@ -114,11 +129,16 @@ def _decode(
             if num_frames in chosen:
                 num_pixels += frame.width * frame.height
                 if num_pixels > limits.total_pixels:
-                    raise MediaError(f"{name}: the frames hold over {limits.total_pixels} pixels; lower num_segments")
+                    raise MediaError(
+                        f"{name}: the chosen frames hold over {limits.total_pixels} pixels: make it smaller, take "
+                        "fewer frames, or raise max_video_pixels of the engine"
+                    )
                 frames[num_frames] = _to_image(frame)
             num_frames += 1
             if num_frames > limits.num_frames:
-                raise MediaError(f"{name} has more than {limits.num_frames} frames: set an earlier bound")
+                raise MediaError(
+                    f"{name} has more than {limits.num_frames} frames: cut it, or raise max_video_frames of the engine"
+                )
             if num_frames == needed:
                 break
     if not num_frames:
@@ -168,7 +188,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
             if track.width * track.height > limits.frame_pixels:
                 raise MediaError(
                     f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
-                    "it smaller"
+                    "it smaller, or raise max_frame_pixels of the engine"
                 )
             context.options = options  # the options of `open` only reach the decoders that probe the file
             track.thread_type = "AUTO"

@@ -29,7 +29,7 @@ class Logprobs:
         """
         logits_RV = logits_RV.float()
         total_R1 = logits_RV.logsumexp(-1, keepdim=True)
-        total_R1 = torch.where(total_R1.isfinite(), total_R1, torch.nan)
+        total_R1 = total_R1.masked_fill(~total_R1.isfinite(), torch.nan)
         top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
         self.num_tokens = len(target_R)
         self._target_R = to_host(target_R)

@@ -42,6 +42,9 @@ WITH_SYSTEM = {
     "with_eos_token_and_tools": "{%- if tools %}{{ tools | map('tojson') | join }}{%- else %}{%- if messages[0].role in"
     " ['user', 'assistant'] %}{{- '<|im_start|>system\nYou are Ada.' + eos_token + '\n' }}{%- endif %}{%- endif %}"
     + INTERNVL.replace("'<|im_end|>\n'", "eos_token + '\n'"),
+    "with_marks_for_training": "{% if tools is not none or documents %}{{ tools[0] }}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Ada.<|im_end|>\n' }}{% endif %}"
+    + INTERNVL.replace(CONTENT, "{% generation %}" + CONTENT + "{% endgeneration %}"),
     "with_a_namespace": "{%- set ns = namespace(last=-1) %}{%- for m in messages[::-1] %}"
     "{%- if m.role == 'user' and ns.last < 0 %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endif %}"
     "{%- endfor %}{%- if ns.last >= 0 and not messages[0].role.startswith('sys') %}"
@@ -104,7 +107,8 @@ def test_prompts_of_hf_folders_are_those_of_their_templates(tmp_path, caplog, te
         (INTERNVL.replace("<IMG_CONTEXT>\n", "<image>\n"), "renders pictures and videos as"),
         (INTERNVL.replace("{{ content['text'] }}", ""), "renders pictures and videos as"),
         (INTERNVL.replace("{{'<|im_end|>\n'}}", "{% if message.content %}{{'<|im_end|>\n'}}{% endif %}"), "an empty"),
-        ("{% for message in messages %}{% generation %}{% endgeneration %}{% endfor %}", "cannot be parsed"),
+        ("{% generation %}", "cannot be parsed"),
+        ("{% for message in messages %}{% break %}{% endfor %}", "break in line"),
         ("{{ messages", "cannot be parsed"),
         ("{% for i in range(9) %}" + INTERNVL + "{% endfor %}", "call of range in line 1 is not followed"),
         (INTERNVL + "{{ raise_exception('no') }}", "call of raise_exception in line"),
@@ -138,17 +142,17 @@ HOSTILE_TEMPLATES = {
     "range": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "doubled_text": "{% set ns = namespace(x='aaaaaaaa') %}" + "{% set ns.x = ns.x + ns.x %}" * 1000,
     "joined_text": "{% set x='aaaaaaaa' %}" + "{% set x = x ~ x %}" * 1000,
-    "doubled_number": "{% set x = 9 %}" + "{% set x = x + x %}" * 2000 + "{{ x }}",
+    "doubled_number": "{% set x = 9 %}" + "{% set x = x + x %}" * 1000 + "{{ x }}",
     "repeated_text": "{{ 'a' * 10000000000 }}",
     "padded_text": "{{ '%9999999999d' % 1 }}",
     "list_of_lists": "{% set x = [1] %}{% set y = [1] %}"
     + "{% set x = [x, x] %}{% set y = [y, y] %}" * 60
     + "{{ x == y }}",
-    "brackets": "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
-    "lists": "{{ " + "[" * 30_000 + "]" * 30_000 + " }}",
-    "ifs": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
-    "long_sum": "{{ " + "1 + " * 16_000 + "1 }}",
-    "long_number": "{{ " + "9" * 60_000 + " }}",
+    "brackets": "{{ " + "(" * 15_000 + "1" + ")" * 15_000 + " }}",
+    "lists": "{{ " + "[" * 15_000 + "]" * 15_000 + " }}",
+    "ifs": "{% if 1 %}" * 1500 + "{% endif %}" * 1500,
+    "long_sum": "{{ " + "1 + " * 8_000 + "1 }}",
+    "long_number": "{{ " + "9" * 30_000 + " }}",
     "self": "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns == ns.x }}{{ ns }}",
     "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "bad_escape": "{{ '\\x' }}",

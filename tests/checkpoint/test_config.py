@@ -281,6 +281,17 @@ def test_an_hf_folder_without_an_end_token_says_how_answers_end(tmp_path, caplog
     assert "names no eos_token_id" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"do_sample": True}, True), ({"repetition_penalty": 1.05}, True), ({"do_sample": False, "top_p": 0.8}, False)],
+)
+def test_draws_that_transformers_would_make_by_the_folder_are_said(tmp_path, caplog, values, said):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, **values}))
+    load_config(tmp_path)
+    assert ("greedy unless SamplingParams ask for it" in caplog.text) == said
+
+
 def test_the_system_message_of_an_hf_folder_is_that_of_its_chat_template(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HF))
     template = (

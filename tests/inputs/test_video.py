@@ -209,6 +209,12 @@ def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
     assert len(load_video(data, num_segments=4, limits=VideoLimits(20, 64 * 48, 4 * 64 * 48))) == 4
 
 
+@pytest.mark.parametrize("values", [{"num_frames": 0}, {"file_bytes": 1.0}, {"total_pixels": True}])
+def test_limits_out_of_range_are_refused_by_the_name_of_the_option(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"max_video_.* must be an integer from 1 to"):
+        VideoLimits(**values)
+
+
 def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() -> None:
     data = bytearray(clip(container="avi"))
     struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 5)

@@ -193,6 +193,30 @@ def test_greedy_tokens_are_the_same_in_a_batch_of_unequal_lengths(loaded: tuple[
         assert reply.token_ids == expected_tokens(kind, name, each.prompt.token_ids)
 
 
+def test_a_folder_with_its_own_template_is_prompted_as_by_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    folder = tmp_path / "model"
+    save_checkpoint(reference("qwen2"), folder, "hf_hub")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Ada.<|im_end|>\n{% endif %}"
+        "{% for message in messages %}<|im_start|>{{ message.role ~ '\n' }}{% if message.content is string %}"
+        "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+        "{{ '<IMG_CONTEXT>\n' }}{% elif part.type == 'video' %}{{ '<video>\n' }}{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+    )
+    hf: Any = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    question = {"role": "user", "content": "  What is the first step?\n"}
+    empty, begun = {"role": "assistant", "content": ""}, {"role": "assistant", "content": "The first"}
+    with Engine.from_pretrained(folder, device="cpu") as engine:
+        for messages in ([question], [{"role": "system", "content": ""}, question], [question, empty, question]):
+            theirs = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert list(engine.prepare(messages).prompt.token_ids) == theirs
+        theirs = hf.apply_chat_template([question, begun], continue_final_message=True, return_dict=False)
+        assert list(engine.prepare([question, begun]).prompt.token_ids) == theirs
+
+
 def test_an_answer_ends_with_any_of_the_folders_end_tokens(tmp_path: Path) -> None:
     import transformers
 
