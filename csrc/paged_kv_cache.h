@@ -111,7 +111,7 @@ class PagedKVCache {
   // which no prompt can ask for, is not.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
   // Ends the sequence. Its blocks become available when the latest step is complete, and not before those that were
-  // freed earlier; its last ones are evicted first. What it has published and waits for steps can be matched after them.
+  // freed earlier; its last ones are evicted first. What it has published can still be matched once its steps end.
   // O(blocks).
   void release(std::int64_t seq_id);
 
