@@ -119,9 +119,7 @@ print(time.process_time() - start_s, (resource.getrusage(resource.RUSAGE_SELF).r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "text", [r"'\u4f60\uff0c' * 6_000_000", r"'\u4f60' * (2**19 // 3)", "' ' * 2**19"]
-)
+@pytest.mark.parametrize("text", [r"'\u4f60\uff0c' * 6_000_000", r"'\u4f60' * (2**19 // 3)", "' ' * 2**19"])
 def test_a_text_that_cannot_fit_takes_little_time_and_memory(text):
     run = subprocess.run([sys.executable, "-c", MEMORY, DATA, text], capture_output=True, text=True, check=True)
     seconds, megabytes = map(float, run.stdout.split())
