@@ -103,8 +103,7 @@ def _check_cases(args: argparse.Namespace, config: ModelConfig) -> None:
                 f"the shortest prompt has {shortest:,} tokens, but the model's window {window:,}; lower --tokens"
             )
     if args.part == "decode":
-        steps, most = args.tokens, EngineOptions().max_tokens_per_step
-        shortest = min(context + decode.room_for(batch, context, steps, most) for batch, context in _decode_cases(args))
+        shortest = min(args.context) + decode.room_for(1, 1, args.tokens, 1)  # at least
         if shortest > window:
             raise RequestError(
                 f"the shortest sequence gets {shortest:,} tokens, but the model's window has {window:,}; lower "
