@@ -48,6 +48,9 @@ _ARITHMETIC_SCAN_NS = 20.0  # arithmetic coding spends no bytes on what it can p
 _OPEN_READS = 20_000
 _DECODE_READS = 500_000
 
+_COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
+_MAX_COMPRESSED_CHUNKS = 100
+
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
 
 _MAX_SEGMENTS = 10_000  # of a JPEG; 10 MB of metadata take 160, each scan takes 1 to 5
@@ -101,6 +104,10 @@ def open_encoded(
     formats: those of Pillow that are tried; None is all. Raises MediaError.
     """
     scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
+    if content[:4] == b"\x89PNG" and sum(map(content.count, _COMPRESSED_CHUNKS)) > _MAX_COMPRESSED_CHUNKS:
+        raise MediaError(
+            f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
+        )
     stream = _CountedReads(content, name)
     with pillow_errors(name):
         image = Image.open(stream, formats=formats)
