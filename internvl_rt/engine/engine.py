@@ -116,8 +116,9 @@ class Engine:
         """Answers the last user message of a conversation.
 
         messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
-            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
-            uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
+            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, file object, PIL
+            image, or uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path, bytes, data URL, file object,
+            list of frames (each as an image), or uint8 array or tensor [n, h, w, 3]}`, `{"type": "image_embeds",
             "image_embeds": visual tokens [X, D], as encode_images gives them}`.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.

@@ -88,8 +88,13 @@ class Preparer:
             elif media.kind == "image_embeds":
                 pictures.append(self._given_visual(media.source))
             else:
-                frames = load_video(media.source, limits=self._videos)[::-1]
+                frames = [*load_video(media.source, limits=self._videos)][::-1]
                 frames_per_video.append(len(frames))
+                if sum(frames_per_video) > (most := self._max_model_len // self._config.tokens_per_tile):
+                    raise RequestError(
+                        f"the videos have {sum(frames_per_video)} frames, but only {most} tiles of "
+                        f"{self._config.tokens_per_tile} tokens fit; give fewer frames, or raise max_model_len"
+                    )
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
         media_s = time.perf_counter() - start_s
