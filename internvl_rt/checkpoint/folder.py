@@ -23,8 +23,8 @@ from internvl_rt.errors import CheckpointError, quoted
 
 _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-_ALL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_CONFIG_FILES = ("*config.json", "chat_template.*")
+_ALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -53,6 +53,14 @@ def find_config(model: str | Path) -> tuple[ModelConfig, str]:
     path = _resolve(model, None, _CONFIG_FILES)
     on_disk = os.path.isdir(os.path.expanduser(model))
     return load_config(path), path.resolve().name if on_disk else str(model)
+
+
+def find_config_file(model: str | Path, *, revision: str | None = None) -> Path:
+    """Returns the path of a model's config.json, given as for `find_config`. Raises CheckpointError."""
+    if revision is None and str(model) in KNOWN_MODELS and not os.path.exists(model):
+        return KNOWN_MODELS[str(model)]
+    path = _resolve(model, revision, _CONFIG_FILES)
+    return path / "config.json" if path.is_dir() else path
 
 
 def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:

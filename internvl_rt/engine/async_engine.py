@@ -184,7 +184,7 @@ class AsyncEngine:
         start_s: float,
     ) -> Request:
         prepared = self._engine.prepare(messages, v2pe_delta, cache_salt)
-        return self._engine.new_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+        return self._engine.new_request(replace(prepared, start_s=start_s), params, timeout_s)
 
     async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
         """Makes a request and submits it, both in a thread of the pool."""

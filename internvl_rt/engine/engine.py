@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +20,7 @@ from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError
+from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
@@ -85,7 +85,9 @@ class Engine:
             model.config,
             tokenizer,
             self.max_model_len,
+            dtype=model.dtype,
             images=options.images(model.config),
+            number_images=options.numbers_images(model.config),
             videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
@@ -119,7 +121,10 @@ class Engine:
             parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, file object, PIL
             image, or uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path, bytes, data URL, file object,
             list of frames (each as an image), or uint8 array or tensor [n, h, w, 3]}`, `{"type": "image_embeds",
-            "image_embeds": visual tokens [X, D], as encode_images gives them}`.
+            "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
+            "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
+            tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
@@ -142,7 +147,7 @@ class Engine:
         This call raises the errors in the request; closing the iterator cancels the request.
         """
         prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self._stream(self.new_request(prepared, params or SamplingParams(), timeout_s))
+        return self._stream(self.new_request(prepared, params, timeout_s))
 
     def generate(
         self,
@@ -159,7 +164,10 @@ class Engine:
         The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
-        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
+        check_list("batch", batch, "conversations, each a list of messages")
+        if any(isinstance(messages, Mapping) for messages in batch):
+            raise RequestError("batch: expected a list of conversations, got one of messages; wrap it: [messages]")
+        each = list(params) if isinstance(params, Items) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
@@ -197,7 +205,12 @@ class Engine:
         pictures = self.preparer.open_images(images)
         for picture in pictures:
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        for index, visual_XD in enumerate(visual):
+            if not visual_XD.isfinite().all():
+                what = not_finite(visual_XD.dtype, "check the checkpoint")
+                raise RequestError(f"picture {index}: its visual tokens are {what}")
+        return visual
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
@@ -237,13 +250,14 @@ class Engine:
         self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
+        check_list("responses", responses, "texts")
         prompt = self.prepare(messages, delta, salt)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
         self,
         prompts: Iterator[Prepared],
-        params: Items[SamplingParams],
+        params: Items[SamplingParams | None],
         *,
         timeout_s: float | None = None,
         progress: bool = False,
@@ -275,13 +289,33 @@ class Engine:
                     self.loop.cancel(request)
         return [request.reply for request in requests if request.reply is not None]
 
-    def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Makes a request for `loop.submit`. Raises RequestError."""
+    def new_request(
+        self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
+    ) -> Request:
+        """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
+
+        A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
+        """
+        if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
+            raise RequestError(
+                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+            )
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params: expected SamplingParams, got {type(params).__name__}; send one or None")
+        num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
+                "it, or raise max_model_len"
+            )
+        self._load_pictures(prepared)  # does nothing for those that are loaded
         if timeout_s is not None and not timeout_s > 0:
             raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
+            request.answers.append(Answer(request, sequence, AnswerText(stream, params, begun=prepared.begun)))
         return request
 
     def close(self) -> None:

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, not_finite
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.runner import LaunchedStep, StepResult
@@ -26,8 +27,9 @@ LOG = logging.getLogger("internvl_rt")
 class InFlight:
     """Holds the requests in flight. One thread at a time may call it."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, dtype: torch.dtype) -> None:
+        """dtype: that of the logits, which messages name"""
+        self._scheduler, self._dtype = scheduler, dtype
         self._requests: dict[Request, None] = {}
         self._next_deadline_s = math.inf  # no request's deadline is earlier
         self._answers: dict[int, Answer] = {}  # by seq_id
@@ -91,7 +93,8 @@ class InFlight:
         """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""
         step, token_ids, answers = launched.step, result.token_ids, self._answers
         computed = [(answer, chunk) for chunk in step.chunks if (answer := answers.get(chunk.sequence.seq_id))]
-        self._scheduler.publish([chunk.sequence for _, chunk in computed])
+        broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
+        self._scheduler.publish([chunk.sequence for _, chunk in computed if chunk.sequence not in broken])
         touched = self._charge(computed, launched, result)
         if step.scored:
             self._accept_scores(step, result.scores)
@@ -105,6 +108,9 @@ class InFlight:
             if answer is None or row in rejected:
                 continue
             token_id = token_ids[row]
+            if token_id < 0:
+                self._fail_broken(answer, f"token {len(sequence.generated_ids) + 1} of the answer")
+                continue
             sequence.token_ids.append(token_id)
             num_generated = len(sequence.token_ids) - sequence.num_prompt
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
@@ -138,6 +144,10 @@ class InFlight:
         for span, logprobs in zip(step.scored, scores, strict=True):
             answer = self._answers.get(span.sequence.seq_id)
             if answer is None:
+                continue
+            broken = next((i for i, each in enumerate(logprobs) if math.isnan(each.logprob)), None)
+            if broken is not None:
+                self._fail_broken(answer, f"token {span.first + broken + 1} of the prompt")
                 continue
             answer.request.scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
             if span.sequence.max_tokens == 0 and span.last == span.sequence.num_prompt - 1:
@@ -181,14 +191,19 @@ class InFlight:
         elif sequence.matcher is not None and sequence.mask_W is not None:
             self._follow(answer, sequence.matcher, token_id, sequence.mask_W)
 
+    def _fail_broken(self, answer: Answer, where: str) -> None:
+        """Fails the request of an answer whose logits are NaN or infinite, or leave no token that may be drawn."""
+        remedy = "check the checkpoint"
+        if answer.sequence.matcher is not None and answer.sequence.params.min_tokens:
+            remedy += ", and that min_tokens leaves a token that the grammar allows"
+        error = RequestError(f"the logits of {where} are {not_finite(self._dtype, remedy)}")
+        self.fail(answer.request, error, "error")
+
     def _follow(self, answer: Answer, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:
         """Advances the answer's grammar by a token, or fails the request if the grammar forbids it."""
         try:
             if not matcher.accept(token_id):
-                raise RequestError(
-                    f"the answer's token {token_id} breaks its grammar, which only logits that are not finite can do; "
-                    "check the checkpoint"
-                )
+                raise RequestError(f"the answer's token {token_id} breaks its grammar; report this as a bug")
             matcher.fill_mask(mask_W)
         except RequestError as error:
             self.fail(answer.request, error, "error")

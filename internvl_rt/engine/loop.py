@@ -30,7 +30,7 @@ class StepLoop:
         """
         self._scheduler, self._runner = scheduler, runner
         self._max_requests, self.run_ahead = max_requests, run_ahead
-        self._in_flight = InFlight(scheduler)
+        self._in_flight = InFlight(scheduler, runner.dtype)
         self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
         self._lock = threading.Lock()

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.video import VideoLimits
@@ -47,7 +47,10 @@ class EngineOptions:
     num_draft_tokens: most tokens guessed from the text so far and checked in one step; 0: none. The answer is the same.
     v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
-    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
+    number_images: whether several pictures in one message are called "Image-1: " and so on; None is as in the model's
+        own template: yes, and no in `-hf` folders.
+    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore"); "auto" is as in the code
+        that the folder was made for: the official code ignores it, transformers, for `-hf` folders, applies it.
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
     max_pixels: most pixels of a picture; the default is what Pillow opens without a warning, and takes 358 MB as RGB.
     max_side: most pixels of a picture's width and of its height.
@@ -82,7 +85,8 @@ class EngineOptions:
     num_draft_tokens: int = 0
     v2pe_delta: Delta = 1.0
     max_tiles: int | None = None
-    exif: Literal["ignore", "apply"] = "ignore"
+    number_images: bool | None = None
+    exif: Literal["auto", "ignore", "apply"] = "auto"
     alpha: Literal["drop", "white"] = "drop"
     max_pixels: int = _IMAGES.max_pixels
     max_side: int = _IMAGES.max_side
@@ -111,11 +115,19 @@ class EngineOptions:
             raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
         if self.block_size not in BLOCK_SIZES:
             raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        if self.number_images is not None and not isinstance(self.number_images, bool):
+            raise RequestError(f"number_images must be True, False or None, got {quoted(self.number_images)}")
+        if not isinstance(self.exif, str) or self.exif not in ("auto", "ignore", "apply"):
+            raise RequestError(f"exif must be auto, ignore or apply, got {quoted(self.exif)}")
         _ = self.videos, ImageOptions(**self._reading)
+
+    def numbers_images(self, config: ModelConfig) -> bool:
+        """Returns whether several pictures in one message are numbered in a model's prompts."""
+        return config.format == "original" if self.number_images is None else self.number_images
 
     @property
     def _reading(self) -> dict[str, Any]:
-        names = "exif alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
+        names = "alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -135,6 +147,7 @@ class EngineOptions:
             min_tiles=min(config.min_tiles, most),
             max_tiles=most,
             thumbnail=config.thumbnail,
+            exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
             **self._reading,
         )
 

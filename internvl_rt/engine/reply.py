@@ -81,7 +81,10 @@ def _figure(value: float) -> str:
 class Choice:
     """One answer to a request."""
 
-    text: str  # without special tokens and surrounding whitespace, as the official chat returns it
+    text: (
+        str  # as the official chat returns it: without special tokens and whitespace around; exact with a grammar, and
+    )
+    # at the beginning of what continues a begun answer
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each token, if requested
@@ -151,11 +154,15 @@ class AnswerText:
     """Grows an answer's visible text token by token.
 
     It holds text back until it is certain: the beginning of what may become a stop string, whitespace that may turn out
-    to be trailing, and (by `TextStream`) incomplete UTF-8.
+    to be trailing, and (by `TextStream`) incomplete UTF-8. Whitespace around an answer is left out, as in the official
+    chat, unless the answer keeps to a grammar, which its whole text then matches; and before the text that continues a
+    begun answer it is kept.
     """
 
-    def __init__(self, stream: TextStream, params: SamplingParams) -> None:
+    def __init__(self, stream: TextStream, params: SamplingParams, *, begun: bool = False) -> None:
         self._stream, self._stops, self._min_tokens = stream, params.stop_strings, params.min_tokens
+        self._strips = params.regex is None and params.json_schema is None
+        self._begun = begun or not self._strips  # whitespace at the beginning belongs to the text
         self._pending = ""
         self._num_tokens = 0
         self.text = ""
@@ -182,8 +189,9 @@ class AnswerText:
                 pending = pending[: min(found)[1]]
             elif not final:
                 hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
-        ready = pending[: len(pending) - hold].rstrip()
-        visible = ready if self.text else ready.lstrip()
+        ready = pending[: len(pending) - hold]
+        ready = ready.rstrip() if self._strips else ready
+        visible = ready if self.text or self._begun else ready.lstrip()
         self._pending = "" if final else pending[len(ready) :]
         self.text += visible
         return visible

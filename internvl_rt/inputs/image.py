@@ -111,6 +111,10 @@ def _check_array(array: Any, options: ImageOptions) -> Any:
         )
     dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
     name = f"image array ({dtype} {list(shape)})"
+    if not isinstance(array, np.ndarray) and (
+        str(array.layout) != "torch.strided" or array.device.type not in ("cpu", "cuda")
+    ):
+        raise MediaError(f"{name} must be a dense tensor on the CPU or a CUDA device: convert it to one")
     if dtype != "uint8" or len(shape) != 3 or shape[2] != 3:
         raise MediaError(f"{name} must be uint8 [height, width, 3]")
     check_size(shape[1], shape[0], name, options)

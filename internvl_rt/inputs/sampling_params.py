@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from internvl_rt.errors import RequestError
+from internvl_rt.inputs.grammar import JsonWhitespace
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -41,6 +42,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # requests the same of the prompt's tokens
     json_schema: str | dict[str, Any] | bool | None = None  # the answer is a JSON value of this schema; True: of any
     regex: str | None = None  # the whole answer matches this
+    # White space between the parts of a JSON answer. "bounded": in each place at most a space, or a line break with up
+    # to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its end.
+    json_whitespace: JsonWhitespace = "bounded"
+    # As the official chat does. False: tokens such as <ref> and <box> are part of the text, and of grammars.
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -80,6 +86,9 @@ class SamplingParams:
         schema = self.json_schema is None or self.json_schema is True or isinstance(self.json_schema, str | dict)
         check("json_schema", schema, "a JSON schema as text or dict, or True for any JSON value")
         check("regex", self.regex is None or isinstance(self.regex, str), "a regular expression")
+        known = isinstance(self.json_whitespace, str) and self.json_whitespace in get_args(JsonWhitespace)
+        check("json_whitespace", known, f"one of {', '.join(get_args(JsonWhitespace))}")
+        check("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "True or False")
         if self.json_schema is not None and self.regex is not None:
             raise RequestError("json_schema and regex: expected at most one of them, got both")
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,13 @@ class ImageOptions:
         for name, limit in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {quoted(value)}")
         if type(self.max_decode_s) not in (int, float) or not 0 < self.max_decode_s < math.inf:
-            raise RequestError(f"max_decode_s must be a positive number of seconds, got {self.max_decode_s!r}")
+            raise RequestError(f"max_decode_s must be a positive number of seconds, got {quoted(self.max_decode_s)}")
         for name, choices in {"exif": ("ignore", "apply"), "alpha": ("drop", "white")}.items():
-            if getattr(self, name) not in choices:
-                raise RequestError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise RequestError(f"{name} must be one of {choices}, got {quoted(value)}")
 
 
 @lru_cache

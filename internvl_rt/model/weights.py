@@ -17,7 +17,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.folder import Checkpoint, write_tensors
-from internvl_rt.errors import CheckpointError
+from internvl_rt.errors import CheckpointError, not_finite
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 
 # Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
@@ -179,7 +179,8 @@ def load_weights(
     """Loads the checkpoint's weights in `dtype` on `device`.
 
     Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
-    before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers.
+    before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers; and
+    after all are read, if a number in one is not finite in `dtype`.
     """
     dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
     config = _settle_tying(checkpoint, config, dialect)
@@ -187,10 +188,19 @@ def load_weights(
     _check(checkpoint, config, dialect, plan)
     weights = build_weights(config, dtype=dtype, device=device)
     parameters = named_parameters(weights)
+    extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
     for name in (name for name in checkpoint.entries if name in plan):
         for place in plan[name].placements:
             rows = parameters[place.parameter][place.start : place.stop]
             checkpoint.read_into(name, rows, place.rows, place.columns)
+            extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
+    is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
+    broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
+    if broken:
+        names = _some(list(dict.fromkeys(broken)))
+        raise CheckpointError(
+            f"{checkpoint.folder}: {names}: numbers are {not_finite(dtype, 'download the weights again')}"
+        )
     return weights
 
 

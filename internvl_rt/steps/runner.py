@@ -35,7 +35,7 @@ SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155
 class StepResult:
     """What a step has computed, on the host."""
 
-    token_ids: list[int]  # one for each draw of the step
+    token_ids: list[int]  # one for each draw of the step; -1 where the logits are not finite
     logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
     scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
     vision_s: float
@@ -77,6 +77,11 @@ class Runner:
         with self.stream.use():
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.num_encoded_tiles = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the model computes in."""
+        return self._model.dtype
 
     @torch.inference_mode()
     def capture(
@@ -135,8 +140,12 @@ class Runner:
             )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
-        """Waits for a step to end and returns its results."""
-        launched.done.wait()
+        """Waits for a step to end and returns its results. If the wait fails, nothing that it wrote will be reused."""
+        try:
+            launched.done.wait()
+        except BaseException:
+            self._cache.end_step(launched.number, failed=True)
+            raise
         self._cache.end_step(launched.number)
         config, dtype, step = self._model.config, self._model.dtype, launched.step
         stops = [chunk.stop for chunk in step.chunks]
@@ -236,7 +245,7 @@ class Runner:
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
-            return self._uploads.load(picture).get().to(self._model.device, self._model.dtype)
+            return self._uploads.load(picture).get().to(self._model.device)
         visual_XD = self._visual_cache.get(picture.digest, salt)
         if visual_XD is None:
             visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))

@@ -195,8 +195,31 @@ def test_any_value_is_either_read_or_refused_with_a_config_error(leaf, value):
         build_weights(parse(changed(base, {key: value})), dtype=torch.bfloat16, device="meta")
 
 
-def test_another_normalisation_of_pixels_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0.5]),
+        ("rescale_factor", 1 / 127.5),
+        ("resample", 2),
+        ("size", {"height": 384, "width": 384}),
+        ("do_normalize", False),
+        ("do_resize", False),
+    ],
+)
+def test_another_way_to_make_pixels_is_refused(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps(HF))
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: image_mean is \[0\.5, 0\.5, 0\.5\]"):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {key} is "):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], -1, 151674, True, "2", 2.0, [1, None], [[1]], {"a": 1}, [1] * 2000])
+def test_an_end_token_that_is_none_is_refused(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: eos_token_id is .*expected a token id below"
+    ) as error:
+        load_config(tmp_path)
+    assert len(str(error.value)) < 500

@@ -233,8 +233,8 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
     assert resolve_model("org/name", revision="abc") == tmp_path
     assert find_config("org/name")[1] == "org/name"
     assert calls == [
-        ("org/name", "abc", ["*.json", "*.txt", "*.model", "*.safetensors"]),
-        ("org/name", None, ["config.json", "preprocessor_config.json", "processor_config.json"]),
+        ("org/name", "abc", ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]),
+        ("org/name", None, ["*config.json", "chat_template.*"]),
     ]
 
 

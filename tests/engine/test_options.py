@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from internvl_rt import AsyncEngine, Engine, EngineOptions, RequestError
+from support.configs import HF, ORIGINAL, parse
 
 
 @pytest.mark.parametrize("engine_class", [Engine, AsyncEngine])
@@ -37,7 +38,9 @@ def test_an_unknown_argument_is_named():
         Engine.from_pretrained("tiny", max_seqs=3)
 
 
-@pytest.mark.parametrize("wrong", [{"exif": "turn"}, {"alpha": "black"}, {"max_pixels": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"exif": "turn"}, {"exif": None}, {"number_images": "no"}, {"alpha": "black"}, {"max_pixels": 0}]
+)
 def test_a_wrong_option_of_pictures_is_refused_by_name(wrong):
     with pytest.raises(RequestError, match=f"^{next(iter(wrong))} must be"):
         EngineOptions(**wrong)
@@ -48,6 +51,17 @@ def test_pictures_are_read_as_the_options_say():
     options = EngineOptions(exif="apply", alpha="white", max_pixels=200, max_tiles=3).images(config)
     assert (options.exif, options.alpha, options.max_pixels, options.max_tiles) == ("apply", "white", 200, 3)
     assert options.image_size == config.vision.image_size
+
+
+@pytest.mark.parametrize(("values", "exif", "numbered"), [(ORIGINAL, "ignore", True), (HF, "apply", False)])
+def test_pictures_are_by_default_read_as_by_the_code_that_the_format_is_made_for(values, exif, numbered):
+    config = parse(values)
+    assert EngineOptions().images(config).exif == exif
+    assert EngineOptions().numbers_images(config) == numbered
+    for given in ("apply", "ignore"):
+        assert EngineOptions(exif=given).images(config).exif == given
+    for given in (True, False):
+        assert EngineOptions(number_images=given).numbers_images(config) == given
 
 
 def test_a_turned_picture_reaches_the_prompt_turned():

@@ -37,6 +37,9 @@ from internvl_rt import RequestError, SamplingParams
         {"json_schema": 7},
         {"json_schema": False},
         {"regex": b"a"},
+        {"json_whitespace": "none"},
+        {"json_whitespace": []},
+        {"skip_special_tokens": 1},
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(fields):

@@ -304,3 +304,23 @@ def test_weights_of_another_family_are_refused(tmp_path):
     save_file({"model.layers.0.mlp.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"none of its 1 tensors is one of an InternVL model \(model\.layers"):
         load(tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("number", "dtypes"), [(torch.nan, "all"), (-torch.inf, "all"), (7e4, "float16")])
+def test_a_number_that_is_not_finite_is_named_with_its_tensor_and_dtype(tmp_path, stored, number, dtypes):
+    dialect, config = CASES["internlm2"]
+    weights = random_weights(config, stored)
+    named_parameters(weights)["decoder.layers.10.qkv.weight_NK"][-1, 3] = number
+    save_weights(weights, config, tmp_path, dialect=DIALECTS[dialect])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtypes == "float16" and dtype != torch.float16:
+            load(tmp_path, config, dtype)
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path, config, dtype)
+        (name,) = [
+            name for name in open_checkpoint(tmp_path).entries if name.endswith("layers.10.attention.wqkv.weight")
+        ]
+        assert f": {name}: numbers are not finite in {str(dtype)[6:]} (NaN or infinity); download" in str(caught.value)
+        assert ("load the model with dtype='bfloat16' or 'float32'" in str(caught.value)) == (dtype == torch.float16)
