@@ -245,7 +245,7 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
             component_ns = _ARITHMETIC_SCAN_NS
         if code == 0xDA:
             has_scan = True
-            total_ns += component_ns * max(1, *content[start + 2 : start + 3])
+            total_ns += component_ns * max([1, *content[start + 2 : start + 3]])  # the byte may be missing
         elif not has_scan and position > _MAX_METADATA_BYTES:
             raise MediaError(
                 f"{name} has more than {_MAX_METADATA_BYTES} bytes of metadata: save it anew without metadata"

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_rt.errors import RequestError, quoted
+from internvl_rt.inputs.sampling_params import JsonWhitespace
 from internvl_rt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 GrammarKind = Literal["json_schema", "regex"]
-JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_GRAMMAR_BYTES = 64 << 10
 # The library does not bound its own work for these: its time grows with the square of the properties, with a higher

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.grammar import JsonWhitespace
+
+JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20

@@ -6,6 +6,7 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.errors import CheckpointError, RequestError, quoted
 from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
@@ -145,11 +147,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
     if no such file is there, one is malformed, or sentencepiece is needed and not installed.
     """
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return _from_library(folder, read_tokenizer_json(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
         return _from_library(folder, read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
-    if (folder / "tokenizer.model").is_file():
+    if os.path.lexists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
@@ -198,8 +200,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
+    content = read_file(path, CheckpointError)
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
+        model = SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
