@@ -110,7 +110,8 @@ class PagedKVCache {
   // A picture that began before is cut: the tokens that are left of it may still be published, but what follows them,
   // which no prompt can ask for, is not.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
-  // Ends the sequence. Its blocks become available when the latest step is complete; its last ones are evicted first.
+  // Ends the sequence. Its blocks become available when the latest step is complete, and not before those that were
+  // freed earlier; its last ones are evicted first. What it has published can still be matched once its steps end.
   // O(blocks).
   void release(std::int64_t seq_id);
 

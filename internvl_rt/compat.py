@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.folder import find_config_file, resolve_model
+from internvl_rt.checkpoint.find import find_config_file, resolve_model
 from internvl_rt.checkpoint.json_section import read_json
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError, check_list, quoted

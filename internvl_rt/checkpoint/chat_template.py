@@ -6,9 +6,11 @@ the model is loaded.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import read_json
 from internvl_rt.checkpoint.template_walk import TemplateWalkError, parse_template, render_template
 from internvl_rt.errors import ConfigError, quoted
@@ -90,7 +92,7 @@ def _find_template(folder: Path) -> tuple[Path, str | None]:
     """
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
         file = folder / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             continue
         if name.endswith(".jinja"):
             return file, _read_text(file)
@@ -109,14 +111,10 @@ def _find_template(folder: Path) -> tuple[Path, str | None]:
 
 
 def _read_text(file: Path) -> str:
-    with file.open("rb") as stream:
-        content = stream.read(_MAX_BYTES + 1)
     try:
-        if len(content) <= _MAX_BYTES:
-            return content.decode()
-    except UnicodeDecodeError:
-        pass
-    raise ConfigError(f"{file}: expected UTF-8 text of at most {_MAX_BYTES} bytes; download the file again")
+        return read_file(file, ConfigError, max_bytes=_MAX_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected UTF-8 text; download the file again") from error
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -124,7 +122,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     file = folder / "tokenizer_config.json"
     tokens = (
         {key: value for key, value in read_json(file).values.items() if key.endswith("_token")}
-        if file.is_file()
+        if os.path.lexists(file)
         else {}
     )
     contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}

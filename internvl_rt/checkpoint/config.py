@@ -9,12 +9,13 @@ a value that the runtime would not honour is refused with key, value and file.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
+from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section, read_json
 
 LOG = logging.getLogger("internvl_rt")
 KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
@@ -110,6 +111,7 @@ def parse_config(top: Section) -> ModelConfig:
 
 
 _MAX_COUNT = 1 << 10  # of layers and of tiles
+_MAX_SIDE = 2048  # of a tile, pixels
 
 
 class _DecoderClass(NamedTuple):
@@ -218,7 +220,7 @@ def _read_end_tokens(top: Section, text: Section, vocab_size: int) -> tuple[int,
     What else transformers would do by that file is logged, since here `SamplingParams` alone say how tokens are drawn.
     """
     file = top.file.parent / "generation_config.json"
-    found = [read_json(file)] if file.is_file() else [top, text]
+    found = [read_json(file)] if os.path.lexists(file) else [top, text]
     penalty = found[0].values.get("repetition_penalty")
     if found[0].values.get("do_sample") is True or (isinstance(penalty, int | float) and penalty != 1):
         LOG.warning("%s asks for draws or a penalty; here answers are greedy unless SamplingParams ask for it", file)
@@ -235,10 +237,11 @@ def _read_end_tokens(top: Section, text: Section, vocab_size: int) -> tuple[int,
 
 def _read_image_processor(folder: Path) -> Section:
     """Reads part of processor_config.json (transformers 5), else preprocessor_config.json, else {}: all defaults."""
-    if (file := folder / "processor_config.json").is_file() and (processor := read_json(file)).has("image_processor"):
+    file = folder / "processor_config.json"
+    if os.path.lexists(file) and (processor := read_json(file)).has("image_processor"):
         return processor.section("image_processor")
     file = folder / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else Section(file, "", {})
+    return read_json(file) if os.path.lexists(file) else Section(file, "", {})
 
 
 def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_norm: str) -> VisionConfig:
@@ -261,6 +264,8 @@ def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_n
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")
     if config.image_size % config.patch_size:
         raise section.refusal("image_size", f"a multiple of patch_size, {config.patch_size}", UNSUPPORTED)
+    if config.image_size > _MAX_SIDE:
+        raise section.refusal("image_size", f"at most {_MAX_SIDE} pixels", UNSUPPORTED)
     return config
 
 
@@ -281,6 +286,8 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     if head_dim % 2:
         raise section.refusal("head_dim", f"an even number, not {head_dim}")
+    if (num_heads + 2 * num_kv_heads) * head_dim > MAX_SIZE:
+        raise section.refusal("num_attention_heads", f"fewer than {MAX_SIZE} channels in all heads of {head_dim}")
     return DecoderConfig(
         hidden_size=hidden_size,
         num_layers=section.integer("num_hidden_layers", 32, maximum=_MAX_COUNT),
@@ -323,6 +330,8 @@ def _read_downsample(section: Section, vision: VisionConfig) -> int:
     downsample = round(1 / ratio)
     if ratio * downsample != 1 or grid % downsample:
         raise section.refusal("downsample_ratio", f"one over a divisor of the tile's {grid} patches", UNSUPPORTED)
+    if vision.hidden_size * downsample**2 > MAX_SIZE:
+        raise section.refusal("downsample_ratio", f"fewer than {MAX_SIZE} channels in a visual token", UNSUPPORTED)
     return downsample
 
 
@@ -330,5 +339,6 @@ def _read_dtype(*sections: Section) -> Literal["bfloat16", "float16", "float32"]
     for section in sections:
         for key in ("torch_dtype", "dtype"):
             if section.has(key):
-                return section.choice(key, ("bfloat16", "float16", "float32"))
+                remedy = f"write the dtype of the weights at {key}"
+                return section.choice(key, ("bfloat16", "float16", "float32"), remedy=remedy)
     return "float32"

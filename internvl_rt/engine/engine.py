@@ -121,8 +121,9 @@ class Engine:
         """Answers the last user message of a conversation.
 
         messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
-            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
-            uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
+            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, file object, PIL
+            image, or uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path, bytes, data URL, file object,
+            list of frames (each as an image), or uint8 array or tensor [n, h, w, 3]}`, `{"type": "image_embeds",
             "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
             "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
             tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the

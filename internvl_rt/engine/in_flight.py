@@ -101,8 +101,11 @@ class InFlight:
         """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""
         step, token_ids, answers = launched.step, result.token_ids, self._answers
         computed = [(owned[0], chunk) for chunk in step.chunks if (owned := answers.get(chunk.sequence.seq_id))]
-        broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
-        self._scheduler.publish([chunk.sequence for _, chunk in computed if chunk.sequence not in broken])
+        final = [chunk.sequence for _, chunk in computed]
+        if token_ids and min(token_ids) < 0:  # the logits of some sequences were broken
+            broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
+            final = [sequence for sequence in final if sequence not in broken]
+        self._scheduler.publish(final)
         notifies = [notify for each in self._charge(computed, launched, result) if (notify := self._requests[each])]
         if step.scored:
             self._accept_scores(step, result.scores)

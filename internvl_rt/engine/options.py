@@ -41,7 +41,7 @@ class EngineOptions:
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
-    kv_cache_bytes: size of the KV cache; None is 4 GiB on the CPU, and on CUDA what weights and workspaces leave
+    kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.

@@ -31,13 +31,13 @@ _COSTS = {
     "JPEG": (12, 30, 0),
     "MPO": (12, 30, 0),
     "PNG": (12, 10, 0),
-    "WEBP": (25, 40, 13),
+    "WEBP": (25, 40, 14),
     "GIF": (15, 10, 0),
     "BMP": (6, 2, 0),
     "TIFF": (20, 10, 4),
     "AVIF": (25, 70, 12),
 }
-_OTHER_COST = (25, 70, 13)  # of a picture that the caller opened with another of Pillow's plugins
+_OTHER_COST = (25, 70, 14)  # of a picture that the caller opened with another of Pillow's plugins
 
 _SCAN_NS = 1.0  # for a pixel of each component in a scan of a JPEG, beyond what its bytes take
 _ARITHMETIC_SCAN_NS = 20.0  # arithmetic coding spends no bytes on what it can predict
@@ -47,6 +47,9 @@ _ARITHMETIC_SCAN_NS = 20.0  # arithmetic coding spends no bytes on what it can p
 # to decode at the most (a PNG of 200 MB in chunks of 8 KiB).
 _OPEN_READS = 20_000
 _DECODE_READS = 500_000
+
+_COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
+_MAX_COMPRESSED_CHUNKS = 100
 
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
 
@@ -101,6 +104,10 @@ def open_encoded(
     formats: those of Pillow that are tried; None is all. Raises MediaError.
     """
     scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
+    if content[:4] == b"\x89PNG" and sum(map(content.count, _COMPRESSED_CHUNKS)) > _MAX_COMPRESSED_CHUNKS:
+        raise MediaError(
+            f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
+        )
     stream = _CountedReads(content, name)
     with pillow_errors(name):
         image = Image.open(stream, formats=formats)
@@ -134,8 +141,7 @@ def to_rgb(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
         if image.mode[0] in "IF":
             image = _to_8_bit(image)
         elif options.alpha == "white" and image.has_transparency_data:
-            rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            image = _on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -198,8 +204,6 @@ def _check_decoding(
         own_bytes = 2 * len(image.getbands())  # coefficients of all components are kept until the last scan
     sample_bytes = 4 if len(image.getbands()) > 1 else {"I;": 2, "I": 4, "F": 4}.get(image.mode[:2], 1)
     converted_bytes = 0 if image.mode == "RGB" else 8 if image.mode[0] in "IF" else 4
-    if options.alpha == "white" and image.mode != "RGB":
-        converted_bytes = 12
     resized_bytes = 7  # RGB, and what is between the two passes of canvas and thumbnail
     total = num_pixels * max(own_bytes + sample_bytes, sample_bytes + converted_bytes, resized_bytes)
     if total > options.max_decode_bytes:
@@ -241,12 +245,21 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
             component_ns = _ARITHMETIC_SCAN_NS
         if code == 0xDA:
             has_scan = True
-            total_ns += component_ns * max(1, *content[start + 2 : start + 3])
+            total_ns += component_ns * max([1, *content[start + 2 : start + 3]])  # the byte may be missing
         elif not has_scan and position > _MAX_METADATA_BYTES:
             raise MediaError(
                 f"{name} has more than {_MAX_METADATA_BYTES} bytes of metadata: save it anew without metadata"
             )
     raise MediaError(f"{name} is made of more than {_MAX_SEGMENTS} segments: save it anew as PNG or baseline JPEG")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lays a picture with transparency on white, in strips, which take less memory than the whole at once."""
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, 256):
+        strip = image.crop((0, top, image.width, min(top + 256, image.height))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return rgb
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

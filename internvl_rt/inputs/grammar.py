@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_rt.errors import RequestError, quoted
+from internvl_rt.inputs.sampling_params import MAX_GRAMMAR_BYTES, JsonWhitespace
 from internvl_rt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 GrammarKind = Literal["json_schema", "regex"]
-JsonWhitespace = Literal["bounded", "compact", "free"]
 
-MAX_GRAMMAR_BYTES = 64 << 10
 # The library does not bound its own work for these: its time grows with the square of the properties, with a higher
 # power of the operators, and doubles with each combined pattern. Within these limits no call takes a second.
 MAX_PROPERTIES = 1000

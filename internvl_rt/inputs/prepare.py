@@ -97,9 +97,15 @@ class Preparer:
             elif media.kind == "image_embeds":
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
-                chosen: dict[str, Any] = {} if media.num_frames is None else {"num_segments": media.num_frames}
-                frames = load_video(media.source, bound=media.bound, limits=self._videos, **chosen)[::-1]
+                frames = [
+                    *load_video(media.source, num_segments=media.num_frames, bound=media.bound, limits=self._videos)
+                ][::-1]
                 frames_per_video.append(len(frames))
+                if sum(frames_per_video) > (most := self._max_model_len // self._config.tokens_per_tile):
+                    raise RequestError(
+                        f"the videos have {sum(frames_per_video)} frames, but only {most} tiles of "
+                        f"{self._config.tokens_per_tile} tokens fit; give fewer frames, or raise max_model_len"
+                    )
                 while frames:  # each frame is freed as soon as its pixels are copied
                     pictures.append(_open(frames.pop(), self._frames))
         media_s = time.perf_counter() - start_s

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from internvl_rt.errors import RequestError, quoted
-from internvl_rt.inputs.grammar import JsonWhitespace
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read, read_fields
+
+JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -15,6 +16,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
 MAX_GRAMMAR_CHARACTERS = 1_000_000
+MAX_GRAMMAR_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +96,28 @@ class _Schema:
             return _GRAMMAR.read(value)
         if value is not True and not isinstance(value, dict):
             raise UnfitError
-        try:
-            return json.dumps(value)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
-            ) from error
+        return _write_schema(value)
+
+
+def _write_schema(schema: object) -> str:
+    """Writes a schema as JSON, no more of it than its size may be."""
+    pieces, num_bytes = list[str](), 0
+    try:
+        for piece in json.JSONEncoder().iterencode(schema):
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > MAX_GRAMMAR_BYTES:
+                raise RequestError(
+                    f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
+                    "simplify it"
+                )
+    except (TypeError, RecursionError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(
+            f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
+        ) from error
+    return "".join(pieces)
 
 
 _GRAMMAR = Text(0, MAX_GRAMMAR_CHARACTERS)

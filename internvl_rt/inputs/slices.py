@@ -41,9 +41,9 @@ def slices(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:
         end = _find_cut(text, cut, start) if cut else len(text)
         part = text[start:end]
         if len(part) > MAX_UNBROKEN_BYTES or len(part.encode()) > MAX_UNBROKEN_BYTES:
-            what = "no end of a word in it" if cut else "the tokenizer takes a text in one piece only"
+            reason = "without the end of a word; break it" if cut else "for a tokenizer that takes it whole; shorten it"
             raise RequestError(
-                f"text has more than {MAX_UNBROKEN_BYTES:,} bytes from character {start:,} on and {what}; shorten it"
+                f"a text may have at most {MAX_UNBROKEN_BYTES:,} bytes, got more from character {start:,} on, {reason}"
             )
         yield part
         if end == len(text):

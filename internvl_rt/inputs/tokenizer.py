@@ -6,6 +6,7 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.errors import CheckpointError, RequestError, quoted
 from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
@@ -145,11 +147,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
     if no such file is there, one is malformed, or sentencepiece is needed and not installed.
     """
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return _from_library(folder, read_tokenizer_json(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
         return _from_library(folder, read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
-    if (folder / "tokenizer.model").is_file():
+    if os.path.lexists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
@@ -198,13 +200,16 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
+    content = read_file(path, CheckpointError)
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
+        model = SentencePieceProcessor(model_proto=content)
+        names: list[str] = [model.id_to_piece(token_id) for token_id in range(model.get_piece_size())]
+        bos = model.bos_id()
+        own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
+        added = {names[token_id]: token_id for token_id in own}
+    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
-    size, bos = model.get_piece_size(), model.bos_id()
-    own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
     declared = read_declared_tokens(folder)
     for token in declared.values():
         if token.lstrip or token.rstrip or token.single_word:
@@ -212,10 +217,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
                 f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which a checkpoint with "
                 "tokenizer.model cannot have here; set them to false"
             )
-    added = {model.id_to_piece(token_id): token_id for token_id in own}
     added |= {token.content: token_id for token_id, token in declared.items()}
     hidden = _hidden_tokens(folder, added, [bos, model.eos_id()])
-    pieces = {token_id: _piece_bytes(model.id_to_piece(token_id)) for token_id in range(size)}
+    pieces = {token_id: _piece_bytes(name) for token_id, name in enumerate(names)}
 
     def find_token_id(token: str) -> int | None:
         token_id = added.get(token, model.piece_to_id(token))
@@ -228,7 +232,7 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
             raise RequestError(f"the tokenizer cannot read {quoted(text)}: {error}; change it") from error
         return ids
 
-    control = model.is_control(list(range(size)))
+    control = model.is_control(list(pieces))
     add_bos = bos >= 0 and read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     return Tokenizer(
         prefix_ids=(bos,) if add_bos else (),

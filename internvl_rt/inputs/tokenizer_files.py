@@ -1,6 +1,7 @@
 """Reads a checkpoint's tokenizer files with the `tokenizers` library, and refuses what a prompt cannot follow."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, InternVLError, RequestError, quoted
 from internvl_rt.inputs.slices import QWEN2_CUT, cuts_are_safe
@@ -45,8 +47,9 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
     Raises CheckpointError for a malformed file, and for one that would draw the ids of a text at random.
     """
+    content = read_file(path, CheckpointError, max_bytes=MAX_TOKENIZER_BYTES)
     with library_errors(lambda reason: CheckpointError(f"{path} is not a tokenizer file: {reason}; download it again")):
-        base = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        base = tokenizers.Tokenizer.from_buffer(content)
         base.no_padding()
         base.no_truncation()
     if dropout := getattr(base.model, "dropout", None):
@@ -60,8 +63,8 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
     """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
     vocab = read_json(vocab_path)
-    merges = []
-    for number, line in enumerate(merges_path.read_text("utf-8", "replace").split("\n"), start=1):
+    lines, merges = read_file(merges_path, CheckpointError).decode("utf-8", "replace").split("\n"), []
+    for number, line in enumerate(lines, start=1):
         pair = tuple(line.split())
         if not pair or (number == 1 and line.startswith("#version")):
             continue
@@ -92,7 +95,12 @@ def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
     older, special_map = read_json(folder / "added_tokens.json"), read_json(folder / "special_tokens_map.json")
     try:
         if "added_tokens_decoder" in config:
-            declared = {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}
+            decoder = config["added_tokens_decoder"]
+            known = (*_FLAGS, "special")
+            declared = {
+                int(key): AddedToken(fields["content"], **{flag: fields[flag] for flag in known if flag in fields})
+                for key, fields in decoder.items()
+            }
         else:
             groups = [value if isinstance(value, list) else [value] for value in special_map.values()]
             special = {item["content"] if isinstance(item, dict) else item for group in groups for item in group}
@@ -103,7 +111,7 @@ def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: the added tokens in tokenizer_config.json, added_tokens.json or special_tokens_map.json are "
-            f"malformed ({error!r}); download these files again"
+            f"malformed ({quoted(error)}); download these files again"
         ) from error
 
 
@@ -171,4 +179,4 @@ def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is no such file."""
-    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}
+    return parse_object(path, read_file(path, CheckpointError), CheckpointError) if os.path.lexists(path) else {}

@@ -4,17 +4,21 @@ Only this module imports PyAV (`av`), when a video is read.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.media import MediaSource, open_media
+from internvl_rt.inputs.image import ImageSource
+from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
     from av import CodecContext, VideoFrame, VideoStream
     from av.container import InputContainer
 
@@ -69,30 +73,35 @@ def choose_frame_indices(
 
 
 def load_video(
-    source: MediaSource,
+    source: "MediaSource | Sequence[ImageSource] | npt.NDArray[np.uint8] | torch.Tensor",
     *,
-    num_segments: int = 32,
+    num_segments: int | None = None,
     bound: tuple[float, float] | None = None,
     limits: VideoLimits | None = None,
-) -> list[Image.Image]:
+) -> "Sequence[ImageSource]":
     """Reads the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
 
     The decoded stream decides how many frames there are: the number in the header only decides whether decoding once is
     enough. At most the returned frames are held; an index that occurs twice gives the same object. Frames are turned as
     the container asks, pixels that are not square stay as they are.
 
-    source: path, `data:` URL or encoded bytes.
-    num_segments: number of frames, at least 1.
+    source: path, `data:` URL, encoded bytes or binary file object; or the frames themselves, as a list of pictures or a
+        uint8 array or tensor [frames, height, width, 3], which are returned as they are.
+    num_segments: number of frames, at least 1; None is 32, or all frames if these were given.
     bound: start and end in seconds; by default the whole video.
 
     Raises MediaError if the video cannot be read, is beyond the limits, or PyAV is not installed; RequestError if
     `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
-    if not 1 <= num_segments <= limits.num_frames:
+    if num_segments is not None and not 1 <= num_segments <= limits.num_frames:
         raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
+    if not is_media_source(source):
+        if bound:
+            raise RequestError("bound, in seconds, was given with a list of frames: choose the frames, or give a file")
+        return _given_frames(source, num_segments, limits)
     stream, name = open_media(source, "video", limits.file_bytes)
     with stream:
         with _open_track(stream, name, limits) as (container, track):
@@ -109,7 +118,7 @@ def load_video(
                 "raise max_video_frames of the engine"
             )
         for _ in range(2):
-            chosen = choose_frame_indices(expected, fps, num_segments, bound)
+            chosen = choose_frame_indices(expected, fps, num_segments or 32, bound)
             num_frames, frames = _decode(stream, name, set(chosen), needed, limits)
             if num_frames == expected:
                 break
@@ -117,6 +126,43 @@ def load_video(
     if not frames.keys() >= set(chosen):
         raise RequestError(f"bound {bound} is outside of {name}, which lasts {num_frames / fps:.3f} s")
     return [frames[index] for index in chosen]
+
+
+def _given_frames(source: Any, num_segments: int | None, limits: VideoLimits) -> list[ImageSource]:
+    """Chooses from frames that were given as a list, array or tensor. Raises MediaError."""
+    shape = getattr(source, "shape", None)
+    is_array = shape is not None and len(shape) == 4 and shape[-1] == 3 and str(source.dtype).endswith("uint8")
+    if not is_array and not isinstance(source, list | tuple):
+        found = type(source).__name__ if shape is None else f"{type(source).__name__} {source.dtype} {list(shape)}"
+        raise MediaError(
+            "a video must be a path, a data: URL, bytes, a binary file object, a list of frames (as for an image), or "
+            f"a uint8 array [frames, height, width, 3], got {found}: convert it, or use an image part for a picture"
+        )
+    if not len(source):
+        raise MediaError("the video is a list without frames: give at least one")
+    num_frames = len(source)
+    chosen = range(num_frames) if num_segments is None else choose_frame_indices(num_frames, 1.0, num_segments)
+    if len(chosen) > limits.num_frames:
+        raise MediaError(
+            f"the video has {num_frames} frames, at most {limits.num_frames} are read: give fewer, or raise "
+            "max_video_frames of the engine"
+        )
+    frames = [source[index] for index in chosen]
+    num_pixels = sum(map(_num_pixels, frames))
+    if num_pixels > limits.total_pixels:
+        raise MediaError(
+            f"the frames of the video hold {num_pixels} pixels, at most {limits.total_pixels} are allowed: make them "
+            "smaller, give fewer, or raise max_video_pixels of the engine"
+        )
+    return frames
+
+
+def _num_pixels(frame: Any) -> int:
+    """Returns the pixels of a picture whose size is known; that of an encoded one is checked when it is opened."""
+    if isinstance(frame, Image.Image):
+        return frame.width * frame.height
+    shape: tuple[int, ...] = getattr(frame, "shape", ())
+    return shape[0] * shape[1] if len(shape) == 3 else 0
 
 
 def _decode(

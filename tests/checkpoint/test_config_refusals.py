@@ -1,5 +1,6 @@
 """Bad configurations are refused in one line, with file, key, value, what was expected and what to do."""
 
+import copy
 import json
 import math
 from contextlib import suppress
@@ -39,6 +40,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("max_dynamic_patch", 10**9),
     ("system_message", 5),
     ("torch_dtype", "float64"),
+    ("torch_dtype", "auto"),
     ("quantization_config", {"quant_method": "awq"}),
     ("llm_config", None),
     ("llm_config.quantization_config", {"quant_method": "awq"}),
@@ -162,8 +164,11 @@ def test_a_missing_key_without_a_meaning_is_named(key):
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "expected a JSON object, got list"),
         (b'{"llm_config": {"a": 1, "a": 1}}', "is not JSON: 'a' is there twice"),
+        (b'{"a": %s}' % (b"9" * 5000), r"is not JSON: .*\(4300 digits\)[^;]*; download the file again$"),
+        (b'{"%s": 1, "%s": 1}' % (2 * (b"\\n" * 1_000_000,)), r"is not JSON: '\\n\\n.*\.\.\.' is there twice"),
         (None, "no such file"),
     ],
+    ids=["brace", "encoding", "depth", "list", "twice", "digits", "long key", "missing"],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, problem):
     if content is not None:
@@ -171,6 +176,39 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         load_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_dtype_that_is_none_says_what_to_write():
+    with pytest.raises(
+        ConfigError, match=r"torch_dtype is 'auto', expected 'bfloat16' or .*; write the dtype of the we"
+    ):
+        parse(changed(ORIGINAL, {"torch_dtype": "auto"}))
+
+
+def test_two_deep_values_are_not_compared():
+    deep = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(ConfigError, match="image_size"):
+        parse(changed(HF, {"vision_config.image_size": [deep, copy.copy(deep)]}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llm_config.num_attention_heads": 1 << 23, "llm_config.head_dim": 1 << 23, "llm_config.hidden_size": 1 << 23},
+        {"vision_config.image_size": 1 << 23, "vision_config.patch_size": 1, "force_image_size": 1 << 23},
+        {"vision_config.hidden_size": 1 << 24, "vision_config.num_attention_heads": 1, "downsample_ratio": 0.03125},
+        {
+            "vision_config.intermediate_size": 1 << 24,
+            "vision_config.hidden_size": 1 << 20,
+            "llm_config.vocab_size": 1 << 24,
+        },
+    ],
+    ids=["heads", "patches", "visual tokens", "wide but possible"],
+)
+def test_sizes_whose_products_overflow_are_refused_before_memory_is_counted(changes):
+    with suppress(ConfigError):
+        build_weights(parse(changed(ORIGINAL, changes)), dtype=torch.float32, device="meta")
 
 
 LEAVES = [

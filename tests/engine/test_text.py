@@ -62,7 +62,7 @@ TOO_LONG = {"commas": "\u4f60\u597d\uff0c" * 200_000, "one word": "\u4f60" * 600
 
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_a_text_that_cannot_fit_is_refused_by_every_way_in(engine, name):
-    text, message = TOO_LONG[name], "tokens, but only 3.* fit; shorten it|no end of a word"
+    text, message = TOO_LONG[name], "tokens, but only 3.* fit; shorten it|without the end of a word"
     for call in (
         lambda: engine.chat(ask(text)),
         lambda: engine.score(ask("Hello"), [text]),

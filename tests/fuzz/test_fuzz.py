@@ -8,9 +8,9 @@ from random import Random
 
 import numpy as np
 import pytest
+
 from fuzz import run
 from fuzz.targets import TARGETS
-
 from internvl_rt.errors import RequestError
 
 

@@ -73,7 +73,7 @@ def test_pictures_of_8_bits_are_converted_as_pillow_does(mode: str, kind: str) -
 
 
 def test_transparency_is_dropped_or_laid_on_white() -> None:
-    color, alpha = noise(8, 8), noise(8, 8, seed=1)[..., :1]
+    color, alpha = noise(600, 8), noise(600, 8, seed=1)[..., :1]
     data = encode(Image.fromarray(np.dstack([color, alpha])), "PNG")
     assert np.array_equal(pixels(data), color)
     opacity = alpha / 255

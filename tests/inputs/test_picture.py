@@ -90,6 +90,33 @@ def test_tensors_that_are_written_into_later_do_not_change_the_prompt(kind):
     assert reply.text == "4719"
 
 
+def test_a_video_may_be_given_as_its_frames():
+    frames = np.stack([as_given("array")] * 2)
+    with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24) as engine:
+
+        def digests(video):
+            parts = [{"type": "video", "video": video}, {"type": "text", "text": "Read the digits."}]
+            return [picture.digest for picture in engine.prepare([{"role": "user", "content": parts}]).pictures]
+
+        expected = digests(frames)
+        assert len(expected) == 2
+        for video in (torch.from_numpy(frames), list(frames), [Image.fromarray(frame) for frame in frames]):
+            assert digests(video) == expected
+        with pytest.raises(RequestError, match="the videos have 5000 frames, but only"):
+            digests(np.broadcast_to(frames[0], (5000, *frames[0].shape)))
+
+
+def test_frames_in_read_only_or_strided_memory_are_copied():
+    array = as_given("array")
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).permute(1, 2, 0)
+    for given in (read_only, np.repeat(array, 2, axis=1)[:, ::2], tensor, tensor.expand(2, *tensor.shape)[1]):
+        opened = open_image(given, ImageOptions(image_size=56))
+        assert np.array_equal(np.asarray(opened.pixels()), array)
+        assert not np.shares_memory(np.asarray(opened.pixels()), np.asarray(given))
+
+
 # What cannot be read as numbers, in forms that both kinds of given tensors share.
 UNREADABLE = {
     "a list": (torch.Tensor.tolist, "expected a tensor or an array, got list"),

@@ -130,6 +130,14 @@ def test_only_one_grammar_may_be_asked_for():
         SamplingParams(json_schema="{}", regex="a")
 
 
+def test_a_schema_is_written_no_further_than_it_is_compiled():
+    shared: list[object] = ["a"] * 1000
+    for _ in range(5):
+        shared = [shared] * 1000  # 10**18 strings, were it written out
+    with pytest.raises(RequestError, match=r"the json_schema has 65,5\d\d bytes or more, at most 65,536 are compiled"):
+        _ = SamplingParams(json_schema={"enum": shared}).grammar
+
+
 def test_grammars_come_as_text():
     assert SamplingParams().grammar is None
     assert SamplingParams(regex="a+").grammar == ("regex", "a+")

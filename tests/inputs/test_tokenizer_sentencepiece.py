@@ -165,6 +165,13 @@ def test_a_broken_model_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_whose_pieces_are_no_text_is_refused(folder, tmp_path):
+    content = (folder / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content.replace("你好".encode(), b"\xff" * 6))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece model: .*invalid start byte"):
+        load_tokenizer(tmp_path)
+
+
 def test_missing_sentencepiece_is_reported_with_the_extra_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(CheckpointError, match=r"pip install 'internvl-rt\[internlm\]'"):

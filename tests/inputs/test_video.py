@@ -8,8 +8,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.video import VideoLimits, choose_frame_indices, load_video
@@ -162,6 +164,54 @@ def test_videos_are_read_with_the_open_of_pyav_19(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(av, "open", open_of_19)
     assert levels(data, num_segments=5) == [1, 5, 9, 12, 16]
+
+
+# Frames that are given
+
+
+def test_frames_may_be_given_as_a_list_or_as_an_array(tmp_path: Path) -> None:
+    frames = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
+    (tmp_path / "frame.png").write_bytes(b"")
+    for video in (frames, torch.from_numpy(frames), list(frames), tuple(map(Image.fromarray, frames))):
+        assert np.array_equal(np.stack([np.asarray(frame) for frame in load_video(video)]), frames)
+        chosen = load_video(video, num_segments=2)
+        assert np.array_equal(np.asarray(chosen[1]), frames[choose_frame_indices(6, 1.0, 2)[1]])
+    assert load_video([tmp_path / "frame.png"]) == [tmp_path / "frame.png"]  # read when it is opened
+
+
+def test_a_file_object_is_read_as_a_video() -> None:
+    file = io.BytesIO(clip())
+    file.seek(5)
+    assert levels(file, num_segments=5) == [1, 5, 9, 12, 16]
+    assert file.tell() == 5
+    assert levels(bytearray(file.getvalue()), num_segments=1) == [9]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (3, r"got int: convert it"),
+        (np.zeros((4, 5, 3), np.uint8), r"got ndarray uint8 \[4, 5, 3\]"),
+        (np.zeros((2, 4, 5, 3)), r"got ndarray float64 \[2, 4, 5, 3\]"),
+        (Image.new("RGB", (4, 5)), "got Image: convert it, or use an image part for a picture"),
+        ([], "a list without frames: give at least one"),
+        (np.zeros((0, 4, 5, 3), np.uint8), "a list without frames: give at least one"),
+    ],
+)
+def test_what_is_no_video_is_refused_by_its_type(source: Any, problem: str) -> None:
+    with pytest.raises(MediaError, match=problem):
+        load_video(source)
+
+
+def test_frames_beyond_the_limits_are_refused_before_they_are_copied() -> None:
+    shared = np.broadcast_to(np.zeros(3, np.uint8), (1000, 5000, 5000, 3))  # 75 GB, but all pixels share 3 bytes
+    for video in (shared, [Image.new("RGB", (400, 400))] * 2000, list(shared[:20])):
+        with pytest.raises(MediaError, match="give fewer, or raise max_video_pixels of the engine"):
+            load_video(video)
+    with pytest.raises(MediaError, match="give fewer, or raise max_video_frames of the engine"):
+        load_video(np.zeros((3, 4, 5, 3), np.uint8), limits=VideoLimits(num_frames=2))
+    with pytest.raises(RequestError, match="bound, in seconds"):
+        load_video(np.zeros((3, 4, 5, 3), np.uint8), bound=(0.0, 1.0))
 
 
 # Refusals
