@@ -77,8 +77,9 @@ def load_video(
     is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
     if bound is not None and not is_pair:
         raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")
-    frames = read_video(video_path, num_segments=num_segments, bound=bound)
-    tiles = [load_image(frame, input_size, max_num) for frame in frames]
+    tiles = read_video(
+        video_path, make=lambda frame: load_image(frame, input_size, max_num), num_segments=num_segments, bound=bound
+    )
     return torch.cat(tiles), [len(frame) for frame in tiles]
 
 

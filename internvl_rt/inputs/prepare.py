@@ -22,7 +22,7 @@ from internvl_rt.inputs.position import Delta, auto_stride, build_positions, par
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import VideoLimits, load_video
+from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
 
 NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
@@ -97,17 +97,15 @@ class Preparer:
             elif media.kind == "image_embeds":
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
-                frames = [
-                    *load_video(media.source, num_segments=media.num_frames, bound=media.bound, limits=self._videos)
-                ][::-1]
+                frames = load_video(
+                    media.source,
+                    make=self._cut_frame,
+                    num_segments=media.num_frames,
+                    bound=media.bound,
+                    limits=self._videos,
+                )
                 frames_per_video.append(len(frames))
-                if sum(frames_per_video) > (most := self._max_model_len // self._config.tokens_per_tile):
-                    raise RequestError(
-                        f"the videos have {sum(frames_per_video)} frames, but only {most} tiles of "
-                        f"{self._config.tokens_per_tile} tokens fit; give fewer frames, or raise max_model_len"
-                    )
-                while frames:  # each frame is freed as soon as its pixels are copied
-                    pictures.append(_open(frames.pop(), self._frames))
+                pictures += frames
         media_s = time.perf_counter() - start_s
         turns = turns_from_messages(
             parsed,
@@ -197,11 +195,12 @@ class Preparer:
     def _check_size(self, messages: Items[Message]) -> None:
         """Refuses what cannot fit before any media are read."""
         parts = [part for message in messages for part in message.parts]
-        num_media = sum(part.num_frames or 1 for part in parts if isinstance(part, Media))
+        media = [part for part in parts if isinstance(part, Media)]
+        num_media = sum(count_frames(one.source, one.num_frames) if one.kind == "video" else 1 for one in media)
         most = self._max_model_len // self._config.tokens_per_tile
         if num_media > most:
             raise RequestError(
-                f"the conversation has {quoted(num_media)} pictures and videos, but only {most} tiles of "
+                f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
         self._check_texts("the conversation", [part for part in parts if isinstance(part, str)])
@@ -215,6 +214,11 @@ class Preparer:
                 f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
                 f"{self._bytes_per_token} bytes; shorten it, or raise max_model_len"
             )
+
+    def _cut_frame(self, frame: ImageSource) -> Picture:
+        """Cuts a frame of a video to its one tile at once, since the pixels of all frames could fill the memory."""
+        tiles = torch.from_numpy(open_image(frame, self._frames).tiles())
+        return picture_of_tiles(tiles, self._config, self._dtype, self._max_model_len)
 
     def _options_of(self, media: Media) -> ImageOptions:
         most = self._images.max_tiles

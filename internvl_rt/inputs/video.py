@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 _DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,theora,mjpeg,prores,gif"
 
+DEFAULT_NUM_FRAMES = 32  # as in the model cards
 _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no bound
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
@@ -56,7 +57,7 @@ class VideoLimits:
 
 
 def choose_frame_indices(
-    num_frames: int, fps: float, num_segments: int = 32, bound: tuple[float, float] | None = None
+    num_frames: int, fps: float, num_segments: int = DEFAULT_NUM_FRAMES, bound: tuple[float, float] | None = None
 ) -> list[int]:
     """Returns the middle frame of each of `num_segments` equal spans (official `get_index`).
 
@@ -75,19 +76,21 @@ def choose_frame_indices(
 def load_video(
     source: "MediaSource | Sequence[ImageSource] | npt.NDArray[np.uint8] | torch.Tensor",
     *,
+    make: "Callable[[ImageSource], Any]" = lambda frame: frame,
     num_segments: int | None = None,
     bound: tuple[float, float] | None = None,
     limits: VideoLimits | None = None,
-) -> "Sequence[ImageSource]":
-    """Reads the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
+) -> list[Any]:
+    """Reads the frames that `choose_frame_indices` picks, upright, and returns what `make` makes of each, in order.
 
     The decoded stream decides how many frames there are: the number in the header only decides whether decoding once is
-    enough. At most the returned frames are held; an index that occurs twice gives the same object. Frames are turned as
-    the container asks, pixels that are not square stay as they are.
+    enough. A frame is held until something is made of it, and an index that occurs twice gives the same object. Frames
+    are turned as the container asks, pixels that are not square stay as they are.
 
     source: path, `data:` URL, encoded bytes or binary file object; or the frames themselves, as a list of pictures or a
-        uint8 array or tensor [frames, height, width, 3], which are returned as they are.
-    num_segments: number of frames, at least 1; None is 32, or all frames if these were given.
+        uint8 array or tensor [frames, height, width, 3], which `make` gets as they are.
+    make: gets a PIL image of mode RGB; by default that is returned.
+    num_segments: number of frames, at least 1; None is DEFAULT_NUM_FRAMES, or all frames if these were given.
     bound: start and end in seconds; by default the whole video.
 
     Raises MediaError if the video cannot be read, is beyond the limits, or PyAV is not installed; RequestError if
@@ -101,7 +104,7 @@ def load_video(
     if not is_media_source(source):
         if bound:
             raise RequestError("bound, in seconds, was given with a list of frames: choose the frames, or give a file")
-        return _given_frames(source, num_segments, limits)
+        return [make(frame) for frame in _given_frames(source, num_segments, limits)]
     stream, name = open_media(source, "video", limits.file_bytes)
     with stream:
         with _open_track(stream, name, limits) as (container, track):
@@ -118,14 +121,21 @@ def load_video(
                 "raise max_video_frames of the engine"
             )
         for _ in range(2):
-            chosen = choose_frame_indices(expected, fps, num_segments or 32, bound)
-            num_frames, frames = _decode(stream, name, set(chosen), needed, limits)
+            chosen = choose_frame_indices(expected, fps, num_segments or DEFAULT_NUM_FRAMES, bound)
+            num_frames, made = _decode(stream, name, set(chosen), needed, limits, make)
             if num_frames == expected:
                 break
             expected = num_frames
-    if not frames.keys() >= set(chosen):
+    if not made.keys() >= set(chosen):
         raise RequestError(f"bound {bound} is outside of {name}, which lasts {num_frames / fps:.3f} s")
-    return [frames[index] for index in chosen]
+    return [made[index] for index in chosen]
+
+
+def count_frames(source: Any, num_segments: int | None) -> int:
+    """Returns how many frames `load_video` gives at most, known before anything is read."""
+    return num_segments or (
+        DEFAULT_NUM_FRAMES if is_media_source(source) or not hasattr(source, "__len__") else len(source)
+    )
 
 
 def _given_frames(source: Any, num_segments: int | None, limits: VideoLimits) -> list[ImageSource]:
@@ -166,10 +176,15 @@ def _num_pixels(frame: Any) -> int:
 
 
 def _decode(
-    stream: BinaryIO, name: str, chosen: set[int], needed: int, limits: VideoLimits
-) -> tuple[int, dict[int, Image.Image]]:
-    """Decodes at most `needed` frames; returns their number and the chosen ones among them."""
-    num_frames, num_pixels, frames = 0, 0, {}
+    stream: BinaryIO,
+    name: str,
+    chosen: set[int],
+    needed: int,
+    limits: VideoLimits,
+    make: "Callable[[ImageSource], Any]",
+) -> tuple[int, dict[int, Any]]:
+    """Decodes at most `needed` frames; returns their number and what is made of the chosen ones among them."""
+    num_frames, num_pixels, made = 0, 0, {}
     with _open_track(stream, name, limits) as (container, track):
         for frame in container.decode(track):
             if num_frames in chosen:
@@ -179,7 +194,7 @@ def _decode(
                         f"{name}: the chosen frames hold over {limits.total_pixels} pixels: make it smaller, take "
                         "fewer frames, or raise max_video_pixels of the engine"
                     )
-                frames[num_frames] = _to_image(frame)
+                made[num_frames] = make(_to_image(frame))
             num_frames += 1
             if num_frames > limits.num_frames:
                 raise MediaError(
@@ -189,7 +204,7 @@ def _decode(
                 break
     if not num_frames:
         raise MediaError(f"{name} has a video stream without frames: convert it to MP4")
-    return num_frames, frames
+    return num_frames, made
 
 
 def _to_image(frame: "VideoFrame") -> Image.Image:

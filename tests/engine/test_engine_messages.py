@@ -124,7 +124,7 @@ def test_a_video_has_the_frames_that_its_part_asks_for(engine):
 
     assert len(frames()) == len(frames(num_frames=None, bound=None)) == 32
     assert [frame.num_tiles for frame in frames(num_frames=3)] == [1, 1, 1]
-    levels = [round(frame.image.pixels()[-8:, -8:].mean() / 10) for frame in frames(num_frames=2, bound=[0.5, 1.0])]
+    levels = [round(float(frame.tiles[0, -8:, -8:].float().mean()) / 10) for frame in frames(num_frames=2, bound=[0.5, 1.0])]
     assert levels == [6, 8]
     assert "Frame2: <img>" in engine.prepare(ask({**video(), "num_frames": 2})).prompt.text
 
@@ -132,7 +132,7 @@ def test_a_video_has_the_frames_that_its_part_asks_for(engine):
 @pytest.mark.parametrize("num_frames", [100_000, 10**400])
 def test_more_frames_than_fit_are_refused_before_the_video_is_opened(engine, monkeypatch, num_frames):
     monkeypatch.setattr("internvl_rt.inputs.prepare.load_video", None)
-    with pytest.raises(RequestError, match=r"has .* pictures and videos, but only \d+ tiles"):
+    with pytest.raises(RequestError, match=r"has .* pictures and frames of videos, but only \d+ tiles"):
         engine.chat(ask({"type": "video", "video": "no such file", "num_frames": num_frames}))
 
 

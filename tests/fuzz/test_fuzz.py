@@ -36,10 +36,11 @@ def test_faults_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         return run.watch(use, None, tmp_path)[1]
 
     assert raises(RequestError("messages: expected a list")) == ""
-    assert raises(RequestError("two\nlines")).startswith("the text of RequestError")
     assert raises(RequestError("")).startswith("the text of RequestError")
     assert raises(IndexError("list index out of range")).startswith("IndexError at")
     assert raises(SystemExit(1)).startswith("SystemExit at")
+    monkeypatch.setattr(run, "MOST_CHARACTERS", 10)
+    assert raises(RequestError("messages: expected a list")).startswith("the text of RequestError")
     monkeypatch.setattr(run, "MOST_SECONDS", 0.01)
     assert run.watch(lambda given, folder: time.sleep(0.05), None, tmp_path)[1] == "more than 0.01 s"
     monkeypatch.setattr(run, "MOST_BYTES", 32 << 20)
