@@ -32,7 +32,8 @@ class InFlight:
     def __init__(self, scheduler: Scheduler, dtype: torch.dtype) -> None:
         """dtype: that of the logits, which messages name"""
         self._scheduler, self._dtype = scheduler, dtype
-        self._requests: dict[Request, Notify | None] = {}
+        self._requests: dict[Request, None] = {}
+        self._notifies: dict[Request, Notify] = {}  # of the requests whose callers want to be told
         self._next_deadline_s = math.inf  # no request's deadline is earlier
         self._answers: dict[int, tuple[Request, Answer]] = {}  # by seq_id
         self.trace: Trace | None = None
@@ -45,7 +46,9 @@ class InFlight:
     def add(self, request: Request, notify: Notify | None) -> None:
         """notify: called between steps when there is text, a reply or an error."""
         request.submitted_s = time.perf_counter()
-        self._requests[request] = notify
+        self._requests[request] = None
+        if notify is not None:
+            self._notifies[request] = notify
         self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
         for answer in request.answers:
             self._answers[answer.sequence.seq_id] = request, answer
@@ -53,7 +56,7 @@ class InFlight:
 
     def fail(self, request: Request, error: BaseException, outcome: str) -> None:
         """Ends a request without a reply and returns its blocks."""
-        notify = self._requests.get(request)
+        notify = self._notifies.get(request)
         request.error = error
         self._forget(request, outcome)
         if notify is not None:
@@ -73,14 +76,14 @@ class InFlight:
     def abandon(self, error: Callable[[], BaseException]) -> None:
         """Fails every request without a call to the scheduler, which an error may have left in any state."""
         self.finished["error"] += len(self._requests)
-        requests = list(self._requests.items())
-        self._requests.clear()
-        self._answers.clear()
-        for request, notify in requests:
+        requests, notifies = list(self._requests), list(self._notifies.values())
+        for held in (self._requests, self._notifies, self._answers):
+            held.clear()
+        for request in requests:
             request.error = error()
             request.end()
-            if notify is not None:
-                notify()
+        for notify in notifies:
+            notify()
 
     def end_late(self) -> None:
         """Ends the requests whose deadline has passed; their answers keep the text so far."""
@@ -88,7 +91,7 @@ class InFlight:
         if now_s < self._next_deadline_s:
             return
         for request in [request for request in self._requests if request.deadline_s <= now_s]:
-            notify = self._requests[request]
+            notify = self._notifies.get(request)
             for answer in request.answers:
                 if answer.sequence.finish_reason is None:
                     answer.read(len(answer.sequence.generated_ids))
@@ -106,7 +109,8 @@ class InFlight:
             broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
             final = [sequence for sequence in final if sequence not in broken]
         self._scheduler.publish(final)
-        notifies = [notify for each in self._charge(computed, launched, result) if (notify := self._requests[each])]
+        touched = self._charge(computed, launched, result)
+        notifies = [notify for each in touched if (notify := self._notifies.get(each))] if self._notifies else []
         if step.scored:
             self._accept_scores(step, result.scores)
         self.num_generated += len(step.draws)
@@ -238,6 +242,7 @@ class InFlight:
         if request not in self._requests:
             return
         del self._requests[request]
+        self._notifies.pop(request, None)
         for answer in request.answers:
             self._release(answer)
         self.finished[outcome] += 1
