@@ -91,6 +91,11 @@ def build_prompt(
     for is_text, group in groupby(_render(turns, ends_empty), key=lambda item: isinstance(item, str)):
         if is_text:
             piece = "".join(map(str, group))
+            if limit is not None and len(ids) > limit:
+                raise RequestError(
+                    f"the prompt has more than {len(ids):,} tokens, but prompt and answer together may have {limit:,}; "
+                    "shorten it, or raise max_model_len"
+                )
             left = None if limit is None else limit - len(ids)
             ids += tokenizer.encode(piece, specials=user_specials, limit=left)
             text.append(piece)

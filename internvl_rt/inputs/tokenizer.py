@@ -123,7 +123,7 @@ class Tokenizer:
         for part in slices(text, self._cut):
             if limit is not None and len(ids) > limit:
                 raise RequestError(
-                    f"a text has more than {len(ids):,} tokens, but only {max(limit, 0):,} fit; shorten it, or raise "
+                    f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; shorten it, or raise "
                     "max_model_len"
                 )
             ids += self._encode_all(part) if specials else self._encode_plain(part)
