@@ -7,27 +7,31 @@ SAMPLE ?= internvl_rt/tiny/samples/4719.png
 # `make audit` uses the oldest, the pinned and the newest triton.
 AUDITED ?= 3.6.0 3.7.1 3.9.0
 
+# The versions that are installed; `make oldest` and `make newest` have others, with VERSIONS= added to them.
+CONSTRAINTS ?= constraints.txt
+VERSIONS ?=
+
 # How many processes the tests run in, each on one core.
 WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Versions come from constraints.txt alone; pip's own configuration says where packages come from.
+# Versions come from this file alone; pip's own configuration says where packages come from.
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL := $(PIP) install --constraint $(CONSTRAINTS)
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
 INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
+SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-slow test-real audit room gpu tiny clean
+.PHONY: help chat test lint types pytest test-slow test-real fuzz oldest newest audit room gpu tiny clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
-	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z -]*\):.*## /make \1	/p' Makefile | expand -t 16
 
 chat: $(VENV)/done-package  ## installs, and asks the checkpoint in the package about a picture
 	@echo 'Read the digits.   ($(SAMPLE))'
@@ -51,6 +55,14 @@ test-slow: $(VENV)/done-test  ## the other tests
 
 test-real: $(VENV)/done-real  ## tests with a real 135M language model (downloads 93 MB)
 	$(BIN)/pytest tests/real
+
+fuzz: $(VENV)/done-test  ## damaged pictures, videos, files and messages, a minute a kind; options in FUZZ_ARGS=
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
+
+oldest newest:  ## the quick tests with the oldest or the newest releases that pyproject.toml allows, in a clone in build/
+	rm -rf build/$@ && git clone --quiet . build/$@
+	$(PYTHON) tests/support/version_limits.py $@ $(VERSIONS) >build/$@/versions.txt
+	$(MAKE) -C build/$@ pytest CONSTRAINTS=versions.txt
 
 audit: $(VENV)/done-test  ## builds every kernel for every GPU with each triton that is supported; tables in bench/results
 	for version in $(AUDITED); do \
@@ -78,7 +90,7 @@ $(VENV)/done-environment:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/done-torch: constraints.txt $(VENV)/done-environment
+$(VENV)/done-torch: $(CONSTRAINTS) $(VENV)/done-environment
 	@echo 'installing torch (this is the big one)'
 	@$(INSTALL) torch setuptools pybind11 cmake ninja
 	@touch $@

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from document import DocumentError, load, rows_of
+from options import exit_with
 
 SAME = ("device", "device_kind", "driver", "torch", "triton", "num_threads")  # a difference in one of these is printed
 DECISIVE = ("device", "device_kind")
@@ -113,4 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

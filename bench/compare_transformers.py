@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from options import count
 from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
@@ -332,12 +333,12 @@ def show(result: Mapping[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=KNOWN_MODELS, default="InternVL3-1B")
-    parser.add_argument("--tiles", type=int, default=3, help="of the picture, thumbnail included")
-    parser.add_argument("--tokens", type=int, default=32, help="to generate, at least 2")
+    parser.add_argument("--tiles", type=count, default=3, help="of the picture, thumbnail included")
+    parser.add_argument("--tokens", type=count, default=32, help="to generate, at least 2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on each side, which run in turn")
-    parser.add_argument("--rounds", type=int, default=2, help="of ours, theirs, theirs, ours")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="on each side, in turn")
+    parser.add_argument("--rounds", type=count, default=2, help="of ours, theirs, theirs, ours")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything works")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

@@ -64,8 +64,12 @@ def save(document: dict[str, Any], path: Path) -> None:
     check(document, RESULTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".json.new")
-    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:  # the disk is full, say
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def rows_of(document: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:

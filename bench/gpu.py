@@ -36,6 +36,7 @@ from typing import IO, Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
 import cmake_build
 from document import DOCUMENT, DocumentError, check, save
+from options import exit_with, seconds
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
 from plain_build import build_in_place
 from proof import BAD, mark
@@ -59,8 +60,9 @@ def run(command: list[str], box_s: float, environment: dict[str, str], log: IO[b
 
     def tee(pipe: IO[bytes]) -> None:
         for line in pipe:
-            log.write(line)
-            log.flush()
+            with suppress(OSError):  # on a full disk the part goes on, and is read to its end
+                log.write(line)
+                log.flush()
             lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
     process = subprocess.Popen(
@@ -277,7 +279,7 @@ def _shown_command(command: Sequence[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-s", type=float, default=490, help="for everything (default: %(default)s)")
+    parser.add_argument("--budget-s", type=seconds, default=490, help="for everything (default: %(default)s)")
     parser.add_argument(
         "--parts", default=CALLS[0], help="calls, groups or names, separated by commas (default: %(default)s)"
     )
@@ -296,8 +298,6 @@ def main() -> int:
         return 0
     if args.cpu and args.out is None:
         parser.error("--cpu: expected --out FOLDER as well, because bench/results is for measurements")
-    if args.budget_s <= 0:
-        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
     select = args.select or ("rms_norm or swiglu" if args.cpu else None)
     parts = build_parts(cpu=args.cpu, select=select)
     try:
@@ -310,9 +310,12 @@ def main() -> int:
         run.run(args.out or Path(__file__).parent / "results")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    finally:
         run.write(plots=True)
+        return 130
+    except SystemExit:
+        run.write(plots=True)
+        raise
+    run.write(plots=True)
     assert run.path
     page = run.path.with_suffix(".md")
     if page.exists():
@@ -321,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

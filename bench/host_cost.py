@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from options import count
 from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
@@ -99,8 +100,8 @@ def measure_parts(engine: Engine, num_steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--sequences", type=count, default=64)
+    parser.add_argument("--steps", type=count, default=500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with build_engine(arguments.sequences, arguments.steps) as engine:

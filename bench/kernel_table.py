@@ -42,6 +42,7 @@ from kernel_cases import (
     poisoned_like,
     relative_error,
 )
+from options import device, seconds
 from roofline import measure_roofline
 from timing import Timing, result_document, time_variants
 
@@ -276,14 +277,12 @@ def furthest(rows: Sequence[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], choices=sorted(discover_specs()), metavar="OP")
-    parser.add_argument("--budget-s", type=float, default=240, help="for everything (default: %(default)s)")
+    parser.add_argument("--budget-s", type=seconds, default=240, help="for everything (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one case of each operation")
     parser.add_argument("--no-compile", action="store_true", help="without alternatives that take long to compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.budget_s <= 0:
-        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
     may_compile = not (args.quick or args.no_compile)
     limits = Limits(time.monotonic() + args.budget_s, SLOW_START_SHARE * args.budget_s if may_compile else 0)
     roofline = measure_roofline(args.device, quick=True)

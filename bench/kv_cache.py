@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 import cmake_build
+from options import count
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # the extension is built there too
@@ -136,8 +137,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where all of it goes as JSON")
-    parser.add_argument("--runs", type=int, default=5, help="of the C++ side")
-    parser.add_argument("--python-runs", type=int, default=3)
+    parser.add_argument("--runs", type=count, default=5, help="of the C++ side")
+    parser.add_argument("--python-runs", type=count, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         cmake_build.build(BUILD, ["kv_cache_bench"], quiet=True)

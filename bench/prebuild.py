@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 from kernel_cases import Work, dtype_name, first_line, real_work
+from options import count, seconds
 from timing import result_document
 from triton.backends.nvidia.driver import CudaDriver
 from tune_candidates import TUNED
@@ -155,17 +156,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default=",".join(WHAT), help="separated by commas (default: %(default)s)")
     parser.add_argument("--only", action="append", default=[], choices=sorted(discover_specs()), metavar="OP")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--budget-s", type=float, help="after which none is begun (default: no limit)")
+    parser.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--budget-s", type=seconds, help="after which none is begun (default: no limit)")
     parser.add_argument("--target", type=int, choices=TARGETS, help="compute capability, without a GPU")
     args = parser.parse_args()
     what = args.what.split(",")
     if unknown := sorted(set(what) - set(WHAT)):
         parser.error(f"--what: expected some of {', '.join(WHAT)}, got {unknown[0]!r}")
-    if args.workers < 1:
-        parser.error(f"--workers: expected 1 at least, got {args.workers}")
-    if args.budget_s is not None and args.budget_s <= 0:
-        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
     if triton.knobs.runtime.interpret:
         parser.error("expected Triton's compiler, got its interpreter: unset TRITON_INTERPRET")
     if args.target is None and not torch.cuda.is_available():

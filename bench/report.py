@@ -14,6 +14,7 @@ from typing import Any
 
 from document import DocumentError, load, rows_of
 from goals import CARDS, GOALS
+from options import exit_with
 from proof import AGREEMENT, CONTRACT, unproven_operations
 from roofs import Roof, measured_roof
 
@@ -40,12 +41,13 @@ TITLES = {
 }  # fmt: skip
 
 
-def render(document: Document, pictures: Sequence[Path] = ()) -> str:
+def render(document: Document, pictures: Sequence[Path] = (), guide: str = "[README](../README.md)") -> str:
+    """guide: names the page that says how to read this one."""
     found = document["environment"]
     lines = [f"# {found['device']}, {found['date'][:10]}", ""]
     if found["device_kind"] == "cpu":
         lines += ["**Run at small settings on a CPU: it shows that everything runs, and measures nothing.**", ""]
-    lines += [*_summary(document), "", "How to read this: [README](../README.md).", "", "## Goals", ""]
+    lines += [*_summary(document), "", f"How to read this: {guide}.", "", "## Goals", ""]
     lines += [*_goals(document), "", "## Machine", ""]
     lines += _table([{"": key, "value": value} for key, value in found.items() if value is not None])
     lines += ["", "## What ran", "", *_table(_runs(document)), ""]
@@ -248,10 +250,13 @@ def main() -> int:
         else:
             print("no pictures: they need matplotlib (pip install 'internvl-rt[bench]')", file=sys.stderr)
     page = args.file.with_suffix(".md")
-    page.write_text(render(document, pictures), encoding="utf-8")
+    guides = (
+        {} if (page.parent.parent / "README.md").exists() else {"guide": "bench/results/README.md of the repository"}
+    )
+    page.write_text(render(document, pictures, **guides), encoding="utf-8")
     print(*(str(path) for path in (page, *pictures)), sep="\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

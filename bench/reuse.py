@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import count
 
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.checkpoint.config import KNOWN_MODELS
@@ -57,8 +58,8 @@ def measure(engine: Engine, num_tiles: int, rounds: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*KNOWN_MODELS, "tiny"], default="InternVL3-1B")
-    parser.add_argument("--tiles", type=int, default=3, help="of the picture, thumbnail included")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tiles", type=count, default=3, help="of the picture, thumbnail included")
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--goal", type=float, default=5.0, help="least ratio of first to second")
     parser.add_argument("--fork-goal", type=float, default=1.5, help="ratio of four answers to one is to be below")
     arguments = parser.parse_args()

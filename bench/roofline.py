@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from options import device
 from timing import Timing, result_document, time_variants
 
 MIB = 2**20
@@ -237,7 +238,7 @@ def rows_of_roofline(roof: Mapping[str, Any]) -> list[dict[str, str | float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter: for tests and rough answers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
     arguments = parser.parse_args()

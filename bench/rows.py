@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from kernel_cases import MAX_SETS, ROTATED_BYTES, dtype_name
+from options import device, seconds
 from timing import result_document, time_variants
 from torch import Tensor
 
@@ -64,11 +65,9 @@ def measure(name: str, n: int, k: int, tiles: int, patches: int, device: torch.d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-s", type=float, default=10, help="for everything (default: %(default)s)")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget-s", type=seconds, default=10, help="for everything (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.budget_s <= 0:
-        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
     end = time.monotonic() + args.budget_s
     layer, all_tiles, patches = (LAYER, TILES, PATCHES) if args.device.type == "cuda" else SMALL
     rows: list[dict[str, Any]] = []

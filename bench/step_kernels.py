@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from options import count
 from timing import result_document
 from torch.profiler import ProfilerActivity, profile
 
@@ -66,9 +67,9 @@ def rows_of_kernels(kernels: list[Kernel], num_steps: int) -> list[dict[str, Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="random:InternVL3-1B")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=count, default=1)
+    parser.add_argument("--context", type=count, default=2048)
+    parser.add_argument("--steps", type=count, default=20)
     parser.add_argument("--no-programmatic-launch", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
     args = parser.parse_args()

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kernel_cases import Work, compare, first_line, make_rotated_inputs, poisoned_like, run_reference
+from options import seconds
 from timing import Timing, result_document, time_variants
 from tune_candidates import TUNED, Key, Plans, Tuned
 from tune_plans import RECOMMENDED, sweep_launches
@@ -210,7 +211,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     operations = (*TUNED, *RECOMMENDED)
     parser.add_argument("--only", action="append", choices=operations, metavar="OP", help=", ".join(operations))
-    parser.add_argument("--budget-s", type=float, default=300, help="for everything (default: %(default)s)")
+    parser.add_argument("--budget-s", type=seconds, default=300, help="for everything (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the table (default: kernels/plans/sm_XX.json of this GPU)")
     parser.add_argument("--commit", help="what is measured, where git does not say so")
     parser.add_argument("--dry-run", action="store_true", help="invented times, without a GPU; nothing is written")
@@ -219,8 +220,6 @@ def main() -> int:
         parser.error("--out: expected none with --dry-run, because invented times belong in no table")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("expected a machine with a CUDA device, found none; --dry-run shows what would be measured")
-    if args.budget_s <= 0:
-        parser.error(f"--budget-s: expected seconds above 0, got {args.budget_s:g}")
     only, end = args.only or operations, time.monotonic() + args.budget_s
     device = torch.device("cpu" if args.dry_run else "cuda")
     target = TARGETS[90] if args.dry_run else target_of(device)

@@ -20,7 +20,7 @@ namespace internvl_rt {
 enum class Place : std::uint8_t { kFree, kCached, kUsed, kDeferred };
 enum class Content : std::uint8_t {
   kPrivate,    // a sequence may write it, if no other sequence holds it
-  kPending,    // its tokens are final; it is published when the step that computes them is complete
+  kPending,    // its tokens are final; it is published when the steps that compute them are complete
   kPublished,  // it is in the prefix index
 };
 

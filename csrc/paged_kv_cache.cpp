@@ -73,7 +73,7 @@ std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Promp
     s.digests.assign(matched_digests_.begin(), matched_digests_.end());
   });
   sequence.matches = prompt.identity.has_value();
-  sequence.length = sequence.num_in_steps = num_matched;
+  sequence.length = sequence.num_matched = sequence.num_in_steps = num_matched;
   for (const std::int32_t block : matched_) {
     pool_.ref(block);
     sequence.blocks.push_back(block);
@@ -151,10 +151,9 @@ void PagedKVCache::publish(std::span<const std::int32_t> seq_ids, std::span<cons
   for (std::size_t i = 0; i < seq_ids.size(); ++i) {
     Sequence& sequence = *batch_[i];
     if (!sequence.matches) continue;
-    const std::int64_t num_full = num_tokens[i] / block_size();
+    const std::int64_t num_full = std::min<std::int64_t>(num_tokens[i], sequence.cut) / block_size();
     while (sequence.num_published() < num_full) publish_next_block(sequence);
   }
-  drain_publications();
 }
 
 void PagedKVCache::publish_next_block(Sequence& sequence) {
@@ -168,7 +167,15 @@ void PagedKVCache::publish_next_block(Sequence& sequence) {
   if (pool_[block].content != Content::kPrivate) return;  // another sequence has published it, which shares it
   index_.describe(block, hash, parent, token_ids);
   pool_[block].content = Content::kPending;
-  publications_.push(num_steps_, version_of(block));
+  const std::size_t num_others = publications_.size();
+  for (const Write& write : sequence.writes)
+    if (write.step > num_completed_ && write.first < (index + 1) * block_size())
+      publications_.push_back({.step = write.step, .block = block, .is_last = false});
+  if (publications_.size() == num_others) {
+    make_matchable(block);
+  } else {
+    publications_.back().is_last = true;
+  }
 }
 
 void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
@@ -176,13 +183,16 @@ void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
   check_new(new_seq_id);
   Sequence& child = start(new_seq_id, num_live, [&](Sequence& s) {
     const Sequence& parent = find(seq_id);
+    s.writes = parent.writes;
     s.token_ids = parent.token_ids;
     s.pictures = parent.pictures;
     s.digests = parent.digests;
   });
   Sequence& parent = find(seq_id);  // start() may have moved sequences_ to other memory
   child.length = parent.length;
+  child.num_matched = parent.num_matched;
   child.num_in_steps = parent.num_in_steps;
+  child.cut = parent.cut;
   child.matches = parent.matches;
   for (std::int64_t i = 0; i < num_live; ++i) {
     const std::int32_t block = parent.blocks[as_size(i)];
@@ -197,10 +207,21 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
   CHECK_ARGUMENT(num_tokens >= 0 && num_tokens <= sequence.length, "num_tokens: expected 0 to ", sequence.length,
                  " (the length of sequence ", seq_id, "), got ", num_tokens);
   sequence.length -= num_tokens;
-  sequence.num_in_steps = std::min(sequence.num_in_steps, sequence.length);
+  sequence.num_matched = std::min(sequence.num_matched, sequence.length);
   sequence.room = 0;
   if (std::ssize(sequence.token_ids) > sequence.length) sequence.token_ids.resize(as_size(sequence.length));
-  const std::int64_t num_digests = std::min(std::ssize(sequence.digests), sequence.length / block_size() + 1);
+  auto& pictures = sequence.pictures;
+  for (; !pictures.empty() && pictures.back().start >= sequence.length; pictures.pop_back()) sequence.cut = kNoCut;
+  if (!pictures.empty() && std::int64_t{pictures.back().start} + pictures.back().num_tokens > sequence.length)
+    sequence.cut = std::min(sequence.cut, sequence.length);
+  forget_tokens(sequence, sequence.length);
+}
+
+// From the token `first` on, the sequence has nothing that a step has computed or computes.
+void PagedKVCache::forget_tokens(Sequence& sequence, std::int64_t first) {
+  sequence.num_in_steps = std::min(sequence.num_in_steps, first);
+  while (!sequence.writes.empty() && sequence.writes.back().first >= first) sequence.writes.pop_back();
+  const std::int64_t num_digests = std::min(std::ssize(sequence.digests), first / block_size() + 1);
   sequence.digests.resize(as_size(num_digests));
 }
 
@@ -290,6 +311,8 @@ void PagedKVCache::vacate(Sequence& sequence) {
   vacant_.push_back(static_cast<std::int32_t>(&sequence - sequences_.data()));
   sequence.seq_id = -1;
   sequence.room = 0;
+  sequence.cut = kNoCut;
+  sequence.writes.clear();
 }
 
 }  // namespace internvl_rt

@@ -12,9 +12,10 @@
 //
 // fill_step() numbers the steps, and complete() says that steps have ended on the device. A block that is released
 // while a step may still read or write it is handed out only after that step. A published block can be matched only
-// after the step that writes it. One thread at a time may use the object; there are no locks. A wrong argument throws
-// std::invalid_argument, a bug in this folder std::runtime_error. After a wrong argument, and when admit() or append()
-// reports that there is no space, nothing has changed.
+// after the steps that compute its tokens and those before them, and never if one of these steps failed. One thread at
+// a time may use the object; there are no locks. A wrong argument throws std::invalid_argument, a bug in this folder
+// std::runtime_error. After a wrong argument, and when admit() or append() reports that there is no space, nothing has
+// changed.
 #pragma once
 
 #include <cstdint>
@@ -96,25 +97,32 @@ class PagedKVCache {
   bool append(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
   // Adds the ids of tokens after those that are known already. publish() needs them.
   void extend(std::int64_t seq_id, std::span<const std::int32_t> token_ids);
-  // Says that the first num_tokens[i] tokens of each sequence are final: their full blocks can be matched once the
-  // latest step is complete. The tokens must have been in a step, and their ids must be known. If a block of the same
-  // content is published already, that one is kept in the index.
+  // Says that the first num_tokens[i] tokens of each sequence are final: a full block of them can be matched once the
+  // steps that compute its tokens and those before them are complete. The tokens must have been in a step that has not
+  // failed, and their ids must be known. If a block of the same content is published already, that one is kept in the
+  // index. A rollback that cut a picture ends what is published: see there. O(blocks * steps in flight).
   void publish(std::span<const std::int32_t> seq_ids, std::span<const std::int32_t> num_tokens);
   // Starts a second sequence with the same tokens, known ids and published prefix. The two share all blocks that hold
   // tokens, but no reserved room. The latest step of the parent may still run: what either sequence appends is copied
   // and written by a later step. O(blocks).
   void fork(std::int64_t seq_id, std::int64_t new_seq_id);
-  // Takes the last num_tokens tokens back, with all known ids from there on. Their room stays reserved.
+  // Takes the last num_tokens tokens back, with all known ids and pictures from there on. Their room stays reserved.
+  // A picture that began before is cut: the tokens that are left of it may still be published, but what follows them,
+  // which no prompt can ask for, is not.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
-  // Ends the sequence. Its blocks become available when the latest step is complete; its last ones are evicted first.
+  // Ends the sequence. Its blocks become available when the latest step is complete, and not before those that were
+  // freed earlier; its last ones are evicted first. What it has published can still be matched once its steps end.
   // O(blocks).
   void release(std::int64_t seq_id);
 
   // Fills the buffers and returns the number of the step: 1, 2, ... All arguments are checked before anything is
-  // written. O(rows * N + tokens). It allocates no memory once its scratch vectors have grown.
+  // written. New tokens that came from the cache, or that lie in a block which is published or which another sequence
+  // shares, are refused. O(rows * N + tokens). It allocates no memory once its scratch vectors have grown.
   std::int64_t fill_step(const StepBuffers& step);
-  // Says that all steps up to this one have ended on the device. `failed`: they have failed, so the blocks that waited
-  // for them are not published. The caller has to release the sequences of these steps, and all later forks of them.
+  // Says that all steps up to this one have ended on the device. `failed`: those that had not ended before have failed.
+  // The tokens that they computed, and all later ones of these sequences and of their forks, count as if they had never
+  // been in a step: they are not published, even by a sequence that is released already. The caller may release the
+  // sequences, or compute the tokens again.
   void complete(std::int64_t step, bool failed = false);
   // Returns the copies that append() has listed since the last call. The list is valid until the next call.
   std::span<const BlockCopy> take_copies();
@@ -137,23 +145,36 @@ class PagedKVCache {
   void check_invariants() const;
 
  private:
+  struct Write {
+    std::int64_t step;
+    std::int64_t first;  // the step was the last one to write the tokens from here on, up to those of the next Write
+  };
   struct Sequence {
     std::int64_t seq_id = -1;          // -1: no sequence uses this entry
     std::int64_t length = 0;           // the number of tokens with slots
-    std::int64_t num_in_steps = 0;     // the number of tokens that a step has computed or computes
+    std::int64_t num_matched = 0;      // the number of tokens that came from the cache
+    std::int64_t num_in_steps = 0;     // the number of tokens that a step has computed or computes, if none has failed
     std::int64_t room = 0;             // the number of slots after the last token that are known to be writable
+    std::int64_t cut = kNoCut;         // the first token that is not of a picture which a rollback has cut
     bool matches = false;              // whether it has an identity
     std::uint64_t last_seen = 0;       // the latest batch call that named it; so a sequence named twice is noticed
     std::vector<std::int32_t> blocks;  // blocks[t / block_size] holds token t; there may be more than tokens need
+    std::vector<Write> writes;         // of all steps in flight, and maybe of some that are complete
     std::vector<std::int32_t> token_ids;
     std::vector<Picture> pictures;
     std::vector<Hash128> digests;  // digests[0] is the root, digests[i + 1] that of block i, if matched or published
     std::int64_t num_published() const noexcept { return std::ssize(digests) - 1; }  // blocks
   };
+  struct Publication {  // a pending block has one for each step in flight that its content depends on
+    std::int64_t step;
+    std::int32_t block;
+    bool is_last;  // whether the block waits for no later step
+  };
   struct BlockVersion {  // it is stale once the block has been handed out again, or taken back into use
     std::int32_t block;
     std::uint32_t generation;
   };
+  static constexpr std::int64_t kNoCut = std::numeric_limits<std::int64_t>::max();
 
   const Sequence& find(std::int64_t seq_id) const;
   Sequence& find(std::int64_t seq_id);
@@ -164,6 +185,7 @@ class PagedKVCache {
   void check_prompt(const Prompt& prompt) const;
   void find_batch(std::span<const std::int32_t> seq_ids);
   void check_step(const StepBuffers& step);
+  void check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const;
   void fill_split_plan(const StepBuffers& step) const;
 
   std::int64_t blocks_for(std::int64_t num_tokens) const noexcept;
@@ -172,8 +194,9 @@ class PagedKVCache {
   void publish_next_block(Sequence& sequence);
   BlockVersion version_of(std::int32_t block) const { return {block, pool_[block].generation}; }
   bool is_current(const BlockVersion& v) const { return pool_[v.block].generation == v.generation; }
+  void forget_tokens(Sequence& sequence, std::int64_t first);
+  void forget_steps(std::int64_t last);
   void make_matchable(std::int32_t block);
-  void drain_publications();
   void drain_frees();
   std::int32_t allocate();
   void unref(std::int32_t block, std::int64_t fence);
@@ -185,8 +208,8 @@ class PagedKVCache {
   FlatMap<std::int64_t> ids_;  // maps a seq_id to an index of sequences_
   std::vector<Sequence> sequences_;
   std::vector<std::int32_t> vacant_;
-  FenceQueue<BlockVersion> publications_;
-  FenceQueue<BlockVersion> frees_;  // deferred blocks
+  std::vector<Publication> publications_;  // in the order of publish()
+  FenceQueue<BlockVersion> frees_;         // deferred blocks
   std::int64_t num_steps_ = 0;
   std::int64_t num_completed_ = 0;
   std::vector<BlockCopy> copies_, taken_copies_;

@@ -1,5 +1,5 @@
 // The part of PagedKVCache that concerns steps of the device: it fills their buffers, makes blocks wait for them and
-// lists copies. The check of all invariants is here too.
+// lists copies.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -42,7 +42,8 @@ std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
     step.seq_len_S[row] = static_cast<std::int32_t>(sequence.length);
     const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
     std::fill(end, table_N.end(), -1);
-    std::int64_t position = sequence.length - step.num_new_tokens[row];
+    const std::int64_t first = sequence.length - step.num_new_tokens[row];
+    std::int64_t position = first;
     while (position < sequence.length) {  // one block in each turn
       const std::int64_t index = position / block_size();
       const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
@@ -50,7 +51,10 @@ std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
           sequence.blocks[as_size(index)] * block_size() + static_cast<std::int32_t>(position - index * block_size());
       for (; position < stop; ++position) step.slot_T[num_tokens++] = slot++;
     }
-    if (sequence.length - step.num_new_tokens[row] <= sequence.num_in_steps) sequence.num_in_steps = sequence.length;
+    if (first == sequence.length || first > sequence.num_in_steps) continue;  // a token before them is not computed
+    sequence.num_in_steps = sequence.length;
+    std::erase_if(sequence.writes, [&](const Write& w) { return w.step <= num_completed_ || w.first >= first; });
+    sequence.writes.push_back({.step = num_steps_ + 1, .first = first});
   }
   step.query_start_S1[num_rows] = static_cast<std::int32_t>(num_tokens);
   std::ranges::fill(step.slot_T.subspan(num_tokens), -1);
@@ -76,9 +80,11 @@ void PagedKVCache::check_step(const StepBuffers& step) {
     const std::int32_t num_new = step.num_new_tokens[row];
     CHECK_ARGUMENT(num_new >= 0 && num_new <= sequence.length, "num_new_tokens: expected 0 to ", sequence.length,
                    " (the length of sequence ", sequence.seq_id, "), got ", num_new);
-    CHECK_ARGUMENT(blocks_for(sequence.length) <= step.table_width, "block_table_SN: expected at least ",
-                   blocks_for(sequence.length), " columns for the ", sequence.length, " tokens of sequence ",
-                   sequence.seq_id, ", got ", step.table_width);
+    const std::int64_t num_blocks = blocks_for(sequence.length);
+    check_new_tokens(sequence, num_new, num_blocks);
+    CHECK_ARGUMENT(num_blocks <= step.table_width, "block_table_SN: expected at least ", num_blocks,
+                   " columns for the ", sequence.length, " tokens of sequence ", sequence.seq_id, ", got ",
+                   step.table_width);
     num_tokens += num_new;
     num_decodes += num_new == 1;
   }
@@ -88,6 +94,23 @@ void PagedKVCache::check_step(const StepBuffers& step) {
   check_size("split_start_S1", step.split_start_S1.size(), num_rows + 1);
   CHECK_ARGUMENT(std::ssize(step.split_W3) / 3 >= num_decodes, "split_W3: expected at least ", num_decodes,
                  " rows (one per sequence with one new token), got ", step.split_W3.size() / 3);
+}
+
+// A step may write the sequence's last tokens only where nobody else reads them. The sequence's last token is in block
+// number num_blocks - 1.
+void PagedKVCache::check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const {
+  const std::int64_t first = sequence.length - num_new;
+  CHECK_ARGUMENT(first >= sequence.num_matched, "num_new_tokens: expected at most ",
+                 sequence.length - sequence.num_matched, " (of the ", sequence.length, " tokens of sequence ",
+                 sequence.seq_id, ", ", sequence.num_matched, " came from the cache), got ", num_new);
+  if (num_new == 0) return;
+  std::int64_t i = num_blocks - 1;
+  while (i * block_size() > first) --i;
+  for (; i < num_blocks; ++i)
+    CHECK_ARGUMENT(pool_.writable(sequence.blocks[as_size(i)]), "num_new_tokens: expected tokens in blocks that ",
+                   "sequence ", sequence.seq_id, " alone holds and that are not published, got ", num_new,
+                   ", and the block of token ", std::max(first, i * block_size()),
+                   " is shared or published; roll back from there on and append the tokens again");
 }
 
 // The rule and its reasons are in kernels/_split_plan.py: there are as many splits as programs that the device runs at
@@ -138,26 +161,28 @@ void PagedKVCache::fill_split_plan(const StepBuffers& step) const {
 void PagedKVCache::complete(std::int64_t step, bool failed) {
   CHECK_ARGUMENT(step >= num_completed_ && step <= num_steps_, "step: expected ", num_completed_, " to ", num_steps_,
                  ", got ", step);
+  if (failed) forget_steps(step);
   num_completed_ = step;
-  if (failed) {
-    publications_.drain(step, [&](const BlockVersion& version) {
-      Block& block = pool_[version.block];
-      if (is_current(version) && block.content == Content::kPending) block.content = Content::kPrivate;
-    });
-  }
   // Blocks are published before deferred ones are put back, so that a block which is both goes to the cached list.
-  drain_publications();
+  for (const Publication& publication : publications_)
+    if (publication.step <= step && publication.is_last) make_matchable(publication.block);
+  std::erase_if(publications_, [&](const Publication& publication) { return publication.step <= step; });
   drain_frees();
 }
 
-void PagedKVCache::drain_publications() {
-  publications_.drain(num_completed_, [&](const BlockVersion& version) {
-    if (is_current(version)) make_matchable(version.block);
-  });
+// The steps in flight up to `last` have failed: what they wrote is lost, and all that was computed from it.
+void PagedKVCache::forget_steps(std::int64_t last) {
+  for (Sequence& sequence : sequences_) {
+    const auto lost = std::ranges::find_if(
+        sequence.writes, [&](const Write& write) { return write.step > num_completed_ && write.step <= last; });
+    if (lost != sequence.writes.end()) forget_tokens(sequence, lost->first);
+  }
+  for (const Publication& publication : publications_)
+    if (publication.step <= last) pool_[publication.block].content = Content::kPrivate;
+  std::erase_if(publications_, [&](const Publication& p) { return pool_[p.block].content != Content::kPending; });
 }
 
 void PagedKVCache::make_matchable(std::int32_t block) {
-  if (pool_[block].content != Content::kPending) return;
   pool_[block].content = index_.insert(block) ? Content::kPublished : Content::kPrivate;
 }
 
@@ -216,63 +241,6 @@ CacheStats PagedKVCache::stats() const {
       .num_evictions = num_evictions_,
       .num_copies = num_copies_,
   };
-}
-
-void PagedKVCache::check_invariants() const {
-  pool_.check_invariants();
-  std::vector<std::int32_t> references(as_size(num_blocks()));
-  std::int64_t num_occupied = 0;
-  for (const Sequence& sequence : sequences_) {
-    if (sequence.seq_id < 0) continue;
-    ++num_occupied;
-    CHECK_INVARIANT(&find(sequence.seq_id) == &sequence, "sequence ", sequence.seq_id, " is not found under its id");
-    CHECK_INVARIANT(blocks_for(sequence.length) <= std::ssize(sequence.blocks), "sequence ", sequence.seq_id, " of ",
-                    sequence.length, " tokens holds only ", sequence.blocks.size(), " blocks");
-    CHECK_INVARIANT(sequence.num_in_steps <= sequence.length, "sequence ", sequence.seq_id, " ran ahead of its slots");
-    CHECK_INVARIANT(!sequence.matches || sequence.num_published() * block_size() <= sequence.length, "sequence ",
-                    sequence.seq_id, " published more than it holds");
-    for (const std::int32_t block : sequence.blocks) ++references.at(as_size(block));
-    const std::int64_t end = sequence.length + sequence.room;
-    for (std::int64_t position = sequence.length; position < end; position += block_size())
-      CHECK_INVARIANT(pool_.writable(sequence.blocks.at(as_size(position / block_size()))), "sequence ",
-                      sequence.seq_id, " takes a block for writable that is not");
-    Hash128 parent = sequence.matches ? sequence.digests.at(0) : Hash128{};
-    for (std::int64_t i = 0; sequence.matches && i < sequence.num_published(); ++i) {
-      const auto token_ids = std::span(sequence.token_ids).subspan(as_size(i * block_size()), as_size(block_size()));
-      const Hash128 hash = index_.digest(parent, i, token_ids, sequence.pictures);
-      CHECK_INVARIANT(hash == sequence.digests[as_size(i + 1)], "a digest of sequence ", sequence.seq_id, " is stale");
-      const std::int32_t block = sequence.blocks[as_size(i)];
-      CHECK_INVARIANT(pool_[block].content == Content::kPrivate || index_.hash(block) == hash, "block ", block,
-                      " is published with a digest that its owner does not have");
-      parent = hash;
-    }
-  }
-  CHECK_INVARIANT(num_occupied == num_sequences(), "num_sequences is not ", num_occupied);
-  CHECK_INVARIANT(num_occupied + std::ssize(vacant_) == std::ssize(sequences_), "a vacant entry is lost");
-
-  std::int64_t num_published = 0, num_deferred = 0;
-  for (std::int32_t block = 0; block < num_blocks(); ++block) {
-    const Block& b = pool_[block];
-    CHECK_INVARIANT(b.references == references[as_size(block)], "block ", block, " counts ", b.references,
-                    " references, ", references[as_size(block)], " sequences hold it");
-    const bool published = b.content == Content::kPublished;
-    CHECK_INVARIANT(published == index_.contains(block) || b.content == Content::kPending, "block ", block,
-                    " and the prefix index disagree");
-    num_published += published;
-    num_deferred += b.place == Place::kDeferred;
-  }
-  CHECK_INVARIANT(num_published == index_.size(), "the prefix index holds blocks that are not published");
-  std::vector<bool> waiting(as_size(num_blocks()));
-  std::int64_t num_waiting = 0;
-  frees_.for_each([&](const BlockVersion& version) {
-    if (!is_current(version)) return;
-    const std::int32_t block = version.block;
-    CHECK_INVARIANT(pool_[block].place == Place::kDeferred && !waiting[as_size(block)], "block ", block,
-                    " waits twice, or is not deferred");
-    waiting[as_size(block)] = true;
-    ++num_waiting;
-  });
-  CHECK_INVARIANT(num_deferred == num_waiting, num_deferred, " blocks are deferred, ", num_waiting, " wait for a step");
 }
 
 }  // namespace internvl_rt

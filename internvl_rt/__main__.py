@@ -1,7 +1,20 @@
-"""`python -m internvl_rt` is `internvl-rt`."""
+"""`python -m internvl_rt` is `internvl-rt`: the program from its first import to its exit."""
 
+import signal
 import sys
 
-from internvl_rt.cli import main
+from internvl_rt.terminal import importing
 
-sys.exit(main())
+
+def main() -> int:
+    try:
+        with importing():
+            from internvl_rt.cli import main as run
+        return run()
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python ends has nothing left to stop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

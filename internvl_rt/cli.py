@@ -2,61 +2,75 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from internvl_rt.arguments import Parser, add_device_and_dtype
 from internvl_rt.bench.arguments import add_bench
-from internvl_rt.errors import InternVLError
+from internvl_rt.errors import InternVLError, quoted
+from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, prepare_streams, say
 
 if TYPE_CHECKING:
-    from internvl_rt.engine.engine import Engine
-    from internvl_rt.engine.reply import Reply
     from internvl_rt.inputs.position import Delta
-    from internvl_rt.inputs.sampling_params import SamplingParams
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE = 1, 2
 
 MODEL_HELP = "a folder, a hub id such as OpenGVLab/InternVL3-1B, or 'tiny', the checkpoint in the package"
-INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
-          /video FILE  adds a video to the next question
-          /reset       forgets the conversation
-          /exit        ends (so does Ctrl-D)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted."""
+    """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted.
+
+    No argument and no error of the system ends in a traceback: each is one line on stderr.
+    """
+    prepare_streams()
     try:
-        parser = _parser()
-        args, rest = parser.parse_known_args(arguments)
-        # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
-        if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
-            args.prompt = rest.pop(0)
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return int(args.run(args))
+        return _run(arguments)
+    finally:
+        flush_or_discard(sys.stdout)
+        flush_or_discard(sys.stderr)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        if sys.stdout is None:
+            raise OSError("stdout is closed, so no answer can be printed; redirect it, to /dev/null if nobody reads it")
+        try:
+            args = _parse(arguments)
+            return int(args.run(args))
+        finally:
+            sys.stdout.flush()
     except InternVLError as error:
-        print(f"internvl-rt: {error}", file=sys.stderr)
+        say(f"internvl-rt: {error}")
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)  # in the middle of an answer, perhaps
+        say("\ninterrupted")  # in the middle of an answer, perhaps
         return EXIT_INTERRUPT
-    except BrokenPipeError:  # the reader of stdout is gone, so no message would arrive
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout is gone, which is no failure to tell
         return EXIT_FAILURE
-    except OSError as error:
-        print(f"internvl-rt: {error}", file=sys.stderr)
+    except (OSError, MemoryError) as error:
+        say(f"internvl-rt: {InternVLError(error if str(error) else 'memory ran out')}")
         return EXIT_FAILURE
-    except ModuleNotFoundError as error:
-        print(f"internvl-rt: {error}; internvl-rt doctor says what is missing and what to do", file=sys.stderr)
+    except ImportError as error:
+        say(f"internvl-rt: {InternVLError(error)}; internvl-rt doctor says what is missing and what to do")
         return EXIT_FAILURE
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
+    if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
+        args.prompt = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="internvl-rt", description="Runs InternVL3 vision-language models.")
+    parser = Parser(prog="internvl-rt", description="Runs InternVL3 vision-language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('internvl-rt')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -80,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--v2pe-delta", metavar="D", type=_delta, default=1.0,
         help="positions per visual token: a power of two from 1 to 1/256, or auto (default: 1)",
     )  # fmt: skip
-    chat.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    chat.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: by device)")
+    add_device_and_dtype(chat)
     chat.add_argument("--timings", action="store_true", help="print the memory plan; per answer tokens and seconds")
 
     info = commands.add_parser(
@@ -119,110 +132,22 @@ def _delta(text: str) -> "Delta":
     try:
         return "auto" if text == "auto" else float(above) / float(below or 1)
     except (ValueError, ZeroDivisionError):
-        message = f"expected a power of two from 1 to 1/256, or auto, got {text!r}"
+        message = f"expected a power of two from 1 to 1/256, or auto, got {quoted(text)}"
         raise argparse.ArgumentTypeError(message) from None
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from internvl_rt.engine.engine import Engine
-    from internvl_rt.inputs.sampling_params import SamplingParams
+    from internvl_rt.chat import run
 
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-    )
-    media = [*(_media("image", file) for file in args.image), *(_media("video", file) for file in args.video)]
-    engine = Engine.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
-    )
-    if args.timings:
-        print(engine.memory.render(), file=sys.stderr)
-    start = [] if args.system is None else [{"role": "system", "content": args.system}]
-    if args.prompt is not None:
-        message = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
-        _answer(engine, [*start, message], params, args.timings)
-        return 0
-    return _interactive(engine, start, media, params, args.timings)
-
-
-def _media(kind: str, file: str) -> dict[str, str]:
-    """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
-    from internvl_rt.inputs.image import open_media
-
-    file = os.path.expanduser(file)
-    open_media(file, kind)[0].close()
-    return {"type": kind, kind: file}
-
-
-def _interactive(
-    engine: "Engine", start: list[dict[str, Any]], media: list[dict[str, str]], params: "SamplingParams", timings: bool
-) -> int:
-    print(INTERACTIVE_HELP, file=sys.stderr)
-    messages = list(start)
-    for line in _lines():
-        command, _, rest = line.partition(" ")
-        if command == "/exit":
-            break
-        if command == "/reset":
-            messages, media = list(start), []
-        elif command in ("/image", "/video"):
-            try:
-                media.append(_media(command[1:], rest.strip()))
-            except InternVLError as error:
-                print(error, file=sys.stderr)
-        elif command.startswith("/"):
-            print(f"no command {command}\n{INTERACTIVE_HELP}", file=sys.stderr)
-        else:
-            question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
-            try:
-                reply = _answer(engine, [*messages, question], params, timings)
-            except InternVLError as error:  # this question fails, the conversation goes on
-                print(error, file=sys.stderr)
-            except KeyboardInterrupt:
-                print("\nstopped; this question is forgotten", file=sys.stderr)
-            else:
-                messages += [question, {"role": "assistant", "content": reply.text}]
-            media = []
-    return 0
-
-
-def _lines() -> Iterator[str]:
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (line editing and history for input())
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
-
-
-def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingParams", timings: bool) -> "Reply":
-    for piece in engine.stream(messages, params):
-        print(piece.text, end="", flush=True)
-    print()
-    assert piece.reply is not None, "a stream ends with its reply"
-    if timings:
-        usage = piece.reply.usage
-        print(
-            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered",
-            piece.reply.timings.render(engine.roof),
-            sep="\n",
-            file=sys.stderr,
-        )
-    return piece.reply
+    return run(args)
 
 
 def _info(args: argparse.Namespace) -> int:
-    from internvl_rt.checkpoint.folder import find_config
-    from internvl_rt.model.card import model_card, render_card
+    from internvl_rt.checkpoint.find import find_config
 
     config, name = find_config(args.model)
+    with importing():
+        from internvl_rt.model.card import model_card, render_card
     card = model_card(config, name)
     print(json.dumps(card, indent=2) if args.json else render_card(card))
     return 0
@@ -235,8 +160,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _write_random(args: argparse.Namespace) -> int:
-    from internvl_rt.model.random_checkpoint import write_random_checkpoint
+    from internvl_rt.checkpoint.find import random_config
 
+    random_config(args.model)
+    with importing():
+        from internvl_rt.model.random_checkpoint import write_random_checkpoint
     write_random_checkpoint(args.model, args.folder, seed=args.seed)
     print(args.folder)
     return 0

@@ -5,19 +5,28 @@ code of the checkpoint runs, arguments that cannot be honoured raise instead of 
 generation_config nor the caller's history list is written to.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
+from dataclasses import fields
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.folder import resolve_model
+from internvl_rt.checkpoint.find import find_config_file, resolve_model
+from internvl_rt.checkpoint.json_section import read_json
 from internvl_rt.engine.engine import Engine
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource, open_image
-from internvl_rt.inputs.prompt import tiles_per_image, turns_from_question
+from internvl_rt.inputs.picture import count_tiles
+from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.prompt import Turn, tiles_per_image, turns_from_question
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
@@ -28,12 +37,27 @@ from internvl_rt.model.ops import normalise_tiles
 History = list[tuple[str, str]]
 
 # Arguments of the official calls that are accepted and need no action in this runtime.
-_NO_EFFECT = frozenset({"trust_remote_code", "low_cpu_mem_usage", "use_flash_attn", "use_fast"})
+_NO_EFFECT = frozenset({"trust_remote_code", "low_cpu_mem_usage", "use_flash_attn", "use_fast", "attn_implementation"})
+_QUANTISED = ("load_in_8bit", "load_in_4bit")  # accepted as long as they ask for nothing
+
+
+class Streamer(Protocol):
+    """Takes token ids as they come, as transformers' `TextIteratorStreamer` does."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
 
 def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12) -> Tensor:
-    """Returns normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last, as in the model card."""
-    options = ImageOptions(image_size=input_size, max_tiles=max_num)
+    """Returns normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last, as in the model card.
+
+    Raises RequestError or MediaError.
+    """
+    try:
+        options = ImageOptions(image_size=input_size, max_tiles=max_num)
+    except RequestError as error:
+        raise _renamed(error, {"image_size": "input_size", "max_tiles": "max_num"}) from None
     return normalise_tiles(torch.from_numpy(open_image(image_file, options).tiles()))
 
 
@@ -44,17 +68,45 @@ def load_video(
     max_num: int = 1,
     num_segments: int = 32,
 ) -> tuple[Tensor, list[int]]:
-    """Returns normalised tiles of `num_segments` frames, and each frame's number of tiles, as in the model card."""
-    frames = read_video(video_path, num_segments=num_segments, bound=bound)
-    tiles = [load_image(frame, input_size, max_num) for frame in frames]
+    """Returns normalised tiles of `num_segments` frames, and each frame's number of tiles, as in the model card.
+
+    Raises RequestError or MediaError.
+    """
+    if not _is_number(num_segments) or not isinstance(num_segments, int):
+        raise RequestError(f"num_segments must be an integer of at least 1, got {quoted(num_segments)}")
+    is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
+    if bound is not None and not is_pair:
+        raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")
+    tiles = read_video(
+        video_path, make=lambda frame: load_image(frame, input_size, max_num), num_segments=num_segments, bound=bound
+    )
     return torch.cat(tiles), [len(frame) for frame in tiles]
+
+
+class AutoConfig:
+    @staticmethod
+    def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> SimpleNamespace:
+        """Returns config.json as attributes, such as `.llm_config.num_hidden_layers`. Downloads no weights."""
+        _check_arguments("AutoConfig.from_pretrained", model, revision, official)
+        values = read_json(find_config_file(model, revision=revision)).values
+        config: SimpleNamespace = json.loads(json.dumps(values), object_hook=lambda keys: SimpleNamespace(**keys))
+        return config
+
+
+class ChatTokenizer(Tokenizer):
+    """A tokenizer that also takes an argument by its official name, as transformers' streamers give it."""
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = True, skip_special_tokens: bool | None = None) -> str:
+        skips = skip_specials if skip_special_tokens is None else skip_special_tokens
+        return Tokenizer.decode(self, ids, skip_specials=skips)
 
 
 class AutoTokenizer:
     @staticmethod
-    def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> Tokenizer:
-        _check_arguments("AutoTokenizer.from_pretrained", official)
-        return read_tokenizer(resolve_model(model, revision=revision))
+    def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> ChatTokenizer:
+        _check_arguments("AutoTokenizer.from_pretrained", model, revision, official)
+        read = read_tokenizer(resolve_model(model, revision=revision))
+        return ChatTokenizer(**{field.name: getattr(read, field.name) for field in fields(read) if field.init})
 
 
 class AutoModel:
@@ -62,18 +114,40 @@ class AutoModel:
     def from_pretrained(
         model: str | Path,
         *,
-        torch_dtype: str | torch.dtype = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str = "auto",
+        device_map: object = None,
         revision: str | None = None,
         **official: Any,
     ) -> "ChatModel":
-        """Loads a checkpoint, onto the GPU if there is one; `torch_dtype` and `device` are those of `Engine`."""
-        _check_arguments("AutoModel.from_pretrained", official)
-        return ChatModel(Engine.from_pretrained(model, dtype=torch_dtype, device=device, revision=revision))
+        """Loads a checkpoint, onto the GPU if there is one.
+
+        torch_dtype, dtype: two names for the `dtype` of `Engine`; None is "auto".
+        device: that of `Engine`.
+        device_map: the same in transformers' forms, such as "auto", 0, "cuda:1" or {"": 0}. The model runs on one
+            device, so every entry of a map must name the same one.
+        """
+        _check_arguments("AutoModel.from_pretrained", model, revision, official)
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise RequestError(f"torch_dtype is {quoted(torch_dtype)} but dtype is {quoted(dtype)}; give one of them")
+        if device_map is not None and device != "auto":
+            raise RequestError(f"device is {quoted(device)} but device_map was given too; give one of them")
+        chosen = dtype if torch_dtype is None else torch_dtype
+        return ChatModel(
+            Engine.from_pretrained(
+                model,
+                dtype="auto" if chosen is None else chosen,
+                device=device if device_map is None else _one_device(device_map),
+                revision=revision,
+            )
+        )
 
 
 class ChatModel:
     """Gives an engine the official method names. `system_message` may be set, as the model cards do."""
+
+    conv_template = SimpleNamespace(name="internvl2_5", sep="<|im_end|>\n")  # the cards' streaming code reads `sep`
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -100,12 +174,17 @@ class ChatModel:
     ) -> str | tuple[str, History]:
         """Answers a question. `pixel_values` holds the tiles of every picture in the conversation, in order.
 
-        Raises RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
+        A `streamer` in generation_config gets the answer's ids, one at a time, and is told the end in any case. Raises
+        RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
-        tiles = _split(pixel_values, num_patches_list)
-        turns, asked = turns_from_question(question, history, num_images=len(tiles), system=self.system_message)
+        params, streamer = _read_generation_config(generation_config)
+        for name, flag in (("return_history", return_history), ("verbose", verbose)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name} must be True or False, got {quoted(flag)}")
+        tiles = self._split(pixel_values, num_patches_list)
+        turns, asked = self._turns(question, _check_history(history), len(tiles))
         prepared = self.engine.prepare_turns(turns, tiles)
-        response = self.engine.generate_prepared(iter([prepared]), [_sampling_params(generation_config)])[0].text
+        response = self._answer(prepared, params, streamer)
         if verbose:
             print(prepared.prompt.text, response, sep="")
         return (response, [*(history or []), (asked, response)]) if return_history else response
@@ -119,7 +198,11 @@ class ChatModel:
         num_patches_list: list[int] | None = None,
     ) -> list[str]:
         """Answers independent questions, each about its own picture of `num_patches_list[i]` tiles."""
-        tiles = _split(pixel_values, num_patches_list)
+        check_list("questions", questions, "texts")
+        params, streamer = _read_generation_config(generation_config)
+        if streamer is not None:
+            raise RequestError("generation_config: a streamer takes one answer; use chat, or leave it out")
+        tiles = self._split(pixel_values, num_patches_list)
         if pixel_values is not None and len(tiles) != len(questions):
             raise RequestError(
                 f"num_patches_list must have one entry for each of {len(questions)} questions, got {len(tiles)}"
@@ -127,39 +210,137 @@ class ChatModel:
         prepared = []
         for index, question in enumerate(questions):
             own = tiles[index : index + 1]
-            turns, _ = turns_from_question(question, None, num_images=len(own), system=self.system_message)
+            turns, _ = self._turns(question, None, len(own))
             prepared.append(self.engine.prepare_turns(turns, own))
-        params = _sampling_params(generation_config)
         return [reply.text for reply in self.engine.generate_prepared(iter(prepared), [params] * len(prepared))]
 
+    def _turns(self, question: str, history: History | None, num_images: int) -> tuple[tuple[Turn, ...], str]:
+        _check_text("question", question)
+        if self.system_message is not None:
+            _check_text("system_message", self.system_message)
+        return turns_from_question(question, history, num_images=num_images, system=self.system_message)
 
-def _check_arguments(call: str, official: Mapping[str, Any]) -> None:
-    unknown = sorted(official.keys() - _NO_EFFECT)
+    def _split(self, pixel_values: Tensor | None, num_patches_list: list[int] | None) -> list[Tensor]:
+        """Returns the tiles of each picture."""
+        counts = num_patches_list
+        if counts is not None:
+            check_list("num_patches_list", counts, "numbers of tiles")
+            least = 0 if pixel_values is None else 1  # of questions about no picture, as the official code counts them
+            wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < least]
+            if wrong:
+                raise RequestError(f"num_patches_list: expected integers of at least {least}, got {quoted(wrong[0])}")
+        if pixel_values is None:
+            if counts and any(counts):
+                raise RequestError(f"num_patches_list: {quoted(counts)} tiles, but no pixel_values; give both or none")
+            return []
+        counts = tiles_per_image(count_tiles(pixel_values, self.engine.config), counts)
+        return [pixel_values[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
+
+    def _answer(self, prepared: Prepared, params: SamplingParams, streamer: Streamer | None) -> str:
+        if streamer is None:
+            return self.engine.generate_prepared(iter([prepared]), [params])[0].text
+        request, num_put = self.engine.new_request(prepared, params), 0
+        try:
+            self.engine.loop.submit(request)
+            streamer.put(torch.empty(1, 0, dtype=torch.int64))  # the prompt, which the official code gives no ids of
+            while request.reply is None:
+                self.engine.loop.advance(request)
+                token_ids = request.answers[0].sequence.generated_ids
+                for token_id in token_ids[num_put:]:
+                    streamer.put(torch.tensor([token_id]))
+                num_put = len(token_ids)
+        finally:
+            self.engine.loop.cancel(request)
+            streamer.end()
+        return request.reply.text
+
+
+def _check_arguments(call: str, model: object, revision: object, official: Mapping[str, Any]) -> None:
+    if not isinstance(model, str | Path):
+        raise RequestError(f"{call}: expected a folder or a hub id, got {quoted(model)}")
+    if not isinstance(revision, str | None):
+        raise RequestError(f"{call}: revision must be a text or None, got {quoted(revision)}")
+    for name in _QUANTISED:
+        if official.get(name):
+            raise RequestError(f"{call}: {name} is not supported, since weights stay in their dtype; leave it out")
+    unknown = sorted(official.keys() - _NO_EFFECT - set(_QUANTISED))
     if unknown:
         raise RequestError(
             f"{call} does not take {', '.join(unknown)}; without effect are {', '.join(sorted(_NO_EFFECT))}"
         )
 
 
-def _split(pixel_values: Tensor | None, num_patches_list: list[int] | None) -> list[Tensor]:
-    if pixel_values is None:
-        return []
-    return list(torch.split(pixel_values, tiles_per_image(len(pixel_values), num_patches_list)))
+def _one_device(device_map: object) -> str:
+    """Returns the device of a `device_map` as `Engine` takes it."""
+    names = set()
+    for place in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
+        if isinstance(place, bool) or not isinstance(place, int | str | torch.device):
+            raise RequestError(f"device_map: expected a device or a map to devices, got {quoted(place)}; try 'auto'")
+        name = f"cuda:{place}" if isinstance(place, int) else str(place)
+        name = "auto" if name in ("balanced", "balanced_low_0", "sequential") else name
+        names.add("cuda:0" if name == "cuda" else name)
+    if len(names) != 1:
+        raise RequestError(
+            f"device_map: expected one device, since the model runs on one, got {quoted(sorted(names))}; leave "
+            "device_map out, or give {'': 0}"
+        )
+    return names.pop()
 
 
-def _sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(f"{name}: expected a text, got {quoted(value)}")
+
+
+def _check_history(history: History | None) -> History | None:
+    if history is not None:
+        check_list("history", history, "pairs (question, answer)")
+        for pair in history:
+            is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+            if not is_pair or not all(isinstance(text, str) for text in pair):
+                raise RequestError(f"history: expected pairs (question, answer) of texts, got {quoted(pair)}")
+    return history
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """Returns an error that calls our arguments by the caller's names."""
+    return RequestError(re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error)))
+
+
+def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[SamplingParams, Streamer | None]:
     """Maps transformers' names and defaults: sampling draws from the 50 best tokens unless top_k is given."""
-    given = dict(generation_config)
-    names = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "repetition_penalty": "repetition_penalty"}
-    params = {ours: given.pop(theirs) for theirs, ours in names.items() if given.get(theirs) is not None}
+    if not isinstance(generation_config, Mapping):
+        raise RequestError(f"generation_config: expected a dict, got {quoted(generation_config)}; give at least dict()")
+    given = {name: value for name, value in generation_config.items() if value is not None}  # None: the default
+    streamer = given.pop("streamer", None)
+    if streamer is not None and not all(callable(getattr(streamer, method, None)) for method in ("put", "end")):
+        raise RequestError(f"generation_config: streamer must have the methods put and end, got {quoted(streamer)}")
+    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    names |= {name: name for name in ("repetition_penalty", "skip_special_tokens")}
+    params = {ours: given.pop(theirs) for ours, theirs in names.items() if theirs in given}
     sampling = {name: given.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in given}
-    if given.pop("do_sample", False):
-        params |= {"temperature": 1.0, "top_k": 50} | {k: v for k, v in sampling.items() if v is not None}
-    for name in ("num_beams", "num_return_sequences"):
-        if given.pop(name, 1) != 1:
-            raise RequestError(f"generation_config: {name} must be 1; beam search is not supported")
-    for name in ("pad_token_id", "eos_token_id", "use_cache"):  # of no effect: answers end at <|im_end|>
-        given.pop(name, None)
+    do_sample = given.pop("do_sample", False)
+    if not isinstance(do_sample, bool):
+        raise RequestError(f"generation_config: do_sample must be True or False, got {quoted(do_sample)}")
+    if do_sample:
+        params |= {"temperature": 1.0, "top_k": 50} | sampling
+    elif not all(map(_is_number, sampling.values())):
+        raise RequestError(f"generation_config: expected numbers, got {quoted(sampling)}")
+    for only_one in ("num_beams", "num_return_sequences"):
+        if not _is_number(value := given.pop(only_one, 1)) or value != 1:
+            raise RequestError(
+                f"generation_config: {only_one} must be 1, got {quoted(value)}; beam search is not supported"
+            )
+    for no_effect in ("pad_token_id", "eos_token_id", "use_cache"):  # answers end at <|im_end|>
+        given.pop(no_effect, None)
     if given:
-        raise RequestError(f"generation_config: {', '.join(sorted(given))} not supported")
-    return SamplingParams(**params)
+        unknown = ", ".join(sorted(quoted(name).strip("'") for name in islice(given, 12)))
+        raise RequestError(f"generation_config: {unknown} not supported; leave it out")
+    try:
+        return SamplingParams(**params), streamer
+    except RequestError as error:
+        raise _renamed(RequestError(f"generation_config: {error}"), names) from None

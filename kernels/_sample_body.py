@@ -28,6 +28,7 @@ from internvl_rt.kernels._sample_numbers import (
 )
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # of float32: a penalty makes no infinity
 
 
 @triton.jit
@@ -56,7 +57,8 @@ def _penalise(x, listed_id, listed_count, first, last, begin, end, penalty, BLOC
         raised = (old.to(tl.float64) * repetition.to(tl.float64)).to(tl.float32)
         often = (frequency.to(tl.float64) * count.to(tl.float64)).to(tl.float32)
         new = tl.where(old > 0, tl.div_rn(old, tl.zeros([BLOCK], tl.float32) + repetition), raised) - presence - often
-        tl.store(x + token, tl.where(count < 0, float("-inf"), new), mask=mine)
+        new = tl.where(count < 0, float("-inf"), tl.minimum(new, LARGEST))
+        tl.store(x + token, new, mask=mine & (old < float("inf")))  # NaN and +inf stay, to be noticed
 
 
 # Not specialised, so that one kernel serves parameters at any address: it changes with the number of rows.
@@ -322,9 +324,10 @@ def draw_kernel(
     peak_place = tl.max(tl.load(best + row * SLICES + tl.arange(0, SLICES)), axis=0)
     peak_key = key_at(peak_place)
     t = tl.load(temperature + row)
-    if (t == 0) | (peak_key >= INFINITY_KEY) | (peak_key <= MINUS_INFINITY_KEY):
+    is_broken = (peak_key >= INFINITY_KEY) | (peak_key <= MINUS_INFINITY_KEY)  # NaN has a key above infinity's
+    if (t == 0) | is_broken:
         if part == 0:
-            tl.store(y + row, token_at(peak_place))
+            tl.store(y + row, tl.where(is_broken, -1, token_at(peak_place)))
             tl.store(kept_mass + row, 0)
     else:
         x += row * x_stride

@@ -5,9 +5,10 @@ Output position o of an axis resized from n to m pixels lies at c = (o + 1/2) n 
     |j + 1/2 - c| < 2 s,  s = max(n / m, 1),    weight  k((j + 1/2 - c) / s) / (sum of these weights),
 
 where k is the cubic convolution kernel with a = -1/2. Weights are rounded to 22 fractional bits, products are summed in
-32 bits, and the sum is rounded and clamped to 8 bits after each pass; the horizontal pass comes first. Two calls of
-Pillow's `resize`, one for each axis, compute the same (src/libImaging/Resample.c), and so does
-`internvl_rt.inputs.image` on the CPU.
+32 bits, and the sum is rounded and clamped to 8 bits after each pass. The horizontal pass comes first, except where a
+picture over 100 times taller than wide loses height: its vertical pass comes first (`Image.resize` of Pillow 12). Two
+calls of Pillow's `resize`, one for each axis, compute the same (src/libImaging/Resample.c), and so does
+`internvl_rt.inputs.tiles` on the CPU.
 An axis that keeps its size gets the weights 0, 0, 1, 0, 0, so the pass that Pillow leaves out changes nothing here.
 
 Both passes treat the thumbnail as one more column of tiles to the right of the grid and one more row of tiles below
@@ -51,6 +52,11 @@ def bicubic_table(size_in: int, size_out: int) -> tuple[npt.NDArray[np.int32], n
     return first, np.trunc(weight * (1 << FRACTION_BITS) + np.copysign(0.5, weight)).astype(np.int32)
 
 
+def _vertical_first(image_HW3: Tensor, height_out: int) -> bool:
+    height, width = image_HW3.shape[:2]
+    return height > 100 * width and height_out < height
+
+
 def _resize_axis_reference(pixels: Tensor, dim: int, size_out: int) -> Tensor:
     first, weights = (torch.from_numpy(table).to(pixels.device) for table in bicubic_table(pixels.shape[dim], size_out))
     shape = [1] * pixels.ndim
@@ -66,7 +72,11 @@ def resize_tiles_reference(image_HW3: Tensor, columns: int, rows: int, size: int
     """Returns uint8 tiles [columns * rows (+ 1), size, size, 3] of a uint8 picture, row by row, then the thumbnail."""
 
     def stretched(width: int, height: int) -> Tensor:
-        return _resize_axis_reference(_resize_axis_reference(image_HW3, 1, width), 0, height)
+        passes = [(1, width), (0, height)]
+        pixels = image_HW3
+        for dim, size_out in passes[::-1] if _vertical_first(image_HW3, height) else passes:
+            pixels = _resize_axis_reference(pixels, dim, size_out)
+        return pixels
 
     canvas = stretched(columns * size, rows * size).view(rows, size, columns, size, 3)
     tiles = canvas.transpose(1, 2).reshape(rows * columns, size, size, 3)
@@ -161,7 +171,10 @@ def _tables(size_in: int, sizes_out: tuple[int, ...], device: torch.device) -> t
 def plan_resize_tiles(
     image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool, *, out: Tensor, target: Target
 ) -> tuple[Launch, ...]:
-    """Plans the launches, and allocates the canvas between the passes: uint8 [height, (columns + 1) * size, 3]."""
+    """Plans the launches with the horizontal pass first, whatever the size of the picture.
+
+    Allocates the canvas between the passes: uint8 [height, (columns + 1) * size, 3].
+    """
     height, width = image_HW3.shape[:2]
     tables_x = _tables(width, (columns * size, size)[: 1 + thumbnail], image_HW3.device)
     tables_y = _tables(height, (rows * size, size)[: 1 + thumbnail], image_HW3.device)
@@ -220,8 +233,25 @@ def resize_tiles(
         out = torch.empty(tiles_shape, dtype=torch.uint8, device=image_HW3.device)
     require_tensor("out", out, tiles_shape, torch.uint8, image_HW3.device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
-    run(plan_resize_tiles(image_HW3, columns, rows, size, thumbnail, out=out, target=target_of(image_HW3.device)))
+    if _vertical_first(image_HW3, size):  # the grid may still take the usual order, as it is higher than the thumbnail
+        num_grid_tiles = columns * rows
+        _resize_narrow(image_HW3, columns, rows, out[:num_grid_tiles])
+        if thumbnail:
+            _resize_narrow(image_HW3, 1, 1, out[num_grid_tiles:])
+    else:
+        run(plan_resize_tiles(image_HW3, columns, rows, size, thumbnail, out=out, target=target_of(image_HW3.device)))
     return out
+
+
+def _resize_narrow(image_HW3: Tensor, columns: int, rows: int, out: Tensor) -> None:
+    """Fills `out`, the tiles of a grid. Where the vertical pass comes first, the turned picture is resized instead."""
+    size, target = out.shape[1], target_of(image_HW3.device)
+    if not _vertical_first(image_HW3, rows * size):
+        run(plan_resize_tiles(image_HW3, columns, rows, size, False, out=out, target=target))
+        return
+    turned, image_WH3 = torch.empty_like(out), image_HW3.transpose(0, 1).contiguous()
+    run(plan_resize_tiles(image_WH3, rows, columns, size, False, out=turned, target=target))
+    out.view(rows, columns, size, size, 3).copy_(turned.view(columns, rows, size, size, 3).permute(1, 0, 3, 2, 4))
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int | bool]:
@@ -275,6 +305,8 @@ SPEC = KernelSpec(
         _case("odd_tile", (40, 90), (2, 3), 17, True),
         _case("a_tile_of_1", (9, 9), (2, 2), 1, True),
         _case("strided", (50, 30), (2, 1), 28, True, padding=5),
+        _case("narrow", (2, 230), (2, 3), 16, True),  # the vertical pass comes first
+        _case("narrow_and_enlarged", (2, 230), (1, 20), 16, True),  # the vertical pass comes first for the thumbnail
         _case("stripes", (45, 37), (2, 2), 28, True, fill="stripes"),
     ),
     model_cases=(

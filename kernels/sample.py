@@ -4,6 +4,7 @@
     kept = the first top_k tokens by x (ties by index), of those the first ones that reach top_p of their weight,
            and of those the ones with w >= min_p * 2^42
     token = the first kept token by id whose running weight exceeds u * (weight of all kept tokens)
+            -1 if a logit is NaN or +inf, or all are -inf: then no token can be drawn
 
 The weights are integers and the float32 steps to them round once each, so that sums do not depend on their order, and
 kernel and reference agree to the bit on every machine. They are as exact as a softmax in float32: within a part in 2^24
@@ -48,21 +49,24 @@ def sample_reference(
     seed_R: Tensor,
     counter_R: Tensor,
 ) -> Tensor:
-    """Draws ids, int64 [R]; takes the largest logit (of equals the first) at temperature 0 or if it is NaN or infinite.
+    """Draws ids, int64 [R]; takes the largest logit (of equals the first) at temperature 0.
 
-    A row of `penalty_R3` is the penalties for repetition, presence and frequency, which `SamplingParams` describes.
+    A row in which a logit is NaN or +inf, or in which penalties leave nothing but -inf, gives -1. A row of `penalty_R3`
+    is the penalties for repetition, presence and frequency, which `SamplingParams` describes.
     listed_id[listed_start_R1[r] : listed_start_R1[r + 1]] are the tokens that row r has generated so far, each once;
     `listed_count` says how often, and a negative count forbids a token. `seed_R` holds the bits of 64-bit seeds.
     """
-    token_R = logits_RV.argmax(1)
+    peak_R, token_R = logits_RV.max(1)
     if logits_RV.is_meta:
         return token_R
+    token_R = token_R.masked_fill(~peak_R.isfinite(), -1)  # the largest of a row is NaN if there is one in it
     others_R = (temperature_R != 0) | (listed_start_R1.diff() > 0)
     for row in others_R.nonzero().flatten().tolist():
         listed = slice(int(listed_start_R1[row]), int(listed_start_R1[row + 1]))
         x_V = _penalised(logits_RV[row].float(), listed_id[listed].long(), listed_count[listed], penalty_R3[row])
-        if temperature_R[row] == 0 or not x_V.max().isfinite():
-            token_R[row] = x_V.argmax()
+        peak, best_id = x_V.max(0)
+        if temperature_R[row] == 0 or not peak.isfinite():
+            token_R[row] = best_id if peak.isfinite() else -1
             continue
         id_K, weight_K = kept_reference(
             x_V, float(temperature_R[row]), int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row])
@@ -73,9 +77,10 @@ def sample_reference(
 
 def _penalised(x_V: Tensor, id_K: Tensor, count_K: Tensor, penalty_3: Tensor) -> Tensor:
     repetition, presence, frequency = penalty_3.float()  # tensors, as CUDA multiplies by a number's reciprocal
-    seen_K = x_V[id_K]
-    seen_K = torch.where(seen_K > 0, seen_K / repetition, seen_K * repetition) - presence - frequency * count_K
-    return x_V.index_copy(0, id_K, seen_K.masked_fill(count_K < 0, -torch.inf))
+    old_K = x_V[id_K]
+    new_K = torch.where(old_K > 0, old_K / repetition, old_K * repetition) - presence - frequency * count_K
+    new_K = new_K.clamp_max(torch.finfo(torch.float32).max).masked_fill(count_K < 0, -torch.inf)
+    return x_V.index_copy(0, id_K, torch.where(old_K < torch.inf, new_K, old_K))  # NaN and +inf stay, to be noticed
 
 
 def kept_reference(x_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:

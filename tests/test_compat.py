@@ -1,5 +1,8 @@
 """The official interface does what the model cards' quick start does, on the checkpoint in the package."""
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_rt import Engine, RequestError, SamplingParams
-from internvl_rt.compat import AutoModel, AutoTokenizer, load_image, load_video
+from internvl_rt import ConfigError, Engine, InternVLError, RequestError, SamplingParams
+from internvl_rt.compat import AutoConfig, AutoModel, AutoTokenizer, load_image, load_video
 
 SAMPLES = sorted((Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -66,6 +69,13 @@ def test_batch_chat_equals_single_chats(model, tokenizer):
     assert responses == [sample.stem for sample in SAMPLES[:3]]
 
 
+def test_questions_about_no_picture_may_count_no_tiles(model, tokenizer):
+    questions = ["Hello", "Read the digits."]
+    assert model.batch_chat(tokenizer, None, questions, GREEDY, num_patches_list=[0, 0]) == [
+        model.chat(tokenizer, None, question, GREEDY) for question in questions
+    ]
+
+
 def test_same_tokens_as_the_engine(model, tokenizer):
     with Engine.from_pretrained("tiny", device="cpu") as engine:
         parts = [{"type": "image", "image": str(SAMPLES[1])}, {"type": "text", "text": "Read the digits."}]
@@ -97,20 +107,259 @@ def test_load_video_gives_one_tile_for_each_frame(tmp_path):
     assert torch.all(brightness[1:] > brightness[:-1])
 
 
+class Listener:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.ids, self.prompt, self.ended = [], None, False
+
+    def put(self, value):
+        if self.prompt is None:
+            self.prompt = value
+        else:
+            self.ids += value.tolist()
+
+    def end(self):
+        self.ended = True
+
+
+REFUSED = {
+    "no generation_config": ({"generation_config": None}, "generation_config: expected a dict, got None"),
+    "beams": ({"generation_config": {"num_beams": 4}}, "num_beams must be 1"),
+    "a true number of beams": ({"generation_config": {"num_beams": True}}, "num_beams must be 1"),
+    "a streamer without methods": ({"generation_config": {"streamer": object()}}, "must have the methods put and end"),
+    "no new tokens": ({"generation_config": {"max_new_tokens": 0}}, "max_new_tokens must be an integer from 1 to .* 0"),
+    "new tokens as text": ({"generation_config": {"max_new_tokens": "5"}}, "max_new_tokens must be .*, got '5'"),
+    "least above most": ({"generation_config": {"max_new_tokens": 4, "min_new_tokens": 9}}, "max_new_tokens"),
+    "a penalty as text": ({"generation_config": {"repetition_penalty": "1"}}, "repetition_penalty must be a number"),
+    "sampling as text": ({"generation_config": {"do_sample": "no"}}, "do_sample must be True or False, got 'no'"),
+    "a hot temperature": ({"generation_config": {"do_sample": True, "temperature": 1e9}}, "temperature must be"),
+    "an unused temperature": ({"generation_config": {"temperature": "hot"}}, "expected numbers, got .*hot"),
+    "an unknown name": ({"generation_config": {"max_length": 5, 7: 1}}, "7, max_length not supported; leave it out"),
+    "a question of no text": ({"question": None}, "question: expected a text, got None"),
+    "a question of bytes": ({"question": b"Hello"}, "question: expected a text, got b'Hello'"),
+    "several questions": ({"question": ["Hello"]}, "question: expected a text"),
+    "a place too few": ({"history": []}, "<image>"),
+    "a flag as text": ({"return_history": "no"}, "return_history must be True or False, got 'no'"),
+    "a text as history": ({"history": "Hello"}, "history: expected a list of pairs"),
+    "one answer as history": ({"history": [("Hello",)]}, r"history: expected pairs .*, got \('Hello'"),
+    "three texts": ({"history": [("a", "b", "c")]}, "history: expected pairs"),
+    "texts as history": ({"history": ["ab"]}, "history: expected pairs .*, got 'ab'"),
+    "an answer of no text": ({"history": [("<image>", None)]}, "history: expected pairs"),
+    "too many tiles": ({"num_patches_list": [9]}, r"num_patches_list: expected numbers that sum to the \d+ tiles"),
+    "a negative number": ({"num_patches_list": [2, -1]}, "num_patches_list: expected integers of at least 1, got -1"),
+    "a picture of no tiles": ({"num_patches_list": [1, 0]}, "num_patches_list: .*, got 0"),
+    "half a tile": ({"num_patches_list": [0.5, 0.5]}, "num_patches_list: .*, got 0.5"),
+    "truth values": ({"num_patches_list": [True]}, "num_patches_list: .*, got True"),
+    "a number of tiles": ({"num_patches_list": 1}, "num_patches_list: expected a list of numbers of tiles, got int"),
+    "text as tiles": ({"num_patches_list": "1"}, "num_patches_list: expected a list of numbers of tiles, got '1'"),
+    "tiles of nothing": ({"pixel_values": None, "num_patches_list": [1]}, "num_patches_list: .* but no pixel_values"),
+    "a path": ({"pixel_values": "4719.png"}, "pixel_values: expected a tensor or an array, got str"),
+    "a list": ({"pixel_values": [[0.0]]}, "pixel_values: expected a tensor or an array, got list"),
+    "no tiles": ({"pixel_values": torch.zeros(0, 3, 56, 56)}, r"at least one tile, .* got float32 \[0, 3, 56, 56\]"),
+    "large tiles": ({"pixel_values": torch.zeros(1, 3, 224, 224)}, r"got float32 \[1, 3, 224, 224\]; load_image"),
+    "one tile alone": ({"pixel_values": torch.zeros(3, 56, 56)}, r"got float32 \[3, 56, 56\]"),
+    "a number": ({"pixel_values": torch.tensor(1.0)}, r"got float32 \[\]"),
+    "integers": ({"pixel_values": torch.zeros(1, 3, 56, 56, dtype=torch.int64)}, "got int64"),
+    "meta": ({"pixel_values": torch.zeros(1, 3, 56, 56, device="meta")}, "on meta"),
+    "sparse": ({"pixel_values": torch.zeros(1, 3, 56, 56).to_sparse()}, "torch.sparse_coo"),
+    "complex": ({"pixel_values": torch.zeros(1, 3, 56, 56, dtype=torch.complex64)}, "got complex64"),
+    "NaN": ({"pixel_values": torch.full((1, 3, 56, 56), torch.nan)}, "not finite in float32"),
+    "beyond float32": ({"pixel_values": np.full((1, 3, 56, 56), 1e300)}, "not finite in float32"),
+    "more than fits": ({"pixel_values": torch.zeros(1).expand(10**6, 3, 56, 56)}, "visual tokens, but only"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_the_official_code_asserts_or_ignores_is_refused(model, tokenizer, arguments, message):
+    given = {"pixel_values": tiles_of(SAMPLES[0], model), "question": "Read the digits.", "generation_config": GREEDY}
+    with pytest.raises(RequestError, match=message):
+        model.chat(tokenizer, **given | arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_patches_list": [9]}, "num_patches_list"),
-        ({"generation_config": {"num_beams": 4}}, "num_beams must be 1"),
-        ({"generation_config": {"streamer": object()}}, "streamer not supported"),
-        ({"generation_config": {"max_new_tokens": 0}}, "max_tokens"),
-        ({"history": []}, "<image>"),
+        ({"questions": "Read the digits."}, "questions: expected a list of texts, got 'Read the digits.'"),
+        ({"questions": [None, "Hello"]}, "question: expected a text, got None"),
+        ({"generation_config": {"streamer": threading.Event()}}, "must have the methods put and end"),
+        ({"generation_config": {"streamer": Listener()}}, "a streamer takes one answer; use chat"),
+        ({"num_patches_list": [1]}, "expected numbers that sum to the 2 tiles"),
+        ({"num_patches_list": [2]}, "one entry for each of 2 questions, got 1"),
+        ({"pixel_values": torch.zeros(2, 3, 224, 224)}, "pixel_values: expected at least one tile"),
     ],
 )
-def test_what_the_official_code_asserts_or_ignores_is_refused(model, tokenizer, arguments, message):
-    call = {"question": "Read the digits.", "generation_config": GREEDY} | arguments
+def test_a_batch_is_checked_likewise(model, tokenizer, arguments, message):
+    given = {"pixel_values": tiles_of(SAMPLES[0], model)[:2], "questions": ["Read the digits."] * 2}
+    given |= {"generation_config": GREEDY, "num_patches_list": [1, 1]}
     with pytest.raises(RequestError, match=message):
-        model.chat(tokenizer, tiles_of(SAMPLES[0], model), **call)
+        model.batch_chat(tokenizer, **given | arguments)
+
+
+def test_bad_tiles_fail_alone_beside_threads_that_get_their_answers(model, tokenizer):
+    bad = [call["pixel_values"] for call, _ in REFUSED.values() if call.get("pixel_values") is not None]
+    assert len(bad) > 10
+
+    def read(pixels):
+        return model.chat(tokenizer, pixels, "Read the digits.", GREEDY)
+
+    with ThreadPoolExecutor(6) as pool:
+        good = [pool.submit(read, tiles_of(sample, model)) for sample in SAMPLES[:4] * 3]
+        errors = [pool.submit(read, pixels) for pixels in bad]
+        assert all(isinstance(error.exception(60), RequestError) for error in errors)
+        assert [call.result(60) for call in good] == [sample.stem for sample in SAMPLES[:4] * 3]
+
+
+def test_tiles_may_be_an_array_and_counts_numpy_integers(model, tokenizer):
+    pixels = [tiles_of(sample, model) for sample in SAMPLES[:2]]
+    question = "Image-1: <image>\nImage-2: <image>\nRead the digits."
+    counts = [len(each) for each in pixels]
+    expected = model.chat(tokenizer, torch.cat(pixels), question, GREEDY, num_patches_list=counts)
+    array = torch.cat(pixels).double().numpy()
+    assert model.chat(tokenizer, array, question, GREEDY, num_patches_list=list(np.array(counts))) == expected
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: load_image(SAMPLES[0], input_size=-1), "^input_size must be an integer from 1 to 2048, got -1"),
+        (lambda: load_image(SAMPLES[0], input_size="448"), "^input_size must be"),
+        (lambda: load_image(SAMPLES[0], max_num=0), "^max_num must be an integer from 1 to 128, got 0"),
+        (lambda: load_image(None), "an image must be a path"),
+        (lambda: load_video("a.mp4", num_segments="8"), "num_segments must be an integer of at least 1, got '8'"),
+        (lambda: load_video("a.mp4", num_segments=True), "num_segments must be"),
+        (lambda: load_video("a.mp4", num_segments=0), "num_segments must be"),
+        (lambda: load_video("a.mp4", bound="01"), r"bound must be None or \(start, end\) in seconds, got '01'"),
+        (lambda: load_video("a.mp4", bound=(1,)), "bound must be"),
+        (lambda: load_video("a.mp4", bound=(None, 2)), "bound must be"),
+        (lambda: load_video("a.mp4", bound=(2.0, 1.0)), "bound must be"),
+        (lambda: load_video("no-such.mp4"), "does not exist"),
+    ],
+)
+def test_arguments_of_the_loaders_are_checked(load, message):
+    with pytest.raises(InternVLError, match=message):
+        load()
+
+
+def test_a_streamer_gets_the_ids_and_the_end_even_of_a_failure(model, tokenizer, monkeypatch):
+    pixels, listener = tiles_of(SAMPLES[0], model), Listener()
+    response = model.chat(tokenizer, pixels, "Read the digits.", GREEDY | {"streamer": listener})
+    assert response == tokenizer.decode(listener.ids, skip_special_tokens=True) == SAMPLES[0].stem
+    assert tokenizer.decode(listener.ids, skip_special_tokens=False) == SAMPLES[0].stem + "<|im_end|>"
+    assert listener.prompt.numel() == 0
+    assert listener.ended
+
+    def fail(value):
+        raise OSError("nobody listens")
+
+    listener = Listener()
+    monkeypatch.setattr(listener, "put", fail)
+    with pytest.raises(OSError, match="nobody listens"):
+        model.chat(tokenizer, None, "Hello", GREEDY | {"streamer": listener})
+    assert listener.ended
+    assert model.engine.stats()["running"] == model.engine.stats()["waiting"] == 0
+
+
+def test_the_cards_streaming_code_runs(model, tokenizer):
+    """From the card of InternVL3, with `TextIteratorStreamer` of transformers."""
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=10)
+    generation_config = {"max_new_tokens": 1024, "do_sample": False, "streamer": streamer}
+    call = {
+        "tokenizer": tokenizer,
+        "pixel_values": tiles_of(SAMPLES[1], model),
+        "question": "<image>\nRead the digits.",
+        "history": None,
+        "return_history": False,
+        "generation_config": generation_config,
+    }
+    thread = threading.Thread(target=model.chat, kwargs=call)
+    thread.start()
+    generated_text = ""
+    for new_text in streamer:
+        if new_text == model.conv_template.sep:
+            break
+        generated_text += new_text
+    thread.join()
+    assert generated_text == SAMPLES[1].stem
+
+
+def split_model(path, world_size):
+    """From the card of InternVL3; `world_size` is the number of GPUs."""
+    device_map = {}
+    num_layers = AutoConfig.from_pretrained(path, trust_remote_code=True).llm_config.num_hidden_layers
+    per_gpu = [math.ceil(num_layers / (world_size - 0.5))] * world_size
+    per_gpu[0] = math.ceil(per_gpu[0] * 0.5)
+    layer_cnt = 0
+    for i, num_layer in enumerate(per_gpu):
+        for _ in range(num_layer):
+            device_map[f"language_model.model.layers.{layer_cnt}"] = i
+            layer_cnt += 1
+    device_map["vision_model"] = 0
+    device_map["language_model.lm_head"] = 0
+    return device_map
+
+
+def test_the_cards_loading_code_is_understood(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Engine, "from_pretrained", lambda model, **given: seen.append(given) or _Loaded)
+
+    def load(**given):
+        official = {"load_in_8bit": False, "low_cpu_mem_usage": True, "use_flash_attn": True, "trust_remote_code": True}
+        AutoModel.from_pretrained("tiny", **official | given)
+        return seen[-1]["device"], seen[-1]["dtype"]
+
+    assert load(torch_dtype=torch.bfloat16, device_map=split_model("tiny", 1)) == ("cuda:0", torch.bfloat16)
+    assert load(dtype="float16", device_map="auto", load_in_4bit=False) == ("auto", "float16")
+    assert load(attn_implementation="flash_attention_2", device_map={"": 0}) == ("cuda:0", "auto")
+    assert load(torch_dtype="auto", device_map={"": torch.device("cpu")}) == ("cpu", "auto")
+    assert load(device_map={"vision_model": "cuda", "mlp1": 0}, torch_dtype=None)[0] == "cuda:0"
+    assert load(device_map=1)[0] == "cuda:1"
+    assert load(device_map="cpu", dtype="bfloat16", torch_dtype="bfloat16") == ("cpu", "bfloat16")
+    for given, message in (
+        ({"device_map": split_model("tiny", 2)}, r"device_map: expected one device, .*\['cuda:0', 'cuda:1'\]; leave"),
+        ({"device_map": {}}, "device_map: expected one device"),
+        ({"device_map": {"": None}}, "device_map: expected a device or a map to devices, got None"),
+        ({"device_map": True}, "device_map: expected a device"),
+        ({"device_map": "auto", "device": "cpu"}, "device is 'cpu' but device_map was given too"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16' but dtype is 'float16'"),
+        ({"load_in_8bit": True}, "load_in_8bit is not supported"),
+        ({"load_in_4bit": True}, "load_in_4bit is not supported"),
+        ({"quantization_config": object()}, "does not take quantization_config"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            load(**given)
+
+
+class _Loaded:
+    class config:
+        system_message = None
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(RequestError, match="device must be auto, cpu, cuda or cuda:N, got 'disk'"):
+        AutoModel.from_pretrained("tiny", device_map="disk")
+
+
+@pytest.mark.parametrize("kind", [AutoConfig, AutoModel, AutoTokenizer])
+def test_a_model_is_a_name_or_a_folder(kind):
+    with pytest.raises(RequestError, match="expected a folder or a hub id, got None"):
+        kind.from_pretrained(None)
+    with pytest.raises(RequestError, match="revision must be a text or None, got 7"):
+        kind.from_pretrained("tiny", revision=7)
+
+
+def test_a_configuration_has_the_keys_of_its_file_as_attributes(tmp_path):
+    config = AutoConfig.from_pretrained("InternVL3-8B", trust_remote_code=True)
+    assert config.llm_config.num_hidden_layers == 28
+    assert config.vision_config.hidden_size == 1024
+    with pytest.raises(AttributeError):
+        config.no_such_key  # noqa: B018
+    with pytest.raises(RequestError, match="does not take cache_dir"):
+        AutoConfig.from_pretrained("tiny", cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_sampling_defaults_are_those_of_transformers(model, tokenizer, monkeypatch):
@@ -123,11 +372,6 @@ def test_sampling_defaults_are_those_of_transformers(model, tokenizer, monkeypat
     model.chat(tokenizer, None, "Hello", {"max_new_tokens": 4, "do_sample": True, "temperature": 0.6, "top_p": 0.9})
     model.chat(tokenizer, None, "Hello", {"max_new_tokens": 4, "do_sample": False, "temperature": 0.6})
     assert [(p.temperature, p.top_k, p.top_p) for p in seen] == [(1.0, 50, 1.0), (0.6, 50, 0.9), (0.0, 0, 1.0)]
-
-
-def test_unknown_loading_arguments_are_refused():
-    with pytest.raises(RequestError, match="does not take load_in_8bit"):
-        AutoModel.from_pretrained("tiny", load_in_8bit=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")

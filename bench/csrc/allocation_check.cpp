@@ -58,6 +58,7 @@ constexpr std::int32_t kMaxSequences = 16;
 constexpr std::int32_t kNumBlocks = 400;  // less than all sequences need at full length, so admissions fail at times
 constexpr std::int32_t kMaxPictures = 4;
 constexpr std::int32_t kNumFamilies = 4;  // prompts of one family have a common prefix
+constexpr std::int32_t kMaxInFlight = 8;  // steps
 
 constexpr std::array<std::int32_t, 1> kOne = {1}, kSampled = {5};  // token; the id of every sampled token
 
@@ -68,6 +69,7 @@ std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value)
 struct Mirror {  // what the caller of the cache has to know about a sequence
   std::int32_t seq_id = -1;
   std::int32_t length = 0, computed = 0, known = 0;
+  std::int64_t last_step = 0;  // that computes tokens of it
 };
 
 class Steady {
@@ -84,20 +86,23 @@ class Steady {
 
   void warm_up() {
     // In each round some sequences take all blocks of the pool, the others have none. So every queue has to hold all
-    // blocks at some time, and every entry a sequence of full length.
+    // blocks at some time, and every entry a sequence of full length. All blocks of a sequence wait for all steps in
+    // flight, since each of these computes a token of the first block.
     for (std::int32_t round = 0; round < kMaxSequences; ++round) {
       const std::int32_t num_long = kNumBlocks / kBlocksEach;
       for (std::int32_t i = 0; i < kMaxSequences; ++i) {  // in each round other entries hold the long ones
         const bool is_long = (i + round) % kMaxSequences < num_long;
         start(i, is_long ? kMaxLength : 0, is_long ? kMaxLength : 0);
       }
-      for (Mirror& s : sequences_) {
-        if (s.known == 0) continue;
-        const std::int32_t num_tokens = s.known - s.length;
-        cache_.append({&s.seq_id, 1}, {&num_tokens, 1});
-        s.length = s.known;
+      for (std::int32_t ahead = kMaxInFlight - 1; ahead >= 0; --ahead) {
+        for (Mirror& s : sequences_) {
+          if (s.known == 0) continue;
+          const std::int32_t num_tokens = ahead > 0 ? 1 : s.known - s.length;
+          cache_.append({&s.seq_id, 1}, {&num_tokens, 1});
+          s.length += num_tokens;
+        }
+        step();
       }
-      step();
       collect(false);
       for (const Mirror& s : sequences_) num_tokens_.push_back(std::min(s.computed, s.known));
       cache_.publish(seq_ids_, num_tokens_);
@@ -111,6 +116,7 @@ class Steady {
       complete(0);
     }
     for (int list = 0; list < 2; ++list) warm_up_copies();  // the cache has two lists, which it uses in turn
+    warm_up_frees();
     warm_ = true;
   }
 
@@ -126,8 +132,9 @@ class Steady {
     if (kind < 30) return append(s);
     if (kind < 55) {
       take_copies();
+      if (last_step_ - completed_ == kMaxInFlight) complete(kMaxInFlight - 1);
       step();
-      return "take_copies and fill_step";
+      return "take_copies, complete and fill_step";
     }
     if (kind < 70) {
       complete(draw(0, 3), draw(0, 15) == 0);
@@ -175,6 +182,26 @@ class Steady {
     step();
     cache_.release(s.seq_id);
     s.seq_id = -1;
+    complete(0);
+  }
+
+  // Lets blocks wait for a step more often than in any later operation: they are matched and released while they wait.
+  void warm_up_frees() {
+    for (std::int32_t i = 0; i < 2 * kMaxInFlight * kNumBlocks / kBlocksEach; ++i) {
+      if (!start(0, kMaxLength, 0)) throw std::runtime_error("the warm-up finds no room");
+      Mirror& s = sequences_[0];
+      const std::int32_t num_tokens = s.known - s.length;
+      cache_.append({&s.seq_id, 1}, {&num_tokens, 1});
+      s.length = s.known;
+      step();
+      if (i == 0) {
+        cache_.publish({&s.seq_id, 1}, {&s.known, 1});
+        complete(0);
+        step();
+      }
+      cache_.release(s.seq_id);
+      s.seq_id = -1;
+    }
     complete(0);
   }
 
@@ -245,6 +272,7 @@ class Steady {
     for (const std::int32_t seq_id : seq_ids_) {
       Mirror& s = of(seq_id);
       num_tokens_.push_back(s.length - s.computed);
+      if (s.computed < s.length) s.last_step = last_step_ + 1;
       s.computed = s.length;
     }
     counted([&] {
@@ -259,10 +287,17 @@ class Steady {
                                      .split_W3 = split_W3_});
     });
   }
-  // Says that all steps but the last `lag` have ended, as if the device were so many steps behind.
+  // Says that all steps but the last `lag` have ended, as if the device were so many steps behind. If they have failed,
+  // all sequences that have tokens in steps in flight end.
   void complete(std::int64_t lag, bool failed = false) {
+    const std::int64_t before = completed_;
     completed_ = std::max(completed_, last_step_ - lag);
     counted([&] { cache_.complete(completed_, failed); });
+    for (Mirror& s : sequences_) {
+      if (!failed || s.seq_id < 0 || s.last_step <= before) continue;
+      counted([&] { cache_.release(s.seq_id); });
+      s.seq_id = -1;
+    }
   }
   const char* publish() {
     collect(false);
@@ -275,7 +310,7 @@ class Steady {
   }
   const char* fork(const Mirror& s) {
     const auto place = std::ranges::find(sequences_, -1, &Mirror::seq_id);
-    if (place == sequences_.end()) return "nothing";
+    if (place == sequences_.end() || s.computed < s.length) return "nothing";  // no step could compute shared tokens
     counted([&] { cache_.fork(s.seq_id, next_id_); });
     *place = s;
     place->seq_id = next_id_++;

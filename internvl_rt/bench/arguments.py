@@ -1,10 +1,11 @@
 """Defines the arguments of `internvl-rt bench` and their defaults. Nothing heavy is imported here."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
+from internvl_rt.arguments import Parser, above_zero, add_device_and_dtype, list_of, seed
 from internvl_rt.errors import RequestError
+from internvl_rt.terminal import importing
 
 MODEL_HELP = "a folder, a hub id, 'tiny', or random:InternVL3-8B: random weights of that shape, without a file"
 PARTS = {
@@ -18,27 +19,28 @@ SWITCHES = {
     "cuda_graphs": "launch kernels one by one, not as CUDA graphs",
     "programmatic_launch": "start no kernel before the one before it has ended",
 }
-# Of each argument: a description, the default, and the default with --quick.
-SETTINGS: dict[str, dict[str, tuple[str, Any, Any]]] = {
-    "vision": {"tiles": ("tiles of a pass", [*range(1, 14)], [1, 3])},
+# Of each argument: a description, the default, the default with --quick, and the most that is accepted.
+SETTINGS: dict[str, dict[str, tuple[str, Any, Any, int]]] = {
+    "vision": {"tiles": ("tiles of a pass", [*range(1, 14)], [1, 3], 128)},
     "prefill": {
-        "tokens": ("prompt lengths", [128, 256, 512, 1024, 2048, 4096, 8192], [128, 256]),
-        "tiles": ("pictures of so many tiles besides", [1, 7, 13], [2]),
+        "tokens": ("prompt lengths", [128, 256, 512, 1024, 2048, 4096, 8192], [128, 256], 1 << 20),
+        "tiles": ("pictures of so many tiles besides", [1, 7, 13], [2], 128),
     },
     "decode": {
-        "batch": ("sequences that decode together", [1, 8, 64], [1, 4]),
-        "context": ("tokens of each of them", [2048, 32000], [256]),
-        "tokens": ("steps that are timed", 64, 8),
+        "batch": ("sequences that decode together", [1, 8, 64], [1, 4], 4096),
+        "context": ("tokens of each of them", [2048, 32000], [256], 1 << 20),
+        "tokens": ("steps that are timed", 64, 8, 100_000),
     },
     "serve": {
-        "rates": ("requests a second, one rate after the other", [4.0, 16.0, 64.0], [8.0]),
-        "seconds": ("of arrivals at each rate", 8.0, 1.0),
-        "max-num-seqs": ("sequences that run together", 64, 64),
+        "rates": ("requests a second, one rate after the other", [4.0, 16.0, 64.0], [8.0], 10_000),
+        "seconds": ("of arrivals at each rate", 8.0, 1.0, 86_400),
+        "max-num-seqs": ("sequences that run together", 64, 64, 4096),
     },
 }
+MAX_ARRIVALS = 100_000  # at one rate; they are drawn before the first one is sent
 
 
-def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench = commands.add_parser(
         "bench",
         help="measure a model on this machine",
@@ -49,18 +51,17 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         parser = parts.add_parser(part, help=about, description=f"Measures {about}.")
         parser.set_defaults(run=_run, part=part)
         parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-        for name, (what, value, _) in SETTINGS[part].items():
+        for name, (what, value, _, most) in SETTINGS[part].items():
             default = ",".join(f"{each:g}" for each in value) if isinstance(value, list) else f"{value:g}"
-            kind = _list_of(type(value[0])) if isinstance(value, list) else _above_zero(type(value))
+            kind = list_of(type(value[0]), most) if isinstance(value, list) else above_zero(type(value), most)
             metavar = "N,N,..." if isinstance(value, list) else "N"
             parser.add_argument(f"--{name}", metavar=metavar, type=kind, help=f"{what} (default: {default})")
-        parser.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-        parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: by device)")
+        parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default: %(default)s")
+        add_device_and_dtype(parser)
         parser.add_argument(
             "--budget-s",
             metavar="S",
-            type=_above_zero(float),
+            type=above_zero(float, 1_000_000),
             help="what has not begun after so many seconds is left out",
         )
         for name, what in SWITCHES.items():
@@ -72,14 +73,24 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _run(args: argparse.Namespace) -> int:
-    from internvl_rt.bench.command import run
-
-    for name, (_, value, quick_value) in SETTINGS[args.part].items():
+    """Checks all that can be checked without torch, which takes seconds to import; then measures."""
+    for name, (_, value, quick_value, _) in SETTINGS[args.part].items():
         attribute = name.replace("-", "_")
         if getattr(args, attribute) is None:
             setattr(args, attribute, quick_value if args.quick else value)
     args.switches = {name: getattr(args, name) for name in SWITCHES}
-    return run(args)
+    if args.part == "serve" and max(args.rates) * args.seconds > MAX_ARRIVALS:
+        raise RequestError(
+            f"{max(args.rates):g} requests a second for {args.seconds:g} s are more than {MAX_ARRIVALS:,}; "
+            "lower --rates or --seconds"
+        )
+    with importing():
+        from internvl_rt.checkpoint.find import find_config, find_model
+    model = find_model(args.model)  # with its weights, which of a hub id are downloaded here
+    config, name = find_config(args.model)
+    with importing():
+        from internvl_rt.bench.command import run
+    return run(args, model, config, name)
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -87,25 +98,3 @@ def _kernels(args: argparse.Namespace) -> int:
         "single kernels are measured against others that the package does not need, so their bench is not in it; in a "
         "checkout of the repository run: python bench/kernel_table.py"
     )
-
-
-def _above_zero(kind: type) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < 1e9:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-        return value
-
-    return number
-
-
-def _list_of(kind: type) -> Callable[[str], list[Any]]:
-    one = _above_zero(kind)
-
-    def numbers(text: str) -> list[Any]:
-        return [one(part) for part in text.split(",")]
-
-    return numbers

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ import torch
 from internvl_rt.bench import decode, prefill, serve, vision
 from internvl_rt.bench.record import Column, Pace, Record, peak, table
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.checkpoint.folder import find_config, resolve_model
+from internvl_rt.checkpoint.find import RANDOM_PREFIX
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import choose_device, choose_dtype
 from internvl_rt.engine.options import EngineOptions
+from internvl_rt.errors import RequestError
 from internvl_rt.model.card import model_card, render_card
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config
 from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
+from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -27,14 +29,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 SHEET = "NVIDIA H200"  # its floors are printed if the device's own data sheet is not known
 
 
-def run(args: argparse.Namespace) -> int:
-    """Takes arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt."""
+def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: str) -> int:
+    """Takes arguments as `arguments.add_bench` defines them, none missing. Raises InternVLError, KeyboardInterrupt.
+
+    model: what an engine loads, with its configuration and its name in the results.
+    """
     device = choose_device(args.device)
-    if args.model.startswith(RANDOM_PREFIX):
-        config, name = random_config(args.model.removeprefix(RANDOM_PREFIX)), args.model
-    else:
-        resolve_model(args.model)  # for its weights, before anything is printed
-        config, name = find_config(args.model)
+    _check_cases(args, config)
     dtype = choose_dtype(args.dtype, config, device)
     kind = str(dtype).removeprefix("torch.")
     card = model_card(config, name)
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part], args.switches)
     with record:
         start_s = time.perf_counter()
-        options = _engine_options(args, config)
+        options = _engine_options(args, config, device)
         with Engine.from_pretrained(
-            args.model, device=args.device, dtype=args.dtype, seed=args.seed, **args.switches, **options
+            model, device=args.device, dtype=args.dtype, seed=args.seed, **args.switches, **options
         ) as engine:
             load_s = time.perf_counter() - start_s
             table({"loaded in": f"{load_s:.1f} s"})
@@ -90,7 +91,27 @@ def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: tor
     table(rows)
 
 
-def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+def _check_cases(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Raises RequestError if no case can be measured, whatever the memory: the model is not loaded to find that out."""
+    window = config.decoder.max_position
+    if args.part == "vision" and min(args.tiles) > MAX_TILES_PER_PASS:
+        raise RequestError(f"a pass has at most {MAX_TILES_PER_PASS} tiles, got --tiles {min(args.tiles)}; lower it")
+    if args.part == "prefill":
+        shortest = min(num for _, num, _ in prefill.prompt_lengths(args.tokens, args.tiles, config.tokens_per_tile))
+        if shortest >= window:
+            raise RequestError(
+                f"the shortest prompt has {shortest:,} tokens, but the model's window {window:,}; lower --tokens"
+            )
+    if args.part == "decode":
+        shortest = min(args.context) + decode.room_for(1, 1, args.tokens, 1)  # at least
+        if shortest > window:
+            raise RequestError(
+                f"the shortest sequence gets {shortest:,} tokens, but the model's window has {window:,}; lower "
+                "--context or --tokens"
+            )
+
+
+def _engine_options(args: argparse.Namespace, config: ModelConfig, device: torch.device) -> dict[str, Any]:
     """Returns the options that each bench needs; caches are off unless reuse is measured."""
     window = config.decoder.max_position
     if args.part == "serve":
@@ -101,7 +122,7 @@ def _engine_options(args: argparse.Namespace, config: ModelConfig) -> dict[str, 
     if args.part == "prefill":
         lengths = [num for _, num, _ in prefill.prompt_lengths(args.tokens, args.tiles, config.tokens_per_tile)]
         return alone | {"max_model_len": min(window, 1 + max(lengths))}
-    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().max_tokens_per_step, window)
+    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().tokens_per_step(device), window)
     return alone | {"max_num_seqs": max(args.batch), "max_model_len": length}
 
 

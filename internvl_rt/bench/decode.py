@@ -52,7 +52,7 @@ def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]
     blocks -= blocks // WATERMARK  # blocks that admission leaves free
     for batch, context in cases:
         case = f"{batch}x{context}"
-        length = context + room_for(batch, context, num_steps, engine.options.max_tokens_per_step)
+        length = context + room_for(batch, context, num_steps, engine.max_tokens_per_step)
         if length > engine.max_model_len:
             record.leave_out(case, f"{length} tokens are more than a sequence may have, {engine.max_model_len}")
             continue
@@ -125,5 +125,5 @@ def _check(requests: Iterable[Request]) -> None:
     """Checks that all requests still run, so that every step was of the whole batch."""
     for request in requests:
         if request.error is not None:
-            raise request.error
+            raise request.take_error()
         assert not request.done, "there is room for all tokens that are drawn"

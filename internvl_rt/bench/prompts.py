@@ -15,7 +15,7 @@ class Prompter:
     """Draws prompts and pictures for an engine. None shares a prefix or visual tokens with another."""
 
     def __init__(self, engine: Engine, seed: int) -> None:
-        self._config, self._device = engine.config, engine.device
+        self._config, self._device, self._made_for = engine.config, engine.device, engine.preparer.made_for
         tokenizer = engine.tokenizer
         self._plain = np.array(sorted(tokenizer.token_bytes.keys() - tokenizer.special_ids))
         self._context_id = tokenizer.token_id("<IMG_CONTEXT>")
@@ -45,5 +45,6 @@ class Prompter:
             next_position=num_tokens,
             identity=None,
             salt=None,
+            made_for=self._made_for,
             start_s=time.perf_counter(),
         )

@@ -8,13 +8,16 @@ transformers). A missing key means what it means to the official class, a key th
 a value that the runtime would not honour is refused with key, value and file.
 """
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from internvl_rt.checkpoint.json_section import UNSUPPORTED, Section, read_json
+from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section, read_json
 
+LOG = logging.getLogger("internvl_rt")
 KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
     f"InternVL3-{size}": Path(__file__).parents[1] / "configs" / f"InternVL3-{size}.json"
     for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")
@@ -78,8 +81,9 @@ class ModelConfig:
     min_tiles: int
     max_tiles: int
     thumbnail: bool
-    system_message: str | None  # None: no system turn
+    system_message: str | None  # of a conversation without its own; None: no system turn
     dtype: Literal["bfloat16", "float16", "float32"]  # of the checkpoint, as config.json says
+    end_token_ids: tuple[int, ...] = ()  # an answer ends with any of them; (): with the template's <|im_end|>
 
     @property
     def tokens_per_tile(self) -> int:
@@ -89,7 +93,8 @@ class ModelConfig:
 def load_config(path: Path) -> ModelConfig:
     """Reads a checkpoint folder, or one config.json, of either format.
 
-    A `-hf` model's tile limits come from processor_config.json or preprocessor_config.json beside it.
+    What a `-hf` model's own files say beside it is read as transformers does: tile limits from processor_config.json or
+    preprocessor_config.json, end tokens from generation_config.json, the system message from the chat template.
     Raises ConfigError for a missing, malformed or unsupported value.
     """
     return parse_config(read_json(path / "config.json" if path.is_dir() else path))
@@ -106,6 +111,7 @@ def parse_config(top: Section) -> ModelConfig:
 
 
 _MAX_COUNT = 1 << 10  # of layers and of tiles
+_MAX_SIDE = 2048  # of a tile, pixels
 
 
 class _DecoderClass(NamedTuple):
@@ -166,6 +172,9 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
 
 def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     """Reads the -hf format; defaults as in transformers' models/{internvl,qwen2,qwen3,llama}/configuration_*.py."""
+    # Here, because jinja2 is slow to import and the original format does without it.
+    from internvl_rt.checkpoint.chat_template import find_system_message
+
     top.support("projector_hidden_act", "gelu")
     top.support("vision_feature_layer", -1)
     top.support("vision_feature_select_strategy", "default")
@@ -183,27 +192,56 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     processor = _read_image_processor(top.file.parent)
     processor.support("image_mean", [0.485, 0.456, 0.406])
     processor.support("image_std", [0.229, 0.224, 0.225])
+    processor.support("rescale_factor", 1 / 255)
+    processor.support("resample", 3)  # bicubic
+    processor.support("size", dict.fromkeys(("height", "width"), vision_config.image_size))
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        processor.support(key, True, None)
     max_tiles = processor.integer("max_patches", 12, maximum=_MAX_COUNT)
+    decoder = _read_decoder(text, decoder_class, tied)
     return ModelConfig(
         vision=vision_config,
-        decoder=_read_decoder(text, decoder_class, tied),
+        decoder=decoder,
         format="hf",
         downsample=_read_downsample(top, vision_config),
         unshuffle="v2",
         min_tiles=processor.integer("min_patches", 1, maximum=max_tiles),
         max_tiles=max_tiles,
         thumbnail=True,
-        system_message=None,
+        system_message=find_system_message(top.file.parent),
         dtype=_read_dtype(top, text),
+        end_token_ids=_read_end_tokens(top, text, decoder.vocab_size),
     )
+
+
+def _read_end_tokens(top: Section, text: Section, vocab_size: int) -> tuple[int, ...]:
+    """Reads eos_token_id of generation_config.json, or without that file of config.json; () if it is not there.
+
+    What else transformers would do by that file is logged, since here `SamplingParams` alone say how tokens are drawn.
+    """
+    file = top.file.parent / "generation_config.json"
+    found = [read_json(file)] if os.path.lexists(file) else [top, text]
+    penalty = found[0].values.get("repetition_penalty")
+    if found[0].values.get("do_sample") is True or (isinstance(penalty, int | float) and penalty != 1):
+        LOG.warning("%s asks for draws or a penalty; here answers are greedy unless SamplingParams ask for it", file)
+    section = next((section for section in found if section.has("eos_token_id")), None)
+    if section is None:
+        LOG.warning("%s names no eos_token_id: transformers ends no answer, here <|im_end|> does", found[0].file)
+        return ()
+    value = section.values["eos_token_id"]
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not 0 < len(ids) <= _MAX_COUNT or any(type(each) is not int or not 0 <= each < vocab_size for each in ids):
+        raise section.refusal("eos_token_id", f"a token id below the vocabulary's {vocab_size:,}, or a list of these")
+    return ids
 
 
 def _read_image_processor(folder: Path) -> Section:
     """Reads part of processor_config.json (transformers 5), else preprocessor_config.json, else {}: all defaults."""
-    if (file := folder / "processor_config.json").is_file() and (processor := read_json(file)).has("image_processor"):
+    file = folder / "processor_config.json"
+    if os.path.lexists(file) and (processor := read_json(file)).has("image_processor"):
         return processor.section("image_processor")
     file = folder / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else Section(file, "", {})
+    return read_json(file) if os.path.lexists(file) else Section(file, "", {})
 
 
 def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_norm: str) -> VisionConfig:
@@ -226,6 +264,8 @@ def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_n
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")
     if config.image_size % config.patch_size:
         raise section.refusal("image_size", f"a multiple of patch_size, {config.patch_size}", UNSUPPORTED)
+    if config.image_size > _MAX_SIDE:
+        raise section.refusal("image_size", f"at most {_MAX_SIDE} pixels", UNSUPPORTED)
     return config
 
 
@@ -246,6 +286,8 @@ def _read_decoder(section: Section, missing: _DecoderClass, tied: bool) -> Decod
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {num_heads}")
     if head_dim % 2:
         raise section.refusal("head_dim", f"an even number, not {head_dim}")
+    if (num_heads + 2 * num_kv_heads) * head_dim > MAX_SIZE:
+        raise section.refusal("num_attention_heads", f"fewer than {MAX_SIZE} channels in all heads of {head_dim}")
     return DecoderConfig(
         hidden_size=hidden_size,
         num_layers=section.integer("num_hidden_layers", 32, maximum=_MAX_COUNT),
@@ -288,6 +330,8 @@ def _read_downsample(section: Section, vision: VisionConfig) -> int:
     downsample = round(1 / ratio)
     if ratio * downsample != 1 or grid % downsample:
         raise section.refusal("downsample_ratio", f"one over a divisor of the tile's {grid} patches", UNSUPPORTED)
+    if vision.hidden_size * downsample**2 > MAX_SIZE:
+        raise section.refusal("downsample_ratio", f"fewer than {MAX_SIZE} channels in a visual token", UNSUPPORTED)
     return downsample
 
 
@@ -295,5 +339,6 @@ def _read_dtype(*sections: Section) -> Literal["bfloat16", "float16", "float32"]
     for section in sections:
         for key in ("torch_dtype", "dtype"):
             if section.has(key):
-                return section.choice(key, ("bfloat16", "float16", "float32"))
+                remedy = f"write the dtype of the weights at {key}"
+                return section.choice(key, ("bfloat16", "float16", "float32"), remedy=remedy)
     return "float32"

@@ -1,14 +1,12 @@
-"""Checkpoint folders: found on disk or on the hub, their tensors read and written one at a time.
+"""The tensors of a checkpoint folder, read and written one at a time.
 
 Nothing in a folder is trusted: every file's header is checked in full before any tensor is read, no other weights than
 safetensors are read, and no code that lies beside them is looked at.
 """
 
-import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,87 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, load_config
+from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.checkpoint.tensor_file import TensorEntry, read_chunks, read_header, read_tensor, write_file
 from internvl_rt.errors import CheckpointError, quoted
 
-_TINY = Path(__file__).parents[1] / "tiny"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-_ALL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
-    """Finds the folder of `model`: "tiny" (in the package), a path, or a hub id such as OpenGVLab/InternVL3-1B.
-
-    What exists on disk never touches the network; hub ids are downloaded to the cache of `huggingface_hub`, which shows
-    its progress and respects HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. Raises CheckpointError.
-    """
-    folder = _resolve(model, revision, _ALL_FILES)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, expected the folder of a checkpoint; give the folder that holds it")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json; give the folder of an InternVL checkpoint")
-    return folder
-
-
-def find_config(model: str | Path) -> tuple[ModelConfig, str]:
-    """Returns a model's configuration and name.
-
-    model: what `resolve_model` takes, the path of a config.json, or one of `KNOWN_MODELS`. Of a hub id only the
-    configuration is downloaded. Raises CheckpointError or ConfigError.
-    """
-    if str(model) in KNOWN_MODELS and not os.path.exists(model):
-        return load_config(KNOWN_MODELS[str(model)]), str(model)
-    path = _resolve(model, None, _CONFIG_FILES)
-    on_disk = os.path.isdir(os.path.expanduser(model))
-    return load_config(path), path.resolve().name if on_disk else str(model)
-
-
-def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    if model == "tiny":
-        return _TINY
-    path = os.path.expanduser(model)
-    if os.path.exists(path):
-        if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {path} is on disk; leave it out")
-        return Path(path)
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        close = difflib.get_close_matches(str(model), KNOWN_MODELS, 1) or ["InternVL3-1B"]
-        hub_id = f"OpenGVLab/{close[0]}"
-        raise CheckpointError(
-            f"{quoted(str(model))}: no such folder; give an existing one, 'tiny', or a hub id such as {hub_id}"
-        )
-    return _download(model, revision, patterns)
-
-
-def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import errors as hub  # here, because it is slow to import and folders on disk do without it
-    from huggingface_hub import snapshot_download
-
-    name = hub_id if revision is None else f"{hub_id} at revision {revision}"
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
-    except hub.HFValidationError:
-        problem = f"{name} is neither a folder nor a hub id; an id looks like OpenGVLab/InternVL3-1B"
-    except hub.GatedRepoError:
-        problem = f"{name} is gated; accept its terms on its page on the hub, then set HF_TOKEN or run: hf auth login"
-    except hub.RevisionNotFoundError:
-        problem = f"{name} is not on the hub; leave the revision out, or give a branch, tag or commit of the model"
-    except hub.RepositoryNotFoundError:
-        problem = f"{name} is not on the hub, or private; check the spelling, or set HF_TOKEN or run: hf auth login"
-    except hub.LocalEntryNotFoundError:
-        problem = (
-            f"{name} is not in the cache, or only in part, and the hub cannot be reached; check the network, unset "
-            "HF_HUB_OFFLINE if it is set, or give a folder on disk"
-        )
-    # HTTPError is that of the HTTP library which huggingface_hub uses; hf_xet raises RuntimeError.
-    except (hub.HTTPError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        problem = f"{name} could not be downloaded: {reason}; run again to go on where it stopped"
-    raise CheckpointError(problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +45,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises CheckpointError for missing, truncated, inconsistent or malformed files, before any tensor is read.
     """
-    if (folder / _SINGLE).is_file():
+    if os.path.lexists(folder / _SINGLE):
         return Checkpoint(folder, read_header(folder / _SINGLE))
-    if (folder / _INDEX).is_file():
+    if os.path.lexists(folder / _INDEX):
         return Checkpoint(folder, _read_shards(folder, folder / _INDEX))
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    found = f"; {', '.join(others)} cannot be read safely, convert to safetensors" if others else "; download it again"
+    found = f"; {_some(others)} cannot be read safely, convert to safetensors" if others else "; download it again"
     raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{found}")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = parse_object(index, index.read_bytes(), CheckpointError).get("weight_map")
+    weight_map = parse_object(index, read_file(index, CheckpointError), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
         for shard in weight_map.values()
@@ -141,25 +64,37 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
             f"{index}: expected a weight_map of tensor names to .safetensors files; download it again"
         )
     shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+    if missing := [shard for shard in shards if not os.path.lexists(folder / shard)]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shards)} files are missing: {', '.join(missing)}; download them"
+            f"{folder}: {len(missing)} of {len(shards)} files are missing: {_some(missing)}; download them"
         )
+
+    def misfit(name: str, found: str, remedy: str) -> CheckpointError:
+        wanted = weight_map.get(name, "none of them")
+        problem = f"{quoted(name)} should be in {wanted} but is in {found}"
+        return CheckpointError(f"{index} does not fit its files: {problem}; download both again, or {remedy}")
+
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
         header = read_header(folder / shard)
         if twice := sorted(header.keys() & entries.keys()):
             raise CheckpointError(
-                f"{folder}: {twice[0]!r} is in both {entries[twice[0]].file.name} and {shard}; download both again"
+                f"{folder}: {quoted(twice[0])} is in both {entries[twice[0]].file.name} and {shard}; download both "
+                "again"
             )
+        if extra := sorted(header.keys() - weight_map.keys()):  # told at once, so that the index bounds what is kept
+            raise misfit(extra[0], shard, "add it to the weight_map if the tensor was added on purpose")
         entries |= header
-    where = {name: entry.file.name for name, entry in entries.items()}
-    if wrong := sorted(name for name, _ in where.items() ^ weight_map.items()):
-        wanted, found = (names.get(wrong[0], "none of them") for names in (weight_map, where))
-        raise CheckpointError(
-            f"{index} does not fit its files: {wrong[0]!r} should be in {wanted} but is in {found}; download all again"
-        )
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise misfit(name, "none of them", "delete that line of the weight_map if it was removed on purpose")
+        if (found := entries[name].file.name) != shard:
+            raise misfit(name, found, "correct that line of the weight_map if the tensor was moved on purpose")
     return entries
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def write_tensors(

@@ -4,15 +4,16 @@ Every refusal names the file, the key and the value.
 """
 
 import json
-import reprlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from internvl_rt.errors import ConfigError, InternVLError
+from internvl_rt.checkpoint.files import read_file
+from internvl_rt.errors import ConfigError, InternVLError, quoted
 
 _S = TypeVar("_S", bound=str)
-_MAX_SIZE = 1 << 24  # the largest dimension that is accepted: above every model's, and a product of two fits 64 bits
+MAX_SIZE = 1 << 24  # the largest dimension that is accepted: above every model's, and a product of two fits 64 bits
 _DOWNLOAD = "download the file again"
 UNSUPPORTED = "this kind of model is not supported; choose another of the InternVL family"
 
@@ -27,14 +28,15 @@ def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[
         values: dict[str, Any] = {}
         for key, value in pairs:
             if key in values:
-                raise ValueError(f"{key!r} is there twice")
+                raise ValueError(f"{quoted(key)} is there twice")
             values[key] = value
         return values
 
     try:
         values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise refusal(f"{file} is not JSON: {error}; {_DOWNLOAD}") from error
+        reason = str(error).partition(";")[0]  # Python goes on with advice about its own limits
+        raise refusal(f"{file} is not JSON: {reason}; {_DOWNLOAD}") from error
     if not isinstance(values, dict):
         raise refusal(f"{file}: expected a JSON object, got {type(values).__name__}; {_DOWNLOAD}")
     return values
@@ -42,11 +44,9 @@ def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[
 
 def read_json(file: Path) -> "Section":
     """Reads the object in `file`. Raises ConfigError if there is none."""
-    try:
-        text = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{file}: no such file; give the folder of a checkpoint, with its config.json") from None
-    return Section(file, "", parse_object(file, text, ConfigError))
+    if not os.path.lexists(file):
+        raise ConfigError(f"{file}: no such file; give the folder of a checkpoint, with its config.json")
+    return Section(file, "", parse_object(file, read_file(file, ConfigError), ConfigError))
 
 
 class Section:
@@ -56,13 +56,13 @@ class Section:
         self.file, self.path, self.values = file, path, values
 
     def refusal(self, key: str, expected: str, remedy: str = _DOWNLOAD) -> ConfigError:
-        given = f"is {reprlib.repr(self.values[key])}" if key in self.values else "is missing"
+        given = f"is {quoted(self.values[key])}" if key in self.values else "is missing"
         return ConfigError(f"{self.file}: {self.path}{key} {given}, expected {expected}; {remedy}")
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, *, maximum: int = _MAX_SIZE) -> int:
+    def integer(self, key: str, default: int | None = None, *, maximum: int = MAX_SIZE) -> int:
         value = self.values.get(key, default)
         if type(value) is not int or not 1 <= value <= maximum:
             raise self.refusal(key, f"an integer from 1 to {maximum}")
@@ -80,19 +80,19 @@ class Section:
             raise self.refusal(key, "true or false")
         return value
 
-    def choice(self, key: str, options: tuple[_S, ...], default: _S | None = None) -> _S:
+    def choice(self, key: str, options: tuple[_S, ...], default: _S | None = None, *, remedy: str = UNSUPPORTED) -> _S:
         value = self.values.get(key, default)
         for option in options:
             if value == option:
                 return option
-        raise self.refusal(key, " or ".join(map(repr, options)), UNSUPPORTED)
+        raise self.refusal(key, " or ".join(map(repr, options)), remedy)
 
     def side(self, key: str, default: int) -> int:
         """Returns the side of a square, which the file gives as one number or as [height, width]."""
         value = self.values.get(key)
         if not isinstance(value, list):
             return self.integer(key, default)
-        if len(value) != 2 or value[0] != value[1]:
+        if len(value) != 2 or type(value[0]) is not int or value[0] != value[1]:
             raise self.refusal(key, "two equal integers", UNSUPPORTED)
         return Section(self.file, self.path, {key: value[0]}).integer(key)
 

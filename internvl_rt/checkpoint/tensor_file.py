@@ -8,7 +8,6 @@ becomes shorter ends the process, or reads a whole tensor for every part of one 
 
 import json
 import math
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from internvl_rt.checkpoint.files import MAX_FILE_BYTES, open_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, quoted
 
@@ -55,14 +55,21 @@ class TensorEntry:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Returns the tensors by name, in file order. Raises CheckpointError for a malformed or truncated file."""
+    with open_file(file, CheckpointError) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > MAX_FILE_BYTES:
+        raise CheckpointError(
+            f"{file} is damaged: header too large: {length:,} bytes, expected at most {MAX_FILE_BYTES:,}; download it "
+            "again"
+        )
     try:
         # Checks the header's size, its JSON, each tensor's dtype, shape and range, and that the ranges fill the file.
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {quoted(str(error))}; download it again") from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+    with open_file(file, CheckpointError) as stream:
+        stream.seek(8)
         header = parse_object(file, stream.read(length), CheckpointError)
     header.pop("__metadata__", None)
     entries = {}
@@ -70,7 +77,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         dtype, shape = _DTYPES.get(value["dtype"]), tuple(value["shape"])
         if dtype is None or len(shape) > _MAX_DIMENSIONS or not name.isprintable():
             raise CheckpointError(
-                f"{file}: {quoted(name)} is described by {reprlib.repr(value)}, expected a printable name, at most "
+                f"{file}: {quoted(name)} is described by {quoted(value)}, expected a printable name, at most "
                 f"{_MAX_DIMENSIONS} dimensions and one of the dtypes {', '.join(_DTYPES)}; use another checkpoint"
             )
         entries[name] = TensorEntry(file, dtype, shape, 8 + length + value["data_offsets"][0])
@@ -96,7 +103,7 @@ def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) ->
     straight = out.device.type == "cpu" and out.dtype == entry.dtype and num_columns == width
     size = len(out) if straight else min(len(out), max(1, _CHUNK_BYTES // (width * entry.dtype.itemsize)))
     buffer = out if straight else torch.empty((size, width), dtype=entry.dtype)
-    with entry.file.open("rb") as file:
+    with open_file(entry.file, CheckpointError) as file:
         file.seek(entry.offset_bytes + first * width * entry.dtype.itemsize)
         for start in range(0, len(out), size):
             part = out[start : start + size]
@@ -109,7 +116,7 @@ def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) ->
 
 def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
     """Yields a tensor's bytes, in order, in pieces of at most 16 MiB."""
-    with entry.file.open("rb") as file:
+    with open_file(entry.file, CheckpointError) as file:
         file.seek(entry.offset_bytes)
         for done in range(0, entry.num_bytes, _CHUNK_BYTES):
             yield file.read(min(_CHUNK_BYTES, entry.num_bytes - done))

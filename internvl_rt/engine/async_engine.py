@@ -8,12 +8,12 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self, TypeVar
+from typing import Self
 
 from torch import Tensor
 
@@ -21,18 +21,15 @@ from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
-from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of
+from internvl_rt.engine.preparing import LateError, Preparing, Proceed, has_media
+from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Request
-from internvl_rt.errors import EngineDeadError, QueueFullError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.steps.device_stream import on_this_stream
 
 LOG = logging.getLogger("internvl_rt")
-PREPARING_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
-
-T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -46,9 +43,8 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         """Raises RequestError if the engine is closed or has an AsyncEngine already."""
         self._engine, self._steps = engine, engine.loop
-        self._most_preparing = engine.options.max_num_seqs + engine.options.max_waiting
-        self._preparing: set[Future[Any]] = set()
-        self._pool = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="internvl_rt prepares")
+        most = engine.options.max_num_seqs + engine.options.max_waiting
+        self._preparing = Preparing(engine.device, most, self._steps.check)
         wake_ups = _WakeUps()
         self._steps.use_worker(wake_ups.wake)
         # The thread is a daemon, because at exit the interpreter joins all other threads before it runs anything that
@@ -81,11 +77,16 @@ class AsyncEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Answers as `Engine.stream` does: text as it becomes certain; the last piece has the whole reply.
 
-        timeout_s counts from the first `anext`; it does not interrupt preparation. Raises RequestError or MediaError,
-        QueueFullError if there are more requests than the engine takes, EngineDeadError if the worker thread has died.
+        timeout_s counts from the first `anext`. If it passes before the prompt is prepared, as behind many slow
+        pictures, the answer is empty, and no tokens are counted. Raises RequestError or MediaError, QueueFullError if
+        there are more requests than the engine takes, EngineDeadError if the worker thread has died.
         """
-        make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
-        call = await self._start(make, every_piece=True)
+        start_s = time.perf_counter()
+        try:
+            call = await self._begin(messages, params, v2pe_delta, cache_salt, timeout_s, start_s, every_piece=True)
+        except LateError:
+            yield Piece("", unprepared_reply(params or SamplingParams(), start_s))
+            return
         try:
             reply = None
             while reply is None:
@@ -104,9 +105,12 @@ class AsyncEngine:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> Reply:
-        """Answers as `Engine.chat` does. Raises what `stream` raises."""
-        make = partial(self._prepare, messages, params, v2pe_delta, cache_salt, timeout_s, time.perf_counter())
-        call = await self._start(make)
+        """Answers as `Engine.chat` does. Raises what `stream` raises, and takes `timeout_s` as it does."""
+        start_s = time.perf_counter()
+        try:
+            call = await self._begin(messages, params, v2pe_delta, cache_salt, timeout_s, start_s)
+        except LateError:
+            return unprepared_reply(params or SamplingParams(), start_s)
         try:
             return await call.reply()
         finally:
@@ -123,14 +127,14 @@ class AsyncEngine:
     ) -> list[Score]:
         """Scores responses as `Engine.score` does. Raises what `stream` raises."""
         prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
-        scored = await self._in_pool(prepare)
+        scored = await self._preparing.run(prepare, media=has_media(messages))
         calls: list[_Call] = []
         replies: list[Reply] = []
         try:
             for prepared in scored:
                 if len(calls) - len(replies) == self._engine.options.max_num_seqs:
                     replies.append(await calls[len(replies)].reply())
-                calls.append(await self._start(partial(self._engine.new_request, prepared, SCORING)))
+                calls.append(await self._start(partial(self._scoring, prepared)))
             while len(replies) < len(calls):
                 replies.append(await calls[len(replies)].reply())
         finally:
@@ -140,7 +144,8 @@ class AsyncEngine:
 
     async def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
         """Encodes pictures as `Engine.encode_images` does. Raises what `stream` raises."""
-        return await self._in_pool(partial(self._engine.encode_images, images, cache_salt=cache_salt))
+        work = partial(self._engine.encode_while, images, cache_salt)
+        return await self._preparing.run(work, media=True)
 
     def stats(self) -> dict[str, int | float]:
         """Returns what `Engine.stats` does, and the number of calls that are being prepared or wait for that."""
@@ -149,8 +154,11 @@ class AsyncEngine:
     async def close(self) -> None:
         """Cancels all requests, whose callers get RequestError, and refuses new ones.
 
-        Every call returns when all threads have ended. A picture that is being decoded is decoded to its end.
+        Every call returns when all threads have ended. A picture that is being decoded is decoded to its end. In a
+        process that was forked there is nothing to end, and this returns at once.
         """
+        if self._steps.is_forked:
+            return
         with self._close_lock:
             if self._closer is None:
                 self._closer = threading.Thread(target=self._close, name="internvl_rt closes")
@@ -169,12 +177,15 @@ class AsyncEngine:
             self._finalizer()
             self._thread.join()
             self._engine.close()
-            self._pool.shutdown()
+            self._preparing.shutdown()
             self._closed.set_result(None)
         except BaseException as error:
             self._closed.set_exception(error)
 
-    def _prepare(
+    def _scoring(self, prepared: Prepared, _: Proceed) -> Request:
+        return self._engine.new_request(prepared, SCORING)
+
+    async def _begin(
         self,
         messages: Messages,
         params: SamplingParams | None,
@@ -182,43 +193,39 @@ class AsyncEngine:
         cache_salt: str | None,
         timeout_s: float | None,
         start_s: float,
-    ) -> Request:
-        prepared = self._engine.prepare(messages, v2pe_delta, cache_salt)
-        return self._engine.new_request(replace(prepared, start_s=start_s), params or SamplingParams(), timeout_s)
+        *,
+        every_piece: bool = False,
+    ) -> "_Call":
+        """Prepares a request and submits it. Raises LateError if its time is over before."""
+        checked = self._engine.check_call(params, timeout_s)
 
-    async def _start(self, make: Callable[[], Request], *, every_piece: bool = False) -> "_Call":
+        def make(proceed: Proceed) -> Request:
+            prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed)
+            proceed()
+            return self._engine.new_request(replace(prepared, start_s=start_s), checked, timeout_s)
+
+        deadline_s = None if timeout_s is None else start_s + timeout_s
+        return await self._start(make, media=has_media(messages), deadline_s=deadline_s, every_piece=every_piece)
+
+    async def _start(
+        self,
+        make: Callable[[Proceed], Request],
+        *,
+        media: bool = False,
+        deadline_s: float | None = None,
+        every_piece: bool = False,
+    ) -> "_Call":
         """Makes a request and submits it, both in a thread of the pool."""
-        event_loop = asyncio.get_running_loop()
+        steps, event_loop = self._steps, asyncio.get_running_loop()
 
-        def start() -> _Call:
-            self._steps.check()  # nothing is prepared for an engine that was closed meanwhile
-            call = _Call(self._steps, make(), event_loop, every_piece=every_piece)
-            self._steps.submit(call.request)
+        def start(proceed: Proceed) -> _Call:
+            steps.check()  # nothing is prepared for an engine that was closed meanwhile
+            call = _Call(steps, make(proceed), event_loop, every_piece=every_piece)
+            proceed()
+            steps.submit(call.request, call.notify)
             return call
 
-        return await self._in_pool(start)
-
-    async def _in_pool(self, work: Callable[[], T]) -> T:
-        self._steps.check()
-        if not self._thread.is_alive():
-            raise EngineDeadError("the engine's threads stayed behind when this process forked; load the model here")
-        if len(self._preparing) >= self._most_preparing:
-            raise QueueFullError(
-                f"{len(self._preparing)} calls wait to be prepared, which is the limit; try again later, or raise "
-                "max_num_seqs or max_waiting"
-            )
-        try:
-            future = self._pool.submit(on_this_stream(work, self._engine.device))
-        except RuntimeError:
-            self._steps.check()  # the pool ends after the engine was closed
-            raise
-        self._preparing.add(future)
-        future.add_done_callback(self._preparing.discard)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(_cancel_result)  # the work may run on and submit a request that nobody waits for
-            raise
+        return await self._preparing.run(start, media=media, undo=_Call.cancel, deadline_s=deadline_s)
 
 
 class _Call:
@@ -232,13 +239,12 @@ class _Call:
         self._arrived: deque[Piece] = deque()
         self._changed = asyncio.Event()
         self._is_waking = False  # whether `_wake` is scheduled and has not run yet
-        request.notify = self._notify
 
     async def next_piece(self) -> Piece:
         """Waits for the next piece. Raises the request's error once all earlier pieces are taken."""
         while not self._arrived:
-            if self.request.error is not None:
-                raise self.request.error
+            if self.request.done and self.request.reply is None:
+                raise self.request.take_error()
             await self._changed.wait()
             self._changed.clear()
         return self._arrived.popleft()
@@ -251,11 +257,11 @@ class _Call:
     def cancel(self) -> None:
         self._steps.cancel(self.request)
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
         """Takes new text and wakes the caller up. The worker thread calls it between steps."""
         if not (self._every_piece or self.request.done):
             return
-        if self.request.error is None:
+        if self.request.reply is not None or not self.request.done:
             self._arrived += pieces_of(self._steps.poll(self.request), self.request.reply)
         if self._is_waking:
             return
@@ -309,8 +315,3 @@ def _stop_worker(wake_ups: _WakeUps, thread: threading.Thread) -> None:
     wake_ups.stop()
     if not threading.main_thread().is_alive():  # the interpreter ends, and would cut the thread off within a step
         thread.join()
-
-
-def _cancel_result(future: "Future[Any]") -> None:
-    if not future.cancelled() and future.exception() is None and isinstance(call := future.result(), _Call):
-        call.cancel()

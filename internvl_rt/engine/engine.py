@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from tqdm import tqdm
 
+from internvl_rt.engine.batch import run_batch
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
-from internvl_rt.engine.options import EngineOptions, takes_options
+from internvl_rt.engine.options import PARAMS, SALT, TIMEOUT, EngineOptions, takes_options
+from internvl_rt.engine.preparing import Proceed, go_on
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError
+from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite, quoted
 from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -34,8 +35,9 @@ from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
+from internvl_rt.values import Flag, OrNone, read
 
-MAX_TILES_PER_STEP = 32  # 32 tiles of 256 visual tokens: as many tokens as a step computes by default
+MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
 
 SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
@@ -61,11 +63,12 @@ class Engine:
         self.visual_cache = VisualCache(options.visual_cache_bytes)
         room = min(model.config.decoder.max_position, cache.blocks.num_blocks * cache.block_size)
         self.max_model_len = options.max_model_len or room
+        self.max_tokens_per_step = options.tokens_per_step(model.device)
         scheduler = Scheduler(
             cache,
             max_num_seqs=options.max_num_seqs,
-            max_tokens_per_step=options.max_tokens_per_step,
-            max_tiles_per_step=MAX_TILES_PER_STEP,
+            max_tokens_per_step=self.max_tokens_per_step,
+            max_tiles_per_step=min(MAX_TILES_PER_STEP, -(-self.max_tokens_per_step // model.config.tokens_per_tile)),
         )
         self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
@@ -74,7 +77,7 @@ class Engine:
             self.runner.capture(
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
-                max_tokens_per_step=options.max_tokens_per_step,
+                max_tokens_per_step=self.max_tokens_per_step,
             )
         max_requests = options.max_num_seqs + options.max_waiting
         run_ahead = model.device.type == "cuda"
@@ -85,7 +88,10 @@ class Engine:
             model.config,
             tokenizer,
             self.max_model_len,
+            dtype=model.dtype,
             images=options.images(model.config),
+            number_images=options.numbers_images(model.config),
+            videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
@@ -115,9 +121,13 @@ class Engine:
         """Answers the last user message of a conversation.
 
         messages: the whole conversation, `[{"role": "user", "content": ...}, ...]`; content is a string or a list of
-            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, PIL image, or
-            uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path or bytes}`, `{"type": "image_embeds",
-            "image_embeds": visual tokens [X, D], as encode_images gives them}`.
+            parts `{"type": "text", "text": str}`, `{"type": "image", "image": path, bytes, data URL, file object, PIL
+            image, or uint8 array or tensor [h, w, 3]}`, `{"type": "video", "video": path, bytes, data URL, file object,
+            list of frames (each as an image), or uint8 array or tensor [n, h, w, 3]}`, `{"type": "image_embeds",
+            "image_embeds": visual tokens [X, D], as encode_images gives them}`, or OpenAI's `{"type": "image_url",
+            "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
+            tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
+            beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
@@ -139,8 +149,9 @@ class Engine:
 
         This call raises the errors in the request; closing the iterator cancels the request.
         """
+        params = self.check_call(params, timeout_s)
         prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self._stream(self.new_request(prepared, params or SamplingParams(), timeout_s))
+        return self._stream(self.new_request(prepared, params, timeout_s))
 
     def generate(
         self,
@@ -157,7 +168,14 @@ class Engine:
         The first invalid request raises, naming its index, and cancels the rest. timeout_s: counted for each
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
-        each = [params or SamplingParams()] * len(batch) if not isinstance(params, Items) else list(params)
+        check_list("batch", batch, "conversations, each a list of messages")
+        if any(isinstance(messages, Mapping) for messages in batch):
+            raise RequestError("batch: expected a list of conversations, got one of messages; wrap it: [messages]")
+        read("progress", progress, Flag())
+        if isinstance(params, Items):
+            each = [self.check_call(one, timeout_s) for one in params]
+        else:
+            each = [self.check_call(params, timeout_s)] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
@@ -166,7 +184,9 @@ class Engine:
                 try:
                     yield self.prepare(messages, v2pe_delta, cache_salt)
                 except InternVLError as error:
-                    raise error if len(batch) == 1 else type(error)(f"request {index}: {error}") from error
+                    if len(batch) == 1:
+                        raise
+                    raise type(error)(f"request {index}: {error}") from error
 
         return self.generate_prepared(prepared(), each, timeout_s=timeout_s, progress=progress)
 
@@ -192,10 +212,7 @@ class Engine:
 
         Raises RequestError or MediaError.
         """
-        pictures = self.preparer.open_images(images)
-        for picture in pictures:
-            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        return [self.loop.encode(picture, cache_salt) for picture in pictures]
+        return self.encode_while(images, cache_salt)
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
@@ -208,6 +225,9 @@ class Engine:
         The file grows by about 500 bytes a step and holds nothing of prompts and answers. A trace that fails later, as
         on a full disk, disturbs no request. Raises RequestError if the file cannot be made, or at the end if it failed.
         """
+        self.loop.check()
+        if not isinstance(path, str | Path):
+            raise RequestError(f"path must be a string or a Path, got {quoted(path)}")
         with Trace(Path(path)) as trace:
             self.loop.set_trace(trace)
             try:
@@ -215,71 +235,108 @@ class Engine:
             finally:
                 self.loop.set_trace(None)
 
-    def prepare(self, messages: Messages, v2pe_delta: Delta | None = None, cache_salt: str | None = None) -> Prepared:
+    def encode_while(
+        self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on
+    ) -> list[Tensor]:
+        """Encodes pictures as `encode_images` does. proceed: called before each picture is decoded; it may raise."""
+        self.loop.check()
+        cache_salt = read("cache_salt", cache_salt, SALT)
+        pictures = self.preparer.open_images(images)
+        for picture in pictures:
+            proceed()
+            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
+        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        for index, visual_XD in enumerate(visual):
+            if not visual_XD.isfinite().all():
+                what = not_finite(visual_XD.dtype, "check the checkpoint")
+                raise RequestError(f"picture {index}: its visual tokens are {what}")
+        return visual
+
+    def check_call(self, params: SamplingParams | None, timeout_s: float | None) -> SamplingParams:
+        """Returns the parameters of a call, before anything is prepared. Raises RequestError or EngineDeadError."""
+        self.loop.check()
+        read("timeout_s", timeout_s, TIMEOUT)
+        params = read("params", params, PARAMS) or SamplingParams()
+        self._sequences.check(params)
+        return params
+
+    def prepare(
+        self,
+        messages: Messages,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        proceed: Proceed = go_on,
+    ) -> Prepared:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
-        Raises RequestError or MediaError.
+        proceed: called before each picture is decoded; it may raise. Raises RequestError or MediaError.
         """
+        self.loop.check()
+        v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt)
         start_s = time.perf_counter()
-        self._load_pictures(prepared)
+        self._load_pictures(prepared, proceed)
         return replace(prepared, tile_s=time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Makes a prompt as `prepare` does, from rendered turns and the tiles of each of their pictures."""
+        self.loop.check()
         prepared = self.preparer.prepare_turns(turns, tiles)
         self._load_pictures(prepared)
         return prepared
 
     def prepare_scores(
-        self, messages: Messages, responses: Items[str], include_end: bool, delta: Delta | None, salt: str | None
+        self,
+        messages: Messages,
+        responses: Items[str],
+        include_end: bool,
+        delta: Delta | None,
+        salt: str | None,
+        proceed: Proceed = go_on,
     ) -> list[Prepared]:
         """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
-        prompt = self.prepare(messages, delta, salt)
+        read("include_end", include_end, Flag())
+        check_list("responses", responses, "texts")
+        prompt = self.prepare(messages, delta, salt, proceed)
         return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
         self,
         prompts: Iterator[Prepared],
-        params: Items[SamplingParams],
+        params: Items[SamplingParams | None],
         *,
         timeout_s: float | None = None,
         progress: bool = False,
     ) -> list[Reply]:
         """Answers as `generate` does. Takes a prompt from `prompts` when fewer than `max_num_seqs` requests run."""
-        requests: list[Request] = []
-        unfinished: list[Request] = []
-        with tqdm(total=len(params), unit="request", disable=not progress) as bar:
+        requests = (self.new_request(prompt, each, timeout_s) for prompt, each in zip(prompts, params, strict=True))
+        most = self.options.max_num_seqs
+        return run_batch(self.loop, requests, len(params), max_running=most, progress=progress)
 
-            def advance() -> None:
-                self.loop.advance(unfinished[0])
-                left = [request for request in unfinished if not request.done]
-                bar.update(len(unfinished) - len(left))
-                unfinished[:] = left
+    def new_request(
+        self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
+    ) -> Request:
+        """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
 
-            try:
-                for prompt, each in zip(prompts, params, strict=True):
-                    while len(unfinished) >= self.options.max_num_seqs:
-                        advance()
-                    requests.append(self.new_request(prompt, each, timeout_s))
-                    self.loop.submit(requests[-1])
-                    unfinished.append(requests[-1])
-                while unfinished:
-                    advance()
-                for request in requests:
-                    self.loop.poll(request)  # raises the request's error
-            finally:
-                for request in unfinished:
-                    self.loop.cancel(request)
-        return [request.reply for request in requests if request.reply is not None]
-
-    def new_request(self, prepared: Prepared, params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Makes a request for `loop.submit`. Raises RequestError."""
-        if timeout_s is not None and not timeout_s > 0:
-            raise RequestError(f"timeout_s must be above 0 or None, got {timeout_s!r}")
+        A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
+        """
+        if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
+            raise RequestError(
+                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+            )
+        params = read("params", params, PARAMS) or SamplingParams()
+        num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
+                "it, or raise max_model_len"
+            )
+        self._load_pictures(prepared)  # does nothing for those that are loaded
+        timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
         for sequence in self._sequences.make(prepared, params):
-            request.answers.append(Answer(request, sequence, AnswerText(self.tokenizer.stream(), params)))
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
+            request.answers.append(Answer(sequence, AnswerText(stream, params, begun=prepared.begun)))
         return request
 
     def close(self) -> None:
@@ -292,7 +349,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load_pictures(self, prepared: Prepared) -> None:
+    def _load_pictures(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
         """Decodes and uploads pictures in the caller's thread, so that a broken one is this caller's error alone.
 
         Skips an image whose keys and values are in the KV cache, or whose visual tokens are kept.
@@ -300,6 +357,7 @@ class Engine:
         token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
         num_cached = self.cache.match(token_ids, pictures, prepared.identity) if pictures else 0
         for picture in pictures:
+            proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (is_cached or self.visual_cache.has(picture.digest, prepared.salt)):
                 self._uploads.load(picture)

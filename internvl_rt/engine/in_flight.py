@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, not_finite
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.runner import LaunchedStep, StepResult
@@ -22,15 +23,19 @@ from internvl_rt.steps.step import Chunk, Step
 
 LOG = logging.getLogger("internvl_rt")
 
+Notify = Callable[[], None]
+
 
 class InFlight:
-    """Holds the requests in flight. One thread at a time may call it."""
+    """Holds the requests in flight, and how to tell their callers. One thread at a time may call it."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, dtype: torch.dtype) -> None:
+        """dtype: that of the logits, which messages name"""
+        self._scheduler, self._dtype = scheduler, dtype
         self._requests: dict[Request, None] = {}
+        self._notifies: dict[Request, Notify] = {}  # of the requests whose callers want to be told
         self._next_deadline_s = math.inf  # no request's deadline is earlier
-        self._answers: dict[int, Answer] = {}  # by seq_id
+        self._answers: dict[int, tuple[Request, Answer]] = {}  # by seq_id
         self.trace: Trace | None = None
         self.num_generated = 0
         self.finished: Counter[str] = Counter()  # number of ended requests, by outcome
@@ -38,20 +43,24 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, notify: Notify | None) -> None:
+        """notify: called between steps when there is text, a reply or an error."""
         request.submitted_s = time.perf_counter()
         self._requests[request] = None
+        if notify is not None:
+            self._notifies[request] = notify
         self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
         for answer in request.answers:
-            self._answers[answer.sequence.seq_id] = answer
+            self._answers[answer.sequence.seq_id] = request, answer
         self._scheduler.add(request.answers[0].sequence)
 
     def fail(self, request: Request, error: BaseException, outcome: str) -> None:
         """Ends a request without a reply and returns its blocks."""
+        notify = self._notifies.get(request)
         request.error = error
         self._forget(request, outcome)
-        if request.notify is not None:
-            request.notify()
+        if notify is not None:
+            notify()
 
     def fail_all(self, error: Callable[[], BaseException], outcome: str) -> None:
         """Fails every request, each with an error of its own, because raising an error adds a traceback to it."""
@@ -61,17 +70,20 @@ class InFlight:
     def fail_chunks(self, chunks: Iterable[Chunk], error: BaseException) -> None:
         """Fails the requests that the chunks belong to."""
         for chunk in chunks:
-            if answer := self._answers.get(chunk.sequence.seq_id):
-                self.fail(answer.request, error, "error")
+            if owned := self._answers.get(chunk.sequence.seq_id):
+                self.fail(owned[0], error, "error")
 
     def abandon(self, error: Callable[[], BaseException]) -> None:
         """Fails every request without a call to the scheduler, which an error may have left in any state."""
         self.finished["error"] += len(self._requests)
-        requests = list(self._requests)
-        self._requests.clear()
-        self._answers.clear()
+        requests, notifies = list(self._requests), list(self._notifies.values())
+        for held in (self._requests, self._notifies, self._answers):
+            held.clear()
         for request in requests:
-            self.fail(request, error(), "error")
+            request.error = error()
+            request.end()
+        for notify in notifies:
+            notify()
 
     def end_late(self) -> None:
         """Ends the requests whose deadline has passed; their answers keep the text so far."""
@@ -79,20 +91,26 @@ class InFlight:
         if now_s < self._next_deadline_s:
             return
         for request in [request for request in self._requests if request.deadline_s <= now_s]:
+            notify = self._notifies.get(request)
             for answer in request.answers:
                 if answer.sequence.finish_reason is None:
                     answer.read(len(answer.sequence.generated_ids))
-                    self._finish(answer, "timeout")
-            if request.notify is not None:
-                request.notify()
+                    self._finish(request, answer, "timeout")
+            if notify is not None:
+                notify()
         self._next_deadline_s = min((request.deadline_s for request in self._requests), default=math.inf)
 
     def collect(self, launched: LaunchedStep, result: StepResult) -> None:
         """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""
         step, token_ids, answers = launched.step, result.token_ids, self._answers
-        computed = [(answer, chunk) for chunk in step.chunks if (answer := answers.get(chunk.sequence.seq_id))]
-        self._scheduler.publish([chunk.sequence for _, chunk in computed])
+        computed = [(owned[0], chunk) for chunk in step.chunks if (owned := answers.get(chunk.sequence.seq_id))]
+        final = [chunk.sequence for _, chunk in computed]
+        if token_ids and min(token_ids) < 0:  # the logits of some sequences were broken
+            broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
+            final = [sequence for sequence in final if sequence not in broken]
+        self._scheduler.publish(final)
         touched = self._charge(computed, launched, result)
+        notifies = [notify for each in touched if (notify := self._notifies.get(each))] if self._notifies else []
         if step.scored:
             self._accept_scores(step, result.scores)
         self.num_generated += len(step.draws)
@@ -101,18 +119,20 @@ class InFlight:
             rejected = self._reject(step, token_ids)
             self.num_generated -= len(rejected)
         for row, (sequence, _, _) in enumerate(step.draws):
-            answer = answers.get(sequence.seq_id)
-            if answer is None or row in rejected:
+            owned = answers.get(sequence.seq_id)
+            if owned is None or row in rejected:
                 continue
             token_id = token_ids[row]
+            if token_id < 0:
+                self._fail_broken(*owned, f"token {len(sequence.generated_ids) + 1} of the answer")
+                continue
             sequence.token_ids.append(token_id)
             num_generated = len(sequence.token_ids) - sequence.num_prompt
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
                 continue  # nearly every token needs nothing more
-            self._accept(answer, token_id, result.logprobs[row], num_generated)
-        for request in touched:
-            if request.notify is not None:
-                request.notify()
+            self._accept(*owned, token_id, result.logprobs[row], num_generated)
+        for notify in notifies:
+            notify()
 
     def trace_unfinished(self) -> None:
         """Writes the requests in flight to the trace, with their numbers so far."""
@@ -136,20 +156,24 @@ class InFlight:
     def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
         """Keeps log-probabilities of prompt tokens; a request that wants nothing else ends with its prompt."""
         for span, logprobs in zip(step.scored, scores, strict=True):
-            answer = self._answers.get(span.sequence.seq_id)
-            if answer is None:
+            owned = self._answers.get(span.sequence.seq_id)
+            if owned is None:
                 continue
-            answer.request.scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
+            broken = next((i for i, each in enumerate(logprobs) if math.isnan(each.logprob)), None)
+            if broken is not None:
+                self._fail_broken(*owned, f"token {span.first + broken + 1} of the prompt")
+                continue
+            owned[0].scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
             if span.sequence.max_tokens == 0 and span.last == span.sequence.num_prompt - 1:
-                self._finish(answer, "length")
+                self._finish(*owned, "length")
 
     def _charge(
-        self, computed: list[tuple[Answer, Chunk]], launched: LaunchedStep, result: StepResult
+        self, computed: list[tuple[Request, Chunk]], launched: LaunchedStep, result: StepResult
     ) -> Iterable[Request]:
         """Adds a step's time and work to each request that it computed tokens of; returns these requests."""
         prefills: dict[Request, bool] = {}  # whether the step computed a part of the request's prompt
-        for answer, (sequence, start, _, _) in computed:
-            prefills[answer.request] = start < sequence.num_prompt or prefills.get(answer.request, False)
+        for request, (sequence, start, _, _) in computed:
+            prefills[request] = start < sequence.num_prompt or prefills.get(request, False)
         seconds, work = result.vision_s + result.decoder_s, result.vision_work + result.decoder_work
         for request, is_prefill in prefills.items():
             if is_prefill:
@@ -160,45 +184,51 @@ class InFlight:
                 request.decode.add(seconds, work)
         return prefills
 
-    def _accept(self, answer: Answer, token_id: int, logprob: TokenLogprob | None, num_generated: int) -> None:
+    def _accept(
+        self, request: Request, answer: Answer, token_id: int, logprob: TokenLogprob | None, num_generated: int
+    ) -> None:
         """Handles token number `num_generated`, just appended; ends the answer if it was the last."""
-        sequence, request = answer.sequence, answer.request
+        sequence = answer.sequence
         if logprob is not None:
             answer.logprobs.append(logprob)
         if not request.first_token_s:
             request.first_token_s = time.perf_counter() - request.prepared.start_s
         if token_id in sequence.stop_ids:
             answer.read(num_generated - 1)
-            self._finish(answer, "stop")
+            self._finish(request, answer, "stop")
             return
         if sequence.params.stop:  # without stop strings, text is made when a caller takes it
             answer.read(num_generated)
         if answer.text.stopped:
-            self._finish(answer, "stop")
+            self._finish(request, answer, "stop")
         elif num_generated == sequence.max_tokens:
             answer.read(num_generated)
-            self._finish(answer, "length")
+            self._finish(request, answer, "length")
         elif sequence.matcher is not None and sequence.mask_W is not None:
-            self._follow(answer, sequence.matcher, token_id, sequence.mask_W)
+            self._follow(request, sequence.matcher, token_id, sequence.mask_W)
 
-    def _follow(self, answer: Answer, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:
-        """Advances the answer's grammar by a token, or fails the request if the grammar forbids it."""
+    def _fail_broken(self, request: Request, answer: Answer, where: str) -> None:
+        """Fails the request of an answer whose logits are NaN or infinite, or leave no token that may be drawn."""
+        remedy = "check the checkpoint"
+        if answer.sequence.matcher is not None and answer.sequence.params.min_tokens:
+            remedy += ", and that min_tokens leaves a token that the grammar allows"
+        error = RequestError(f"the logits of {where} are {not_finite(self._dtype, remedy)}")
+        self.fail(request, error, "error")
+
+    def _follow(self, request: Request, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:
+        """Advances an answer's grammar by a token, or fails the request if the grammar forbids it."""
         try:
             if not matcher.accept(token_id):
-                raise RequestError(
-                    f"the answer's token {token_id} breaks its grammar, which only logits that are not finite can do; "
-                    "check the checkpoint"
-                )
+                raise RequestError(f"the answer's token {token_id} breaks its grammar; report this as a bug")
             matcher.fill_mask(mask_W)
         except RequestError as error:
-            self.fail(answer.request, error, "error")
+            self.fail(request, error, "error")
 
-    def _finish(self, answer: Answer, reason: FinishReason) -> None:
+    def _finish(self, request: Request, answer: Answer, reason: FinishReason) -> None:
         """Ends an answer, and with the last one its request."""
         answer.new_text += answer.text.finish()
         answer.sequence.finish_reason = reason
         self._release(answer)
-        request = answer.request
         if any(each.sequence.finish_reason is None for each in request.answers):
             return
         request.reply = build_reply(request)
@@ -212,12 +242,14 @@ class InFlight:
         if request not in self._requests:
             return
         del self._requests[request]
+        self._notifies.pop(request, None)
         for answer in request.answers:
             self._release(answer)
         self.finished[outcome] += 1
         if LOG.isEnabledFor(logging.DEBUG):
             LOG.debug("%s", json.dumps(figures_of(request, outcome)))
         self._trace_request(request, outcome)
+        request.end()
 
     def _trace_request(self, request: Request, outcome: str) -> None:
         if self.trace is None:

@@ -1,21 +1,23 @@
 """Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig, load_config
-from internvl_rt.checkpoint.folder import open_checkpoint, resolve_model
-from internvl_rt.engine.memory import MemoryPlan, plan_memory
+from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config, resolve_model
+from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import CheckpointError, RequestError
+from internvl_rt.errors import CheckpointError, RequestError, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
+from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
-from internvl_rt.model.random_checkpoint import RANDOM_PREFIX, random_config, random_weights, write_random_tokenizer
+from internvl_rt.model.random_checkpoint import random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 
@@ -26,23 +28,28 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     ops = _choose_ops(options, target)
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
-    weights = load(chosen, target)
-    weight_bytes = sum(tensor.nbytes for tensor in named_parameters(weights).values())
-    graphs = options.cuda_graphs and ops.captures_graphs
-    memory = plan_memory(config, chosen, target, options, weight_bytes=weight_bytes, graphs=graphs)
-    sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
-    cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
-    return InternVL(config, weights, ops), tokenizer, cache, memory
+    shapes = named_parameters(build_weights(config, dtype=chosen, device="meta")).values()
+    plan = partial(
+        plan_memory, config, chosen, target, options,
+        weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
+    )  # fmt: skip
+    plan(weights_are_loaded=False)  # raises before memory is taken
+    with memory_errors(target):
+        weights = load(chosen, target)
+        memory = plan()
+        sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
+        cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
+        return InternVL(config, weights, ops), tokenizer, cache, memory
 
 
 def _open(
     model: str | Path, revision: str | None, seed: int
 ) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
     """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
-    if isinstance(model, str) and model.startswith(RANDOM_PREFIX):
+    if is_random(model):
         if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {model} has none; leave it out")
-        config = random_config(model.removeprefix(RANDOM_PREFIX))
+            raise CheckpointError(f"revision {quoted(revision)} was given, but {model} has none; leave it out")
+        config = random_config(str(model).removeprefix(RANDOM_PREFIX))
         with TemporaryDirectory() as scratch:
             write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
             tokenizer = load_tokenizer(Path(scratch))

@@ -1,5 +1,6 @@
 """Runs steps while there are requests, and gives each request the tokens that steps drew for it."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
-from internvl_rt.engine.in_flight import InFlight
+from internvl_rt.engine.in_flight import InFlight, Notify
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
@@ -30,7 +31,7 @@ class StepLoop:
         """
         self._scheduler, self._runner = scheduler, runner
         self._max_requests, self.run_ahead = max_requests, run_ahead
-        self._in_flight = InFlight(scheduler)
+        self._in_flight = InFlight(scheduler, runner.dtype)
         self._launched: deque[LaunchedStep] = deque()
         self._cancelled: deque[Request] = deque()
         self._lock = threading.Lock()
@@ -41,6 +42,7 @@ class StepLoop:
         self._worker_error: BaseException | None = None  # what ended the worker thread
         self._closed = False
         self._num_steps = 0
+        self._process_id = os.getpid()
 
     def use_worker(self, wake: Callable[[], None]) -> None:
         """From now on one worker thread calls `step`, and no other thread runs steps.
@@ -53,17 +55,32 @@ class StepLoop:
                 raise RequestError("this engine has an AsyncEngine already; use that one, or load the model again")
             self._wake_worker = wake
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a copy in a forked process, where other threads are missing and may have held the lock."""
+        return os.getpid() != self._process_id
+
+    def _check_process(self) -> None:
+        if self.is_forked:
+            raise EngineDeadError(
+                f"this engine was loaded by process {self._process_id}, and this process was forked from it: torch's "
+                "threads and the engine's own stayed behind, for a new engine too; start processes by the method "
+                "'spawn' (multiprocessing.get_context('spawn')) and load the model there"
+            )
+
     def check(self) -> None:
         """Raises RequestError or EngineDeadError if the engine takes no requests any more."""
+        self._check_process()
         if self._worker_error is not None:
             raise _dead(self._worker_error)
         if self._closed:
             raise RequestError("the engine is closed; load the model again")
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, notify: Notify | None = None) -> None:
+        """notify: a worker thread calls it between steps when there is text, a reply or an error."""
         with self._locked():
             self.check()
-            if self._wake_worker is not None and request.notify is None:
+            if self._wake_worker is not None and notify is None:
                 raise RequestError(
                     "an AsyncEngine runs the steps of this engine; call its methods, from an event loop in any thread, "
                     "or load the model again"
@@ -73,7 +90,7 @@ class StepLoop:
                     f"{len(self._in_flight)} requests are in flight, which is the limit; try again later, or raise "
                     "max_num_seqs or max_waiting"
                 )
-            self._in_flight.add(request)
+            self._in_flight.add(request, notify)
         if self._wake_worker is not None:
             self._wake_worker()
 
@@ -87,10 +104,10 @@ class StepLoop:
     def poll(self, request: Request) -> list[tuple[int, str]]:
         """Returns text that became visible since the last call, with the index of the answer it belongs to.
 
-        May be called between two steps, from `notify`, or when the request is done. Raises the request's error.
+        May be called between two steps, from `notify`, or when the request is done. Raises the request's error, once.
         """
-        if request.error is not None:
-            raise request.error
+        if request.done and request.reply is None:
+            raise request.take_error()
         for answer in request.answers:
             if answer.sequence.finish_reason is None:  # the tokens of an answer that has ended are text already
                 answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
@@ -102,10 +119,12 @@ class StepLoop:
     def cancel(self, request: Request) -> None:
         """Ends a request that is not done and returns its blocks, at the latest before the next step.
 
+        Of one that is done it drops the error, which nobody will raise.
         It waits for no lock, because the garbage collector, when it closes a stream, may call it in the middle of any
         other call of the same thread.
         """
-        if request.done:
+        if request.done or self.is_forked:
+            request.error = None
             return
         self._cancelled.append(request)
         if self._wake_worker is not None:
@@ -116,15 +135,19 @@ class StepLoop:
     def fail_worker(self, cause: BaseException) -> None:
         """Fails every request because the worker thread has died of `cause`, and refuses new ones.
 
+        The cause loses its tracebacks: their frames would hold whatever the thread held, as long as this object lives.
         Leaves the scheduler and the cache alone, since the thread may have died in the middle of changing them.
         """
         with self._locked():
-            self._worker_error = cause
+            self._worker_error = _without_frames(cause)
             self._launched.clear()
             self._cancelled.clear()
             self._in_flight.abandon(lambda: _dead(cause))
 
     def close(self) -> None:
+        """Fails the requests in flight and refuses others from now on. Does nothing in a forked process."""
+        if self.is_forked:
+            return
         with self._locked():
             self._closed = True
             self._in_flight.fail_all(lambda: RequestError("the engine was closed; load the model again"), "cancelled")
@@ -138,6 +161,7 @@ class StepLoop:
 
     def stats(self) -> dict[str, int | float]:
         """Counts what runs and waits now, events since the start, and the runner's tokens and bytes."""
+        self._check_process()
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
@@ -168,6 +192,7 @@ class StepLoop:
     @contextmanager
     def _locked(self, *, for_step: bool = False) -> Iterator[None]:
         """Holds the lock, and then ends the requests that were cancelled meanwhile. A step lets all others go first."""
+        self._check_process()
         if for_step:
             with self._queue_lock:
                 pass
@@ -216,6 +241,8 @@ class StepLoop:
         except BaseException as error:  # the cache's content for the chunks is unknown now, so their requests end
             self._collect_down_to(0)
             self._end_step_of(chunks, error)
+            if not isinstance(error, Exception):  # it interrupts this thread
+                raise
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, counter = step.draws[row]
@@ -227,12 +254,10 @@ class StepLoop:
         self._num_steps += 1
 
     def _end_step_of(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """Fails the requests of a failed step; raises `error` here too if it interrupts this thread."""
+        """Fails the requests of a failed step."""
         self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
         self._collect_down_to(0)
         self._runner.fail()
-        if not isinstance(error, Exception):
-            raise error
 
     def _collect(self, launched: LaunchedStep) -> None:
         """Waits for a launched step and gives its tokens to their requests."""
@@ -240,6 +265,8 @@ class StepLoop:
             result = self._runner.collect(launched)
         except BaseException as error:  # the tokens that the step drew are lost
             self._end_step_of(launched.step.chunks, error)
+            if not isinstance(error, Exception):
+                raise
             return
         if self._in_flight.trace is not None:
             self._in_flight.trace.step(launched, result, self.stats())
@@ -250,6 +277,16 @@ class StepLoop:
             request = self._cancelled.popleft()
             if not request.done:
                 self._in_flight.fail(request, RequestError("the request was cancelled"), "cancelled")
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Removes the tracebacks of an error, and of all those that it came from."""
+    pending: list[BaseException | None] = [error]
+    while pending:
+        if (each := pending.pop()) is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            pending += each.__cause__, each.__context__
+    return error
 
 
 def _dead(cause: BaseException) -> EngineDeadError:

@@ -1,12 +1,16 @@
 """Plans a device's memory: weights, workspaces of the vision tower and of a step, and the KV cache."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.engine.host_memory import free_host_bytes
 from internvl_rt.engine.options import EngineOptions
+from internvl_rt.errors import RequestError
 from internvl_rt.model.card import format_bytes
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
@@ -15,7 +19,7 @@ from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 from internvl_rt.steps.step_graph import prefill_buckets
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # the system commits memory only as it is used
-RESERVE = 0.05  # part of a GPU's free memory, left for fragmentation, sampling and the driver
+RESERVE = 0.05  # part of the free memory, left for fragmentation, sampling and the driver
 # torch keeps a workspace of 32 MiB (on sm_90, less elsewhere) for each of cuBLAS and cuBLASLt, and for each thread that
 # multiplies: the one that builds the engine and captures graphs, and the one that runs the steps.
 CUBLAS_BYTES = 2 * 2 * (32 << 20)
@@ -67,24 +71,41 @@ def plan_memory(
     *,
     weight_bytes: int,
     graphs: bool,
+    weights_are_loaded: bool = True,
 ) -> MemoryPlan:
-    """Plans the memory once the weights are loaded: the KV cache gets `kv_cache_bytes`, or what is left.
+    """Plans the memory: the KV cache gets `kv_cache_bytes`, or what is left, which on the CPU is at most 4 GiB of it.
 
-    graphs: whether CUDA graphs will be captured. Raises RequestError unless one sequence of `max_model_len` fits.
+    graphs: whether CUDA graphs will be captured. weights_are_loaded: if not, what is free must hold them as well.
+
+    Raises RequestError unless all fits into what is free, with one sequence of `max_model_len`.
     """
-    max_num_tokens, max_num_seqs = options.max_tokens_per_step, options.max_num_seqs
+    max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
+    if options.uses_torch(device):
+        seq_len = options.max_model_len or config.decoder.max_position
+        step_bytes += torch_attention_bytes(config.decoder, dtype, device, max_num_tokens, seq_len)
+    free_bytes: int | None
     total_bytes, graph_bytes, cublas_bytes = None, 0, 0
     if device.type == "cuda":
         cublas_bytes = CUBLAS_BYTES
         if graphs:
             graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs)
         free_bytes, total_bytes = _free_bytes(device)
-        left = int(free_bytes * (1 - RESERVE)) - vision_bytes - step_bytes - graph_bytes - cublas_bytes
-        left -= options.visual_cache_bytes
     else:
-        left = DEFAULT_CPU_CACHE_BYTES
+        free_bytes = free_host_bytes()
+    workspace_bytes = vision_bytes + step_bytes + graph_bytes + cublas_bytes
+    fixed_bytes = workspace_bytes + (0 if weights_are_loaded else weight_bytes)
+    left = DEFAULT_CPU_CACHE_BYTES
+    if free_bytes is not None:
+        room = int(free_bytes * (1 - RESERVE))
+        if fixed_bytes > room:
+            all_bytes = room + (weight_bytes if weights_are_loaded else 0)
+            raise RequestError(_too_large(dtype, device, weight_bytes, workspace_bytes, all_bytes))
+        if device.type == "cuda":
+            left = room - fixed_bytes - options.visual_cache_bytes
+        else:
+            left = min(left, room - fixed_bytes)
     num_blocks = plan_num_blocks(
         config.decoder,
         dtype,
@@ -93,6 +114,12 @@ def plan_memory(
         max_num_seqs=max_num_seqs,
         max_model_len=options.max_model_len,
     )
+    block_bytes = kv_bytes_per_token(config.decoder, dtype) * options.block_size
+    if free_bytes is not None and num_blocks * block_bytes > free_bytes - fixed_bytes:
+        raise RequestError(
+            f"a KV cache of {format_bytes(num_blocks * block_bytes)} was asked for, but beside the model {device} has "
+            f"{format_bytes(free_bytes - fixed_bytes)} free; lower kv_cache_bytes, max_model_len or max_num_seqs"
+        )
     return MemoryPlan(
         device=str(device),
         total_bytes=total_bytes,
@@ -104,15 +131,43 @@ def plan_memory(
         visual_cache_bytes=options.visual_cache_bytes,
         block_size=options.block_size,
         num_blocks=num_blocks,
-        block_bytes=kv_bytes_per_token(config.decoder, dtype) * options.block_size,
+        block_bytes=block_bytes,
     )
+
+
+def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, workspace_bytes: int, room: int) -> str:
+    """Says in one line that weights and workspaces do not fit into `room`, and what may."""
+    remedies = "a smaller model or another device"
+    if weight_bytes <= room:
+        remedies = f"a lower max_tokens_per_step or max_num_seqs, {remedies}"
+    if dtype == torch.float32 and (weight_bytes + workspace_bytes) // 2 <= room:
+        remedies = f"dtype bfloat16 ({format_bytes(weight_bytes // 2)}), {remedies}"
+    return (
+        f"the model needs {format_bytes(weight_bytes)} for its weights in {str(dtype).removeprefix('torch.')} and "
+        f"{format_bytes(workspace_bytes)} of workspace, but {device} has {format_bytes(room)} free; choose {remedies}"
+    )
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Makes one line of the error of an allocation that fails all the same, as when others take memory meanwhile."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not ran_out:
+            raise
+        raise RequestError(
+            f"the memory of {device} ran out while the model was loaded; choose a smaller dtype or model, another "
+            "device, or a lower kv_cache_bytes, or end what else takes its memory"
+        ) from error
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:
     """Returns the bytes of the device that can still be allocated, and the bytes that it has.
 
-    Memory that torch keeps but can give back is free too. An unused engine is a reference cycle, whose memory is freed
-    when the garbage is collected.
+    Memory that torch keeps but can give back is free too, and so is that of an unused engine that a caller's error or
+    other reference cycle holds: garbage is collected first.
     """
     gc.collect()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -157,3 +212,18 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
     attention = qkv + 2 * config.num_heads * config.head_dim
     layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
     return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
+
+
+def torch_attention_bytes(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, num_tokens: int, seq_len: int
+) -> int:
+    """Counts the most that torch's attention holds besides its output, for new tokens at the end of a sequence.
+
+    It gathers keys and values and makes a mask, as bools and as numbers. On a GPU it also repeats keys and values for
+    each head, and holds all scores twice (`scaled_dot_product_attention` has no fused kernel for masks with GQA).
+    """
+    num_tokens = min(num_tokens, seq_len)
+    numbers = 2 * config.num_kv_heads * config.head_dim * seq_len + num_tokens * seq_len
+    if device.type != "cpu":
+        numbers += 2 * config.num_heads * (config.head_dim + num_tokens) * seq_len
+    return num_tokens * seq_len + dtype.itemsize * numbers

@@ -1,22 +1,29 @@
 """The options of an engine: keyword arguments of `Engine.from_pretrained`, checked once."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
-from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.position import DELTA, Delta
+from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.video import VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
+TOKENS_PER_STEP = 8192
+TOKENS_PER_TORCH_STEP = 512
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
+
+_IMAGES, _VIDEOS = ImageOptions(), VideoLimits()
 
 P = ParamSpec("P")
 C = TypeVar("C")
@@ -27,26 +34,39 @@ T = TypeVar("T")
 class EngineOptions:
     """Options of an engine. Raises RequestError that names a value out of range.
 
-    `device`, `dtype`, `backend`, `v2pe_delta` and `max_tiles` are checked when an engine is built.
+    A count, a size or a number may be numpy's; a bool is no number. Whether the device is there is checked when an
+    engine is built.
 
     device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
-    kv_cache_bytes: size of the KV cache; None is 4 GiB on the CPU, and on CUDA what weights and workspaces leave
+    kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
-    max_tokens_per_step: most tokens that one step computes.
+    max_tokens_per_step: most tokens that one step computes; None is 8192 with the kernels, and 512 on the CPU and with
+        backend "torch", where a longer step would hold up all other requests and take much memory.
     max_waiting: most requests that may wait until they run; more are refused.
     prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
     num_draft_tokens: most tokens guessed from the text so far and checked in one step; 0: none. The answer is the same.
     v2pe_delta: rotary positions per visual token: a power of two from 1 to 1/256, or "auto".
     max_tiles: most tiles per picture, the thumbnail not counted; None is the model's own limit (12).
-    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore", as in the official code).
+    number_images: whether several pictures in one message are called "Image-1: " and so on; None is as in the model's
+        own template: yes, and no in `-hf` folders.
+    exif: whether a picture is turned as its EXIF orientation says ("apply") or not ("ignore"); "auto" is as in the code
+        that the folder was made for: the official code ignores it, transformers, for `-hf` folders, applies it.
     alpha: whether transparency is dropped ("drop", as in the official code) or laid over white ("white").
-    max_pixels: a picture of more pixels is refused before it is decoded.
+    max_pixels: most pixels of a picture; the default is what Pillow opens without a warning, and takes 358 MB as RGB.
+    max_side: most pixels of a picture's width and of its height.
+    max_image_bytes: most encoded bytes of a picture.
+    max_decode_bytes: most memory for decoding a picture, as estimated from its header.
+    max_decode_s: most seconds of one core for decoding a picture, as estimated from its size, bytes and scans.
+    max_video_bytes: most encoded bytes of a video.
+    max_video_frames: most frames of a video that are decoded to reach the chosen ones.
+    max_frame_pixels: most pixels of a frame of a video.
+    max_video_pixels: most pixels of all chosen frames of a video together.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
@@ -64,35 +84,60 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64
-    max_tokens_per_step: int = 8192
+    max_tokens_per_step: int | None = None
     max_waiting: int = 1024
     prefix_cache: bool = True
     visual_cache_bytes: int = DEFAULT_VISUAL_CACHE_BYTES
     num_draft_tokens: int = 0
     v2pe_delta: Delta = 1.0
     max_tiles: int | None = None
-    exif: Literal["ignore", "apply"] = "ignore"
+    number_images: bool | None = None
+    exif: Literal["auto", "ignore", "apply"] = "auto"
     alpha: Literal["drop", "white"] = "drop"
-    max_pixels: int = ImageOptions().max_pixels
+    max_pixels: int = _IMAGES.max_pixels
+    max_side: int = _IMAGES.max_side
+    max_image_bytes: int = _IMAGES.max_image_bytes
+    max_decode_bytes: int = _IMAGES.max_decode_bytes
+    max_decode_s: float = _IMAGES.max_decode_s
+    max_video_bytes: int = _VIDEOS.file_bytes
+    max_video_frames: int = _VIDEOS.num_frames
+    max_frame_pixels: int = _VIDEOS.frame_pixels
+    max_video_pixels: int = _VIDEOS.total_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
     programmatic_launch: bool = True
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("max_num_seqs", "max_tokens_per_step", "max_model_len"), 1)
-        for name, number in (least | {"max_waiting": 0, "visual_cache_bytes": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise RequestError(f"{name} must be at least {number}, got {value}")
-        for name in ("cuda_graphs", "programmatic_launch"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not 0 <= self.num_draft_tokens <= MAX_DRAFT_TOKENS:
-            raise RequestError(f"num_draft_tokens must be from 0 to {MAX_DRAFT_TOKENS}, got {self.num_draft_tokens}")
-        if self.block_size not in BLOCK_SIZES:
-            raise RequestError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
-        ImageOptions(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
+        read_fields(self, _KINDS)
+
+    def numbers_images(self, config: ModelConfig) -> bool:
+        """Returns whether several pictures in one message are numbered in a model's prompts."""
+        return config.format == "original" if self.number_images is None else self.number_images
+
+    def tokens_per_step(self, device: torch.device) -> int:
+        """Returns `max_tokens_per_step`, or its default for a device."""
+        return self.max_tokens_per_step or (TOKENS_PER_TORCH_STEP if self.uses_torch(device) else TOKENS_PER_STEP)
+
+    def uses_torch(self, device: torch.device) -> bool:
+        """Says whether the references compute instead of the kernels."""
+        return self.backend == "torch" or (self.backend == "auto" and device.type == "cpu")
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        names = "alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def videos(self) -> VideoLimits:
+        return VideoLimits(
+            num_frames=self.max_video_frames,
+            frame_pixels=self.max_frame_pixels,
+            file_bytes=self.max_video_bytes,
+            total_pixels=self.max_video_pixels,
+        )
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -102,10 +147,68 @@ class EngineOptions:
             min_tiles=min(config.min_tiles, most),
             max_tiles=most,
             thumbnail=config.thumbnail,
-            exif=self.exif,
-            alpha=self.alpha,
-            max_pixels=self.max_pixels,
+            exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
+            **self._reading,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    expected = "auto, cpu, cuda or cuda:N"
+
+    def read(self, value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", value):
+            raise UnfitError
+        return str.__str__(value)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+_MOST_BYTES = 1 << 50
+_KINDS: dict[str, Kind] = {
+    "device": _Device(),
+    "dtype": OneOf(("auto", *_FLOAT_NAMES, *_FLOATS), f"auto, {', '.join(_FLOAT_NAMES)} or the same torch dtype"),
+    "revision": OrNone(Text(1, 256)),
+    "max_model_len": OrNone(Integer(1, 1 << 24)),
+    "kv_cache_bytes": OrNone(Integer(1, _MOST_BYTES)),
+    "block_size": OneOf(BLOCK_SIZES),
+    "max_num_seqs": Integer(1, 4096),
+    "max_tokens_per_step": OrNone(Integer(1, 1 << 20)),
+    "max_waiting": Integer(0, 1 << 20),
+    "prefix_cache": Flag(),
+    "visual_cache_bytes": Integer(0, _MOST_BYTES),
+    "num_draft_tokens": Integer(0, MAX_DRAFT_TOKENS),
+    "v2pe_delta": DELTA,
+    "max_tiles": OrNone(Integer(1, 128)),
+    "number_images": OrNone(Flag()),
+    "exif": OneOf(("auto", "ignore", "apply"), "auto, ignore or apply"),
+    "alpha": OneOf(("drop", "white"), "drop or white"),
+    "max_pixels": Integer(1, 1 << 30),
+    "max_side": Integer(1, 1 << 20),
+    **dict.fromkeys(("max_image_bytes", "max_decode_bytes", "max_video_bytes"), Integer(1, 1 << 40)),
+    "max_decode_s": Number(0, 1e6, above=True),
+    **dict.fromkeys(("max_video_frames", "max_frame_pixels", "max_video_pixels"), Integer(1, 1 << 40)),
+    "seed": OrNone(Integer(0, 2**64 - 1)),
+    "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
+    "cuda_graphs": Flag(),
+    "programmatic_launch": Flag(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Params:
+    expected = "SamplingParams, such as SamplingParams(max_tokens=64), or None"
+
+    def read(self, value: object) -> SamplingParams | None:
+        if not isinstance(value, SamplingParams | None):
+            raise UnfitError
+        return value
+
+
+# What calls of an engine take besides.
+PARAMS = _Params()
+SALT = OrNone(Text(0, 4096))
+TIMEOUT = OrNone(Number(0, 1e9, above=True))  # seconds
 
 
 def takes_options(

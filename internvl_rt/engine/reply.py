@@ -1,11 +1,12 @@
 """The text of an answer as it becomes visible, and the finished reply with its costs."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
-from internvl_rt.model.work import Roof, Work
+from internvl_rt.model.work import NO_WORK, Roof, Work
 from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.sequence import FinishReason
 
@@ -81,7 +82,10 @@ def _figure(value: float) -> str:
 class Choice:
     """One answer to a request."""
 
-    text: str  # without special tokens and surrounding whitespace, as the official chat returns it
+    text: (
+        str  # as the official chat returns it: without special tokens and whitespace around; exact with a grammar, and
+    )
+    # at the beginning of what continues a begun answer
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each token, if requested
@@ -111,6 +115,30 @@ class Reply:
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         return self.choices[0].logprobs
+
+
+def unprepared_reply(params: SamplingParams, start_s: float) -> Reply:
+    """Returns the reply to a request whose time was over before its prompt was known. start_s: by perf_counter."""
+    empty = Choice("", [], "timeout", logprobs=None if params.logprobs is None else ())
+    return Reply(
+        choices=(empty,) * params.n,
+        usage=Usage(prompt_tokens=0, image_tokens=0, completion_tokens=0),
+        timings=Timings(
+            media_s=0.0,
+            tile_s=0.0,
+            vision_s=0.0,
+            prefill_s=0.0,
+            decode_s=0.0,
+            queued_s=0.0,
+            first_token_s=0.0,
+            total_s=time.perf_counter() - start_s,
+            num_decoded=0,
+            vision_work=NO_WORK,
+            prefill_work=NO_WORK,
+            decode_work=NO_WORK,
+        ),
+        prompt_logprobs=None if params.prompt_logprobs is None else (),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +179,15 @@ class AnswerText:
     """Grows an answer's visible text token by token.
 
     It holds text back until it is certain: the beginning of what may become a stop string, whitespace that may turn out
-    to be trailing, and (by `TextStream`) incomplete UTF-8.
+    to be trailing, and (by `TextStream`) incomplete UTF-8. Whitespace around an answer is left out, as in the official
+    chat, unless the answer keeps to a grammar, which its whole text then matches; and before the text that continues a
+    begun answer it is kept.
     """
 
-    def __init__(self, stream: TextStream, params: SamplingParams) -> None:
+    def __init__(self, stream: TextStream, params: SamplingParams, *, begun: bool = False) -> None:
         self._stream, self._stops, self._min_tokens = stream, params.stop_strings, params.min_tokens
+        self._strips = params.regex is None and params.json_schema is None
+        self._begun = begun or not self._strips  # whitespace at the beginning belongs to the text
         self._pending = ""
         self._num_tokens = 0
         self.text = ""
@@ -182,8 +214,9 @@ class AnswerText:
                 pending = pending[: min(found)[1]]
             elif not final:
                 hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
-        ready = pending[: len(pending) - hold].rstrip()
-        visible = ready if self.text else ready.lstrip()
+        ready = pending[: len(pending) - hold]
+        ready = ready.rstrip() if self._strips else ready
+        visible = ready if self.text or self._begun else ready.lstrip()
         self._pending = "" if final else pending[len(ready) :]
         self.text += visible
         return visible

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from internvl_rt.engine.reply import AnswerText, Choice, Reply, Timings, Usage
+from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.model.work import Tally
 from internvl_rt.steps.logprobs import TokenLogprob
@@ -16,7 +16,6 @@ from internvl_rt.steps.sequence import Sequence
 class Answer:
     """One of a request's answers while it grows."""
 
-    request: "Request"
     sequence: Sequence
     text: AnswerText
     num_read: int = 0  # generated tokens that were added to `text`
@@ -33,11 +32,14 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The answers to one prompt, and the reply or error that the caller waits for."""
+    """The answers to one prompt, and the reply or error that the caller waits for.
+
+    Nothing that it holds refers to it, so it is freed when its caller forgets it. An error refers to it by the frames
+    that it was raised in, so it is raised once and kept no longer.
+    """
 
     prepared: Prepared
     deadline_s: float = math.inf  # by perf_counter
-    notify: Callable[[], None] | None = None  # called between steps when there is text, a reply or an error
     answers: list[Answer] = field(default_factory=list)
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # prompt token index -> its log-probability
     submitted_s: float = 0.0
@@ -47,11 +49,20 @@ class Request:
     decode: Tally = field(default_factory=Tally)
     first_token_s: float = 0.0
     reply: Reply | None = None
-    error: BaseException | None = None
+    error: BaseException | None = None  # until it is raised
+    done: bool = False
 
-    @property
-    def done(self) -> bool:
-        return self.reply is not None or self.error is not None
+    def take_error(self) -> BaseException:
+        """Returns the error of a request that has ended without a reply, and forgets it."""
+        error, self.error = self.error, None
+        return error or RequestError("the request has ended, and its error was raised already; send it again")
+
+    def end(self) -> None:
+        """Follows the reply or the error; pictures are not needed any more."""
+        self.done = True
+        self.prepared = replace(self.prepared, pictures=())
+        for answer in self.answers:
+            answer.sequence.pictures = ()
 
 
 def build_reply(request: Request) -> Reply:

@@ -24,37 +24,46 @@ class SequenceFactory:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, max_model_len: int) -> None:
         self._options, self._max_model_len = options, max_model_len
         self._vocab_size, self._max_position = config.decoder.vocab_size, config.decoder.max_position
-        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._turn_end = tokenizer.token_id("<|im_end|>")
+        self._end_ids = config.end_token_ids or (self._turn_end,)
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
         self._engine_seed = secrets.randbits(64) if options.seed is None else options.seed
         self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
 
-    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
-        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
-
-        `max_tokens` is cut to the room left in the context window. Raises RequestError.
-        """
+    def check(self, params: SamplingParams) -> None:
+        """Raises RequestError for parameters that this engine cannot serve."""
         most = self._options.max_num_seqs
         if params.n > most:
             raise RequestError(
                 f"n is {params.n}, but at most max_num_seqs = {most} answers run together; lower n or raise "
                 "max_num_seqs"
             )
-        for token_id in params.stop_token_ids:
+        for token_id in params.stop_ids:
             if token_id >= self._vocab_size:
                 raise RequestError(
                     f"stop_token_ids: {token_id} is not in the vocabulary of {self._vocab_size:,} tokens"
                 )
+
+    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
+        """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
+
+        `max_tokens` is cut to the room left in the context window. Raises RequestError.
+        """
+        self.check(params)
         number = next(self._prompt_numbers)
         seed = params.seed if params.seed is not None else derive_seed(self._engine_seed, number)
         left = self._max_model_len - len(prepared.prompt.token_ids)
         room = min(left, self._max_position - prepared.next_position)
-        grammar = self._grammars.compile(*params.grammar) if params.grammar else None
+        grammar = None
+        if params.grammar:
+            grammar = self._grammars.compile(
+                *params.grammar, whitespace=params.json_whitespace, skips_specials=params.skip_special_tokens
+            )
         speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
         score_from = prepared.score_from
         if score_from is None and params.prompt_logprobs is not None:
             score_from = 1
-        eos = () if params.ignore_eos and grammar is None else (self._stop_id,)
+        eos = (self._turn_end,) if grammar else () if params.ignore_eos else self._end_ids  # a grammar ends by its own
         made = [
             Sequence(
                 seq_id=next(self._seq_ids),
@@ -64,7 +73,7 @@ class SequenceFactory:
                 pictures=prepared.pictures,
                 params=params,
                 max_tokens=min(params.max_tokens, room) if prepared.score_from is None else 0,
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                stop_ids=frozenset((*eos, *params.stop_ids)),
                 seed=derive_seed(seed, index) if index else seed,
                 identity=prepared.identity,
                 salt=prepared.salt,

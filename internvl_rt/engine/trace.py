@@ -6,6 +6,7 @@ happens, so memory stays bounded; the file gets its name when it is whole.
 
 import json
 import secrets
+import stat
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from contextlib import suppress
@@ -13,11 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 from internvl_rt.steps.runner import LaunchedStep, StepResult
 
 Phase = tuple[str, float]  # name of what begins, and its time by perf_counter
 
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISLNK: "a symbolic link",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 _PROCESS = {"pid": 1, "tid": 1}
 _NAMES = (
     {"name": "process_name", "ph": "M", **_PROCESS, "args": {"name": "internvl_rt"}},
@@ -31,13 +40,12 @@ class Trace:
     def __init__(self, path: Path) -> None:
         """Raises RequestError if the file cannot be written."""
         self._path = path
-        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         self._error: OSError | None = None
         self._end_s = 0.0  # when the latest step ended
         self._num_requests = 0
-        if path.is_dir():
-            raise RequestError(f"{path}: the trace needs the name of a file, but this is a folder; add a name to it")
         try:
+            _check_replaceable(path)
+            self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
             self._file = self._part.open("x", encoding="ascii")
         except OSError as error:
             raise self._refusal(error) from error
@@ -93,9 +101,14 @@ class Trace:
         elif self._error is None:
             try:
                 self._file.close()
+                _check_replaceable(self._path)  # it may have become something else meanwhile
                 self._part.replace(self._path)
             except OSError as problem:
                 self._give_up(problem)
+            except RequestError:
+                self._discard()
+                if kind is None:
+                    raise
         if self._error is not None and kind is None:
             raise self._refusal(self._error) from self._error
 
@@ -125,8 +138,27 @@ class Trace:
 
     def _refusal(self, error: OSError) -> RequestError:
         return RequestError(
-            f"{self._path}: the trace could not be written: {error.strerror or error}; give a file in a folder that "
-            "exists, may be written and has room"
+            f"{quoted(str(self._path))}: the trace could not be written: {error.strerror or error}; give a file in a "
+            "folder that exists, may be written and has room"
+        )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises RequestError unless the path is a regular file, or nothing yet; OSError if its folder cannot be read.
+
+    A link is not followed: what is replaced is what the path itself names.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    except ValueError as error:  # a null byte, or half a surrogate pair
+        raise RequestError(f"{quoted(str(path))}: no file can have this name ({error}); give another one") from error
+    if not stat.S_ISREG(mode):
+        what = next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "something else")
+        raise RequestError(
+            f"{quoted(str(path))}: the trace makes a new file or replaces a regular one, but this is {what}; "
+            "give the name of a file"
         )
 
 

@@ -1,14 +1,14 @@
 """Keeps answers to a JSON schema or a regular expression, by masks over the next token.
 
 Only this module imports llguidance, when the first grammar is compiled. A grammar holds for the text that
-`Tokenizer.decode` gives: every split of it into tokens is allowed, and special tokens are never part of it. Grammars
+`Tokenizer.decode` gives: every split of it into tokens is allowed, and skipped tokens are never part of it. Grammars
 come from requests, so their costs are bounded: a grammar that would explode is counted and refused before it is
 compiled, and one that grows too large later ends its own answer with an error.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_rt.errors import RequestError, quoted
-from internvl_rt.inputs.tokenizer import TEMPLATE_TOKENS, Tokenizer
+from internvl_rt.inputs.sampling_params import MAX_GRAMMAR_BYTES, JsonWhitespace
+from internvl_rt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -25,13 +26,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GrammarKind = Literal["json_schema", "regex"]
 
-MAX_GRAMMAR_BYTES = 64 << 10
 # The library does not bound its own work for these: its time grows with the square of the properties, with a higher
 # power of the operators, and doubles with each combined pattern. Within these limits no call takes a second.
 MAX_PROPERTIES = 1000
 MAX_REGEX_OPERATORS = 512
 MAX_COMBINED_PATTERNS = 10
 
+# White space in one place of a JSON answer. The library takes at most one match of the pattern in each place.
+_WHITESPACE: dict[JsonWhitespace, dict[str, Any]] = {
+    "bounded": {"whitespace_pattern": r" |\r?\n( {0,32}|\t{0,8})"},
+    "compact": {"whitespace_flexible": False},
+    "free": {},
+}
 _CACHED = 64
 _MAX_LEXER_STATES = 50_000  # states of one grammar, about half a kB each
 _OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # repetitions and groups; escaped ones count too
@@ -68,23 +74,39 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: width of the model's logits; ids that the tokenizer does not have are never allowed."""
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._stop_id = tokenizer.token_id("<|im_end|>")
-        self._lock = Lock()
-        self._vocabulary: LLTokenizer | None = None
-        self._compile = lru_cache(maxsize=_CACHED)(self._compile_anew)
+        self._compile = lru_cache(maxsize=_CACHED)(_Library(tokenizer, vocab_size).compile)
 
-    def compile(self, kind: GrammarKind, text: str) -> "Grammar":
+    def compile(
+        self,
+        kind: GrammarKind,
+        text: str,
+        *,
+        whitespace: JsonWhitespace = "bounded",
+        skips_specials: bool = True,
+    ) -> "Grammar":
         """Compiles a JSON schema, given as JSON, or a regular expression that the whole answer must match.
+
+        whitespace: between the parts of a JSON answer. With "free" there may be any, even without end.
+        skips_specials: whether special tokens such as <ref> are left out of the text, and so never allowed.
 
         Raises RequestError if the grammar is invalid, unknown to the library, beyond the limits or matches nothing, and
         if llguidance is not installed.
         """
         check_grammar_size(kind, text)
-        return self._compile(kind, text)
+        return self._compile(kind, text, whitespace, skips_specials)
 
-    def _compile_anew(self, kind: GrammarKind, text: str) -> "Grammar":
-        vocabulary = self._build_vocabulary()
+
+class _Library:
+    """llguidance with one tokenizer; nothing is compiled until the first grammar is needed."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._lock = Lock()
+        self._vocabularies: dict[bool, LLTokenizer] = {}  # by whether special tokens are left out of the text
+
+    def compile(self, kind: GrammarKind, text: str, whitespace: JsonWhitespace, skips_specials: bool) -> "Grammar":
+        vocabulary = self._build_vocabulary(skips_specials)
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
@@ -93,7 +115,7 @@ class GrammarCompiler:
             max_lexer_states=_MAX_LEXER_STATES,
             verbose_errors=False,  # verbose errors would show the schema and the answer
         )
-        source = _describe(kind, text, drops_space=self._tokenizer.pieces)
+        source = _describe(kind, text, _WHITESPACE[whitespace], drops_space=self._tokenizer.pieces)
         grammar = Grammar(
             lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits), self._stop_id, self._vocab_size
         )
@@ -107,17 +129,18 @@ class GrammarCompiler:
             )
         return grammar
 
-    def _build_vocabulary(self) -> "LLTokenizer":
+    def _build_vocabulary(self, skips_specials: bool) -> "LLTokenizer":
         """Builds the library's trie of all tokens, once."""
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise RequestError("structured output needs llguidance: pip install 'internvl-rt[grammar]'") from error
         with self._lock:
-            if self._vocabulary is None:
-                wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer, self._stop_id, self._vocab_size))
-                self._vocabulary = LLTokenizer(wrapper, eos_token=self._stop_id)
-            return self._vocabulary
+            if skips_specials not in self._vocabularies:
+                hidden = self._tokenizer.hidden_ids | (self._tokenizer.special_ids if skips_specials else set())
+                wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer, self._stop_id, self._vocab_size, hidden))
+                self._vocabularies[skips_specials] = LLTokenizer(wrapper, eos_token=self._stop_id)
+            return self._vocabularies[skips_specials]
 
 
 class Grammar:
@@ -199,19 +222,21 @@ class _Vocabulary:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer, stop_id: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_id: int, vocab_size: int, special_ids: Collection[int]) -> None:
         self.eos_token_id = stop_id
         self.tokens = [tokenizer.token_bytes.get(token_id, b"") for token_id in range(vocab_size)]
-        found = map(tokenizer.find_token_id, TEMPLATE_TOKENS)
-        self.special_token_ids = sorted(tokenizer.special_ids.union(i for i in found if i is not None))
+        self.special_token_ids = sorted(special_ids)
         self._encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
 
 
-def _describe(kind: GrammarKind, text: str, *, drops_space: bool) -> str:
-    """Writes a grammar in the library's format. drops_space: a space that begins an answer is not part of its text."""
+def _describe(kind: GrammarKind, text: str, options: dict[str, Any], *, drops_space: bool) -> str:
+    """Writes a grammar in the library's format.
+
+    options: the library's own for JSON. drops_space: a space that begins an answer is not part of its text.
+    """
     from llguidance import regex_to_lark
 
     if kind == "json_schema":
@@ -222,7 +247,13 @@ def _describe(kind: GrammarKind, text: str, *, drops_space: bool) -> str:
     # Without no_forcing, text that can go on in one way only would have to be split as the tokenizer does.
     grammars = [json.dumps({"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{rules}'})]
     if kind == "json_schema":
-        grammars.append(f'{{"name": "value", "json_schema": {text}}}')  # as text: numbers keep all digits
+        # The schema stays text, so that its numbers keep all digits; the options are its first key.
+        schema, own = text.strip(), f'{{"x-guidance": {json.dumps(options)}'
+        if schema == "true":
+            schema = f"{own}}}"
+        elif schema.startswith("{"):
+            schema = own + ("" if json.loads(schema) == {} else ",") + schema[1:]
+        grammars.append(f'{{"name": "value", "json_schema": {schema}}}')
     return f'{{"grammars": [{", ".join(grammars)}]}}'
 
 

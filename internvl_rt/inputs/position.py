@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prompt import VisualSpan
+from internvl_rt.values import OneOf, read
 
 Delta = float | Literal["auto"]  # rotary positions per visual token; "auto": see `auto_stride`
 
 UNIT = 256  # strides per position
 STRIDES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # the deltas of training: 1, 1/2, ..., 1/256
+_DELTAS = (1, *(stride / UNIT for stride in STRIDES))
+_EXPECTED = "a power of two from 1 to 1/256"
+DELTA = OneOf(("auto", *_DELTAS), f"'auto' or {_EXPECTED}, such as 0.25")
 
 
 def parse_delta(delta: float) -> int:
     """Returns the stride of a delta. Raises RequestError unless it is a power of two from 1 to 1/256."""
-    if isinstance(delta, bool) or not isinstance(delta, int | float) or delta * UNIT not in STRIDES:
-        raise RequestError(f"v2pe_delta: expected a power of two from 1 to 1/256, got {delta!r}; use one, such as 0.25")
-    return int(delta * UNIT)
+    return int(read("v2pe_delta", delta, OneOf(_DELTAS, f"{_EXPECTED}, such as 0.25")) * UNIT)
 
 
 def build_positions(

@@ -4,7 +4,7 @@ It knows no engine, and the result is plain data.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError
-from internvl_rt.inputs.identity import build_identity, content_digest
+from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, open_image
-from internvl_rt.inputs.picture import Picture
+from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.position import Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.inputs.video import load_video
+from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
 
-MAX_CHARACTERS_PER_TOKEN = 128  # the longest tokens are 128 spaces: a text of more characters per token cannot fit
+NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,11 @@ class Prepared:
     next_position: int  # position of the first token after the prompt
     identity: bytes | None  # what keys and values depend on besides tokens and pictures; None: no prefix is shared
     salt: str | None  # only prompts of equal salt share visual tokens
+    made_for: str  # what an engine must have in common with the one that prepared this
     start_s: float  # by perf_counter, when the call began
     media_s: float = 0.0
     tile_s: float = 0.0
+    begun: bool = False  # the prompt ends with the beginning of the answer
     score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
 
 
@@ -52,18 +54,26 @@ class Preparer:
         tokenizer: Tokenizer,
         max_model_len: int,
         *,
+        dtype: torch.dtype,
         images: ImageOptions,
+        number_images: bool,
+        videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
     ) -> None:
-        """images: how pictures are read and cut; frames of videos become one tile each.
+        """dtype: the model's; numbers that a caller gives are cast to it.
+        images: how pictures are read and cut; frames of videos become one tile each.
 
+        number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
-        self._images, self._frames = images, replace(images, min_tiles=1, max_tiles=1)
+        self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
+        self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
+        self._number_images, self._ends_empty = number_images, config.format == "hf"
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
         if v2pe_delta != "auto":
             parse_delta(v2pe_delta)
 
@@ -75,7 +85,7 @@ class Preparer:
         Raises RequestError or MediaError.
         """
         if not isinstance(cache_salt, str | None):
-            raise RequestError(f"cache_salt must be a string or None, got {cache_salt!r}")
+            raise RequestError(f"cache_salt must be a string or None, got {quoted(cache_salt)}")
         start_s = time.perf_counter()
         parsed = parse_messages(messages)
         self._check_size(parsed)
@@ -83,35 +93,48 @@ class Preparer:
         frames_per_video: list[int] = []
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
             if media.kind == "image":
-                pictures.append(_open(media.source, self._images))
+                pictures.append(_open(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
-                pictures.append(self._given_visual(media.source))
+                pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
-                frames = load_video(media.source)[::-1]
+                frames = load_video(
+                    media.source,
+                    make=self._cut_frame,
+                    num_segments=media.num_frames,
+                    bound=media.bound,
+                    limits=self._videos,
+                )
                 frames_per_video.append(len(frames))
-                while frames:  # each frame is freed as soon as its pixels are copied
-                    pictures.append(_open(frames.pop(), self._frames))
+                pictures += frames
         media_s = time.perf_counter() - start_s
         turns = turns_from_messages(
             parsed,
             frames_per_video,
             system=self._config.system_message,
-            number_images=self._config.format == "original",
+            number_images=self._number_images,
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
-        """Prepares rendered turns and one tensor of tiles (as `patch_embed` takes them) for each picture."""
-        own = [each.detach().clone() for each in tiles]  # the caller may change its own
-        pictures = [Picture(_tensor_digest("tiles", each), len(each), tiles=each) for each in own]
+        """Prepares rendered turns and one tensor or array of tiles for each picture. Raises RequestError.
+
+        tiles: uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
+        """
+        pictures: list[Picture] = []
+        left = self._max_model_len
+        for each in tiles:
+            pictures.append(picture_of_tiles(each, self._config, self._dtype, left))
+            left -= pictures[-1].num_tiles * self._config.tokens_per_tile
         return self._prepare(turns, pictures, v2pe_delta=None)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
         if not isinstance(response, str) or not response:
-            raise RequestError(f"responses: expected texts that are not empty, got {response!r}")
-        added = [*self._tokenizer.encode(response), *([self._stop_id] if include_end else [])]
+            raise RequestError(f"responses: expected texts that are not empty, got {quoted(response)}")
+        self._check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
+        ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
+        added = [*ids, *([self._stop_id] if include_end else [])]
         next_position = prepared.next_position + len(added)
         if num_prompt + len(added) > self._max_model_len or next_position > self._config.decoder.max_position:
             raise RequestError(
@@ -127,8 +150,9 @@ class Preparer:
             score_from=num_prompt,
         )
 
-    def open_images(self, images: Iterable[ImageSource]) -> list[Picture]:
-        """Opens pictures without a prompt. Raises MediaError."""
+    def open_images(self, images: Items[ImageSource]) -> list[Picture]:
+        """Opens pictures without a prompt. Raises RequestError or MediaError."""
+        check_list("images", images, "pictures")
         return [_open(image, self._images) for image in images]
 
     def _prepare(
@@ -136,7 +160,8 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(turns, self._tokenizer, counts)
+        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
+        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty, limit=self._max_model_len)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
@@ -162,54 +187,51 @@ class Preparer:
             next_position=next_position,
             identity=identity,
             salt=cache_salt,
+            made_for=self.made_for,
             start_s=start_s,
+            begun=turns[-1].open and any(turns[-1].parts),
         )
 
     def _check_size(self, messages: Items[Message]) -> None:
         """Refuses what cannot fit before any media are read."""
         parts = [part for message in messages for part in message.parts]
-        num_media = sum(isinstance(part, Media) for part in parts)
+        media = [part for part in parts if isinstance(part, Media)]
+        num_media = sum(count_frames(one.source, one.num_frames) if one.kind == "video" else 1 for one in media)
         most = self._max_model_len // self._config.tokens_per_tile
         if num_media > most:
             raise RequestError(
-                f"the conversation has {num_media} pictures and videos, but only {most} tiles of "
+                f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
-        num_characters = sum(len(part) for part in parts if isinstance(part, str))
-        if num_characters > self._max_model_len * MAX_CHARACTERS_PER_TOKEN:
+        self._check_texts("the conversation", [part for part in parts if isinstance(part, str)])
+
+    def _check_texts(self, what: str, texts: Items[str]) -> None:
+        """Refuses texts that cannot fit, whatever is in them, before any of them is encoded."""
+        most = self._max_model_len * self._bytes_per_token
+        num_characters = sum(map(len, texts))  # no more than there are bytes, and known at once
+        if num_characters > most or sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
             raise RequestError(
-                f"the conversation has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens; "
-                "shorten it, or raise max_model_len"
+                f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
+                f"{self._bytes_per_token} bytes; shorten it, or raise max_model_len"
             )
 
-    def _given_visual(self, visual_XD: object) -> Picture:
-        """Checks visual tokens that were computed elsewhere, for example by `Engine.encode_images`."""
-        width, per_tile = self._config.decoder.hidden_size, self._config.tokens_per_tile
-        if isinstance(visual_XD, np.ndarray):
-            visual_XD = torch.from_numpy(visual_XD)
-        if not isinstance(visual_XD, Tensor):
-            raise RequestError(f"image_embeds: expected a tensor [tokens, {width}], got {type(visual_XD).__name__}")
-        shape = tuple(visual_XD.shape)
-        if len(shape) != 2 or shape[1] != width or shape[0] == 0 or shape[0] % per_tile:
+    def _cut_frame(self, frame: ImageSource) -> Picture:
+        """Cuts a frame of a video to its one tile at once, since the pixels of all frames could fill the memory."""
+        tiles = torch.from_numpy(open_image(frame, self._frames).tiles())
+        return picture_of_tiles(tiles, self._config, self._dtype, self._max_model_len)
+
+    def _options_of(self, media: Media) -> ImageOptions:
+        most = self._images.max_tiles
+        if media.max_tiles is None or media.max_tiles == most:
+            return self._images
+        if media.max_tiles > most:
             raise RequestError(
-                f"image_embeds: expected shape [tokens, {width}] with a multiple of {per_tile} tokens, "
-                f"got {list(shape)}"
+                f"max_tiles of a picture: expected at most the engine's {most}, got {quoted(media.max_tiles)}; "
+                "lower it, or raise max_tiles of the engine"
             )
-        if shape[0] > self._max_model_len:
-            raise RequestError(f"image_embeds: expected at most {self._max_model_len:,} tokens, got {shape[0]:,}")
-        if not visual_XD.is_floating_point():
-            raise RequestError(f"image_embeds: expected floating-point numbers, got {visual_XD.dtype}")
-        visual_XD = visual_XD.detach().clone()  # the caller may change its own
-        if not visual_XD.isfinite().all():
-            raise RequestError("image_embeds: expected finite numbers, got NaN or infinity")
-        return Picture(_tensor_digest("visual", visual_XD), shape[0] // per_tile, visual_XD=visual_XD)
+        return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
 
 
 def _open(source: ImageSource, options: ImageOptions) -> Picture:
     image = open_image(source, options)
     return Picture(image.digest, image.num_tiles, image=image)
-
-
-def _tensor_digest(kind: str, tensor: Tensor) -> bytes:
-    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-    return content_digest(kind, f"{tensor.dtype} {tuple(tensor.shape)}", content)

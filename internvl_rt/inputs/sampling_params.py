@@ -1,17 +1,22 @@
 """Sampling parameters: what a caller may request of an answer, checked once."""
 
 import json
-from collections.abc import Sequence as Items
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read, read_fields
+
+JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
+MAX_GRAMMAR_CHARACTERS = 1_000_000
+MAX_GRAMMAR_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,8 @@ class SamplingParams:
 
     Temperature 0, the default, is greedy. The filters act in the order penalties, temperature, top_k, top_p, min_p.
     Penalties count generated tokens only: the official code generates from embeddings, where no prompt ids exist.
-    `seed` makes a draw reproducible whatever else runs; without it the engine's own seed decides.
+    `seed` makes a draw reproducible whatever else runs; without it the engine's own seed decides. Raises RequestError
+    that names a value of the wrong type or out of its range (`_KINDS`).
     """
 
     max_tokens: int = 1024
@@ -34,58 +40,34 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     n: int = 1  # answers to the same prompt, which is computed once; each draws with a seed of its own
     seed: int | None = None
-    stop: str | Items[str] = ()  # the answer ends before whichever of these strings is complete first
-    stop_token_ids: Items[int] = ()
+    stop: str | Iterable[str] | None = ()  # the answer ends before whichever of these strings is complete first
+    stop_token_ids: int | Iterable[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # requests each generated token's log-probability, and this many of the likeliest
     prompt_logprobs: int | None = None  # requests the same of the prompt's tokens
     json_schema: str | dict[str, Any] | bool | None = None  # the answer is a JSON value of this schema; True: of any
     regex: str | None = None  # the whole answer matches this
+    # White space between the parts of a JSON answer. "bounded": in each place at most a space, or a line break with up
+    # to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its end.
+    json_whitespace: JsonWhitespace = "bounded"
+    # As the official chat does. False: tokens such as <ref> and <box> are part of the text, and of grammars.
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                raise RequestError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
-        def integer(value: object, least: int, most: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-        check("max_tokens", integer(self.max_tokens, 1, MAX_NEW_TOKENS), f"an integer from 1 to {MAX_NEW_TOKENS}")
-        within = integer(self.min_tokens, 0, self.max_tokens)
-        check("min_tokens", within, f"an integer from 0 to max_tokens ({self.max_tokens})")
-        check("temperature", number(self.temperature) and 0 <= self.temperature <= 100, "a number from 0 to 100")
-        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
-        check("top_k", integer(self.top_k, 0, 2**31 - 1), "an integer of at least 0 (0 keeps all)")
-        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        positive = number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100
-        check("repetition_penalty", positive, "a number above 0 and at most 100")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            check(name, number(value) and -100 <= value <= 100, "a number from -100 to 100")
-        check("n", integer(self.n, 1, MAX_ANSWERS), f"an integer from 1 to {MAX_ANSWERS}")
-        check("seed", self.seed is None or integer(self.seed, 0, 2**64 - 1), "None or a 64-bit integer")
-        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
-        strings = all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in texts)
-        expected = f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
-        check("stop", strings and len(texts) <= MAX_STOPS, expected)
-        ids = len(self.stop_token_ids) <= MAX_STOPS and all(integer(i, 0, 2**31 - 1) for i in self.stop_token_ids)
-        check("stop_token_ids", ids, f"at most {MAX_STOPS} token ids")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            ok = value is None or integer(value, 0, MAX_LOGPROBS)
-            check(name, ok, f"None or an integer from 0 to {MAX_LOGPROBS}")
-        schema = self.json_schema is None or self.json_schema is True or isinstance(self.json_schema, str | dict)
-        check("json_schema", schema, "a JSON schema as text or dict, or True for any JSON value")
-        check("regex", self.regex is None or isinstance(self.regex, str), "a regular expression")
+        read_fields(self, _KINDS)
+        read("min_tokens", self.min_tokens, Integer(0, self.max_tokens, " (max_tokens)"))
         if self.json_schema is not None and self.regex is not None:
             raise RequestError("json_schema and regex: expected at most one of them, got both")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        assert isinstance(self.stop, tuple), "read as one"
+        return self.stop
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        assert isinstance(self.stop_token_ids, tuple), "read as one"
+        return self.stop_token_ids
 
     @property
     def has_penalties(self) -> bool:
@@ -93,16 +75,73 @@ class SamplingParams:
 
     @property
     def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
-        """The kind and text of the grammar of the answer. Raises RequestError for a dict that is no JSON."""
+        """The kind and text of the grammar of the answer."""
         if self.regex is not None:
             return "regex", self.regex
         if self.json_schema is None:
             return None
-        if isinstance(self.json_schema, str):
-            return "json_schema", self.json_schema
-        try:
-            return "json_schema", json.dumps(self.json_schema)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(
-                f"json_schema: expected a JSON value, got one that json cannot write: {error}"
-            ) from error
+        assert isinstance(self.json_schema, str), "read as text"
+        return "json_schema", self.json_schema
+
+
+class _Schema:
+    """A JSON schema as text; a dict is written at once, so that a later change of it changes no answer."""
+
+    expected = "a JSON schema as a dict or as text of at most a million characters, True for any JSON value, or None"
+
+    def read(self, value: object) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return _GRAMMAR.read(value)
+        if value is not True and not isinstance(value, dict):
+            raise UnfitError
+        return _write_schema(value)
+
+
+def _write_schema(schema: object) -> str:
+    """Writes a schema as JSON, no more of it than its size may be."""
+    pieces, num_bytes = list[str](), 0
+    try:
+        for piece in json.JSONEncoder().iterencode(schema):
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > MAX_GRAMMAR_BYTES:
+                raise RequestError(
+                    f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
+                    "simplify it"
+                )
+    except (TypeError, RecursionError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(
+            f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
+        ) from error
+    return "".join(pieces)
+
+
+_GRAMMAR = Text(0, MAX_GRAMMAR_CHARACTERS)
+_PENALTY = Number(-100, 100)
+_LOGPROBS = OrNone(Integer(0, MAX_LOGPROBS))
+_KINDS: dict[str, Kind] = {
+    "max_tokens": Integer(1, MAX_NEW_TOKENS),
+    "min_tokens": Integer(0, MAX_NEW_TOKENS),
+    "temperature": Number(0, 100),
+    "top_p": Number(0, 1, above=True),
+    "top_k": Integer(0, 2**31 - 1, " (0 keeps all)"),
+    "min_p": Number(0, 1),
+    "repetition_penalty": Number(0, 100, above=True),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "n": Integer(1, MAX_ANSWERS),
+    "seed": OrNone(Integer(0, 2**64 - 1)),
+    "stop": Several(Text(1, MAX_STOP_CHARACTERS), MAX_STOPS),
+    "stop_token_ids": Several(Integer(0, 2**31 - 1), MAX_STOPS),
+    "ignore_eos": Flag(),
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "json_schema": _Schema(),
+    "regex": OrNone(_GRAMMAR),
+    "json_whitespace": OneOf(get_args(JsonWhitespace)),
+    "skip_special_tokens": Flag(),
+}

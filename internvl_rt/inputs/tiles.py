@@ -1,8 +1,9 @@
-"""Chooses the official tile grid of a picture and cuts its tiles; the order of the resize passes is fixed.
+"""Chooses the official tile grid of a picture and cuts its tiles, in the passes of Pillow 12's resize.
 
 Source: `dynamic_preprocess` (InternVL README.md and internvl_chat/internvl/train/dataset.py).
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +26,27 @@ class ImageOptions:
     thumbnail: bool = True  # the whole picture is a last tile, if there is more than one
     exif: Literal["ignore", "apply"] = "ignore"
     alpha: Literal["drop", "white"] = "drop"
-    max_pixels: int = 50_000_000  # larger pictures are refused before their pixels are decoded
+    max_pixels: int = 89_478_485  # as many as Pillow opens without a warning; in RGB they take 358 MB
+    max_side: int = (
+        65_535  # as in JPEG; bounds what is between the passes, as wide as the canvas and as high as the picture
+    )
+    max_image_bytes: int = 1 << 29  # encoded; a file is read whole, to be hashed
+    max_decode_bytes: int = 720_000_000  # estimated; 8 for each of `max_pixels`, as RGBA becomes RGB
+    max_decode_s: float = 5.0  # estimated, for one core; photographs of `max_pixels` take 1 to 3
 
     def __post_init__(self) -> None:
         limits = {"image_size": 2048, "max_tiles": 128, "min_tiles": self.max_tiles, "max_pixels": 1 << 30}
+        limits |= {"max_side": 1 << 20, "max_image_bytes": 1 << 40, "max_decode_bytes": 1 << 40}
         for name, limit in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
-                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {quoted(value)}")
+        if type(self.max_decode_s) not in (int, float) or not 0 < self.max_decode_s < math.inf:
+            raise RequestError(f"max_decode_s must be a positive number of seconds, got {quoted(self.max_decode_s)}")
         for name, choices in {"exif": ("ignore", "apply"), "alpha": ("drop", "white")}.items():
-            if getattr(self, name) not in choices:
-                raise RequestError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise RequestError(f"{name} must be one of {choices}, got {quoted(value)}")
 
 
 @lru_cache
@@ -94,10 +105,11 @@ def tile_image(image: Image.Image, options: ImageOptions) -> npt.NDArray[np.uint
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resizes by Pillow's antialiased bicubic, horizontal pass first.
+    """Resizes by Pillow's antialiased bicubic in the order of Pillow 12: each pass is a call of its own.
 
-    In one call Pillow 13 starts with the vertical pass for some sizes, which rounds differently.
+    The horizontal pass comes first, except where a picture over 100 times taller than wide loses height. The orders
+    round differently, and Pillow 13 starts with the vertical pass for other sizes.
     """
-    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    vertical_first = image.height > 100 * image.width and height < image.height
+    halfway = (image.width, height) if vertical_first else (width, image.height)
+    return image.resize(halfway, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)

@@ -6,26 +6,33 @@ and one table from id to bytes, so that decoding and streaming are the same for 
 """
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from internvl_rt.checkpoint.json_section import parse_object
-from internvl_rt.errors import CheckpointError, RequestError
+from internvl_rt.checkpoint.files import read_file
+from internvl_rt.errors import CheckpointError, RequestError, quoted
+from internvl_rt.inputs.slices import slices
+from internvl_rt.inputs.tokenizer_files import (
+    encoder,
+    find_cut,
+    read_declared_tokens,
+    read_json,
+    read_prefix_ids,
+    read_tokenizer_json,
+    read_vocab_and_merges,
+    with_added,
+)
 
-# These are never read from a user's text, whatever the checkpoint's flags say: they end turns and stand for pictures.
-TEMPLATE_TOKENS = frozenset(
-    ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>"]
-    + [f"<{slash}{name}>" for name in ("img", "quad", "ref", "box") for slash in ("", "/")]
-)
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Tokens that end a turn, open one or stand for a picture.
+TEMPLATE_TOKENS = frozenset(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"])
+# Tokens that do so in other dialects, whose language models a checkpoint may have.
+_TURN_TOKENS = frozenset(["<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"])
+_TURN_TOKENS |= {"<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"}
 # GPT-2's printable alphabet: bytes that print are their own character, the others follow from U+0100 on.
 _BYTE_OF_CHAR = {
     256 + n: byte for n, byte in enumerate(b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or b >= 174))
@@ -37,12 +44,12 @@ _UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescap
 class TextStream:
     """Text of one growing sequence; the pieces joined are exactly `Tokenizer.decode` of all its ids."""
 
-    def __init__(self, tokenizer: "Tokenizer", skipped: Collection[int]) -> None:
-        """skipped: ids that give no text."""
+    def __init__(self, tokenizer: "Tokenizer", skipped: Collection[int], *, begun: bool = False) -> None:
+        """skipped: ids that give no text. begun: other text comes before, so that no space is dropped."""
         self._token_bytes, self._whole, self._skipped = tokenizer.token_bytes, tokenizer.whole, skipped
         self._pieces = pieces = tokenizer.pieces
-        self._is_between = not pieces  # no incomplete character is held, and no space will be dropped
-        self._at_start = pieces
+        self._at_start = pieces and not begun
+        self._is_between = not self._at_start  # no incomplete character is held, and no space will be dropped
         # A broken character is one U+FFFD with byte-level BPE, and one for each of its bytes with sentencepiece.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if pieces else "replace")
 
@@ -79,15 +86,18 @@ class Tokenizer:
     find_token_id: Callable[[str], int | None]
     _encode_plain: Callable[[str], list[int]]
     _encode_all: Callable[[str], list[int]]
+    _spelled: Mapping[int, list[int]]  # what text becomes that would otherwise give this hidden id
+    _cut: re.Pattern[str] | None  # matches between two parts of a text that can be encoded one by one
     token_bytes: Mapping[int, bytes]
-    special_ids: frozenset[int]
+    hidden_ids: frozenset[int]  # never read from a user's text: they end a turn, open one or stand for a picture
+    special_ids: frozenset[int]  # give no text in an answer
     pieces: bool  # sentencepiece conventions: the first space is dropped, a broken byte is one U+FFFD
     whole: dict[int, str] = field(default_factory=dict)  # streams keep the texts of whole characters' tokens here
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included; the model's embedding may have more rows."""
-        return len(self.token_bytes)
+        """One more than the largest id, added tokens included; the model's embedding may have more rows."""
+        return max(self.token_bytes, default=-1) + 1
 
     def token_id(self, token: str) -> int:
         """Returns the id of a token, spelt as in the vocabulary. Raises CheckpointError if there is none."""
@@ -95,12 +105,13 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer has no token {token!r}; take all tokenizer files from one checkpoint")
         return token_id
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+    def encode(self, text: str, *, specials: bool = False, limit: int | None = None) -> list[int]:
         """Returns the ids of `text`, without `prefix_ids`.
 
-        With `specials` the special tokens written in `text` are read as such, as the official code does with a rendered
-        prompt. Without, they stay ordinary text; added tokens that are not special, such as <tool_call>, are read as
-        tokens either way. Raises RequestError for text that is not valid Unicode.
+        Added tokens written in `text`, such as <ref> or <tool_call>, are read as tokens, as the official code does with
+        a rendered prompt. Those of `hidden_ids` stay ordinary text, unless `specials` is set. Raises RequestError for
+        text that is not valid Unicode, that the checkpoint's tokenizer cannot read, or that is seen to have more than
+        `limit` tokens before all of it is read.
         """
         try:
             text.encode()
@@ -108,16 +119,26 @@ class Tokenizer:
             raise RequestError(
                 f"text is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
             ) from error
-        return self._encode_all(text) if specials else self._encode_plain(text)
+        ids: list[int] = []
+        for part in slices(text, self._cut):
+            if limit is not None and len(ids) > limit:
+                raise RequestError(
+                    f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; shorten it, or raise "
+                    "max_model_len"
+                )
+            ids += self._encode_all(part) if specials else self._encode_plain(part)
+        if specials or self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [part for token_id in ids for part in self._spelled.get(token_id, [token_id])]
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
         """Returns the text of `ids`; broken UTF-8 becomes U+FFFD, spaces are left as they are."""
         stream = self.stream(skip_specials=skip_specials)
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self, *, skip_specials: bool = True) -> TextStream:
+    def stream(self, *, skip_specials: bool = True, begun: bool = False) -> TextStream:
         """Starts to decode a sequence whose ids come one by one."""
-        return TextStream(self, self.special_ids if skip_specials else ())
+        return TextStream(self, self.special_ids if skip_specials else (), begun=begun)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -126,11 +147,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
     if no such file is there, one is malformed, or sentencepiece is needed and not installed.
     """
-    if (folder / "tokenizer.json").is_file():
-        return _from_library(folder, _read_tokenizer_json(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _from_library(folder, _read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
-    if (folder / "tokenizer.model").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
+        return _from_library(folder, read_tokenizer_json(folder / "tokenizer.json"))
+    if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
+        return _from_library(folder, read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt"))
+    if os.path.lexists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder)
     raise CheckpointError(
         f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
@@ -138,88 +159,38 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not a tokenizer file: {error}; download it again") from error
-
-
-def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
-    """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
-    vocab = _read_json(vocab_path)
-    merges = []
-    for number, line in enumerate(merges_path.read_text("utf-8", "replace").split("\n"), start=1):
-        pair = tuple(line.split())
-        if not pair or (number == 1 and line.startswith("#version")):
-            continue
-        if len(pair) != 2 or not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
-            raise CheckpointError(
-                f"{merges_path} line {number}: expected two tokens of {vocab_path.name} that join to a third, "
-                f"got {line!r}; download both files again"
-            )
-        merges.append(pair)
-    try:
-        base = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except (TypeError, OverflowError) as error:
-        raise CheckpointError(f"{vocab_path}: expected tokens with their ids ({error}); download it again") from error
-    base.normalizer = normalizers.NFC()
-    base.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    base.decoder = decoders.ByteLevel()
-    return base
-
-
 def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
+    path = folder / "tokenizer.json"
     byte_level = "ByteLevel" in str(base.decoder)
     if not byte_level and "ByteFallback" not in str(base.decoder):
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: expected a ByteLevel or ByteFallback decoder, got {base.decoder}; use an "
-            "InternVL checkpoint"
+            f"{path}: expected a ByteLevel or ByteFallback decoder, got {base.decoder}; use an InternVL checkpoint"
         )
-    added = _declared_tokens(folder) | base.get_added_tokens_decoder()
-    special = frozenset(token.content for token in added.values() if token.special)
-    everything = _with_added(folder, base, added, hidden=frozenset())
-    plain = _with_added(folder, base, added, hidden=special | TEMPLATE_TOKENS)
+    added = read_declared_tokens(folder) | base.get_added_tokens_decoder()
+    names = {token.content: token_id for token_id, token in added.items()}
+    hidden = _hidden_tokens(folder, names, [])
+    for token in added.values():
+        if token.content in hidden and (token.lstrip or token.rstrip or token.single_word):
+            raise CheckpointError(
+                f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which change the text "
+                "beside it; set them to false"
+            )
+    everything = with_added(folder, base, added, hidden=())
     to_bytes = _byte_level_bytes if byte_level else _piece_bytes
-    token_bytes = {token_id: to_bytes(token) for token, token_id in base.get_vocab(with_added_tokens=False).items()}
+    spellings = base.get_vocab(with_added_tokens=False)
+    token_bytes = {token_id: to_bytes(token) for token, token_id in spellings.items()}
     return Tokenizer(
-        prefix_ids=tuple(base.encode("").ids),
+        prefix_ids=read_prefix_ids(path, base),
         find_token_id=everything.token_to_id,
-        _encode_plain=lambda text: plain.encode(text).ids,
-        _encode_all=lambda text: everything.encode(text).ids,
+        _encode_plain=encoder(with_added(folder, base, added, hidden=hidden)),
+        _encode_all=encoder(everything),
+        _spelled=_spelled(token_bytes, [names[token] for token in hidden]),
+        _cut=find_cut(base, added.values()),
         token_bytes=token_bytes | {token_id: token.content.encode() for token_id, token in added.items()},
+        hidden_ids=frozenset(names[token] for token in hidden),
         special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
         pieces=not byte_level,
     )
-
-
-def _with_added(
-    folder: Path, base: tokenizers.Tokenizer, added: Mapping[int, AddedToken], hidden: Collection[str]
-) -> tokenizers.Tokenizer:
-    """Builds a tokenizer that shares the vocabulary of `base` and reads all added tokens but the `hidden` ones."""
-    result = tokenizers.Tokenizer(base.model)
-    result.normalizer = base.normalizer
-    result.pre_tokenizer = base.pre_tokenizer
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    result.add_tokens(
-        [
-            AddedToken(token.content, special=token.content in hidden, **{flag: getattr(token, flag) for flag in flags})
-            for _, token in sorted(added.items())
-        ]
-    )
-    result.encode_special_tokens = True  # tokens flagged special are ordinary text to this tokenizer
-    for token_id, token in added.items():
-        if (actual := result.token_to_id(token.content)) != token_id:
-            raise CheckpointError(
-                f"{folder}: token {token.content!r} is declared as {token_id} but follows the vocabulary as {actual}; "
-                "take all tokenizer files from one checkpoint"
-            )
-    return result
 
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
@@ -229,44 +200,77 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
+    content = read_file(path, CheckpointError)
     try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
+        model = SentencePieceProcessor(model_proto=content)
+        names: list[str] = [model.id_to_piece(token_id) for token_id in range(model.get_piece_size())]
+        bos = model.bos_id()
+        own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
+        added = {names[token_id]: token_id for token_id in own}
+    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
 
-    size, bos = model.get_piece_size(), model.bos_id()
-    own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
-    declared = _declared_tokens(folder)
-    added = {model.id_to_piece(token_id): token_id for token_id in own}
+    declared = read_declared_tokens(folder)
+    for token in declared.values():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise CheckpointError(
+                f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which a checkpoint with "
+                "tokenizer.model cannot have here; set them to false"
+            )
     added |= {token.content: token_id for token_id, token in declared.items()}
-    special_ids = frozenset(own) | {token_id for token_id, token in declared.items() if token.special}
-    visible = {t: i for t, i in added.items() if i not in special_ids and t not in TEMPLATE_TOKENS}
-    # A special token may use an unused piece of the model. Text spelt like the piece must not give it, but bytes.
-    spelled = {
-        token_id: [model.piece_to_id(f"<0x{byte:02X}>") for byte in model.id_to_piece(token_id).encode()]
-        for token, token_id in added.items()
-        if token_id < size and token_id not in own and token not in visible
-    }
-
-    def encode_plain(text: str) -> list[int]:
-        return [part for token_id in model.encode(text) for part in spelled.get(token_id, (token_id,))]
+    hidden = _hidden_tokens(folder, added, [bos, model.eos_id()])
+    pieces = {token_id: _piece_bytes(name) for token_id, name in enumerate(names)}
 
     def find_token_id(token: str) -> int | None:
         token_id = added.get(token, model.piece_to_id(token))
         return token_id if token in added or token_id != model.unk_id() else None
 
-    control = model.is_control(list(range(size)))
-    token_bytes = {i: b"" if control[i] else _piece_bytes(model.id_to_piece(i)) for i in range(size)}
-    add_bos = bos >= 0 and _read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
+    def encode(text: str) -> list[int]:
+        try:
+            ids: list[int] = model.encode(text)
+        except RuntimeError as error:
+            raise RequestError(f"the tokenizer cannot read {quoted(text)}: {error}; change it") from error
+        return ids
+
+    control = model.is_control(list(pieces))
+    add_bos = bos >= 0 and read_json(folder / "tokenizer_config.json").get("add_bos_token", True)
     return Tokenizer(
         prefix_ids=(bos,) if add_bos else (),
         find_token_id=find_token_id,
-        _encode_plain=_splitting(visible, encode_plain),
-        _encode_all=_splitting(added, model.encode),
-        token_bytes=token_bytes | {token_id: token.encode() for token, token_id in added.items()},
-        special_ids=special_ids,
+        _encode_plain=_splitting({token: i for token, i in added.items() if token not in hidden}, encode),
+        _encode_all=_splitting(added, encode),
+        # A special token may use an unused piece of the model. Text spelt like the piece must not give it, but bytes.
+        _spelled=_spelled(pieces, [added[token] for token in hidden]),
+        _cut=None,
+        token_bytes={i: b"" if control[i] else piece for i, piece in pieces.items()}
+        | {token_id: token.encode() for token, token_id in added.items()},
+        hidden_ids=frozenset(added[token] for token in hidden),
+        special_ids=frozenset(own) | {token_id for token_id, token in declared.items() if token.special},
         pieces=True,
     )
+
+
+def _hidden_tokens(folder: Path, added: Mapping[str, int], ends: list[object]) -> frozenset[str]:
+    """Returns the added tokens that begin or end a turn or a text, or stand for a picture: by name, by the ids `ends`,
+    and by what tokenizer_config.json, special_tokens_map.json and generation_config.json declare.
+    """
+    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    declared = [file.get(key) for file in files for key in ("bos_token", "eos_token")]
+    names = [token.get("content") if isinstance(token, dict) else token for token in declared]
+    given = read_json(folder / "generation_config.json").get("eos_token_id")
+    ends = [*ends, *(given if isinstance(given, list) else [given])]
+    fixed = TEMPLATE_TOKENS | _TURN_TOKENS
+    return frozenset(token for token, i in added.items() if token in fixed or token in names or i in ends)
+
+
+def _spelled(vocabulary: Mapping[int, bytes], hidden_ids: Collection[int]) -> dict[int, list[int]]:
+    """Returns how text is written that the vocabulary itself, without added tokens, would give a hidden id."""
+    byte_ids = {data: i for i, data in vocabulary.items() if len(data) == 1 and i not in hidden_ids}
+    return {
+        i: [byte_ids[bytes([byte])] for byte in vocabulary[i] if bytes([byte]) in byte_ids]
+        for i in hidden_ids
+        if i in vocabulary
+    }
 
 
 def _splitting(added: Mapping[str, int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
@@ -284,23 +288,6 @@ def _splitting(added: Mapping[str, int], encode: Callable[[str], list[int]]) -> 
     return encode_split
 
 
-def _declared_tokens(folder: Path) -> dict[int, AddedToken]:
-    """Added tokens by id: from tokenizer_config.json, in older checkpoints from added_tokens.json."""
-    config = _read_json(folder / "tokenizer_config.json")
-    older, special_map = _read_json(folder / "added_tokens.json"), _read_json(folder / "special_tokens_map.json")
-    try:
-        if "added_tokens_decoder" in config:
-            return {int(key): AddedToken(**fields) for key, fields in config["added_tokens_decoder"].items()}
-        groups = [value if isinstance(value, list) else [value] for value in special_map.values()]
-        special = {item["content"] if isinstance(item, dict) else item for group in groups for item in group}
-        return {i: AddedToken(token, special=token in special, normalized=False) for token, i in older.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: the added tokens in tokenizer_config.json, added_tokens.json or special_tokens_map.json are "
-            f"malformed ({error!r}); download these files again"
-        ) from error
-
-
 def _byte_level_bytes(token: str) -> bytes:
     try:
         return token.translate(_BYTE_OF_CHAR).encode("latin-1")
@@ -312,8 +299,3 @@ def _piece_bytes(piece: str) -> bytes:
     if byte := _BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(byte[1])
     return piece.replace("▁", " ").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file."""
-    return parse_object(path, path.read_bytes(), CheckpointError) if path.is_file() else {}

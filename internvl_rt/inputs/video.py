@@ -4,18 +4,21 @@ Only this module imports PyAV (`av`), when a video is read.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.image import open_media
+from internvl_rt.inputs.image import ImageSource
+from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
     from av import CodecContext, VideoFrame, VideoStream
     from av.container import InputContainer
 
@@ -23,9 +26,18 @@ if TYPE_CHECKING:
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 _DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,theora,mjpeg,prores,gif"
 
+DEFAULT_NUM_FRAMES = 32  # as in the model cards
 _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no bound
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+
+# The options of the engine that set the limits.
+_LIMIT_OPTIONS = {
+    "num_frames": "max_video_frames",
+    "frame_pixels": "max_frame_pixels",
+    "file_bytes": "max_video_bytes",
+    "total_pixels": "max_video_pixels",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +46,18 @@ class VideoLimits:
 
     num_frames: int = 108_000  # frames decoded up to the end, or the end of the bound: an hour at 30 per second
     frame_pixels: int = 1 << 25  # pixels of one frame: 8K has 33.2 million
-    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K, which are 1 GiB as PIL images
+    file_bytes: int = 1 << 32  # encoded; a file is not read into memory
+    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K
+
+    def __post_init__(self) -> None:
+        for name, option in _LIMIT_OPTIONS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 1 << 40:
+                raise RequestError(f"{option} must be an integer from 1 to {1 << 40}, got {value!r}")
 
 
 def choose_frame_indices(
-    num_frames: int, fps: float, num_segments: int = 32, bound: tuple[float, float] | None = None
+    num_frames: int, fps: float, num_segments: int = DEFAULT_NUM_FRAMES, bound: tuple[float, float] | None = None
 ) -> list[int]:
     """Returns the middle frame of each of `num_segments` equal spans (official `get_index`).
 
@@ -55,31 +74,38 @@ def choose_frame_indices(
 
 
 def load_video(
-    source: str | Path | bytes,
+    source: "MediaSource | Sequence[ImageSource] | npt.NDArray[np.uint8] | torch.Tensor",
     *,
-    num_segments: int = 32,
+    make: "Callable[[ImageSource], Any]" = lambda frame: frame,
+    num_segments: int | None = None,
     bound: tuple[float, float] | None = None,
     limits: VideoLimits | None = None,
-) -> list[Image.Image]:
-    """Reads the frames that `choose_frame_indices` picks, upright, as PIL images of mode RGB, in order.
+) -> list[Any]:
+    """Reads the frames that `choose_frame_indices` picks, upright, and returns what `make` makes of each, in order.
 
     The decoded stream decides how many frames there are: the number in the header only decides whether decoding once is
-    enough. At most the returned frames are held; an index that occurs twice gives the same object. Frames are turned as
-    the container asks, pixels that are not square stay as they are.
+    enough. A frame is held until something is made of it, and an index that occurs twice gives the same object. Frames
+    are turned as the container asks, pixels that are not square stay as they are.
 
-    source: path, `data:` URL or encoded bytes.
-    num_segments: number of frames, at least 1.
+    source: path, `data:` URL, encoded bytes or binary file object; or the frames themselves, as a list of pictures or a
+        uint8 array or tensor [frames, height, width, 3], which `make` gets as they are.
+    make: gets a PIL image of mode RGB; by default that is returned.
+    num_segments: number of frames, at least 1; None is DEFAULT_NUM_FRAMES, or all frames if these were given.
     bound: start and end in seconds; by default the whole video.
 
     Raises MediaError if the video cannot be read, is beyond the limits, or PyAV is not installed; RequestError if
     `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
-    if not 1 <= num_segments <= limits.num_frames:
+    if num_segments is not None and not 1 <= num_segments <= limits.num_frames:
         raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
-    stream, name = open_media(source, "video")
+    if not is_media_source(source):
+        if bound:
+            raise RequestError("bound, in seconds, was given with a list of frames: choose the frames, or give a file")
+        return [make(frame) for frame in _given_frames(source, num_segments, limits)]
+    stream, name = open_media(source, "video", limits.file_bytes)
     with stream:
         with _open_track(stream, name, limits) as (container, track):
             rate = track.average_rate or track.guessed_rate
@@ -91,45 +117,110 @@ def load_video(
         expected = min(max(1, num_frames), needed)
         if expected > limits.num_frames:
             raise MediaError(
-                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: set an earlier bound"
+                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: cut it, or "
+                "raise max_video_frames of the engine"
             )
         for _ in range(2):
-            chosen = choose_frame_indices(expected, fps, num_segments, bound)
-            num_frames, frames = _decode(stream, name, set(chosen), needed, limits)
+            chosen = choose_frame_indices(expected, fps, num_segments or DEFAULT_NUM_FRAMES, bound)
+            num_frames, made = _decode(stream, name, set(chosen), needed, limits, make)
             if num_frames == expected:
                 break
             expected = num_frames
-    if not frames.keys() >= set(chosen):
+    if not made.keys() >= set(chosen):
         raise RequestError(f"bound {bound} is outside of {name}, which lasts {num_frames / fps:.3f} s")
-    return [frames[index] for index in chosen]
+    return [made[index] for index in chosen]
+
+
+def count_frames(source: Any, num_segments: int | None) -> int:
+    """Returns how many frames `load_video` gives at most, known before anything is read."""
+    return num_segments or (
+        DEFAULT_NUM_FRAMES if is_media_source(source) or not hasattr(source, "__len__") else len(source)
+    )
+
+
+def _given_frames(source: Any, num_segments: int | None, limits: VideoLimits) -> list[ImageSource]:
+    """Chooses from frames that were given as a list, array or tensor. Raises MediaError."""
+    shape = getattr(source, "shape", None)
+    is_array = shape is not None and len(shape) == 4 and shape[-1] == 3 and str(source.dtype).endswith("uint8")
+    if not is_array and not isinstance(source, list | tuple):
+        found = type(source).__name__ if shape is None else f"{type(source).__name__} {source.dtype} {list(shape)}"
+        raise MediaError(
+            "a video must be a path, a data: URL, bytes, a binary file object, a list of frames (as for an image), or "
+            f"a uint8 array [frames, height, width, 3], got {found}: convert it, or use an image part for a picture"
+        )
+    if not len(source):
+        raise MediaError("the video is a list without frames: give at least one")
+    num_frames = len(source)
+    chosen = range(num_frames) if num_segments is None else choose_frame_indices(num_frames, 1.0, num_segments)
+    if len(chosen) > limits.num_frames:
+        raise MediaError(
+            f"the video has {num_frames} frames, at most {limits.num_frames} are read: give fewer, or raise "
+            "max_video_frames of the engine"
+        )
+    frames = [source[index] for index in chosen]
+    num_pixels = sum(map(_num_pixels, frames))
+    if num_pixels > limits.total_pixels:
+        raise MediaError(
+            f"the frames of the video hold {num_pixels} pixels, at most {limits.total_pixels} are allowed: make them "
+            "smaller, give fewer, or raise max_video_pixels of the engine"
+        )
+    return frames
+
+
+def _num_pixels(frame: Any) -> int:
+    """Returns the pixels of a picture whose size is known; that of an encoded one is checked when it is opened."""
+    if isinstance(frame, Image.Image):
+        return frame.width * frame.height
+    shape: tuple[int, ...] = getattr(frame, "shape", ())
+    return shape[0] * shape[1] if len(shape) == 3 else 0
 
 
 def _decode(
-    stream: BinaryIO, name: str, chosen: set[int], needed: int, limits: VideoLimits
-) -> tuple[int, dict[int, Image.Image]]:
-    """Decodes at most `needed` frames; returns their number and the chosen ones among them."""
-    num_frames, num_pixels, frames = 0, 0, {}
+    stream: BinaryIO,
+    name: str,
+    chosen: set[int],
+    needed: int,
+    limits: VideoLimits,
+    make: "Callable[[ImageSource], Any]",
+) -> tuple[int, dict[int, Any]]:
+    """Decodes at most `needed` frames; returns their number and what is made of the chosen ones among them."""
+    num_frames, num_pixels, made = 0, 0, {}
     with _open_track(stream, name, limits) as (container, track):
         for frame in container.decode(track):
             if num_frames in chosen:
                 num_pixels += frame.width * frame.height
                 if num_pixels > limits.total_pixels:
-                    raise MediaError(f"{name}: the frames hold over {limits.total_pixels} pixels; lower num_segments")
-                frames[num_frames] = _to_image(frame)
+                    raise MediaError(
+                        f"{name}: the chosen frames hold over {limits.total_pixels} pixels: make it smaller, take "
+                        "fewer frames, or raise max_video_pixels of the engine"
+                    )
+                made[num_frames] = make(_to_image(frame))
             num_frames += 1
             if num_frames > limits.num_frames:
-                raise MediaError(f"{name} has more than {limits.num_frames} frames: set an earlier bound")
+                raise MediaError(
+                    f"{name} has more than {limits.num_frames} frames: cut it, or raise max_video_frames of the engine"
+                )
             if num_frames == needed:
                 break
     if not num_frames:
         raise MediaError(f"{name} has a video stream without frames: convert it to MP4")
-    return num_frames, frames
+    return num_frames, made
 
 
 def _to_image(frame: "VideoFrame") -> Image.Image:
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
     turn = _TURNS.get(frame.rotation % 360)  # degrees counterclockwise, like Pillow's; 180 may come as -180
     return image if turn is None else image.transpose(turn)
+
+
+def _open_container(
+    av_open: "Callable[..., InputContainer]", stream: BinaryIO, options: dict[str, str]
+) -> "InputContainer":
+    """Opens a container whose metadata may hold bytes that are not UTF-8, which PyAV replaces by itself from 19 on."""
+    try:
+        return av_open(stream, "r", options=options, metadata_errors="replace")
+    except TypeError:  # PyAV 19 has no such argument, and has read nothing yet
+        return av_open(stream, "r", options=options)
 
 
 @contextmanager
@@ -147,7 +238,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
     try:
-        with av.open(stream, "r", options=options, metadata_errors="replace") as container:
+        with _open_container(av.open, stream, options) as container:
             track = container.streams.best("video")
             if not isinstance(track, av.VideoStream):
                 raise MediaError(f"{name} has no video stream: give a video, or an image part for a picture")
@@ -158,7 +249,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
             if track.width * track.height > limits.frame_pixels:
                 raise MediaError(
                     f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
-                    "it smaller"
+                    "it smaller, or raise max_frame_pixels of the engine"
                 )
             context.options = options  # the options of `open` only reach the decoders that probe the file
             track.thread_type = "AUTO"

@@ -161,7 +161,7 @@ class Ops:
         return self.unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
 
     def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
-        """Draws a token from each row of logits, into `token_id_R` (int64)."""
+        """Draws a token from each row of logits, into `token_id_R` (int64): -1 if the row is not finite."""
         token_id_R.copy_(sample_reference(logits_RV, *sampling))
 
 

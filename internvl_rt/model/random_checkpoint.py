@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, parse_config
+from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.find import read_original
 from internvl_rt.checkpoint.folder import write_tensors
-from internvl_rt.checkpoint.json_section import Section, read_json
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 from internvl_rt.model.weights import DIALECTS, FLOATS, plan_tensors
-
-RANDOM_PREFIX = "random:"  # starts a model's name where the engine is to make the weights itself
 
 _ADDED_FROM = 151643  # the official id of the first added token
 _QWEN_SPECIAL = [
@@ -56,7 +54,7 @@ def write_random_checkpoint(
     model.
     """
     assert dtype in FLOATS, dtype
-    top, config = _read(model)
+    top, config = read_original(model)
     internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
     plan = plan_tensors(config, DIALECTS["internlm2" if internlm2 else "original"])
 
@@ -80,11 +78,6 @@ def write_random_checkpoint(
         unfinished.replace(folder)
 
 
-def random_config(model: str | Path) -> ModelConfig:
-    """Returns the configuration of one of `KNOWN_MODELS`, a config.json or its folder. Raises ConfigError."""
-    return _read(model)[1]
-
-
 def random_weights(
     config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> ModelWeights:
@@ -96,21 +89,6 @@ def random_weights(
     for path, parameter in named_parameters(weights).items():
         _fill(parameter, path, f"{seed} {path}")
     return weights
-
-
-def _read(model: str | Path | Mapping[str, Any]) -> tuple[Section, ModelConfig]:
-    if isinstance(model, Mapping):
-        top = Section(Path("config.json"), "", model)
-    else:
-        path = KNOWN_MODELS.get(str(model), Path(model))
-        if not path.exists():
-            known = ", ".join(KNOWN_MODELS)
-            raise ConfigError(f"{model}: no such file, and none of the known models {known}; give either")
-        top = read_json(path / "config.json" if path.is_dir() else path)
-    config = parse_config(top)
-    if config.format != "original":
-        raise ConfigError(f"{top.file} is of the -hf format, expected the original one; give an original config.json")
-    return top, config
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:

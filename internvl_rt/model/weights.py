@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.checkpoint.find import MERGE_LORA
 from internvl_rt.checkpoint.folder import Checkpoint, write_tensors
-from internvl_rt.errors import CheckpointError
+from internvl_rt.errors import CheckpointError, not_finite
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 
 # Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
@@ -97,6 +98,7 @@ DIALECTS: Mapping[str, Dialect] = {
     ),
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_LORA = re.compile(r"\blora_|\.base_layer\.")  # as PEFT names an adapter's tensors, and what they adapt
 # Buffers that some versions of transformers wrote, and a training-time token that the class declares but does not use.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
 
@@ -179,7 +181,8 @@ def load_weights(
     """Loads the checkpoint's weights in `dtype` on `device`.
 
     Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
-    before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers.
+    before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers; and
+    after all are read, if a number in one is not finite in `dtype`.
     """
     dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
     config = _settle_tying(checkpoint, config, dialect)
@@ -187,10 +190,19 @@ def load_weights(
     _check(checkpoint, config, dialect, plan)
     weights = build_weights(config, dtype=dtype, device=device)
     parameters = named_parameters(weights)
+    extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
     for name in (name for name in checkpoint.entries if name in plan):
         for place in plan[name].placements:
             rows = parameters[place.parameter][place.start : place.stop]
             checkpoint.read_into(name, rows, place.rows, place.columns)
+            extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
+    is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
+    broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
+    if broken:
+        names = _some(list(dict.fromkeys(broken)))
+        raise CheckpointError(
+            f"{checkpoint.folder}: {names}: numbers are {not_finite(dtype, 'download the weights again')}"
+        )
     return weights
 
 
@@ -236,12 +248,13 @@ def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect)
 def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: Mapping[str, PlannedTensor]) -> None:
     entries, head = checkpoint.entries, f"{dialect.lm_head}.weight"
     missing = [name for name in plan if name not in entries]
+    extra = [name for name in entries if name not in plan and not _IGNORED.fullmatch(name)]
+    merge_lora = f"a LoRA adapter is not merged; {MERGE_LORA}" if any(map(_LORA.search, extra)) else ""
     if len(missing) == len(plan):
         raise CheckpointError(
             f"{checkpoint.folder}: none of its {len(entries)} tensors is one of an InternVL model "
-            f"({_some(list(entries))}); give an InternVL checkpoint"
+            f"({_some(list(entries))}); {merge_lora or 'give an InternVL checkpoint'}"
         )
-    extra = [name for name in entries if name not in plan and not _IGNORED.fullmatch(name)]
     if config.decoder.tie_embeddings and head in extra:
         extra.remove(head)
     both = [(name, planned.shape, entries[name]) for name, planned in plan.items() if name in entries]
@@ -259,16 +272,28 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: 
         )
         if found
     ]
+    if not problems:
+        return
+    remedy = merge_lora or "download config.json and the weights of one model"
     if missing == [head]:
-        problems.append(
-            'weights without an lm_head need "tie_word_embeddings": true in the config of the language model'
+        remedy = _remedy_without_head(config, head, dialect.table()["decoder.embedding_VD"])
+    elif dtypes and not (missing or extra or shapes):
+        remedy = "use the checkpoint with unquantised weights"
+    raise CheckpointError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(problems)}; {remedy}")
+
+
+def _remedy_without_head(config: ModelConfig, head: str, embedding: str) -> str:
+    """Says what to do where only the lm_head is missing, which the config does not tie to the embedding."""
+    if config.format == "original" and not config.decoder.qk_norm:  # of its language models, Qwen3 alone may be tied
+        return (
+            f'the official class of this model overrules "tie_word_embeddings": true, so save the model again with '
+            f"{head}, as a copy of {embedding} if they were one in training"
         )
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.folder} does not fit its config.json: {'; '.join(problems)}; download config.json and the "
-            "weights of one model"
-        )
+    section = "llm_config" if config.format == "original" else "text_config"
+    return f'if the lm_head is {embedding}, write "tie_word_embeddings": true into {section} of config.json'
 
 
 def _some(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
+    """Joins the first few of texts, each shortened: a tensor may have a name of any length."""
+    shown = [item if len(item) <= 200 else f"{item[:200]}..." for item in items[:5]]
+    return ", ".join(shown) + (", ..." if len(items) > 5 else "")

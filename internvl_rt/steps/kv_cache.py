@@ -82,9 +82,9 @@ class KVCache:
         return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
 
     def publish(self, final: Items[tuple[Sequence, int]]) -> None:
-        """Lets others reuse the first tokens of sequences, given with their number, when launched steps have ended.
+        """Lets others reuse the first tokens of sequences, given with their number, once their steps have ended.
 
-        The ids must be known, and steps must compute the tokens or have computed them.
+        The ids must be known, and steps that have not failed must compute the tokens or have computed them.
         """
         if not final:
             return
@@ -98,7 +98,11 @@ class KVCache:
         self.blocks.publish(*np.ascontiguousarray(ids_and_counts.T))
 
     def end_step(self, step: int, *, failed: bool = False) -> None:
-        """Records that all steps up to this one have ended; nothing that a failed one wrote will be reused."""
+        """Records that all steps up to this one have ended.
+
+        failed: those not recorded before have failed. Nothing that they wrote will be reused, and nothing that later
+        steps of their sequences compute from it.
+        """
         self.blocks.complete(step, failed=failed)
 
     def end_all_steps(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from internvl_rt.steps.device_stream import to_host
@@ -22,13 +23,17 @@ class Logprobs:
     """Computes log-probabilities of target tokens and of the likeliest tokens, and copies them to the host."""
 
     def __init__(self, logits_RV: Tensor, target_R: Tensor, num_top: int) -> None:
-        """num_top: how many of the likeliest tokens `read` can return for a target, at most."""
+        """num_top: how many of the likeliest tokens `read` can return for a target, at most.
+
+        All log-probabilities of a row that is not finite are NaN. A target may be -1 in such a row.
+        """
         logits_RV = logits_RV.float()
         total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+        total_R1 = total_R1.masked_fill(~total_R1.isfinite(), torch.nan)
         top = logits_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
         self.num_tokens = len(target_R)
         self._target_R = to_host(target_R)
-        self._logprob_R = to_host((logits_RV.gather(1, target_R[:, None]) - total_R1)[:, 0])
+        self._logprob_R = to_host((logits_RV.gather(1, target_R.clamp_min(0)[:, None]) - total_R1)[:, 0])
         self._top_id_RK, self._top_logprob_RK = to_host(top.indices), to_host(top.values - total_R1)
 
     def read(self, num_top_R: list[int]) -> list[TokenLogprob]:

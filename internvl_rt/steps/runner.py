@@ -35,7 +35,7 @@ SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155
 class StepResult:
     """What a step has computed, on the host."""
 
-    token_ids: list[int]  # one for each draw of the step
+    token_ids: list[int]  # one for each draw of the step; -1 where the logits are not finite
     logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
     scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
     vision_s: float
@@ -78,16 +78,24 @@ class Runner:
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.num_encoded_tiles = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the model computes in."""
+        return self._model.dtype
+
     @torch.inference_mode()
     def capture(
         self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
     ) -> None:
-        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on."""
-        model, cache, config = self._model, self._cache, self._model.config
+        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
+
+        What the graphs call refers to the model and the cache, not to this object, which holds the graphs.
+        """
+        model, cache, config, drawn_R = self._model, self._cache, self._model.config, self._drawn_R
 
         def decode(inputs: StepInputs, logits_SV: Tensor, sampling: Sampling) -> Tensor:
             logits_SV = model.logits(model.run_step(inputs, cache.layers), logits_SV)
-            model.ops.sample(logits_SV, sampling, self._drawn_R[: len(logits_SV)])
+            model.ops.sample(logits_SV, sampling, drawn_R[: len(logits_SV)])
             return logits_SV
 
         def prefill(inputs: StepInputs, x_TD: Tensor) -> Tensor:
@@ -98,12 +106,12 @@ class Runner:
             self._tile_graphs = TileGraphs(model.encode_tiles, config.vision.image_size, model.device, capture)
             logits_SV, buckets = model.logits_memory(max_num_seqs), prefill_buckets(config.decoder, max_tokens_per_step)
             self._decode_graphs = DecodeGraphs(
-                decode, cache, self._drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+                decode, cache, drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
             )
             num_tokens, width = max(buckets, default=0), config.decoder.hidden_size
             x_TD = torch.zeros(num_tokens, width, dtype=model.dtype, device=model.device)
             self._prefill_graphs = PrefillGraphs(
-                prefill, cache, self._drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
+                prefill, cache, drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
             )
 
     @torch.inference_mode()
@@ -135,8 +143,12 @@ class Runner:
             )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
-        """Waits for a step to end and returns its results."""
-        launched.done.wait()
+        """Waits for a step to end and returns its results. If the wait fails, nothing that it wrote will be reused."""
+        try:
+            launched.done.wait()
+        except BaseException:
+            self._cache.end_step(launched.number, failed=True)
+            raise
         self._cache.end_step(launched.number)
         config, dtype, step = self._model.config, self._model.dtype, launched.step
         stops = [chunk.stop for chunk in step.chunks]
@@ -236,7 +248,7 @@ class Runner:
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
-            return self._uploads.load(picture).get().to(self._model.device, self._model.dtype)
+            return self._uploads.load(picture).get().to(self._model.device)
         visual_XD = self._visual_cache.get(picture.digest, salt)
         if visual_XD is None:
             visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))

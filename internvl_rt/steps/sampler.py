@@ -121,12 +121,16 @@ def _listed(draw: Draw) -> dict[int, int]:
 
 
 def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:
-    """Sets to -inf, in some rows of logits, every token t whose bit, t % 32 of word t // 32, is not set."""
+    """Sets to -inf, in some rows of logits, every token t whose bit, t % 32 of word t // 32, is not set.
+
+    NaN and +inf stay, so that the draw notices them.
+    """
     mask = to_device(torch.from_numpy(mask_RW), logits_RV.device)
     bits = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
     allowed = (mask[:, :, None] >> bits & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
     index = to_device(torch.tensor(rows), logits_RV.device)
-    logits_RV[index] = logits_RV[index].masked_fill(~allowed, -torch.inf)
+    raw_RV = logits_RV[index]
+    logits_RV[index] = raw_RV.masked_fill(~allowed & (raw_RV < torch.inf), -torch.inf)
 
 
 def derive_seed(seed: int, number: int) -> int:

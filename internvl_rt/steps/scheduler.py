@@ -3,6 +3,9 @@
 Cached tokens of a prompt are not computed again. A sequence is admitted when the cache has room for all its tokens.
 Running sequences grow block by block; when no block is left, the one that was admitted last is preempted: it returns
 its blocks and starts again later. Admission is first come, first served, but a sequence that does not fit is overtaken.
+
+The answers to one prompt fork off when it is computed. Those that find no place then begin later, like sequences of
+their own; the prefix cache gives them the prompt.
 """
 
 from collections import deque
@@ -28,11 +31,17 @@ class Scheduler:
         self._max_tiles_per_step = max_tiles_per_step
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order of admission
+        # Of a request with several answers, the first that has not ended is like any other sequence. The further ones,
+        # of all requests together, leave a quarter of the places to others, whatever a single request asks for.
+        self._further: set[Sequence] = set()  # further answers that run, or wait with a right to a place
+        self._max_further = max(0, max_num_seqs - 1 - max(1, max_num_seqs // 4))
+        self._leaders: deque[Sequence] = deque()  # first answers with others that wait behind them
+        self._num_later = 0  # how many wait behind them
         self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._num_later
 
     @property
     def num_running(self) -> int:
@@ -49,7 +58,36 @@ class Scheduler:
             self._cache.blocks.release(sequence.seq_id)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+        elif leader := next((leader for leader in self._leaders if sequence in leader.later), None):
+            self._leaders.remove(leader)
+            self._stand_behind(leader, [each for each in leader.later if each is not sequence])
         sequence.visual.clear()
+        sequence.siblings.clear()
+        self._pass_place_on(sequence)
+
+    def _pass_place_on(self, sequence: Sequence) -> None:
+        """Lets an answer that waits behind others begin, now that a sequence has left."""
+        if sequence.later:
+            self._leaders.remove(sequence)
+            heir, *later = sequence.later
+            self._stand_behind(sequence, [])
+            self._stand_behind(heir, later)
+            self._waiting.append(heir)
+        if sequence in self._further:
+            self._further.remove(sequence)
+            if self._leaders:
+                leader = self._leaders.popleft()
+                further, *later = leader.later
+                self._stand_behind(leader, later)
+                self._further.add(further)
+                self._waiting.append(further)
+
+    def _stand_behind(self, leader: Sequence, later: list[Sequence]) -> None:
+        """Makes answers wait behind a leader, which is not in the queue of leaders, instead of those before."""
+        self._num_later += len(later) - len(leader.later)
+        leader.later = later
+        if later:
+            self._leaders.append(leader)
 
     def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
         """Takes slots for the next step's chunks and returns them; none if nothing can run before tokens are read.
@@ -73,6 +111,7 @@ class Scheduler:
             return decodes
         prefills = self._prefills(budget, prefilling)
         assert self._append(prefills), "admission took room for all tokens that a sequence has"
+        self._place_siblings(prefills)
         return sorted([*decodes, *prefills], key=lambda chunk: chunk.stop - chunk.start > 1)  # those of one token first
 
     def launched(self, chunks: Items[Chunk]) -> None:
@@ -84,6 +123,17 @@ class Scheduler:
                 for sibling in sequence.siblings:
                     self._fork(sequence, sibling)
                 sequence.siblings.clear()
+
+    def _place_siblings(self, chunks: Items[Chunk]) -> None:
+        """Lets siblings whose prompt is now computed fork off as far as there are places; the others begin later."""
+        free = self._max_num_seqs - len(self._running)
+        for sequence, _, stop, _ in chunks:
+            if sequence.siblings and stop >= sequence.num_prompt:
+                most = max(0, min(free, self._max_further - len(self._further)))
+                self._stand_behind(sequence, sequence.siblings[most:])
+                del sequence.siblings[most:]
+                self._further.update(sequence.siblings)
+                free -= len(sequence.siblings)
 
     def _fork(self, sequence: Sequence, sibling: Sequence) -> None:
         self._cache.blocks.fork(sequence.seq_id, sibling.seq_id)
@@ -193,7 +243,7 @@ class Scheduler:
             if sum(remaining[1:]) >= max(budget - sum(remaining[:1]), budget // 2):
                 break
             sequence = self._waiting[len(passed)]
-            if sum(1 + len(each.siblings) for each in (*self._running, sequence)) > self._max_num_seqs:
+            if len(self._running) >= self._max_num_seqs:
                 break
             if not self._admit(sequence):
                 if sequence.num_overtaken >= MAX_OVERTAKEN:

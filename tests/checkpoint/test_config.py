@@ -247,3 +247,56 @@ def test_tile_limits_of_an_hf_folder_come_from_its_image_processor(tmp_path, fil
         (tmp_path / file).write_text(json.dumps(values))
     config = load_config(tmp_path)
     assert (config.min_tiles, config.max_tiles) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "changes", "expected"),
+    [
+        ({"eos_token_id": [151645, 151643]}, {}, (151645, 151643)),
+        ({"eos_token_id": 7}, {"eos_token_id": 8}, (7,)),
+        ({"eos_token_id": 0}, {}, (0,)),
+        ({}, {"eos_token_id": 8}, ()),
+        (None, {}, ()),
+        (None, {"eos_token_id": 8, "text_config.eos_token_id": 9}, (8,)),
+        (None, {"text_config.eos_token_id": [9, 8]}, (9, 8)),
+    ],
+)
+def test_end_tokens_of_an_hf_folder_come_from_the_file_that_transformers_reads(tmp_path, generation, changes, expected):
+    (tmp_path / "config.json").write_text(json.dumps(changed(HF, changes)))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert load_config(tmp_path).end_token_ids == expected
+
+
+def test_a_folder_of_the_original_format_ends_answers_by_its_template_as_the_official_chat_does(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (tmp_path / "chat_template.jinja").write_text("{{ 'something else' }}")
+    assert load_config(tmp_path) == parse(ORIGINAL)
+
+
+def test_an_hf_folder_without_an_end_token_says_how_answers_end(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    load_config(tmp_path)
+    assert "names no eos_token_id" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"do_sample": True}, True), ({"repetition_penalty": 1.05}, True), ({"do_sample": False, "top_p": 0.8}, False)],
+)
+def test_draws_that_transformers_would_make_by_the_folder_are_said(tmp_path, caplog, values, said):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, **values}))
+    load_config(tmp_path)
+    assert ("greedy unless SamplingParams ask for it" in caplog.text) == said
+
+
+def test_the_system_message_of_an_hf_folder_is_that_of_its_chat_template(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    template = (
+        "<|im_start|>system\nYou are Ada.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role ~ '\n' ~ m.content }}"
+        "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template + "{{ '' }}")
+    assert load_config(tmp_path).system_message == "You are Ada."

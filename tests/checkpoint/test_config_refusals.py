@@ -1,5 +1,6 @@
 """Bad configurations are refused in one line, with file, key, value, what was expected and what to do."""
 
+import copy
 import json
 import math
 from contextlib import suppress
@@ -39,6 +40,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("max_dynamic_patch", 10**9),
     ("system_message", 5),
     ("torch_dtype", "float64"),
+    ("torch_dtype", "auto"),
     ("quantization_config", {"quant_method": "awq"}),
     ("llm_config", None),
     ("llm_config.quantization_config", {"quant_method": "awq"}),
@@ -162,8 +164,11 @@ def test_a_missing_key_without_a_meaning_is_named(key):
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "expected a JSON object, got list"),
         (b'{"llm_config": {"a": 1, "a": 1}}', "is not JSON: 'a' is there twice"),
+        (b'{"a": %s}' % (b"9" * 5000), r"is not JSON: .*\(4300 digits\)[^;]*; download the file again$"),
+        (b'{"%s": 1, "%s": 1}' % (2 * (b"\\n" * 1_000_000,)), r"is not JSON: '\\n\\n.*\.\.\.' is there twice"),
         (None, "no such file"),
     ],
+    ids=["brace", "encoding", "depth", "list", "twice", "digits", "long key", "missing"],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, problem):
     if content is not None:
@@ -171,6 +176,39 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, problem):
     with pytest.raises(ConfigError, match=problem) as caught:
         load_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_dtype_that_is_none_says_what_to_write():
+    with pytest.raises(
+        ConfigError, match=r"torch_dtype is 'auto', expected 'bfloat16' or .*; write the dtype of the we"
+    ):
+        parse(changed(ORIGINAL, {"torch_dtype": "auto"}))
+
+
+def test_two_deep_values_are_not_compared():
+    deep = json.loads("[" * 900 + "]" * 900)
+    with pytest.raises(ConfigError, match="image_size"):
+        parse(changed(HF, {"vision_config.image_size": [deep, copy.copy(deep)]}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llm_config.num_attention_heads": 1 << 23, "llm_config.head_dim": 1 << 23, "llm_config.hidden_size": 1 << 23},
+        {"vision_config.image_size": 1 << 23, "vision_config.patch_size": 1, "force_image_size": 1 << 23},
+        {"vision_config.hidden_size": 1 << 24, "vision_config.num_attention_heads": 1, "downsample_ratio": 0.03125},
+        {
+            "vision_config.intermediate_size": 1 << 24,
+            "vision_config.hidden_size": 1 << 20,
+            "llm_config.vocab_size": 1 << 24,
+        },
+    ],
+    ids=["heads", "patches", "visual tokens", "wide but possible"],
+)
+def test_sizes_whose_products_overflow_are_refused_before_memory_is_counted(changes):
+    with suppress(ConfigError):
+        build_weights(parse(changed(ORIGINAL, changes)), dtype=torch.float32, device="meta")
 
 
 LEAVES = [
@@ -195,8 +233,31 @@ def test_any_value_is_either_read_or_refused_with_a_config_error(leaf, value):
         build_weights(parse(changed(base, {key: value})), dtype=torch.bfloat16, device="meta")
 
 
-def test_another_normalisation_of_pixels_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0.5]),
+        ("rescale_factor", 1 / 127.5),
+        ("resample", 2),
+        ("size", {"height": 384, "width": 384}),
+        ("do_normalize", False),
+        ("do_resize", False),
+    ],
+)
+def test_another_way_to_make_pixels_is_refused(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps(HF))
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: image_mean is \[0\.5, 0\.5, 0\.5\]"):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {key} is "):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], -1, 151674, True, "2", 2.0, [1, None], [[1]], {"a": 1}, [1] * 2000])
+def test_an_end_token_that_is_none_is_refused(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: eos_token_id is .*expected a token id below"
+    ) as error:
+        load_config(tmp_path)
+    assert len(str(error.value)) < 500

@@ -94,7 +94,7 @@ def test_a_file_with_bytes_after_its_tensors_is_refused(tmp_path):
     assert "file not fully covered" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 200_000_001])
+@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 200_000_001, (1 << 24) + 1])
 def test_a_header_length_beyond_the_file_or_the_limit_is_refused_before_memory_is_taken(tmp_path, length):
     file = tmp_path / "model.safetensors"
     write_raw(file, b"{}", length=length)
@@ -150,6 +150,8 @@ TWICE = b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "\\u007
         ({"x": entry(8, 16)}, "is damaged: .*invalid offset for tensor `x`"),
         ({"x": entry(0, 8), "y": entry(8, 16), "z": entry(16, 24)}, "is damaged: .*file not fully covered"),
         ({"x": entry(0, 8)}, "is damaged: .*file not fully covered"),
+        ({"\x1b[2J" * 300_000: entry(0, 16, shape=(4,))}, r"'\\x1b\[2J.* is described by .* a printable name"),
+        (b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, %s]}}' % (b"9" * 5000), "is damaged"),
     ],
 )
 def test_a_malformed_header_is_refused(tmp_path, header, problem):

@@ -1,6 +1,7 @@
 """The memory plan counts what it should, and a pass really stays within its workspace."""
 
 import gc
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from internvl_rt.engine.memory import (
     graphs_bytes,
     plan_memory,
     step_workspace_bytes,
+    torch_attention_bytes,
     vision_workspace_bytes,
 )
+from internvl_rt.kernels._paged_attention import paged_attention_reference
 
 GIB = 1 << 30
 
@@ -52,6 +55,30 @@ def test_step_workspace_grows_with_tokens_and_with_draws():
     one = step_workspace_bytes(decoder, torch.bfloat16, 1, 1)
     assert step_workspace_bytes(decoder, torch.bfloat16, 8192, 1) > 8000 * (one - decoder.vocab_size * 14)
     assert step_workspace_bytes(decoder, torch.bfloat16, 1, 64) > 60 * one - 1e7
+
+
+@pytest.mark.parametrize("num_tokens", [512, 2048])
+def test_what_attention_in_torch_takes_is_counted(num_tokens):
+    config = load_config(KNOWN_MODELS["InternVL3-1B"]).decoder
+    heads, kv_heads, width, seq_len = config.num_heads, config.num_kv_heads, config.head_dim, 4096
+    cache = torch.zeros(seq_len // 64, kv_heads, 64, width)
+    table = torch.arange(len(cache), dtype=torch.int32)[None]
+    sizes = torch.tensor([0, num_tokens], dtype=torch.int32), torch.tensor([seq_len], dtype=torch.int32)
+    q_THC = torch.randn(num_tokens, heads, width)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        paged_attention_reference(q_THC, cache, cache, table, *sizes)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    planned = torch_attention_bytes(config, torch.float32, torch.device("cpu"), num_tokens, seq_len)
+    assert 0.4 * taken < planned < 1.2 * taken  # not all that is taken is held at the same time
+
+
+def test_the_plan_counts_attention_where_torch_computes_it():
+    kernels = plan(backend="triton", max_tokens_per_step=512).step_bytes
+    attention = plan(backend="torch", max_tokens_per_step=512).step_bytes - kernels
+    assert attention == plan(max_tokens_per_step=512).step_bytes - kernels
+    assert attention > 512 * 32768 * 3
+    assert plan(backend="torch").step_bytes == kernels + attention
 
 
 def test_the_card_names_every_part():
@@ -98,6 +125,79 @@ def test_graphs_keep_the_results_of_every_number_of_tiles():
     inputs = 16 * 3 * 448**2 + 2 * 448 * 5120
     assert graphs_bytes(config, torch.bfloat16, **sizes) == workspace + results + inputs
     assert 280e6 < results < 310e6
+
+
+@pytest.fixture
+def free_gib(monkeypatch):
+    """A function that sets what the host has free, as the engine sees it."""
+    return lambda gib: monkeypatch.setattr(memory_module, "free_host_bytes", lambda: int(gib * GIB))
+
+
+def nothing_is_taken(*_args, **_kwargs):
+    raise AssertionError("memory was taken")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "gib", "message"),
+    [
+        ("38B", {}, 100, r"14\d\.\d+ GiB for its weights in float32 and \d\.\d+ GiB of workspace, but cpu has 95\.00"),
+        ("8B", {}, 22, r"29\.\d+ GiB for its weights in float32 .* choose dtype bfloat16 \(14\.80 GiB\), a smaller m"),
+        ("8B", {"dtype": "bfloat16"}, 10, r"14\.\d+ GiB for its weights in bfloat16 .* choose a smaller model or ano"),
+        ("8B", {"dtype": "bfloat16", "kv_cache_bytes": 1 << 40, "max_num_seqs": 4096}, 40,
+         r"a KV cache of 1,024\.00 GiB was asked for, but beside the model cpu has \d+\.\d+ GiB free; lower kv_cache"),
+    ],
+)  # fmt: skip
+def test_a_model_or_cache_larger_than_memory_is_refused_before_any_is_taken(
+    monkeypatch, free_gib, model, options, gib, message
+):
+    free_gib(gib)
+    monkeypatch.setattr("internvl_rt.engine.loading.random_weights", nothing_is_taken)
+    with pytest.raises(RequestError, match=message):
+        Engine.from_pretrained(f"random:InternVL3-{model}", device="cpu", **options)
+
+
+def test_on_a_gpu_too_large_a_model_is_refused_before_any_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 24 * GIB))
+    config, options = load_config(KNOWN_MODELS["InternVL3-14B"]), EngineOptions()
+    for loaded in (False, True):
+        with suppress(RequestError) if loaded else pytest.raises(RequestError, match=r"but cuda has 19\.00 GiB free"):
+            plan_memory(
+                config, torch.bfloat16, torch.device("cuda"), options,
+                weight_bytes=28 * GIB, graphs=False, weights_are_loaded=loaded,
+            )  # fmt: skip
+
+
+def test_on_the_cpu_the_cache_takes_what_is_left_and_at_most_4_gib(free_gib):
+    config, options = load_config(KNOWN_MODELS["InternVL3-1B"]), EngineOptions(max_num_seqs=16)
+    caches = []
+    for gib in (64, 4):
+        free_gib(gib)
+        memory = plan_memory(config, torch.bfloat16, torch.device("cpu"), options, weight_bytes=2 * GIB, graphs=False)
+        caches.append(memory.cache_bytes)
+    assert caches[0] == pytest.approx(4 * GIB, rel=0.01)
+    assert caches[1] == pytest.approx(3.8 * GIB - memory.vision_bytes - memory.step_bytes, rel=0.01)
+
+
+def test_what_the_system_does_not_tell_is_not_guessed(monkeypatch):
+    monkeypatch.setattr(memory_module, "free_host_bytes", lambda: None)
+    assert plan("InternVL3-78B").num_blocks > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_runs_out_while_a_model_is_loaded_is_one_line(monkeypatch, error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("internvl_rt.engine.loading.load_weights", fail)
+    with pytest.raises(RequestError, match="the memory of cpu ran out while the model was loaded; choose"):
+        Engine.from_pretrained("tiny", device="cpu")
 
 
 @pytest.mark.gpu

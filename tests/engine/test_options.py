@@ -1,15 +1,19 @@
 """One dataclass is the signature of both `from_pretrained` methods, and its docstring lists the options."""
 
+import asyncio
 import inspect
 import io
+import math
 import re
 from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from internvl_rt import AsyncEngine, Engine, EngineOptions, RequestError
+from internvl_rt import AsyncEngine, Engine, EngineOptions, RequestError, SamplingParams
+from support.configs import HF, ORIGINAL, parse
 
 
 @pytest.mark.parametrize("engine_class", [Engine, AsyncEngine])
@@ -37,10 +41,60 @@ def test_an_unknown_argument_is_named():
         Engine.from_pretrained("tiny", max_seqs=3)
 
 
-@pytest.mark.parametrize("wrong", [{"exif": "turn"}, {"alpha": "black"}, {"max_pixels": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"exif": "turn"}, {"exif": None}, {"number_images": "no"}, {"alpha": "black"}, {"max_pixels": 0}]
+)
 def test_a_wrong_option_of_pictures_is_refused_by_name(wrong):
     with pytest.raises(RequestError, match=f"^{next(iter(wrong))} must be"):
         EngineOptions(**wrong)
+
+
+WRONG = {
+    "device": [3, None, "gpu", "cuda:-1", "cuda:x", "cpu\n", b"cpu", True],
+    "dtype": [5, None, "int8", torch.int8, "FLOAT32", float],
+    "revision": [7, "", "x" * 1000, b"main"],
+    "max_model_len": [0, -1, 1.5, "4096", True, 1 << 40, math.nan],
+    "kv_cache_bytes": [-1, 0, "4GB", 1e9, True, 1 << 80],
+    "block_size": [True, 48, 64.0, "64", None, [64]],
+    "max_num_seqs": [0, 1e9, 2.5, True, None, "8", 10**9],
+    "max_tokens_per_step": [0, 2.5, True, "512", 10**9],
+    "max_waiting": [None, -1, 1.0, True, 1 << 40],
+    "prefix_cache": ["no", 0, 1, None],
+    "visual_cache_bytes": [-1, None, 1e6, "1MB", True],
+    "num_draft_tokens": [True, -1, 16, 1.0, None],
+    "v2pe_delta": ["x", 0.3, True, math.nan, math.inf, 10**400, None, [1]],
+    "number_images": [1, "no"],
+    "exif": ["turn", None, True, ["apply"]],
+    "max_tiles": [0, 1000, 1.0, True, "12"],
+    "alpha": ["black", None, True, ["drop"]],
+    **{
+        f"max_{name}": [0, -1, 1.5, True, None, "9", 1 << 60]
+        for name in "pixels side image_bytes decode_bytes video_bytes video_frames frame_pixels video_pixels".split()
+    },
+    "max_decode_s": [0, -1, math.nan, math.inf, True, None, "9"],
+    "seed": [-1, "x", 1.0, True, 1 << 64],
+    "backend": ["cuda", None, 1, True],
+    "cuda_graphs": [1, 0, None, "yes"],
+    "programmatic_launch": [1, 0, None, "yes"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_option_is_refused_by_name_before_anything_is_loaded(name, value):
+    with pytest.raises(RequestError, match=f"^{name} must be .*, got "):
+        Engine.from_pretrained("no such model", **{name: value})
+
+
+def test_every_option_is_checked():
+    assert {field.name for field in fields(EngineOptions)} == WRONG.keys()
+
+
+def test_options_of_numpy_and_torch_are_taken_as_plain_values():
+    options = EngineOptions(
+        device=torch.device("cpu"), max_num_seqs=np.int64(3), block_size=np.int32(64), v2pe_delta=np.float32(0.25)
+    )
+    assert options == EngineOptions(device="cpu", max_num_seqs=3, block_size=64, v2pe_delta=0.25)
+    assert (type(options.device), type(options.block_size), type(options.v2pe_delta)) == (str, int, float)
 
 
 def test_pictures_are_read_as_the_options_say():
@@ -48,6 +102,17 @@ def test_pictures_are_read_as_the_options_say():
     options = EngineOptions(exif="apply", alpha="white", max_pixels=200, max_tiles=3).images(config)
     assert (options.exif, options.alpha, options.max_pixels, options.max_tiles) == ("apply", "white", 200, 3)
     assert options.image_size == config.vision.image_size
+
+
+@pytest.mark.parametrize(("values", "exif", "numbered"), [(ORIGINAL, "ignore", True), (HF, "apply", False)])
+def test_pictures_are_by_default_read_as_by_the_code_that_the_format_is_made_for(values, exif, numbered):
+    config = parse(values)
+    assert EngineOptions().images(config).exif == exif
+    assert EngineOptions().numbers_images(config) == numbered
+    for given in ("apply", "ignore"):
+        assert EngineOptions(exif=given).images(config).exif == given
+    for given in (True, False):
+        assert EngineOptions(number_images=given).numbers_images(config) == given
 
 
 def test_a_turned_picture_reaches_the_prompt_turned():
@@ -63,3 +128,76 @@ def test_a_turned_picture_reaches_the_prompt_turned():
     columns, rows = picture.image.grid
     assert columns > rows
     assert np.array_equal(picture.image.pixels(), upright)
+
+
+WRONG_IN_A_CALL = {
+    "params": [{"max_tokens": 5}, "short", 7, SamplingParams],
+    "timeout_s": [0, -1, "5", math.nan, math.inf, True, [1]],
+    "v2pe_delta": ["x", 0.3, True, math.nan, [1]],
+    "cache_salt": [5, b"a", "x" * 100_000],
+    "progress": [1, "no", None],
+    "include_end": [1, "no", None],
+}
+CALLS = {
+    "chat": ("params", "timeout_s", "v2pe_delta", "cache_salt"),
+    "stream": ("params", "timeout_s", "v2pe_delta", "cache_salt"),
+    "generate": ("params", "timeout_s", "v2pe_delta", "cache_salt", "progress"),
+    "score": ("v2pe_delta", "cache_salt", "include_end"),
+    "encode_images": ("cache_salt",),
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=2, kv_cache_bytes=1 << 24) as engine:
+        yield engine
+
+
+class Untouched:
+    """A picture that must not be looked at."""
+
+    def __getattribute__(self, name):
+        pytest.fail(f"{name} was read before the arguments were checked")
+
+
+def positional(method):
+    messages = [{"role": "user", "content": [{"type": "image", "image": Untouched()}]}]
+    return {"generate": ([messages],), "score": (messages, ["x"]), "encode_images": ([Untouched()],)}.get(
+        method, (messages,)
+    )
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_a_wrong_argument_of_a_call_is_refused_before_its_media_are_read(engine, method):
+    for name in CALLS[method]:
+        for value in WRONG_IN_A_CALL[name]:
+            with pytest.raises(RequestError, match=f"{name} must be .*, got "):
+                getattr(engine, method)(*positional(method), **{name: value})
+
+
+@pytest.mark.parametrize("method", [name for name in CALLS if name != "generate"])
+def test_asyncio_calls_refuse_the_same(method):
+    async def call(engine, **wrong):
+        result = getattr(engine, method)(*positional(method), **wrong)
+        return await (anext(result) if method == "stream" else result)
+
+    async def main():
+        async with AsyncEngine.from_pretrained("tiny", device="cpu", kv_cache_bytes=1 << 24) as engine:
+            for name in CALLS[method]:
+                for value in WRONG_IN_A_CALL[name]:
+                    with pytest.raises(RequestError, match=f"{name} must be .*, got "):
+                        await call(engine, **{name: value})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("params", [SamplingParams(n=3), SamplingParams(stop_token_ids=1 << 20)])
+def test_what_this_engine_cannot_serve_is_refused_before_media_are_read(engine, params):
+    with pytest.raises(RequestError, match=r"max_num_seqs|not in the vocabulary"):
+        engine.chat(*positional("chat"), params)
+
+
+def test_the_path_of_a_trace_is_checked(engine):
+    for path in (3, None, b"run.json"):
+        with pytest.raises(RequestError, match="path must be a string or a Path"), engine.trace(path):
+            pytest.fail("the block must not begin")

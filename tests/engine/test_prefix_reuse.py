@@ -108,7 +108,7 @@ def test_only_requests_of_equal_salt_share_prefixes(engine):
     for salt in (None, "a", "b", ""):
         assert engine.chat(ask("Read the digits.", png(16)), PARAMS, cache_salt=salt).usage.cached_tokens == 0
         assert engine.chat(ask("Read the digits.", png(16)), PARAMS, cache_salt=salt).usage.cached_tokens > 0
-    with pytest.raises(RequestError, match="cache_salt must be a string or None, got 7"):
+    with pytest.raises(RequestError, match="cache_salt must be a string of 0 to 4,096 characters, or None, got 7"):
         engine.chat(ask("Hello"), PARAMS, cache_salt=7)
 
 
@@ -163,6 +163,29 @@ def test_the_failed_step_leaves_no_prefix_behind(engine, monkeypatch):
         engine.chat(ask("Read the digits.", png(14)), PARAMS)
     monkeypatch.undo()
     assert engine.chat(ask("Read the digits.", png(14)), PARAMS).usage.cached_tokens == 0
+
+
+def test_a_step_that_does_not_end_leaves_no_prefix_behind_though_the_one_after_it_ends(monkeypatch):
+    text = "Which digits do you see? " * 8
+    with open_engine(max_tokens_per_step=2 * BLOCK) as engine:
+        monkeypatch.setattr(engine.loop, "run_ahead", True)
+        original = engine.runner.launch
+
+        def fail():
+            raise RuntimeError("device fault")
+
+        def launch(step):
+            launched = original(step)
+            if launched.number == 2:
+                monkeypatch.setattr(launched.done, "wait", fail)
+            return launched
+
+        monkeypatch.setattr(engine.runner, "launch", launch)
+        with pytest.raises(RuntimeError, match="device fault"):
+            engine.chat(ask(text), PARAMS)
+        assert engine.cache.blocks.num_steps > 3, "another step was under way"
+        assert engine.chat(ask(text), PARAMS).usage.cached_tokens == 2 * BLOCK, "the first step's tokens, and no others"
+        engine.cache.blocks.check_invariants()
 
 
 def test_a_broken_picture_fails_before_anything_runs(engine):

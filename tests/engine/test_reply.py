@@ -21,8 +21,8 @@ class Pieces:
         return ""
 
 
-def visible_pieces(pieces, **params):
-    answer = AnswerText(Pieces(pieces), SamplingParams(**params))
+def visible_pieces(pieces, *, begun=False, **params):
+    answer = AnswerText(Pieces(pieces), SamplingParams(**params), begun=begun)
     out = []
     for token_id in range(len(pieces)):
         out.append(answer.push(token_id))
@@ -41,6 +41,20 @@ def test_surrounding_whitespace_never_becomes_visible():
     out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"])
     assert answer.text == "a \n b"
     assert out == ["", "a", "", " \n b", "", ""]
+
+
+def test_the_whitespace_with_which_a_begun_answer_goes_on_is_kept():
+    out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], begun=True)
+    assert answer.text == " \n a \n b"
+    assert out == ["", " \n a", "", " \n b", "", ""]
+
+
+@pytest.mark.parametrize("grammar", [{"regex": "(?s).*"}, {"json_schema": True}])
+def test_an_answer_with_a_grammar_keeps_all_its_text(grammar):
+    out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], **grammar)
+    assert answer.text == " \n a \n b \n"
+    assert out == [" ", "\n a", " \n", " b ", "\n", ""]
+    assert visible_pieces([" a", " E", "ND"], stop="END", **grammar)[1].text == " a "
 
 
 def test_stop_string_across_pieces_ends_the_answer_before_it():
@@ -78,5 +92,7 @@ def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
 def test_useless_stop_strings_are_refused(stop):
-    with pytest.raises(ValueError, match="stop must be at most 64 strings of 1 to 1024 characters"):
+    with pytest.raises(
+        ValueError, match="stop must be a string of 1 to 1,024 characters, or a list of at most 64 such"
+    ):
         SamplingParams(stop=stop)

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import resource
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +186,60 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(engine, tmp_path, pla
     with pytest.raises(RequestError, match=message), engine.trace(tmp_path / place):
         pytest.fail("the block must not begin")
     assert os.listdir(tmp_path) == []
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+MAKERS = {
+    "a named pipe": os.mkfifo,
+    "a socket": make_socket,
+    "a symbolic link": lambda path: path.symlink_to(path.with_name("target")),
+    "a folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_only_a_regular_file_is_replaced(engine, tmp_path, kind):
+    path = tmp_path / "run.json"
+    (tmp_path / "target").write_text("untouched")
+    MAKERS[kind](path)
+    before = path.lstat()
+    with pytest.raises(RequestError, match=f"replaces a regular one, but this is {kind}"), engine.trace(path):
+        pytest.fail("the block must not begin")
+    assert path.lstat() == before
+    assert (tmp_path / "target").read_text() == "untouched"
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "target"]
+
+
+def test_a_device_is_not_replaced(engine):
+    before = os.stat(os.devnull)
+    with pytest.raises(RequestError, match="but this is a device"), engine.trace(os.devnull):
+        pytest.fail("the block must not begin")
+    assert os.stat(os.devnull).st_ino == before.st_ino
+
+
+def test_what_becomes_a_link_during_the_trace_is_not_replaced(engine, tmp_path):
+    path = tmp_path / "run.json"
+
+    def run():
+        engine.chat(ask("Hello"), PARAMS)
+        path.symlink_to("target")
+
+    with pytest.raises(RequestError, match="but this is a symbolic link"), engine.trace(path):
+        run()
+    assert path.is_symlink()
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(engine, tmp_path, name):
+    with pytest.raises(RequestError) as caught, engine.trace(tmp_path / name):
+        pytest.fail("the block must not begin")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
 
 
 def test_a_disk_that_fills_up_disturbs_no_request_and_keeps_the_file_of_before(engine, tmp_path):

@@ -73,7 +73,7 @@ def test_pictures_of_8_bits_are_converted_as_pillow_does(mode: str, kind: str) -
 
 
 def test_transparency_is_dropped_or_laid_on_white() -> None:
-    color, alpha = noise(8, 8), noise(8, 8, seed=1)[..., :1]
+    color, alpha = noise(600, 8), noise(600, 8, seed=1)[..., :1]
     data = encode(Image.fromarray(np.dstack([color, alpha])), "PNG")
     assert np.array_equal(pixels(data), color)
     opacity = alpha / 255
@@ -218,13 +218,16 @@ def test_arrays_and_tensors_must_be_uint8_height_width_3() -> None:
         assert want in message(torch.from_numpy(array))
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 def test_size_is_checked_before_pixels_are_decoded() -> None:
     # These files end after their header, so decoding them would fail with another message.
-    assert "8000x8000 pixels" in message(png_of_size(8000, 8000))
-    assert "32769x1 pixels" in message(png_of_size(32769, 1))
-    assert "more pixels than Pillow accepts" in message(png_of_size(60000, 60000))
-    assert "is broken or truncated" in message(png_of_size(7000, 7000))
+    assert "9460x9459 pixels; at most 89478485 pixels" in message(png_of_size(9460, 9459))
+    assert "65536x1 pixels; at most 65535 a side" in message(png_of_size(65536, 1))
+    assert "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS" in message(png_of_size(60000, 60000))
+    assert "is broken or truncated" in message(png_of_size(9459, 9459))
     assert "5x4 pixels; at most 19 pixels" in message(noise(4, 5), ImageOptions(max_pixels=19))
+    assert "make it smaller, or raise max_pixels of the engine" in message(noise(4, 5), ImageOptions(max_pixels=19))
+    assert "make it smaller, or raise max_side of the engine" in message(noise(4, 5), ImageOptions(max_side=4))
     assert pixels(noise(4, 5), ImageOptions(max_pixels=20)).shape == (4, 5, 3)
 
 
@@ -232,7 +235,9 @@ def test_size_is_checked_before_arrays_and_lazy_images_take_memory() -> None:
     huge = np.broadcast_to(np.zeros(3, np.uint8), (1 << 20, 1 << 20, 3))  # 3 TiB, but all pixels share 3 bytes
     assert "1048576x1048576 pixels" in message(huge)
     assert "1048576x1048576 pixels" in message(torch.zeros(3, dtype=torch.uint8).expand(1 << 20, 1 << 20, 3))
-    assert "8000x8000 pixels" in message(Image.open(io.BytesIO(png_of_size(8000, 8000))))
+    assert "8000x8000 pixels" in message(
+        Image.open(io.BytesIO(png_of_size(8000, 8000))), ImageOptions(max_pixels=1 << 25)
+    )
 
 
 def test_a_warning_of_pillow_that_the_program_made_an_error_is_a_media_error() -> None:
@@ -260,6 +265,12 @@ def test_settings_of_pillow_are_left_alone() -> None:
         {"min_tiles": 0},
         {"min_tiles": 7, "max_tiles": 6},
         {"max_pixels": 0},
+        {"max_side": 1 << 21},
+        {"max_image_bytes": 0},
+        {"max_decode_bytes": 1.5},
+        {"max_decode_s": 0},
+        {"max_decode_s": float("nan")},
+        {"max_decode_s": "5"},
         {"exif": "maybe"},
         {"alpha": "black"},
     ],

@@ -1,3 +1,4 @@
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,12 @@ OFFICIAL = ImageOptions()
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pattern(height: int, width: int) -> Pixels:
+    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
+    planes = (x * x * 3 + y * 5 + (x * y) // 7, x * 11 + y * y, (x ^ y) * 13)
+    return np.stack([plane % 256 for plane in planes], axis=-1).astype(np.uint8)
 
 
 # Grid
@@ -128,10 +135,7 @@ def test_tiles_equal_integer_bicubic_bit_for_bit(height: int, width: int, thumbn
 
 @pytest.mark.parametrize(("width", "height"), [(56, 31), (34, 60), (44, 94)])
 def test_the_horizontal_pass_comes_first_where_the_order_matters(width: int, height: int) -> None:
-    x, y = np.arange(width)[None, :], np.arange(height)[:, None]
-    planes = (x * x * 3 + y * 5 + (x * y) // 7, x * 11 + y * y, (x ^ y) * 13)
-    array = np.stack([plane % 256 for plane in planes], axis=-1).astype(np.uint8)
-    options = ImageOptions(image_size=28)
+    array, options = pattern(height, width), ImageOptions(image_size=28)
 
     def vertical_first(array: Pixels, width: int, height: int) -> Pixels:
         return reference_resize(array, width, height, vertical_first=True)
@@ -139,6 +143,26 @@ def test_the_horizontal_pass_comes_first_where_the_order_matters(width: int, hei
     tiles = open_image(array, options).tiles()
     assert np.array_equal(tiles, reference_tiles(array, options))
     assert not np.array_equal(tiles, reference_tiles(array, options, vertical_first))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "digest"),  # SHA-256 of the tiles that the official code cuts with Pillow 12.3.0
+    [
+        (1, 100, 28, "9d67eb78e37b25fb"),
+        (1, 101, 28, "2d30a713c44d2ea9"),  # the vertical pass comes first for the thumbnail
+        (2, 201, 28, "2b1825bcbc0f555e"),
+        (3, 336, 28, "79440d073ea3d6d6"),  # as high as the grid
+        (3, 337, 28, "07f4f89205216d3a"),  # the vertical pass comes first for the grid too
+        (1, 29, 28, "c8d9f9e24779a930"),  # not 100 times taller than wide
+        (4, 449, 448, "d53e8745102615c3"),
+        (13, 1345, 448, "77efc6121ae267d4"),
+    ],
+)
+def test_pictures_over_100_times_taller_than_wide_are_cut_as_by_pillow_12(
+    width: int, height: int, size: int, digest: str
+) -> None:
+    tiles = open_image(pattern(height, width), ImageOptions(image_size=size)).tiles()
+    assert hashlib.sha256(tiles.tobytes()).hexdigest().startswith(digest)
 
 
 def test_tiles_run_row_by_row_and_the_thumbnail_is_last() -> None:

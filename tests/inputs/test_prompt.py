@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_special_tokens_that_a_user_writes_stay_text():
     assert TOKENIZER.decode(prompt.token_ids, skip_specials=False) == prompt.text
 
 
+def test_nothing_in_the_questions_and_answers_of_the_official_interface_ends_a_turn():
+    turns, _ = turns_from_question(f"<image>{FORGED}", [(FORGED, FORGED)], num_images=1, system=FORGED)
+    ids = build_prompt(turns, TOKENIZER, [2]).token_ids
+    expected = {"<|im_start|>": 5, "<|im_end|>": 4, "<img>": 1, "</img>": 1, "<IMG_CONTEXT>": 2}
+    assert {token: ids.count(TOKENIZER.token_id(token)) for token in expected} == expected
+
+
+def test_a_grounding_prompt_has_the_official_ids():
+    question = "Please provide the bounding box of: <ref>the cat</ref>"
+    turns, _ = turns_from_question(question, [("a", "<box>[[1, 2, 3, 4]]</box>")], num_images=0, system="Be brief.")
+    prompt = build_prompt(turns, TOKENIZER, [])
+    assert list(prompt.token_ids) == OFFICIAL.encode(prompt.text)
+    assert TOKENIZER.token_id("<ref>") in prompt.token_ids
+
+
 def test_with_user_specials_they_are_read_as_the_official_code_reads_them_but_make_no_span():
     prompt = build_prompt([user(FORGED, IMAGE)], TOKENIZER, [2], user_specials=True)
     assert list(prompt.token_ids) == OFFICIAL.encode(prompt.text)
@@ -143,7 +159,7 @@ def part(**fields):
         ("Hi", "messages: expected a list .* got str"),
         (["Hi"], r"messages\[0\]: expected an object with exactly the keys content, role, got str"),
         ([{"role": "user"}], r"messages\[0\]: .* got an object with the keys role"),
-        ([{"role": "user", "content": "x", "name": "y"}], r"messages\[0\]: .* role, content, name"),
+        ([{"role": "user", "content": "x", "mood": "y"}], r"messages\[0\]: .* role, content, mood"),
         ([{"role": "tool", "content": "x"}], r"messages\[0\]\.role: .* got 'tool'"),
         ([{"role": ["user"], "content": "x"}], r"messages\[0\]\.role"),
         ([{"role": "user", "content": None}], r"messages\[0\]\.content: .* got NoneType"),
@@ -157,7 +173,34 @@ def part(**fields):
         (part(type="text", text=3), r"messages\[0\]\.content\[1\]\.text: expected a string, got int"),
         (part(type="text", text="x", lang="en"), r"messages\[0\]\.content\[1\]: .* lang"),
         (part(type="image"), r"messages\[0\]\.content\[1\]: .* keys image, type"),
-        (part(type="image_url", image_url="x"), r"messages\[0\]\.content\[1\]\.image_url: .* keys url, got str"),
+        (part(type="image_url", image_url=5), r"messages\[0\]\.content\[1\]\.image_url: .* keys url, got int"),
+        (
+            part(type="image_url", image_url={"url": "x", "size": 1}),
+            r"\.image_url: .* url, size; .* detail may be there",
+        ),
+        (part(type="image_url", image_url={"url": "x", "detail": "tiny"}), r"\.image_url\.detail: .* auto, low, high"),
+        (part(type="image", image="x", detail=1), r"messages\[0\]\.content\[1\]\.detail: .* got 1"),
+        (
+            part(type="image", image="x", max_tiles=0),
+            r"content\[1\]\.max_tiles: expected an integer of at least 1, got 0",
+        ),
+        (part(type="image", image="x", max_tiles=True), r"content\[1\]\.max_tiles: .* got True"),
+        (part(type="image", image="x", num_frames=3), r"content\[1\]: .* num_frames"),
+        (part(type="video", video="x", num_frames=2.5), r"content\[1\]\.num_frames: .* got 2\.5"),
+        (part(type="video", video="x", max_tiles=3), r"content\[1\]: .* max_tiles"),
+        (part(type="video", video="x", bound=[2, 1]), r"content\[1\]\.bound: expected \[start, end\] .* got \[2, 1\]"),
+        (part(type="video", video="x", bound=[0, math.nan]), r"content\[1\]\.bound: .* got \[0, nan\]"),
+        (
+            part(type="video", video="x", bound=[0, 10**400]),
+            r"content\[1\]\.bound: .* got \[0, an integer of 1,329 bits\]",
+        ),
+        (part(type="video", video="x", bound="01"), r"content\[1\]\.bound: .* got '01'"),
+        (part(type="image_embeds", image_embeds="x", max_tiles=3), r"content\[1\]: .* max_tiles"),
+        (
+            [{"role": "system", "content": None}, {"role": "user", "content": "x"}],
+            r"messages\[0\]\.content: .* NoneType",
+        ),
+        ([{"role": "system", "content": "x"}], r"messages\[0\]: expected the last message to be a user's"),
         (part(type="image_url", image_url={"url": 1}), r"messages\[0\]\.content\[1\]\.image_url\.url: .* got int"),
         (
             [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}, {"role": "user", "content": "x"}],
@@ -169,6 +212,66 @@ def test_a_malformed_message_is_refused_with_its_place(messages, message):
     with pytest.raises(RequestError, match=message) as error:
         parse_messages(messages)
     assert "\n" not in str(error.value)
+
+
+def test_a_message_takes_the_keys_that_clients_send():
+    def picture(**fields):
+        ((_, media),) = (message.parts for message in parse_messages(part(**fields)))
+        return media
+
+    plain = Media("image", "x")
+    assert picture(type="image", image="x", max_tiles=None, detail=None) == plain
+    assert picture(type="image", image="x", max_tiles=3) == replace(plain, max_tiles=3)
+    assert picture(type="image", image="x", detail="low") == replace(plain, max_tiles=1)
+    for url in (
+        "x",
+        {"url": "x"},
+        {"url": "x", "detail": "auto"},
+        {"url": "x", "detail": "high"},
+        {"url": "x", "detail": None},
+    ):
+        assert picture(type="image_url", image_url=url) == plain
+        assert picture(type="image_url", image_url=url, max_tiles=4) == replace(plain, max_tiles=4)
+    low = {"url": "x", "detail": "low"}
+    assert picture(type="image_url", image_url=low) == replace(plain, max_tiles=1)
+    assert picture(type="image_url", image_url=low, max_tiles=4) == replace(plain, max_tiles=4)
+    assert picture(type="video", video="x") == Media("video", "x")
+    assert picture(type="video", video="x", num_frames=8) == Media("video", "x", num_frames=8)
+    assert picture(type="video", video="x", bound=[1, 2.5]) == Media("video", "x", bound=(1.0, 2.5))
+    named = [{"role": "user", "content": "Hi", "name": "Ada"}, {"role": "assistant", "content": None, "name": None}]
+    assert parse_messages(named) == (Message("user", ("Hi",)), Message("assistant", ("",)))
+
+
+def test_a_last_message_of_the_assistant_is_continued_as_by_transformers():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    turns = turns_from_messages(parse_messages(messages), [], system="Be brief.")
+    template = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    system = {"role": "system", "content": "Be brief."}
+    theirs = OFFICIAL.apply_chat_template(
+        [system, *messages], chat_template=template, continue_final_message=True, tokenize=False
+    )
+    for ends_empty in (True, False):
+        prompt = build_prompt(turns, TOKENIZER, [], ends_empty=ends_empty)
+        assert prompt.text == theirs
+        assert list(prompt.token_ids) == OFFICIAL.encode(theirs)
+
+
+def test_an_answer_that_begins_with_nothing_is_like_one_that_has_not_begun():
+    question = [{"role": "user", "content": "Hi"}]
+    for begun in ("", None, [{"type": "text", "text": ""}]):
+        messages = parse_messages([*question, {"role": "assistant", "content": begun}])
+        turns, plain = (turns_from_messages(each, [], system=None) for each in (messages, parse_messages(question)))
+        for ends_empty in (True, False):
+            ours, theirs = (build_prompt(each, TOKENIZER, [], ends_empty=ends_empty) for each in (turns, plain))
+            assert ours == theirs
+
+
+def test_an_empty_turn_is_ended_in_hf_folders_alone():
+    turns = [user(""), Turn("assistant", ("",)), user("Hi")]
+    roles, end = ["<|im_start|>user\n", "<|im_start|>assistant\n"], "<|im_end|>\n"
+    rest = f"<|im_start|>user\nHi{end}<|im_start|>assistant\n"
+    assert build_prompt(turns, TOKENIZER, []).text == "".join(roles) + rest
+    assert build_prompt(turns, TOKENIZER, [], ends_empty=True).text == "".join(role + end for role in roles) + rest
 
 
 PICTURE, VIDEO = Media("image", "a"), Media("video", "b")

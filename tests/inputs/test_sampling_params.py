@@ -1,7 +1,10 @@
 """SamplingParams refuses bad values and names the parameter."""
 
+import dataclasses
+import itertools
 import math
 
+import numpy as np
 import pytest
 
 from internvl_rt import RequestError, SamplingParams
@@ -34,14 +37,87 @@ from internvl_rt import RequestError, SamplingParams
         {"stop_token_ids": ["a"]},
         {"stop_token_ids": [-1]},
         {"stop_token_ids": range(65)},
+        {"temperature": math.inf},
+        {"temperature": "1"},
+        {"temperature": 10**400},
+        {"temperature": True},
+        {"top_p": None},
+        {"top_k": 2.0},
+        {"min_p": math.nan},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": -101},
+        {"frequency_penalty": [1]},
+        {"n": 1.0},
+        {"n": None},
+        {"seed": 2**64},
+        {"seed": 1.0},
+        {"ignore_eos": 1},
+        {"ignore_eos": None},
+        {"ignore_eos": "no"},
+        {"stop": b"a"},
+        {"stop": {"a": 1}},
+        {"stop": 3},
+        {"stop": np.array(3)},
+        {"stop": itertools.repeat("a")},
+        {"stop": ["a", None]},
+        {"stop_token_ids": [True]},
+        {"stop_token_ids": [1.0]},
+        {"stop_token_ids": "12"},
+        {"stop_token_ids": itertools.count()},
+        {"regex": 3},
+        {"regex": ["a"]},
+        {"json_schema": ["a"]},
         {"json_schema": 7},
         {"json_schema": False},
         {"regex": b"a"},
+        {"json_whitespace": "none"},
+        {"json_whitespace": []},
+        {"skip_special_tokens": 1},
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(fields):
     with pytest.raises(RequestError, match=next(iter(fields))):
         SamplingParams(**fields)
+
+
+def test_none_stands_for_no_stops():
+    params = SamplingParams(stop=None, stop_token_ids=None)
+    assert (params.stop_strings, params.stop_ids) == ((), ())
+    assert params == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    "stops", [["a", "b"], ("a", "b"), iter(["a", "b"]), np.array(["a", "b"]), {"a": 1, "b": 2}.keys()]
+)
+def test_stops_may_come_in_any_iterable_and_are_read_once(stops):
+    params = SamplingParams(stop=stops)
+    assert params.stop_strings == ("a", "b") == params.stop_strings
+
+
+def test_a_list_that_changes_later_changes_no_request():
+    stops, ids, schema = ["a"], [1], {"type": "object"}
+    params = SamplingParams(stop=stops, stop_token_ids=ids, json_schema=schema)
+    stops.append("b")
+    ids.append(2)
+    schema["type"] = "string"
+    assert (params.stop_strings, params.stop_ids) == (("a",), (1,))
+    assert params.grammar == ("json_schema", '{"type": "object"}')
+
+
+def test_numbers_of_numpy_become_plain_numbers():
+    params = SamplingParams(max_tokens=np.int64(7), temperature=np.float32(0.5), seed=np.uint8(3), top_p=1)
+    assert (type(params.max_tokens), type(params.temperature), type(params.seed)) == (int, float, int)
+    assert params == SamplingParams(max_tokens=7, temperature=0.5, seed=3)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_an_error_is_one_short_line_however_long_the_value(name):
+    for huge in ("\n\x1b[31m" * 1_000_000, 10**5000, ["\x1b" * 1_000_000], type("A\n" * 10_000, (), {})()):
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(**{name: huge})
+        assert str(caught.value).startswith(name)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
 
 
 def test_unknown_parameters_are_refused():
@@ -52,6 +128,14 @@ def test_unknown_parameters_are_refused():
 def test_only_one_grammar_may_be_asked_for():
     with pytest.raises(RequestError, match="json_schema and regex: expected at most one"):
         SamplingParams(json_schema="{}", regex="a")
+
+
+def test_a_schema_is_written_no_further_than_it_is_compiled():
+    shared: list[object] = ["a"] * 1000
+    for _ in range(5):
+        shared = [shared] * 1000  # 10**18 strings, were it written out
+    with pytest.raises(RequestError, match=r"the json_schema has 65,5\d\d bytes or more, at most 65,536 are compiled"):
+        _ = SamplingParams(json_schema={"enum": shared}).grammar
 
 
 def test_grammars_come_as_text():
@@ -66,4 +150,4 @@ def test_a_schema_that_is_no_json_is_refused():
     circle["self"] = circle
     for schema in ({"a": object()}, circle):
         with pytest.raises(RequestError, match="json_schema: expected a JSON value"):
-            SamplingParams(json_schema=schema).grammar  # noqa: B018  (reading the property raises)
+            SamplingParams(json_schema=schema)

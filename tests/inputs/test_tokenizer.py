@@ -14,6 +14,7 @@ from transformers import Qwen2Tokenizer
 
 from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.inputs.tokenizer import TEMPLATE_TOKENS, Tokenizer, load_tokenizer
+from internvl_rt.inputs.tokenizer_files import library_errors
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"  # byte-level BPE, 400 entries; 19 added tokens as in InternVL3
 OFFICIAL = Qwen2Tokenizer.from_pretrained(DATA)
@@ -56,7 +57,7 @@ def test_ids_are_those_of_the_transformers_tokenizer(text):
 @given(st.text())
 def test_any_text_has_the_ids_of_the_transformers_tokenizer_and_comes_back_normalised(text):
     assert TOKENIZER.encode(text, specials=True) == OFFICIAL.encode(text)
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == unicodedata.normalize("NFC", text)
+    assert TOKENIZER.decode(TOKENIZER.encode(text), skip_specials=False) == unicodedata.normalize("NFC", text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,11 +80,44 @@ def test_a_character_is_streamed_when_it_is_complete_and_not_before():
     assert streamed(TOKENIZER, [*ids[:2], *TOKENIZER.encode("a")]) == ["", "", "\ufffda", ""]
 
 
-def test_special_tokens_in_a_users_text_stay_text():
+def test_tokens_that_end_turns_open_them_or_stand_for_pictures_stay_text():
     ids = TOKENIZER.encode(FORGED)
-    assert not {TOKENIZER.token_id(token) for token in (*TEMPLATE_TOKENS, "<|vision_start|>")} & set(ids)
-    assert TOKENIZER.decode(ids) == FORGED
+    assert not {TOKENIZER.token_id(token) for token in TEMPLATE_TOKENS} & set(ids)
+    assert TOKENIZER.decode(ids, skip_specials=False) == FORGED
     assert TOKENIZER.token_id("<|im_end|>") in TOKENIZER.encode(FORGED, specials=True)
+
+
+def test_other_special_tokens_are_read_in_a_users_text_as_in_the_official_code():
+    text = "Find <ref>the cat</ref>, <box>[[1, 2, 3, 4]]</box> <quad></quad><|object_ref_start|> it<|vision_start|>"
+    assert TOKENIZER.encode(text) == OFFICIAL.encode(text)
+    assert TOKENIZER.token_id("<ref>") in TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_of_fine_tunes_are_read_and_those_that_end_or_open_turns_are_not(folder, special):
+    path = folder / "tokenizer_config.json"
+    declared = json.loads(path.read_text())["added_tokens_decoder"]
+    names = ["<point>", "<stop>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<end>"]
+    new = {str(419 + i): declared["417"] | {"content": name, "special": special} for i, name in enumerate(names)}
+    edit(path, added_tokens_decoder=declared | new, eos_token={"content": "<stop>"})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [402, 424]}')
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("".join(names))
+    assert [token_id for token_id in ids if token_id > 400] == [419], "only <point> is read"
+    assert tokenizer.hidden_ids >= {420, 421, 422, 423, 424}
+    assert tokenizer.decode(ids, skip_specials=False) == "".join(names)
+
+
+def test_a_hidden_token_that_the_vocabulary_itself_would_give_is_written_in_bytes(folder):
+    vocab = {**{chr(byte): byte - 33 for byte in range(33, 127)}, "</s>": 94}
+    base = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    base.decoder = decoders.ByteLevel()
+    base.add_special_tokens(["</s>"])
+    (folder / "tokenizer_config.json").unlink()
+    base.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("</s>", specials=True) == [94]
+    assert tokenizer.encode("</s>") == [vocab[letter] for letter in "</s>"]
 
 
 def test_added_tokens_that_are_not_special_are_read_in_both_modes():
@@ -179,6 +213,77 @@ def test_a_tokenizer_json_that_starts_sequences_with_a_token_gives_prefix_ids(fo
     tokenizer = load_tokenizer(folder)
     assert tokenizer.prefix_ids == (1,)
     assert tokenizer.encode("aa") == [0, 0]
+
+
+def small_tokenizer_json(**changes):
+    """Returns a tokenizer.json that knows a, b and <s>, with other values for some of its keys."""
+    base = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<s>": 2}, merges=[]))
+    base.decoder = decoders.ByteLevel()
+    content = json.loads(base.to_str())
+    return json.dumps(content | {"model": content["model"] | changes.pop("model", {})} | changes)
+
+
+def template(*items):
+    """Returns a post_processor that puts <s> where it stands among the items."""
+    parts = [
+        {"Sequence": {"id": "A", "type_id": 0}} if item == "A" else {"SpecialToken": {"id": item, "type_id": 0}}
+        for item in items
+    ]
+    tokens = {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}}
+    return {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": tokens}
+
+
+ADDED = {"id": 3, "content": "<|im_end|>", "special": True, "normalized": False}
+ADDED |= dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
+
+
+@pytest.mark.parametrize("direction", ["Left", "Right"])
+def test_padding_and_truncation_in_a_tokenizer_json_are_ignored(folder, direction):
+    padding = {"strategy": {"Fixed": 16}, "direction": direction, "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    truncation = {"direction": direction, "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text(small_tokenizer_json(padding=padding, truncation=truncation))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.prefix_ids == ()
+    assert tokenizer.encode("abab") == tokenizer.encode("abab", specials=True) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"dropout": 0.1}}, "without dropout, got dropout 0.1"),
+        ({"post_processor": template("<s>", "A", "<s>")}, r"post_processor .* adds \['<s>'\] behind"),
+        ({"model": {"vocab": {"a": -1}}}, "not a tokenizer file"),
+        ({"model": {"vocab": {"a": 2**32}}}, "not a tokenizer file"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "not a tokenizer file"),
+        ({"added_tokens": [ADDED | {"rstrip": True}]}, r"expected <\|im_end\|> without lstrip, rstrip"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_a_prompt_cannot_follow_in_a_tokenizer_json_is_refused_by_name(folder, changes, message):
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text(small_tokenizer_json(**changes))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_the_files_regular_expression_cannot_take_is_an_error_of_the_package(folder, capfd):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text(small_tokenizer_json(pre_tokenizer=split))
+    tokenizer = load_tokenizer(folder)
+    for specials in (False, True):
+        with pytest.raises(RequestError, match=r"cannot read 'a+\.\.\.': .*retry-limit.*; change it"):
+            tokenizer.encode("a" * 2000, specials=specials)
+    assert tokenizer.encode("ab") == [0, 1], "the next text is read"
+    capfd.readouterr()  # the library prints its panic
+
+
+def test_an_interrupt_while_text_is_encoded_stays_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), library_errors(RequestError):
+        raise KeyboardInterrupt
 
 
 def test_a_tokenizer_json_of_sentencepiece_kind_decodes_pieces_and_bytes(tmp_path):

@@ -8,8 +8,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.video import VideoLimits, choose_frame_indices, load_video
@@ -27,14 +29,17 @@ def clip(
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
         for index in range(num_frames):
             array = np.full((SIZE[1], SIZE[0], 3), 10 * index, np.uint8)
             array[: SIZE[1] // 2, : SIZE[0] // 2] = 0
             output.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         output.mux(stream.encode())
-    return file.getvalue()
+    data = bytearray(file.getvalue())
+    if rotation:  # degrees counterclockwise; the matrix stands in the header of the track
+        sine, cosine = round(math.sin(math.radians(rotation))), round(math.cos(math.radians(rotation)))
+        matrix = cosine << 16, -sine << 16, 0, sine << 16, cosine << 16, 0, 0, 0, 1 << 30
+        struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *matrix)
+    return bytes(data)
 
 
 def levels(source: str | Path | bytes, **arguments: Any) -> list[int]:
@@ -151,6 +156,64 @@ def test_metadata_that_is_not_utf_8_does_no_harm() -> None:
     assert levels(data.replace(b"Lavf", b"\xff\xfe\xc3("), num_segments=1) == [9]
 
 
+def test_videos_are_read_with_the_open_of_pyav_19(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, av_open = clip(), av.open
+
+    def open_of_19(file: Any, mode: str, *, options: dict[str, str]) -> Any:
+        return av_open(file, mode, options=options)
+
+    monkeypatch.setattr(av, "open", open_of_19)
+    assert levels(data, num_segments=5) == [1, 5, 9, 12, 16]
+
+
+# Frames that are given
+
+
+def test_frames_may_be_given_as_a_list_or_as_an_array(tmp_path: Path) -> None:
+    frames = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
+    (tmp_path / "frame.png").write_bytes(b"")
+    for video in (frames, torch.from_numpy(frames), list(frames), tuple(map(Image.fromarray, frames))):
+        assert np.array_equal(np.stack([np.asarray(frame) for frame in load_video(video)]), frames)
+        chosen = load_video(video, num_segments=2)
+        assert np.array_equal(np.asarray(chosen[1]), frames[choose_frame_indices(6, 1.0, 2)[1]])
+    assert load_video([tmp_path / "frame.png"]) == [tmp_path / "frame.png"]  # read when it is opened
+
+
+def test_a_file_object_is_read_as_a_video() -> None:
+    file = io.BytesIO(clip())
+    file.seek(5)
+    assert levels(file, num_segments=5) == [1, 5, 9, 12, 16]
+    assert file.tell() == 5
+    assert levels(bytearray(file.getvalue()), num_segments=1) == [9]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (3, r"got int: convert it"),
+        (np.zeros((4, 5, 3), np.uint8), r"got ndarray uint8 \[4, 5, 3\]"),
+        (np.zeros((2, 4, 5, 3)), r"got ndarray float64 \[2, 4, 5, 3\]"),
+        (Image.new("RGB", (4, 5)), "got Image: convert it, or use an image part for a picture"),
+        ([], "a list without frames: give at least one"),
+        (np.zeros((0, 4, 5, 3), np.uint8), "a list without frames: give at least one"),
+    ],
+)
+def test_what_is_no_video_is_refused_by_its_type(source: Any, problem: str) -> None:
+    with pytest.raises(MediaError, match=problem):
+        load_video(source)
+
+
+def test_frames_beyond_the_limits_are_refused_before_they_are_copied() -> None:
+    shared = np.broadcast_to(np.zeros(3, np.uint8), (1000, 5000, 5000, 3))  # 75 GB, but all pixels share 3 bytes
+    for video in (shared, [Image.new("RGB", (400, 400))] * 2000, list(shared[:20])):
+        with pytest.raises(MediaError, match="give fewer, or raise max_video_pixels of the engine"):
+            load_video(video)
+    with pytest.raises(MediaError, match="give fewer, or raise max_video_frames of the engine"):
+        load_video(np.zeros((3, 4, 5, 3), np.uint8), limits=VideoLimits(num_frames=2))
+    with pytest.raises(RequestError, match="bound, in seconds"):
+        load_video(np.zeros((3, 4, 5, 3), np.uint8), bound=(0.0, 1.0))
+
+
 # Refusals
 
 
@@ -194,6 +257,12 @@ def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
     data = clip()
     assert expected in refusal(data, num_segments=4, limits=limits)
     assert len(load_video(data, num_segments=4, limits=VideoLimits(20, 64 * 48, 4 * 64 * 48))) == 4
+
+
+@pytest.mark.parametrize("values", [{"num_frames": 0}, {"file_bytes": 1.0}, {"total_pixels": True}])
+def test_limits_out_of_range_are_refused_by_the_name_of_the_option(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"max_video_.* must be an integer from 1 to"):
+        VideoLimits(**values)
 
 
 def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() -> None:

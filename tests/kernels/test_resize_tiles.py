@@ -40,8 +40,11 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 def pillow_tiles(array: Pixels, columns: int, rows: int, size: int, thumbnail: bool) -> Pixels:
     def stretched(width: int, height: int) -> Pixels:
         image = Image.fromarray(array)
-        across = image.resize((width, image.height), Image.Resampling.BICUBIC)
-        return np.asarray(across.resize((width, height), Image.Resampling.BICUBIC))
+        first = (width, image.height)
+        if image.height > image.width * 100 and height < image.height:  # from Image.resize of Pillow 12.3
+            first = (image.width, height)
+        once = image.resize(first, Image.Resampling.BICUBIC)
+        return np.asarray(once.resize((width, height), Image.Resampling.BICUBIC))
 
     canvas = stretched(columns * size, rows * size)
     tiles = [line.reshape(size, columns, size, 3).swapaxes(0, 1) for line in np.split(canvas, rows)]
@@ -83,6 +86,17 @@ def test_the_reference_equals_the_tiles_of_the_cpu_path(path: Path, max_tiles: i
     thumbnail = num_tiles(*image.size, options) > columns * rows
     tiles = resize_tiles_reference(torch.from_numpy(np.array(image)), columns, rows, options.image_size, thumbnail)
     np.testing.assert_array_equal(tiles.numpy(), tile_image(image, options))
+
+
+@pytest.mark.parametrize("resizer", [resize_tiles_reference, resize_tiles], ids=["reference", "kernels"])
+@pytest.mark.parametrize(
+    ("width", "height", "columns", "rows"),
+    [(1, 100, 2, 2), (1, 101, 1, 1), (2, 224, 3, 2), (2, 224, 1, 14)],  # the last grid is as high as the picture
+)
+def test_pictures_over_100_times_taller_than_wide_are_resized_in_pillows_order(
+    resizer: Resizer, width: int, height: int, columns: int, rows: int
+) -> None:
+    assert_equals_pillow(resizer, noise(height, width), columns, rows, 16, thumbnail=True)
 
 
 @pytest.mark.slow

@@ -28,6 +28,10 @@ from internvl_rt.kernels.sample import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+OVERFLOWS = pytest.mark.filterwarnings(  # numpy warns in the interpreter; infinity is the intended result
+    "ignore:overflow encountered in (multiply|subtract|divide)"
+)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -80,9 +84,7 @@ PARAMETERS = st.tuples(
 )
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered in (multiply|subtract)"
-)  # numpy warns in the interpreter; infinity is the intended result
+@OVERFLOWS
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.lists(LOGIT, min_size=40, max_size=40), PARAMETERS), min_size=1, max_size=4),
@@ -294,21 +296,44 @@ def test_ids_outside_the_vocabulary_are_ignored() -> None:
     assert torch.equal(sample(**dirty), sample(**clean))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@OVERFLOWS
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
 @pytest.mark.parametrize(
     ("values", "token"),
     [
-        ([0.0, math.nan, 9.0, math.nan], 1),
-        ([0.0, math.inf, 9.0, math.inf], 1),
-        ([math.inf, 0.0, math.nan, 0.0], 2),
-        ([-math.inf] * 4, 0),
-        ([-math.inf, -math.inf, -5.0, -math.inf], 2),
+        ([0.0, 1.0, 9.0, math.nan], -1),
+        ([0.0, math.inf, 9.0, 1.0], -1),
+        ([math.inf, 0.0, math.nan, 0.0], -1),
+        ([-math.inf] * 4, -1),
+        ([-math.inf, -math.inf, -5.0, -math.inf], 2),  # a grammar forbids tokens so
+        ([-3e38, 3.4e38, -math.inf, 0.0], 1),
     ],
 )
-def test_rows_that_are_not_finite(values: list[float], token: int, temperature: float) -> None:
+def test_a_row_that_is_not_finite_gives_no_token(values: list[float], token: int, temperature: float) -> None:
     inputs = inputs_of(torch.tensor([values]), (temperature, *PLAIN[1:]))
     assert sample(**inputs).tolist() == [token]
     assert sample_reference(**inputs).tolist() == [token]
+
+
+def test_one_logit_that_is_no_number_is_noticed_anywhere_and_in_its_row_alone() -> None:
+    logits = torch.randn(4, 3000)
+    logits[[0, 1, 2], [0, 1499, 2999]] = math.nan
+    inputs = inputs_of(logits, PLAIN, seeds=range(4))
+    drawn = sample(**inputs).tolist()
+    assert drawn[:3] == [-1, -1, -1]
+    assert drawn == sample_reference(**inputs).tolist()
+    assert drawn[3] >= 0
+
+
+@OVERFLOWS
+def test_penalties_neither_hide_what_is_not_finite_nor_make_it() -> None:
+    logits = torch.zeros(4, 50)
+    logits[0, 7], logits[1, 7], logits[2, 7], logits[3, 7] = math.nan, math.inf, 1.0, 1.0
+    forbidden, repeated = {7: -1}, {7: 1}
+    smallest = float(torch.finfo(torch.float32).smallest_normal) / 2**20  # 1 / smallest is beyond float32
+    inputs = inputs_of(logits, (0.0, *PLAIN[1:4], smallest, 0.0, 0.0), **listed(*[forbidden] * 3, repeated))
+    assert sample(**inputs).tolist() == [-1, -1, 0, 7]
+    assert sample_reference(**inputs).tolist() == [-1, -1, 0, 7]
 
 
 REFUSALS: list[tuple[str, Callable[[Any], Any], str]] = [

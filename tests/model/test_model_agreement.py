@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from internvl_rt import Engine, SamplingParams
+from internvl_rt.checkpoint.find import random_config
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import TORCH
 from internvl_rt.model.ops_triton import triton_ops
-from internvl_rt.model.random_checkpoint import random_config, random_weights
+from internvl_rt.model.random_checkpoint import random_weights
 from support.agreement import in_float32, layer_errors, logits_of, rms_error, top1_agreement, tower_cosine
 from support.small_models import VIT_6B, build_model
 

@@ -4,6 +4,7 @@ transformers runs eager attention and our operations torch's fused one, so equal
 Errors are max |ours - theirs| / max |theirs|.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -190,6 +191,55 @@ def test_greedy_tokens_are_the_same_in_a_batch_of_unequal_lengths(loaded: tuple[
     replies = engine.generate_prepared(iter(prepared.values()), [GREEDY] * len(prepared))
     for reply, (name, each) in zip(replies, prepared.items(), strict=True):
         assert reply.token_ids == expected_tokens(kind, name, each.prompt.token_ids)
+
+
+def test_a_folder_with_its_own_template_is_prompted_as_by_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    folder = tmp_path / "model"
+    save_checkpoint(reference("qwen2"), folder, "hf_hub")
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Ada.<|im_end|>\n{% endif %}"
+        "{% for message in messages %}<|im_start|>{{ message.role ~ '\n' }}{% if message.content is string %}"
+        "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+        "{{ '<IMG_CONTEXT>\n' }}{% elif part.type == 'video' %}{{ '<video>\n' }}{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+    )
+    hf: Any = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    question = {"role": "user", "content": "  What is the first step?\n"}
+    empty, begun = {"role": "assistant", "content": ""}, {"role": "assistant", "content": "The first"}
+    with Engine.from_pretrained(folder, device="cpu") as engine:
+        for messages in ([question], [{"role": "system", "content": ""}, question], [question, empty, question]):
+            theirs = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert list(engine.prepare(messages).prompt.token_ids) == theirs
+        theirs = hf.apply_chat_template([question, begun], continue_final_message=True, return_dict=False)
+        assert list(engine.prepare([question, begun]).prompt.token_ids) == theirs
+
+
+def test_an_answer_ends_with_any_of_the_folders_end_tokens(tmp_path: Path) -> None:
+    import transformers
+
+    folder, name = tmp_path / "model", "two_images_two_turns"
+    save_checkpoint(reference("qwen2"), folder, "hf_hub")
+    with Engine.from_pretrained(folder, device="cpu", dtype="float32") as engine:
+        whole = engine.generate_prepared(iter([prepare(engine, name)]), [GREEDY])[0].token_ids
+    for ids in ([whole[9], whole[4]], whole[6]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        hf: Any = transformers.InternVLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+        with Engine.from_pretrained(folder, device="cpu", dtype="float32") as engine:
+            prepared = prepare(engine, name)
+            prompt = torch.tensor([prepared.prompt.token_ids])
+            media = CONVERSATIONS[name].media
+            answer = hf.generate(
+                prompt, attention_mask=torch.ones_like(prompt), **media, max_new_tokens=NUM_TOKENS, do_sample=False
+            )
+            params = [SamplingParams(max_tokens=NUM_TOKENS), GREEDY]
+            ended, ignoring = engine.generate_prepared(iter([prepared] * 2), params)
+        assert ended.token_ids == answer[0, prompt.shape[1] :].tolist()
+        assert len(ended.token_ids) < NUM_TOKENS
+        assert ended.finish_reason == "stop"
+        assert ignoring.token_ids == whole
 
 
 @pytest.mark.parametrize("max_tokens_per_step", [1, 7, 16, 64])

@@ -243,12 +243,46 @@ def test_an_lm_head_that_differs_from_the_tied_embedding_is_used_in_the_hf_forma
 PLAIN = model_config(SMALL_VIT, QWEN2)
 
 
-def test_a_missing_lm_head_leads_to_the_flag(tmp_path, saved):
-    saved(PLAIN, **{HEAD: None})
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        (PLAIN, r'class of this model overrules "tie_word_embeddings": true, so save the model again with'),
+        (model_config(SMALL_VIT, QWEN3), r'write "tie_word_embeddings": true into llm_config of config\.json'),
+        (model_config(SMALL_VIT, QWEN2, "hf"), r'write "tie_word_embeddings": true into text_config of config\.json'),
+    ],
+    ids=["original, qwen2", "original, qwen3", "hf"],
+)
+def test_a_missing_lm_head_leads_to_what_helps_in_that_format(tmp_path, saved, config, remedy):
+    saved(config, "hf" if config.format == "hf" else "original", **{HEAD: None})
+    with pytest.raises(CheckpointError, match=rf"1 missing: language_model\.lm_head\.weight; .*{remedy}"):
+        load(tmp_path, config)
+
+
+@pytest.mark.parametrize("layer", ["", "language_model.base_model.model.model.layers.0.self_attn.q_proj."])
+def test_a_lora_adapter_that_is_not_merged_says_how_to_merge_it(tmp_path, saved, layer):
+    if layer:
+        saved(PLAIN, **{f"{layer}{name}": torch.ones(2, 2) for name in ("base_layer.weight", "lora_A.default.weight")})
+    else:  # the adapter alone
+        save_file({"base_model.model.q_proj.lora_B.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r'1 missing: language_model\.lm_head\.weight; .*"tie_word_embeddings": tr'
+        CheckpointError, match=r"; a LoRA adapter is not merged; merge it .*merge_and_unload .*merge_lora"
     ):
         load(tmp_path, PLAIN)
+
+
+def test_weights_of_another_kind_of_number_alone_do_not_lead_to_a_download(tmp_path, saved):
+    saved(PLAIN, **{"mlp1.3.bias": torch.ones(16).to(torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match=r"; use the checkpoint with unquantised weights$"):
+        load(tmp_path, PLAIN)
+
+
+def test_tensors_of_hostile_names_give_one_short_line(tmp_path, saved):
+    saved(PLAIN, **{"x" * 3_000_000: torch.ones(2), "y" * 3_000_000: torch.ones(2)})
+    with pytest.raises(
+        CheckpointError, match=r"2 left over: xxx.*\.\.\., yyy.*\.\.\.; download config\.json"
+    ) as caught:
+        load(tmp_path, PLAIN)
+    assert len(str(caught.value)) < 1000 + len(str(tmp_path))
 
 
 def test_buffers_and_the_unused_mask_token_are_ignored(tmp_path, saved):
@@ -304,3 +338,23 @@ def test_weights_of_another_family_are_refused(tmp_path):
     save_file({"model.layers.0.mlp.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"none of its 1 tensors is one of an InternVL model \(model\.layers"):
         load(tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("number", "dtypes"), [(torch.nan, "all"), (-torch.inf, "all"), (7e4, "float16")])
+def test_a_number_that_is_not_finite_is_named_with_its_tensor_and_dtype(tmp_path, stored, number, dtypes):
+    dialect, config = CASES["internlm2"]
+    weights = random_weights(config, stored)
+    named_parameters(weights)["decoder.layers.10.qkv.weight_NK"][-1, 3] = number
+    save_weights(weights, config, tmp_path, dialect=DIALECTS[dialect])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtypes == "float16" and dtype != torch.float16:
+            load(tmp_path, config, dtype)
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path, config, dtype)
+        (name,) = [
+            name for name in open_checkpoint(tmp_path).entries if name.endswith("layers.10.attention.wqkv.weight")
+        ]
+        assert f": {name}: numbers are not finite in {str(dtype)[6:]} (NaN or infinity); download" in str(caught.value)
+        assert ("load the model with dtype='bfloat16' or 'float32'" in str(caught.value)) == (dtype == torch.float16)

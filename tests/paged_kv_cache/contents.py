@@ -7,7 +7,8 @@ PictureSpan = tuple[int, int, bytes]
 
 class Contents:
     """Gives a number to what a token's keys and values depend on. Two tokens have the same number exactly when their
-    identities, all token ids up to them, and all pictures that begin up to them (start, length, digest) are equal."""
+    identities, all token ids up to them, and all pictures that begin up to them (start, length, digest) and where such
+    a picture was cut by a rollback are equal."""
 
     def __init__(self) -> None:
         self.numbers: dict[object, int] = {}
@@ -15,8 +16,8 @@ class Contents:
     def root(self, identity: bytes | None) -> int:
         return self.number(object() if identity is None else identity)
 
-    def after(self, parent: int, token_id: int, picture: tuple[int, bytes] | None) -> int:
-        return self.number((parent, token_id, picture))
+    def after(self, parent: int, token_id: int, picture: tuple[int, bytes] | None, cut: bool = False) -> int:
+        return self.number((parent, token_id, picture, cut))
 
     def number(self, key: object) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
@@ -29,7 +30,29 @@ class Sequence:
     token_ids: list[int]  # the cache knows the first num_known; it learns the others later
     num_known: int
     contents: list[int] = field(default_factory=list)  # numbers: [0] for the root, [t + 1] for token t
-    length: int = 0
-    num_in_steps: int = 0
+    # For each token that has a slot: the last step that computes it, 0 if it came from the cache, None if it has been
+    # in no step, or only in one that failed.
+    steps: list[int | None] = field(default_factory=list)
+    cut: int | None = None  # where a rollback has cut a picture
     num_published: int = 0  # blocks
     table: list[int] = field(default_factory=list)  # blocks
+
+    @property
+    def length(self) -> int:
+        return len(self.steps)
+
+    @property
+    def num_in_steps(self) -> int:
+        return self.steps.index(None) if None in self.steps else self.length
+
+    def roll_back_to(self, end: int) -> None:
+        self.num_known = min(self.num_known, end)
+        del self.steps[end:], self.token_ids[end:], self.contents[end + 1 :]
+        self.pictures = {start: picture for start, picture in self.pictures.items() if start < end}
+        inside = {at for start, (num, _) in self.pictures.items() for at in range(start + 1, start + num)}
+        self.cut = min({end, self.cut} & inside, default=None)
+
+    def lose(self, steps: set[int]) -> None:
+        """Forgets what these steps computed, since they have failed, and what was computed from it."""
+        first = next((t for t, step in enumerate(self.steps) if step in steps), self.length)
+        self.steps[first:] = [None] * (self.length - first)

@@ -3,11 +3,14 @@
 from paged_kv_cache.contents import Sequence
 from paged_kv_cache.model import Model
 
+GARBAGE = -1  # what a step writes that fails, or that reads garbage
+
 
 class Device:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.memory = [[-1] * block_size for _ in range(num_blocks)]
+        self.memory = [[GARBAGE] * block_size for _ in range(num_blocks)]
+        self.doomed: set[int] = set()  # steps of which the host does not know yet, or knows, that they failed
 
     def copy(self, copies: list[list[int]]) -> None:
         """Makes all copies of a list at once; the destination of a copy must not occur in another copy."""
@@ -17,20 +20,25 @@ class Device:
         for source, destination in copies:
             self.memory[destination] = list(self.memory[source])
 
-    def write(self, slots: list[int], contents: list[int]) -> None:
-        for slot, content in zip(slots, contents, strict=True):
-            self.memory[slot // self.block_size][slot % self.block_size] = content
+    def compute(self, s: Sequence, count: int, fails: bool) -> None:
+        """Writes the last `count` tokens, which depend on all tokens before them."""
+        first = s.length - count
+        right = not fails and self.read(s.table)[:first] == s.contents[1 : first + 1]
+        for t in range(first, s.length):
+            self.memory[s.table[t // self.block_size]][t % self.block_size] = s.contents[t + 1] if right else GARBAGE
 
     def read(self, blocks: list[int]) -> list[int]:
         return [content for block in blocks for content in self.memory[block]]
 
     def check(self, model: Model) -> None:
-        """Checks that every computed token and every published block is where the model says."""
-        for seq_id, s in model.sequences.items():
-            self.check_sequence(seq_id, s)
+        """Checks that all published blocks, and all tokens that no failed step has spoilt, are where the model says."""
+        if not model.copies:
+            for seq_id, s in model.sequences.items():
+                self.check_sequence(seq_id, s)
         for block, content in model.published.items():
             assert self.memory[block][-1] == content, f"block {block} is published and holds something else"
 
     def check_sequence(self, seq_id: int, s: Sequence) -> None:
-        blocks = s.table[: -(-s.num_in_steps // self.block_size)]
-        assert self.read(blocks)[: s.num_in_steps] == s.contents[1 : s.num_in_steps + 1], f"sequence {seq_id} reads"
+        end = next((t for t, step in enumerate(s.steps) if step is None or step in self.doomed), s.length)
+        blocks = s.table[: -(-end // self.block_size)]
+        assert self.read(blocks)[:end] == s.contents[1 : end + 1], f"sequence {seq_id} reads"

@@ -61,6 +61,7 @@ class Driver(Draws):
         assert self.cache.num_available_blocks == self.model.num_available()
         assert self.cache.num_sequences == len(self.model.sequences)
         assert all(length_of(self.cache, seq_id) == s.length for seq_id, s in self.model.sequences.items())
+        self.device.check(self.model)
         if len(self.model.events) >= self.model.num_blocks:  # a cache with too many events drops them all
             self.drain_events()
 
@@ -177,7 +178,8 @@ class Driver(Draws):
     def num_uncomputed(self, seq_id: int) -> int:
         return self.model.sequences[seq_id].length - self.model.sequences[seq_id].num_in_steps
 
-    def launch(self, seq_ids: list[int], counts: list[int], fails: bool = False) -> None:
+    def launch(self, seq_ids: list[int], counts: list[int], fails: bool = False) -> bool:
+        """Fills a step, which the device runs at once; returns whether it was not refused."""
         model, rows = self.model, [self.model.sequences[seq_id] for seq_id in seq_ids]
         num_blocks = [model.blocks_for(s.length) for s in rows]
         num_decodes = counts.count(1)
@@ -190,9 +192,16 @@ class Driver(Draws):
             self.check_refused("fill_step", int32(seq_ids), int32(counts), **out)
             assert all((buffer == POISON).all() for buffer in out.values())
             if num_items is not None and num_items < num_decodes:
-                return
+                return False
             self.take_copies()
-        assert self.cache.fill_step(int32(seq_ids), int32(counts), **out) == model.fill_step(seq_ids, counts)
+        try:
+            step = model.fill_step(seq_ids, counts)
+        except RefusedError:
+            self.check_refused("fill_step", int32(seq_ids), int32(counts), **out)
+            assert all((buffer == POISON).all() for buffer in out.values())
+            self.make_writable(seq_ids)
+            return False
+        assert self.cache.fill_step(int32(seq_ids), int32(counts), **out) == step
 
         spare = num_rows - len(rows)
         got = {name: buffer.tolist() for name, buffer in out.items()}
@@ -211,33 +220,37 @@ class Driver(Draws):
         if num_items is not None:
             split = [n if count == 1 else 0 for n, count in zip(num_blocks, counts, strict=True)]
             check_split_plan(got["split_start_S1"], got["split_W3"], split + [0] * spare)
+        fails = fails or (self.rarely() and self.rarely())
         if fails:
-            return
-        new = [c for s, n in zip(rows, counts, strict=True) for c in s.contents[s.length - n + 1 : s.length + 1]]
-        self.device.write(slots, new)
-        self.device.check(model)
+            self.calls.append(("the step fails",))
+            self.device.doomed.add(step)
+        for s, count in zip(rows, counts, strict=True):
+            self.device.compute(s, count, fails)
+        return True
+
+    def make_writable(self, seq_ids: list[int]) -> None:
+        """Takes back, at times, the tokens that a step may not write, so that append() finds other blocks for them."""
+        for seq_id in seq_ids:
+            if self.integer(0, 1):
+                self.both("rollback", seq_id, self.num_uncomputed(seq_id))
 
     def failing_step(self) -> None:
-        """Fails a step, which writes nothing; releases all sequences that have its tokens, so that none is matched."""
-        if not self.rarely():
-            return
+        """Publishes what a failing step and maybe one after it compute; releases some of the sequences."""
         seq_ids = self.draw_some()[:2]
-        rows = [self.model.sequences[seq_id] for seq_id in seq_ids]
-        first = [s.num_in_steps // self.model.block_size for s in rows]
-        touched = {b for s, i in zip(rows, first, strict=True) for b in s.table[i : self.model.blocks_for(s.length)]}
-        self.take_copies()
-        before = self.model.latest
-        self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids], fails=True)
-        if self.model.latest == before:
+        if not self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids], fails=True):
             return
         if self.integer(0, 1):
-            self.both("publish", seq_ids, [min(s.num_in_steps, s.num_known) for s in rows])
+            self.publish_computed(seq_ids)
         if seq_ids and self.integer(0, 1):
-            self.fork(self.pick(seq_ids))
-        holders = [i for i, s in self.model.sequences.items() if touched & set(s.table)]
-        for seq_id in {*seq_ids, *holders}:
-            self.both("release", seq_id)
-        self.both("complete", self.model.latest, failed=True)
+            seq_ids.append(self.fork(self.pick(seq_ids)))
+        if self.integer(0, 1):
+            self.serve()
+        seq_ids = [seq_id for seq_id in dict.fromkeys(seq_ids) if seq_id in self.model.sequences]
+        if self.integer(0, 1) and self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids]):
+            self.publish_computed(seq_ids)
+        for seq_id in seq_ids:
+            if self.integer(0, 1) and seq_id in self.model.sequences:
+                self.both("release", seq_id)
 
     def serve(self) -> None:
         """Does what an engine does in one step, which leads to states with many shared blocks."""
@@ -245,15 +258,14 @@ class Driver(Draws):
         if self.compute(seq_ids, [self.draw_count(seq_id) for seq_id in seq_ids]):
             self.publish_computed(seq_ids)
 
-    def compute(self, seq_ids: list[int], counts: list[int]) -> bool:
+    def compute(self, seq_ids: list[int], counts: list[int], fails: bool = False) -> bool:
         """Appends tokens and starts the step; if blocks are missing, releases one of the sequences instead."""
         if not self.both("append", seq_ids, counts):
             self.both("release", self.pick(seq_ids))
             return False
         self.choose_ids(seq_ids)
         self.take_copies()
-        self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids])
-        return True
+        return self.launch(seq_ids, [self.num_uncomputed(seq_id) for seq_id in seq_ids], fails)
 
     def publish_computed(self, seq_ids: list[int]) -> None:
         for seq_id in seq_ids:
@@ -263,14 +275,31 @@ class Driver(Draws):
         self.both("publish", seq_ids, limits)
 
     def complete(self) -> None:
-        self.both("complete", self.integer(self.model.completed, self.model.latest), failed=self.rarely())
+        step = self.integer(self.model.completed, self.model.latest)
+        if self.rarely() and self.rarely():  # also the steps that did not fail are given up
+            self.both("complete", step, failed=True)
+        self.complete_to(step)
 
     def complete_all(self) -> None:
-        self.both("complete", self.model.latest)
+        self.complete_to(self.model.latest)
+
+    def complete_to(self, last: int) -> None:
+        """Says which steps have ended well and which have failed."""
+        doomed = self.device.doomed
+        while self.model.completed < last:
+            step = self.model.completed + 1
+            while step < last and (step in doomed) == (step + 1 in doomed):
+                step += 1
+            self.both("complete", step, failed=step in doomed)
+        self.both("complete", last)
 
     def reset(self) -> None:
-        if self.rarely():
-            self.both("reset")
+        if not self.rarely():
+            return
+        self.both("reset")
+        for seq_id, s in list(self.model.sequences.items()):  # blocks that were matched are no longer published
+            if self.integer(0, 1):
+                self.launch([seq_id], [self.integer(0, s.length)])
 
     def drain_events(self) -> None:
         got = [(*event[:3], event[3].tolist()) for event in self.cache.drain_events()]

@@ -13,7 +13,7 @@ class RefusedError(Exception):
 
 @dataclass
 class Publication:
-    fence: int
+    steps: set[int]  # those that computed the block's tokens, and all tokens before them
     block: int
     content: int
     parent: int
@@ -107,8 +107,8 @@ class Model:
 
     def settle(self) -> None:
         """Publishes and frees the blocks that waited for the steps completed by now."""
-        while self.pending and self.pending[0].fence <= self.completed:
-            done = self.pending.pop(0)
+        for done in [p for p in self.pending if max(p.steps) <= self.completed]:
+            self.pending.remove(done)
             if done.content not in self.published.values():
                 self.published[done.block] = done.content
                 self.events.append(("stored", done.content, done.parent, done.token_ids))
@@ -127,8 +127,9 @@ class Model:
     def choose_ids(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Adds the ids of the sequence's next tokens, which the cache may not know yet."""
         for token_id in token_ids:
-            picture = sequence.pictures.get(len(sequence.token_ids))
-            sequence.contents.append(self.all_contents.after(sequence.contents[-1], token_id, picture))
+            place = len(sequence.token_ids)
+            picture, cut = sequence.pictures.get(place), place == sequence.cut
+            sequence.contents.append(self.all_contents.after(sequence.contents[-1], token_id, picture, cut))
             sequence.token_ids.append(token_id)
 
     # --- the interface of PagedKVCache
@@ -185,7 +186,7 @@ class Model:
         for block in matched:
             self.take(block)
         sequence.table = matched + [self.allocate() for _ in range(num_new)]
-        sequence.length = sequence.num_in_steps = length
+        sequence.steps = [0] * length
         sequence.num_published = len(matched)
         self.sequences[seq_id] = sequence
         if identity is not None:
@@ -217,7 +218,7 @@ class Model:
                     if i * self.block_size < sequence.length:
                         self.copy(old, sequence.table[i])
                     self.drop(old, self.latest + 1)
-            sequence.length += count
+            sequence.steps += [None] * count
         return True
 
     def extend(self, seq_id: int, token_ids: list[int]) -> None:
@@ -236,12 +237,15 @@ class Model:
         for sequence, count in zip(sequences, num_tokens, strict=True):
             if sequence.identity is None:
                 continue
+            if sequence.cut is not None:
+                count = min(count, sequence.cut)  # no prompt has the text that follows a part of a picture
             for i in range(sequence.num_published, count // size):
-                block = sequence.table[i]
+                block, end = sequence.table[i], (i + 1) * size
                 if block not in self.published and all(p.block != block for p in self.pending):
-                    ids = sequence.token_ids[i * size : (i + 1) * size]
-                    content, parent = sequence.contents[(i + 1) * size], sequence.contents[i * size]
-                    self.pending.append(Publication(self.latest, block, content, parent, ids))
+                    steps = {step for step in sequence.steps[:end] if step is not None}
+                    content, parent = sequence.contents[end], sequence.contents[i * size]
+                    ids = sequence.token_ids[i * size : end]
+                    self.pending.append(Publication(steps, block, content, parent, ids))
             sequence.num_published = max(sequence.num_published, count // size)
         self.settle()
 
@@ -249,8 +253,8 @@ class Model:
         old = self.find(seq_id)
         if new_seq_id in self.sequences or not 0 <= new_seq_id < 2**31:
             raise RefusedError("new_seq_id")
-        new = Sequence(old.identity, old.pictures, list(old.token_ids), old.num_known, list(old.contents))
-        new.length, new.num_in_steps, new.num_published = old.length, old.num_in_steps, old.num_published
+        new = Sequence(old.identity, dict(old.pictures), list(old.token_ids), old.num_known, list(old.contents))
+        new.steps, new.cut, new.num_published = list(old.steps), old.cut, old.num_published
         new.table = old.table[: self.blocks_for(old.length)]
         self.sequences[new_seq_id] = new
 
@@ -258,11 +262,9 @@ class Model:
         sequence = self.find(seq_id)
         if not 0 <= num_tokens <= sequence.length:
             raise RefusedError("num_tokens")
-        sequence.length -= num_tokens
-        sequence.num_known = min(sequence.num_known, sequence.length)
-        sequence.num_in_steps = min(sequence.num_in_steps, sequence.length)
-        sequence.num_published = min(sequence.num_published, sequence.length // self.block_size)
-        del sequence.token_ids[sequence.length :], sequence.contents[sequence.length + 1 :]
+        end = sequence.length - num_tokens
+        sequence.roll_back_to(end)
+        sequence.num_published = min(sequence.num_published, end // self.block_size)
 
     def release(self, seq_id: int) -> None:
         sequence = self.find(seq_id)
@@ -274,12 +276,16 @@ class Model:
         sequences = self.find_batch(seq_ids, num_new_tokens)
         if self.copies:
             raise RefusedError("copies are waiting")
-        if any(not 0 <= count <= s.length for s, count in zip(sequences, num_new_tokens, strict=True)):
-            raise RefusedError("num_new_tokens")
-        for sequence, count in zip(sequences, num_new_tokens, strict=True):
-            if sequence.length - count <= sequence.num_in_steps:
-                sequence.num_in_steps = sequence.length
+        for s, count in zip(sequences, num_new_tokens, strict=True):
+            if not 0 <= count <= s.length:
+                raise RefusedError("num_new_tokens")
+            new = range(s.length - count, s.length)
+            if any(s.steps[t] == 0 or not self.writable(s.table[t // self.block_size]) for t in new):
+                raise RefusedError("num_new_tokens: it may not write them")
         self.latest += 1
+        for s, count in zip(sequences, num_new_tokens, strict=True):
+            if s.length - count <= s.num_in_steps:  # else a token before them has not been computed
+                s.steps[s.length - count :] = [self.latest] * count
         for block in {block for s in sequences for block in s.table}:
             self.busy_until[block] = self.latest
         return self.latest
@@ -288,7 +294,11 @@ class Model:
         if not self.completed <= step <= self.latest:
             raise RefusedError("step")
         if failed:
-            self.pending = [p for p in self.pending if p.fence > step]
+            lost = set(range(self.completed + 1, step + 1))
+            self.pending = [p for p in self.pending if not p.steps & lost]
+            for sequence in self.sequences.values():
+                sequence.lose(lost)
+                sequence.num_published = min(sequence.num_published, sequence.num_in_steps // self.block_size)
         self.completed = step
         self.settle()
 

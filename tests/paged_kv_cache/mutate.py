@@ -52,8 +52,64 @@ MUTATIONS = [
     Mutation(
         "blocks are matched before their step is complete",
         "paged_kv_cache.cpp",
-        "publications_.push(num_steps_, version_of(block));",
-        "publications_.push(0, version_of(block));",
+        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size())\n",
+        "    if (write.step == 0)\n",
+    ),
+    Mutation(
+        "a block waits only for the last step that wrote it",
+        "paged_kv_cache.cpp",
+        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size())\n",
+        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size() &&\n"
+        "        (&write == &sequence.writes.back() || (&write)[1].first >= (index + 1) * block_size()))\n",
+    ),
+    Mutation(
+        "a fork does not know the steps in flight of its parent",
+        "paged_kv_cache.cpp",
+        "    s.writes = parent.writes;\n",
+        "",
+    ),
+    Mutation(
+        "what a failed step wrote counts as computed",
+        "paged_kv_cache_step.cpp",
+        "    if (lost != sequence.writes.end()) forget_tokens(sequence, lost->first);\n",
+        "    if (lost == sequence.writes.end()) continue;\n",
+    ),
+    Mutation(
+        "the blocks that wait for a failed step go on waiting for later ones",
+        "paged_kv_cache_step.cpp",
+        "    if (publication.step <= last) pool_[publication.block].content = Content::kPrivate;\n",
+        "    if (publication.step <= last && publication.is_last)\n"
+        "      pool_[publication.block].content = Content::kPrivate;\n",
+    ),
+    Mutation(
+        "a step that computes tokens again leaves them to the step before",
+        "paged_kv_cache_step.cpp",
+        "return w.step <= num_completed_ || w.first >= first; });",
+        "return w.step <= num_completed_; });",
+    ),
+    Mutation(
+        "a rollback keeps the pictures",
+        "paged_kv_cache.cpp",
+        "pictures.pop_back()) sequence.cut = kNoCut;",
+        "pictures.pop_back()) break;",
+    ),
+    Mutation(
+        "text behind a part of a picture is published as that picture",
+        "paged_kv_cache.cpp",
+        "std::min<std::int64_t>(num_tokens[i], sequence.cut) / block_size();",
+        "num_tokens[i] / block_size();",
+    ),
+    Mutation(
+        "a step may compute tokens that came from the cache",
+        "paged_kv_cache_step.cpp",
+        "CHECK_ARGUMENT(first >= sequence.num_matched",
+        "CHECK_ARGUMENT(first >= 0",
+    ),
+    Mutation(
+        "a step may write blocks that are shared or published",
+        "paged_kv_cache_step.cpp",
+        "CHECK_ARGUMENT(pool_.writable(sequence.blocks[as_size(i)])",
+        "CHECK_ARGUMENT(pool_[sequence.blocks[as_size(i)]].references > 0",
     ),
     Mutation(
         "a shared last block is written, not copied",

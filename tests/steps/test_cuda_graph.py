@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.model.random_checkpoint import random_config
+from internvl_rt.checkpoint.find import random_config
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream
 from internvl_rt.steps.step_graph import PREFILL_TOKENS, decode_buckets, prefill_buckets

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from internvl_rt._C import PagedKVCache
 from internvl_rt.kernels._split_plan import plan_splits
 from paged_kv_cache.buffers import POISON, check_split_plan, length_of, step_buffers
+from paged_kv_cache.collisions import Collisions
 from paged_kv_cache.contents import Contents
 from paged_kv_cache.machine import PagedKVCacheMachine
-from paged_kv_cache.soak import STEPS_PER_EPISODE, run_episode
+from paged_kv_cache.soak import STEPS_PER_EPISODE, RandomDraw, run_episode
 
 CAT, DOG = bytes([1]) * 32, bytes([2]) * 32
 
@@ -154,6 +155,12 @@ def test_hash_collisions_hide_prefixes_but_never_give_a_wrong_one(hash_bits: int
         cache.check_invariants()
     assert num_hits > 50
     assert num_hidden > 50, "no collision was provoked"
+
+
+@pytest.mark.parametrize("hash_bits", [1, 2, 4])
+def test_collisions_give_nothing_wrong_among_forks_rollbacks_and_failed_steps(hash_bits: int) -> None:
+    counts = Collisions(RandomDraw(f"collisions/{hash_bits}"), hash_bits).run(3000)
+    assert counts["hits"] > 10
 
 
 def test_events_that_nobody_drains_are_replaced_by_the_whole_index() -> None:

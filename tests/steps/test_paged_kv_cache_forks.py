@@ -5,6 +5,8 @@ import pytest
 from internvl_rt._C import PagedKVCache
 from paged_kv_cache.buffers import int32, step_buffers
 
+CAT = bytes([1]) * 32
+
 
 def fill_step(
     cache: PagedKVCache, seq_ids: list[int], num_new_tokens: list[int]
@@ -109,3 +111,72 @@ def test_a_rollback_into_a_published_block_leaves_it_to_those_who_match_it() -> 
     assert cache.match(int32([1, 2, 3, 4, 5, 6, 7, 8, 0])) == 8
     assert cache.match(int32([1, 2, 3, 4, 5, 9, 9, 9, 0])) == 8
     cache.check_invariants()
+
+
+def serve_after_a_rollback(cache: PagedKVCache, left: int, pictures: list[tuple[int, int, bytes]]) -> None:
+    """Computes a prompt of thirteen equal ids, rolls back to `left` tokens, computes text instead, and publishes it."""
+    assert cache.admit(0, int32([7] * 13), pictures) == 0
+    assert cache.append(int32([0]), int32([13]))
+    fill_step(cache, [0], [13])
+    cache.rollback(0, 13 - left)
+    cache.extend(0, int32([7] * (13 - left)))
+    assert cache.append(int32([0]), int32([13 - left]))
+    cache.take_copies()
+    step, _, _ = fill_step(cache, [0], [13 - left])
+    cache.publish(int32([0]), int32([13]))
+    cache.complete(step)
+    cache.check_invariants()
+
+
+@pytest.mark.parametrize(
+    ("left", "with_picture", "as_text"),
+    [
+        (0, 4, 12),  # the picture is taken back whole, and its place is computed as text
+        (5, 4, 12),
+        (6, 4, 4),  # the picture is cut: only what is left of it may be found, by a prompt with the whole picture
+        (7, 4, 4),
+        (8, 8, 4),
+        (10, 8, 4),
+        (11, 12, 4),  # the picture stays whole
+        (12, 12, 4),
+    ],
+)
+def test_a_rollback_takes_pictures_back_with_their_tokens(left: int, with_picture: int, as_text: int) -> None:
+    cache = PagedKVCache(8, 4)
+    picture = (5, 6, CAT)
+    serve_after_a_rollback(cache, left, [picture])
+    assert cache.match(int32([7] * 13), [picture]) == with_picture
+    assert cache.match(int32([7] * 13)) == as_text
+    if 5 < left < 11:
+        assert cache.match(int32([7] * 13), [(5, left - 5, CAT)]) == 4, "a shorter picture is another one"
+
+
+def test_a_rollback_takes_back_only_the_pictures_behind_it() -> None:
+    cache = PagedKVCache(8, 4)
+    pictures = [(0, 3, CAT), (4, 1, CAT), (6, 2, CAT), (9, 2, CAT)]
+    serve_after_a_rollback(cache, 8, pictures)
+    assert [cache.match(int32([7] * 13), pictures[:end]) for end in (1, 2, 3, 4)] == [4, 4, 12, 8]
+
+
+def test_a_cut_picture_stays_cut_until_a_rollback_to_its_start_and_in_forks() -> None:
+    cache = PagedKVCache(16, 4)
+    picture = (2, 6, CAT)
+    assert cache.admit(0, int32([7] * 8), [picture]) == 0
+    assert cache.append(int32([0]), int32([8]))
+    fill_step(cache, [0], [8])
+    cache.rollback(0, 3)
+    cache.fork(0, 1)
+    for seq_id, left in ((0, 5), (1, 2)):
+        cache.rollback(seq_id, 5 - left)
+        assert cache.append(int32([seq_id]), int32([12 - left]))
+        cache.take_copies()
+        fill_step(cache, [seq_id], [12 - left])
+        cache.rollback(seq_id, 2)  # these are behind the cut
+        assert cache.append(int32([seq_id]), int32([2]))
+        step, _, _ = fill_step(cache, [seq_id], [2])
+        cache.extend(seq_id, int32([7] * (12 - left)))
+        cache.publish(int32([seq_id]), int32([12]))
+        cache.complete(step)
+        cache.check_invariants()
+        assert cache.match(int32([7] * 13)) == (0 if left == 5 else 12)
+        assert cache.match(int32([7] * 13), [picture]) == 4

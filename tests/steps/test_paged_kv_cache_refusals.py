@@ -200,6 +200,91 @@ def test_fill_step_names_the_wrong_buffer_and_writes_nothing(name: str, change: 
     assert all((buffer == POISON).all() for buffer in out.values())
 
 
+def refused_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int, message: str) -> None:
+    """Checks that a step is refused with this message, and that it has changed nothing."""
+    out = step_buffers(1, cache.num_blocks, num_new_tokens)
+    before = cache.stats(), cache.num_steps, length_of(cache, seq_id)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cache.fill_step(int32(seq_id), int32(num_new_tokens), **out)
+    assert all((buffer == POISON).all() for buffer in out.values())
+    assert (cache.stats(), cache.num_steps, length_of(cache, seq_id)) == before
+    cache.check_invariants()
+
+
+def run_step(cache: PagedKVCache, seq_id: int, num_new_tokens: int) -> None:
+    cache.take_copies()
+    out = step_buffers(1, cache.num_blocks, num_new_tokens)
+    cache.complete(cache.fill_step(int32(seq_id), int32(num_new_tokens), **out))
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_fill_step_refuses_to_compute_tokens_that_came_from_the_cache(is_reset: bool) -> None:
+    cache = PagedKVCache(8, 4)
+    token_ids = np.arange(9, dtype=np.int32)
+    cache.admit(0, token_ids)
+    cache.append(int32(0), int32(9))
+    run_step(cache, 0, 9)
+    cache.publish(int32(0), int32(9))
+    cache.release(0)
+    assert cache.admit(1, token_ids) == 8
+    if is_reset:
+        cache.reset()  # the blocks are no longer published, but the tokens still came from the cache
+    for num_appended in (0, 1):
+        cache.append(int32(1), int32(num_appended))
+        for num_new_tokens in (num_appended + 1, num_appended + 8):
+            message = f"expected at most {num_appended} (of the {8 + num_appended} tokens of sequence 1, 8 came from"
+            refused_step(cache, 1, num_new_tokens, message)
+    run_step(cache, 1, 1)
+    cache.fork(1, 2)
+    cache.release(1)
+    refused_step(cache, 2, 2, "expected at most 1 (of the 9 tokens of sequence 2, 8 came from the cache), got 2")
+
+
+def test_fill_step_refuses_to_write_blocks_that_a_fork_shares() -> None:
+    cache = PagedKVCache(16, 4)
+    cache.admit(0, np.arange(6, dtype=np.int32))
+    cache.append(int32(0), int32(6))
+    cache.fork(0, 1)
+    for seq_id in (0, 1):
+        refused_step(cache, seq_id, 6, f"blocks that sequence {seq_id} alone holds and that are not published, got 6")
+    cache.append(int32(1), int32(1))  # it gets a last block of its own, but still shares the first
+    cache.take_copies()
+    refused_step(cache, 1, 7, "got 7, and the block of token 0 is shared or published")
+    run_step(cache, 1, 3)
+    cache.rollback(1, 7)
+    cache.append(int32(1), int32(6))  # as the message advises
+    run_step(cache, 1, 6)
+    cache.fork(0, 2)
+    refused_step(cache, 2, 1, "the block of token 5 is shared")
+    cache.release(0)
+    run_step(cache, 2, 6)  # it is alone now
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_fill_step_refuses_to_write_blocks_that_are_published_or_will_be(ends: bool) -> None:
+    cache = PagedKVCache(8, 4)
+    cache.admit(0, np.arange(6, dtype=np.int32))
+    cache.append(int32(0), int32(6))
+    step = cache.fill_step(int32(0), int32(6), **step_buffers(1, 2, 6))
+    cache.publish(int32(0), int32(6))
+    if ends:
+        cache.complete(step)
+    refused_step(cache, 0, 3, "got 3, and the block of token 3 is shared or published; roll back from there on")
+    run_step(cache, 0, 2)
+
+
+def test_fill_step_refuses_a_batch_for_one_sequence_of_it() -> None:
+    cache = PagedKVCache(8, 4)
+    for seq_id in (0, 1):
+        admitted(cache, seq_id, 4)
+    cache.fork(1, 2)
+    out = step_buffers(2, 8, 8)
+    with pytest.raises(ValueError, match="sequence 1 alone holds"):
+        cache.fill_step(int32(0, 1), int32(4, 4), **out)
+    with pytest.raises(ValueError, match="sequence 0 has 0 tokens in steps"):
+        cache.publish(int32(0), int32(1))
+
+
 def test_fill_step_takes_arrays_only_since_a_list_would_be_a_copy() -> None:
     with pytest.raises(TypeError):
         PagedKVCache(8, 16).fill_step([], [], **step_buffers(0, 0, 0))

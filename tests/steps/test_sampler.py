@@ -55,6 +55,16 @@ def drawn(logits_V, num_draws=4000, **fields):
     return np.bincount(ids, minlength=VOCAB)
 
 
+def test_forbidding_tokens_hides_no_logit_that_is_not_finite():
+    logits_RV = torch.zeros(3, VOCAB)
+    logits_RV[0, 7], logits_RV[1, 7], logits_RV[2, 7] = math.nan, math.inf, -math.inf
+    only_first = np.array([[1, 0]] * 3, np.int32)
+    forbid(logits_RV, [0, 1, 2], only_first)
+    assert logits_RV[:, 7].isfinite().logical_not().all()
+    assert torch.all(logits_RV[:, 8] == -math.inf)
+    assert sample(logits_RV, [sequence(), sequence(), sequence()]) == [-1, -1, 0]
+
+
 def test_temperature_zero_takes_the_largest_logit(logits_V):
     assert sample(logits_V[None], [sequence()]) == [int(logits_V.argmax())]
 

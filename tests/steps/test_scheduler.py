@@ -2,8 +2,10 @@
 
 import itertools
 from dataclasses import replace
+from random import Random
 
 import numpy as np
+import pytest
 import torch
 
 from internvl_rt.inputs.picture import Picture
@@ -146,10 +148,65 @@ def test_no_more_than_max_num_seqs_run():
 
 def test_siblings_fork_off_the_computed_prompt_and_count_as_places():
     bench = Bench(make(25, n=3), make(5, n=2), max_num_seqs=4, budget=20)
-    assert bench.steps(2) == [[(0, 0, 20)], [(0, 20, 25)]]
-    assert bench.scheduler.num_running == 3
-    assert bench.step() == [(0, 25, 26), (1, 25, 26), (2, 25, 26)]
+    assert bench.steps(2) == [[(0, 0, 15), (3, 0, 5)], [(3, 5, 6), (4, 5, 6), (0, 15, 25)]]
+    assert bench.scheduler.num_running == 4, "one of three finds no place"
+    assert bench.step() == [(0, 25, 26), (3, 6, 7), (4, 6, 7), (1, 25, 26)]
     assert bench.scheduler.num_waiting == 1
+
+
+@pytest.mark.parametrize(("max_num_seqs", "most"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6), (64, 48)])
+def test_the_answers_of_one_request_leave_places_to_others(max_num_seqs, most):
+    several = make(5, n=max_num_seqs, max_tokens=1000)
+    answers = [several, *several.siblings]
+    bench = Bench(several, max_num_seqs=max_num_seqs, num_blocks=256, budget=200)
+    bench.steps(3)
+    assert bench.scheduler.num_running == most
+    assert bench.scheduler.num_waiting == max_num_seqs - most
+    if most < max_num_seqs:
+        bench.add(make(5))
+        assert bench.scheduler.num_waiting == max_num_seqs - most + 1
+        assert max_num_seqs in [name for name, *_ in bench.step()]
+        assert bench.scheduler.num_running == most + 1
+    for left in range(max_num_seqs, 0, -1):
+        running = [answer for answer in answers if answer.num_computed]
+        assert len(running) == min(most, left)
+        bench.scheduler.remove(running[-1])
+        answers.remove(running[-1])
+        bench.step()
+
+
+def test_answers_end_in_any_order_and_requests_are_cancelled_at_any_moment():
+    random, num_ended = Random(0), 0
+    for _ in range(60):
+        max_num_seqs = random.randint(1, 8)
+        bench = Bench(max_num_seqs=max_num_seqs, num_blocks=256, budget=random.choice([3, 200]))
+        requests = []
+
+        def end(answers, request):
+            for answer in answers:
+                bench.scheduler.remove(answer)  # noqa: B023
+                request.remove(answer)
+            return len(answers)
+
+        for turn in range(200):
+            if turn < 20 and random.random() < 0.4:
+                first = make(random.randint(1, 9), n=random.randint(1, max_num_seqs), max_tokens=50)
+                requests.append([first, *first.siblings])
+                bench.add(first)
+            elif requests and random.random() < 0.2:
+                request = random.choice(requests)
+                end(list(request), request)
+            bench.step()
+            assert bench.scheduler.num_running <= max_num_seqs
+            for request in requests:
+                drawn = [answer for answer in request if answer.num_tokens > answer.num_prompt]
+                num_ended += end(random.sample(drawn, random.randint(0, len(drawn))), request)
+            requests = [request for request in requests if request]
+        assert not requests, "everybody gets a place in the end"
+        assert bench.scheduler.num_running == bench.scheduler.num_waiting == 0
+        assert not bench.scheduler._further
+        assert not bench.scheduler._leaders
+    assert num_ended > 300
 
 
 def test_removing_a_waiting_or_unknown_sequence_releases_nothing():

@@ -1,0 +1,151 @@
+"""`internvl-rt chat`: one question, or a conversation that no mistake ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from internvl_rt.errors import InternVLError, RequestError, quoted
+from internvl_rt.terminal import importing, say
+
+if TYPE_CHECKING:
+    from internvl_rt.engine.engine import Engine
+    from internvl_rt.engine.reply import Reply
+    from internvl_rt.inputs.sampling_params import SamplingParams
+
+INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
+          /video FILE  adds a video to the next question
+          /reset       forgets the conversation
+          /exit        ends (so does Ctrl-D)"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Takes the arguments of `chat`; all are checked before torch is imported. Raises InternVLError."""
+    params = _check_options(args)
+    media = [*(_media("image", file) for file in args.image), *(_media("video", file) for file in args.video)]
+    with importing():
+        from internvl_rt.checkpoint.find import find_model
+    model = find_model(args.model)
+    with importing():
+        from internvl_rt.engine.engine import Engine
+    engine = Engine.from_pretrained(
+        model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
+    )
+    if args.timings:
+        say(engine.memory.render())
+    start = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if args.prompt is not None:
+        message = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
+        _answer(engine, [*start, message], params, args.timings)
+        return 0
+    return _converse(engine, start, media, params, args.timings)
+
+
+def _check_options(args: argparse.Namespace) -> "SamplingParams":
+    with importing():
+        from internvl_rt.inputs.sampling_params import SamplingParams
+    for name, text in (("PROMPT", args.prompt), ("--system", args.system)):
+        _check_text(name, text or "")
+    if args.prompt is None and sys.stdin is None:
+        raise RequestError("stdin is closed, so no question can be read from it; give a PROMPT")
+    if args.max_tiles is not None:
+        with importing():
+            from internvl_rt.inputs.tiles import ImageOptions
+        ImageOptions(max_tiles=args.max_tiles)
+    if args.v2pe_delta not in ("auto", 1):
+        with importing():
+            from internvl_rt.inputs.position import parse_delta
+        parse_delta(args.v2pe_delta)
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raises RequestError for lone surrogates: Python makes them of bytes that are no text of the locale's encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = quoted(text[max(0, error.start - 20) : error.start + 20])
+        raise RequestError(f"{name} is not valid {sys.getfilesystemencoding()} at {around}; type it again") from error
+
+
+def _media(kind: Literal["image", "video"], file: str) -> dict[str, str]:
+    """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
+    with importing():
+        from internvl_rt.inputs.media import open_media
+    file = os.path.expanduser(file)
+    open_media(file, kind, max_bytes=sys.maxsize)[0].close()  # the engine checks the size
+    return {"type": kind, kind: file}
+
+
+def _converse(
+    engine: "Engine", start: list[dict[str, Any]], media: list[dict[str, str]], params: "SamplingParams", timings: bool
+) -> int:
+    say(INTERACTIVE_HELP)
+    messages = list(start)
+    for line in _lines():
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/exit":
+                break
+            if command == "/reset":
+                messages, media = list(start), []
+            elif command in ("/image", "/video"):
+                if not rest:
+                    raise RequestError(f"{command} needs the name of a file: {command} FILE")
+                media.append(_media("image" if command == "/image" else "video", rest.strip()))
+            elif command.startswith("/"):
+                say(f"no command {InternVLError(command)!s}\n{INTERACTIVE_HELP}")
+            else:
+                _check_text("the question", line)
+                question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
+                media = []
+                reply = _answer(engine, [*messages, question], params, timings)
+                messages += [question, {"role": "assistant", "content": reply.text}]
+        except InternVLError as error:  # this question fails, the conversation goes on
+            say(str(error))
+        except KeyboardInterrupt:
+            say("\nstopped; this question is forgotten")
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Yields what is typed, or comes from a file, without blanks around it and without empty lines."""
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for input())
+    while True:
+        try:
+            line = input("> " if is_typed else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_typed:
+                raise
+            say("\n/exit or Ctrl-D ends")
+            continue
+        if line:
+            yield line
+
+
+def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingParams", timings: bool) -> "Reply":
+    for piece in engine.stream(messages, params):
+        print(piece.text, end="", flush=True)
+    print()
+    assert piece.reply is not None, "a stream ends with its reply"
+    if timings:
+        usage = piece.reply.usage
+        say(
+            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered\n"
+            f"{piece.reply.timings.render(engine.roof)}"
+        )
+    return piece.reply

@@ -1,0 +1,138 @@
+"""Prepares calls of asyncio in a few threads, texts apart from pictures, so that a text waits for no picture.
+
+What the caller awaits ends when its task is cancelled or its time is over, whatever the threads do. A call that still
+waits for a thread is then forgotten; one that has a thread is abandoned between two pictures, and its result is undone.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from internvl_rt.errors import QueueFullError
+from internvl_rt.steps.device_stream import on_this_stream
+
+MEDIA_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
+TEXT_THREADS = 2
+MAX_PARTS_LOOKED_AT = 1000  # of a conversation, in the event loop; a longer one waits among the pictures
+
+T = TypeVar("T")
+
+
+Proceed = Callable[[], None]  # called now and then by work; raises AbandonedError when nobody waits for it any more
+
+
+def go_on() -> None:
+    """Lets work proceed, whoever waits for it."""
+
+
+class AbandonedError(Exception):
+    """Ends work whose caller has gone."""
+
+
+class LateError(Exception):
+    """A call's time was over before it was prepared."""
+
+
+class Preparing:
+    """Threads that prepare calls, and the calls that are being prepared or wait for that."""
+
+    def __init__(self, device: torch.device, most: int, check: Callable[[], None]) -> None:
+        """most: calls at a time; more are refused. check: raises if the engine takes no calls any more."""
+        self._device, self._most, self._check = device, most, check
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="internvl_rt prepares texts")
+        self._media = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="internvl_rt prepares media")
+        self._unfinished: set[Future[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._unfinished)
+
+    async def run(
+        self,
+        work: Callable[[Proceed], T],
+        *,
+        media: bool,
+        undo: Callable[[T], None] | None = None,
+        deadline_s: float | None = None,
+    ) -> T:
+        """Returns what `work` returns or raises. Raises LateError if the deadline (by perf_counter) passes before.
+
+        undo: gets a result that came too late.
+        """
+        self._check()
+        if len(self._unfinished) >= self._most:
+            raise QueueFullError(
+                f"{len(self._unfinished)} calls wait to be prepared, which is the limit; try again later, or raise "
+                "max_num_seqs or max_waiting"
+            )
+        job = _Job(work)
+        try:
+            future = (self._media if media else self._texts).submit(on_this_stream(job.run, self._device))
+        except RuntimeError:
+            self._check()  # the threads end after the engine was closed
+            raise
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
+        result = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait([result], timeout=None if deadline_s is None else deadline_s - time.perf_counter())
+            if not result.done():
+                raise LateError
+            return result.result()
+        finally:
+            if not result.done():
+                job.abandon()
+                if not future.cancel() and undo is not None:
+                    future.add_done_callback(partial(_undo, undo))
+                with suppress(RuntimeError):  # the caller's event loop was closed while it waited
+                    result.cancel()
+            del job, future, result  # an error refers to this frame, which must not refer to the error
+
+    def shutdown(self) -> None:
+        """Waits for the calls that have a thread."""
+        self._texts.shutdown()
+        self._media.shutdown()
+
+
+class _Job(Generic[T]):
+    """Work for a thread. Abandoned work is dropped with all that it refers to, even while it waits for its turn."""
+
+    def __init__(self, work: Callable[[Proceed], T]) -> None:
+        self._work: Callable[[Proceed], T] | None = work
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        self._abandoned, self._work = True, None
+
+    def run(self) -> T:
+        work, self._work = self._work, None
+        if work is None:
+            raise AbandonedError
+        return work(self._check)
+
+    def _check(self) -> None:
+        if self._abandoned:
+            raise AbandonedError
+
+
+def _undo(undo: Callable[[T], None], future: "Future[T]") -> None:
+    if not future.cancelled() and future.exception() is None:
+        undo(future.result())
+
+
+def has_media(messages: object) -> bool:
+    """Says whether a conversation, checked or not, may hold anything but text."""
+    if not isinstance(messages, Items):
+        return False
+    contents = [m.get("content") for m in islice(messages, MAX_PARTS_LOOKED_AT) if isinstance(m, Mapping)]
+    lists = [content for content in contents if isinstance(content, Items) and not isinstance(content, str)]
+    if len(messages) + sum(map(len, lists)) > MAX_PARTS_LOOKED_AT:
+        return True
+    return any(isinstance(part, Mapping) and part.get("type") != "text" for content in lists for part in content)

@@ -1,0 +1,278 @@
+"""Decodes pictures with Pillow, once their sizes, and the time and memory that decoding takes, are known to be bounded.
+
+PIL's global settings are left alone.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from internvl_rt.errors import MediaError
+from internvl_rt.inputs.tiles import ImageOptions
+
+# EPS, which starts ghostscript, JPEG 2000 and Pillow's rarely used decoders are left out.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+# Pillow raises these on damaged files; most were seen when files of every format above were changed and cut.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError),
+    *(AssertionError, struct.error),
+)
+
+# Nanoseconds of one core for a pixel and for an encoded byte, and bytes of the decoder's own for a pixel. Measured with
+# pictures of noise and of smooth areas of 2 to 16 megapixels on a server of 2024, and rounded up.
+_COSTS = {
+    "JPEG": (12, 30, 0),
+    "MPO": (12, 30, 0),
+    "PNG": (12, 10, 0),
+    "WEBP": (25, 40, 14),
+    "GIF": (15, 10, 0),
+    "BMP": (6, 2, 0),
+    "TIFF": (20, 10, 4),
+    "AVIF": (25, 70, 12),
+}
+_OTHER_COST = (25, 70, 14)  # of a picture that the caller opened with another of Pillow's plugins
+
+_SCAN_NS = 1.0  # for a pixel of each component in a scan of a JPEG, beyond what its bytes take
+_ARITHMETIC_SCAN_NS = 20.0  # arithmetic coding spends no bytes on what it can predict
+
+# Pillow's parsers read a few bytes at a time, in Python: segments of a JPEG, chunks of a PNG, blocks of a GIF, tags of
+# a TIFF, runs of a BMP. Each read takes a microsecond or two. Photographs take under 1,000 reads to open, and 100,000
+# to decode at the most (a PNG of 200 MB in chunks of 8 KiB).
+_OPEN_READS = 20_000
+_DECODE_READS = 500_000
+
+_COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
+_MAX_COMPRESSED_CHUNKS = 100
+
+_SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
+
+_MAX_SEGMENTS = 10_000  # of a JPEG; 10 MB of metadata take 160, each scan takes 1 to 5
+_MAX_METADATA_BYTES = 1 << 24  # before a JPEG's first scan; Pillow joins EXIF segments in quadratic time
+
+_QUARTER_TURNS = (5, 6, 7, 8)
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _CountedReads(io.BytesIO):
+    """Encoded bytes that can be read a limited number of times, as each read is a step of a parser in Python."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name, self._limit = name, _OPEN_READS
+        self._reads_left, self._bytes_left = _OPEN_READS, 8 * len(content) + (1 << 20)
+
+    def allow(self, reads: int) -> None:
+        self._limit = self._reads_left = reads
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        part = super().read(size)
+        self._reads_left -= 1
+        self._bytes_left -= len(part)
+        if self._reads_left < 0 or self._bytes_left < 0:
+            raise MediaError(
+                f"{self._name} is made of more than {self._limit} small pieces, or has pieces that overlap: save it "
+                "anew, for example as PNG"
+            )
+        return part
+
+
+def open_encoded(
+    content: bytes,
+    name: str,
+    options: ImageOptions,
+    *,
+    formats: tuple[str, ...] | None = _FORMATS,
+    frame: int = 0,
+) -> Image.Image:
+    """Reads the header of a picture and goes to a frame, after it has checked what decoding up to there takes.
+
+    formats: those of Pillow that are tried; None is all. Raises MediaError.
+    """
+    scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
+    if content[:4] == b"\x89PNG" and sum(map(content.count, _COMPRESSED_CHUNKS)) > _MAX_COMPRESSED_CHUNKS:
+        raise MediaError(
+            f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
+        )
+    stream = _CountedReads(content, name)
+    with pillow_errors(name):
+        image = Image.open(stream, formats=formats)
+        _check_decoding(
+            image, 1 if image.format in _SEPARATE_FRAMES else 1 + frame, scan_ns, len(content), name, options
+        )
+        stream.allow(_DECODE_READS)
+        if frame:
+            image.seek(frame)
+            _check_decoding(image, 1, scan_ns, len(content), name, options)
+    return image
+
+
+def upright_size(image: Image.Image, name: str, options: ImageOptions) -> tuple[int, int]:
+    """Returns width and height of what `to_rgb` gives."""
+    width, height = image.size
+    if options.exif == "apply" and image.format != "TIFF":  # Pillow itself turns a TIFF, and its size says so
+        with pillow_errors(name):
+            if _orientation(image) in _QUARTER_TURNS:
+                return height, width
+    return width, height
+
+
+def to_rgb(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
+    """Decodes a picture that nobody else uses to mode RGB. Raises MediaError if it is broken."""
+    with pillow_errors(name):
+        image.load()
+        turn = _TRANSPOSITIONS.get(_orientation(image)) if options.exif == "apply" else None
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode[0] in "IF":
+            image = _to_8_bit(image)
+        elif options.alpha == "white" and image.has_transparency_data:
+            image = _on_white(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def check_size(width: int, height: int, name: str, options: ImageOptions) -> None:
+    """Raises MediaError for a picture without pixels or beyond the limits."""
+    if min(width, height) < 1:
+        raise MediaError(f"{name} has no pixels: {width}x{height}")
+    if width * height > options.max_pixels:
+        raise MediaError(
+            f"{name} is {width}x{height} pixels; at most {options.max_pixels} pixels are allowed: make it smaller, or "
+            "raise max_pixels of the engine"
+        )
+    if max(width, height) > options.max_side:
+        raise MediaError(
+            f"{name} is {width}x{height} pixels; at most {options.max_side} a side are allowed: make it smaller, or "
+            "raise max_side of the engine"
+        )
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Makes Pillow's errors one line; its own texts may hold object addresses and stay in `__cause__`."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name} is not a readable {', '.join(_FORMATS)} file: convert it to one of these") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaError(
+            f"{name} has more pixels than Pillow accepts: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except _DAMAGED as error:
+        raise MediaError(f"{name} is broken or truncated and cannot be decoded ({type(error).__name__})") from error
+
+
+def _check_decoding(
+    image: Image.Image, num_frames: int, scan_ns: float, num_bytes: int, name: str, options: ImageOptions
+) -> None:
+    """Refuses what takes too long or too much memory to decode, as far as the header tells.
+
+    num_frames: the frames up to the one that is wanted. scan_ns: what the scans of a JPEG take for each pixel.
+    """
+    check_size(*image.size, name, options)
+    width, height = _decoded_size(image)
+    check_size(width, height, f"{name}, with its tiles,", options)
+    num_pixels = width * height
+    pixel_ns, byte_ns, own_bytes = _COSTS.get(image.format or "", _OTHER_COST)
+    seconds = 1e-9 * (num_pixels * num_frames * (pixel_ns + scan_ns) + num_bytes * byte_ns)
+    if seconds > options.max_decode_s:
+        raise MediaError(
+            f"{name} would take about {seconds:.0f} s to decode; at most {options.max_decode_s:g} s are allowed: save "
+            "it anew as PNG or baseline JPEG, make it smaller, or raise max_decode_s of the engine"
+        )
+    if image.info.get("progressive"):
+        own_bytes = 2 * len(image.getbands())  # coefficients of all components are kept until the last scan
+    sample_bytes = 4 if len(image.getbands()) > 1 else {"I;": 2, "I": 4, "F": 4}.get(image.mode[:2], 1)
+    converted_bytes = 0 if image.mode == "RGB" else 8 if image.mode[0] in "IF" else 4
+    resized_bytes = 7  # RGB, and what is between the two passes of canvas and thumbnail
+    total = num_pixels * max(own_bytes + sample_bytes, sample_bytes + converted_bytes, resized_bytes)
+    if total > options.max_decode_bytes:
+        raise MediaError(
+            f"{name} would take about {total >> 20} MiB to decode; at most {options.max_decode_bytes >> 20} MiB are "
+            "allowed: make it smaller, save it anew as PNG or baseline JPEG, or raise max_decode_bytes of the engine"
+        )
+
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """Returns the size of all that is decoded: whole tiles, where a TIFF is made of tiles."""
+    tags = getattr(image, "tag_v2", None)
+    width, height = image.size
+    if tags is None or 322 not in tags or 323 not in tags:
+        return width, height
+    tile_width, tile_height = int(tags[322]), int(tags[323])
+    if min(tile_width, tile_height) < 1:
+        raise ValueError("tiles without pixels")
+    return -(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height
+
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those of no segment and stuffed bytes are left out
+
+
+def _jpeg_scan_ns(content: bytes, name: str) -> float:
+    """Returns the nanoseconds that all scans of a JPEG take for each pixel, from the file's own bytes.
+
+    Raises MediaError if it is made of too many segments. A progressive JPEG has about 10 scans; the standard lets it
+    have thousands, each over all pixels, of a few hundred bytes.
+    """
+    position, total_ns, component_ns, has_scan = 2, 0.0, _SCAN_NS, False
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(content, position)
+        if found is None or found[0] == b"\xff\xd9":
+            return total_ns
+        start, code = found.end(), content[found.end() - 1]
+        position = start + max(2, int.from_bytes(content[start : start + 2]))
+        if code in (0xC9, 0xCA, 0xCB):
+            component_ns = _ARITHMETIC_SCAN_NS
+        if code == 0xDA:
+            has_scan = True
+            total_ns += component_ns * max([1, *content[start + 2 : start + 3]])  # the byte may be missing
+        elif not has_scan and position > _MAX_METADATA_BYTES:
+            raise MediaError(
+                f"{name} has more than {_MAX_METADATA_BYTES} bytes of metadata: save it anew without metadata"
+            )
+    raise MediaError(f"{name} is made of more than {_MAX_SEGMENTS} segments: save it anew as PNG or baseline JPEG")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lays a picture with transparency on white, in strips, which take less memory than the whole at once."""
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, 256):
+        strip = image.crop((0, top, image.width, min(top + 256, image.height))).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return rgb
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Converts gray of mode I;16*, I or F to mode L by dropping the low bits.
+
+    I and F do not tell their range: it is the first of 1 (F only), 8, 16 and 31 bits that holds the brightest pixel.
+    """
+    gray = np.asarray(image)
+    if image.mode == "F":
+        gray = np.nan_to_num(gray, posinf=0.0, neginf=0.0)
+    if image.mode.startswith("I;16"):
+        bits = 16
+    else:
+        bits = next((bits for bits in ((8, 16) if image.mode == "I" else (0, 8, 16)) if gray.max() <= 1 << bits), 31)
+    scaled = gray * np.float32(2.0 ** (8 - bits))
+    return Image.fromarray(np.clip(scaled, 0, 255, out=scaled).astype(np.uint8))

@@ -1,0 +1,140 @@
+"""What decoding a picture takes is bounded before it begins: a file of a few kilobytes can hold minutes of work."""
+
+import io
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from internvl_rt.errors import MediaError
+from internvl_rt.inputs.image import open_image
+from internvl_rt.inputs.tiles import ImageOptions
+
+MOST_S = 2.0  # of processor time; unbounded, each of the files below takes 10 s to hours
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def refusal(content: bytes, **limits: Any) -> str:
+    """Returns the one line with which a picture is refused, in little time."""
+    start_s = time.process_time()
+    with pytest.raises(MediaError) as caught:
+        open_image(content, ImageOptions(**limits)).decode()
+    assert time.process_time() - start_s < MOST_S
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes, width: int = 8, height: int = 8) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"".join((b"\x89PNG\r\n\x1a\n", header, *chunks, png_chunk(b"IEND", b"")))
+
+
+def jpeg_scans(repeats: int, size: tuple[int, int]) -> bytes:
+    """Returns a progressive JPEG of smooth areas whose last scan is repeated."""
+    data = encode(Image.new("RGB", size), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * repeats + data[-2:]
+
+
+def tiff(*tags: tuple[int, int, int, int], data: bytes = b"") -> bytes:
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + data
+
+
+def gif(*blocks: bytes) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6) + b"".join(blocks)
+
+
+def rle_bmp(data: bytes, width: int, height: int) -> bytes:
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(data), 0, 0, 1078) + info + bytes(1024) + data
+
+
+def test_a_jpeg_whose_scan_is_repeated_is_refused_by_the_time_that_it_takes() -> None:
+    text = refusal(jpeg_scans(500, (7000, 7000)))
+    assert "s to decode; at most 5 s are allowed: save it anew as PNG or baseline JPEG" in text
+    assert "raise max_decode_s of the engine" in text
+    small = jpeg_scans(500, (300, 200))
+    assert open_image(small, ImageOptions()).decode().size == (300, 200)  # 500 scans are no harm by themselves
+    assert "at most 0.01 s" in refusal(small, max_decode_s=0.01)
+
+
+@pytest.mark.slow
+def test_a_progressive_jpeg_of_64_megapixels_is_not_refused() -> None:
+    content = encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True, subsampling=0)
+    assert open_image(content, ImageOptions()).num_tiles > 1
+
+
+SMALL = encode(Image.new("RGB", (8, 8)), "JPEG")
+EXIF = b"\xff\xe1\xff\xffExif\0\0" + bytes(65535 - 8)
+METADATA = b"x\0\0" + zlib.compress(bytes(1_000_000), 9)
+SQUARE = ((256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (262, 3, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: SMALL[:2] + b"\xff" * 20_000_000 + SMALL[2:], "bytes of metadata: save it anew"),
+        (lambda: SMALL[:2] + b"\xff\xfe\0\2" * 2_000_000 + SMALL[2:], "more than 10000 segments: save it anew"),
+        (lambda: SMALL[:2] + EXIF * 300 + SMALL[2:], "bytes of metadata: save it anew"),
+        (lambda: png(png_chunk(b"iCCP", METADATA) * 5000), "more than 100 compressed chunks"),
+        (lambda: png(png_chunk(b"IDAT", b"x"), png_chunk(b"iCCP", METADATA) * 5000), "more than 100 compressed chunks"),
+        (lambda: png(png_chunk(b"tEXt", b"x\0y") * 500_000), "more than 20000 small pieces"),
+        (lambda: png(png_chunk(b"IDAT", b"") * 500_000), "more than 500000 small pieces"),
+        (lambda: gif(b"!\xfe" + b"\1a" * 5_000_000), "more than 20000 small pieces"),
+        (lambda: rle_bmp(b"\1\7" * 8_000_000, 4000, 2000), "more than 500000 small pieces"),
+        (lambda: tiff(*SQUARE, *((1000 + i, 1, 9_000_000, 8) for i in range(30_000)), data=bytes(9_000_000)), "pieces"),
+        (lambda: tiff(*SQUARE, (259, 3, 1, 8), (322, 4, 1, 1 << 31), (323, 4, 1, 1 << 31), (324, 4, 1, 8)), "tiles"),
+        (lambda: tiff(*SQUARE, (259, 3, 1, 8), (322, 4, 1, 30_000), (323, 4, 1, 30_000), (324, 4, 1, 8)), "tiles"),
+        (lambda: gif(b"," + struct.pack("<HHHHB", 60_000, 60_000, 9, 9, 0) + b"\2\1\0\0;"), "more pixels than"),
+    ],
+)  # fmt: skip
+def test_files_that_keep_a_parser_busy_are_refused(build: Callable[[], bytes], expected: str) -> None:
+    assert expected in refusal(build())
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_thousands_of_frames_cost_as_much_as_the_first(kind: str) -> None:
+    size, count = (16, 16), 200 if kind == "AVIF" else 1000
+    frames = [Image.new("RGB", size, (level % 256, level // 16, 99)) for level in range(count)]
+    content = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    start_s = time.process_time()
+    assert open_image(content, ImageOptions()).decode().size == size
+    assert time.process_time() - start_s < 0.3
+
+
+def test_memory_for_decoding_is_estimated_from_the_header() -> None:
+    rgb = Image.fromarray(np.zeros((1000, 1000, 3), np.uint8))
+    taken = {"WEBP": 18, "PNG": 7}  # bytes a pixel
+    for kind, per_pixel in taken.items():
+        content = encode(rgb, kind)
+        open_image(content, ImageOptions(max_decode_bytes=per_pixel * 1_000_000)).decode()
+        text = refusal(content, max_decode_bytes=per_pixel * 1_000_000 - 1)
+        assert "MiB to decode" in text
+        assert "raise max_decode_bytes of the engine" in text
+
+
+def test_an_upright_tiff_is_turned_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(Image.new("RGB", (600, 100)), "TIFF", exif=exif)
+    for option in ("ignore", "apply"):
+        opened = open_image(content, ImageOptions(exif=option, image_size=28))
+        columns, rows = opened.grid
+        assert opened.decode().size == (100, 600)
+        assert rows > columns
