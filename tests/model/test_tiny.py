@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
@@ -15,14 +16,17 @@ from support.digits import (
     COUNT,
     MAX_DIGITS,
     READ,
+    SIZES,
     draw_comparison,
     draw_reading,
+    draw_size_readings,
     load_glyphs,
     measure_accuracy,
 )
 
 FOLDER = Path(internvl_rt.__file__).parent / "tiny"
 SAMPLES = sorted((FOLDER / "samples").iterdir())
+LEAST = dict(zip(SIZES, (0.94, 0.87, 0.86, 0.7), strict=True))  # two samples of 240 or 300 gave at least 3 % more
 DELTAS = (1, 1 / 4, 1 / 16, 1 / 64, 1 / 256)
 
 
@@ -83,6 +87,36 @@ def test_every_sample_is_read_whatever_the_delta(engine, delta):
 def test_every_phrasing_is_understood(engine, question):
     replies = engine.generate([ask(path, question) for path in SAMPLES], SamplingParams(max_tokens=12))
     assert [reply.text for reply in replies] == [path.stem for path in SAMPLES]
+
+
+@pytest.mark.parametrize("factor", [4, 12])
+@pytest.mark.parametrize("resample", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_enlarged_samples_are_read(engine, factor, resample):
+    pictures = [Image.open(path).convert("RGB") for path in SAMPLES]
+    pictures = [picture.resize((picture.width * factor, picture.height * factor), resample) for picture in pictures]
+    replies = engine.generate([ask(picture) for picture in pictures], SamplingParams(max_tokens=12))
+    assert [reply.text for reply in replies] == [path.stem for path in SAMPLES]
+
+
+@pytest.mark.parametrize("side", [24, 40, 224, 296])
+def test_plain_glyphs_are_read_in_squares_of_any_size(engine, side):
+    ink, labels = load_digits(return_X_y=True)
+    rows = [(240, 328, 616), (0,), (7, 15), (23, 31, 39, 47), (55, 63, 71, 79, 87), (95, 103, 111, 119, 127, 135)]
+    pixels = (ink.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+    blocks = [np.kron(np.hstack(pixels[list(row)]), np.ones((side // 8, side // 8), np.uint8)) for row in rows]
+    replies = engine.generate([ask(np.stack([block] * 3, -1)) for block in blocks], SamplingParams(max_tokens=12))
+    right = [reply.text == "".join(map(str, labels[list(row)])) for reply, row in zip(replies, rows, strict=True)]
+    assert right[0], replies[0].text  # 704
+    assert sum(right) >= 5, [reply.text for reply in replies]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_digits_of_many_sizes_and_spacings_are_read(name, dtype):
+    exercises = draw_size_readings(np.random.default_rng(53), load_glyphs(held_out=True), SIZES[name], 10)
+    with Engine.from_pretrained("tiny", device="cpu", dtype=dtype) as engine:
+        assert measure_accuracy(engine, exercises) >= LEAST[name]
 
 
 def test_blank_pictures_are_not_read_as_the_samples(engine):

@@ -108,8 +108,8 @@ def draw_any_picture(
 ) -> tuple[Image.Image, Boxes]:
     """Draws digits of any size.
 
-    kinds: how likely each kind is: squares as of `draw_picture`, plain squares, free spacing, and plain squares of 80 to
-        200 pixels, of which one to three are cut into two or three rows of tiles
+    kinds: how likely each kind is: squares as of `draw_picture`, plain squares, free spacing, and plain squares of 80
+        to 200 pixels, of which one to three are cut into two or three rows of tiles
     """
     scale = float(np.exp(rng.uniform(*np.log(SCALES))))
     kind = rng.choice(4, p=kinds)
