@@ -66,7 +66,7 @@ def seed(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", text):
         raise argparse.ArgumentTypeError(f"device must be auto, cpu, cuda or cuda:N, got {quoted(text)}")
     return text
 
