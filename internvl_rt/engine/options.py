@@ -198,7 +198,6 @@ class _Params:
 
 # What calls of an engine take besides.
 PARAMS = _Params()
-SALT = OrNone(Text(0, 4096))
 TIMEOUT = OrNone(Number(0, 1e9, above=True))  # seconds
 
 
