@@ -10,10 +10,10 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
-from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.config import MAX_TILES, ModelConfig
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.inputs.tiles import MAX_TILES, READING_KINDS, ImageOptions
+from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
 from internvl_rt.inputs.video import LIMIT, VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from internvl_rt.checkpoint.config import MAX_SIDE, MAX_TILES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, read, read_fields
 
 
@@ -36,7 +37,6 @@ class ImageOptions:
         read("min_tiles", self.min_tiles, Integer(1, self.max_tiles, " (max_tiles)"))
 
 
-MAX_TILES = 128
 READING_KINDS: dict[str, Kind] = {  # of the options that an engine has by the same names
     "alpha": OneOf(("drop", "white"), "drop or white"),
     "max_pixels": Integer(1, 1 << 30),
@@ -46,7 +46,7 @@ READING_KINDS: dict[str, Kind] = {  # of the options that an engine has by the s
     "max_decode_s": Number(0, 1e6, above=True),
 }
 _KINDS: dict[str, Kind] = {
-    "image_size": Integer(1, 2048),
+    "image_size": Integer(1, MAX_SIDE),
     "max_tiles": Integer(1, MAX_TILES),
     "min_tiles": Integer(1, MAX_TILES),
     "thumbnail": Flag(),
