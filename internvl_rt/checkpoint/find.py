@@ -103,7 +103,7 @@ def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...])
     if not isinstance(model, str | Path) or not isinstance(revision, str | None):
         raise CheckpointError(
             f"model and revision: expected a path or a hub id, and a text or None, got {quoted(model)} and "
-            f"{quoted(revision)}; give both so"
+            f"{quoted(revision)}; correct them"
         )
     if model == "tiny":
         return _TINY

@@ -65,7 +65,6 @@ class Preparer:
     ) -> None:
         """dtype: the model's; numbers that a caller gives are cast to it.
         images: how pictures are read and cut; frames of videos become one tile each.
-
         number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
