@@ -17,7 +17,7 @@ from internvl_rt.errors import RequestError, quoted
 
 
 class UnfitError(Exception):
-    """A value is not of the kind that reads it; only this module sees it."""
+    """A value is not of the kind that reads it; `read` makes a RequestError of it."""
 
 
 class Kind(Protocol):

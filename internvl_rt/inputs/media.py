@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, TypeGuard
 from internvl_rt.errors import MediaError, quoted
 
 MediaSource: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO"
-Kind: TypeAlias = Literal["image", "video"]
+MediaKind: TypeAlias = Literal["image", "video"]
 
 # The option of the engine that limits the encoded bytes of each kind.
 _LIMIT_OPTIONS = {"image": "max_image_bytes", "video": "max_video_bytes"}
@@ -54,7 +54,7 @@ def is_media_source(source: object) -> TypeGuard[MediaSource]:
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
-def open_media(source: MediaSource, kind: Kind, max_bytes: int) -> tuple[BinaryIO, str]:
+def open_media(source: MediaSource, kind: MediaKind, max_bytes: int) -> tuple[BinaryIO, str]:
     """Opens encoded bytes, or what holds them, for reading.
 
     source: path, `data:` URL, bytes-like object, or binary file object. A file object is read whole, from its start if
@@ -90,7 +90,7 @@ def open_media(source: MediaSource, kind: Kind, max_bytes: int) -> tuple[BinaryI
     return stream, name
 
 
-def read_borrowed(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
+def read_borrowed(file: Any, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     """Reads a caller's file object and puts its position back; the caller of this function holds it by `BORROWED`."""
     try:
         seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
@@ -112,7 +112,7 @@ def read_borrowed(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
         raise MediaError(f"{name} {problem}: pass an open file, its path or its bytes") from error
 
 
-def _read(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
+def _read(file: Any, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     while part := file.read(max_bytes + 1 - num_bytes):  # a read may return less than it was asked for
@@ -124,7 +124,7 @@ def _read(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _check_bytes(num_bytes: int, name: str, kind: Kind, max_bytes: int) -> None:
+def _check_bytes(num_bytes: int, name: str, kind: MediaKind, max_bytes: int) -> None:
     if not num_bytes:
         raise MediaError(f"{name} is empty")
     if num_bytes > max_bytes:
@@ -133,7 +133,7 @@ def _check_bytes(num_bytes: int, name: str, kind: Kind, max_bytes: int) -> None:
         )
 
 
-def _decode_url(url: str, name: str, kind: Kind, max_bytes: int) -> bytes:
+def _decode_url(url: str, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     """Decodes base64 of either alphabet, with or without padding, after its length has been checked."""
     start = url.find(",") + 1
     header = url[: start - 1] if start else url

@@ -110,9 +110,9 @@ def _write_schema(schema: object) -> str:
                     f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
                     "simplify it"
                 )
+    except RequestError:
+        raise
     except (TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(
             f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
         ) from error
