@@ -198,7 +198,7 @@ class _Params:
 
 # What calls of an engine take besides.
 PARAMS = _Params()
-TIMEOUT = OrNone(Number(0, 1e9, above=True))  # seconds
+TIMEOUT = OrNone(Number(0, 1_000_000_000, above=True))  # seconds
 
 
 def takes_options(

@@ -43,7 +43,7 @@ READING_KINDS: dict[str, Kind] = {  # of the options that an engine has by the s
     "max_side": Integer(1, 1 << 20),
     "max_image_bytes": Integer(1, 1 << 40),
     "max_decode_bytes": Integer(1, 1 << 40),
-    "max_decode_s": Number(0, 1e6, above=True),
+    "max_decode_s": Number(0, 1_000_000, above=True),
 }
 _KINDS: dict[str, Kind] = {
     "image_size": Integer(1, MAX_SIDE),

@@ -82,11 +82,12 @@ def test_every_option_is_checked():
 
 
 def test_options_of_numpy_and_torch_are_taken_as_plain_values():
-    options = EngineOptions(
-        device=torch.device("cpu"), max_num_seqs=np.int64(3), block_size=np.int32(64), v2pe_delta=np.float32(0.25)
-    )
-    assert options == EngineOptions(device="cpu", max_num_seqs=3, block_size=64, v2pe_delta=0.25)
-    assert (type(options.device), type(options.block_size), type(options.v2pe_delta)) == (str, int, float)
+    given = {"device": torch.device("cpu"), "max_num_seqs": np.int64(3), "block_size": np.int32(64)}
+    given |= {"v2pe_delta": np.float32(0.25), "prefix_cache": np.bool_(False)}
+    plain = {"device": "cpu", "max_num_seqs": 3, "block_size": 64, "v2pe_delta": 0.25, "prefix_cache": False}
+    options = EngineOptions(**given)
+    assert options == EngineOptions(**plain)
+    assert [type(getattr(options, name)) for name in plain] == [type(value) for value in plain.values()]
 
 
 def test_pictures_are_read_as_the_options_say():
