@@ -283,7 +283,7 @@ def test_a_full_queue_refuses_and_takes_again_later():
 
 def test_what_cannot_fit_is_refused_before_it_is_read(engine, monkeypatch):
     monkeypatch.setattr("internvl_rt.inputs.prepare.open_image", None)
-    with pytest.raises(RequestError, match=r"the conversation has 9000 pictures and frames of videos, but only \d+ tiles"):
+    with pytest.raises(RequestError, match=r"has 9000 pictures and frames of videos, but only \d+ tiles"):
         engine.chat(ask("Read!", *[SAMPLE] * 9000))
     with pytest.raises(RequestError, match=r"characters, which cannot fit"):
         engine.chat(ask("a" * 5_000_000))
