@@ -245,7 +245,8 @@ class Engine:
         for picture in pictures:
             proceed()
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        # The caller may write into its visual tokens, which are also kept for pictures that come again.
+        visual = [self.loop.encode(picture, cache_salt).clone() for picture in pictures]
         for index, visual_XD in enumerate(visual):
             if not visual_XD.isfinite().all():
                 what = not_finite(visual_XD.dtype, "check the checkpoint")

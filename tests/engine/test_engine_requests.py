@@ -226,6 +226,16 @@ def test_a_picture_that_comes_again_is_neither_decoded_nor_encoded(engine, monke
     assert after["encoded_tiles"] == before["encoded_tiles"]
 
 
+def test_visual_tokens_belong_to_the_caller_who_may_write_into_them(engine):
+    picture = np.random.default_rng(12).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    expected = engine.encode_images([picture])[0].tolist()
+    for _ in range(2):  # computed now, and kept from an earlier call
+        visual_XD = engine.encode_images([picture])[0]
+        visual_XD.zero_()
+        visual_XD.numpy()[:] = 1
+    assert engine.encode_images([picture])[0].tolist() == expected
+
+
 def test_visual_tokens_are_shared_only_by_requests_of_equal_salt(engine, monkeypatch):
     engine.chat(ask("Read the digits.", SAMPLE), GREEDY, cache_salt="mine")
     before = engine.stats()["encoded_tiles"]
