@@ -73,8 +73,6 @@ def load_video(
 
     Raises RequestError or MediaError.
     """
-    if isinstance(num_segments, bool) or not isinstance(num_segments, int):
-        raise RequestError(f"num_segments must be an integer of at least 1, got {quoted(num_segments)}")
     is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
     if bound is not None and not is_pair:
         raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")

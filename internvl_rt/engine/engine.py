@@ -322,7 +322,7 @@ class Engine:
         """
         if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
             raise RequestError(
-                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+                "the prompt is for another model, dtype, block_size or prefix_cache; prepare it with this engine"
             )
         params = read("params", params, PARAMS) or SamplingParams()
         num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)

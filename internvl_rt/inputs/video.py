@@ -14,7 +14,7 @@ from PIL import Image
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
-from internvl_rt.values import Integer, read
+from internvl_rt.values import Integer, OrNone, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,8 +97,7 @@ def load_video(
     `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
-    if num_segments is not None and not 1 <= num_segments <= limits.num_frames:
-        raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
+    num_segments = read("num_segments", num_segments, OrNone(Integer(1, limits.num_frames)))
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
     if not is_media_source(source):

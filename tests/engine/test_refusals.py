@@ -164,9 +164,9 @@ def test_a_prompt_of_another_engine_is_refused_unless_that_has_the_same_model(en
     messages = ask(("image", SAMPLE))
     with open_engine(dtype="bfloat16", kv_cache_bytes=1 << 24) as other:
         prepared = other.prepare(messages)
-    with pytest.raises(RequestError, match="the prompt was prepared for another model, dtype or block size"):
+    with pytest.raises(RequestError, match="the prompt is for another model, dtype, block_size or prefix_cache"):
         engine.generate_prepared(iter([prepared]), [ANSWER])
-    with pytest.raises(RequestError, match="the prompt was prepared for another"):
+    with pytest.raises(RequestError, match="the prompt is for another"):
         engine.generate_prepared(iter([messages]), [ANSWER])
     with open_engine(kv_cache_bytes=1 << 24) as other:
         prepared = pickle.loads(pickle.dumps(other.preparer.prepare(messages)))
