@@ -56,6 +56,16 @@ def check_list(name: str, value: object, of: str) -> None:
         raise RequestError(f"{name}: expected a list of {of}, got {given}; wrap one in a list: [...]")
 
 
+def utf8(name: str, text: str) -> bytes:
+    """Returns a text in UTF-8. Raises RequestError for half a surrogate pair, which no text has."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
+        ) from error
+
+
 def not_finite(dtype: object, remedy: str) -> str:
     """Ends a message about numbers that are NaN or infinite in a torch dtype.
 

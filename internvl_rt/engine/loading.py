@@ -69,35 +69,24 @@ def _open(
 
 
 def choose_device(device: str) -> torch.device:
-    """Takes CUDA for "auto" if there is a GPU. Raises RequestError."""
+    """Takes CUDA for "auto" if there is a GPU. Raises RequestError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
 
 
 def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
-    backend = options.backend
-    if backend not in ("auto", "triton", "torch"):
-        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+    if options.uses_torch(device):
         return TORCH
     return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU. Raises RequestError."""
+    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU."""
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    for name, value in known.items():
-        if dtype in (name, value):
-            return value
-    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
+    chosen: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return chosen

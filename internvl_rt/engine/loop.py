@@ -119,9 +119,8 @@ class StepLoop:
     def cancel(self, request: Request) -> None:
         """Ends a request that is not done and returns its blocks, at the latest before the next step.
 
-        Of one that is done it drops the error, which nobody will raise.
-        It waits for no lock, because the garbage collector, when it closes a stream, may call it in the middle of any
-        other call of the same thread.
+        Of one that is done it drops the error, which nobody will raise. It waits for no lock, because the garbage
+        collector, when it closes a stream, may call it in the middle of any other call of the same thread.
         """
         if request.done or self.is_forked:
             request.error = None

@@ -15,8 +15,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
-MAX_GRAMMAR_CHARACTERS = 1_000_000
-MAX_GRAMMAR_BYTES = 64 << 10
+MAX_GRAMMAR_BYTES = 64 << 10  # of UTF-8, and no more characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class SamplingParams:
 class _Schema:
     """A JSON schema as text; a dict is written at once, so that a later change of it changes no answer."""
 
-    expected = "a JSON schema as a dict or as text of at most a million characters, True for any JSON value, or None"
+    expected = "a JSON schema as a dict or as text of at most 65,536 characters, True for any JSON value, or None"
 
     def read(self, value: object) -> str | None:
         if value is None:
@@ -120,7 +119,7 @@ def _write_schema(schema: object) -> str:
     return "".join(pieces)
 
 
-_GRAMMAR = Text(0, MAX_GRAMMAR_CHARACTERS)
+_GRAMMAR = Text(0, MAX_GRAMMAR_BYTES)
 _PENALTY = Number(-100, 100)
 _LOGPROBS = OrNone(Integer(0, MAX_LOGPROBS))
 _KINDS: dict[str, Kind] = {

@@ -14,6 +14,7 @@ from PIL import Image
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
+from internvl_rt.values import Integer, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,7 @@ _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no b
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
+LIMIT = Integer(1, 1 << 40)
 # The options of the engine that set the limits.
 _LIMIT_OPTIONS = {
     "num_frames": "max_video_frames",
@@ -51,9 +53,7 @@ class VideoLimits:
 
     def __post_init__(self) -> None:
         for name, option in _LIMIT_OPTIONS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 1 << 40:
-                raise RequestError(f"{option} must be an integer from 1 to {1 << 40}, got {value!r}")
+            read(option, getattr(self, name), LIMIT)
 
 
 def choose_frame_indices(
