@@ -51,6 +51,8 @@ _DECODE_READS = 500_000
 _COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
 _MAX_COMPRESSED_CHUNKS = 100
 
+_WINDOW = 1 << 20  # bytes; a search holds the interpreter lock, so a long file is searched in windows
+
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
 
 _MAX_SEGMENTS = 10_000  # of a JPEG; 10 MB of metadata take 160, each scan takes 1 to 5
@@ -104,7 +106,7 @@ def open_encoded(
     formats: those of Pillow that are tried; None is all. Raises MediaError.
     """
     scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
-    if content[:4] == b"\x89PNG" and sum(map(content.count, _COMPRESSED_CHUNKS)) > _MAX_COMPRESSED_CHUNKS:
+    if content[:4] == b"\x89PNG" and _count_compressed_chunks(content) > _MAX_COMPRESSED_CHUNKS:
         raise MediaError(
             f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
         )
@@ -236,7 +238,7 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
     """
     position, total_ns, component_ns, has_scan = 2, 0.0, _SCAN_NS, False
     for _ in range(_MAX_SEGMENTS):
-        found = _MARKER.search(content, position)
+        found = _next_marker(content, position)
         if found is None or found[0] == b"\xff\xd9":
             return total_ns
         start, code = found.end(), content[found.end() - 1]
@@ -251,6 +253,22 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
                 f"{name} has more than {_MAX_METADATA_BYTES} bytes of metadata: save it anew without metadata"
             )
     raise MediaError(f"{name} is made of more than {_MAX_SEGMENTS} segments: save it anew as PNG or baseline JPEG")
+
+
+def _next_marker(content: bytes, position: int) -> re.Match[bytes] | None:
+    for start in range(position, len(content), _WINDOW):
+        if found := _MARKER.search(content, start, start + _WINDOW + 1):  # a marker may begin at the window's end
+            return found
+    return None
+
+
+def _count_compressed_chunks(content: bytes) -> int:
+    """Counts the names of such chunks in a PNG, or what looks like one."""
+    return sum(
+        content.count(name, start, start + _WINDOW + len(name) - 1)  # a name may begin at the window's end
+        for start in range(0, len(content), _WINDOW)
+        for name in _COMPRESSED_CHUNKS
+    )
 
 
 def _on_white(image: Image.Image) -> Image.Image:
