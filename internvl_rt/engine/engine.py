@@ -134,7 +134,9 @@ class Engine:
 
         Raises RequestError or MediaError, and then nothing has changed.
         """
-        return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt, timeout_s=timeout_s)[0]
+        params = self.check_call(params, timeout_s)
+        prepared = self.prepare(messages, v2pe_delta, cache_salt)
+        return self.generate_prepared(iter([prepared]), [params], timeout_s=timeout_s)[0]
 
     def stream(
         self,

@@ -66,6 +66,8 @@ SYNCHRONOUS_CALLS = {
         "params must be SamplingParams, .* got {",
     ),
     "params of the wrong kind": (lambda e: e.generate([ask()], [7]), "params must be SamplingParams, .*, got 7"),
+    "params in a list": (lambda e: e.chat(ask(), [SamplingParams()]), r"params must be SamplingParams, .*, got \["),
+    "a message": (lambda e: e.chat(ask()[0]), "^messages: expected a list with at least one message, got an object"),
     "an empty dict": (lambda e: e.chat(ask(), {}), r"params must be SamplingParams, .*, got {}"),
     "stop tokens as text": (lambda e: e.chat(ask(), SamplingParams(stop_token_ids="12")), "stop_token_ids .* got '12'"),
 }
