@@ -46,6 +46,15 @@ class EngineDeadError(InternVLError, RuntimeError):
     """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked."""
 
 
+def forked(process_id: int) -> EngineDeadError:
+    """Makes the error of a process that was forked from the one that loaded a model."""
+    return EngineDeadError(
+        f"a model was loaded by process {process_id}, and this process was forked from it: torch's threads and the "
+        "engine's own stayed behind, for a new engine too; start processes by the method 'spawn' "
+        "(multiprocessing.get_context('spawn')) and load the model there"
+    )
+
+
 def check_list(name: str, value: object, of: str) -> None:
     """Raises RequestError unless `value` is a list or another sequence of several things.
 
