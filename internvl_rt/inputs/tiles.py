@@ -29,7 +29,7 @@ class ImageOptions:
     max_pixels: int = 89_478_485  # as many as Pillow opens without a warning; in RGB they take 358 MB
     max_side: int = 65_535  # as in JPEG; between the passes a picture has the width of the canvas and its own height
     max_image_bytes: int = 1 << 29  # encoded; a file is read whole, to be hashed
-    max_decode_bytes: int = 720_000_000  # estimated; 8 for each of `max_pixels`, as RGBA becomes RGB
+    max_decode_bytes: int = 700_000_000  # estimated; 8 a pixel where RGBA becomes RGB
     max_decode_s: float = 5.0  # estimated, for one core; photographs of `max_pixels` take 1 to 3
 
     def __post_init__(self) -> None:
