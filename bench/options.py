@@ -47,6 +47,6 @@ def device(text: str) -> "torch.device":
         found = torch.device("meta")  # is refused below
     if found.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text[:40]!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and not 0 <= (found.index or 0) < torch.cuda.device_count():  # "cuda:999" is "cuda:-25"
         raise argparse.ArgumentTypeError(f"expected one of {torch.cuda.device_count()} CUDA devices, got {text[:40]!r}")
     return found

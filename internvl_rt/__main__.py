@@ -2,11 +2,14 @@
 
 import signal
 import sys
+import warnings
 
 from internvl_rt.terminal import importing
 
 
 def main() -> int:
+    if not sys.warnoptions:  # what libraries tell developers; `python -W default -m internvl_rt` shows it
+        warnings.simplefilter("ignore")
     try:
         with importing():
             from internvl_rt.cli import main as run

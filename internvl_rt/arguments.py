@@ -9,8 +9,6 @@ from internvl_rt.errors import InternVLError, quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_NUMBERS = 1000  # of one argument
-DEVICE_HELP = "cpu, cuda, cuda:1 ... (default: cuda where there is one)"
-DTYPE_HELP = "float32, bfloat16 or float16 (default: by device)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,8 +19,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=_device, default="auto", help=DEVICE_HELP)
-    parser.add_argument("--dtype", type=_dtype, default="auto", help=DTYPE_HELP)
+    devices = "cpu, cuda, cuda:1 ... (default: cuda where there is one)"
+    parser.add_argument("--device", type=_device, default="auto", help=devices)
+    dtypes = "float32, bfloat16 or float16 (default: by device)"
+    parser.add_argument("--dtype", type=_dtype, default="auto", help=dtypes)
 
 
 def above_zero(kind: type[int] | type[float], most: int) -> Callable[[str], Any]:
@@ -66,7 +66,7 @@ def seed(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", text):
         raise argparse.ArgumentTypeError(f"device must be auto, cpu, cuda or cuda:N, got {quoted(text)}")
     return text
 

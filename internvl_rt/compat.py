@@ -33,6 +33,7 @@ from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
 from internvl_rt.inputs.video import load_video as read_video
 from internvl_rt.model.ops import normalise_tiles
+from internvl_rt.values import Flag, read
 
 History = list[tuple[str, str]]
 
@@ -72,8 +73,6 @@ def load_video(
 
     Raises RequestError or MediaError.
     """
-    if not _is_number(num_segments) or not isinstance(num_segments, int):
-        raise RequestError(f"num_segments must be an integer of at least 1, got {quoted(num_segments)}")
     is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
     if bound is not None and not is_pair:
         raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")
@@ -105,8 +104,8 @@ class AutoTokenizer:
     @staticmethod
     def from_pretrained(model: str | Path, *, revision: str | None = None, **official: Any) -> ChatTokenizer:
         _check_arguments("AutoTokenizer.from_pretrained", model, revision, official)
-        read = read_tokenizer(resolve_model(model, revision=revision))
-        return ChatTokenizer(**{field.name: getattr(read, field.name) for field in fields(read) if field.init})
+        plain = read_tokenizer(resolve_model(model, revision=revision))
+        return ChatTokenizer(**{field.name: getattr(plain, field.name) for field in fields(plain) if field.init})
 
 
 class AutoModel:
@@ -178,9 +177,8 @@ class ChatModel:
         RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
         params, streamer = _read_generation_config(generation_config)
-        for name, flag in (("return_history", return_history), ("verbose", verbose)):
-            if not isinstance(flag, bool):
-                raise RequestError(f"{name} must be True or False, got {quoted(flag)}")
+        read("return_history", return_history, Flag())
+        read("verbose", verbose, Flag())
         tiles = self._split(pixel_values, num_patches_list)
         turns, asked = self._turns(question, _check_history(history), len(tiles))
         prepared = self.engine.prepare_turns(turns, tiles)
@@ -323,10 +321,7 @@ def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[Sampl
     names |= {name: name for name in ("repetition_penalty", "skip_special_tokens")}
     params = {ours: given.pop(theirs) for ours, theirs in names.items() if theirs in given}
     sampling = {name: given.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in given}
-    do_sample = given.pop("do_sample", False)
-    if not isinstance(do_sample, bool):
-        raise RequestError(f"generation_config: do_sample must be True or False, got {quoted(do_sample)}")
-    if do_sample:
+    if read("generation_config: do_sample", given.pop("do_sample", False), Flag()):
         params |= {"temperature": 1.0, "top_k": 50} | sampling
     elif not all(map(_is_number, sampling.values())):
         raise RequestError(f"generation_config: expected numbers, got {quoted(sampling)}")

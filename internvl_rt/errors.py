@@ -46,6 +46,15 @@ class EngineDeadError(InternVLError, RuntimeError):
     """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked."""
 
 
+def forked(process_id: int) -> EngineDeadError:
+    """Makes the error of a process that was forked from the one that loaded a model."""
+    return EngineDeadError(
+        f"a model was loaded by process {process_id}, and this process was forked from it: torch's threads and the "
+        "engine's own stayed behind, for a new engine too; start processes by the method 'spawn' "
+        "(multiprocessing.get_context('spawn')) and load the model there"
+    )
+
+
 def check_list(name: str, value: object, of: str) -> None:
     """Raises RequestError unless `value` is a list or another sequence of several things.
 
@@ -54,6 +63,16 @@ def check_list(name: str, value: object, of: str) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
         given = quoted(value) if isinstance(value, str) else type(value).__name__
         raise RequestError(f"{name}: expected a list of {of}, got {given}; wrap one in a list: [...]")
+
+
+def utf8(name: str, text: str) -> bytes:
+    """Returns a text in UTF-8. Raises RequestError for half a surrogate pair, which no text has."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
+        ) from error
 
 
 def not_finite(dtype: object, remedy: str) -> str:

@@ -4,6 +4,7 @@ A table of names and kinds stands beside the arguments that it describes. A valu
 a caller's mistake; what is read is a plain Python value, or a RequestError that names the argument.
 """
 
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,13 +12,11 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any, Protocol
 
-import numpy as np
-
 from internvl_rt.errors import RequestError, quoted
 
 
 class UnfitError(Exception):
-    """A value is not of the kind that reads it; only this module sees it."""
+    """A value is not of the kind that reads it; `read` makes a RequestError of it."""
 
 
 class Kind(Protocol):
@@ -77,9 +76,10 @@ class Flag:
         return "True or False"
 
     def read(self, value: object) -> bool:
-        if not isinstance(value, bool | np.bool_):
+        value = _plain(value)
+        if not isinstance(value, bool):
             raise UnfitError
-        return bool(value)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,7 @@ class OneOf:
         return self.description or f"one of {self.choices}"
 
     def read(self, value: object) -> Any:
-        if isinstance(value, np.number):
-            value = value.item()
+        value = _plain(value)
         for choice in self.choices:
             same_type = type(choice) is type(value) or (isinstance(choice, str) and isinstance(value, str))
             if same_type and choice == value:
@@ -158,6 +157,12 @@ class Several:
         if len(values) > self.most:
             raise UnfitError
         return tuple(self.kind.read(each) for each in values)
+
+
+def _plain(value: object) -> object:
+    """Returns the Python value of a number or bool of numpy, and anything else as it is."""
+    numpy = sys.modules.get("numpy")  # only a program that has imported it can give one
+    return value.item() if numpy and isinstance(value, numpy.number | numpy.bool_) else value
 
 
 def read(name: str, value: object, kind: Kind) -> Any:

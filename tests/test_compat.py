@@ -226,7 +226,7 @@ def test_tiles_may_be_an_array_and_counts_numpy_integers(model, tokenizer):
         (lambda: load_image(SAMPLES[0], input_size="448"), "^input_size must be"),
         (lambda: load_image(SAMPLES[0], max_num=0), "^max_num must be an integer from 1 to 128, got 0"),
         (lambda: load_image(None), "an image must be a path"),
-        (lambda: load_video("a.mp4", num_segments="8"), "num_segments must be an integer of at least 1, got '8'"),
+        (lambda: load_video("a.mp4", num_segments="8"), r"num_segments must be an integer from 1 to .* got '8'"),
         (lambda: load_video("a.mp4", num_segments=True), "num_segments must be"),
         (lambda: load_video("a.mp4", num_segments=0), "num_segments must be"),
         (lambda: load_video("a.mp4", bound="01"), r"bound must be None or \(start, end\) in seconds, got '01'"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS
 from internvl_rt.cli import main
@@ -69,6 +70,14 @@ def test_what_the_system_or_an_argument_gets_wrong_is_one_line(command, code, me
     assert message in last
     assert len(last) < 2500
     assert not usage or usage[0].startswith("usage: ")
+
+
+def test_what_a_library_warns_of_is_not_printed_beside_the_one_line(tmp_path):
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")  # Pillow warns, too
+    code, _, stderr = shell(f"$RUN chat tiny --image {tmp_path}/large.png Hi")
+    assert code == 2
+    assert "raise max_pixels" in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section, read_json
 
 LOG = logging.getLogger("internvl_rt")
+MAX_TILES = 128  # of a picture, the thumbnail not counted
+MAX_SIDE = 2048  # of a tile, pixels
 KNOWN_MODELS = {  # the config.json in the package, by name; the 9B's vocab_size is an assumption
     f"InternVL3-{size}": Path(__file__).parents[1] / "configs" / f"InternVL3-{size}.json"
     for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")
@@ -110,8 +112,7 @@ def parse_config(top: Section) -> ModelConfig:
     return _read_original(top, vision, text) if original else _read_hf(top, vision, text)
 
 
-_MAX_COUNT = 1 << 10  # of layers and of tiles
-_MAX_SIDE = 2048  # of a tile, pixels
+_MAX_COUNT = 1 << 10  # of layers and of end tokens
 
 
 class _DecoderClass(NamedTuple):
@@ -154,7 +155,7 @@ def _read_original(top: Section, vision: Section, text: Section) -> ModelConfig:
         raise text.refusal("architectures", f"one of {', '.join(_DECODERS)}", UNSUPPORTED)
     # The config class of InternVL3 clears this flag; that of InternVL3.5, which came with Qwen3, respects it.
     tied = decoder_class.model_type == "qwen3" and text.flag("tie_word_embeddings", False)
-    dynamic, max_tiles = top.flag("dynamic_image_size", False), top.integer("max_dynamic_patch", 6, maximum=_MAX_COUNT)
+    dynamic, max_tiles = top.flag("dynamic_image_size", False), top.integer("max_dynamic_patch", 6, maximum=MAX_TILES)
     min_tiles = top.integer("min_dynamic_patch", 1, maximum=max_tiles)
     return ModelConfig(
         vision=vision_config,
@@ -197,7 +198,7 @@ def _read_hf(top: Section, vision: Section, text: Section) -> ModelConfig:
     processor.support("size", dict.fromkeys(("height", "width"), vision_config.image_size))
     for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         processor.support(key, True, None)
-    max_tiles = processor.integer("max_patches", 12, maximum=_MAX_COUNT)
+    max_tiles = processor.integer("max_patches", 12, maximum=MAX_TILES)
     decoder = _read_decoder(text, decoder_class, tied)
     return ModelConfig(
         vision=vision_config,
@@ -264,8 +265,8 @@ def _read_vision(section: Section, missing: VisionConfig, *, qkv_bias: str, qk_n
         raise section.refusal("hidden_size", f"a multiple of num_attention_heads, {config.num_heads}")
     if config.image_size % config.patch_size:
         raise section.refusal("image_size", f"a multiple of patch_size, {config.patch_size}", UNSUPPORTED)
-    if config.image_size > _MAX_SIDE:
-        raise section.refusal("image_size", f"at most {_MAX_SIDE} pixels", UNSUPPORTED)
+    if config.image_size > MAX_SIDE:
+        raise section.refusal("image_size", f"at most {MAX_SIDE} pixels", UNSUPPORTED)
     return config
 
 

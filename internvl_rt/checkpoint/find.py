@@ -54,12 +54,10 @@ def find_config(model: str | Path) -> tuple[ModelConfig, str]:
     """
     if is_random(model):
         return random_config(str(model).removeprefix(RANDOM_PREFIX)), str(model)
-    if str(model) in KNOWN_MODELS and not os.path.exists(model):
-        return load_config(KNOWN_MODELS[str(model)]), str(model)
-    path = _resolve(model, None, _CONFIG_FILES)
+    file = find_config_file(model)
     on_disk = os.path.isdir(os.path.expanduser(model))
-    name = path.resolve().name if on_disk else str(model)
-    return load_config(path), name if name.isprintable() else quoted(name)
+    name = file.parent.resolve().name if on_disk else str(model)
+    return load_config(file), name if name.isprintable() else quoted(name)
 
 
 def find_config_file(model: str | Path, *, revision: str | None = None) -> Path:
@@ -103,7 +101,7 @@ def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...])
     if not isinstance(model, str | Path) or not isinstance(revision, str | None):
         raise CheckpointError(
             f"model and revision: expected a path or a hub id, and a text or None, got {quoted(model)} and "
-            f"{quoted(revision)}; give both so"
+            f"{quoted(revision)}; correct them"
         )
     if model == "tiny":
         return _TINY

@@ -50,7 +50,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if os.path.lexists(folder / _INDEX):
         return Checkpoint(folder, _read_shards(folder, folder / _INDEX))
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    found = f"; {_some(others)} cannot be read safely, convert to safetensors" if others else "; download it again"
+    found = f"; {some_of(others)} cannot be read safely, convert to safetensors" if others else "; download it again"
     raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{found}")
 
 
@@ -66,7 +66,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not os.path.lexists(folder / shard)]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shards)} files are missing: {_some(missing)}; download them"
+            f"{folder}: {len(missing)} of {len(shards)} files are missing: {some_of(missing)}; download them"
         )
 
     def misfit(name: str, found: str, remedy: str) -> CheckpointError:
@@ -93,8 +93,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def some_of(names: list[str]) -> str:
+    """Joins the first few of names, each shortened: a tensor may have a name of any length."""
+    shown = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:5]]
+    return ", ".join(shown) + (", ..." if len(names) > 5 else "")
 
 
 def write_tensors(

@@ -243,6 +243,8 @@ class _Call:
     async def next_piece(self) -> Piece:
         """Waits for the next piece. Raises the request's error once all earlier pieces are taken."""
         while not self._arrived:
+            if self._steps.is_forked:
+                self._steps.check()
             if self.request.done and self.request.reply is None:
                 raise self.request.take_error()
             await self._changed.wait()

@@ -1,4 +1,4 @@
-"""Answers a row of requests in one continuous batch, in the thread that waits for them."""
+"""Answers many requests in one continuous batch, in the thread that waits for them."""
 
 from collections.abc import Iterator
 

@@ -15,7 +15,7 @@ from internvl_rt.engine.batch import run_batch
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
-from internvl_rt.engine.options import PARAMS, SALT, TIMEOUT, EngineOptions, takes_options
+from internvl_rt.engine.options import PARAMS, TIMEOUT, EngineOptions, takes_options
 from internvl_rt.engine.preparing import Proceed, go_on
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
 from internvl_rt.engine.request import Answer, Request
@@ -23,8 +23,8 @@ from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite, quoted
 from internvl_rt.inputs.image import ImageSource
-from internvl_rt.inputs.position import DELTA, Delta
-from internvl_rt.inputs.prepare import Prepared, Preparer
+from internvl_rt.inputs.position import Delta
+from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
-from internvl_rt.values import Flag, OrNone, read
+from internvl_rt.values import Flag, read
 
 MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
 
@@ -134,7 +134,9 @@ class Engine:
 
         Raises RequestError or MediaError, and then nothing has changed.
         """
-        return self.generate([messages], params, v2pe_delta=v2pe_delta, cache_salt=cache_salt, timeout_s=timeout_s)[0]
+        params = self.check_call(params, timeout_s)
+        prepared = self.prepare(messages, v2pe_delta, cache_salt)
+        return self.generate_prepared(iter([prepared]), [params], timeout_s=timeout_s)[0]
 
     def stream(
         self,
@@ -245,7 +247,8 @@ class Engine:
         for picture in pictures:
             proceed()
             self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        visual = [self.loop.encode(picture, cache_salt) for picture in pictures]
+        # The caller may write into its visual tokens, which are also kept for pictures that come again.
+        visual = [self.loop.encode(picture, cache_salt).clone() for picture in pictures]
         for index, visual_XD in enumerate(visual):
             if not visual_XD.isfinite().all():
                 what = not_finite(visual_XD.dtype, "check the checkpoint")
@@ -272,7 +275,6 @@ class Engine:
         proceed: called before each picture is decoded; it may raise. Raises RequestError or MediaError.
         """
         self.loop.check()
-        v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt)
         start_s = time.perf_counter()
         self._load_pictures(prepared, proceed)
@@ -322,7 +324,7 @@ class Engine:
         """
         if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
             raise RequestError(
-                "the prompt was prepared for another model, dtype or block size; prepare it with this engine"
+                "the prompt is for another model, dtype, block_size or prefix_cache; prepare it with this engine"
             )
         params = read("params", params, PARAMS) or SamplingParams()
         num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)

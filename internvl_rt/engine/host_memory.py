@@ -17,14 +17,16 @@ class _Kind(NamedTuple):
 
 
 _V1 = _Kind(
-    ("sys/fs/cgroup/memory",),
-    *("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("total_inactive_file", "total_active_file"),
+    mounts=("sys/fs/cgroup/memory",),
+    limit="memory.limit_in_bytes",
+    usage="memory.usage_in_bytes",
+    page_cache=("total_inactive_file", "total_active_file"),
 )
 _V2 = _Kind(
-    ("sys/fs/cgroup", "sys/fs/cgroup/unified"),
-    *("memory.max", "memory.current"),
-    ("inactive_file", "active_file", "slab_reclaimable"),
+    mounts=("sys/fs/cgroup", "sys/fs/cgroup/unified"),
+    limit="memory.max",
+    usage="memory.current",
+    page_cache=("inactive_file", "active_file", "slab_reclaimable"),
 )
 
 

@@ -159,7 +159,7 @@ class InFlight:
             owned = self._answers.get(span.sequence.seq_id)
             if owned is None:
                 continue
-            broken = next((i for i, each in enumerate(logprobs) if math.isnan(each.logprob)), None)
+            broken = next((i for i, each in enumerate(logprobs) if not math.isfinite(each.logprob)), None)
             if broken is not None:
                 self._fail_broken(*owned, f"token {span.first + broken + 1} of the prompt")
                 continue

@@ -1,5 +1,6 @@
 """Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config,
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import CheckpointError, RequestError, quoted
+from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
@@ -21,9 +22,12 @@ from internvl_rt.model.random_checkpoint import random_weights, write_random_tok
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 
+_LOADED_IN: set[int] = set()  # ids of this process and of those it was forked from, if they have loaded a model
+
 
 def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
-    """Raises ConfigError, CheckpointError or RequestError."""
+    """Raises ConfigError, CheckpointError or RequestError, and EngineDeadError in a fork of a process that loaded."""
+    _check_process()
     target = choose_device(options.device)
     ops = _choose_ops(options, target)
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
@@ -40,6 +44,13 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
         cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
         return InternVL(config, weights, ops), tokenizer, cache, memory
+
+
+def _check_process() -> None:
+    """Refuses to load where torch's threads stayed behind: its first parallel operation would wait for ever."""
+    if _LOADED_IN and os.getpid() not in _LOADED_IN:
+        raise forked(max(_LOADED_IN))
+    _LOADED_IN.add(os.getpid())
 
 
 def _open(
@@ -69,35 +80,24 @@ def _open(
 
 
 def choose_device(device: str) -> torch.device:
-    """Takes CUDA for "auto" if there is a GPU. Raises RequestError."""
+    """Takes CUDA for "auto" if there is a GPU. Raises RequestError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise RequestError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
 
 
 def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
-    backend = options.backend
-    if backend not in ("auto", "triton", "torch"):
-        raise RequestError(f"backend must be auto, triton or torch, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+    if options.uses_torch(device):
         return TORCH
     return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU. Raises RequestError."""
+    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU."""
     if dtype == "auto":
         dtype = config.dtype if device.type == "cuda" else "float32"
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    for name, value in known.items():
-        if dtype in (name, value):
-            return value
-    raise RequestError(f"dtype must be auto, {', '.join(known)} or the same torch dtype, got {dtype!r}")
+    chosen: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return chosen

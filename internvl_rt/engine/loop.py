@@ -11,7 +11,7 @@ from torch import Tensor
 from internvl_rt.engine.in_flight import InFlight, Notify
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError
+from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError, forked
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
@@ -62,11 +62,7 @@ class StepLoop:
 
     def _check_process(self) -> None:
         if self.is_forked:
-            raise EngineDeadError(
-                f"this engine was loaded by process {self._process_id}, and this process was forked from it: torch's "
-                "threads and the engine's own stayed behind, for a new engine too; start processes by the method "
-                "'spawn' (multiprocessing.get_context('spawn')) and load the model there"
-            )
+            raise forked(self._process_id)
 
     def check(self) -> None:
         """Raises RequestError or EngineDeadError if the engine takes no requests any more."""
@@ -119,9 +115,8 @@ class StepLoop:
     def cancel(self, request: Request) -> None:
         """Ends a request that is not done and returns its blocks, at the latest before the next step.
 
-        Of one that is done it drops the error, which nobody will raise.
-        It waits for no lock, because the garbage collector, when it closes a stream, may call it in the middle of any
-        other call of the same thread.
+        Of one that is done it drops the error, which nobody will raise. It waits for no lock, because the garbage
+        collector, when it closes a stream, may call it in the middle of any other call of the same thread.
         """
         if request.done or self.is_forked:
             request.error = None

@@ -139,7 +139,7 @@ def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, work
     """Says in one line that weights and workspaces do not fit into `room`, and what may."""
     remedies = "a smaller model or another device"
     if weight_bytes <= room:
-        remedies = f"a lower max_tokens_per_step or max_num_seqs, {remedies}"
+        remedies = f"a lower max_tokens_per_step, max_num_seqs or max_model_len, {remedies}"
     if dtype == torch.float32 and (weight_bytes + workspace_bytes) // 2 <= room:
         remedies = f"dtype bfloat16 ({format_bytes(weight_bytes // 2)}), {remedies}"
     return (

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
-from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.config import MAX_TILES, ModelConfig
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.inputs.tiles import ImageOptions
-from internvl_rt.inputs.video import VideoLimits
+from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
+from internvl_rt.inputs.video import LIMIT, VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
 
@@ -126,11 +126,6 @@ class EngineOptions:
         return self.backend == "torch" or (self.backend == "auto" and device.type == "cpu")
 
     @property
-    def _reading(self) -> dict[str, Any]:
-        names = "alpha max_pixels max_side max_image_bytes max_decode_bytes max_decode_s".split()
-        return {name: getattr(self, name) for name in names}
-
-    @property
     def videos(self) -> VideoLimits:
         return VideoLimits(
             num_frames=self.max_video_frames,
@@ -148,16 +143,17 @@ class EngineOptions:
             max_tiles=most,
             thumbnail=config.thumbnail,
             exif=self.exif if self.exif != "auto" else "apply" if config.format == "hf" else "ignore",
-            **self._reading,
+            **{name: getattr(self, name) for name in READING_KINDS},
         )
 
 
-@dataclass(frozen=True, slots=True)
 class _Device:
+    """Names of devices. torch takes an index of three digits for another one: "cuda:999" is "cuda:-25"."""
+
     expected = "auto, cpu, cuda or cuda:N"
 
     def read(self, value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?", value):
+        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", value):
             raise UnfitError
         return str.__str__(value)
 
@@ -179,15 +175,11 @@ _KINDS: dict[str, Kind] = {
     "visual_cache_bytes": Integer(0, _MOST_BYTES),
     "num_draft_tokens": Integer(0, MAX_DRAFT_TOKENS),
     "v2pe_delta": DELTA,
-    "max_tiles": OrNone(Integer(1, 128)),
+    "max_tiles": OrNone(Integer(1, MAX_TILES)),
     "number_images": OrNone(Flag()),
     "exif": OneOf(("auto", "ignore", "apply"), "auto, ignore or apply"),
-    "alpha": OneOf(("drop", "white"), "drop or white"),
-    "max_pixels": Integer(1, 1 << 30),
-    "max_side": Integer(1, 1 << 20),
-    **dict.fromkeys(("max_image_bytes", "max_decode_bytes", "max_video_bytes"), Integer(1, 1 << 40)),
-    "max_decode_s": Number(0, 1e6, above=True),
-    **dict.fromkeys(("max_video_frames", "max_frame_pixels", "max_video_pixels"), Integer(1, 1 << 40)),
+    **READING_KINDS,
+    **dict.fromkeys(("max_video_bytes", "max_video_frames", "max_frame_pixels", "max_video_pixels"), LIMIT),
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
     "cuda_graphs": Flag(),
@@ -195,7 +187,6 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class _Params:
     expected = "SamplingParams, such as SamplingParams(max_tokens=64), or None"
 
@@ -207,8 +198,7 @@ class _Params:
 
 # What calls of an engine take besides.
 PARAMS = _Params()
-SALT = OrNone(Text(0, 4096))
-TIMEOUT = OrNone(Number(0, 1e9, above=True))  # seconds
+TIMEOUT = OrNone(Number(0, 1_000_000_000, above=True))  # seconds
 
 
 def takes_options(

@@ -24,8 +24,6 @@ TEXT_THREADS = 2
 MAX_PARTS_LOOKED_AT = 1000  # of a conversation, in the event loop; a longer one waits among the pictures
 
 T = TypeVar("T")
-
-
 Proceed = Callable[[], None]  # called now and then by work; raises AbandonedError when nobody waits for it any more
 
 

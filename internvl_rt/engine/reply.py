@@ -82,10 +82,9 @@ def _figure(value: float) -> str:
 class Choice:
     """One answer to a request."""
 
-    text: (
-        str  # as the official chat returns it: without special tokens and whitespace around; exact with a grammar, and
-    )
-    # at the beginning of what continues a begun answer
+    # As the official chat returns it: without special tokens, and without the whitespace around it, which is kept where
+    # there is a grammar, and before what continues a begun answer.
+    text: str
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each token, if requested

@@ -6,11 +6,13 @@ PIL's global settings are left alone.
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from internvl_rt.errors import MediaError
@@ -50,6 +52,10 @@ _DECODE_READS = 500_000
 
 _COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
 _MAX_COMPRESSED_CHUNKS = 100
+
+_WINDOW = 1 << 20  # bytes; a search holds the interpreter lock, so a long file is searched in windows
+
+_BAND_PIXELS = 1 << 20
 
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
 
@@ -104,7 +110,7 @@ def open_encoded(
     formats: those of Pillow that are tried; None is all. Raises MediaError.
     """
     scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
-    if content[:4] == b"\x89PNG" and sum(map(content.count, _COMPRESSED_CHUNKS)) > _MAX_COMPRESSED_CHUNKS:
+    if content[:4] == b"\x89PNG" and _count_compressed_chunks(content) > _MAX_COMPRESSED_CHUNKS:
         raise MediaError(
             f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
         )
@@ -139,10 +145,24 @@ def to_rgb(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
         if turn is not None:
             image = image.transpose(turn)
         if image.mode[0] in "IF":
-            image = _to_8_bit(image)
-        elif options.alpha == "white" and image.has_transparency_data:
-            image = _on_white(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+            return _by_bands(image, partial(_scale, bits=_gray_bits(image)))
+        if options.alpha == "white" and image.has_transparency_data:
+            return _by_bands(image, _on_white)
+        return image if image.mode == "RGB" else _by_bands(image, lambda band: band)
+
+
+def _by_bands(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Changes a picture and converts it to RGB, some rows at a time: Pillow holds the interpreter lock meanwhile."""
+    rgb = Image.new("RGB", image.size, None)
+    for box in _bands(image):
+        rgb.paste(change(image.crop(box)).convert("RGB"), box)
+    return rgb
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -236,7 +256,7 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
     """
     position, total_ns, component_ns, has_scan = 2, 0.0, _SCAN_NS, False
     for _ in range(_MAX_SEGMENTS):
-        found = _MARKER.search(content, position)
+        found = _next_marker(content, position)
         if found is None or found[0] == b"\xff\xd9":
             return total_ns
         start, code = found.end(), content[found.end() - 1]
@@ -253,26 +273,44 @@ def _jpeg_scan_ns(content: bytes, name: str) -> float:
     raise MediaError(f"{name} is made of more than {_MAX_SEGMENTS} segments: save it anew as PNG or baseline JPEG")
 
 
+def _next_marker(content: bytes, position: int) -> re.Match[bytes] | None:
+    for start in range(position, len(content), _WINDOW):
+        if found := _MARKER.search(content, start, start + _WINDOW + 1):  # a marker may begin at the window's end
+            return found
+    return None
+
+
+def _count_compressed_chunks(content: bytes) -> int:
+    """Counts the names of such chunks in a PNG, or what looks like one."""
+    return sum(
+        content.count(name, start, start + _WINDOW + len(name) - 1)  # a name may begin at the window's end
+        for start in range(0, len(content), _WINDOW)
+        for name in _COMPRESSED_CHUNKS
+    )
+
+
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lays a picture with transparency on white, in strips, which take less memory than the whole at once."""
-    rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, 256):
-        strip = image.crop((0, top, image.width, min(top + 256, image.height))).convert("RGBA")
-        rgb.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
-    return rgb
+    """Lays a picture with transparency on white."""
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Converts gray of mode I;16*, I or F to mode L by dropping the low bits.
+def _gray_bits(image: Image.Image) -> int:
+    """Returns how many bits the gray of mode I;16*, I or F has.
 
     I and F do not tell their range: it is the first of 1 (F only), 8, 16 and 31 bits that holds the brightest pixel.
     """
-    gray = np.asarray(image)
-    if image.mode == "F":
-        gray = np.nan_to_num(gray, posinf=0.0, neginf=0.0)
     if image.mode.startswith("I;16"):
-        bits = 16
-    else:
-        bits = next((bits for bits in ((8, 16) if image.mode == "I" else (0, 8, 16)) if gray.max() <= 1 << bits), 31)
-    scaled = gray * np.float32(2.0 ** (8 - bits))
+        return 16
+    brightest = max(_finite(np.asarray(image.crop(box))).max() for box in _bands(image))
+    return next((bits for bits in ((8, 16) if image.mode == "I" else (0, 8, 16)) if brightest <= 1 << bits), 31)
+
+
+def _finite(gray: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.nan_to_num(gray, posinf=0.0, neginf=0.0) if gray.dtype.kind == "f" else gray
+
+
+def _scale(gray: Image.Image, bits: int) -> Image.Image:
+    """Converts gray to mode L by dropping the low bits."""
+    scaled = _finite(np.asarray(gray)) * np.float32(2.0 ** (8 - bits))
     return Image.fromarray(np.clip(scaled, 0, 255, out=scaled).astype(np.uint8))

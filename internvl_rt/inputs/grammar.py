@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_rt.errors import RequestError, quoted
+from internvl_rt.errors import RequestError, quoted, utf8
 from internvl_rt.inputs.sampling_params import MAX_GRAMMAR_BYTES, JsonWhitespace
 from internvl_rt.inputs.tokenizer import Tokenizer
 
@@ -56,13 +56,7 @@ def check_grammar_size(kind: GrammarKind, text: str) -> None:
     """Raises RequestError for a grammar beyond the limits above, and for a JSON schema that is not JSON."""
     if kind not in _EXPECTED:
         raise RequestError(f"the kind of a grammar must be one of {', '.join(_EXPECTED)}, got {kind!r}")
-    try:
-        num_bytes = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the {kind} is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
-        ) from error
-    _check_count(kind, "bytes", num_bytes, MAX_GRAMMAR_BYTES)
+    _check_count(kind, "bytes", len(utf8(f"the {kind}", text)), MAX_GRAMMAR_BYTES)
     if kind == "json_schema":
         _check_schema(text)
     else:

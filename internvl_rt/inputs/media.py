@@ -13,10 +13,14 @@ from typing import Any, BinaryIO, Literal, TypeAlias, TypeGuard
 from internvl_rt.errors import MediaError, quoted
 
 MediaSource: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO"
-Kind: TypeAlias = Literal["image", "video"]
+MediaKind: TypeAlias = Literal["image", "video"]
 
 # The option of the engine that limits the encoded bytes of each kind.
 _LIMIT_OPTIONS = {"image": "max_image_bytes", "video": "max_video_bytes"}
+
+_BASE64_WINDOW = 1 << 20  # characters, a multiple of 4
+_NO_BASE64 = re.compile(r"[^A-Za-z0-9+/_-]")
+_ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 class Borrowed:
@@ -54,7 +58,7 @@ def is_media_source(source: object) -> TypeGuard[MediaSource]:
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
-def open_media(source: MediaSource, kind: Kind, max_bytes: int) -> tuple[BinaryIO, str]:
+def open_media(source: MediaSource, kind: MediaKind, max_bytes: int) -> tuple[BinaryIO, str]:
     """Opens encoded bytes, or what holds them, for reading.
 
     source: path, `data:` URL, bytes-like object, or binary file object. A file object is read whole, from its start if
@@ -90,7 +94,7 @@ def open_media(source: MediaSource, kind: Kind, max_bytes: int) -> tuple[BinaryI
     return stream, name
 
 
-def read_borrowed(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
+def read_borrowed(file: Any, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     """Reads a caller's file object and puts its position back; the caller of this function holds it by `BORROWED`."""
     try:
         seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
@@ -112,7 +116,7 @@ def read_borrowed(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
         raise MediaError(f"{name} {problem}: pass an open file, its path or its bytes") from error
 
 
-def _read(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
+def _read(file: Any, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     while part := file.read(max_bytes + 1 - num_bytes):  # a read may return less than it was asked for
@@ -124,7 +128,7 @@ def _read(file: Any, name: str, kind: Kind, max_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _check_bytes(num_bytes: int, name: str, kind: Kind, max_bytes: int) -> None:
+def _check_bytes(num_bytes: int, name: str, kind: MediaKind, max_bytes: int) -> None:
     if not num_bytes:
         raise MediaError(f"{name} is empty")
     if num_bytes > max_bytes:
@@ -133,7 +137,7 @@ def _check_bytes(num_bytes: int, name: str, kind: Kind, max_bytes: int) -> None:
         )
 
 
-def _decode_url(url: str, name: str, kind: Kind, max_bytes: int) -> bytes:
+def _decode_url(url: str, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     """Decodes base64 of either alphabet, with or without padding, after its length has been checked."""
     start = url.find(",") + 1
     header = url[: start - 1] if start else url
@@ -144,15 +148,22 @@ def _decode_url(url: str, name: str, kind: Kind, max_bytes: int) -> bytes:
         end -= 1
     num_characters = max(0, end - start)
     _check_bytes(num_characters * 3 // 4, name, kind, max_bytes)
-    if bad := re.compile(r"[^A-Za-z0-9+/_-]").search(url, start, end):
-        raise MediaError(
-            f"{name} is not valid base64: found {bad[0]!r} at character {bad.start() - start} of the data; pass the "
-            "encoded file without spaces or line ends"
-        )
-    if num_characters % 4 == 1:
-        raise MediaError(f"{name} is not valid base64: {num_characters} characters cannot be whole bytes; it was cut")
-    data = url[start:end].encode("ascii") + b"=" * (-num_characters % 4)
-    return base64.b64decode(data.translate(bytes.maketrans(b"-_", b"+/")))
+    return b"".join(_decode_base64(url, start, end, name))
+
+
+def _decode_base64(url: str, start: int, end: int, name: str) -> Iterator[bytes]:
+    """Decodes a part of a URL in windows: each holds the interpreter lock, and no copy of the whole part is made."""
+    for first in range(start, end, _BASE64_WINDOW):
+        last = min(end, first + _BASE64_WINDOW)
+        if bad := _NO_BASE64.search(url, first, last):
+            raise MediaError(
+                f"{name} is not valid base64: found {bad[0]!r} at character {bad.start() - start} of the data; pass "
+                "the encoded file without spaces or line ends"
+            )
+        if (last - first) % 4 == 1:
+            raise MediaError(f"{name} is not valid base64: {end - start} characters cannot be whole bytes; it was cut")
+        data = url[first:last].encode("ascii") + b"=" * (-(last - first) % 4)
+        yield base64.b64decode(data.translate(_ONE_ALPHABET))
 
 
 def _open_file(path: str, name: str) -> BinaryIO:

@@ -18,12 +18,14 @@ from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
-from internvl_rt.inputs.position import Delta, auto_stride, build_positions, parse_delta
+from internvl_rt.inputs.position import DELTA, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
+from internvl_rt.values import OrNone, Text, read
 
+SALT = OrNone(Text(0, 4096))
 NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
 
 
@@ -63,7 +65,6 @@ class Preparer:
     ) -> None:
         """dtype: the model's; numbers that a caller gives are cast to it.
         images: how pictures are read and cut; frames of videos become one tile each.
-
         number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
         """
@@ -74,8 +75,6 @@ class Preparer:
         self._v2pe_delta, self._identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
         self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
-        if v2pe_delta != "auto":
-            parse_delta(v2pe_delta)
 
     def prepare(
         self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None, cache_salt: str | None = None
@@ -84,8 +83,7 @@ class Preparer:
 
         Raises RequestError or MediaError.
         """
-        if not isinstance(cache_salt, str | None):
-            raise RequestError(f"cache_salt must be a string or None, got {quoted(cache_salt)}")
+        v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         start_s = time.perf_counter()
         parsed = parse_messages(messages)
         self._check_size(parsed)
@@ -120,6 +118,7 @@ class Preparer:
 
         tiles: uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
         """
+        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
         pictures: list[Picture] = []
         left = self._max_model_len
         for each in tiles:
@@ -160,7 +159,6 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
         prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty, limit=self._max_model_len)
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:

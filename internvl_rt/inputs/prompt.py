@@ -73,11 +73,15 @@ def build_prompt(
 ) -> Prompt:
     """Renders `turns` and, after a last user turn, the beginning of the answer.
 
-    image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts. `ends_empty`: a user or
-    assistant turn with neither text nor picture is ended like any other, as in the template of -hf folders; in the
-    official code's it is its role alone. `user_specials`: the tokens that the tokenizer hides from texts are read in
-    them, as in the official code; they give no picture a place, which only `IMAGE` parts do. Raises RequestError if the
-    counts do not match the parts, or if a long text is seen to have more than `limit` tokens before all of it is read.
+    image_token_counts: visual tokens of each picture, in the order of the `IMAGE` parts.
+    ends_empty: whether a user or assistant turn with neither text nor picture is ended like any other, as in the
+        template of -hf folders; in the official code's it is its role alone.
+    user_specials: whether the tokens that the tokenizer hides from texts are read in them, as in the official code.
+        They give no picture a place, which only `IMAGE` parts do.
+    limit: most tokens that are worth rendering.
+
+    Raises RequestError if the counts do not match the parts, or if a long text is seen to have more than `limit` tokens
+    before all of it is read.
     """
     num_images = sum(part is IMAGE for turn in turns for part in turn.parts)
     if num_images != len(image_token_counts):

@@ -15,8 +15,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
-MAX_GRAMMAR_CHARACTERS = 1_000_000
-MAX_GRAMMAR_BYTES = 64 << 10
+MAX_GRAMMAR_BYTES = 64 << 10  # of UTF-8, and no more characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +24,52 @@ class SamplingParams:
 
     Temperature 0, the default, is greedy. The filters act in the order penalties, temperature, top_k, top_p, min_p.
     Penalties count generated tokens only: the official code generates from embeddings, where no prompt ids exist.
-    `seed` makes a draw reproducible whatever else runs; without it the engine's own seed decides. Raises RequestError
-    that names a value of the wrong type or out of its range (`_KINDS`).
+    Raises RequestError that names a value of the wrong type or out of its range (`_KINDS`).
+
+    max_tokens: most tokens of the answer.
+    min_tokens: no stop token is drawn before this many tokens.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: only the likeliest tokens are drawn, as few as together have this probability.
+    top_k: only this many of the likeliest tokens are drawn; 0: all.
+    min_p: only tokens are drawn that have at least this fraction of the likeliest one's probability.
+    repetition_penalty: divides the logits above 0 of generated tokens, and multiplies those below.
+    presence_penalty: is subtracted from the logits of generated tokens.
+    frequency_penalty: is subtracted once for each time that a token was generated.
+    n: answers to the same prompt, which is computed once; each draws with a seed of its own.
+    seed: makes a draw reproducible whatever else runs; None: the engine's own seed decides.
+    stop: the answer ends before whichever of these strings is complete first.
+    stop_token_ids: the answer ends at any of these ids, which gives no text.
+    ignore_eos: whether the answer goes on after the model's end tokens.
+    logprobs: requests each generated token's log-probability, and this many of the likeliest.
+    prompt_logprobs: requests the same of the prompt's tokens.
+    json_schema: the answer is a JSON value of this schema; True: of any.
+    regex: the whole answer matches this.
+    json_whitespace: white space between the parts of a JSON answer. "bounded": in each place at most a space, or a line
+        break with up to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its
+        end.
+    skip_special_tokens: whether tokens such as <ref> and <box> give no text, as in the official chat; False: they are
+        part of the text, and of grammars.
     """
 
     max_tokens: int = 1024
-    min_tokens: int = 0  # no stop token is drawn before this many tokens
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all tokens
+    top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    n: int = 1  # answers to the same prompt, which is computed once; each draws with a seed of its own
+    n: int = 1
     seed: int | None = None
-    stop: str | Iterable[str] | None = ()  # the answer ends before whichever of these strings is complete first
+    stop: str | Iterable[str] | None = ()
     stop_token_ids: int | Iterable[int] | None = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # requests each generated token's log-probability, and this many of the likeliest
-    prompt_logprobs: int | None = None  # requests the same of the prompt's tokens
-    json_schema: str | dict[str, Any] | bool | None = None  # the answer is a JSON value of this schema; True: of any
-    regex: str | None = None  # the whole answer matches this
-    # White space between the parts of a JSON answer. "bounded": in each place at most a space, or a line break with up
-    # to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its end.
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
     json_whitespace: JsonWhitespace = "bounded"
-    # As the official chat does. False: tokens such as <ref> and <box> are part of the text, and of grammars.
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -87,7 +106,7 @@ class SamplingParams:
 class _Schema:
     """A JSON schema as text; a dict is written at once, so that a later change of it changes no answer."""
 
-    expected = "a JSON schema as a dict or as text of at most a million characters, True for any JSON value, or None"
+    expected = "a JSON schema as a dict or as text of at most 65,536 characters, True for any JSON value, or None"
 
     def read(self, value: object) -> str | None:
         if value is None:
@@ -111,16 +130,16 @@ def _write_schema(schema: object) -> str:
                     f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
                     "simplify it"
                 )
+    except RequestError:
+        raise
     except (TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(
             f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
         ) from error
     return "".join(pieces)
 
 
-_GRAMMAR = Text(0, MAX_GRAMMAR_CHARACTERS)
+_GRAMMAR = Text(0, MAX_GRAMMAR_BYTES)
 _PENALTY = Number(-100, 100)
 _LOGPROBS = OrNone(Integer(0, MAX_LOGPROBS))
 _KINDS: dict[str, Kind] = {

@@ -3,7 +3,6 @@
 Source: `dynamic_preprocess` (InternVL README.md and internvl_chat/internvl/train/dataset.py).
 """
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from internvl_rt.errors import RequestError, quoted
+from internvl_rt.checkpoint.config import MAX_SIDE, MAX_TILES
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, read, read_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +27,32 @@ class ImageOptions:
     exif: Literal["ignore", "apply"] = "ignore"
     alpha: Literal["drop", "white"] = "drop"
     max_pixels: int = 89_478_485  # as many as Pillow opens without a warning; in RGB they take 358 MB
-    max_side: int = (
-        65_535  # as in JPEG; bounds what is between the passes, as wide as the canvas and as high as the picture
-    )
+    max_side: int = 65_535  # as in JPEG; between the passes a picture has the width of the canvas and its own height
     max_image_bytes: int = 1 << 29  # encoded; a file is read whole, to be hashed
-    max_decode_bytes: int = 720_000_000  # estimated; 8 for each of `max_pixels`, as RGBA becomes RGB
+    max_decode_bytes: int = 700_000_000  # estimated; 8 a pixel where RGBA becomes RGB
     max_decode_s: float = 5.0  # estimated, for one core; photographs of `max_pixels` take 1 to 3
 
     def __post_init__(self) -> None:
-        limits = {"image_size": 2048, "max_tiles": 128, "min_tiles": self.max_tiles, "max_pixels": 1 << 30}
-        limits |= {"max_side": 1 << 20, "max_image_bytes": 1 << 40, "max_decode_bytes": 1 << 40}
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= limit:
-                raise RequestError(f"{name} must be an integer from 1 to {limit}, got {quoted(value)}")
-        if type(self.max_decode_s) not in (int, float) or not 0 < self.max_decode_s < math.inf:
-            raise RequestError(f"max_decode_s must be a positive number of seconds, got {quoted(self.max_decode_s)}")
-        for name, choices in {"exif": ("ignore", "apply"), "alpha": ("drop", "white")}.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise RequestError(f"{name} must be one of {choices}, got {quoted(value)}")
+        read_fields(self, _KINDS)
+        read("min_tiles", self.min_tiles, Integer(1, self.max_tiles, " (max_tiles)"))
+
+
+READING_KINDS: dict[str, Kind] = {  # of the options that an engine has by the same names
+    "alpha": OneOf(("drop", "white"), "drop or white"),
+    "max_pixels": Integer(1, 1 << 30),
+    "max_side": Integer(1, 1 << 20),
+    "max_image_bytes": Integer(1, 1 << 40),
+    "max_decode_bytes": Integer(1, 1 << 40),
+    "max_decode_s": Number(0, 1_000_000, above=True),
+}
+_KINDS: dict[str, Kind] = {
+    "image_size": Integer(1, MAX_SIDE),
+    "max_tiles": Integer(1, MAX_TILES),
+    "min_tiles": Integer(1, MAX_TILES),
+    "thumbnail": Flag(),
+    "exif": OneOf(("ignore", "apply"), "ignore or apply"),
+    **READING_KINDS,
+}
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from internvl_rt.checkpoint.files import read_file
-from internvl_rt.errors import CheckpointError, RequestError, quoted
+from internvl_rt.errors import CheckpointError, RequestError, quoted, utf8
 from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
     encoder,
@@ -113,12 +113,7 @@ class Tokenizer:
         text that is not valid Unicode, that the checkpoint's tokenizer cannot read, or that is seen to have more than
         `limit` tokens before all of it is read.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"text is not valid Unicode: half a surrogate pair at character {error.start}; send the whole one"
-            ) from error
+        utf8("text", text)
         ids: list[int] = []
         for part in slices(text, self._cut):
             if limit is not None and len(ids) > limit:

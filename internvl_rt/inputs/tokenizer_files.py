@@ -61,7 +61,7 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tokenizer:
-    """The Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
+    """Builds the Qwen2 tokenizer of transformers (models/qwen2): NFC, the Qwen2 word pattern, byte-level BPE."""
     vocab = read_json(vocab_path)
     lines, merges = read_file(merges_path, CheckpointError).decode("utf-8", "replace").split("\n"), []
     for number, line in enumerate(lines, start=1):
@@ -90,7 +90,7 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tok
 
 
 def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
-    """Added tokens by id: from tokenizer_config.json, in older checkpoints from added_tokens.json."""
+    """Returns the added tokens by id: from tokenizer_config.json, in older checkpoints from added_tokens.json."""
     config = read_json(folder / "tokenizer_config.json")
     older, special_map = read_json(folder / "added_tokens.json"), read_json(folder / "special_tokens_map.json")
     try:
@@ -178,5 +178,5 @@ def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file."""
+    """Returns the object in a JSON file; {} if there is no such file."""
     return parse_object(path, read_file(path, CheckpointError), CheckpointError) if os.path.lexists(path) else {}

@@ -14,6 +14,7 @@ from PIL import Image
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
+from internvl_rt.values import Integer, OrNone, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,7 @@ _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no b
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
+LIMIT = Integer(1, 1 << 40)
 # The options of the engine that set the limits.
 _LIMIT_OPTIONS = {
     "num_frames": "max_video_frames",
@@ -51,9 +53,7 @@ class VideoLimits:
 
     def __post_init__(self) -> None:
         for name, option in _LIMIT_OPTIONS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 1 << 40:
-                raise RequestError(f"{option} must be an integer from 1 to {1 << 40}, got {value!r}")
+            read(option, getattr(self, name), LIMIT)
 
 
 def choose_frame_indices(
@@ -97,8 +97,7 @@ def load_video(
     `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
-    if num_segments is not None and not 1 <= num_segments <= limits.num_frames:
-        raise RequestError(f"num_segments must be from 1 to {limits.num_frames}, got {num_segments}")
+    num_segments = read("num_segments", num_segments, OrNone(Integer(1, limits.num_frames)))
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
     if not is_media_source(source):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.find import MERGE_LORA
-from internvl_rt.checkpoint.folder import Checkpoint, write_tensors
+from internvl_rt.checkpoint.folder import Checkpoint, some_of, write_tensors
 from internvl_rt.errors import CheckpointError, not_finite
 from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
 
@@ -199,7 +199,7 @@ def load_weights(
     is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
     broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
     if broken:
-        names = _some(list(dict.fromkeys(broken)))
+        names = some_of(list(dict.fromkeys(broken)))
         raise CheckpointError(
             f"{checkpoint.folder}: {names}: numbers are {not_finite(dtype, 'download the weights again')}"
         )
@@ -253,7 +253,7 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: 
     if len(missing) == len(plan):
         raise CheckpointError(
             f"{checkpoint.folder}: none of its {len(entries)} tensors is one of an InternVL model "
-            f"({_some(list(entries))}); {merge_lora or 'give an InternVL checkpoint'}"
+            f"({some_of(list(entries))}); {merge_lora or 'give an InternVL checkpoint'}"
         )
     if config.decoder.tie_embeddings and head in extra:
         extra.remove(head)
@@ -263,7 +263,7 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: 
     ]
     dtypes = [f"{name} is {entry.dtype}" for name, _, entry in both if entry.dtype not in FLOATS]
     problems = [
-        f"{len(found)} {what}: {_some(found)}"
+        f"{len(found)} {what}: {some_of(found)}"
         for found, what in (
             (missing, "missing"),
             (extra, "left over"),
@@ -291,9 +291,3 @@ def _remedy_without_head(config: ModelConfig, head: str, embedding: str) -> str:
         )
     section = "llm_config" if config.format == "original" else "text_config"
     return f'if the lm_head is {embedding}, write "tie_word_embeddings": true into {section} of config.json'
-
-
-def _some(items: list[str]) -> str:
-    """Joins the first few of texts, each shortened: a tensor may have a name of any length."""
-    shown = [item if len(item) <= 200 else f"{item[:200]}..." for item in items[:5]]
-    return ", ".join(shown) + (", ..." if len(items) > 5 else "")

@@ -38,7 +38,7 @@ class Sequence:
     mask_W: NDArray[np.int32] | None = None  # one bit for each token: whether the grammar allows it next
     score_from: int | None = None  # log-probabilities are requested from this prompt token on
     siblings: list["Sequence"] = field(default_factory=list)  # sequences that fork off when the prompt is computed
-    later: list["Sequence"] = field(default_factory=list)  # those that found no place then, and begin later
+    later: list["Sequence"] = field(default_factory=list)  # siblings for which there was no place; they begin later
     drafter: PromptLookup | None = None  # guesses draft tokens, which a step then checks
     num_prompt: int = field(init=False)
     num_tokens: int = field(init=False)  # prompt and drawn tokens

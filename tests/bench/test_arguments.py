@@ -35,6 +35,7 @@ from internvl_rt.cli import main
         (["serve", "tiny", "--budget-s", "1e300"], "expected at most 1,000,000, got '1e300'"),
         (["decode", "tiny", "--seed", "-1"], "expected an integer from 0 to 2**63 - 1, got '-1'"),
         (["decode", "tiny", "--device", "cuda:-1"], "device must be"),
+        (["decode", "tiny", "--device", "cuda:999"], "device must be"),
         (["decode", "tiny", "--context", "40000"], "the model's window has 32,768; lower --context or --tokens"),
         (["vision", "tiny", "--tiles", "17,20"], "a pass has at most 16 tiles, got --tiles 17; lower it"),
     ],

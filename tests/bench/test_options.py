@@ -27,7 +27,8 @@ def modules(monkeypatch):
     [
         ("seconds", "0"), ("seconds", "-1"), ("seconds", "nan"), ("seconds", "inf"), ("seconds", "two"),
         ("count", "0"), ("count", "1e3"), ("count", "1000000000000"), ("count", "9" * 5000),
-        ("device", "tpu"), ("device", "nonsense"), ("device", "cuda:99"), ("device", "meta"), ("device", "cuda:-1"),
+        ("device", "tpu"), ("device", "nonsense"), ("device", "meta"),
+        ("device", "cuda:99"), ("device", "cuda:999"), ("device", "cuda:-1"),
     ],
 )  # fmt: skip
 def test_a_number_or_device_out_of_range_is_refused(modules, kind, text, capsys):

@@ -37,6 +37,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("dynamic_image_size", "true"),
     ("min_dynamic_patch", 13),  # it is more than max_dynamic_patch
     ("max_dynamic_patch", 0),
+    ("max_dynamic_patch", 129),
     ("max_dynamic_patch", 10**9),
     ("system_message", 5),
     ("torch_dtype", "float64"),

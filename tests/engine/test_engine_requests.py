@@ -226,6 +226,16 @@ def test_a_picture_that_comes_again_is_neither_decoded_nor_encoded(engine, monke
     assert after["encoded_tiles"] == before["encoded_tiles"]
 
 
+def test_visual_tokens_belong_to_the_caller_who_may_write_into_them(engine):
+    picture = np.random.default_rng(12).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    expected = engine.encode_images([picture])[0].tolist()
+    for _ in range(2):  # computed now, and kept from an earlier call
+        visual_XD = engine.encode_images([picture])[0]
+        visual_XD.zero_()
+        visual_XD.numpy()[:] = 1
+    assert engine.encode_images([picture])[0].tolist() == expected
+
+
 def test_visual_tokens_are_shared_only_by_requests_of_equal_salt(engine, monkeypatch):
     engine.chat(ask("Read the digits.", SAMPLE), GREEDY, cache_salt="mine")
     before = engine.stats()["encoded_tiles"]
@@ -273,7 +283,7 @@ def test_a_full_queue_refuses_and_takes_again_later():
 
 def test_what_cannot_fit_is_refused_before_it_is_read(engine, monkeypatch):
     monkeypatch.setattr("internvl_rt.inputs.prepare.open_image", None)
-    with pytest.raises(RequestError, match=r"the conversation has 9000 pictures and frames of videos, but only \d+ tiles"):
+    with pytest.raises(RequestError, match=r"has 9000 pictures and frames of videos, but only \d+ tiles"):
         engine.chat(ask("Read!", *[SAMPLE] * 9000))
     with pytest.raises(RequestError, match=r"characters, which cannot fit"):
         engine.chat(ask("a" * 5_000_000))

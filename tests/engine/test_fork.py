@@ -47,7 +47,7 @@ CALLS = [
     lambda: engine.generate([MESSAGES]), lambda: engine.score(MESSAGES, ["x"]), lambda: engine.encode_images([]),
     lambda: engine.stats(), lambda: engine.prepare(PICTURE), lambda: engine.prepare_turns([], []),
     lambda: engine.generate_prepared(iter([prepared]), [LONG]), lambda: engine.trace(os.devnull).__enter__(),
-    lambda: AsyncEngine(engine),
+    lambda: AsyncEngine(engine), lambda: Engine.from_pretrained("tiny"), lambda: AsyncEngine.from_pretrained("tiny"),
 ]
 
 def use():
@@ -136,7 +136,7 @@ def use():
     async def main():
         is_refused(engine.stats)
         for call in (engine.chat(MESSAGES), engine.chat(PICTURE), anext(engine.stream(MESSAGES)),
-                     engine.score(MESSAGES, ["x"]), engine.encode_images([])):
+                     anext(stream), engine.score(MESSAGES, ["x"]), engine.encode_images([])):
             try:
                 await call
             except EngineDeadError as error:

@@ -76,6 +76,17 @@ def test_a_score_without_finite_logits_is_an_error(engine):
         engine.score(ask("Read the digits.", BLACK), ["4719"])
 
 
+def test_a_score_of_a_token_whose_logit_alone_is_infinite_is_an_error(monkeypatch):
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        original, scored = engine.model.logits, engine.tokenizer.encode("4719")[1]
+        monkeypatch.setattr(
+            engine.model, "logits", lambda *given: original(*given).index_fill(1, torch.tensor([scored]), -torch.inf)
+        )
+        with pytest.raises(RequestError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
+            engine.score(ask("Hello"), ["4719"])
+        assert len(engine.score(ask("Hello"), ["12"])[0].logprobs) == 2
+
+
 @pytest.mark.parametrize(("num_draft_tokens", "run_ahead"), [(0, False), (0, True), (3, False)])
 def test_neighbours_in_threads_keep_their_answers(num_draft_tokens, run_ahead):
     with open_engine(num_draft_tokens=num_draft_tokens) as engine, ThreadPoolExecutor(8) as pool:

@@ -66,6 +66,8 @@ SYNCHRONOUS_CALLS = {
         "params must be SamplingParams, .* got {",
     ),
     "params of the wrong kind": (lambda e: e.generate([ask()], [7]), "params must be SamplingParams, .*, got 7"),
+    "params in a list": (lambda e: e.chat(ask(), [SamplingParams()]), r"params must be SamplingParams, .*, got \["),
+    "a message": (lambda e: e.chat(ask()[0]), "^messages: expected a list with at least one message, got an object"),
     "an empty dict": (lambda e: e.chat(ask(), {}), r"params must be SamplingParams, .*, got {}"),
     "stop tokens as text": (lambda e: e.chat(ask(), SamplingParams(stop_token_ids="12")), "stop_token_ids .* got '12'"),
 }
@@ -164,9 +166,9 @@ def test_a_prompt_of_another_engine_is_refused_unless_that_has_the_same_model(en
     messages = ask(("image", SAMPLE))
     with open_engine(dtype="bfloat16", kv_cache_bytes=1 << 24) as other:
         prepared = other.prepare(messages)
-    with pytest.raises(RequestError, match="the prompt was prepared for another model, dtype or block size"):
+    with pytest.raises(RequestError, match="the prompt is for another model, dtype, block_size or prefix_cache"):
         engine.generate_prepared(iter([prepared]), [ANSWER])
-    with pytest.raises(RequestError, match="the prompt was prepared for another"):
+    with pytest.raises(RequestError, match="the prompt is for another"):
         engine.generate_prepared(iter([messages]), [ANSWER])
     with open_engine(kv_cache_bytes=1 << 24) as other:
         prepared = pickle.loads(pickle.dumps(other.preparer.prepare(messages)))

@@ -1,6 +1,5 @@
 """Damages bytes and plain objects at random, as a hostile or an unlucky user would."""
 
-import copy
 import struct
 from collections.abc import Iterator
 from random import Random
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+_DEPTH = 20  # of what is damaged: some values are nested deeper than Python recurses
 _ODD_KEYS = ("", "unknown", "\x1b[31m\nred\u2028", "\ud800", "y" * 100_000)
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF)
 
@@ -62,8 +62,7 @@ def damage_object(value: Any, random: Random, odd: Any = odd_value) -> Any:
 
     odd: makes the value that is put into a place.
     """
-    damaged = copy.copy([value])
-    damaged[0] = _copy(value)
+    damaged = [_copy(value)]
     for _ in range(random.choice((1, 1, 2, 3))):
         places = list(_places(damaged))
         holder, key = random.choice(places)
@@ -83,18 +82,18 @@ def damage_object(value: Any, random: Random, odd: Any = odd_value) -> Any:
     return damaged[0]
 
 
-def _copy(value: Any) -> Any:
-    """Copies lists and dicts, and shares everything else."""
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list) and len(value) != 1:
-        return [_copy(item) for item in value]
-    return [*value] if isinstance(value, list) else value
+def _copy(value: Any, depth: int = 0) -> Any:
+    """Copies lists and dicts as deep as `_places` goes, and shares everything else."""
+    if isinstance(value, dict) and depth < _DEPTH:
+        return {key: _copy(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list) and depth < _DEPTH:
+        return [_copy(item, depth + 1) for item in value]
+    return value
 
 
 def _places(holder: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
     items = holder.items() if isinstance(holder, dict) else enumerate(holder)
     for key, value in items:
         yield holder, key
-        if isinstance(value, dict | list) and depth < 20:
+        if isinstance(value, dict | list) and depth < _DEPTH:
             yield from _places(value, depth + 1)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from internvl_rt.errors import MediaError
+from internvl_rt.inputs.decoding import open_encoded
 from internvl_rt.inputs.image import open_image
 from internvl_rt.inputs.tiles import ImageOptions
 
@@ -106,6 +108,30 @@ SQUARE = ((256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (262, 3, 1, 1))
 )  # fmt: skip
 def test_files_that_keep_a_parser_busy_are_refused(build: Callable[[], bytes], expected: str) -> None:
     assert expected in refusal(build())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_other_threads_run_while_a_long_file_is_searched(kind: str) -> None:
+    content = encode(Image.new("RGB", (8, 8)), kind)
+    content = content[:-2] + bytes(1 << 27) + content[-2:]
+    stopped = threading.Event()
+    longest_s = 0.0
+
+    def watch() -> None:
+        nonlocal longest_s
+        while not stopped.is_set():
+            start_s = time.perf_counter()
+            time.sleep(0.001)
+            longest_s = max(longest_s, time.perf_counter() - start_s)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start_s = time.perf_counter()
+    open_encoded(content, "image", ImageOptions())
+    took_s = time.perf_counter() - start_s
+    stopped.set()
+    watcher.join()
+    assert longest_s < max(0.02, took_s / 4)  # a search of the whole file at once takes 0.03 s to 0.2 s
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])

@@ -2,6 +2,7 @@ import base64
 import io
 import os
 import tempfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,21 @@ def test_what_is_wrong_with_a_data_url_is_said() -> None:
     assert "5 characters cannot be whole bytes" in refusal("data:;base64,AAAAA==")
     assert "must have the form data:<type>;base64,<data>, got 'data:text/plain'" in refusal("data:text/plain,abc")
     assert "is empty" in refusal("data:;base64,===")
+
+
+def test_a_long_data_url_is_decoded_in_windows() -> None:
+    data = bytes(range(251)) * 80_000
+    url = f"data:;base64,{base64.b64encode(data).decode()}"
+    tracemalloc.start()
+    try:
+        with open_media(url, "image", 1 << 30)[0] as stream:
+            peak = tracemalloc.get_traced_memory()[1]
+            assert stream.read() == data
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * len(data)  # the windows, and what they are joined to
+    assert "found '*' at character 20000003 of the data" in refusal(f"data:;base64,{'A' * 20_000_003}*", 1 << 30)
+    assert "20000001 characters cannot be whole bytes" in refusal(f"data:;base64,{'A' * 20_000_001}", 1 << 30)
 
 
 def test_sizes_are_checked_before_bytes_are_read(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_video_may_be_given_as_its_frames():
         assert len(expected) == 2
         for video in (torch.from_numpy(frames), list(frames), [Image.fromarray(frame) for frame in frames]):
             assert digests(video) == expected
-        with pytest.raises(RequestError, match="the videos have 5000 frames, but only"):
+        with pytest.raises(RequestError, match="has 5000 pictures and frames of videos, but only"):
             digests(np.broadcast_to(frames[0], (5000, *frames[0].shape)))
 
 

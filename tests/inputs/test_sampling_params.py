@@ -3,11 +3,17 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 
 from internvl_rt import RequestError, SamplingParams
+
+
+def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
+    described = re.findall(r"^    (\w+): \S", SamplingParams.__doc__, re.MULTILINE)
+    assert described == [field.name for field in dataclasses.fields(SamplingParams)]
 
 
 @pytest.mark.parametrize(
