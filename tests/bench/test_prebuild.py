@@ -132,8 +132,8 @@ def test_what_the_time_does_not_reach_is_counted(environment: dict[str, str]) ->
     ("options", "message"),
     [
         (("--what=models,everything",), "--what: expected some of models, contract, tune, got 'everything'"),
-        (("--workers=0",), "--workers: expected 1 at least, got 0"),
-        (("--budget-s=0",), "--budget-s: expected seconds above 0, got 0"),
+        (("--workers=0",), "--workers: expected a number from 1 to a million, got '0'"),
+        (("--budget-s=0",), "--budget-s: expected seconds above 0 and at most a million, got '0'"),
         (("--target=70",), "--target: invalid choice: 70"),
         ((), "expected a machine with a CUDA device, found none"),
     ],

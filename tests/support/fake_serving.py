@@ -121,12 +121,19 @@ def ask(engine: Engine, rng: random.Random) -> None:
         del changed
         engine.chat(message(*parts), params[0])
         del parts, embeds
-        noises = engine.encode_images([noise()["image"] for _ in range(3)], cache_salt="nobody else's")
+        pictures = engine.preparer.open_images([noise()["image"] for _ in range(3)])
+        noises = [engine.loop.encode(each, "nobody else's") for each in pictures]  # nothing waits for these
         sums = [each.sum() for each in noises]
         del noises  # the caller's stream may still read them now
         engine.visual_cache._entries.clear()
     del sums
     engine.generate([message(noise(), noise(), words=400) for _ in range(5)], params[0])
+    begun = engine.stream(message(picture), params[0])
+    next(begun)
+    with torch.cuda.stream(torch.cuda.Stream()):  # a step that was launched from the other stream is still under way
+        engine.chat(message(), params[0])
+    for _ in begun:
+        pass
     with suppress(RequestError):  # nothing is computed, so each draw gives the same token, which breaks the grammar
         engine.chat(message(), SamplingParams(**some, regex="[0-9]+"))
 
