@@ -26,7 +26,7 @@ def test_the_fields_of_the_options_are_the_keyword_arguments(engine_class):
 
 
 def test_every_option_has_its_line_in_the_docstring_and_no_other_has():
-    described = re.findall(r"^    (\w+): \S", EngineOptions.__doc__, re.MULTILINE)
+    described = re.findall(r"^(\w+): \S", inspect.getdoc(EngineOptions), re.MULTILINE)
     assert described == [field.name for field in fields(EngineOptions)]
 
 

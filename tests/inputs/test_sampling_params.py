@@ -1,6 +1,7 @@
 """SamplingParams refuses bad values and names the parameter."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 import re
@@ -12,7 +13,7 @@ from internvl_rt import RequestError, SamplingParams
 
 
 def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
-    described = re.findall(r"^    (\w+): \S", SamplingParams.__doc__, re.MULTILINE)
+    described = re.findall(r"^(\w+): \S", inspect.getdoc(SamplingParams), re.MULTILINE)
     assert described == [field.name for field in dataclasses.fields(SamplingParams)]
 
 
