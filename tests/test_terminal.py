@@ -3,9 +3,12 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,16 +157,20 @@ def test_ctrl_c_at_the_prompt_of_a_conversation_does_not_end_it():
     process = subprocess.Popen([*PROGRAM, "chat", "tiny"], stdin=program_side, stdout=program_side, stderr=program_side)
     os.close(program_side)
 
-    def read_until(text):
-        seen = b""
+    def read_until(text, meanwhile=lambda: None):
+        seen, end_s = b"", time.monotonic() + 120
         while text not in seen:
-            seen += os.read(main_side, 1000)
-        return seen
+            assert time.monotonic() < end_s, seen
+            if select.select([main_side], [], [], 1)[0]:
+                seen += os.read(main_side, 1000)
+            else:
+                meanwhile()
 
     try:
         read_until(b"> ")
-        process.send_signal(signal.SIGINT)
-        read_until(b"/exit or Ctrl-D ends")
+        interrupt = partial(process.send_signal, signal.SIGINT)
+        interrupt()  # is noticed with the next key only, if it comes just before the terminal is waited for
+        read_until(b"/exit or Ctrl-D ends", meanwhile=interrupt)
         os.write(main_side, f"/image {SAMPLE}\nRead the digits.\n".encode())
         read_until(b"4719\r\n")
         os.write(main_side, b"/exit\n")
