@@ -4,7 +4,7 @@ Each message says what was wrong, what was expected, what was given and what to 
 request can cause are `ValueError`s, so a caller may catch them as one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 _MAX_MESSAGE, _MAX_TEXT, _MAX_VALUE = 2000, 200, 300  # characters
@@ -44,6 +44,33 @@ class QueueFullError(RequestError):
 
 class EngineDeadError(InternVLError, RuntimeError):
     """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked."""
+
+
+class TranslateErrors:
+    """A `with` block that raises, in place of another library's error, what `translate` makes of it.
+
+    translate: returns the new error, whose `__cause__` will be the other one, or None to let that through. The
+    package's own errors are let through anyway.
+    """
+
+    # As a generator, in Python 3.13, it would leave a cycle from the error through its frames back to the error, which
+    # keeps all their variables, such as the engine, until the garbage collector runs.
+
+    def __init__(self, translate: Callable[[BaseException], InternVLError | None]) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, InternVLError):
+            return
+        translated = self._translate(error)
+        try:
+            if translated is not None:
+                raise translated from error
+        finally:
+            del translated  # or its own frames would hold it
 
 
 def forked(process_id: int) -> EngineDeadError:

@@ -1,8 +1,6 @@
 """Plans a device's memory: weights, workspaces of the vision tower and of a step, and the KV cache."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +8,7 @@ import torch
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.engine.host_memory import free_host_bytes
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import RequestError, TranslateErrors
 from internvl_rt.model.card import format_bytes
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
@@ -148,19 +146,19 @@ def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, work
     )
 
 
-@contextmanager
-def memory_errors(device: torch.device) -> Iterator[None]:
+def memory_errors(device: torch.device) -> TranslateErrors:
     """Makes one line of the error of an allocation that fails all the same, as when others take memory meanwhile."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not ran_out:
-            raise
-        raise RequestError(
+
+    def translate(error: BaseException) -> RequestError | None:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out_of_memory and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+            return None
+        return RequestError(
             f"the memory of {device} ran out while the model was loaded; choose a smaller dtype or model, another "
             "device, or a lower kv_cache_bytes, or end what else takes its memory"
-        ) from error
+        )
+
+    return TranslateErrors(translate)
 
 
 def _free_bytes(device: torch.device) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import io
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from internvl_rt.errors import MediaError
+from internvl_rt.errors import MediaError, TranslateErrors
 from internvl_rt.inputs.tiles import ImageOptions
 
 # EPS, which starts ghostscript, JPEG 2000 and Pillow's rarely used decoders are left out.
@@ -185,21 +184,21 @@ def check_size(width: int, height: int, name: str, options: ImageOptions) -> Non
         )
 
 
-@contextmanager
-def pillow_errors(name: str) -> Iterator[None]:
+def pillow_errors(name: str) -> TranslateErrors:
     """Makes Pillow's errors one line; its own texts may hold object addresses and stay in `__cause__`."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{name} is not a readable {', '.join(_FORMATS)} file: convert it to one of these") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(
+    return TranslateErrors(partial(_media_error, name))
+
+
+def _media_error(name: str, error: BaseException) -> MediaError | None:
+    if isinstance(error, UnidentifiedImageError):
+        return MediaError(f"{name} is not a readable {', '.join(_FORMATS)} file: convert it to one of these")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return MediaError(
             f"{name} has more pixels than Pillow accepts: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
-    except _DAMAGED as error:
-        raise MediaError(f"{name} is broken or truncated and cannot be decoded ({type(error).__name__})") from error
+        )
+    if isinstance(error, _DAMAGED):
+        return MediaError(f"{name} is broken or truncated and cannot be decoded ({type(error).__name__})")
+    return None
 
 
 def _check_decoding(

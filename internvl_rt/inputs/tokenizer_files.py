@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
-from internvl_rt.errors import CheckpointError, InternVLError, RequestError, quoted
+from internvl_rt.errors import CheckpointError, InternVLError, RequestError, TranslateErrors, quoted
 from internvl_rt.inputs.slices import QWEN2_CUT, cuts_are_safe
 
 QWEN2_WORDS = (
@@ -29,17 +28,15 @@ _QWEN2_PRE_TOKENIZER = {
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
-@contextmanager
-def library_errors(build: Callable[[str], InternVLError]) -> Iterator[None]:
+def library_errors(build: Callable[[str], InternVLError]) -> TranslateErrors:
     """Raises `build(reason)` for whatever the library raises: its panics are no `Exception`, so nobody catches them."""
-    try:
-        yield
-    except InternVLError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise  # KeyboardInterrupt and the like
-        raise build(" ".join(str(error).split())) from error
+
+    def translate(error: BaseException) -> InternVLError | None:
+        if isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime":
+            return build(" ".join(str(error).split()))
+        return None  # KeyboardInterrupt and the like
+
+    return TranslateErrors(translate)
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
-from internvl_rt.errors import MediaError, RequestError
+from internvl_rt.errors import MediaError, RequestError, TranslateErrors
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 from internvl_rt.values import Integer, OrNone, read
@@ -106,7 +106,7 @@ def load_video(
         return [make(frame) for frame in _given_frames(source, num_segments, limits)]
     stream, name = open_media(source, "video", limits.file_bytes)
     with stream:
-        with _open_track(stream, name, limits) as (container, track):
+        with _ffmpeg_errors(name), _open_track(stream, name, limits) as (container, track):
             rate = track.average_rate or track.guessed_rate
             if not rate:
                 raise MediaError(f"{name} has no frame rate: convert it to MP4")
@@ -184,7 +184,7 @@ def _decode(
 ) -> tuple[int, dict[int, Any]]:
     """Decodes at most `needed` frames; returns their number and what is made of the chosen ones among them."""
     num_frames, num_pixels, made = 0, 0, {}
-    with _open_track(stream, name, limits) as (container, track):
+    with _ffmpeg_errors(name), _open_track(stream, name, limits) as (container, track):
         for frame in container.decode(track):
             if num_frames in chosen:
                 num_pixels += frame.width * frame.height
@@ -222,6 +222,19 @@ def _open_container(
         return av_open(stream, "r", options=options)
 
 
+def _ffmpeg_errors(name: str) -> TranslateErrors:
+    def translate(error: BaseException) -> MediaError | None:
+        import av
+
+        if not isinstance(error, av.FFmpegError):
+            return None
+        return MediaError(
+            f"{name} is broken or not a video in one of {_CONTAINERS} ({type(error).__name__}): convert it to MP4"
+        )
+
+    return TranslateErrors(translate)
+
+
 @contextmanager
 def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Opens the container and its main video stream, to be decoded from the first frame. Raises MediaError."""
@@ -236,24 +249,19 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         # Stops frames that grow during decoding; FFmpeg counts their padding, hence the slack.
         "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
     }
-    try:
-        with _open_container(av.open, stream, options) as container:
-            track = container.streams.best("video")
-            if not isinstance(track, av.VideoStream):
-                raise MediaError(f"{name} has no video stream: give a video, or an image part for a picture")
-            context: CodecContext | None = track.codec_context  # None if FFmpeg has no decoder
-            if context is None or context.codec.name not in _DECODERS.split(","):
-                codec = context.codec.name if context else "an unknown codec"
-                raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
-            if track.width * track.height > limits.frame_pixels:
-                raise MediaError(
-                    f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
-                    "it smaller, or raise max_frame_pixels of the engine"
-                )
-            context.options = options  # the options of `open` only reach the decoders that probe the file
-            track.thread_type = "AUTO"
-            yield container, track
-    except av.FFmpegError as error:
-        raise MediaError(
-            f"{name} is broken or not a video in one of {_CONTAINERS} ({type(error).__name__}): convert it to MP4"
-        ) from error
+    with _open_container(av.open, stream, options) as container:
+        track = container.streams.best("video")
+        if not isinstance(track, av.VideoStream):
+            raise MediaError(f"{name} has no video stream: give a video, or an image part for a picture")
+        context: CodecContext | None = track.codec_context  # None if FFmpeg has no decoder
+        if context is None or context.codec.name not in _DECODERS.split(","):
+            codec = context.codec.name if context else "an unknown codec"
+            raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
+        if track.width * track.height > limits.frame_pixels:
+            raise MediaError(
+                f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
+                "it smaller, or raise max_frame_pixels of the engine"
+            )
+        context.options = options  # the options of `open` only reach the decoders that probe the file
+        track.thread_type = "AUTO"
+        yield container, track

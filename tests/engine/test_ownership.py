@@ -66,6 +66,12 @@ def a_broken_picture(engine):
         engine.chat(ask("What?", picture(), b"broken"), SHORT)
 
 
+def a_broken_video(engine):
+    parts = [{"type": "image", "image": picture()}, {"type": "video", "video": b"\0\0\0\x18ftypmp42" + bytes(500)}]
+    with contextlib.suppress(MediaError):
+        engine.chat([{"role": "user", "content": parts}], SHORT)
+
+
 def a_broken_conversation_among_others(engine):
     with contextlib.suppress(RequestError):
         engine.generate([ask("What?", picture()), [{"role": "nobody", "content": "x"}]], SHORT)
@@ -118,6 +124,7 @@ REQUESTS = [
     a_dropped_stream,
     a_timeout,
     a_broken_picture,
+    a_broken_video,
     a_broken_conversation_among_others,
     a_failing_step,
     an_interrupted_step,
@@ -125,6 +132,7 @@ REQUESTS = [
     encoded_pictures,
     the_official_interface,
 ]
+PREPARE_NONE = (encoded_pictures, a_broken_picture, a_broken_video)
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
@@ -160,7 +168,7 @@ def pictures(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("use", [use for use in REQUESTS if use not in (encoded_pictures, a_broken_picture)])
+@pytest.mark.parametrize("use", [use for use in REQUESTS if use not in PREPARE_NONE])
 def test_pictures_are_freed_when_their_request_has_ended(use, pictures):
     with load(kv_cache_bytes=1 << 24) as engine:
         use(engine)

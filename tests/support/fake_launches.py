@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
@@ -45,8 +46,15 @@ def launch_model_case(spec: KernelSpec, log: Path) -> Iterator[dict[str, Any]]:
             "plan": plan | {"pdl": launch.pdl},
             "asked": asked[index] if index < len(asked) else None,
             "launches": len(asked),
-            "audited": build(launch, TARGET.capability).hash in {kernel.hash for kernel in built},
+            "audited": specialisation(build(launch, TARGET.capability)) in map(specialisation, built),
         }
+
+
+def specialisation(kernel: CompiledKernel) -> tuple[Any, ...]:
+    """Returns what a kernel was compiled for. Its hash also tells whether arguments without attributes are listed."""
+    source, options = kernel.src, kernel.metadata._asdict()
+    del options["hash"], options["extern_libs"]  # the latter is a path
+    return source.signature, source.constants, {key: each for key, each in source.attrs.items() if each}, options
 
 
 def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
