@@ -54,7 +54,7 @@ _MAX_COMPRESSED_CHUNKS = 100
 
 _WINDOW = 1 << 20  # bytes; a search holds the interpreter lock, so a long file is searched in windows
 
-_BAND_PIXELS = 1 << 20
+_BAND_PIXELS = 1 << 18
 
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
 
