@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +17,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(str(InternVLError(message)))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes the help as argparse does, which however would drop it without a word where the disk is full."""
+        if message:
+            print(message, end="", file=file or sys.stderr)
 
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:

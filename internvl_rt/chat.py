@@ -112,6 +112,8 @@ def _converse(
                 messages += [question, {"role": "assistant", "content": reply.text}]
         except InternVLError as error:  # this question fails, the conversation goes on
             say(str(error))
+        except MemoryError:
+            say("memory ran out; this question is forgotten")
         except KeyboardInterrupt:
             say("\nstopped; this question is forgotten")
     return 0

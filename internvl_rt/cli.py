@@ -15,15 +15,16 @@ from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, pr
 if TYPE_CHECKING:
     from internvl_rt.inputs.position import Delta
 
-EXIT_FAILURE, EXIT_USAGE = 1, 2
+EXIT_NO_READER, EXIT_ERROR = 1, 2
 
 MODEL_HELP = "a folder, a hub id such as OpenGVLab/InternVL3-1B, or 'tiny', the checkpoint in the package"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 failure, 2 wrong usage or input, 130 interrupted.
+    """Runs one command; returns its exit code.
 
-    No argument and no error of the system ends in a traceback: each is one line on stderr.
+    No argument and no error of the system ends in a traceback: each is one line on stderr and exit code 2. It is 130
+    after Ctrl-C, and 1 where the reader of stdout has left, or a check of `doctor` failed.
     """
     prepare_streams()
     try:
@@ -44,18 +45,18 @@ def _run(arguments: list[str] | None) -> int:
             sys.stdout.flush()
     except InternVLError as error:
         say(f"internvl-rt: {error}")
-        return EXIT_USAGE
+        return EXIT_ERROR
     except KeyboardInterrupt:
         say("\ninterrupted")  # in the middle of an answer, perhaps
         return EXIT_INTERRUPT
     except BrokenPipeError:  # the reader of stdout is gone, which is no failure to tell
-        return EXIT_FAILURE
+        return EXIT_NO_READER
     except (OSError, MemoryError) as error:
         say(f"internvl-rt: {InternVLError(error if str(error) else 'memory ran out')}")
-        return EXIT_FAILURE
+        return EXIT_ERROR
     except ImportError as error:
         say(f"internvl-rt: {InternVLError(error)}; internvl-rt doctor says what is missing and what to do")
-        return EXIT_FAILURE
+        return EXIT_ERROR
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

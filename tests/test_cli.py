@@ -1,5 +1,6 @@
 """The command line, as a user types it, gives the right output, exit codes and errors of one line."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from internvl_rt import Engine
 from internvl_rt.cli import main
 
 SAMPLES = Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples"
@@ -44,9 +46,24 @@ def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
     assert "no command /what" in done.stderr
 
 
+def test_a_question_that_takes_more_memory_than_there_is_leaves_the_conversation(capsys, monkeypatch):
+    def stream(engine, messages, params):
+        if any("too much" in str(message) for message in messages):
+            raise MemoryError
+        return original(engine, messages, params)
+
+    original = Engine.stream
+    monkeypatch.setattr(Engine, "stream", stream)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"too much\n/image {SAMPLE}\nRead the digits.\n"))
+    assert main(["chat", "tiny"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "4719\n"
+    assert "memory ran out; this question is forgotten" in printed.err
+
+
 def test_a_part_that_is_missing_leads_to_the_doctor(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "internvl_rt.engine.engine", None)  # as if the compiled part were not built
-    assert main(["chat", "tiny", "Hi"]) == 1
+    assert main(["chat", "tiny", "Hi"]) == 2
     assert "internvl-rt doctor says what is missing" in capsys.readouterr().err
 
 
