@@ -31,6 +31,7 @@ from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.tokenizer import load_tokenizer as read_tokenizer
+from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
 from internvl_rt.inputs.video import load_video as read_video
 from internvl_rt.model.ops import normalise_tiles
 from internvl_rt.values import Flag, read
@@ -50,16 +51,16 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12) -> Tensor:
+def load_image(image_file: ImageSource, input_size: int = 448, max_num: int = 12, **options: Any) -> Tensor:
     """Returns normalised tiles, float32 [I, 3, input_size, input_size], thumbnail last, as in the model card.
 
-    Raises RequestError or MediaError.
+    options: an engine's options of pictures, such as `max_pixels`. Raises RequestError or MediaError.
     """
     try:
-        options = ImageOptions(image_size=input_size, max_tiles=max_num)
+        chosen = ImageOptions(image_size=input_size, max_tiles=max_num, **options)
     except RequestError as error:
         raise _renamed(error, {"image_size": "input_size", "max_tiles": "max_num"}) from None
-    return normalise_tiles(torch.from_numpy(open_image(image_file, options).tiles()))
+    return normalise_tiles(torch.from_numpy(open_image(image_file, chosen).tiles()))
 
 
 def load_video(
@@ -68,16 +69,22 @@ def load_video(
     input_size: int = 448,
     max_num: int = 1,
     num_segments: int = 32,
+    **options: Any,
 ) -> tuple[Tensor, list[int]]:
     """Returns normalised tiles of `num_segments` frames, and each frame's number of tiles, as in the model card.
 
-    Raises RequestError or MediaError.
+    options: an engine's options of videos and pictures, such as `max_video_frames`. Raises RequestError or MediaError.
     """
+    limits = VideoLimits(**{name: options.pop(name) for name in LIMIT_KINDS.keys() & options.keys()})
     is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
     if bound is not None and not is_pair:
         raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")
     tiles = read_video(
-        video_path, make=lambda frame: load_image(frame, input_size, max_num), num_segments=num_segments, bound=bound
+        video_path,
+        make=lambda frame: load_image(frame, input_size, max_num, **options),
+        num_segments=num_segments,
+        bound=bound,
+        limits=limits,
     )
     return torch.cat(tiles), [len(frame) for frame in tiles]
 

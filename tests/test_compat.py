@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_rt import ConfigError, Engine, InternVLError, RequestError, SamplingParams
+from internvl_rt import ConfigError, Engine, InternVLError, MediaError, RequestError, SamplingParams
 from internvl_rt.compat import AutoConfig, AutoModel, AutoTokenizer, load_image, load_video
 
 SAMPLES = sorted((Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
@@ -105,6 +105,17 @@ def test_load_video_gives_one_tile_for_each_frame(tmp_path):
     assert (pixels.shape, counts) == ((4, 3, 56, 56), [1, 1, 1, 1])
     brightness = pixels.mean((1, 2, 3))
     assert torch.all(brightness[1:] > brightness[:-1])
+    with pytest.raises(MediaError, match="raise max_video_frames"):
+        load_video(path, input_size=56, num_segments=4, max_video_frames=9)
+    with pytest.raises(MediaError, match="raise max_pixels"):
+        load_video(path, input_size=56, num_segments=4, max_video_frames=10, max_pixels=64 * 64 - 1)
+
+
+def test_load_image_takes_the_options_that_its_errors_name():
+    black = np.zeros((60, 60, 3), np.uint8)
+    with pytest.raises(MediaError, match="make it smaller, or raise max_pixels"):
+        load_image(black, input_size=56, max_pixels=3599)
+    assert len(load_image(black, input_size=56, max_pixels=3600)) == 1
 
 
 class Listener:

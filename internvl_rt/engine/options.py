@@ -14,7 +14,7 @@ from internvl_rt.checkpoint.config import MAX_TILES, ModelConfig
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
-from internvl_rt.inputs.video import LIMIT, VideoLimits
+from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
 
@@ -99,10 +99,10 @@ class EngineOptions:
     max_image_bytes: int = _IMAGES.max_image_bytes
     max_decode_bytes: int = _IMAGES.max_decode_bytes
     max_decode_s: float = _IMAGES.max_decode_s
-    max_video_bytes: int = _VIDEOS.file_bytes
-    max_video_frames: int = _VIDEOS.num_frames
-    max_frame_pixels: int = _VIDEOS.frame_pixels
-    max_video_pixels: int = _VIDEOS.total_pixels
+    max_video_bytes: int = _VIDEOS.max_video_bytes
+    max_video_frames: int = _VIDEOS.max_video_frames
+    max_frame_pixels: int = _VIDEOS.max_frame_pixels
+    max_video_pixels: int = _VIDEOS.max_video_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
@@ -127,12 +127,7 @@ class EngineOptions:
 
     @property
     def videos(self) -> VideoLimits:
-        return VideoLimits(
-            num_frames=self.max_video_frames,
-            frame_pixels=self.max_frame_pixels,
-            file_bytes=self.max_video_bytes,
-            total_pixels=self.max_video_pixels,
-        )
+        return VideoLimits(**{name: getattr(self, name) for name in LIMIT_KINDS})
 
     def images(self, config: ModelConfig) -> ImageOptions:
         """Returns how pictures are read and cut into tiles for a model."""
@@ -179,7 +174,7 @@ _KINDS: dict[str, Kind] = {
     "number_images": OrNone(Flag()),
     "exif": OneOf(("auto", "ignore", "apply"), "auto, ignore or apply"),
     **READING_KINDS,
-    **dict.fromkeys(("max_video_bytes", "max_video_frames", "max_frame_pixels", "max_video_pixels"), LIMIT),
+    **LIMIT_KINDS,
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
     "cuda_graphs": Flag(),

@@ -175,12 +175,12 @@ def check_size(width: int, height: int, name: str, options: ImageOptions) -> Non
     if width * height > options.max_pixels:
         raise MediaError(
             f"{name} is {width}x{height} pixels; at most {options.max_pixels} pixels are allowed: make it smaller, or "
-            "raise max_pixels of the engine"
+            "raise max_pixels"
         )
     if max(width, height) > options.max_side:
         raise MediaError(
             f"{name} is {width}x{height} pixels; at most {options.max_side} a side are allowed: make it smaller, or "
-            "raise max_side of the engine"
+            "raise max_side"
         )
 
 
@@ -217,7 +217,7 @@ def _check_decoding(
     if seconds > options.max_decode_s:
         raise MediaError(
             f"{name} would take about {seconds:.0f} s to decode; at most {options.max_decode_s:g} s are allowed: save "
-            "it anew as PNG or baseline JPEG, make it smaller, or raise max_decode_s of the engine"
+            "it anew as PNG or baseline JPEG, make it smaller, or raise max_decode_s"
         )
     if image.info.get("progressive"):
         own_bytes = 2 * len(image.getbands())  # coefficients of all components are kept until the last scan
@@ -228,7 +228,7 @@ def _check_decoding(
     if total > options.max_decode_bytes:
         raise MediaError(
             f"{name} would take about {total >> 20} MiB to decode; at most {options.max_decode_bytes >> 20} MiB are "
-            "allowed: make it smaller, save it anew as PNG or baseline JPEG, or raise max_decode_bytes of the engine"
+            "allowed: make it smaller, save it anew as PNG or baseline JPEG, or raise max_decode_bytes"
         )
 
 

@@ -132,9 +132,7 @@ def _check_bytes(num_bytes: int, name: str, kind: MediaKind, max_bytes: int) -> 
     if not num_bytes:
         raise MediaError(f"{name} is empty")
     if num_bytes > max_bytes:
-        raise MediaError(
-            f"{name} has more than {max_bytes} bytes: make it smaller, or raise {_LIMIT_OPTIONS[kind]} of the engine"
-        )
+        raise MediaError(f"{name} has more than {max_bytes} bytes: make it smaller, or raise {_LIMIT_OPTIONS[kind]}")
 
 
 def _decode_url(url: str, name: str, kind: MediaKind, max_bytes: int) -> bytes:

@@ -225,7 +225,7 @@ class Preparer:
         if media.max_tiles > most:
             raise RequestError(
                 f"max_tiles of a picture: expected at most the engine's {most}, got {quoted(media.max_tiles)}; "
-                "lower it, or raise max_tiles of the engine"
+                "lower it, or raise max_tiles"
             )
         return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
 

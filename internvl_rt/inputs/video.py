@@ -14,7 +14,7 @@ from PIL import Image
 from internvl_rt.errors import MediaError, RequestError, TranslateErrors
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
-from internvl_rt.values import Integer, OrNone, read
+from internvl_rt.values import Integer, Kind, OrNone, read, read_fields
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,28 +32,21 @@ _WHOLE = (-100_000.0, 100_000.0)  # seconds; the official code's values for no b
 
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
-LIMIT = Integer(1, 1 << 40)
-# The options of the engine that set the limits.
-_LIMIT_OPTIONS = {
-    "num_frames": "max_video_frames",
-    "frame_pixels": "max_frame_pixels",
-    "file_bytes": "max_video_bytes",
-    "total_pixels": "max_video_pixels",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class VideoLimits:
-    """The limits beyond which `load_video` refuses a video."""
+    """The limits beyond which `load_video` refuses a video. Raises RequestError for a bad value."""
 
-    num_frames: int = 108_000  # frames decoded up to the end, or the end of the bound: an hour at 30 per second
-    frame_pixels: int = 1 << 25  # pixels of one frame: 8K has 33.2 million
-    file_bytes: int = 1 << 32  # encoded; a file is not read into memory
-    total_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K
+    max_video_frames: int = 108_000  # frames decoded up to the end, or the end of the bound: an hour at 30 per second
+    max_frame_pixels: int = 1 << 25  # pixels of one frame: 8K has 33.2 million
+    max_video_bytes: int = 1 << 32  # encoded; a file is not read into memory
+    max_video_pixels: int = 1 << 28  # pixels of all returned frames: 32 in 4K
 
     def __post_init__(self) -> None:
-        for name, option in _LIMIT_OPTIONS.items():
-            read(option, getattr(self, name), LIMIT)
+        read_fields(self, LIMIT_KINDS)
+
+
+LIMIT_KINDS: dict[str, Kind] = dict.fromkeys(VideoLimits.__dataclass_fields__, Integer(1, 1 << 40))
 
 
 def choose_frame_indices(
@@ -97,14 +90,14 @@ def load_video(
     `num_segments` or `bound` is invalid, or `bound` lies outside the video.
     """
     limits = limits or VideoLimits()
-    num_segments = read("num_segments", num_segments, OrNone(Integer(1, limits.num_frames)))
+    num_segments = read("num_segments", num_segments, OrNone(Integer(1, limits.max_video_frames)))
     if bound and not (all(map(math.isfinite, bound)) and bound[0] <= bound[1]):
         raise RequestError(f"bound must be (start, end) in seconds with start <= end, both finite, got {bound}")
     if not is_media_source(source):
         if bound:
             raise RequestError("bound, in seconds, was given with a list of frames: choose the frames, or give a file")
         return [make(frame) for frame in _given_frames(source, num_segments, limits)]
-    stream, name = open_media(source, "video", limits.file_bytes)
+    stream, name = open_media(source, "video", limits.max_video_bytes)
     with stream:
         with _ffmpeg_errors(name), _open_track(stream, name, limits) as (container, track):
             rate = track.average_rate or track.guessed_rate
@@ -114,10 +107,10 @@ def load_video(
             num_frames = track.frames or round((container.duration or 0) / 1e6 * fps)
         needed = max(1, round((bound or _WHOLE)[1] * fps) + 1)  # later frames cannot change the choice
         expected = min(max(1, num_frames), needed)
-        if expected > limits.num_frames:
+        if expected > limits.max_video_frames:
             raise MediaError(
-                f"{name} announces {expected} frames, at most {limits.num_frames} are decoded: cut it, or "
-                "raise max_video_frames of the engine"
+                f"{name} announces {expected} frames, at most {limits.max_video_frames} are decoded: cut it, or "
+                "raise max_video_frames"
             )
         for _ in range(2):
             chosen = choose_frame_indices(expected, fps, num_segments or DEFAULT_NUM_FRAMES, bound)
@@ -151,17 +144,17 @@ def _given_frames(source: Any, num_segments: int | None, limits: VideoLimits) ->
         raise MediaError("the video is a list without frames: give at least one")
     num_frames = len(source)
     chosen = range(num_frames) if num_segments is None else choose_frame_indices(num_frames, 1.0, num_segments)
-    if len(chosen) > limits.num_frames:
+    if len(chosen) > limits.max_video_frames:
         raise MediaError(
-            f"the video has {num_frames} frames, at most {limits.num_frames} are read: give fewer, or raise "
-            "max_video_frames of the engine"
+            f"the video has {num_frames} frames, at most {limits.max_video_frames} are read: give fewer, or raise "
+            "max_video_frames"
         )
     frames = [source[index] for index in chosen]
     num_pixels = sum(map(_num_pixels, frames))
-    if num_pixels > limits.total_pixels:
+    if num_pixels > limits.max_video_pixels:
         raise MediaError(
-            f"the frames of the video hold {num_pixels} pixels, at most {limits.total_pixels} are allowed: make them "
-            "smaller, give fewer, or raise max_video_pixels of the engine"
+            f"the frames of the video hold {num_pixels} pixels, at most {limits.max_video_pixels} are allowed: make "
+            "them smaller, give fewer, or raise max_video_pixels"
         )
     return frames
 
@@ -188,16 +181,16 @@ def _decode(
         for frame in container.decode(track):
             if num_frames in chosen:
                 num_pixels += frame.width * frame.height
-                if num_pixels > limits.total_pixels:
+                if num_pixels > limits.max_video_pixels:
                     raise MediaError(
-                        f"{name}: the chosen frames hold over {limits.total_pixels} pixels: make it smaller, take "
-                        "fewer frames, or raise max_video_pixels of the engine"
+                        f"{name}: the chosen frames hold over {limits.max_video_pixels} pixels: make it smaller, take "
+                        "fewer frames, or raise max_video_pixels"
                     )
                 made[num_frames] = make(_to_image(frame))
             num_frames += 1
-            if num_frames > limits.num_frames:
+            if num_frames > limits.max_video_frames:
                 raise MediaError(
-                    f"{name} has more than {limits.num_frames} frames: cut it, or raise max_video_frames of the engine"
+                    f"{name} has more than {limits.max_video_frames} frames: cut it, or raise max_video_frames"
                 )
             if num_frames == needed:
                 break
@@ -247,7 +240,7 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         "format_whitelist": _CONTAINERS,
         "codec_whitelist": _DECODERS,
         # Stops frames that grow during decoding; FFmpeg counts their padding, hence the slack.
-        "max_pixels": str(2 * limits.frame_pixels + (1 << 16)),
+        "max_pixels": str(2 * limits.max_frame_pixels + (1 << 16)),
     }
     with _open_container(av.open, stream, options) as container:
         track = container.streams.best("video")
@@ -257,10 +250,10 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         if context is None or context.codec.name not in _DECODERS.split(","):
             codec = context.codec.name if context else "an unknown codec"
             raise MediaError(f"{name} holds {codec}, which is not among {_DECODERS}: convert it to H.264")
-        if track.width * track.height > limits.frame_pixels:
+        if track.width * track.height > limits.max_frame_pixels:
             raise MediaError(
-                f"{name} is {track.width}x{track.height}; at most {limits.frame_pixels} pixels are allowed: make "
-                "it smaller, or raise max_frame_pixels of the engine"
+                f"{name} is {track.width}x{track.height}; at most {limits.max_frame_pixels} pixels are allowed: make "
+                "it smaller, or raise max_frame_pixels"
             )
         context.options = options  # the options of `open` only reach the decoders that probe the file
         track.thread_type = "AUTO"

@@ -69,7 +69,7 @@ def rle_bmp(data: bytes, width: int, height: int) -> bytes:
 def test_a_jpeg_whose_scan_is_repeated_is_refused_by_the_time_that_it_takes() -> None:
     text = refusal(jpeg_scans(500, (7000, 7000)))
     assert "s to decode; at most 5 s are allowed: save it anew as PNG or baseline JPEG" in text
-    assert "raise max_decode_s of the engine" in text
+    assert "raise max_decode_s" in text
     small = jpeg_scans(500, (300, 200))
     assert open_image(small, ImageOptions()).decode().size == (300, 200)  # 500 scans are no harm by themselves
     assert "at most 0.01 s" in refusal(small, max_decode_s=0.01)
@@ -152,7 +152,7 @@ def test_memory_for_decoding_is_estimated_from_the_header() -> None:
         open_image(content, ImageOptions(max_decode_bytes=per_pixel * 1_000_000)).decode()
         text = refusal(content, max_decode_bytes=per_pixel * 1_000_000 - 1)
         assert "MiB to decode" in text
-        assert "raise max_decode_bytes of the engine" in text
+        assert "raise max_decode_bytes" in text
 
 
 def test_an_upright_tiff_is_turned_once() -> None:

@@ -125,7 +125,7 @@ def test_more_segments_than_frames_repeat_frames_without_holding_copies() -> Non
 
 def test_a_bound_limits_the_frames_and_the_decoding() -> None:
     data = clip()
-    limits = VideoLimits(num_frames=11)
+    limits = VideoLimits(max_video_frames=11)
     assert levels(data, num_segments=2, bound=(0.5, 1.0), limits=limits) == [6, 8]
     assert levels(data, num_segments=3, bound=(0.0, 0.0)) == [0, 0, 0]
     assert levels(data, num_segments=1, bound=(1.9, 99.0)) == [19]
@@ -206,10 +206,10 @@ def test_what_is_no_video_is_refused_by_its_type(source: Any, problem: str) -> N
 def test_frames_beyond_the_limits_are_refused_before_they_are_copied() -> None:
     shared = np.broadcast_to(np.zeros(3, np.uint8), (1000, 5000, 5000, 3))  # 75 GB, but all pixels share 3 bytes
     for video in (shared, [Image.new("RGB", (400, 400))] * 2000, list(shared[:20])):
-        with pytest.raises(MediaError, match="give fewer, or raise max_video_pixels of the engine"):
+        with pytest.raises(MediaError, match="give fewer, or raise max_video_pixels"):
             load_video(video)
-    with pytest.raises(MediaError, match="give fewer, or raise max_video_frames of the engine"):
-        load_video(np.zeros((3, 4, 5, 3), np.uint8), limits=VideoLimits(num_frames=2))
+    with pytest.raises(MediaError, match="give fewer, or raise max_video_frames"):
+        load_video(np.zeros((3, 4, 5, 3), np.uint8), limits=VideoLimits(max_video_frames=2))
     with pytest.raises(RequestError, match="bound, in seconds"):
         load_video(np.zeros((3, 4, 5, 3), np.uint8), bound=(0.0, 1.0))
 
@@ -248,9 +248,9 @@ def test_decoders_off_the_list_are_refused() -> None:
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
-        (VideoLimits(num_frames=19), "announces 20 frames, at most 19"),
-        (VideoLimits(frame_pixels=64 * 48 - 1), "is 64x48; at most 3071 pixels"),
-        (VideoLimits(total_pixels=4 * 64 * 48 - 1), "hold over 12287 pixels"),
+        (VideoLimits(max_video_frames=19), "announces 20 frames, at most 19"),
+        (VideoLimits(max_frame_pixels=64 * 48 - 1), "is 64x48; at most 3071 pixels"),
+        (VideoLimits(max_video_pixels=4 * 64 * 48 - 1), "hold over 12287 pixels"),
     ],
 )
 def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
@@ -259,7 +259,7 @@ def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
     assert len(load_video(data, num_segments=4, limits=VideoLimits(20, 64 * 48, 4 * 64 * 48))) == 4
 
 
-@pytest.mark.parametrize("values", [{"num_frames": 0}, {"file_bytes": 1.0}, {"total_pixels": True}])
+@pytest.mark.parametrize("values", [{"max_video_frames": 0}, {"max_video_bytes": 1.0}, {"max_video_pixels": True}])
 def test_limits_out_of_range_are_refused_by_the_name_of_the_option(values: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"max_video_.* must be an integer from 1 to"):
         VideoLimits(**values)
@@ -268,7 +268,7 @@ def test_limits_out_of_range_are_refused_by_the_name_of_the_option(values: dict[
 def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() -> None:
     data = bytearray(clip(container="avi"))
     struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 5)
-    assert "has more than 19 frames" in refusal(bytes(data), num_segments=1, limits=VideoLimits(num_frames=19))
+    assert "has more than 19 frames" in refusal(bytes(data), num_segments=1, limits=VideoLimits(max_video_frames=19))
 
 
 @pytest.mark.parametrize(
