@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from internvl_rt import AsyncEngine, QueueFullError, RequestError, SamplingParams
-from support.async_calls import (
+from support.calls import (
     ENDLESS,
     PATIENCE_S,
     SHORT,

@@ -13,7 +13,7 @@ from contextlib import aclosing
 import pytest
 
 from internvl_rt import AsyncEngine, EngineDeadError, MediaError, RequestError
-from support.async_calls import (
+from support.calls import (
     ENDLESS,
     PATIENCE_S,
     SHORT,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams
+from support.calls import ask, check_idle
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)  # an answer about a picture of noise could end early
 RNG = np.random.default_rng(5)
@@ -13,11 +14,6 @@ RNG = np.random.default_rng(5)
 
 def picture(height=60, width=150):
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 CONVERSATIONS = [
@@ -43,10 +39,7 @@ def alone(engine):
 @pytest.fixture(autouse=True)
 def nothing_is_left(engine):
     yield
-    blocks = engine.cache.blocks
-    blocks.check_invariants()
-    assert blocks.num_available_blocks == blocks.num_blocks
-    assert blocks.num_sequences == 0
+    check_idle(engine)
 
 
 def test_greedy_output_does_not_depend_on_the_batch(engine, alone):

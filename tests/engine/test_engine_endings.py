@@ -7,30 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from internvl_rt import Engine, SamplingParams
+from internvl_rt import SamplingParams
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.sequence import Sequence
+from support.calls import ask, load
 
 SAMPLE = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.8, top_k=5, seed=11)
 
 
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def open_engine(**options):
-    return Engine.from_pretrained("tiny", device="cpu", **options)
-
-
 @pytest.mark.parametrize(("owner", "name"), [(Runner, "encode"), (Scheduler, "schedule")])
 def test_a_stream_may_be_closed_in_the_middle_of_another_call(owner, name, monkeypatch):
     """The garbage collector closes a stream that nobody refers to, in whatever call the thread is in."""
-    with open_engine(max_num_seqs=2) as engine:
+    with load(max_num_seqs=2) as engine:
         expected = engine.chat(ask("Hello"), GREEDY).token_ids
         forgotten = [engine.stream(ask("Hello"), replace(GREEDY, max_tokens=100))]
         next(forgotten[0])
@@ -61,7 +53,7 @@ def test_an_ended_request_leaves_nothing_behind():
         gc.collect()
         return {id(each): each for each in gc.get_objects() if type(each) in (Sequence, Picture)}
 
-    with open_engine() as engine:
+    with load() as engine:
         others = alive()  # of other tests; they are held, so that no new object gets the id of one
         engine.chat(ask("Read the digits.", SAMPLE), replace(DRAWN, n=2))
         assert alive().keys() <= others.keys()

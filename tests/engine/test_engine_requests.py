@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt import RequestError, SamplingParams
 from internvl_rt.errors import QueueFullError
 from internvl_rt.inputs import image as image_module
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.steps import runner
+from support.calls import ask, check_idle, load
 
 SAMPLE = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -25,13 +26,8 @@ DRAWN = replace(GREEDY, temperature=0.8, top_k=5, seed=11)
 BLOCK = 16
 
 
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 def open_engine(**options):
-    return Engine.from_pretrained("tiny", device="cpu", **{"block_size": BLOCK, **options})
+    return load(**{"block_size": BLOCK, **options})
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +39,7 @@ def engine():
 @pytest.fixture(autouse=True)
 def nothing_is_left(engine):
     yield
-    engine.cache.blocks.check_invariants()
-    assert engine.cache.blocks.num_sequences == 0
-    assert engine.stats()["kv_blocks_used"] == 0
+    check_idle(engine)
 
 
 def computed_tokens(engine, monkeypatch):

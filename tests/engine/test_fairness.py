@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from internvl_rt import AsyncEngine, EngineOptions, SamplingParams
-from support.async_calls import PATIENCE_S, SHORT, ask, load, run
+from support.calls import PATIENCE_S, SHORT, ask, load, run
 
 DRAWN = SamplingParams(max_tokens=8, ignore_eos=True, temperature=2.0, seed=1, logprobs=0)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from internvl_rt import EngineDeadError
-from support.async_calls import SHORT, ask, load
+from support.calls import SHORT, ask, load
 
 COMMON = """
 import asyncio, gc, os, signal, sys, threading, time

@@ -11,6 +11,7 @@ import torch
 
 from internvl_rt import AsyncEngine, Engine, RequestError, SamplingParams
 from internvl_rt.model.internvl import named_parameters
+from support.calls import ask, check_idle, load
 
 SAMPLE = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
 BLACK = np.zeros((56, 56, 3), np.uint8)
@@ -25,14 +26,9 @@ NEIGHBOURS = (
 )
 
 
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 def open_engine(**options):
     """Opens an engine whose vision tower gives NaN for a black picture, as one does that overflows."""
-    engine = Engine.from_pretrained("tiny", device="cpu", block_size=16, **options)
+    engine = load(block_size=16, **options)
     original = engine.model.encode_tiles
     engine.model.encode_tiles = lambda tiles: original(tiles) if tiles.any() else original(tiles) * torch.nan
     return engine
@@ -47,8 +43,7 @@ def engine():
 @pytest.fixture(autouse=True)
 def nothing_is_left(engine):
     yield
-    engine.cache.blocks.check_invariants()
-    assert engine.stats()["kv_blocks_used"] == engine.stats()["running"] == 0
+    check_idle(engine)
 
 
 BROKEN = {

@@ -12,7 +12,7 @@ import torch
 
 from internvl_rt import AsyncEngine, Engine, InternVLError, MediaError, RequestError, SamplingParams
 from internvl_rt.compat import ChatModel
-from support.async_calls import ENDLESS, PATIENCE_S, SHORT, ask, load, until_idle
+from support.calls import ENDLESS, PATIENCE_S, SHORT, ask, load, until_idle
 from support.recorder import Recorder
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams
 from internvl_rt.inputs import image as image_module
 from internvl_rt.inputs.identity import build_identity
+from support.calls import ask
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 BLOCK = 16
@@ -19,11 +20,6 @@ def png(seed, width=150, height=60):
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
-
-
-def ask(text, *images, history=()):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [*history, {"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def count_calls(monkeypatch, owner, name):
@@ -77,9 +73,9 @@ def test_a_conversation_sent_again_pays_only_for_its_new_turn(engine, forgetful)
     history = ask("Read the digits.", png(1))
     reply = engine.chat(history, PARAMS)
     history += [{"role": "assistant", "content": reply.text}]
-    again = engine.chat(ask("And now?", history=history), PARAMS)
+    again = engine.chat([*history, *ask("And now?")], PARAMS)
     assert again.usage.cached_tokens >= reply.usage.prompt_tokens // BLOCK * BLOCK
-    assert again.token_ids == forgetful.chat(ask("And now?", history=history), PARAMS).token_ids
+    assert again.token_ids == forgetful.chat([*history, *ask("And now?")], PARAMS).token_ids
 
 
 def test_another_picture_of_the_same_size_shares_only_what_lies_before_it(engine, forgetful):

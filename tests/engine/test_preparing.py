@@ -13,7 +13,7 @@ import pytest
 from internvl_rt import AsyncEngine, RequestError, SamplingParams
 from internvl_rt.engine.preparing import MAX_PARTS_LOOKED_AT, MEDIA_THREADS, has_media
 from internvl_rt.steps.uploads import Uploads
-from support.async_calls import PATIENCE_S, SHORT, ask, load, run, until_idle
+from support.calls import PATIENCE_S, SHORT, ask, load, run, until_idle
 
 
 def picture(seed=0):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_rt import AsyncEngine, Engine, MediaError, RequestError, SamplingParams
+from internvl_rt import AsyncEngine, MediaError, RequestError, SamplingParams
 from internvl_rt.inputs.prompt import turns_from_question
+from support.calls import check_idle, load
 
 SAMPLES = sorted((Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples").glob("*.png"))[:4]
 SAMPLE = SAMPLES[0]
@@ -24,21 +25,16 @@ def ask(*parts):
     return [{"role": "user", "content": [*({"type": kind, kind: content} for kind, content in parts), text]}]
 
 
-def open_engine(**options):
-    return Engine.from_pretrained("tiny", device="cpu", **options)
-
-
 @pytest.fixture(scope="module")
 def engine():
-    with open_engine() as engine:
+    with load() as engine:
         yield engine
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(engine):
     yield
-    engine.cache.blocks.check_invariants()
-    assert engine.stats()["kv_blocks_used"] == engine.stats()["running"] == 0
+    check_idle(engine)
 
 
 # One thing where a list of things is expected.
@@ -81,7 +77,7 @@ def test_one_thing_where_several_are_expected_is_refused(engine, call, message):
 
 def test_one_thing_where_several_are_expected_is_refused_in_an_event_loop():
     async def refused():
-        async with AsyncEngine(open_engine()) as engine:
+        async with AsyncEngine(load()) as engine:
             for call, message in CALLS.values():
                 with pytest.raises(RequestError, match=message):
                     await call(engine)
@@ -152,7 +148,7 @@ def test_bad_inputs_fail_alone_beside_tasks_that_get_their_answers():
     bad += [ask(("image", given)) for given in BAD_PIXELS.values()]
 
     async def together():
-        async with AsyncEngine(open_engine()) as engine:
+        async with AsyncEngine(load()) as engine:
             calls = [engine.chat(ask(("image", sample)), ANSWER) for sample in SAMPLES]
             calls += [engine.chat(messages, ANSWER) for messages in bad]
             return await asyncio.gather(*calls, return_exceptions=True)
@@ -164,18 +160,18 @@ def test_bad_inputs_fail_alone_beside_tasks_that_get_their_answers():
 
 def test_a_prompt_of_another_engine_is_refused_unless_that_has_the_same_model(engine):
     messages = ask(("image", SAMPLE))
-    with open_engine(dtype="bfloat16", kv_cache_bytes=1 << 24) as other:
+    with load(dtype="bfloat16", kv_cache_bytes=1 << 24) as other:
         prepared = other.prepare(messages)
     with pytest.raises(RequestError, match="the prompt is for another model, dtype, block_size or prefix_cache"):
         engine.generate_prepared(iter([prepared]), [ANSWER])
     with pytest.raises(RequestError, match="the prompt is for another"):
         engine.generate_prepared(iter([messages]), [ANSWER])
-    with open_engine(kv_cache_bytes=1 << 24) as other:
+    with load(kv_cache_bytes=1 << 24) as other:
         prepared = pickle.loads(pickle.dumps(other.preparer.prepare(messages)))
     assert engine.generate_prepared(iter([prepared]), [ANSWER])[0].text == SAMPLE.stem
     long = engine.prepare(ask(*[("image", SAMPLE)] * 20))
     with (
-        open_engine(max_model_len=64, kv_cache_bytes=1 << 24) as other,
+        load(max_model_len=64, kv_cache_bytes=1 << 24) as other,
         pytest.raises(RequestError, match=r"the prompt needs room for \d+ tokens, but this engine has 64"),
     ):
         other.generate_prepared(iter([long]), [ANSWER])

@@ -15,6 +15,7 @@ from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.engine.trace import Trace
 from internvl_rt.model.work import Work
 from internvl_rt.steps.runner import StepResult
+from support.calls import ask
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 PHASES = ("request", "queued", "prefill", "decode")
@@ -25,11 +26,6 @@ SLACK_US = 1.0  # a trace rounds its times
 def engine():
     with Engine.from_pretrained("tiny", device="cpu") as engine:
         yield engine
-
-
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def picture():

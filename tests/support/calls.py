@@ -1,4 +1,4 @@
-"""Calls the asynchronous interface, for its tests."""
+"""Asks engines, in an event loop or without one, for their tests."""
 
 import asyncio
 import gc
@@ -27,6 +27,14 @@ def load(**options: Any) -> Engine:
     return Engine.from_pretrained("tiny", device="cpu", **options)
 
 
+def check_idle(engine: Engine) -> None:
+    """Checks that no request runs or waits, and that no sequence and no block is held."""
+    stats, blocks = engine.stats(), engine.cache.blocks
+    assert stats["running"] == stats["waiting"] == stats["kv_blocks_used"] == 0, stats
+    blocks.check_invariants()
+    assert (blocks.num_sequences, blocks.num_available_blocks) == (0, blocks.num_blocks)
+
+
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs the coroutine in a new event loop and checks that no task is left there."""
 
@@ -53,9 +61,7 @@ async def until_idle(engine: Engine) -> None:
     while any(engine.stats()[name] for name in ("running", "waiting", "kv_blocks_used")):
         assert time.perf_counter() < deadline_s, engine.stats()
         await asyncio.sleep(0.001)
-    blocks = engine.cache.blocks
-    blocks.check_invariants()
-    assert (blocks.num_sequences, blocks.num_available_blocks) == (0, blocks.num_blocks)
+    check_idle(engine)
 
 
 def threads() -> list[str]:
