@@ -155,8 +155,8 @@ class AsyncEngine:
     async def close(self) -> None:
         """Cancels all requests, whose callers get RequestError, and refuses new ones.
 
-        Every call returns when all threads have ended. A picture that is being decoded is decoded to its end. In a
-        process that was forked there is nothing to end, and this returns at once.
+        Every call returns when all threads have ended. A picture or frame that is being decoded is decoded to its end.
+        In a process that was forked there is nothing to end, and this returns at once.
         """
         if self._steps.is_forked:
             return

@@ -24,7 +24,7 @@ from internvl_rt.errors import InternVLError, RequestError, check_list, not_fini
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
-from internvl_rt.inputs.proceed import LateError, Proceed, go_on, until
+from internvl_rt.inputs.proceed import LateError, Proceed, both, go_on, until
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import Tokenizer
@@ -273,9 +273,10 @@ class Engine:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
         proceed: called before each picture is opened, and before it, or a frame of a video, is decoded; it may raise.
-        Raises RequestError or MediaError.
+        Raises RequestError, also if the engine is closed meanwhile, or MediaError.
         """
         self.loop.check()
+        proceed = both(self.loop.check, proceed)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt, proceed)
         start_s = time.perf_counter()
         self._load_pictures(prepared, proceed)

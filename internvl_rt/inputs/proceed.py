@@ -22,3 +22,13 @@ def until(deadline_s: float) -> Proceed:
             raise LateError
 
     return proceed
+
+
+def both(first: Proceed, second: Proceed) -> Proceed:
+    """Lets work proceed as long as two functions do."""
+
+    def proceed() -> None:
+        first()
+        second()
+
+    return proceed

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from internvl_rt import AsyncEngine, Piece, SamplingParams
+from internvl_rt import AsyncEngine, Piece, RequestError, SamplingParams
 from internvl_rt.inputs import prepare
 from internvl_rt.inputs.proceed import LateError
 from support.calls import SHORT, ask, check_idle, load, run, until_idle
@@ -128,5 +128,19 @@ def test_long_videos_hold_no_thread_after_their_deadline():
             while e.stats()["preparing"]:
                 await asyncio.sleep(0.001)
             assert time.perf_counter() - start_s < 1.0
+
+    run(main())
+
+
+def test_closing_waits_for_one_frame_of_a_video_and_not_for_all(opened):
+    async def main():
+        e = AsyncEngine(load(kv_cache_bytes=1 << 24))
+        call = asyncio.ensure_future(e.chat(video([FRAME] * 32), SHORT))
+        while not opened:
+            await asyncio.sleep(0.001)
+        await e.close()
+        assert len(opened) < 16
+        with pytest.raises(RequestError, match="closed"):
+            await call
 
     run(main())
