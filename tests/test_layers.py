@@ -34,6 +34,7 @@ MODULES = [
     "inputs.decoding",
     "inputs.pil_picture",
     "inputs.image",
+    "inputs.mp4",
     "inputs.video",
     "inputs.slices",
     "inputs.tokenizer_files",

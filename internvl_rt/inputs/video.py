@@ -16,6 +16,7 @@ from PIL import Image
 from internvl_rt.errors import MediaError, RequestError, TranslateErrors
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
+from internvl_rt.inputs.mp4 import is_mp4
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.values import Integer, Kind, OrNone, Seconds, read, read_fields
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 # Playlists (HLS, DASH, concat), which open further files and URLs, and rarely used decoders are left out for safety.
-_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+_OTHER_CONTAINERS = "matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+_CONTAINERS = f"mov,mp4,{_OTHER_CONTAINERS}"
 _DECODERS = "h264,hevc,libdav1d,vp8,vp9,mpeg4,mpeg2video,mpeg1video,h263,flv,theora,mjpeg,prores,gif"
 
 DEFAULT_NUM_FRAMES = 32  # as in the model cards
@@ -285,9 +287,10 @@ def _open_track(stream: BinaryIO, name: str, limits: VideoLimits) -> Iterator[tu
         import av
     except ImportError as error:
         raise MediaError("reading videos needs PyAV: pip install 'internvl-rt[video]'") from error
+    containers = _CONTAINERS if is_mp4(stream, name) else _OTHER_CONTAINERS
     stream.seek(0)
     options = {
-        "format_whitelist": _CONTAINERS,
+        "format_whitelist": containers,
         "codec_whitelist": _DECODERS,
         # Stops frames that grow during decoding; FFmpeg counts their padding, hence the slack.
         "max_pixels": str(2 * limits.max_frame_pixels + (1 << 16)),
