@@ -1,7 +1,7 @@
 """Refuses an MP4 whose header makes FFmpeg take much more memory than the file has bytes.
 
-FFmpeg keeps 74 bytes for each sample (a frame, or a piece of sound) that the header announces, and a table of samples of
-one size announces millions in a few bytes. Only the names of tables are looked for here, wherever they stand in the
+FFmpeg keeps 74 bytes for each sample (a frame, or a piece of sound) that the header announces, and a table for samples
+of one size announces millions in a few bytes. The tables are found here by their names, wherever they stand in the
 header, since FFmpeg is lenient about that.
 """
 
