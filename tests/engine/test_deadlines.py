@@ -14,7 +14,7 @@ from internvl_rt.inputs.proceed import LateError
 from support.calls import SHORT, ask, check_idle, load, run, until_idle
 
 FRAME = np.zeros((60, 60, 3), np.uint8)
-NUM_FRAMES = 12
+NUM_FRAMES = 40
 SLOW = 0.1  # seconds for each frame
 
 
