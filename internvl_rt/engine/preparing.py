@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from internvl_rt.errors import QueueFullError
+from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.steps.device_stream import on_this_stream
 
 MEDIA_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
@@ -24,19 +25,10 @@ TEXT_THREADS = 2
 MAX_PARTS_LOOKED_AT = 1000  # of a conversation, in the event loop; a longer one waits among the pictures
 
 T = TypeVar("T")
-Proceed = Callable[[], None]  # called now and then by work; raises AbandonedError when nobody waits for it any more
-
-
-def go_on() -> None:
-    """Lets work proceed, whoever waits for it."""
 
 
 class AbandonedError(Exception):
     """Ends work whose caller has gone."""
-
-
-class LateError(Exception):
-    """A call's time was over before it was prepared."""
 
 
 class Preparing:
