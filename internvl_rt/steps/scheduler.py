@@ -65,6 +65,16 @@ class Scheduler:
         sequence.siblings.clear()
         self._pass_place_on(sequence)
 
+    def clear(self, sequences: Items[Sequence]) -> None:
+        """Forgets all sequences and returns the blocks of the given ones, whatever an error has left half changed."""
+        for held in (self._running, self._waiting, self._further, self._leaders):
+            held.clear()
+        self._num_later = 0
+        for sequence in sequences:
+            self._cache.discard(sequence.seq_id)
+            for each in (sequence.visual, sequence.siblings, sequence.later):
+                each.clear()
+
     def _pass_place_on(self, sequence: Sequence) -> None:
         """Lets an answer that waits behind others begin, now that a sequence has left."""
         if sequence.later:
