@@ -13,6 +13,8 @@ from contextlib import aclosing
 import pytest
 
 from internvl_rt import AsyncEngine, EngineDeadError, MediaError, RequestError, StepError
+from internvl_rt.engine.in_flight import InFlight
+from internvl_rt.steps.scheduler import Scheduler
 from support.calls import (
     ENDLESS,
     PATIENCE_S,
@@ -204,6 +206,44 @@ def test_an_error_in_the_books_fails_everyone_and_the_engine_works_on(monkeypatc
             assert (await e.chat(ask("Hello"), SHORT)).token_ids == expected.token_ids
 
     run(main())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Scheduler, "schedule"),
+        (Scheduler, "publish"),
+        (Scheduler, "remove"),
+        (InFlight, "_forget"),
+        (InFlight, "_tell"),
+    ],
+)
+def test_memory_that_runs_out_between_two_steps_leaves_nobody_waiting_and_no_answer_wrong(monkeypatch, owner, name):
+    engine = load(max_num_seqs=2)
+    expected = engine.chat(ask("Hello"), SHORT)
+    original, calls = getattr(owner, name), []
+
+    def fail_once(*args, **keywords):
+        calls.append(name)
+        result = original(*args, **keywords)
+        if len(calls) == 2:
+            raise MemoryError
+        return result
+
+    async def main():
+        async with AsyncEngine(engine) as e:
+            monkeypatch.setattr(owner, name, fail_once)
+            calls_of_one = (e.chat(ask("Hello"), SHORT) for _ in range(5))
+            results = await asyncio.gather(*calls_of_one, return_exceptions=True)
+            await until_idle(engine)
+            return [*results, await e.chat(ask("Hello"), SHORT)]
+
+    *results, last = run(main())
+    assert len(calls) > 2
+    failures = [result for result in results if isinstance(result, StepError)]
+    assert all("memory ran out in a step" in str(failure) for failure in failures)
+    replies = [result for result in results if not isinstance(result, StepError)]
+    assert [reply.token_ids for reply in [*replies, last]] == [expected.token_ids] * (len(replies) + 1)
 
 
 def test_close_ends_open_streams_and_can_be_called_again():
