@@ -108,6 +108,7 @@ MODULES = [
     "steps.step_graph",
     "steps.runner",
     "steps.__init__",
+    "engine.failures",
     "engine.options",
     "engine.host_memory",
     "engine.memory",
