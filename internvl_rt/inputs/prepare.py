@@ -4,7 +4,7 @@ It knows no engine, and the result is plain data.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.identity import build_identity
-from internvl_rt.inputs.image import ImageSource, open_image
-from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
+from internvl_rt.inputs.image import ImageSource, check_image_source, open_image
+from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.position import DELTA, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
@@ -79,7 +79,7 @@ class Preparer:
     def prepare(
         self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None, cache_salt: str | None = None
     ) -> Prepared:
-        """Reads the media of a conversation and renders it; pictures are hashed, but not decoded.
+        """Reads the media of a conversation and renders it; pictures are hashed, and encoded ones are not decoded.
 
         Raises RequestError or MediaError.
         """
@@ -91,7 +91,7 @@ class Preparer:
         frames_per_video: list[int] = []
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
             if media.kind == "image":
-                pictures.append(_open(media.source, self._options_of(media)))
+                pictures.append(open_picture(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
@@ -149,10 +149,15 @@ class Preparer:
             score_from=num_prompt,
         )
 
-    def open_images(self, images: Items[ImageSource]) -> list[Picture]:
-        """Opens pictures without a prompt. Raises RequestError or MediaError."""
+    def open_images(self, images: Items[ImageSource]) -> Iterator[Picture]:
+        """Opens pictures without a prompt, each when it is asked for; what is no picture is refused before the first.
+
+        Raises RequestError or MediaError.
+        """
         check_list("images", images, "pictures")
-        return [_open(image, self._images) for image in images]
+        for image in images:
+            check_image_source(image, self._images)
+        return (open_picture(image, self._images) for image in images)
 
     def _prepare(
         self, turns: Items[Turn], pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None = None
@@ -228,8 +233,3 @@ class Preparer:
                 "lower it, or raise max_tiles"
             )
         return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
-
-
-def _open(source: ImageSource, options: ImageOptions) -> Picture:
-    image = open_image(source, options)
-    return Picture(image.digest, image.num_tiles, image=image)
