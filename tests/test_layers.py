@@ -30,6 +30,7 @@ MODULES = [
     "inputs.identity",
     "inputs.tiles",
     "inputs.media",
+    "inputs.jpeg_scans",
     "inputs.decoding",
     "inputs.pil_picture",
     "inputs.image",
