@@ -31,6 +31,7 @@ MODULES = [
     "inputs.proceed",
     "inputs.tiles",
     "inputs.media",
+    "inputs.jpeg_scans",
     "inputs.decoding",
     "inputs.pil_picture",
     "inputs.image",

@@ -244,12 +244,12 @@ class Engine:
         """Encodes pictures as `encode_images` does. proceed: called before each picture is decoded; it may raise."""
         self.loop.check()
         cache_salt = read("cache_salt", cache_salt, SALT)
-        pictures = self.preparer.open_images(images)
-        for picture in pictures:
+        visual = []
+        for picture in self.preparer.open_images(images):
             proceed()
-            self._uploads.load(picture)  # a broken picture raises here, before anything is computed
-        # The caller may write into its visual tokens, which are also kept for pictures that come again.
-        visual = [self.loop.encode(picture, cache_salt).clone() for picture in pictures]
+            self._uploads.load(picture)  # decodes it before the loop of steps is locked
+            # The caller may write into its visual tokens, which are also kept for pictures that come again.
+            visual.append(self.loop.encode(picture, cache_salt).clone())
         for index, visual_XD in enumerate(visual):
             if not visual_XD.isfinite().all():
                 what = not_finite(visual_XD.dtype, "check the checkpoint")

@@ -4,7 +4,6 @@ PIL's global settings are left alone.
 """
 
 import io
-import re
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from internvl_rt.errors import MediaError, TranslateErrors
+from internvl_rt.inputs.jpeg_scans import WINDOW, jpeg_seconds, tiff_seconds
 from internvl_rt.inputs.tiles import ImageOptions
 
 # EPS, which starts ghostscript, JPEG 2000 and Pillow's rarely used decoders are left out.
@@ -40,9 +40,6 @@ _COSTS = {
 }
 _OTHER_COST = (25, 70, 14)  # of a picture that the caller opened with another of Pillow's plugins
 
-_SCAN_NS = 1.0  # for a pixel of each component in a scan of a JPEG, beyond what its bytes take
-_ARITHMETIC_SCAN_NS = 20.0  # arithmetic coding spends no bytes on what it can predict
-
 # Pillow's parsers read a few bytes at a time, in Python: segments of a JPEG, chunks of a PNG, blocks of a GIF, tags of
 # a TIFF, runs of a BMP. Each read takes a microsecond or two. Photographs take under 1,000 reads to open, and 100,000
 # to decode at the most (a PNG of 200 MB in chunks of 8 KiB).
@@ -52,14 +49,9 @@ _DECODE_READS = 500_000
 _COMPRESSED_CHUNKS = (b"iCCP", b"zTXt", b"iTXt")  # of a PNG; Pillow decompresses each to as much as a megabyte
 _MAX_COMPRESSED_CHUNKS = 100
 
-_WINDOW = 1 << 20  # bytes; a search holds the interpreter lock, so a long file is searched in windows
-
 _BAND_PIXELS = 1 << 18
 
 _SEPARATE_FRAMES = ("TIFF", "MPO", "AVIF")  # a frame is decoded without those before it
-
-_MAX_SEGMENTS = 10_000  # of a JPEG; 10 MB of metadata take 160, each scan takes 1 to 5
-_MAX_METADATA_BYTES = 1 << 24  # before a JPEG's first scan; Pillow joins EXIF segments in quadratic time
 
 _QUARTER_TURNS = (5, 6, 7, 8)
 _TRANSPOSITIONS = {
@@ -108,7 +100,7 @@ def open_encoded(
 
     formats: those of Pillow that are tried; None is all. Raises MediaError.
     """
-    scan_ns = _jpeg_scan_ns(content, name) if content[:2] == b"\xff\xd8" else 0.0
+    scan_s = jpeg_seconds(content, name)
     if content[:4] == b"\x89PNG" and _count_compressed_chunks(content) > _MAX_COMPRESSED_CHUNKS:
         raise MediaError(
             f"{name} has more than {_MAX_COMPRESSED_CHUNKS} compressed chunks of metadata: save it anew without them"
@@ -116,13 +108,14 @@ def open_encoded(
     stream = _CountedReads(content, name)
     with pillow_errors(name):
         image = Image.open(stream, formats=formats)
-        _check_decoding(
-            image, 1 if image.format in _SEPARATE_FRAMES else 1 + frame, scan_ns, len(content), name, options
-        )
+        num_frames = 1 if image.format in _SEPARATE_FRAMES else 1 + frame
+        _check_decoding(image, num_frames, scan_s, content, name, options)
         stream.allow(_DECODE_READS)
         if frame:
             image.seek(frame)
-            _check_decoding(image, 1, scan_ns, len(content), name, options)
+            if image.format == "MPO":  # each of its frames is a JPEG
+                scan_s = jpeg_seconds(content, name, image.tile[0][2])
+            _check_decoding(image, 1, scan_s, content, name, options)
     return image
 
 
@@ -202,18 +195,20 @@ def _media_error(name: str, error: BaseException) -> MediaError | None:
 
 
 def _check_decoding(
-    image: Image.Image, num_frames: int, scan_ns: float, num_bytes: int, name: str, options: ImageOptions
+    image: Image.Image, num_frames: int, scan_s: float, content: bytes, name: str, options: ImageOptions
 ) -> None:
     """Refuses what takes too long or too much memory to decode, as far as the header tells.
 
-    num_frames: the frames up to the one that is wanted. scan_ns: what the scans of a JPEG take for each pixel.
+    num_frames: the frames up to the one that is wanted. scan_s: what the scans of a JPEG take.
     """
     check_size(*image.size, name, options)
     width, height = _decoded_size(image)
     check_size(width, height, f"{name}, with its tiles,", options)
     num_pixels = width * height
     pixel_ns, byte_ns, own_bytes = _COSTS.get(image.format or "", _OTHER_COST)
-    seconds = 1e-9 * (num_pixels * num_frames * (pixel_ns + scan_ns) + num_bytes * byte_ns)
+    seconds = scan_s + 1e-9 * (num_pixels * num_frames * pixel_ns + len(content) * byte_ns)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.tile[0][0] == "libtiff":
+        seconds += tiff_seconds(content, image.tag_v2.offset, name)
     if seconds > options.max_decode_s:
         raise MediaError(
             f"{name} would take about {seconds:.0f} s to decode; at most {options.max_decode_s:g} s are allowed: save "
@@ -244,46 +239,11 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
     return -(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height
 
 
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # those of no segment and stuffed bytes are left out
-
-
-def _jpeg_scan_ns(content: bytes, name: str) -> float:
-    """Returns the nanoseconds that all scans of a JPEG take for each pixel, from the file's own bytes.
-
-    Raises MediaError if it is made of too many segments. A progressive JPEG has about 10 scans; the standard lets it
-    have thousands, each over all pixels, of a few hundred bytes.
-    """
-    position, total_ns, component_ns, has_scan = 2, 0.0, _SCAN_NS, False
-    for _ in range(_MAX_SEGMENTS):
-        found = _next_marker(content, position)
-        if found is None or found[0] == b"\xff\xd9":
-            return total_ns
-        start, code = found.end(), content[found.end() - 1]
-        position = start + max(2, int.from_bytes(content[start : start + 2]))
-        if code in (0xC9, 0xCA, 0xCB):
-            component_ns = _ARITHMETIC_SCAN_NS
-        if code == 0xDA:
-            has_scan = True
-            total_ns += component_ns * max([1, *content[start + 2 : start + 3]])  # the byte may be missing
-        elif not has_scan and position > _MAX_METADATA_BYTES:
-            raise MediaError(
-                f"{name} has more than {_MAX_METADATA_BYTES} bytes of metadata: save it anew without metadata"
-            )
-    raise MediaError(f"{name} is made of more than {_MAX_SEGMENTS} segments: save it anew as PNG or baseline JPEG")
-
-
-def _next_marker(content: bytes, position: int) -> re.Match[bytes] | None:
-    for start in range(position, len(content), _WINDOW):
-        if found := _MARKER.search(content, start, start + _WINDOW + 1):  # a marker may begin at the window's end
-            return found
-    return None
-
-
 def _count_compressed_chunks(content: bytes) -> int:
     """Counts the names of such chunks in a PNG, or what looks like one."""
     return sum(
-        content.count(name, start, start + _WINDOW + len(name) - 1)  # a name may begin at the window's end
-        for start in range(0, len(content), _WINDOW)
+        content.count(name, start, start + WINDOW + len(name) - 1)  # a name may begin at the window's end
+        for start in range(0, len(content), WINDOW)
         for name in _COMPRESSED_CHUNKS
     )
 

@@ -15,13 +15,16 @@ from internvl_rt.errors import MediaError
 from internvl_rt.inputs.decoding import check_size, open_encoded, to_rgb, upright_size
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
-from internvl_rt.inputs.pil_picture import own_picture
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, tile_image
+from internvl_rt.inputs.pil_picture import AsOpened, own_picture
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
 
 if TYPE_CHECKING:
     import torch
 
 ImageSource: TypeAlias = "MediaSource | Image.Image | npt.NDArray[np.uint8] | torch.Tensor"
+
+
+LARGE_PIXELS = 1 << 24  # of a picture; they take 48 MiB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +33,7 @@ class OpenImage:
 
     digest: 32 bytes over the encoded bytes (or else the pixels) and the options. Equal digests mean equal tiles.
     content: the encoded bytes, or pixels uint8 [height, width, 3] on any device; nobody else writes into either.
+    as_opened: how a caller had opened the encoded bytes; None: as Pillow opens them by default.
     """
 
     digest: bytes
@@ -37,6 +41,7 @@ class OpenImage:
     content: "bytes | npt.NDArray[np.uint8] | torch.Tensor"
     name: str  # used in error messages
     options: ImageOptions
+    as_opened: AsOpened | None = None
 
     @property
     def thumbnail(self) -> bool:
@@ -47,15 +52,29 @@ class OpenImage:
     def num_tiles(self) -> int:
         return self.grid[0] * self.grid[1] + self.thumbnail
 
+    @property
+    def outweighs_tiles(self) -> bool:
+        """Whether the picture holds so many pixels in the host's memory that its tiles are to be kept instead.
+
+        Smaller pictures stay as they are: a GPU cuts their tiles faster.
+        """
+        if isinstance(self.content, bytes) or (not isinstance(self.content, np.ndarray) and self.content.is_cuda):
+            return False
+        return _outweighs_tiles(self.content, self.options)
+
     def decode(self) -> Image.Image:
         """Returns mode RGB, not to be written into. Raises MediaError for an encoded picture that is broken."""
         if isinstance(self.content, bytes):
-            return to_rgb(open_encoded(self.content, self.name, self.options), self.name, self.options)
+            image = _open_header(self.content, self.name, self.options, self.as_opened)
+            return to_rgb(image, self.name, self.options)
         return Image.fromarray(_on_host(self.content))
 
     def pixels(self) -> "npt.NDArray[np.uint8] | torch.Tensor":
-        """Returns uint8 [height, width, 3], on the device where the picture was given. Raises as `decode` does."""
-        return np.array(self.decode()) if isinstance(self.content, bytes) else self.content
+        """Returns uint8 [height, width, 3], on the device where the picture was given, not to be written into.
+
+        Raises as `decode` does.
+        """
+        return np.asarray(self.decode()) if isinstance(self.content, bytes) else self.content
 
     def tiles(self) -> npt.NDArray[np.uint8]:
         """Cuts tiles by `tile_image`. Raises as `decode` does."""
@@ -70,35 +89,67 @@ def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
     Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
 
     source: path, `data:` URL, encoded bytes, binary file object, PIL image, or uint8 array or tensor [height, width,
-        3]. Pixels are copied, on their device, so that the caller may change its own; a PIL image or a file object is
-        left as it is, and may be given to several threads at once.
+        3]. Pixels are copied, on their device, so that the caller may change its own; not copied are those of an array
+        that owns its memory, row by row, and is not writeable, where they outweigh their tiles, which are then to be
+        cut at once. A PIL image or a file object is left as it is, and may be given to several threads at once; a PIL
+        image that is not decoded yet is decoded when its tiles are cut, from its encoded bytes.
 
     Raises MediaError if the source cannot be read, or is beyond the limits of the options: sizes are checked before
     memory is taken, and what decoding takes is estimated before it begins.
     """
+    if isinstance(source, Image.Image):
+        name = f"image (PIL, mode {source.mode})"
+        own = own_picture(source, name, options)
+        if isinstance(own, Image.Image):
+            return _open_pixels(np.asarray(to_rgb(own, name, options)), options)
+        return _open_encoded(*own, name, options)
     if not is_media_source(source):
-        return _open_pixels(source, options)
+        return _open_pixels(_own_pixels(_check_array(source, options), options), options)
     stream, name = open_media(source, "image", options.max_image_bytes)
     with stream:
         content = stream.read(options.max_image_bytes)
-    image = open_encoded(content, name, options)
+    return _open_encoded(content, None, name, options)
+
+
+def _open_encoded(content: bytes, as_opened: AsOpened | None, name: str, options: ImageOptions) -> OpenImage:
+    image = _open_header(content, name, options, as_opened)
     grid = choose_grid(*upright_size(image, name, options), options)
-    return OpenImage(content_digest("encoded", str(options), content), grid, content, name, options)
+    digest = content_digest("encoded", f"{options}{as_opened or ''}", content)
+    return OpenImage(digest, grid, content, name, options, as_opened)
 
 
-def _open_pixels(source: Any, options: ImageOptions) -> OpenImage:
-    pixels: npt.NDArray[np.uint8] | torch.Tensor
-    if isinstance(source, Image.Image):
-        name = f"image (PIL, mode {source.mode})"
-        pixels = np.array(to_rgb(own_picture(source, name, options), name, options))
-    elif isinstance(array := _check_array(source, options), np.ndarray):
-        pixels = np.array(array, order="C")
-    else:
-        pixels = array.detach().clone().contiguous()
+def _open_header(content: bytes, name: str, options: ImageOptions, as_opened: AsOpened | None) -> Image.Image:
+    return as_opened.open(content, name, options) if as_opened else open_encoded(content, name, options)
+
+
+def _open_pixels(pixels: "npt.NDArray[np.uint8] | torch.Tensor", options: ImageOptions) -> OpenImage:
     on_host = _on_host(pixels)
     height, width = on_host.shape[:2]
     digest = content_digest("pixels", f"{(width, height)} {options}", on_host.data)
     return OpenImage(digest, choose_grid(width, height, options), pixels, "image", options)
+
+
+def _own_pixels(
+    array: "npt.NDArray[np.uint8] | torch.Tensor", options: ImageOptions
+) -> "npt.NDArray[np.uint8] | torch.Tensor":
+    """Returns the pixels of an array or tensor, row by row, in memory that nobody writes into."""
+    if not isinstance(array, np.ndarray):
+        return array.detach().clone().contiguous()
+    is_fixed = type(array) is np.ndarray and array.base is None and not array.flags.writeable
+    if is_fixed and array.flags.c_contiguous and _outweighs_tiles(array, options):
+        return array
+    return np.array(array, order="C")
+
+
+def _outweighs_tiles(pixels: "npt.NDArray[np.uint8] | torch.Tensor", options: ImageOptions) -> bool:
+    height, width = pixels.shape[:2]
+    return height * width > max(LARGE_PIXELS, num_tiles(width, height, options) * options.image_size**2)
+
+
+def check_image_source(source: object, options: ImageOptions) -> None:
+    """Raises MediaError for what is no picture: another type, or an array of another shape, dtype or size."""
+    if not isinstance(source, Image.Image) and not is_media_source(source):
+        _check_array(source, options)
 
 
 def _check_array(array: Any, options: ImageOptions) -> Any:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeGuard
 
+from internvl_rt.checkpoint.files import open_file
 from internvl_rt.errors import MediaError, quoted
 
 MediaSource: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO"
@@ -66,11 +67,12 @@ def open_media(source: MediaSource, kind: MediaKind, max_bytes: int) -> tuple[Bi
     max_bytes: most encoded bytes; sizes are compared with it before anything is read or decoded.
 
     Returns a stream of its own, at its start, and the name of the source for messages, which begins with `kind`. Raises
-    MediaError if the source is another kind of URL, not a readable file, not base64, empty or too large.
+    MediaError if the source is another kind of URL, not a readable file, not base64, empty or too large; reading the
+    stream raises it where the system cannot.
     """
     stream: BinaryIO
     if isinstance(source, bytes | bytearray | memoryview):
-        num_bytes = memoryview(source).nbytes
+        num_bytes = _count_bytes(source, kind)
         name = f"{kind} bytes ({num_bytes} bytes)"
         _check_bytes(num_bytes, name, kind, max_bytes)
         stream = io.BytesIO(source if isinstance(source, bytes) else bytes(source))
@@ -78,7 +80,7 @@ def open_media(source: MediaSource, kind: MediaKind, max_bytes: int) -> tuple[Bi
         name = f"{kind} data URL ({len(source)} characters)"
         stream = io.BytesIO(_decode_url(source, name, kind, max_bytes))
     elif isinstance(source, str | os.PathLike):
-        path = os.fsdecode(source)
+        path = _path_of(source, kind)
         name = f"{kind} {quoted(path)}"
         stream = _open_file(path, name)
     else:
@@ -87,10 +89,10 @@ def open_media(source: MediaSource, kind: MediaKind, max_bytes: int) -> tuple[Bi
             stream = io.BytesIO(read_borrowed(source, name, kind, max_bytes))
     try:
         _check_bytes(stream.seek(0, os.SEEK_END), name, kind, max_bytes)
+        stream.seek(0)
     except MediaError:
         stream.close()
         raise
-    stream.seek(0)
     return stream, name
 
 
@@ -128,6 +130,22 @@ def _read(file: Any, name: str, kind: MediaKind, max_bytes: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _count_bytes(source: bytes | bytearray | memoryview, kind: MediaKind) -> int:
+    try:
+        return memoryview(source).nbytes
+    except ValueError as error:
+        raise MediaError(f"{kind} bytes: the memoryview was released; keep it until the call returns") from error
+
+
+def _path_of(source: "str | os.PathLike[Any]", kind: MediaKind) -> str:
+    try:
+        return os.fsdecode(source)
+    except Exception as error:  # a caller's own class of paths raises what it likes
+        raise MediaError(
+            f"{kind} path: {type(source).__name__} gives no path ({type(error).__name__}); pass a string or a Path"
+        ) from error
+
+
 def _check_bytes(num_bytes: int, name: str, kind: MediaKind, max_bytes: int) -> None:
     if not num_bytes:
         raise MediaError(f"{name} is empty")
@@ -136,14 +154,14 @@ def _check_bytes(num_bytes: int, name: str, kind: MediaKind, max_bytes: int) -> 
 
 
 def _decode_url(url: str, name: str, kind: MediaKind, max_bytes: int) -> bytes:
-    """Decodes base64 of either alphabet, with or without padding, after its length has been checked."""
+    """Decodes base64 of either alphabet, with or without its padding, after its length has been checked."""
     start = url.find(",") + 1
     header = url[: start - 1] if start else url
     if not header[-7:].lower() == ";base64":
         raise MediaError(f"{name} must have the form data:<type>;base64,<data>, got {quoted(header[:60])}")
     end = len(url) if start else 0
-    while end > start and url[end - 1] == "=":
-        end -= 1
+    for _ in range(2):  # the most that a whole number of bytes needs
+        end -= end > start and url[end - 1] == "="
     num_characters = max(0, end - start)
     _check_bytes(num_characters * 3 // 4, name, kind, max_bytes)
     return b"".join(_decode_base64(url, start, end, name))
@@ -167,9 +185,4 @@ def _decode_base64(url: str, start: int, end: int, name: str) -> Iterator[bytes]
 def _open_file(path: str, name: str) -> BinaryIO:
     if re.match(r"[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
         raise MediaError(f"{name} is a URL, which is not fetched: download it and pass the path or the bytes")
-    if not os.path.isfile(path):
-        raise MediaError(f"{name} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise MediaError(f"{name} cannot be opened: {error.strerror}") from error
+    return open_file(path, MediaError, name=name, remedy="check its path, or pass its bytes")

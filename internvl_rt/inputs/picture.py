@@ -9,8 +9,9 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, not_finite
 from internvl_rt.inputs.identity import content_digest
-from internvl_rt.inputs.image import OpenImage
+from internvl_rt.inputs.image import ImageSource, OpenImage, open_image
 from internvl_rt.inputs.prompt import VisualSpan
+from internvl_rt.inputs.tiles import ImageOptions
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _NO_SPAN = VisualSpan(0, 0)
@@ -30,6 +31,17 @@ class Picture:
     tiles: Tensor | None = None  # uint8 [I, S, S, 3], or normalised, in the model's dtype, [I, 3, S, S]
     visual_XD: Tensor | None = None  # visual tokens that were computed elsewhere, in the model's dtype
     span: VisualSpan = _NO_SPAN
+
+
+def open_picture(source: ImageSource, options: ImageOptions) -> Picture:
+    """Opens a picture as `open_image` does. Raises MediaError.
+
+    Of large pictures that are given as pixels, in the host's memory, only the tiles are kept.
+    """
+    image = open_image(source, options)
+    if image.outweighs_tiles:
+        return Picture(image.digest, image.num_tiles, tiles=torch.from_numpy(image.tiles()))
+    return Picture(image.digest, image.num_tiles, image=image)
 
 
 def count_tiles(tiles: object, config: ModelConfig) -> int:

@@ -4,6 +4,8 @@ Pillow reads and decodes a picture when its pixels are first asked for, and that
 """
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageFile
 
@@ -12,15 +14,44 @@ from internvl_rt.inputs.decoding import check_size, open_encoded, pillow_errors
 from internvl_rt.inputs.media import BORROWED, read_borrowed
 from internvl_rt.inputs.tiles import ImageOptions
 
-_DRAFT = ("tile", "_size", "_mode", "decoderconfig")  # what `draft` has set: a JPEG to be decoded at part of its size
+# What decides on the pixels besides the encoded bytes and the frame. `draft` has set the former: a JPEG is decoded at
+# part of its size. The latter stand in `info`, where a caller may change them: transparency and orientation.
+_DRAFT = ("tile", "_size", "_mode", "decoderconfig")
+_INFO = ("transparency", "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def own_picture(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
-    """Returns a picture of the same pixels that nobody else uses.
+@dataclass(frozen=True, slots=True)
+class AsOpened:
+    """How a caller had opened a picture that is not decoded yet. It is plain data, and equal pixels have equal `repr`s.
 
-    One that has been decoded shares its pixels with the caller's, and must not be written into. One that has not is
-    opened anew from its encoded bytes, at the same frame; they are read while no other request uses the picture or its
-    file. Later frames of a WEBP or AVIF, which have dropped their bytes by then, are decoded in place.
+    Together with the encoded bytes it gives the caller's pixels.
+    """
+
+    plugin: type[ImageFile.ImageFile]
+    frame: int
+    draft: dict[str, Any]
+    info: dict[str, Any]
+
+    def open(self, content: bytes, name: str, options: ImageOptions) -> Image.Image:
+        """Opens the picture anew, at the same frame. Raises MediaError if that is another picture, or too large."""
+        own = open_encoded(content, name, options, formats=None, frame=self.frame)
+        if type(own) is not self.plugin:
+            raise MediaError(
+                f"{name} cannot be read again from its file: call its load() first, or pass its path or bytes"
+            )
+        own.__dict__.update({key: copy.copy(value) for key, value in self.draft.items()})
+        for key in _INFO:
+            own.info.pop(key, None)
+        own.info.update(self.info)
+        return own
+
+
+def own_picture(image: Image.Image, name: str, options: ImageOptions) -> tuple[bytes, AsOpened] | Image.Image:
+    """Returns what gives the same pixels, and nobody else uses.
+
+    Of a picture that has been decoded it is one that shares the pixels with the caller's, and must not be written into.
+    Of one that has not it is the encoded bytes, and how it was opened; they are read while no other request uses the
+    picture or its file. Later frames of a WEBP or AVIF, which have dropped their bytes by then, are decoded in place.
 
     Raises MediaError if the picture is too large, closed, or cannot be read.
     """
@@ -35,13 +66,9 @@ def own_picture(image: Image.Image, name: str, options: ImageOptions) -> Image.I
         if image.fp is None:
             raise _closed(name)
         content = read_borrowed(image.fp, name, "image", options.max_image_bytes)
-        frame, info = image.tell(), dict(image.info)
         draft = {key: copy.copy(getattr(image, key)) for key in _DRAFT}
-    own = open_encoded(content, name, options, formats=None, frame=frame)
-    if type(own) is not type(image):
-        raise MediaError(f"{name} cannot be read again from its file: call its load() first, or pass its path or bytes")
-    own.__dict__.update(draft, info=info)
-    return own
+        info = {key: copy.copy(image.info[key]) for key in _INFO if key in image.info}
+        return content, AsOpened(type(image), image.tell(), draft, info)
 
 
 def _has_pixels(image: Image.Image, name: str) -> bool:

@@ -4,7 +4,7 @@ It knows no engine, and the result is plain data.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.identity import build_identity
-from internvl_rt.inputs.image import ImageSource, open_image
+from internvl_rt.inputs.image import ImageSource, check_image_source, open_image
 from internvl_rt.inputs.messages import Media, Message, parse_messages
-from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
+from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.inputs.prompt import Prompt, Turn, build_prompt, check_turns, turns_from_messages
@@ -87,9 +87,9 @@ class Preparer:
     ) -> Prepared:
         """Reads the media of a conversation and renders it.
 
-        Pictures are hashed, but not decoded; frames of videos are decoded and cut to their tiles. proceed: called
-        before each picture is opened, and before each frame of a video is decoded; it may raise. Raises RequestError
-        or MediaError.
+        Pictures are hashed, and encoded ones are not decoded; frames of videos are decoded and cut to their tiles.
+        proceed: called before each picture is opened, and before each frame of a video is decoded; it may raise.
+        Raises RequestError or MediaError.
         """
         v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         start_s = time.perf_counter()
@@ -100,7 +100,7 @@ class Preparer:
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
             proceed()
             if media.kind == "image":
-                pictures.append(_open(media.source, self._options_of(media)))
+                pictures.append(open_picture(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
                 pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
             else:
@@ -161,10 +161,15 @@ class Preparer:
             score_from=num_prompt,
         )
 
-    def open_images(self, images: Items[ImageSource]) -> list[Picture]:
-        """Opens pictures without a prompt. Raises RequestError or MediaError."""
+    def open_images(self, images: Items[ImageSource]) -> Iterator[Picture]:
+        """Opens pictures without a prompt, each when it is asked for; what is no picture is refused before the first.
+
+        Raises RequestError or MediaError.
+        """
         check_list("images", images, "pictures")
-        return [_open(image, self._images) for image in images]
+        for image in images:
+            check_image_source(image, self._images)
+        return (open_picture(image, self._images) for image in images)
 
     def _prepare(
         self, turns: Items[Turn], pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None = None
@@ -257,8 +262,3 @@ class Preparer:
                 "lower it, or raise max_tiles"
             )
         return replace(self._images, max_tiles=media.max_tiles, min_tiles=min(self._images.min_tiles, media.max_tiles))
-
-
-def _open(source: ImageSource, options: ImageOptions) -> Picture:
-    image = open_image(source, options)
-    return Picture(image.digest, image.num_tiles, image=image)

@@ -8,7 +8,7 @@ the copies from and to it have ended.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -128,9 +128,9 @@ def on_this_stream(work: Callable[[], T], device: torch.device) -> Callable[[], 
     return do
 
 
-def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocates host memory [size] that is copied to or from the device without waiting."""
-    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
+def host_memory(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocates host memory [*shape] that is copied to or from the device without waiting."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -2,12 +2,13 @@
 
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from internvl_rt.inputs.image import OpenImage
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.ops import Ops
-from internvl_rt.steps.device_stream import Arriving, DeviceStream, to_device
+from internvl_rt.steps.device_stream import Arriving, DeviceStream, host_memory, to_device
 
 
 class Uploads:
@@ -42,7 +43,12 @@ class Uploads:
         """Cuts an image into tiles on the device; if that is the CPU, Pillow resizes them, to the same bits."""
         if not self._ops.resizes_on_device:
             return self._send(torch.from_numpy(image.tiles()))
-        given = Arriving.on_current_stream(torch.as_tensor(image.pixels()))
+        pixels = image.pixels()
+        if isinstance(pixels, np.ndarray):  # torch warns of an array that must not be written into
+            host = host_memory(pixels.shape, torch.uint8, self._device)
+            host.numpy()[...] = pixels
+            pixels = host
+        given = Arriving.on_current_stream(pixels)
         with self._stream.use():
             pixels = to_device(given.get(), self._device)
             tiles = self._ops.resize_tiles(pixels, *image.grid, image.options.image_size, image.thumbnail)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from internvl_rt.checkpoint.config import load_config
-from internvl_rt.checkpoint.files import MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, read_file
+from internvl_rt.checkpoint.files import MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, open_file, read_file
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError, ConfigError, InternVLError
 from internvl_rt.inputs.tokenizer import load_tokenizer
@@ -50,10 +50,10 @@ def put(kind, file):
 
 
 PROBLEMS = {
-    "pipe": "is no regular file",
-    "device": "is no regular file",
-    "folder": "is a folder, expected a file",
-    "broken link": "no such file (it is a link to what is not there)",
+    "pipe": "is not a regular file but a device, a pipe or a socket",
+    "device": "is not a regular file but a device, a pipe or a socket",
+    "folder": "is not a regular file but a folder",
+    "broken link": "does not exist (it is a link to what is not there)",
     "loop": "cannot be opened: Too many levels of symbolic links",
 }
 
@@ -90,3 +90,24 @@ def test_a_file_whose_size_the_system_does_not_say_is_read_up_to_the_limit():
 def test_the_content_is_returned_as_it_is(tmp_path):
     (tmp_path / "file").write_bytes(b"\xff\0\n" * 100)
     assert read_file(tmp_path / "file", ConfigError, max_bytes=300) == b"\xff\0\n" * 100
+
+
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_a_refused_file_leaves_no_descriptor_open(tmp_path, kind):
+    put(kind, tmp_path / "file")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        refusal(open_file, tmp_path / "file", CheckpointError)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_the_system_cannot_read_is_refused_in_its_words():
+    with open_file("/proc/self/mem", CheckpointError) as stream:  # nothing is mapped at the address 0
+        for read in (lambda: stream.read(1), stream.read, lambda: stream.readinto(bytearray(1))):
+            assert refusal(read) == "/proc/self/mem cannot be read: Input/output error; download it again"
+        assert "cannot be read: Invalid argument" in refusal(stream.seek, 0, os.SEEK_END)
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    assert "does not exist" in refusal(open_file, "a\0b", CheckpointError)
+    assert "cannot be opened: File name too long" in refusal(open_file, "a" * 5000, CheckpointError)

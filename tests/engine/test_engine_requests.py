@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from internvl_rt import RequestError, SamplingParams
-from internvl_rt.errors import QueueFullError
+from internvl_rt.errors import MediaError, QueueFullError
 from internvl_rt.inputs import image as image_module
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.steps import runner
@@ -230,6 +231,21 @@ def test_visual_tokens_belong_to_the_caller_who_may_write_into_them(engine):
     assert engine.encode_images([picture])[0].tolist() == expected
 
 
+def test_pictures_are_read_and_encoded_one_after_another(engine):
+    picture = np.full((2000, 2000, 3), 99, np.uint8)
+    tracemalloc.start()
+    try:
+        assert len(engine.encode_images([picture] * 12)) == 12
+        assert tracemalloc.get_traced_memory()[1] < 3 * picture.nbytes
+    finally:
+        tracemalloc.stop()
+    before = engine.stats()["encoded_tiles"]
+    for wrong in (5, np.zeros((4, 4), np.uint8)):
+        with pytest.raises(MediaError, match="image"):
+            engine.encode_images([np.full((56, 56, 3), 98, np.uint8), wrong])
+    assert engine.stats()["encoded_tiles"] == before
+
+
 def test_visual_tokens_are_shared_only_by_requests_of_equal_salt(engine, monkeypatch):
     engine.chat(ask("Read the digits.", SAMPLE), GREEDY, cache_salt="mine")
     before = engine.stats()["encoded_tiles"]
@@ -276,7 +292,7 @@ def test_a_full_queue_refuses_and_takes_again_later():
 
 
 def test_what_cannot_fit_is_refused_before_it_is_read(engine, monkeypatch):
-    monkeypatch.setattr("internvl_rt.inputs.prepare.open_image", None)
+    monkeypatch.setattr("internvl_rt.inputs.prepare.open_picture", None)
     with pytest.raises(RequestError, match=r"has 9000 pictures and frames of videos, but only \d+ tiles"):
         engine.chat(ask("Read!", *[SAMPLE] * 9000))
     with pytest.raises(RequestError, match=r"characters, which cannot fit"):

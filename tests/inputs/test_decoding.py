@@ -45,9 +45,9 @@ def png(*chunks: bytes, width: int = 8, height: int = 8) -> bytes:
     return b"".join((b"\x89PNG\r\n\x1a\n", header, *chunks, png_chunk(b"IEND", b"")))
 
 
-def jpeg_scans(repeats: int, size: tuple[int, int]) -> bytes:
+def jpeg_scans(repeats: int, size: tuple[int, int], mode: str = "RGB") -> bytes:
     """Returns a progressive JPEG of smooth areas whose last scan is repeated."""
-    data = encode(Image.new("RGB", size), "JPEG", progressive=True)
+    data = encode(Image.new(mode, size), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * repeats + data[-2:]
 
@@ -73,6 +73,66 @@ def test_a_jpeg_whose_scan_is_repeated_is_refused_by_the_time_that_it_takes() ->
     small = jpeg_scans(500, (300, 200))
     assert open_image(small, ImageOptions()).decode().size == (300, 200)  # 500 scans are no harm by themselves
     assert "at most 0.01 s" in refusal(small, max_decode_s=0.01)
+
+
+def jpeg_tiff(jpeg: bytes, size: tuple[int, int], rows: int, *more: tuple[int, int, int, int]) -> bytes:
+    """Returns a gray TIFF, all strips of which are one JPEG."""
+    return strips_tiff(jpeg, size, rows, [0] * -(-size[1] // rows), *more)
+
+
+def strips_tiff(
+    data: bytes, size: tuple[int, int], rows: int, offsets: list[int], *more: tuple[int, int, int, int]
+) -> bytes:
+    tags = [(256, 4, 1, size[0]), (257, 4, 1, size[1]), (258, 3, 1, 8), (259, 3, 1, 7), (262, 3, 1, 1), (277, 3, 1, 1)]
+    begin, count = 8 + 2 + 12 * (len(tags) + 3 + len(more)) + 4, len(offsets)
+    end = begin + len(data)
+    strips = [(273, 4, count, end if count > 1 else begin), (278, 4, 1, rows)]
+    strips.append((279, 4, count, end + 4 * count if count > 1 else len(data)))
+    numbers = struct.pack(f"<{2 * count}I", *[begin + offset for offset in offsets], *[len(data)] * count)
+    return tiff(*tags, *strips, *more, data=data + numbers)
+
+
+def test_a_jpeg_in_a_tiff_is_charged_for_its_scans() -> None:
+    whole = jpeg_scans(89, (7000, 7000), "L")
+    assert "s to decode; at most 5 s" in refusal(jpeg_tiff(whole, (7000, 7000), 7000))
+    strip = jpeg_scans(89, (7000, 70), "L")
+    assert "s to decode; at most 5 s" in refusal(jpeg_tiff(strip, (7000, 7000), 70))
+    tall = jpeg_tiff(whole, (7000, 10), 10)  # libtiff takes a last strip that is too tall, and decodes it whole
+    assert "s to decode; at most 4 s" in refusal(tall, max_decode_s=4)
+    twice = jpeg_tiff(whole, (7000, 7000), 7000, (273, 4, 1, 8))  # libtiff reads the first, Pillow the last
+    assert "s to decode; at most 5 s" in refusal(twice)
+    small = jpeg_tiff(jpeg_scans(89, (300, 20), "L"), (300, 200), 20)
+    assert open_image(small, ImageOptions()).decode().size == (300, 200)
+    assert "at most 0.005 s" in refusal(small, max_decode_s=0.005)
+
+
+@pytest.mark.parametrize(
+    ("unit", "count", "expected"),
+    [
+        (b"", 600_000, "more than 524288 strips"),
+        (b"\xff\xd8\xff\xfe\0\4", 9000, "more than 524288 JPEG segments"),  # each is in a comment of the one before
+        (b"\xff\xd8\xff\xfe\xff\xfc" + bytes(65528), 200, "or overlap"),
+    ],
+)
+def test_strips_that_keep_the_search_for_scans_busy_are_refused(unit: bytes, count: int, expected: str) -> None:
+    offsets = [index * len(unit) for index in range(count)]
+    assert expected in refusal(strips_tiff(unit * count, (8, 8), 8, offsets))
+
+
+@pytest.mark.slow
+def test_a_tiff_of_64_megapixels_in_jpeg_strips_is_not_refused() -> None:
+    content = encode(Image.new("RGB", (8000, 8000)), "TIFF", compression="jpeg")
+    assert open_image(content, ImageOptions()).num_tiles > 1
+
+
+def test_the_frame_of_an_mpo_is_charged_for_its_own_scans() -> None:
+    first = Image.new("RGB", (300, 200))
+    content = encode(first, "MPO", save_all=True, append_images=[first])
+    second = content.rindex(b"\xff\xd8")
+    many = content[:second] + jpeg_scans(500, (300, 200))
+    open_encoded(many, "image", ImageOptions(max_decode_s=0.01))
+    with pytest.raises(MediaError, match=r"at most 0\.01 s"):
+        open_encoded(many, "image", ImageOptions(max_decode_s=0.01), frame=1)
 
 
 @pytest.mark.slow

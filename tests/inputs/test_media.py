@@ -2,6 +2,7 @@ import base64
 import io
 import os
 import tempfile
+import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_what_is_wrong_with_a_data_url_is_said() -> None:
     assert "5 characters cannot be whole bytes" in refusal("data:;base64,AAAAA==")
     assert "must have the form data:<type>;base64,<data>, got 'data:text/plain'" in refusal("data:text/plain,abc")
     assert "is empty" in refusal("data:;base64,===")
+    assert "found '=' at character 4" in refusal("data:;base64,AAAA=====")
+
+
+def test_a_data_url_of_padding_alone_is_refused_at_once() -> None:
+    url = "data:;base64," + "=" * 50_000_000
+    start_s = time.process_time()
+    assert "found '=' at character 0" in refusal(url, 1 << 30)
+    assert time.process_time() - start_s < 0.2  # character by character it takes 2 s
 
 
 def test_a_long_data_url_is_decoded_in_windows() -> None:
@@ -132,3 +141,32 @@ def test_file_objects_that_cannot_be_read_are_refused_with_what_to_do(tmp_path: 
     assert "has more than 20 bytes" in refusal(Endless(), 20)
     assert "gives str instead of bytes: open it in binary mode ('rb')" in refusal(io.StringIO("text"))
     assert "is empty" in refusal(io.BytesIO())
+
+
+def test_files_that_the_system_cannot_read_are_refused_in_its_words() -> None:
+    expected = "image '/proc/self/maps' cannot be read: Invalid argument; check its path, or pass its bytes"
+    assert refusal("/proc/self/maps") == expected  # a regular file whose end cannot be found
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_refused_without_waiting_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)  # it was a file a moment ago
+    assert "is not a regular file but a device, a pipe or a socket" in refusal(tmp_path / "pipe")
+
+
+def test_bytes_and_paths_that_give_nothing_are_refused() -> None:
+    class Number:
+        def __fspath__(self) -> int:
+            return 5
+
+    class Broken:
+        def __fspath__(self) -> str:
+            raise KeyError("no")
+
+    released = memoryview(DATA)
+    released.release()
+    assert "image bytes: the memoryview was released" in refusal(released)
+    assert "image path: Number gives no path (TypeError); pass a string or a Path" in refusal(Number())
+    assert "image path: Broken gives no path (KeyError)" in refusal(Broken())

@@ -11,7 +11,7 @@ from PIL import Image
 import internvl_rt
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams, compat
 from internvl_rt.inputs.image import open_image
-from internvl_rt.inputs.picture import picture_of_tiles, picture_of_visual_tokens
+from internvl_rt.inputs.picture import open_picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.prompt import turns_from_question
 from internvl_rt.inputs.tiles import ImageOptions
 from support.small_models import build_model
@@ -115,6 +115,30 @@ def test_frames_in_read_only_or_strided_memory_are_copied():
         opened = open_image(given, ImageOptions(image_size=56))
         assert np.array_equal(np.asarray(opened.pixels()), array)
         assert not np.shares_memory(np.asarray(opened.pixels()), np.asarray(given))
+
+
+@pytest.mark.parametrize(("writeable", "view"), [(False, False), (True, False), (False, True)])
+def test_a_large_array_is_copied_unless_nobody_can_write_into_it(writeable, view):
+    given = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    given = given[:] if view else given
+    given.flags.writeable = writeable
+    opened = open_image(given, ImageOptions(image_size=56))
+    assert np.array_equal(opened.pixels(), given)
+    assert np.shares_memory(opened.pixels(), given) == (not writeable and not view)
+
+
+@pytest.mark.parametrize("kind", ["image", "array", "tensor"])
+def test_of_pixels_that_outweigh_their_tiles_the_tiles_are_kept(kind):
+    array = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    given = {"image": Image.fromarray, "array": np.copy, "tensor": torch.tensor}[kind](array)
+    options = ImageOptions(image_size=56)
+    large, small = open_picture(given, options), open_picture(as_given(kind), options)
+    opened = open_image(given, options)
+    assert large.image is None
+    assert np.array_equal(large.tiles.numpy(), opened.tiles())
+    assert (large.digest, large.num_tiles) == (opened.digest, opened.num_tiles)
+    assert small.tiles is None
+    assert small.image.pixels().nbytes <= small.image.tiles().nbytes
 
 
 # What cannot be read as numbers, in forms that both kinds of given tensors share.

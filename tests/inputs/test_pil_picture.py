@@ -1,6 +1,9 @@
 """A Pillow picture of a caller may be given to many requests at once, and stays as it is."""
 
 import io
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +87,61 @@ def test_one_undecoded_picture_in_many_threads_has_its_own_pixels(kind: str, on_
         after = given.mode, given.size, given.tell(), given.fp.tell(), given._im, list(given.tile), dict(given.info)
         assert after == before
         assert np.array_equal(np.asarray(given.convert("RGB")), expected)
+
+
+@pytest.mark.parametrize("kind", ENCODINGS)
+def test_an_undecoded_picture_keeps_its_encoded_bytes(kind: str) -> None:
+    file = encode(noise(300, 400), kind, **ENCODINGS[kind])
+    opened = open_image(Image.open(file), OPTIONS)
+    assert opened.content == file.getvalue()
+    assert opened.digest == open_image(Image.open(file), OPTIONS).digest
+    arrived = pickle.loads(pickle.dumps(opened))
+    assert np.array_equal(arrived.decode(), Image.open(file).convert("RGB"))
+    file.close()
+    assert np.array_equal(opened.decode(), arrived.decode())
+
+
+def test_a_frame_a_draft_and_changed_transparency_or_orientation_make_another_digest() -> None:
+    gif = encode(noise(60, 80), "GIF", save_all=True, append_images=[noise(60, 80, seed=1)])
+    later = Image.open(gif)
+    later.seek(1)
+    jpeg = encode(noise(300, 400), "JPEG")
+    draft = Image.open(jpeg)
+    draft.draft("L", (100, 100))
+    palette = encode(noise(60, 80).quantize(4), "PNG", transparency=1)
+    opaque = Image.open(palette)
+    del opaque.info["transparency"]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(palette)
+    turned.info["exif"] = exif.tobytes()
+    options = ImageOptions(image_size=56, exif="apply", alpha="white")
+    given = [Image.open(gif), later, Image.open(jpeg), draft, Image.open(palette), opaque, turned]
+    opened = [open_image(image, options) for image in given]
+    assert len({each.digest for each in opened}) == len(given)
+    assert not np.array_equal(opened[4].decode(), opened[5].decode())
+    assert opened[6].decode().size == (60, 80)
+
+
+@pytest.mark.slow
+def test_undecoded_and_decoded_pictures_of_a_request_take_less_memory_than_decoding_them_all() -> None:
+    """A process of its own tells by how much its memory rose at most, in megabytes."""
+    code = (
+        "import io, resource, sys\n"
+        "from PIL import Image\n"
+        "from internvl_rt.inputs.picture import open_picture\n"
+        "from internvl_rt.inputs.tiles import ImageOptions\n"
+        "file = io.BytesIO(); Image.new('RGB', (4000, 4000), 'red').save(file, 'JPEG'); data = file.getvalue()\n"
+        "images = [Image.open(io.BytesIO(data)) for _ in range(10)]\n"
+        "if sys.argv[1] == 'decoded': images = [Image.new('RGB', (4000, 4000), (i, 0, 0)) for i in range(6)]\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = most()\n"
+        "pictures = [open_picture(image, ImageOptions(max_tiles=1)) for image in images]\n"
+        "print(most() - before)\n"
+    )
+    for kind, most in (("encoded", 60), ("decoded", 200)):
+        done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < most, kind
 
 
 def test_two_pictures_over_one_file_object_do_not_disturb_each_other() -> None:
