@@ -219,7 +219,6 @@ class AsyncEngine:
         steps, event_loop = self._steps, asyncio.get_running_loop()
 
         def start(proceed: Proceed) -> _Call:
-            steps.check()  # nothing is prepared for an engine that was closed meanwhile
             call = _Call(steps, make(proceed), event_loop, every_piece=every_piece)
             proceed()
             steps.submit(call.request, call.notify)

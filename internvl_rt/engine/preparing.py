@@ -24,7 +24,7 @@ TEXT_THREADS = 2
 MAX_PARTS_LOOKED_AT = 1000  # of a conversation, in the event loop; a longer one waits among the pictures
 
 T = TypeVar("T")
-Proceed = Callable[[], None]  # called now and then by work; raises AbandonedError when nobody waits for it any more
+Proceed = Callable[[], None]  # called now and then by work; raises when nobody waits for it, or the engine was closed
 
 
 def go_on() -> None:
@@ -70,7 +70,8 @@ class Preparing:
                 f"{len(self._unfinished)} calls wait to be prepared, which is the limit; try again later, or raise "
                 "max_num_seqs or max_waiting"
             )
-        job = _Job(work)
+        job = _Job(work, self._check)
+        is_taken = False  # whether the caller gets the result; it may be cancelled in the turn that brings the result
         try:
             future = (self._media if media else self._texts).submit(on_this_stream(job.run, self._device))
         except RuntimeError:
@@ -83,14 +84,17 @@ class Preparing:
             await asyncio.wait([result], timeout=None if deadline_s is None else deadline_s - time.perf_counter())
             if not result.done():
                 raise LateError
-            return result.result()
+            taken = result.result()
+            is_taken = True
+            return taken
         finally:
-            if not result.done():
+            if not is_taken:
                 job.abandon()
                 if not future.cancel() and undo is not None:
                     future.add_done_callback(partial(_undo, undo))
                 with suppress(RuntimeError):  # the caller's event loop was closed while it waited
-                    result.cancel()
+                    if not result.cancel() and not result.cancelled():
+                        result.exception()  # asyncio would log one that nobody takes
             del job, future, result  # an error refers to this frame, which must not refer to the error
 
     def shutdown(self) -> None:
@@ -102,9 +106,10 @@ class Preparing:
 class _Job(Generic[T]):
     """Work for a thread. Abandoned work is dropped with all that it refers to, even while it waits for its turn."""
 
-    def __init__(self, work: Callable[[Proceed], T]) -> None:
+    def __init__(self, work: Callable[[Proceed], T], check: Callable[[], None]) -> None:
+        """check: raises if the engine takes no calls any more."""
         self._work: Callable[[Proceed], T] | None = work
-        self._abandoned = False
+        self._abandoned, self._check_engine = False, check
 
     def abandon(self) -> None:
         self._abandoned, self._work = True, None
@@ -113,11 +118,13 @@ class _Job(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             raise AbandonedError
-        return work(self._check)
+        self._proceed()
+        return work(self._proceed)
 
-    def _check(self) -> None:
+    def _proceed(self) -> None:
         if self._abandoned:
             raise AbandonedError
+        self._check_engine()
 
 
 def _undo(undo: Callable[[T], None], future: "Future[T]") -> None:

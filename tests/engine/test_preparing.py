@@ -13,7 +13,7 @@ import pytest
 from internvl_rt import AsyncEngine, RequestError, SamplingParams
 from internvl_rt.engine.preparing import MAX_PARTS_LOOKED_AT, MEDIA_THREADS, has_media
 from internvl_rt.steps.uploads import Uploads
-from support.calls import PATIENCE_S, SHORT, ask, load, run, until_idle
+from support.calls import ENDLESS, PATIENCE_S, SHORT, ask, check_nothing_is_left, load, run, until_idle
 
 
 def picture(seed=0):
@@ -152,6 +152,50 @@ def test_closing_refuses_those_that_wait_for_a_thread(monkeypatch):
             assert isinstance(result, RequestError)
             assert "closed" in str(result)
         assert len(set(begun)) == MEDIA_THREADS
+
+    run(main())
+
+
+@pytest.mark.parametrize("cancel", ["cancel", "wait_for"])
+@pytest.mark.parametrize("messages", [ask("Hello"), [{"role": "nobody", "content": "x"}]])
+def test_a_cancellation_in_the_turn_in_which_a_thread_finishes_is_not_lost(cancel, messages, caplog, monkeypatch):
+    engine = load()
+    prepare = engine.preparer.prepare
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(0.1) or prepare(*arguments))
+
+    async def main():
+        async with AsyncEngine(engine) as e:
+            call = e.chat(messages, ENDLESS)
+            task = asyncio.create_task(call if cancel == "cancel" else asyncio.wait_for(call, 0.05))
+            while not e.stats()["preparing"]:
+                await asyncio.sleep(0)
+            while e.stats()["preparing"]:  # the event loop is busy until the timer is due and the thread has finished
+                time.sleep(0.001)
+            if cancel == "cancel":
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError if cancel == "cancel" else TimeoutError):
+                await task
+            await until_idle(e._engine)
+            assert "requests_length" not in e.stats()
+
+    run(main())
+    check_nothing_is_left(caplog)
+
+
+def test_closing_decodes_no_further_picture_of_a_call(monkeypatch):
+    async def main():
+        e, pictures = AsyncEngine(load(kv_cache_bytes=1 << 24)), [picture(i) for i in range(8)]
+        with slow_pictures(monkeypatch) as begun:
+            calls = [e.chat(ask("What?", *pictures[:4]), SHORT), e.encode_images(pictures[4:])]
+            tasks = await start(calls, begun, 2)
+            closing = asyncio.ensure_future(e.close())
+            while not e._engine.loop._closed:
+                await asyncio.sleep(0.001)
+        await closing
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, RequestError)
+            assert "closed" in str(result)
+        assert len(begun) == 2
 
     run(main())
 
