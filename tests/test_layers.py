@@ -117,6 +117,7 @@ MODULES = [
     "engine.loop",
     "engine.batch",
     "engine.preparing",
+    "engine.scoring",
     "engine.engine",
     "engine.async_engine",
     "engine.__init__",

@@ -17,19 +17,23 @@ from typing import Self
 
 from torch import Tensor
 
-from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
+from internvl_rt.engine.engine import Engine, Messages
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.preparing import LateError, Preparing, Proceed, has_media
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Request
+from internvl_rt.engine.scoring import SCORING, build_score, read_responses
+from internvl_rt.errors import QueueFullError
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.values import Flag, read
 
 LOG = logging.getLogger("internvl_rt")
+ROOM_S = 0.05  # pause between two attempts to find room for the next response of a call of `score`
 
 
 class AsyncEngine:
@@ -125,22 +129,38 @@ class AsyncEngine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[Score]:
-        """Scores responses as `Engine.score` does. Raises what `stream` raises."""
-        prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
-        scored = await self._preparing.run(prepare, media=has_media(messages))
-        calls: list[_Call] = []
-        replies: list[Reply] = []
+        """Scores responses as `Engine.score` does. Raises what `stream` raises.
+
+        A full engine refuses the first response, and then nothing is computed; further ones wait until there is room.
+        """
+        responses, include_end = read_responses(responses), read("include_end", include_end, Flag())
+        prepare = partial(self._engine.prepare, messages, v2pe_delta, cache_salt)
+        prompt = await self._preparing.run(prepare, media=has_media(messages))
+        running: deque[_Call] = deque()
+        scores: list[Score] = []
         try:
-            for prepared in scored:
-                if len(calls) - len(replies) == self._engine.options.max_num_seqs:
-                    replies.append(await calls[len(replies)].reply())
-                calls.append(await self._start(partial(self._scoring, prepared)))
-            while len(replies) < len(calls):
-                replies.append(await calls[len(replies)].reply())
+            for text in responses:
+                make = partial(self._make_scoring, prompt, text, include_end)
+                while True:
+                    if len(running) < self._engine.options.max_num_seqs:
+                        try:
+                            running.append(await self._start(make))
+                            break
+                        except QueueFullError:
+                            if not (running or scores):
+                                raise
+                    if running:
+                        scores.append(build_score(await running[0].reply()))
+                        running.popleft()
+                    else:
+                        await asyncio.sleep(ROOM_S)
+            while running:
+                scores.append(build_score(await running[0].reply()))
+                running.popleft()
         finally:
-            for call in calls:
+            for call in running:
                 call.cancel()
-        return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
+        return scores
 
     async def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
         """Encodes pictures as `Engine.encode_images` does. Raises what `stream` raises."""
@@ -182,7 +202,8 @@ class AsyncEngine:
         except BaseException as error:
             self._closed.set_exception(error)
 
-    def _scoring(self, prepared: Prepared, _: Proceed) -> Request:
+    def _make_scoring(self, prompt: Prepared, response: str, include_end: bool, _: Proceed) -> Request:
+        prepared = self._engine.preparer.prepare_score(prompt, response, include_end=include_end)
         return self._engine.new_request(prepared, SCORING)
 
     async def _begin(
