@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from internvl_rt import AsyncEngine, RequestError, SamplingParams
-from internvl_rt.engine.preparing import MAX_PARTS_LOOKED_AT, MEDIA_THREADS, has_media
+from internvl_rt.engine.preparing import MEDIA_THREADS, has_media
 from internvl_rt.steps.uploads import Uploads
 from support.calls import ENDLESS, PATIENCE_S, SHORT, ask, check_nothing_is_left, load, run, until_idle
 
@@ -87,7 +87,7 @@ def test_a_deadline_holds_while_a_picture_is_decoded_and_while_one_waits_for_tha
 
 
 def test_a_cancelled_call_leaves_the_queue_at_once_with_its_pictures(monkeypatch):
-    class Given(np.ndarray):
+    class Given(str):
         pass
 
     async def main():
@@ -96,7 +96,7 @@ def test_a_cancelled_call_leaves_the_queue_at_once_with_its_pictures(monkeypatch
                 tasks = await start(
                     (e.chat(ask("What?", picture(i)), SHORT) for i in range(MEDIA_THREADS)), begun, MEDIA_THREADS
                 )
-                given = picture(99).view(Given)
+                given = Given("no-such.png")  # texts are not copied
                 left = weakref.ref(given)
                 waiting = asyncio.ensure_future(e.chat(ask("What?", given), SHORT))
                 del given
@@ -202,9 +202,24 @@ def test_closing_decodes_no_further_picture_of_a_call(monkeypatch):
 
 def test_what_may_hold_media_is_told_from_text_in_any_form():
     text = {"type": "text", "text": "x"}
-    for messages in ([], "abc", None, 7, [3], [{}], [{"content": "x" * 5000}], [{"content": [text, text]}], ask("x")):
+    long = [*[{"content": "x"}] * 2000, {"content": [text] * 2000}]
+    for messages in ([], "abc", None, 7, [3], [{}], [{"content": "x" * 5000}], [{"content": [text]}], ask("x"), long):
         assert not has_media(messages)
     for part in ({"type": "image", "image": "x"}, {"type": "video"}, {"type": ["image"]}, {"image_embeds": 3}):
         assert has_media([{"role": "user", "content": "x"}, {"role": "user", "content": [text, part]}])
-    assert has_media([{"content": [text] * (MAX_PARTS_LOOKED_AT + 1)}])
-    assert has_media([{"content": "x"}] * (MAX_PARTS_LOOKED_AT + 1))
+        assert has_media([*long, {"content": [part]}])
+
+
+def test_a_long_conversation_of_text_does_not_wait_for_pictures(monkeypatch):
+    turns = [{"role": role, "content": "Hello"} for _ in range(600) for role in ("user", "assistant")]
+
+    async def main():
+        async with AsyncEngine(load(kv_cache_bytes=1 << 26)) as e:
+            with slow_pictures(monkeypatch) as begun:
+                calls = (e.chat(ask("What?", picture(i)), SHORT) for i in range(2 * MEDIA_THREADS))
+                tasks = await start(calls, begun, MEDIA_THREADS)
+                reply = await asyncio.wait_for(e.chat([*turns, *ask("Bye")], SHORT), PATIENCE_S / 2)
+                assert reply.usage.completion_tokens == 10
+            await asyncio.gather(*tasks)
+
+    run(main())
