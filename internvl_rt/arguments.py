@@ -72,7 +72,7 @@ def seed(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"device must be auto, cpu, cuda or cuda:N, got {quoted(text)}")
     return text
 

@@ -183,13 +183,18 @@ class ChatModel:
         A `streamer` in generation_config gets the answer's ids, one at a time, and is told the end in any case. Raises
         RequestError where the official code asserts: tile counts that do not add up, pictures without a place.
         """
-        params, streamer = _read_generation_config(generation_config)
-        read("return_history", return_history, Flag())
-        read("verbose", verbose, Flag())
-        tiles = self._split(pixel_values, num_patches_list)
-        turns, asked = self._turns(question, _check_history(history), len(tiles))
-        prepared = self.engine.prepare_turns(turns, tiles)
-        response = self._answer(prepared, params, streamer)
+        streamer = _find_streamer(generation_config)
+        try:
+            params = _read_generation_config(generation_config)
+            read("return_history", return_history, Flag())
+            read("verbose", verbose, Flag())
+            tiles = self._split(pixel_values, num_patches_list)
+            turns, asked = self._turns(question, _check_history(history), len(tiles))
+            prepared = self.engine.prepare_turns(turns, tiles)
+            response = self._answer(prepared, params, streamer)
+        finally:  # whoever reads the streamer would wait for ever
+            if streamer is not None:
+                streamer.end()
         if verbose:
             print(prepared.prompt.text, response, sep="")
         return (response, [*(history or []), (asked, response)]) if return_history else response
@@ -204,8 +209,8 @@ class ChatModel:
     ) -> list[str]:
         """Answers independent questions, each about its own picture of `num_patches_list[i]` tiles."""
         check_list("questions", questions, "texts")
-        params, streamer = _read_generation_config(generation_config)
-        if streamer is not None:
+        params = _read_generation_config(generation_config)
+        if _find_streamer(generation_config) is not None:
             raise RequestError("generation_config: a streamer takes one answer; use chat, or leave it out")
         tiles = self._split(pixel_values, num_patches_list)
         if pixel_values is not None and len(tiles) != len(questions):
@@ -256,7 +261,6 @@ class ChatModel:
                 num_put = len(token_ids)
         finally:
             self.engine.loop.cancel(request)
-            streamer.end()
         return request.reply.text
 
 
@@ -316,14 +320,19 @@ def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     return RequestError(re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error)))
 
 
-def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[SamplingParams, Streamer | None]:
-    """Maps transformers' names and defaults: sampling draws from the 50 best tokens unless top_k is given."""
+def _find_streamer(generation_config: Mapping[str, Any]) -> Streamer | None:
     if not isinstance(generation_config, Mapping):
         raise RequestError(f"generation_config: expected a dict, got {quoted(generation_config)}; give at least dict()")
-    given = {name: value for name, value in generation_config.items() if value is not None}  # None: the default
-    streamer = given.pop("streamer", None)
+    streamer: Streamer | None = generation_config.get("streamer")
     if streamer is not None and not all(callable(getattr(streamer, method, None)) for method in ("put", "end")):
         raise RequestError(f"generation_config: streamer must have the methods put and end, got {quoted(streamer)}")
+    return streamer
+
+
+def _read_generation_config(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """Maps transformers' names and defaults: sampling draws from the 50 best tokens unless top_k is given."""
+    given = {name: value for name, value in generation_config.items() if value is not None}  # None: the default
+    given.pop("streamer", None)
     names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
     names |= {name: name for name in ("repetition_penalty", "skip_special_tokens")}
     params = {ours: given.pop(theirs) for ours, theirs in names.items() if theirs in given}
@@ -343,6 +352,6 @@ def _read_generation_config(generation_config: Mapping[str, Any]) -> tuple[Sampl
         unknown = ", ".join(sorted(quoted(name).strip("'") for name in islice(given, 12)))
         raise RequestError(f"generation_config: {unknown} not supported; leave it out")
     try:
-        return SamplingParams(**params), streamer
+        return SamplingParams(**params)
     except RequestError as error:
         raise _renamed(RequestError(f"generation_config: {error}"), names) from None

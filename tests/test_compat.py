@@ -269,6 +269,12 @@ def test_a_streamer_gets_the_ids_and_the_end_even_of_a_failure(model, tokenizer,
         model.chat(tokenizer, None, "Hello", GREEDY | {"streamer": listener})
     assert listener.ended
     assert model.engine.stats()["running"] == model.engine.stats()["waiting"] == 0
+    for wrong in ({"question": 5}, {"pixel_values": pixels * torch.nan}, {"verbose": 5}, {"no_such_key": 1}):
+        listener, call = Listener(), {"question": "Hi", "pixel_values": None} | wrong
+        config = GREEDY | {"streamer": listener} | {"no_such_key": call.pop("no_such_key", None)}
+        with pytest.raises(RequestError):
+            model.chat(tokenizer, generation_config=config, **call)
+        assert listener.ended
 
 
 def test_the_cards_streaming_code_runs(model, tokenizer):

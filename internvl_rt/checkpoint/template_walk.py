@@ -120,10 +120,10 @@ class _Walk:
                     raise _unknown(node)
 
     def value(self, node: nodes.Node, names: Names) -> Any:
-        """Evaluates an expression. A text costs its length each time, so whatever is done with it is paid for."""
+        """Evaluates an expression. A text or list costs its length each time: whatever is done with it is paid for."""
         self._spend(1)
         value = self._evaluate(node, names)
-        if isinstance(value, str):
+        if isinstance(value, str | list | dict):
             self._spend(len(value))
         return value
 
@@ -133,16 +133,17 @@ class _Walk:
             raise TemplateWalkError(f"it takes more than {MAX_STEPS:,} steps")
 
     def _loop(self, node: nodes.For, name: str, names: Names) -> None:
-        items = [
-            item
-            for item in self.value(node.iter, names)
-            if node.test is None or self.value(node.test, {**names, name: item})
-        ]
+        def scope(item: Any, **more: Any) -> Names:
+            self._spend(1 + len(names))
+            return {**names, name: item, **more}
+
+        found = self.value(node.iter, names)
+        items = [item for item in found if node.test is None or self.value(node.test, scope(item))]
         padded = [_UNDEFINED, *items, _UNDEFINED]
         for index, item in enumerate(items):
             loop = {"index": index + 1, "index0": index, "first": index == 0, "last": index == len(items) - 1}
             loop |= {"length": len(items), "previtem": padded[index], "nextitem": padded[index + 2]}
-            self.run(node.body, {**names, name: item, "loop": loop})  # what the body assigns ends with it
+            self.run(node.body, scope(item, loop=loop))  # what the body assigns ends with it
         if not items:
             self.run(node.else_, names)
 

@@ -57,7 +57,10 @@ class SequenceFactory:
         grammar = None
         if params.grammar:
             grammar = self._grammars.compile(
-                *params.grammar, whitespace=params.json_whitespace, skips_specials=params.skip_special_tokens
+                *params.grammar,
+                whitespace=params.json_whitespace,
+                skips_specials=params.skip_special_tokens,
+                begun=prepared.begun,
             )
         speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
         score_from = prepared.score_from

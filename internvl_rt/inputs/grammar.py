@@ -77,17 +77,19 @@ class GrammarCompiler:
         *,
         whitespace: JsonWhitespace = "bounded",
         skips_specials: bool = True,
+        begun: bool = False,
     ) -> "Grammar":
         """Compiles a JSON schema, given as JSON, or a regular expression that the whole answer must match.
 
         whitespace: between the parts of a JSON answer. With "free" there may be any, even without end.
         skips_specials: whether special tokens such as <ref> are left out of the text, and so never allowed.
+        begun: whether the prompt holds the beginning of the answer, so that a space may be the first of the text.
 
         Raises RequestError if the grammar is invalid, unknown to the library, beyond the limits or matches nothing, and
         if llguidance is not installed.
         """
         check_grammar_size(kind, text)
-        return self._compile(kind, text, whitespace, skips_specials)
+        return self._compile(kind, text, whitespace, skips_specials, begun)
 
 
 class _Library:
@@ -99,7 +101,9 @@ class _Library:
         self._lock = Lock()
         self._vocabularies: dict[bool, LLTokenizer] = {}  # by whether special tokens are left out of the text
 
-    def compile(self, kind: GrammarKind, text: str, whitespace: JsonWhitespace, skips_specials: bool) -> "Grammar":
+    def compile(
+        self, kind: GrammarKind, text: str, whitespace: JsonWhitespace, skips_specials: bool, begun: bool
+    ) -> "Grammar":
         vocabulary = self._build_vocabulary(skips_specials)
         from llguidance import LLMatcher, LLParserLimits
 
@@ -109,7 +113,8 @@ class _Library:
             max_lexer_states=_MAX_LEXER_STATES,
             verbose_errors=False,  # verbose errors would show the schema and the answer
         )
-        source = _describe(kind, text, _WHITESPACE[whitespace], drops_space=self._tokenizer.pieces)
+        drops_space = self._tokenizer.pieces and not begun
+        source = _describe(kind, text, _WHITESPACE[whitespace], drops_space=drops_space)
         grammar = Grammar(
             lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits), self._stop_id, self._vocab_size
         )

@@ -155,7 +155,7 @@ def find_cut(base: tokenizers.Tokenizer, added: Collection[AddedToken]) -> re.Pa
     for part in words.get("pretokenizers", []):
         part.pop("trim_offsets", None)  # changes no ids
     is_known = words == _QWEN2_PRE_TOKENIZER and isinstance(base.normalizer, normalizers.NFC | None)
-    depends_on_place = any(token.single_word or token.rstrip for token in added)
+    depends_on_place = any(token.single_word or token.lstrip or token.rstrip for token in added)
     if not is_known or depends_on_place or not cuts_are_safe(QWEN2_CUT, [token.content for token in added]):
         return None
     return QWEN2_CUT

@@ -36,6 +36,7 @@ from internvl_rt.cli import main
         (["decode", "tiny", "--seed", "-1"], "expected an integer from 0 to 2**63 - 1, got '-1'"),
         (["decode", "tiny", "--device", "cuda:-1"], "device must be"),
         (["decode", "tiny", "--device", "cuda:999"], "device must be"),
+        (["decode", "tiny", "--device", "cuda:01"], "device must be"),
         (["decode", "tiny", "--context", "40000"], "the model's window has 32,768; lower --context or --tokens"),
         (["vision", "tiny", "--tiles", "17,20"], "a pass has at most 16 tiles, got --tiles 17; lower it"),
     ],

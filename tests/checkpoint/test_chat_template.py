@@ -137,8 +137,12 @@ def test_a_default_system_message_is_taken_over_from_a_template_that_differs_els
 
 
 MANY = 40
+LONG_LIST = f"{{% set x = {[0] * 5000} %}}"
 HOSTILE_TEMPLATES = {
     "nested_loops": "{% for a in messages %}" * MANY + "x" + "{% endfor %}" * MANY,
+    "loops": LONG_LIST + "{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}",
+    "filtered_loops": LONG_LIST + "{% for a in x %}{% for b in x if 0 %}{% endfor %}{% endfor %}",
+    "searches": LONG_LIST + "{% for a in x %}{{ '' if 1 in x }}{% endfor %}",
     "range": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "doubled_text": "{% set ns = namespace(x='aaaaaaaa') %}" + "{% set ns.x = ns.x + ns.x %}" * 1000,
     "joined_text": "{% set x='aaaaaaaa' %}" + "{% set x = x ~ x %}" * 1000,

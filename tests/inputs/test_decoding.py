@@ -114,24 +114,28 @@ def test_files_that_keep_a_parser_busy_are_refused(build: Callable[[], bytes], e
 def test_other_threads_run_while_a_long_file_is_searched(kind: str) -> None:
     content = encode(Image.new("RGB", (8, 8)), kind)
     content = content[:-2] + bytes(1 << 27) + content[-2:]
-    stopped = threading.Event()
-    longest_s = 0.0
 
-    def watch() -> None:
-        nonlocal longest_s
-        while not stopped.is_set():
-            start_s = time.perf_counter()
-            time.sleep(0.001)
-            longest_s = max(longest_s, time.perf_counter() - start_s)
+    def longest_share() -> float:
+        """Returns the longest time for which another thread did not run, as a share of the whole."""
+        stopped, waits = threading.Event(), [0.0]
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start_s = time.perf_counter()
-    open_encoded(content, "image", ImageOptions())
-    took_s = time.perf_counter() - start_s
-    stopped.set()
-    watcher.join()
-    assert longest_s < max(0.02, took_s / 4)  # a search of the whole file at once takes 0.03 s to 0.2 s
+        def watch() -> None:
+            while not stopped.is_set():
+                start_s = time.perf_counter()
+                time.sleep(0.001)
+                waits.append(time.perf_counter() - start_s)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start_s = time.perf_counter()
+        open_encoded(content, "image", ImageOptions())
+        took_s = time.perf_counter() - start_s
+        stopped.set()
+        watcher.join()
+        return max(waits) / took_s
+
+    # A search of the whole file at once takes a third of the time or more. On a busy machine one try may wait as long.
+    assert min(longest_share() for _ in range(5)) < 0.2
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])

@@ -209,6 +209,19 @@ def test_tokens_of_equal_bytes_are_allowed_together_and_every_split_of_a_text_is
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_of_an_answer_that_was_begun_has_all_its_spaces(kind):
+    tokenizer, compiler = subject(kind)
+    plain, spaced = (compiler.compile("regex", regex, begun=True).start() for regex in ("the lake", " the lake"))
+    for matcher, expected in ((plain, "the lake"), (spaced, " the lake")):
+        stream, text = tokenizer.stream(begun=True), ""
+        while not matcher.is_complete:
+            token_id = allowed(matcher, tokenizer)[0]
+            assert matcher.accept(token_id)
+            text += stream.push(token_id)
+        assert text + stream.flush() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_no_text(kind):
     tokenizer, compiler = subject(kind)
     choices = set(allowed(compiler.compile("regex", "(?s).*").start(), tokenizer))

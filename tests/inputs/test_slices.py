@@ -73,6 +73,7 @@ def test_a_text_without_the_end_of_a_word_is_refused_from_a_size_on(letter):
     "change",
     [
         {"single_word": True},
+        {"lstrip": True},
         {"rstrip": True},
         {"content": "<two words>"},
         {"content": "<3.5>"},
