@@ -15,11 +15,10 @@ from internvl_rt.inputs.tiles import ImageOptions
 _DRAFT = ("tile", "_size", "_mode", "decoderconfig")  # what `draft` has set: a JPEG to be decoded at part of its size
 
 
-def own_picture(image: Image.Image, name: str, options: ImageOptions, *, shares: bool = True) -> Image.Image:
+def own_picture(image: Image.Image, name: str, options: ImageOptions) -> Image.Image:
     """Returns a picture of the same pixels that nobody else uses.
 
-    One that has been decoded shares its pixels with the caller's, and must not be written into, or has a copy of them
-    if `shares` is false. One that has not is
+    One that has been decoded shares its pixels with the caller's, and must not be written into. One that has not is
     opened anew from its encoded bytes, at the same frame; they are read while no other request uses the picture or its
     file. Later frames of a WEBP or AVIF, which have dropped their bytes by then, are decoded in place.
 
@@ -29,10 +28,10 @@ def own_picture(image: Image.Image, name: str, options: ImageOptions, *, shares:
     with pillow_errors(name), BORROWED.use(image, getattr(image, "fp", None)):
         decoded = _has_pixels(image, name)
         if not isinstance(image, ImageFile.ImageFile):
-            return _decoded(image, shares)
+            return _sharing(image)
         if decoded and (image.fp is None or not image.tile):
             image.load()
-            return _decoded(image, shares)
+            return _sharing(image)
         if image.fp is None:
             raise _closed(name)
         content = read_borrowed(image.fp, name, "image", options.max_image_bytes)
@@ -59,6 +58,6 @@ def _closed(name: str) -> MediaError:
     return MediaError(f"{name} was closed: call its load() and keep it open, or pass its path or its bytes")
 
 
-def _decoded(image: Image.Image, shares: bool) -> Image.Image:
-    """Returns a picture of the same pixels; a palette, which Pillow updates when it is used, is never shared."""
-    return image._new(image.im if shares and image.mode not in ("P", "PA") else image.im.copy())
+def _sharing(image: Image.Image) -> Image.Image:
+    """Returns a picture that shares the pixels; a palette, which Pillow updates when it is used, has a copy."""
+    return image._new(image.im.copy() if image.mode in ("P", "PA") else image.im)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from internvl_rt.errors import MediaError, RequestError
 from internvl_rt.inputs.pil_picture import own_picture
@@ -22,6 +22,7 @@ from internvl_rt.inputs.video import VideoLimits, choose_frame_indices
 
 MAX_ITEMS = 100_000  # messages, parts and frames of one call
 _NUM_KEYS = 8  # no valid message or part has more; these many more count as an item
+_UNKNOWN = 1 << 62  # size of what cannot be copied, and is refused later
 _MAX_DEPTH = 5  # of lists and mappings: messages, a message, its content, a part, the frames of a video
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class _Structure:
         """Replaces the frames of a video by those that `load_video` would choose."""
         frames: Any = part.get("video")
         number = part.get("num_frames")
-        is_array = isinstance(frames, np.ndarray | torch.Tensor) and frames.ndim == 4
+        is_array = isinstance(frames, np.ndarray | torch.Tensor) and _num_bytes(frames) < _UNKNOWN and frames.ndim == 4
         if not (is_array or isinstance(frames, list | tuple)) or type(number) is not int or not len(frames):
             return
         if 1 <= number <= min(self._limits.max_media, self._limits.videos.max_video_frames):
@@ -117,12 +118,14 @@ def _num_bytes(leaf: Any) -> int:
     if isinstance(leaf, torch.Tensor):
         is_plain = leaf.layout == torch.strided and leaf.device.type in ("cpu", "cuda")
         is_plain = is_plain and not (leaf.is_nested or leaf.is_quantized)
-        return leaf.numel() * leaf.element_size() if is_plain else 1 << 62  # which is refused later
+        return leaf.numel() * leaf.element_size() if is_plain else _UNKNOWN
     if isinstance(leaf, Image.Image):
         return 3 * leaf.width * leaf.height
     if isinstance(leaf, io.BytesIO):
-        return 1 << 62 if leaf.closed else leaf.getbuffer().nbytes
-    return 1 << 62 if isinstance(leaf, np.ndarray) and leaf.dtype.hasobject else memoryview(leaf).nbytes
+        return _UNKNOWN if leaf.closed else leaf.getbuffer().nbytes
+    if isinstance(leaf, np.ndarray):
+        return _UNKNOWN if leaf.dtype.hasobject else leaf.nbytes
+    return memoryview(leaf).nbytes
 
 
 def _max_bytes(leaf: Any, kind: str, limits: CopyLimits) -> int:
@@ -155,5 +158,6 @@ def _copy_picture(picture: Image.Image, options: ImageOptions) -> Image.Image:
     if is_pending and (picture.tell() or not isinstance(file, io.BytesIO | io.BufferedReader)):
         return picture  # to read it may take long: its bytes may come from a network, or earlier frames come first
     with suppress(MediaError):
-        return own_picture(picture, "image", options, shares=False)
+        own = own_picture(picture, "image", options)
+        return own if isinstance(own, ImageFile.ImageFile) else own.copy()  # the latter shares the caller's pixels
     return picture

@@ -154,10 +154,12 @@ LEFT = {
     "large bytes": part("image", bytearray(OPTIONS.max_image_bytes + 1)),
     "pictures that do not fit": part("video", [PIXELS[:]] * 17),
     "a frame for each of many": part("video", list(PIXELS), num_frames=1 << 40),
+    "dates without a buffer": part("text", np.zeros(3, "datetime64[s]")),
     "objects": part("image", np.full((4, 4, 3), None)),
     "a meta tensor": part("image", torch.zeros(4, 4, 3, dtype=torch.uint8, device="meta")),
     "a sparse tensor": part("image", torch.zeros(4, 4, 3).to_sparse()),
     "a nested tensor": part("image", torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+    "a nested video": part("video", torch.nested.nested_tensor([torch.zeros(2, 3, 3)] * 3), num_frames=2),
     "no picture": part("image", {1, 2}),
     "a text array": part("text", np.zeros(3)),
 }
@@ -169,7 +171,7 @@ def test_what_is_invalid_or_too_large_is_left_as_it_is_at_once(given):
     start_s = time.perf_counter()
     messages = LEFT[given]
     found, source = value_in(snapshot(messages, LIMITS)), value_in(messages)
-    if given == "a text array":
+    if isinstance(source, np.ndarray) and source.ndim == 1:
         assert np.array_equal(found, source)
     elif isinstance(source, list):
         assert all(one is other for one, other in zip(found, source, strict=True))
