@@ -6,7 +6,7 @@ refused, with a message that says why, when it is read.
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from internvl_rt.inputs.video import VideoLimits, choose_frame_indices
 MAX_ITEMS = 100_000  # messages, parts and frames of one call
 _NUM_KEYS = 8  # no valid message or part has more; these many more count as an item
 _UNKNOWN = 1 << 62  # size of what cannot be copied, and is refused later
+_CONTAINERS = (dict, list, tuple, Mapping)  # asked in this order: to ask whether something is a Mapping is slow
 _MAX_DEPTH = 5  # of lists and mappings: messages, a message, its content, a part, the frames of a video
 
 T = TypeVar("T")
@@ -77,27 +78,26 @@ class _Structure:
 
     def copy(self, value: Any, name: str, depth: int) -> Any:
         own: Any
-        if depth == _MAX_DEPTH or not isinstance(value, Mapping | list | tuple):
+        if depth == _MAX_DEPTH or not isinstance(value, _CONTAINERS):
             return value
-        self._num_items += len(value) // _NUM_KEYS if isinstance(value, Mapping) else len(value)
+        is_list = isinstance(value, list | tuple)
+        self._num_items += len(value) if is_list else len(value) // _NUM_KEYS
         if self._num_items > MAX_ITEMS:
             raise RequestError(
                 f"the call holds more than {MAX_ITEMS:,} messages, parts, pictures and frames, which cannot fit; send "
                 "fewer"
             )
-        if isinstance(value, Mapping):
-            own = dict(value)
+        own = list(value) if is_list else dict(value)
+        if not is_list and "video" in own:
             self._choose_frames(own)
-            names = {key: key for key in own}
-        else:
-            own = list(value)
-            names = dict.fromkeys(range(len(own)), name)
-        for key, each in names.items():
-            if isinstance(own[key], str):  # most are, and this is the fastest question
+        items: Iterable[tuple[Any, Any]] = enumerate(own) if is_list else list(own.items())
+        for key, each in items:
+            if isinstance(each, str):  # most are, and this is the fastest question
                 continue
-            own[key] = self.copy(own[key], each, depth + 1)
+            kind = name if is_list else key
+            own[key] = self.copy(each, kind, depth + 1)
             if isinstance(own[key], np.ndarray | torch.Tensor | bytearray | memoryview | io.BytesIO | Image.Image):
-                self.places.append((own, key, each))
+                self.places.append((own, key, kind))
         return own
 
     def _choose_frames(self, part: dict[str, Any]) -> None:
