@@ -76,9 +76,6 @@ def load_video(
     options: an engine's options of videos and pictures, such as `max_video_frames`. Raises RequestError or MediaError.
     """
     limits = VideoLimits(**{name: options.pop(name) for name in LIMIT_KINDS.keys() & options.keys()})
-    is_pair = isinstance(bound, list | tuple) and len(bound) == 2 and all(map(_is_number, bound))
-    if bound is not None and not is_pair:
-        raise RequestError(f"bound must be None or (start, end) in seconds, got {quoted(bound)}")
     tiles = read_video(
         video_path,
         make=lambda frame: load_image(frame, input_size, max_num, **options),

@@ -74,10 +74,10 @@ class TranslateErrors:
 
 
 def forked(process_id: int) -> EngineDeadError:
-    """Makes the error of a process that was forked from the one that loaded a model."""
+    """Makes the error of a process that was forked from one that loads or has loaded a model."""
     return EngineDeadError(
-        f"a model was loaded by process {process_id}, and this process was forked from it: torch's threads and the "
-        "engine's own stayed behind, for a new engine too; start processes by the method 'spawn' "
+        f"process {process_id} had loaded a model, or begun to, when this process was forked from it: torch's threads "
+        "and the engine's own stayed behind, for a new engine too; start processes by the method 'spawn' "
         "(multiprocessing.get_context('spawn')) and load the model there"
     )
 

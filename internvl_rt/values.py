@@ -4,6 +4,7 @@ A table of names and kinds stands beside the arguments that it describes. A valu
 a caller's mistake; what is read is a plain Python value, or a RequestError that names the argument.
 """
 
+import math
 import sys
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
@@ -32,12 +33,13 @@ class Integer:
     """Integers of Python and numpy, but no bool."""
 
     least: int
-    most: int
+    most: float = math.inf
     note: str = ""
 
     @property
     def expected(self) -> str:
-        return f"an integer from {self.least} to {self.most}{self.note}"
+        limits = f"of at least {self.least}" if self.most == math.inf else f"from {self.least} to {self.most}"
+        return f"an integer {limits}{self.note}"
 
     def read(self, value: object) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool) or not self.least <= int(value) <= self.most:
@@ -67,6 +69,25 @@ class Number:
         if not self.least <= number <= self.most or (self.above and number == self.least):
             raise UnfitError
         return number
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A span of time, as a list or tuple of two numbers, such as the part of a video that is looked at."""
+
+    most: float  # before and after second 0
+
+    @property
+    def expected(self) -> str:
+        return f"[start, end] in seconds, start first, both from {-self.most:g} to {self.most:g}"
+
+    def read(self, value: object) -> tuple[float, float]:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise UnfitError
+        start, end = map(Number(-self.most, self.most).read, value)
+        if start > end:
+            raise UnfitError
+        return start, end
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,9 @@ from torch import Tensor
 from internvl_rt import Engine
 from internvl_rt.checkpoint.config import ModelConfig, load_config
 from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.inputs.messages import parse_messages
 from internvl_rt.inputs.position import STRIDES, build_positions
-from internvl_rt.inputs.prompt import VisualSpan, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.prompt import VisualSpan, build_prompt, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference

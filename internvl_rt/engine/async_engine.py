@@ -20,7 +20,7 @@ from internvl_rt.engine.engine import Engine, Messages
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
-from internvl_rt.engine.preparing import Given, LateError, Preparing, Proceed, has_media
+from internvl_rt.engine.preparing import Given, Preparing, has_media
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
@@ -29,6 +29,7 @@ from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
 from internvl_rt.values import Flag, read
@@ -141,8 +142,8 @@ class AsyncEngine:
     async def close(self) -> None:
         """Cancels all requests, whose callers get RequestError, and refuses new ones.
 
-        Every call returns when all threads have ended. A picture that is being decoded is decoded to its end. In a
-        process that was forked there is nothing to end, and this returns at once.
+        Every call returns when all threads have ended. A picture or frame that is being decoded is decoded to its end.
+        In a process that was forked there is nothing to end, and this returns at once.
         """
         if self._steps.is_forked:
             return

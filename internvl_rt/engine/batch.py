@@ -10,9 +10,11 @@ from internvl_rt.engine.request import Request
 
 
 def run_batch(
-    loop: StepLoop, requests: Iterator[Request], num_requests: int, *, max_running: int, progress: bool
+    loop: StepLoop, requests: Iterator[Request | Reply], num_requests: int, *, max_running: int, progress: bool = False
 ) -> list[Reply]:
     """Returns the replies in order. Takes a request when fewer than `max_running` run, and holds none that has ended.
+
+    requests: a reply among them is that of a request that ended before it could run.
 
     Raises the error of a request, or that of taking one, and cancels the rest.
     """
@@ -33,8 +35,14 @@ def run_batch(
             for index in range(num_requests):
                 while len(unfinished) >= max_running:
                     advance()
-                unfinished[index] = next(requests)
-                loop.submit(unfinished[index])
+                request = next(requests)
+                if isinstance(request, Reply):
+                    replies[index] = request
+                    bar.update()
+                    continue
+                unfinished[index] = request
+                loop.submit(request)
+                del request
             while unfinished:
                 advance()
         finally:

@@ -16,8 +16,7 @@ from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, TIMEOUT, EngineOptions, takes_options
-from internvl_rt.engine.preparing import Proceed, go_on
-from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of
+from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.sequences import SequenceFactory
@@ -26,6 +25,7 @@ from internvl_rt.errors import InternVLError, RequestError, check_list, not_fini
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
+from internvl_rt.inputs.proceed import LateError, Proceed, both, go_on, until
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import Tokenizer
@@ -129,13 +129,14 @@ class Engine:
             beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
-        timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout".
+        timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass
+            before the prompt is prepared, as with a long video, the answer is empty, and no tokens are counted.
 
         Raises RequestError or MediaError, and then nothing has changed.
         """
         params = self.check_call(params, timeout_s)
-        prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self.generate_prepared(iter([prepared]), [params], timeout_s=timeout_s)[0]
+        request = self._request((messages, v2pe_delta, cache_salt), params, timeout_s)
+        return run_batch(self.loop, iter([request]), 1, max_running=1)[0]
 
     def stream(
         self,
@@ -151,8 +152,7 @@ class Engine:
         This call raises the errors in the request; closing the iterator cancels the request.
         """
         params = self.check_call(params, timeout_s)
-        prepared = self.prepare(messages, v2pe_delta, cache_salt)
-        return self._stream(self.new_request(prepared, params, timeout_s))
+        return self._stream(self._request((messages, v2pe_delta, cache_salt), params, timeout_s))
 
     def generate(
         self,
@@ -180,16 +180,16 @@ class Engine:
         if len(each) != len(batch):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
-        def prepared() -> Iterator[Prepared]:
-            for index, messages in enumerate(batch):
+        def requests() -> Iterator[Request | Reply]:
+            for index, (messages, one) in enumerate(zip(batch, each, strict=True)):
                 try:
-                    yield self.prepare(messages, v2pe_delta, cache_salt)
+                    yield self._request((messages, v2pe_delta, cache_salt), one, timeout_s)
                 except InternVLError as error:
                     if len(batch) == 1:
                         raise
                     raise type(error)(f"request {index}: {error}") from error
 
-        return self.generate_prepared(prepared(), each, timeout_s=timeout_s, progress=progress)
+        return run_batch(self.loop, requests(), len(batch), max_running=self.options.max_num_seqs, progress=progress)
 
     def score(
         self,
@@ -273,16 +273,18 @@ class Engine:
     ) -> Prepared:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
-        proceed: called before each picture is decoded; it may raise. Raises RequestError or MediaError.
+        proceed: called before each picture is opened, and before it, or a frame of a video, is decoded; it may raise.
+        Raises RequestError, also if the engine is closed meanwhile, or MediaError.
         """
         self.loop.check()
-        prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt)
+        proceed = both(self.loop.check, proceed)
+        prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt, proceed)
         start_s = time.perf_counter()
         self._load_pictures(prepared, proceed)
         return replace(prepared, tile_s=time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
-        """Makes a prompt as `prepare` does, from rendered turns and the tiles of each of their pictures."""
+        """Makes a prompt as `prepare` does, from rendered turns and the tiles of each picture. Raises RequestError."""
         self.loop.check()
         prepared = self.preparer.prepare_turns(turns, tiles)
         self._load_pictures(prepared)
@@ -298,8 +300,7 @@ class Engine:
     ) -> list[Reply]:
         """Answers as `generate` does. Takes a prompt from `prompts` when fewer than `max_num_seqs` requests run."""
         requests = (self.new_request(prompt, each, timeout_s) for prompt, each in zip(prompts, params, strict=True))
-        most = self.options.max_num_seqs
-        return run_batch(self.loop, requests, len(params), max_running=most, progress=progress)
+        return run_batch(self.loop, requests, len(params), max_running=self.options.max_num_seqs, progress=progress)
 
     def new_request(
         self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
@@ -350,7 +351,21 @@ class Engine:
             if picture.image is None or not (is_cached or self.visual_cache.has(picture.digest, prepared.salt)):
                 self._uploads.load(picture)
 
-    def _stream(self, request: Request) -> Iterator[Piece]:
+    def _request(
+        self, asked: tuple[Messages, Delta | None, str | None], params: SamplingParams, timeout_s: float | None
+    ) -> Request | Reply:
+        """Prepares a request. Returns the reply to one whose time is over before it is prepared."""
+        start_s = time.perf_counter()
+        try:
+            prepared = self.prepare(*asked, until(start_s + (timeout_s or math.inf)))
+            return self.new_request(prepared, params, timeout_s)
+        except LateError:
+            return unprepared_reply(params, start_s)
+
+    def _stream(self, request: Request | Reply) -> Iterator[Piece]:
+        if isinstance(request, Reply):
+            yield from pieces_of([], request)
+            return
         self.loop.submit(request)
         try:
             reply = None

@@ -22,12 +22,14 @@ from internvl_rt.model.random_checkpoint import random_weights, write_random_tok
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
 
-_LOADED_IN: set[int] = set()  # ids of this process and of those it was forked from, if they have loaded a model
+_loaded_in: int | None = None  # id of the process, this one or one that it was forked from, that last loaded weights
 
 
 def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tokenizer, KVCache, MemoryPlan]:
     """Raises ConfigError, CheckpointError or RequestError, and EngineDeadError in a fork of a process that loaded."""
-    _check_process()
+    global _loaded_in
+    if _loaded_in is not None and _loaded_in != os.getpid():  # torch would wait for its threads, which stayed behind
+        raise forked(_loaded_in)
     target = choose_device(options.device)
     ops = _choose_ops(options, target)
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
@@ -38,19 +40,13 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
     )  # fmt: skip
     plan(weights_are_loaded=False)  # raises before memory is taken
+    _loaded_in = os.getpid()
     with memory_errors(target):
         weights = load(chosen, target)
         memory = plan()
         sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
         cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
         return InternVL(config, weights, ops), tokenizer, cache, memory
-
-
-def _check_process() -> None:
-    """Refuses to load where torch's threads stayed behind: its first parallel operation would wait for ever."""
-    if _LOADED_IN and os.getpid() not in _LOADED_IN:
-        raise forked(max(_LOADED_IN))
-    _LOADED_IN.add(os.getpid())
 
 
 def _open(
@@ -72,9 +68,10 @@ def _open(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.decoder.vocab_size} "
             "embeddings; the folder mixes files of different models"
         )
+    checkpoint = open_checkpoint(folder)
 
     def load(dtype: torch.dtype, device: torch.device) -> ModelWeights:
-        return load_weights(open_checkpoint(folder), config, dtype=dtype, device=device)
+        return load_weights(checkpoint, config, dtype=dtype, device=device)
 
     return config, tokenizer, load
 

@@ -241,7 +241,7 @@ class StepLoop:
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, counter = step.draws[row]
-            if counter == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
+            if counter == sequence.num_generated:  # not a draw after a draft token
                 sequence.unread_row = row
                 sequence.num_tokens += 1
         self._scheduler.launched(chunks)

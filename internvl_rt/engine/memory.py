@@ -12,7 +12,7 @@ from internvl_rt.errors import RequestError, TranslateErrors
 from internvl_rt.model.card import format_bytes
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
-from internvl_rt.steps.kv_cache import plan_num_blocks
+from internvl_rt.steps.kv_cache import least_num_blocks, plan_num_blocks
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 from internvl_rt.steps.step_graph import prefill_buckets
 
@@ -94,25 +94,28 @@ def plan_memory(
         free_bytes = free_host_bytes()
     workspace_bytes = vision_bytes + step_bytes + graph_bytes + cublas_bytes
     fixed_bytes = workspace_bytes + (0 if weights_are_loaded else weight_bytes)
+    block_bytes = kv_bytes_per_token(config.decoder, dtype) * options.block_size
     left = DEFAULT_CPU_CACHE_BYTES
     if free_bytes is not None:
         room = int(free_bytes * (1 - RESERVE))
         if fixed_bytes > room:
             all_bytes = room + (weight_bytes if weights_are_loaded else 0)
             raise RequestError(_too_large(dtype, device, weight_bytes, workspace_bytes, all_bytes))
-        if device.type == "cuda":
-            left = room - fixed_bytes - options.visual_cache_bytes
-        else:
-            left = min(left, room - fixed_bytes)
+        most = room - fixed_bytes - (options.visual_cache_bytes if device.type == "cuda" else 0)
+        left = most if device.type == "cuda" else min(left, most)
+        if options.kv_cache_bytes is not None:
+            most = free_bytes - fixed_bytes
+        least = least_num_blocks(options.block_size, options.max_model_len) * block_bytes
+        if least > most:
+            raise RequestError(_no_room_for_cache(dtype, device, options, least, max(most, 0)))
     num_blocks = plan_num_blocks(
         config.decoder,
         dtype,
         block_size=options.block_size,
-        cache_bytes=max(left, 0) if options.kv_cache_bytes is None else options.kv_cache_bytes,
+        cache_bytes=left if options.kv_cache_bytes is None else options.kv_cache_bytes,
         max_num_seqs=max_num_seqs,
         max_model_len=options.max_model_len,
     )
-    block_bytes = kv_bytes_per_token(config.decoder, dtype) * options.block_size
     if free_bytes is not None and num_blocks * block_bytes > free_bytes - fixed_bytes:
         raise RequestError(
             f"a KV cache of {format_bytes(num_blocks * block_bytes)} was asked for, but beside the model {device} has "
@@ -143,6 +146,21 @@ def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, work
     return (
         f"the model needs {format_bytes(weight_bytes)} for its weights in {str(dtype).removeprefix('torch.')} and "
         f"{format_bytes(workspace_bytes)} of workspace, but {device} has {format_bytes(room)} free; choose {remedies}"
+    )
+
+
+def _no_room_for_cache(dtype: torch.dtype, device: torch.device, options: EngineOptions, least: int, most: int) -> str:
+    """Says in one line that the `most` bytes beside the model hold no sequence, and which options change that."""
+    lower = ["max_tokens_per_step", "max_num_seqs"]
+    if options.max_model_len is not None or options.uses_torch(device):
+        lower.append("max_model_len")
+    if device.type == "cuda" and options.kv_cache_bytes is None and options.visual_cache_bytes:
+        lower.append("visual_cache_bytes")
+    smaller = "dtype bfloat16, a smaller model" if dtype == torch.float32 else "a smaller model"
+    return (
+        f"the KV cache of one sequence needs {format_bytes(least)}, but beside the model {device} has "
+        f"{format_bytes(most)} free; choose a lower {', '.join(lower[:-1])} or {lower[-1]}, {smaller} or another "
+        "device, or end what else takes its memory"
     )
 
 

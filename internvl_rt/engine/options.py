@@ -67,6 +67,9 @@ class EngineOptions:
     max_video_frames: most frames of a video that are decoded to reach the chosen ones.
     max_frame_pixels: most pixels of a frame of a video.
     max_video_pixels: most pixels of all chosen frames of a video together.
+    max_decoded_video_pixels: most pixels of the frames that are decoded to reach the chosen ones. The default, 74
+        minutes of 1080p at 30 frames a second, takes one core 3 minutes (smooth pictures) to 10 (8 Mbit a second); a
+        deadline or a cancellation ends that early.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
@@ -103,6 +106,7 @@ class EngineOptions:
     max_video_frames: int = _VIDEOS.max_video_frames
     max_frame_pixels: int = _VIDEOS.max_frame_pixels
     max_video_pixels: int = _VIDEOS.max_video_pixels
+    max_decoded_video_pixels: int = _VIDEOS.max_decoded_video_pixels
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True

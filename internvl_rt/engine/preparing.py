@@ -15,25 +15,17 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from internvl_rt.errors import QueueFullError
+from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.steps.device_stream import on_this_stream
 
 MEDIA_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
 TEXT_THREADS = 2
 
 T = TypeVar("T")
-Proceed = Callable[[], None]  # called now and then by work; raises when nobody waits for it, or the engine was closed
-
-
-def go_on() -> None:
-    """Lets work proceed, whoever waits for it."""
 
 
 class AbandonedError(Exception):
     """Ends work whose caller has gone."""
-
-
-class LateError(Exception):
-    """A call's time was over before it was prepared."""
 
 
 class Preparing:

@@ -35,8 +35,8 @@ class SequenceFactory:
         most = self._options.max_num_seqs
         if params.n > most:
             raise RequestError(
-                f"n is {params.n}, but at most max_num_seqs = {most} answers run together; lower n or raise "
-                "max_num_seqs"
+                f"n is {params.n}, but at most max_num_seqs = {most} answers to one prompt may be asked for; lower n "
+                "or raise max_num_seqs"
             )
         for token_id in params.stop_ids:
             if token_id >= self._vocab_size:

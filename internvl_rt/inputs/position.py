@@ -57,6 +57,6 @@ def auto_stride(num_tokens: int, spans: Sequence[VisualSpan], limit: int) -> int
         if num_positions <= limit:
             return stride
     raise RequestError(
-        f"the prompt takes {num_positions} positions even with v2pe_delta 1/256, expected at most {limit}; "
-        "send less text or fewer pictures, or ask for fewer new tokens"
+        f"the prompt takes {num_positions:,} positions even with v2pe_delta 1/256, expected at most {limit:,}; send "
+        f"less text{' or fewer pictures' if spans else ''}"
     )

@@ -17,9 +17,11 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, open_image
+from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.picture import Picture, picture_of_tiles, picture_of_visual_tokens
-from internvl_rt.inputs.position import DELTA, Delta, auto_stride, build_positions, parse_delta
-from internvl_rt.inputs.prompt import Media, Message, Prompt, Turn, build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
+from internvl_rt.inputs.proceed import Proceed, go_on
+from internvl_rt.inputs.prompt import Prompt, Turn, build_prompt, check_turns, turns_from_messages
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
@@ -77,19 +79,26 @@ class Preparer:
         self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
 
     def prepare(
-        self, messages: Items[dict[str, Any]], v2pe_delta: Delta | None = None, cache_salt: str | None = None
+        self,
+        messages: Items[dict[str, Any]],
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        proceed: Proceed = go_on,
     ) -> Prepared:
-        """Reads the media of a conversation and renders it; pictures are hashed, but not decoded.
+        """Reads the media of a conversation and renders it.
 
-        Raises RequestError or MediaError.
+        Pictures are hashed, but not decoded; frames of videos are decoded and cut to their tiles. proceed: called
+        before each picture is opened, and before each frame of a video is decoded; it may raise. Raises RequestError
+        or MediaError.
         """
         v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         start_s = time.perf_counter()
-        parsed = parse_messages(messages)
+        parsed = parse_messages(messages, self._max_model_len)
         self._check_size(parsed)
         pictures: list[Picture] = []
         frames_per_video: list[int] = []
         for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
+            proceed()
             if media.kind == "image":
                 pictures.append(_open(media.source, self._options_of(media)))
             elif media.kind == "image_embeds":
@@ -101,6 +110,7 @@ class Preparer:
                     num_segments=media.num_frames,
                     bound=media.bound,
                     limits=self._videos,
+                    proceed=proceed,
                 )
                 frames_per_video.append(len(frames))
                 pictures += frames
@@ -118,6 +128,8 @@ class Preparer:
 
         tiles: uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
         """
+        check_turns(turns)
+        check_list("tiles", tiles, "tensors or arrays of tiles, one for each picture")
         self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
         pictures: list[Picture] = []
         left = self._max_model_len
@@ -157,21 +169,31 @@ class Preparer:
     ) -> Prepared:
         start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(turns, self._tokenizer, counts, ends_empty=self._ends_empty, limit=self._max_model_len)
+        prompt = build_prompt(
+            turns,
+            self._tokenizer,
+            counts,
+            ends_empty=self._ends_empty,
+            limit=self._max_model_len,
+            remedy=self._remedy(pictures),
+        )
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self._max_model_len:
             raise RequestError(
                 f"the prompt has {num_tokens:,} tokens ({sum(counts):,} of pictures), but prompt and answer together "
-                f"may have {self._max_model_len:,}; shorten it, lower max_tiles, or raise max_model_len"
+                f"may have {self._max_model_len:,}; {self._remedy(pictures)}"
             )
         delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
         window = self._config.decoder.max_position
         stride = auto_stride(num_tokens, prompt.spans, window - 1) if delta == "auto" else parse_delta(delta)
         position_T, next_position = build_positions(num_tokens, prompt.spans, [stride] * len(prompt.spans))
         if next_position >= window:
+            remedy = "shorten it"
+            if pictures:
+                remedy += ", or lower max_tiles"
+                remedy += ", or choose a smaller v2pe_delta (or 'auto')" if stride > STRIDES[-1] else ""
             raise RequestError(
-                f"the prompt reaches position {next_position:,}, beyond the trained window of {window:,}; shorten it, "
-                "lower max_tiles, or choose a smaller v2pe_delta (or 'auto')"
+                f"the prompt reaches position {next_position:,}, beyond the trained window of {window:,}; {remedy}"
             )
         identity = None
         if self._identity is not None:
@@ -187,6 +209,13 @@ class Preparer:
             start_s=start_s,
             begun=turns[-1].open and any(turns[-1].parts),
         )
+
+    def _remedy(self, pictures: Items[Picture] = ()) -> str:
+        """Says what helps a prompt of too many tokens. More than the trained window are of no use to a text."""
+        ways = ["shorten it", *(["lower max_tiles"] if pictures else [])]
+        if self._max_model_len < self._config.decoder.max_position:
+            ways.append("raise max_model_len")
+        return ", or ".join(ways)
 
     def _check_size(self, messages: Items[Message]) -> None:
         """Refuses what cannot fit before any media are read."""
@@ -208,7 +237,7 @@ class Preparer:
         if num_characters > most or sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
             raise RequestError(
                 f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
-                f"{self._bytes_per_token} bytes; shorten it, or raise max_model_len"
+                f"{self._bytes_per_token} bytes; {self._remedy()}"
             )
 
     def _cut_frame(self, frame: ImageSource) -> Picture:

@@ -5,21 +5,18 @@ special tokens of the template is encoded as one piece, which gives the ids of t
 are inserted by id, so that nothing a user writes can end a turn or take a picture's place.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from itertools import groupby, islice
-from typing import Any, Final, Literal, TypeVar
+from itertools import groupby
+from typing import Final
 
-from internvl_rt.errors import RequestError, quoted
-from internvl_rt.inputs.tokenizer import Tokenizer
+from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.inputs.messages import ROLE, Media, Message, Role
+from internvl_rt.inputs.tokenizer import SHORTEN, Tokenizer
+from internvl_rt.values import read
 
 MARKER = "<image>"  # a picture's place in the text of the official interface; not a token
-
-Role = Literal["system", "user", "assistant"]
-_T = TypeVar("_T", bound=str)
-_DETAILS = ("auto", "low", "high")  # of OpenAI's image_url
-_MAX_SECONDS = 1e5  # of a video's bound, as in the official code
 
 
 class ImageMarker(Enum):
@@ -55,6 +52,21 @@ class Prompt:
     text: str  # as the official code renders it, every <IMG_CONTEXT> written out; without <s>
 
 
+def check_turns(turns: object) -> None:
+    """Raises RequestError unless these are turns that `build_prompt` can render."""
+    check_list("turns", turns, "turns")
+    assert isinstance(turns, Sequence)
+    if not turns:
+        raise RequestError("turns: expected at least one turn, got none; give the question")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Turn) or not isinstance(turn.parts, list | tuple):
+            raise RequestError(f"turns[{index}]: expected a Turn with a tuple of parts, got {quoted(turn)}; make one")
+        read(f"turns[{index}].role", turn.role, ROLE)
+        wrong = [part for part in turn.parts if part is not IMAGE and not isinstance(part, str)]
+        if wrong:
+            raise RequestError(f"turns[{index}].parts: expected texts and IMAGE, got {quoted(wrong[0])}; remove it")
+
+
 class _Token(Enum):
     """Special tokens of the template."""
 
@@ -70,6 +82,7 @@ def build_prompt(
     ends_empty: bool = False,
     user_specials: bool = False,
     limit: int | None = None,
+    remedy: str = SHORTEN,
 ) -> Prompt:
     """Renders `turns` and, after a last user turn, the beginning of the answer.
 
@@ -79,6 +92,7 @@ def build_prompt(
     user_specials: whether the tokens that the tokenizer hides from texts are read in them, as in the official code.
         They give no picture a place, which only `IMAGE` parts do.
     limit: most tokens that are worth rendering.
+    remedy: what helps if there are more, for the error.
 
     Raises RequestError if the counts do not match the parts, or if a long text is seen to have more than `limit` tokens
     before all of it is read.
@@ -98,10 +112,10 @@ def build_prompt(
             if limit is not None and len(ids) > limit:
                 raise RequestError(
                     f"the prompt has more than {len(ids):,} tokens, but prompt and answer together may have {limit:,}; "
-                    "shorten it, or raise max_model_len"
+                    f"{remedy}"
                 )
             left = None if limit is None else limit - len(ids)
-            ids += tokenizer.encode(piece, specials=user_specials, limit=left)
+            ids += tokenizer.encode(piece, specials=user_specials, limit=left, remedy=remedy)
             text.append(piece)
             continue
         for mark in group:
@@ -127,166 +141,6 @@ def _render(turns: Sequence[Turn], ends_empty: bool) -> Iterator[str | ImageMark
     if turns[-1].role == "user":
         yield _Token.TURN_START
         yield "assistant\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Media:
-    """A picture, a video or a picture's visual tokens as the request gives them, not yet read."""
-
-    kind: Literal["image", "video", "image_embeds"]
-    source: Any
-    max_tiles: int | None = None  # of a picture; None: the engine's limit
-    num_frames: int | None = None  # of a video; None: as many as the official code takes
-    bound: tuple[float, float] | None = None  # start and end of a video in seconds; None: all of it
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    parts: tuple[str | Media, ...]
-
-
-# The keys that a part may have besides "type" and the one of its type's name.
-_PART_OPTIONS = {
-    "text": (),
-    "image": ("detail", "max_tiles"),
-    "video": ("bound", "num_frames"),
-    "image_url": ("detail", "max_tiles"),
-    "image_embeds": (),
-}
-
-
-def parse_messages(messages: object) -> tuple[Message, ...]:
-    """Checks a conversation in OpenAI's form, and loads nothing.
-
-    Each message is {"role", "content"}, and a "name", which no template shows, is not read. The content is a string or
-    a list of these parts; an assistant's may be None, which is no text. An option that is None counts as left out.
-
-    * {"type": "text", "text": str}
-    * {"type": "image", "image": ...}, with "max_tiles" (at most the engine's) and "detail" as options
-    * {"type": "image_url", "image_url": {"url": str} or str}, with the same options; "detail" may stand beside "url"
-    * {"type": "video", "video": ...}, with "num_frames" and "bound" ([start, end] in seconds) as options
-    * {"type": "image_embeds", "image_embeds": ...}
-
-    detail: "low" is one tile unless max_tiles says otherwise; "auto" and "high" change nothing. Only the first message
-    may be a system message, and only user messages hold media. The last one is a user's, or an assistant's, which is
-    the beginning of the answer. Raises RequestError that names the place, such as messages[1].content[0].
-    """
-    items = _list_of(messages, "messages", "message")
-    parsed = tuple(_parse_message(item, f"messages[{index}]") for index, item in enumerate(items))
-    for index, message in enumerate(parsed[1:], start=1):
-        if message.role == "system":
-            raise RequestError(f"messages[{index}]: expected the system message to be the first; move it there")
-    if parsed[-1].role == "system" or all(message.role != "user" for message in parsed):
-        raise RequestError(
-            f"messages[{len(parsed) - 1}]: expected the last message to be a user's, or the beginning of the "
-            f"assistant's answer to one, got role {parsed[-1].role!r}; send the question to be answered"
-        )
-    return parsed
-
-
-def _parse_message(value: object, where: str) -> Message:
-    message = _object_with(value, ("content", "role"), ("name",), where)
-    role: Role = _choice(message["role"], ("system", "user", "assistant"), f"{where}.role")
-    content = message["content"]
-    if content is None and role == "assistant":
-        content = ""
-    if isinstance(content, str):
-        return Message(role, (content,))
-    items = _list_of(content, f"{where}.content", "part")
-    parts = tuple(_parse_part(item, f"{where}.content[{index}]") for index, item in enumerate(items))
-    for index, part in enumerate(parts):
-        if isinstance(part, Media) and role != "user":
-            raise RequestError(
-                f"{where}.content[{index}]: expected text in a message of role {role!r}, got a {part.kind}; "
-                "put pictures and videos into user messages"
-            )
-    return Message(role, parts)
-
-
-def _parse_part(value: object, where: str) -> str | Media:
-    kind = value.get("type") if isinstance(value, Mapping) else None
-    if not isinstance(kind, str) or kind not in _PART_OPTIONS:
-        raise RequestError(
-            f"{where}: expected an object whose type is text, image, video, image_url or image_embeds, got "
-            f"{_shown(value)}; send the content as one of these"
-        )
-    part = _object_with(value, (kind, "type"), _PART_OPTIONS[kind], where)
-    content = part[kind]
-    if kind == "text":
-        return _string(content, f"{where}.text")
-    if kind == "image_embeds":
-        return Media("image_embeds", content)
-    if kind == "video":
-        return Media("video", content, num_frames=_count(part, "num_frames", where), bound=_bound(part, where))
-    max_tiles, details = _count(part, "max_tiles", where), [(part, where)]
-    if kind == "image_url":
-        where = f"{where}.image_url"
-        if not isinstance(content, str):
-            inner = _object_with(content, ("url",), ("detail",), where)
-            content, details = _string(inner["url"], f"{where}.url"), [*details, (inner, where)]
-    for holder, place in details:
-        if holder.get("detail") is not None and _choice(holder["detail"], _DETAILS, f"{place}.detail") == "low":
-            max_tiles = max_tiles or 1
-    return Media("image", content, max_tiles)
-
-
-def _count(part: Mapping[str, Any], key: str, where: str) -> int | None:
-    value = part.get(key)
-    if value is not None and (type(value) is not int or value < 1):
-        raise RequestError(f"{where}.{key}: expected an integer of at least 1, got {quoted(value)}; correct it")
-    return value
-
-
-def _bound(part: Mapping[str, Any], where: str) -> tuple[float, float] | None:
-    value = part.get("bound")
-    if value is None:
-        return None
-    if isinstance(value, list | tuple) and len(value) == 2 and all(type(second) in (int, float) for second in value):
-        start, end = value
-        if -_MAX_SECONDS <= start <= end <= _MAX_SECONDS:
-            return float(start), float(end)
-    raise RequestError(f"{where}.bound: expected [start, end] in seconds, start first, got {quoted(value)}; correct it")
-
-
-def _choice(value: object, choices: tuple[_T, ...], where: str) -> _T:
-    for choice in choices:
-        if isinstance(value, str) and value == choice:
-            return choice
-    raise RequestError(f"{where}: expected one of {', '.join(choices)}, got {quoted(value)}; use one of these")
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{where}: expected a string, got {_shown(value)}; send a string")
-    return value
-
-
-def _list_of(value: object, where: str, what: str) -> Sequence[object]:
-    if not isinstance(value, list | tuple) or not value:
-        raise RequestError(f"{where}: expected a list with at least one {what}, got {_shown(value)}; send one")
-    return value
-
-
-def _object_with(value: object, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not {*required} <= set(value) <= {*required, *optional}:
-        remedy = "add what is missing and remove the others"
-        if optional:
-            remedy += f"; {', '.join(optional)} may be there too"
-        raise RequestError(
-            f"{where}: expected an object with exactly the keys {', '.join(required)}, got {_shown(value)}; {remedy}"
-        )
-    return value
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Mapping):
-        keys = [quoted(key).strip("'\"") for key in islice(value, 12)]
-        kind = f" and type {quoted(value['type'])}" if "type" in value else ""
-        return f"an object with the keys {', '.join(keys) or '(none)'}{kind}"
-    if isinstance(value, list | tuple) and not value:
-        return "an empty list"
-    return quoted(type(value).__name__).strip("'")
 
 
 def turns_from_messages(

@@ -35,7 +35,8 @@ class SamplingParams:
     repetition_penalty: divides the logits above 0 of generated tokens, and multiplies those below.
     presence_penalty: is subtracted from the logits of generated tokens.
     frequency_penalty: is subtracted once for each time that a token was generated.
-    n: answers to the same prompt, which is computed once; each draws with a seed of its own.
+    n: answers to the same prompt, which is computed once; each draws with a seed of its own. Answers to one prompt
+        leave a quarter of the engine's `max_num_seqs` places, at least one, to other requests: the rest begin later.
     seed: makes a draw reproducible whatever else runs; None: the engine's own seed decides.
     stop: the answer ends before whichever of these strings is complete first.
     stop_token_ids: the answer ends at any of these ids, which gives no text.

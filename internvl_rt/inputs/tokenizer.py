@@ -28,6 +28,8 @@ from internvl_rt.inputs.tokenizer_files import (
     with_added,
 )
 
+SHORTEN = "shorten it"  # what helps, in the error for a text that is too long
+
 # Tokens that end a turn, open one or stand for a picture.
 TEMPLATE_TOKENS = frozenset(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"])
 # Tokens that do so in other dialects, whose language models a checkpoint may have.
@@ -105,22 +107,21 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer has no token {token!r}; take all tokenizer files from one checkpoint")
         return token_id
 
-    def encode(self, text: str, *, specials: bool = False, limit: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, *, specials: bool = False, limit: int | None = None, remedy: str = SHORTEN
+    ) -> list[int]:
         """Returns the ids of `text`, without `prefix_ids`.
 
         Added tokens written in `text`, such as <ref> or <tool_call>, are read as tokens, as the official code does with
         a rendered prompt. Those of `hidden_ids` stay ordinary text, unless `specials` is set. Raises RequestError for
         text that is not valid Unicode, that the checkpoint's tokenizer cannot read, or that is seen to have more than
-        `limit` tokens before all of it is read.
+        `limit` tokens before all of it is read; `remedy` says what to do then.
         """
         utf8("text", text)
         ids: list[int] = []
         for part in slices(text, self._cut):
             if limit is not None and len(ids) > limit:
-                raise RequestError(
-                    f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; shorten it, or raise "
-                    "max_model_len"
-                )
+                raise RequestError(f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; {remedy}")
             ids += self._encode_all(part) if specials else self._encode_plain(part)
         if specials or self._spelled.keys().isdisjoint(ids):
             return ids

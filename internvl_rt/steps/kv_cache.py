@@ -130,6 +130,11 @@ def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
     return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
 
 
+def least_num_blocks(block_size: int, max_model_len: int | None) -> int:
+    """Counts the blocks of one sequence of `max_model_len` tokens; without a `max_model_len` any block will do."""
+    return 1 if max_model_len is None else -(-max_model_len // block_size)
+
+
 def plan_num_blocks(
     config: DecoderConfig,
     dtype: torch.dtype,
@@ -141,12 +146,12 @@ def plan_num_blocks(
 ) -> int:
     """Counts blocks for `max_num_seqs` sequences of `max_model_len` tokens, at most those that fit `cache_bytes`.
 
-    Without a `max_model_len` the trained window is planned for, and any cache of at least one block will do. Raises
-    RequestError if the cache cannot hold a single sequence of `max_model_len`.
+    Without a `max_model_len` the trained window is planned for. Raises RequestError if the cache cannot hold
+    `least_num_blocks`.
     """
     bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
     affordable = cache_bytes // bytes_per_block
-    required = 1 if max_model_len is None else -(-max_model_len // block_size)
+    required = least_num_blocks(block_size, max_model_len)
     if affordable < required:
         raise RequestError(
             f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs "

@@ -2,12 +2,15 @@
 
 Cached tokens of a prompt are not computed again. A sequence is admitted when the cache has room for all its tokens.
 Running sequences grow block by block; when no block is left, the one that was admitted last is preempted: it returns
-its blocks and starts again later. Admission is first come, first served, but a sequence that does not fit is overtaken.
+its blocks and starts again later. Admission is first come, first served, but a sequence that does not fit, or that the
+step has no tokens for, is overtaken by those at most half as long. While it waits it holds no place and no blocks, and
+what others compute may become its cached prefix.
 
-The answers to one prompt fork off when it is computed. Those that find no place then begin later, like sequences of
-their own; the prefix cache gives them the prompt.
+The answers to one prompt fork off when it is computed. Those that find no place then wait before all that came later,
+like sequences of their own; the prefix cache gives them the prompt.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence as Items
 
@@ -31,24 +34,28 @@ class Scheduler:
         self._max_tiles_per_step = max_tiles_per_step
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order of admission
-        # Of a request with several answers, the first that has not ended is like any other sequence. The further ones,
-        # of all requests together, leave a quarter of the places to others, whatever a single request asks for.
-        self._further: set[Sequence] = set()  # further answers that run, or wait with a right to a place
+        # Of the answers to one prompt that run, one is like any other sequence. The further ones, of all prompts
+        # together, leave a quarter of the places to others, an idle engine's too, so that a new request finds one.
         self._max_further = max(0, max_num_seqs - 1 - max(1, max_num_seqs // 4))
-        self._leaders: deque[Sequence] = deque()  # first answers with others that wait behind them
-        self._num_later = 0  # how many wait behind them
         self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + self._num_later
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence that can fit the empty cache."""
+        """Queues a sequence, with its siblings, that can fit the empty cache."""
+        num_cached = self._cache.match(sequence.token_ids, sequence.pictures, sequence.identity)
+        if sequence.score_from is not None:
+            num_cached = min(num_cached, sequence.score_from - 1)
+        sequence.num_expected = sequence.num_tokens - num_cached
+        for sibling in sequence.siblings:
+            sibling.first_id = sequence.seq_id
+            sibling.num_expected = sequence.num_tokens if sequence.identity is None else 1
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -58,36 +65,8 @@ class Scheduler:
             self._cache.blocks.release(sequence.seq_id)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        elif leader := next((leader for leader in self._leaders if sequence in leader.later), None):
-            self._leaders.remove(leader)
-            self._stand_behind(leader, [each for each in leader.later if each is not sequence])
         sequence.visual.clear()
         sequence.siblings.clear()
-        self._pass_place_on(sequence)
-
-    def _pass_place_on(self, sequence: Sequence) -> None:
-        """Lets an answer that waits behind others begin, now that a sequence has left."""
-        if sequence.later:
-            self._leaders.remove(sequence)
-            heir, *later = sequence.later
-            self._stand_behind(sequence, [])
-            self._stand_behind(heir, later)
-            self._waiting.append(heir)
-        if sequence in self._further:
-            self._further.remove(sequence)
-            if self._leaders:
-                leader = self._leaders.popleft()
-                further, *later = leader.later
-                self._stand_behind(leader, later)
-                self._further.add(further)
-                self._waiting.append(further)
-
-    def _stand_behind(self, leader: Sequence, later: list[Sequence]) -> None:
-        """Makes answers wait behind a leader, which is not in the queue of leaders, instead of those before."""
-        self._num_later += len(later) - len(leader.later)
-        leader.later = later
-        if later:
-            self._leaders.append(leader)
 
     def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
         """Takes slots for the next step's chunks and returns them; none if nothing can run before tokens are read.
@@ -105,7 +84,7 @@ class Scheduler:
             self._preempt(self._running[-1])
             preempted = True
         budget = self._max_tokens_per_step - sum([chunk.stop - chunk.start for chunk in decodes])
-        if self._waiting and not preempted:
+        if self._waiting and not preempted and budget > 0 and len(self._running) < self._max_num_seqs:
             self._admit_waiting(budget, prefilling)
         if not prefilling and all(not chunk.drafts for chunk in decodes):
             return decodes
@@ -125,14 +104,13 @@ class Scheduler:
                 sequence.siblings.clear()
 
     def _place_siblings(self, chunks: Items[Chunk]) -> None:
-        """Lets siblings whose prompt is now computed fork off as far as there are places; the others begin later."""
-        free = self._max_num_seqs - len(self._running)
+        """Lets siblings whose prompt is now computed fork off as far as there are places; the others wait for one."""
+        num_further = len(self._running) - len({sequence.first_id for sequence in self._running})
+        free = max(0, min(self._max_num_seqs - len(self._running), self._max_further - num_further))
         for sequence, _, stop, _ in chunks:
             if sequence.siblings and stop >= sequence.num_prompt:
-                most = max(0, min(free, self._max_further - len(self._further)))
-                self._stand_behind(sequence, sequence.siblings[most:])
-                del sequence.siblings[most:]
-                self._further.update(sequence.siblings)
+                self._waiting.extendleft(reversed(sequence.siblings[free:]))
+                del sequence.siblings[free:]
                 free -= len(sequence.siblings)
 
     def _fork(self, sequence: Sequence, sibling: Sequence) -> None:
@@ -174,7 +152,7 @@ class Scheduler:
             if start < sequence.num_prompt or start + 1 < num_tokens:
                 prefilling.append(sequence)
                 continue
-            room = sequence.max_tokens - (num_tokens - sequence.num_prompt)  # tokens still to be drawn
+            room = sequence.max_tokens - sequence.num_generated  # tokens still to be drawn
             if room <= 0 or budget == 0 or (sequence.needs_tokens and sequence.num_unread):
                 continue
             drafts: tuple[int, ...] = ()
@@ -204,7 +182,7 @@ class Scheduler:
 
         if prefilling:
             oldest = prefilling[0]
-            others = sorted(prefilling[1:], key=lambda sequence: sequence.num_tokens - sequence.num_computed)
+            others = sorted(prefilling[1:], key=lambda sequence: sequence.num_uncomputed)
             add_chunk(oldest, -(-budget // 2) if others else budget)
             for sequence in others:
                 add_chunk(sequence, budget)
@@ -236,26 +214,36 @@ class Scheduler:
         return stop, num_tiles
 
     def _admit_waiting(self, budget: int, prefilling: list[Sequence]) -> None:
-        """Admits while the budget has room; half of it is for sequences other than the oldest in prefill."""
-        remaining = [sequence.num_tokens - sequence.num_computed for sequence in prefilling]
+        """Admits sequences that the step has tokens for, while there are places and blocks."""
+        first_ids = {sequence.first_id for sequence in self._running}
+        unread_ids = {sequence.seq_id for sequence in self._running if len(sequence.token_ids) == sequence.num_prompt}
         passed: list[Sequence] = []  # sequences that did not fit
-        while len(passed) < min(len(self._waiting), LOOK_AHEAD):
-            if sum(remaining[1:]) >= max(budget - sum(remaining[:1]), budget // 2):
+        longest = _longest_to_admit(budget, prefilling)
+        for sequence in tuple(self._waiting):
+            if len(self._running) == self._max_num_seqs:
                 break
-            sequence = self._waiting[len(passed)]
-            if len(self._running) >= self._max_num_seqs:
-                break
-            if not self._admit(sequence):
-                if sequence.num_overtaken >= MAX_OVERTAKEN:
-                    break
-                passed.append(sequence)
+            if sequence.num_expected > longest:
                 continue
-            del self._waiting[len(passed)]
+            if sequence.first_id in first_ids and len(self._running) - len(first_ids) >= self._max_further:
+                continue
+            if sequence.first_id in unread_ids:  # its prompt is not cached before the step under way has ended
+                continue
+            if any(
+                each.first_id == sequence.first_id or sequence.num_expected > each.num_tokens // 2 for each in passed
+            ):
+                continue
+            if not self._admit(sequence):
+                passed.append(sequence)
+                if sequence.num_overtaken >= MAX_OVERTAKEN or len(passed) == LOOK_AHEAD:
+                    break
+                continue
+            self._waiting.remove(sequence)
             self._running.append(sequence)
+            first_ids.add(sequence.first_id)
             prefilling.append(sequence)
+            longest = _longest_to_admit(budget, prefilling)
             for overtaken in passed:
                 overtaken.num_overtaken += 1
-            remaining.append(sequence.num_tokens - sequence.num_computed)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Takes blocks for a sequence's tokens, if there is room; cached tokens need not be computed."""
@@ -283,3 +271,21 @@ class Scheduler:
         return self._cache.append(
             [chunk.sequence.seq_id for chunk in chunks], [chunk.stop - chunk.start for chunk in chunks]
         )
+
+
+def _longest_to_admit(budget: int, prefilling: Items[Sequence]) -> float:
+    """Returns the most tokens that a sequence may have to compute to be admitted beside those in prefill.
+
+    Those less than twice as long must leave it some of the tokens that the budget has besides the oldest's half. So a
+    sequence waits for none that is much longer than itself; and of long prompts of about one length, the oldest and one
+    other hold places and blocks.
+    """
+    left = budget - sum([sequence.num_uncomputed for sequence in prefilling])
+    if left > 0:
+        return math.inf
+    left = max(budget - prefilling[0].num_uncomputed, budget // 2)
+    for num_tokens in (0, *sorted([sequence.num_uncomputed for sequence in prefilling[1:]])):
+        left -= num_tokens
+        if left <= 0:
+            return num_tokens // 2
+    return math.inf

@@ -38,8 +38,8 @@ class Sequence:
     mask_W: NDArray[np.int32] | None = None  # one bit for each token: whether the grammar allows it next
     score_from: int | None = None  # log-probabilities are requested from this prompt token on
     siblings: list["Sequence"] = field(default_factory=list)  # sequences that fork off when the prompt is computed
-    later: list["Sequence"] = field(default_factory=list)  # siblings for which there was no place; they begin later
     drafter: PromptLookup | None = None  # guesses draft tokens, which a step then checks
+    first_id: int = field(init=False)  # seq_id of the first answer to the same prompt
     num_prompt: int = field(init=False)
     num_tokens: int = field(init=False)  # prompt and drawn tokens
     is_plain: bool = field(init=False)  # only a drawn token's id matters: no stop strings, log-probabilities or grammar
@@ -50,12 +50,14 @@ class Sequence:
     num_told: int = 0  # token ids that the KV cache knows
     num_published_blocks: int = 0  # blocks that other sequences may reuse
     num_cached: int = 0  # tokens that were cached when the sequence was first admitted
+    num_expected: int = 0  # tokens that a step must compute after admission, as they are not cached; an estimate
     num_overtaken: int = 0  # how often later sequences were admitted before this one
     was_admitted: bool = False
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed
 
     def __post_init__(self) -> None:
+        self.first_id = self.seq_id
         self.num_prompt = self.num_tokens = len(self.token_ids)
         self.is_plain = not (self.params.stop or self.params.logprobs is not None or self.matcher is not None)
         self.lists_tokens = self.params.has_penalties or self.params.min_tokens > 0
@@ -72,6 +74,10 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """float32 rotary positions of tokens [start, stop)."""

@@ -14,7 +14,8 @@ from transformers import Qwen2Tokenizer
 
 from internvl_rt.checkpoint.chat_template import find_system_message
 from internvl_rt.errors import ConfigError
-from internvl_rt.inputs.prompt import build_prompt, parse_messages, turns_from_messages
+from internvl_rt.inputs.messages import parse_messages
+from internvl_rt.inputs.prompt import build_prompt, turns_from_messages
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"

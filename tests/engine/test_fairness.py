@@ -27,6 +27,39 @@ def test_a_request_with_all_answers_that_may_run_leaves_a_place_to_others(max_nu
     run(main())
 
 
+def submit(engine, text, **params):
+    params = SamplingParams(**{"ignore_eos": True, "temperature": 1.0, "seed": 1} | params)
+    request = engine.new_request(engine.prepare(ask(text)), params)
+    engine.loop.submit(request)
+    return request
+
+
+def steps_to_end(engine, *requests):
+    """Runs steps until the requests have ended; returns how many there were."""
+    steps = engine.stats()["steps"]
+    while not all(request.done for request in requests):
+        assert engine.loop.step()
+    return engine.stats()["steps"] - steps
+
+
+@pytest.mark.parametrize("num_long", [1, 2, 3, 5])
+def test_a_short_request_is_answered_in_a_step_beside_any_number_of_long_prompts(num_long):
+    with load(max_tokens_per_step=64, kv_cache_bytes=1 << 24) as engine:
+        longs = [submit(engine, f"{number} " * 300, max_tokens=1) for number in range(num_long)]
+        engine.loop.step()
+        assert steps_to_end(engine, submit(engine, "Hello", max_tokens=1)) == 1
+        assert not any(request.done for request in longs)
+        assert steps_to_end(engine, *longs) >= 300 * num_long // 64
+
+
+def test_answers_begin_when_other_requests_have_left_their_places():
+    with load(max_num_seqs=8, kv_cache_bytes=1 << 24) as engine:
+        several = submit(engine, "Hello", n=6, max_tokens=60)
+        for _ in range(7):
+            submit(engine, "Hello", max_tokens=3)
+        assert steps_to_end(engine, several) <= 60 + 5
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_answers_that_begin_later_are_those_that_begin_at_once(prefix_cache):
     with load(kv_cache_bytes=1 << 24) as roomy, load(max_num_seqs=4, prefix_cache=prefix_cache) as narrow:

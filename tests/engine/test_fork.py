@@ -1,11 +1,14 @@
 """A process that was forked after an engine was used is told so at the first call, and ends; nothing hangs."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import internvl_rt
 from internvl_rt import EngineDeadError
 from support.calls import SHORT, ask, load
 
@@ -124,6 +127,38 @@ def test_every_call_in_a_child_is_refused_and_the_child_ends(start):
 def test_the_parent_goes_on_after_its_child_has_used_and_closed_the_engine():
     program = f"{COMMON}{SYNC}{AFTER_USE}\nprint(in_child(use))\nprint(list(stream)[-1].reply.usage.completion_tokens)"
     assert run(program) == "7\n20\n"
+
+
+REFUSED = """
+from internvl_rt import RequestError
+
+def is_wrong(error, **options):
+    try:
+        Engine.from_pretrained(**{"model": "tiny", "device": "cpu"} | options)
+    except error:
+        return
+    raise AssertionError(f"{options} were not refused")
+
+def load():
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        assert engine.chat(MESSAGES, SHORT).usage.completion_tokens == 20
+
+"""
+
+
+@pytest.mark.slow
+def test_a_child_may_load_a_model_if_its_parent_was_refused_one(tmp_path):
+    shutil.copytree(Path(internvl_rt.__file__).parent / "tiny", tmp_path / "tiny")
+    next((tmp_path / "tiny").glob("*.safetensors")).unlink()
+    program = f"""{COMMON}{REFUSED}
+is_wrong(ValueError, model="no such folder")
+is_wrong(ValueError, model={str(tmp_path / "tiny")!r})
+is_wrong(RequestError, kv_cache_bytes=1)
+print(in_child(load))
+load()
+print(in_child(lambda: is_refused(load)))
+"""
+    assert run(program) == "7\n7\n"
 
 
 ASYNC = """

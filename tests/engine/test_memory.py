@@ -1,6 +1,7 @@
 """The memory plan counts what it should, and a pass really stays within its workspace."""
 
 import gc
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -176,6 +177,37 @@ def test_on_the_cpu_the_cache_takes_what_is_left_and_at_most_4_gib(free_gib):
         caches.append(memory.cache_bytes)
     assert caches[0] == pytest.approx(4 * GIB, rel=0.01)
     assert caches[1] == pytest.approx(3.8 * GIB - memory.vision_bytes - memory.step_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("kv_cache_bytes", "max_model_len"), [(None, 1024), (1000, 4096), (GIB, 4096)])
+def test_memory_that_holds_the_model_but_no_sequence_is_said_to_be_short(free_gib, kv_cache_bytes, max_model_len):
+    """Neither a higher nor a lower kv_cache_bytes helps, and each option that the message names does."""
+    config, sizes = load_config(KNOWN_MODELS["InternVL3-1B"]), {"max_tokens_per_step": 512, "max_num_seqs": 64}
+
+    def plan_with(**options):
+        options = EngineOptions(**sizes | {"max_model_len": max_model_len} | options)
+        return plan_memory(config, torch.bfloat16, torch.device("cpu"), options, weight_bytes=2 * GIB, graphs=False)
+
+    free_gib(64)
+    memory = plan_with()
+    free_gib((memory.vision_bytes + memory.step_bytes + 10_645) / 0.95 / GIB)
+    message = (
+        r"the KV cache of one sequence needs (12|48)\.0 MiB, but beside the model cpu has \d+\.\d MiB free; choose"
+    )
+    with pytest.raises(RequestError, match=message) as caught:
+        plan_with(kv_cache_bytes=kv_cache_bytes)
+    named = set(re.findall("[a-z]+_[a-z_]+", str(caught.value)))
+    assert named == {"max_model_len", "max_num_seqs", "max_tokens_per_step"}
+    if kv_cache_bytes is None:
+        for name, value in {"max_model_len": 64, "max_tokens_per_step": 64, "max_num_seqs": 1}.items():
+            assert plan_with(**{name: value}).num_blocks > 0
+
+
+def test_on_a_gpu_visual_tokens_may_leave_no_room_for_a_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 24 * GIB))
+    config, options = load_config(KNOWN_MODELS["InternVL3-1B"]), EngineOptions(visual_cache_bytes=4 * GIB)
+    with pytest.raises(RequestError, match=r"needs 0\.8 MiB, but beside the model cuda has 0\.0 .* visual_cache_bytes"):
+        plan_memory(config, torch.bfloat16, torch.device("cuda"), options, weight_bytes=2 * GIB, graphs=False)
 
 
 def test_what_the_system_does_not_tell_is_not_guessed(monkeypatch):

@@ -61,7 +61,8 @@ WRONG = {
     "alpha": ["black", None, True, ["drop"]],
     **{
         f"max_{name}": [0, -1, 1.5, True, None, "9", 1 << 60]
-        for name in "pixels side image_bytes decode_bytes video_bytes video_frames frame_pixels video_pixels".split()
+        for name in "pixels side image_bytes decode_bytes video_bytes video_frames frame_pixels video_pixels "
+        "decoded_video_pixels".split()
     },
     "max_decode_s": [0, -1, math.nan, math.inf, True, None, "9"],
     "seed": [-1, "x", 1.0, True, 1 << 64],

@@ -2,6 +2,7 @@ import io
 import math
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
-from internvl_rt.inputs.video import VideoLimits, choose_frame_indices, load_video
+from internvl_rt.inputs.video import VideoLimits, choose_frame_indices, count_frames, load_video
 
 SIZE = (64, 48)
 
@@ -194,13 +195,42 @@ def test_a_file_object_is_read_as_a_video() -> None:
         (np.zeros((4, 5, 3), np.uint8), r"got ndarray uint8 \[4, 5, 3\]"),
         (np.zeros((2, 4, 5, 3)), r"got ndarray float64 \[2, 4, 5, 3\]"),
         (Image.new("RGB", (4, 5)), "got Image: convert it, or use an image part for a picture"),
+        (np.array(5), "got ndarray: convert it"),
+        (np.array(5, np.uint8), "got ndarray: convert it"),
+        (torch.tensor(5), "got Tensor: convert it"),
+        (np.zeros((2, 4, 5, 3), np.int8), r"got ndarray int8 \[2, 4, 5, 3\]"),
+        (torch.zeros(2, 4, 5, 3, dtype=torch.uint8).to_sparse(), "got Tensor: convert it"),
+        (torch.nested.nested_tensor([torch.zeros(4, 5, 3)], layout=torch.jagged), "got NestedTensor: convert it"),
+        (type("Shaped", (), {"shape": (2, 4, 5, 3)})(), "got Shaped: convert it"),
+        (type("Shaped", (), {"shape": 5, "dtype": "uint8"})(), "got Shaped: convert it"),
+        (type("Shaped", (), {"shape": None, "__len__": lambda self: 1})(), "got Shaped: convert it"),
         ([], "a list without frames: give at least one"),
         (np.zeros((0, 4, 5, 3), np.uint8), "a list without frames: give at least one"),
     ],
 )
 def test_what_is_no_video_is_refused_by_its_type(source: Any, problem: str) -> None:
-    with pytest.raises(MediaError, match=problem):
-        load_video(source)
+    for use in (load_video, lambda source: count_frames(source, None)):
+        with pytest.raises(MediaError, match=problem):
+            use(source)
+
+
+def test_frames_of_any_form_are_counted_before_they_are_read() -> None:
+    frames = np.zeros((6, 4, 5, 3), np.uint8)
+    for video in (frames, torch.from_numpy(frames), list(frames)):
+        assert (count_frames(video, None), count_frames(video, 2)) == (6, 2)
+    for video in ("no such file", b"", io.BytesIO()):
+        assert (count_frames(video, None), count_frames(video, 2)) == (32, 2)
+
+
+def test_a_frame_of_any_form_is_left_to_what_opens_it() -> None:
+    frames = [
+        type("Shaped", (), {"shape": 5})(),
+        3,
+        None,
+        torch.nested.nested_tensor([torch.zeros(4, 5)], layout=torch.jagged),
+        np.array(1),
+    ]
+    assert load_video(frames) == frames
 
 
 def test_frames_beyond_the_limits_are_refused_before_they_are_copied() -> None:
@@ -251,12 +281,14 @@ def test_decoders_off_the_list_are_refused() -> None:
         (VideoLimits(max_video_frames=19), "announces 20 frames, at most 19"),
         (VideoLimits(max_frame_pixels=64 * 48 - 1), "is 64x48; at most 3071 pixels"),
         (VideoLimits(max_video_pixels=4 * 64 * 48 - 1), "hold over 12287 pixels"),
+        (VideoLimits(max_decoded_video_pixels=20 * 64 * 48 - 1), "more than 61439 pixels in the frames up to its end"),
     ],
 )
 def test_limits_are_kept(limits: VideoLimits, expected: str) -> None:
     data = clip()
     assert expected in refusal(data, num_segments=4, limits=limits)
-    assert len(load_video(data, num_segments=4, limits=VideoLimits(20, 64 * 48, 4 * 64 * 48))) == 4
+    enough = VideoLimits(20, 64 * 48, len(data), 4 * 64 * 48, 20 * 64 * 48)
+    assert len(load_video(data, num_segments=4, limits=enough)) == 4
 
 
 @pytest.mark.parametrize("values", [{"max_video_frames": 0}, {"max_video_bytes": 1.0}, {"max_video_pixels": True}])
@@ -269,6 +301,8 @@ def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() ->
     data = bytearray(clip(container="avi"))
     struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 5)
     assert "has more than 19 frames" in refusal(bytes(data), num_segments=1, limits=VideoLimits(max_video_frames=19))
+    limits = VideoLimits(max_decoded_video_pixels=19 * 64 * 48)
+    assert "raise max_decoded_video_pixels" in refusal(bytes(data), num_segments=1, limits=limits)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +313,12 @@ def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() ->
         {"bound": (1.0, 0.5)},
         {"bound": (0.0, math.inf)},
         {"bound": (math.nan, 1.0)},
+        {"bound": (0, 10**400)},
+        {"bound": (0, 1e308)},
+        {"bound": (0, 200_000)},
+        {"bound": "01"},
+        {"bound": ()},
+        {"bound": 0},
         {"bound": (2.5, 3.0)},
         {"bound": (-3.0, -1.0)},
     ],
@@ -286,6 +326,50 @@ def test_frames_beyond_the_limit_are_refused_although_the_header_hides_them() ->
 def test_requests_that_select_nothing_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(arguments))):
         load_video(clip(), **arguments)
+
+
+class EndedError(Exception):
+    pass
+
+
+def ending_after(number: int) -> tuple[list[int], Callable[[], None]]:
+    """Returns a list that grows with each call of the function, which raises after some calls."""
+    calls: list[int] = []
+
+    def proceed() -> None:
+        calls.append(len(calls))
+        if len(calls) > number:
+            raise EndedError
+
+    return calls, proceed
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_reading_ends_between_two_frames_when_nobody_waits_any_more(codec: str) -> None:
+    data, made = clip(codec=codec), list[Any]()
+    assert len(load_video(data, num_segments=4, proceed=lambda: None)) == 4
+    for number in (0, 5, 19):
+        calls, proceed = ending_after(number)
+        with pytest.raises(EndedError):
+            load_video(data, num_segments=20, make=made.append, proceed=proceed)
+        assert len(calls) == number + 1
+    calls, proceed = ending_after(3)
+    made.clear()
+    with pytest.raises(EndedError):
+        load_video([np.zeros((4, 5, 3), np.uint8)] * 12, make=made.append, proceed=proceed)
+    assert len(made) == 3
+
+
+def test_packets_that_give_no_frame_count_as_work() -> None:
+    data = bytearray(clip(container="webm", codec="libvpx"))
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for packet in packets[1:]:
+        data[data.index(packet)] &= ~0x10  # VP8's flag that a frame is shown
+    calls, proceed = ending_after(1000)
+    limits = VideoLimits(max_decoded_video_pixels=19 * 64 * 48)
+    assert "raise max_decoded_video_pixels" in refusal(bytes(data), bound=(0, 0.1), limits=limits, proceed=proceed)
+    assert len(calls) == 20
 
 
 def test_missing_pyav_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

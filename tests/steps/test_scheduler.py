@@ -1,101 +1,10 @@
 """Tests which tokens run in a step: budget, order, picture borders, admission."""
 
-import itertools
-from dataclasses import replace
-from random import Random
-
-import numpy as np
 import pytest
-import torch
 
-from internvl_rt.inputs.picture import Picture
-from internvl_rt.inputs.prompt import VisualSpan
-from internvl_rt.inputs.sampling_params import SamplingParams
-from internvl_rt.model.ops import TORCH
-from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.scheduler import MAX_OVERTAKEN, Scheduler
-from internvl_rt.steps.sequence import Sequence
+from internvl_rt.steps.scheduler import MAX_OVERTAKEN
 from internvl_rt.steps.speculation import PromptLookup
-from internvl_rt.steps.step import fill_step, plan_step, shape_of
-from support.small_models import QWEN2
-
-CONFIG = replace(QWEN2, max_position=1000)
-BLOCK = 16
-ids = itertools.count()
-
-
-def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None):
-    pictures = tuple(
-        Picture(bytes(32), num_tiles, tiles=torch.zeros(1, 3, 2, 2), span=VisualSpan(start, size))
-        for start, size in spans
-    )
-    made = [
-        Sequence(
-            seq_id=next(ids),
-            token_ids=[0] * num_prompt,
-            position_T=np.arange(num_prompt, dtype=np.float32),
-            next_position=num_prompt,
-            pictures=pictures,
-            params=SamplingParams(max_tokens=max_tokens),
-            max_tokens=max_tokens,
-            stop_ids=frozenset(),
-            seed=0,
-            drafter=drafter,
-        )
-        for _ in range(n)
-    ]
-    made[0].siblings = made[1:]
-    return made[0]
-
-
-class Bench:
-    """A scheduler with a cache and without a runner: it counts the tokens that a runner would compute."""
-
-    def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30):
-        device = torch.device("cpu")
-        self.cache = KVCache(
-            CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device, ops=TORCH
-        )
-        self.scheduler = Scheduler(
-            self.cache, max_num_seqs=max_num_seqs, max_tokens_per_step=budget, max_tiles_per_step=tiles
-        )
-        self.names = {}
-        for sequence in sequences:
-            self.add(sequence)
-
-    def add(self, sequence):
-        for each in (sequence, *sequence.siblings):
-            self.names[each.seq_id] = len(self.names)
-        self.scheduler.add(sequence)
-
-    def launch(self, *, in_flight=False):
-        """Launches a step; returns its chunks as (name, start, stop), and the function that collects it."""
-        chunks = self.scheduler.schedule(in_flight=in_flight)
-        if not chunks:
-            return chunks, lambda: None
-        step = plan_step(chunks)
-        shape = shape_of(step, self.cache)
-        fill_step(step, self.cache, shape.views(np.empty(shape.size, np.int32), np.float32))
-        number = self.cache.blocks.num_steps
-        for draw in step.draws:
-            draw.sequence.num_tokens += 1
-        self.scheduler.launched(chunks)
-
-        def collect():
-            self.cache.end_step(number)
-            for draw in step.draws:
-                draw.sequence.token_ids.append(draw.counter)
-            self.cache.blocks.check_invariants()
-
-        return [(self.names[chunk.sequence.seq_id], chunk.start, chunk.stop) for chunk in chunks], collect
-
-    def step(self):
-        chunks, collect = self.launch()
-        collect()
-        return chunks
-
-    def steps(self, number):
-        return [self.step() for _ in range(number)]
+from support.scheduling import Bench, make
 
 
 def test_long_prompt_runs_in_chunks_of_the_budget():
@@ -123,6 +32,81 @@ def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them():
     assert sum(name != 0 for step in computed for name in step) >= 4, "others get the rest"
 
 
+@pytest.mark.parametrize("num_long", [1, 2, 3, 7, 50])
+def test_a_short_prompt_waits_for_no_number_of_long_ones(num_long):
+    longs = [make(1000) for _ in range(num_long)]
+    bench = Bench(*longs, num_blocks=4000)
+    bench.steps(3)
+    for _ in range(MAX_OVERTAKEN + 5):
+        short = make(3, max_tokens=1)
+        bench.add(short)
+        assert bench.steps_to_end([short]) == 1
+    assert sum(long.num_computed > 0 for long in longs) == min(num_long, 2), "the others hold neither place nor blocks"
+
+
+@pytest.mark.parametrize("length", [100, 300, 490])
+def test_a_prompt_waits_for_none_that_is_twice_as_long(length):
+    """It has the half of each step that is not for the oldest, so it takes twice the steps that it takes alone."""
+    bench = Bench(*[make(1000) for _ in range(4)], num_blocks=4000)
+    bench.step()
+    other = make(length, max_tokens=1)
+    bench.add(other)
+    assert bench.steps_to_end([other]) == -(-length // 5)
+
+
+@pytest.mark.parametrize("lengths", [[900] * 20, range(900, 880, -1), range(880, 900)])
+def test_a_short_prompt_waits_for_no_number_of_long_ones_that_do_not_fit(lengths):
+    bench = Bench(make(900), *map(make, lengths), num_blocks=60)
+    bench.steps(3)
+    short = make(3, max_tokens=1)
+    bench.add(short)
+    assert bench.steps_to_end([short]) == 1
+
+
+def test_long_prompts_are_computed_in_turn_however_many_short_ones_come():
+    longs = [make(500, max_tokens=1) for _ in range(4)]
+    bench = Bench(*longs, num_blocks=4000)
+    left, shorts, order = list(longs), [], []
+    for _ in range(4 * 100):  # the oldest has five of ten tokens
+        new = [make(6, max_tokens=1), make(6, max_tokens=1)]
+        shorts += new
+        for each in new:
+            bench.add(each)
+        bench.step()
+        assert bench.scheduler.num_running <= 8
+        shorts, before = bench.end(shorts), left
+        left = bench.end(left)
+        order += [each for each in before if each not in left]
+    assert order == longs
+
+
+def test_a_long_prompt_that_waits_reuses_what_those_before_it_compute():
+    longs = [make(500, max_tokens=1, identity=b"model") for _ in range(6)]
+    bench = Bench(*longs, num_blocks=4000)
+    assert bench.steps_to_end(longs) <= 102
+    assert [each.num_cached for each in longs] == [0, 0, 496, 496, 496, 496]
+
+
+@pytest.mark.parametrize("score_from", [None, 1])
+def test_a_long_prompt_that_is_cached_is_a_short_one(score_from):
+    known = make(500, max_tokens=1, identity=b"model")
+    bench = Bench(known, num_blocks=4000)
+    bench.steps_to_end([known])
+    for _ in range(5):
+        bench.add(make(1000))
+    bench.step()
+    assert bench.scheduler.num_running == 2
+    bench.add(make(500, max_tokens=1, identity=b"model", score_from=score_from))
+    bench.step()
+    assert bench.scheduler.num_running == (3 if score_from is None else 2), "scores need what is not cached"
+
+
+def test_a_step_without_tokens_for_a_second_prompt_admits_none():
+    bench = Bench(make(5), make(5), budget=1)
+    bench.step()
+    assert bench.scheduler.num_running == 1
+
+
 def test_chunk_ends_before_a_picture_that_it_would_cut():
     assert Bench(make(20, spans=[(6, 8)])).steps(2) == [[(0, 0, 6)], [(0, 6, 16)]]
 
@@ -144,69 +128,6 @@ def test_no_more_than_max_num_seqs_run():
     assert [name for name, *_ in bench.step()] == [0, 1]
     bench.scheduler.remove(sequences[0])
     assert [name for name, *_ in bench.step()] == [1, 2]
-
-
-def test_siblings_fork_off_the_computed_prompt_and_count_as_places():
-    bench = Bench(make(25, n=3), make(5, n=2), max_num_seqs=4, budget=20)
-    assert bench.steps(2) == [[(0, 0, 15), (3, 0, 5)], [(3, 5, 6), (4, 5, 6), (0, 15, 25)]]
-    assert bench.scheduler.num_running == 4, "one of three finds no place"
-    assert bench.step() == [(0, 25, 26), (3, 6, 7), (4, 6, 7), (1, 25, 26)]
-    assert bench.scheduler.num_waiting == 1
-
-
-@pytest.mark.parametrize(("max_num_seqs", "most"), [(1, 1), (2, 1), (3, 2), (4, 3), (8, 6), (64, 48)])
-def test_the_answers_of_one_request_leave_places_to_others(max_num_seqs, most):
-    several = make(5, n=max_num_seqs, max_tokens=1000)
-    answers = [several, *several.siblings]
-    bench = Bench(several, max_num_seqs=max_num_seqs, num_blocks=256, budget=200)
-    bench.steps(3)
-    assert bench.scheduler.num_running == most
-    assert bench.scheduler.num_waiting == max_num_seqs - most
-    if most < max_num_seqs:
-        bench.add(make(5))
-        assert bench.scheduler.num_waiting == max_num_seqs - most + 1
-        assert max_num_seqs in [name for name, *_ in bench.step()]
-        assert bench.scheduler.num_running == most + 1
-    for left in range(max_num_seqs, 0, -1):
-        running = [answer for answer in answers if answer.num_computed]
-        assert len(running) == min(most, left)
-        bench.scheduler.remove(running[-1])
-        answers.remove(running[-1])
-        bench.step()
-
-
-def test_answers_end_in_any_order_and_requests_are_cancelled_at_any_moment():
-    random, num_ended = Random(0), 0
-    for _ in range(60):
-        max_num_seqs = random.randint(1, 8)
-        bench = Bench(max_num_seqs=max_num_seqs, num_blocks=256, budget=random.choice([3, 200]))
-        requests = []
-
-        def end(answers, request):
-            for answer in answers:
-                bench.scheduler.remove(answer)  # noqa: B023
-                request.remove(answer)
-            return len(answers)
-
-        for turn in range(200):
-            if turn < 20 and random.random() < 0.4:
-                first = make(random.randint(1, 9), n=random.randint(1, max_num_seqs), max_tokens=50)
-                requests.append([first, *first.siblings])
-                bench.add(first)
-            elif requests and random.random() < 0.2:
-                request = random.choice(requests)
-                end(list(request), request)
-            bench.step()
-            assert bench.scheduler.num_running <= max_num_seqs
-            for request in requests:
-                drawn = [answer for answer in request if answer.num_tokens > answer.num_prompt]
-                num_ended += end(random.sample(drawn, random.randint(0, len(drawn))), request)
-            requests = [request for request in requests if request]
-        assert not requests, "everybody gets a place in the end"
-        assert bench.scheduler.num_running == bench.scheduler.num_waiting == 0
-        assert not bench.scheduler._further
-        assert not bench.scheduler._leaders
-    assert num_ended > 300
 
 
 def test_removing_a_waiting_or_unknown_sequence_releases_nothing():

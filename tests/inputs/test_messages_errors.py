@@ -5,7 +5,8 @@ import time
 import pytest
 
 from internvl_rt.errors import RequestError
-from internvl_rt.inputs.prompt import parse_messages, tiles_per_image
+from internvl_rt.inputs.messages import parse_messages
+from internvl_rt.inputs.prompt import tiles_per_image
 from support.hostile import HOSTILE
 
 
