@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from internvl_rt.errors import MediaError as MediaError
     from internvl_rt.errors import QueueFullError as QueueFullError
     from internvl_rt.errors import RequestError as RequestError
+    from internvl_rt.errors import StepError as StepError
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
     from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
 
@@ -37,7 +38,9 @@ _NAMES = {
     "engine.engine": "Engine",
     "engine.options": "EngineOptions",
     "engine.reply": "Choice Piece Reply Score Timings Usage",
-    "errors": "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError",
+    "errors": (
+        "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError StepError"
+    ),
     "inputs.sampling_params": "SamplingParams",
     "steps.logprobs": "TokenLogprob",
 }

@@ -1,7 +1,7 @@
 """The errors that a user can cause; everything else that escapes the package is a bug.
 
 Each message says what was wrong, what was expected, what was given and what to do, in one line. All errors that a
-request can cause are `ValueError`s, so a caller may catch them as one.
+request can cause are `ValueError`s, so a caller may catch them as one; those of the machine are `RuntimeError`s.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +40,13 @@ class RequestError(InternVLError, ValueError):
 
 class QueueFullError(RequestError):
     """The engine has as many requests in flight as it takes; a later try may succeed."""
+
+
+class StepError(InternVLError, RuntimeError):
+    """A step that computed tokens of this request failed by `__cause__`: a lack of memory, a fault, an interrupt.
+
+    It is no mistake in the request, so it is no ValueError. The engine works on, and a later try may succeed.
+    """
 
 
 class EngineDeadError(InternVLError, RuntimeError):

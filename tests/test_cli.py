@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from internvl_rt import Engine
 from internvl_rt.cli import main
+from internvl_rt.model.internvl import InternVL
 
 SAMPLES = Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples"
 SAMPLE = SAMPLES / "4719.png"
@@ -59,6 +61,27 @@ def test_a_question_that_takes_more_memory_than_there_is_leaves_the_conversation
     printed = capsys.readouterr()
     assert printed.out == "4719\n"
     assert "memory ran out; this question is forgotten" in printed.err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("a\nfault")])
+def test_a_step_that_fails_is_one_line_and_ends_no_conversation(capsys, monkeypatch, error):
+    def fail_once(model, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return original(model, *args)
+
+    original, calls = InternVL.run_step, []
+    monkeypatch.setattr(InternVL, "run_step", fail_once)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"Hello\n/image {SAMPLE}\nRead the digits.\n"))
+    assert main(["chat", "tiny", "--ignore-eos", "--max-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "4719" in printed.out
+    assert [type(error).__name__ in line for line in printed.err.splitlines()] == [False] * 4 + [True]
+
+    calls.clear()
+    assert main(["chat", "tiny", "Hello", "--ignore-eos"]) == 2
+    assert capsys.readouterr().err.startswith("internvl-rt: ")
 
 
 def test_a_part_that_is_missing_leads_to_the_doctor(capsys, monkeypatch):

@@ -109,6 +109,7 @@ MODULES = [
     "steps.step_graph",
     "steps.runner",
     "steps.__init__",
+    "engine.failures",
     "engine.options",
     "engine.host_memory",
     "engine.memory",

@@ -132,7 +132,8 @@ class Engine:
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass
             before the prompt is prepared, as with a long video, the answer is empty, and no tokens are counted.
 
-        Raises RequestError or MediaError, and then nothing has changed.
+        Raises RequestError or MediaError, and then nothing has changed; StepError if a fault or an interrupt of another
+        thread ended the answer.
         """
         params = self.check_call(params, timeout_s)
         request = self._request((messages, v2pe_delta, cache_salt), params, timeout_s)
@@ -341,14 +342,15 @@ class Engine:
     def _load_pictures(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
         """Decodes and uploads pictures in the caller's thread, so that a broken one is this caller's error alone.
 
-        Skips an image whose keys and values are in the KV cache, or whose visual tokens are kept.
+        Skips an image whose visual tokens are kept, which then stay as long as this picture, or whose keys and values
+        are in the KV cache; if they leave it before the request runs, its step decodes the picture.
         """
         token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
         num_cached = self.cache.match(token_ids, pictures, prepared.identity) if pictures else 0
         for picture in pictures:
             proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
-            if picture.image is None or not (is_cached or self.visual_cache.has(picture.digest, prepared.salt)):
+            if picture.image is None or not (self.visual_cache.hold(picture, prepared.salt) or is_cached):
                 self._uploads.load(picture)
 
     def _request(
@@ -366,8 +368,8 @@ class Engine:
         if isinstance(request, Reply):
             yield from pieces_of([], request)
             return
-        self.loop.submit(request)
         try:
+            self.loop.submit(request)
             reply = None
             while reply is None:
                 new_texts = self.loop.advance(request)

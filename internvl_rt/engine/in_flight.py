@@ -56,34 +56,42 @@ class InFlight:
 
     def fail(self, request: Request, error: BaseException, outcome: str) -> None:
         """Ends a request without a reply and returns its blocks."""
-        notify = self._notifies.get(request)
         request.error = error
         self._forget(request, outcome)
-        if notify is not None:
-            notify()
+        self._tell(request)
 
     def fail_all(self, error: Callable[[], BaseException], outcome: str) -> None:
         """Fails every request, each with an error of its own, because raising an error adds a traceback to it."""
         for request in list(self._requests):
             self.fail(request, error(), outcome)
 
-    def fail_chunks(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """Fails the requests that the chunks belong to."""
+    def fail_chunks(self, chunks: Iterable[Chunk], error: Callable[[], BaseException]) -> None:
+        """Fails the requests that the chunks belong to, each with an error of its own."""
         for chunk in chunks:
             if owned := self._answers.get(chunk.sequence.seq_id):
-                self.fail(owned[0], error, "error")
+                self.fail(owned[0], error(), "error")
+
+    def unfinished(self, chunks: Iterable[Chunk]) -> list[Chunk]:
+        """Returns the chunks whose answers have not ended."""
+        return [chunk for chunk in chunks if chunk.sequence.seq_id in self._answers]
+
+    def start_over(self, error: Callable[[], BaseException]) -> None:
+        """Fails every request and empties the scheduler, which an error may have left in any state, as this object."""
+        self._scheduler.clear([answer.sequence for request in self._requests for answer in request.answers])
+        self.abandon(error)
 
     def abandon(self, error: Callable[[], BaseException]) -> None:
-        """Fails every request without a call to the scheduler, which an error may have left in any state."""
-        self.finished["error"] += len(self._requests)
-        requests, notifies = list(self._requests), list(self._notifies.values())
-        for held in (self._requests, self._notifies, self._answers):
-            held.clear()
-        for request in requests:
-            request.error = error()
+        """Fails every request without a call to the scheduler. If this is interrupted, it may be called again."""
+        self._answers.clear()
+        while self._requests:
+            request = next(iter(self._requests))
+            if not request.done and request.reply is None:
+                request.error = error()
+                self.finished["error"] += 1
             request.end()
-        for notify in notifies:
-            notify()
+            del self._requests[request]
+        for request in list(self._notifies):
+            self._tell(request)
 
     def end_late(self) -> None:
         """Ends the requests whose deadline has passed; their answers keep the text so far."""
@@ -91,13 +99,11 @@ class InFlight:
         if now_s < self._next_deadline_s:
             return
         for request in [request for request in self._requests if request.deadline_s <= now_s]:
-            notify = self._notifies.get(request)
             for answer in request.answers:
                 if answer.sequence.finish_reason is None:
                     answer.read(len(answer.sequence.generated_ids))
                     self._finish(request, answer, "timeout")
-            if notify is not None:
-                notify()
+            self._tell(request)
         self._next_deadline_s = min((request.deadline_s for request in self._requests), default=math.inf)
 
     def collect(self, launched: LaunchedStep, result: StepResult) -> None:
@@ -110,7 +116,6 @@ class InFlight:
             final = [sequence for sequence in final if sequence not in broken]
         self._scheduler.publish(final)
         touched = self._charge(computed, launched, result)
-        notifies = [notify for each in touched if (notify := self._notifies.get(each))] if self._notifies else []
         if step.scored:
             self._accept_scores(step, result.scores)
         self.num_generated += len(step.draws)
@@ -131,8 +136,9 @@ class InFlight:
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
                 continue  # nearly every token needs nothing more
             self._accept(*owned, token_id, result.logprobs[row], num_generated)
-        for notify in notifies:
-            notify()
+        if self._notifies:
+            for request in touched:
+                self._tell(request)
 
     def trace_unfinished(self) -> None:
         """Writes the requests in flight to the trace, with their numbers so far."""
@@ -234,6 +240,13 @@ class InFlight:
         request.reply = build_reply(request)
         self._forget(request, reason)
 
+    def _tell(self, request: Request) -> None:
+        """Tells the caller of a request, if it wants to be told; the last time when the request is done."""
+        if (notify := self._notifies.get(request)) is not None:
+            notify()
+            if request.done:
+                del self._notifies[request]
+
     def _release(self, answer: Answer) -> None:
         if self._answers.pop(answer.sequence.seq_id, None) is not None:
             self._scheduler.remove(answer.sequence)
@@ -241,8 +254,6 @@ class InFlight:
     def _forget(self, request: Request, outcome: str) -> None:
         if request not in self._requests:
             return
-        del self._requests[request]
-        self._notifies.pop(request, None)
         for answer in request.answers:
             self._release(answer)
         self.finished[outcome] += 1
@@ -250,6 +261,7 @@ class InFlight:
             LOG.debug("%s", json.dumps(figures_of(request, outcome)))
         self._trace_request(request, outcome)
         request.end()
+        del self._requests[request]  # comes last, so that `start_over` finds what an error left here half done
 
     def _trace_request(self, request: Request, outcome: str) -> None:
         if self.trace is None:

@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
+from internvl_rt.engine.failures import dead, errors_of_picture, errors_of_step, fault_errors, shareable, without_frames
 from internvl_rt.engine.in_flight import InFlight, Notify
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError, forked
+from internvl_rt.errors import QueueFullError, RequestError, forked
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
@@ -39,7 +40,7 @@ class StepLoop:
         # before each one; else it would take `_lock` again before those that wait for it have woken up.
         self._queue_lock = threading.Lock()
         self._wake_worker: Callable[[], None] | None = None  # None: there is no worker thread
-        self._worker_error: BaseException | None = None  # what ended the worker thread
+        self._fatal_error: BaseException | None = None  # what ended the worker thread, or this object's own repair
         self._closed = False
         self._num_steps = 0
         self._process_id = os.getpid()
@@ -67,10 +68,10 @@ class StepLoop:
     def check(self) -> None:
         """Raises RequestError or EngineDeadError if the engine takes no requests any more."""
         self._check_process()
-        if self._worker_error is not None:
-            raise _dead(self._worker_error)
+        if self._fatal_error is not None:
+            raise dead(self._fatal_error)
         if self._closed:
-            raise RequestError("the engine is closed; load the model again")
+            raise _closed()
 
     def submit(self, request: Request, notify: Notify | None = None) -> None:
         """notify: a worker thread calls it between steps when there is text, a reply or an error."""
@@ -86,7 +87,11 @@ class StepLoop:
                     f"{len(self._in_flight)} requests are in flight, which is the limit; try again later, or raise "
                     "max_num_seqs or max_waiting"
                 )
-            self._in_flight.add(request, notify)
+            try:
+                self._in_flight.add(request, notify)
+            except BaseException:
+                self._in_flight.fail(request, RequestError("the request was cancelled"), "cancelled")
+                raise
         if self._wake_worker is not None:
             self._wake_worker()
 
@@ -134,10 +139,7 @@ class StepLoop:
         Leaves the scheduler and the cache alone, since the thread may have died in the middle of changing them.
         """
         with self._locked():
-            self._worker_error = _without_frames(cause)
-            self._launched.clear()
-            self._cancelled.clear()
-            self._in_flight.abandon(lambda: _dead(cause))
+            self._die(without_frames(cause))
 
     def close(self) -> None:
         """Fails the requests in flight and refuses others from now on. Does nothing in a forked process."""
@@ -145,12 +147,19 @@ class StepLoop:
             return
         with self._locked():
             self._closed = True
-            self._in_flight.fail_all(lambda: RequestError("the engine was closed; load the model again"), "cancelled")
-            self._collect_down_to(0)
+            try:
+                self._in_flight.fail_all(_closed, "cancelled")
+                self._collect_down_to(0)
+            except BaseException as error:
+                self._start_over(error)
+                raise
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Computes the visual tokens [X, D] of a picture, for use on the calling thread's stream."""
-        with self._locked():
+        """Computes the visual tokens [X, D] of a picture, for use on the calling thread's stream.
+
+        Raises MediaError for a broken picture, StepError for a fault or a lack of memory.
+        """
+        with self._locked(), fault_errors():
             self.check()
             return self._runner.encode(picture, salt)
 
@@ -175,9 +184,11 @@ class StepLoop:
         with self._locked():
             if trace is not None and self._in_flight.trace is not None:
                 raise RequestError("this engine writes a trace already, and only one at a time; end that one first")
-            if trace is None:
-                self._in_flight.trace_unfinished()
-            self._in_flight.trace = trace
+            try:
+                if trace is None:
+                    self._in_flight.trace_unfinished()
+            finally:
+                self._in_flight.trace = trace
 
     def step(self) -> bool:
         """Runs one step; returns False if there was nothing to do."""
@@ -200,29 +211,59 @@ class StepLoop:
 
     def _end_cancelled_unless_busy(self) -> None:
         """Ends cancelled requests, or leaves that to the call that holds the lock."""
-        while self._cancelled and self._lock.acquire(blocking=False):
+        while self._cancelled:
+            held = False
             try:
+                held = self._lock.acquire(blocking=False)
+                if not held:
+                    return
                 self._end_cancelled()
                 if not self._in_flight:  # no other call would collect the launched steps, which hold blocks
                     self._collect_down_to(0)
+            except BaseException as error:
+                if held:
+                    self._start_over(error)
+                if not isinstance(error, Exception):
+                    raise
             finally:
-                self._lock.release()
+                if held:
+                    self._lock.release()
 
     def _step(self) -> bool:
+        try:
+            return self._run_step()
+        except BaseException as error:
+            self._start_over(error)
+            if not isinstance(error, Exception):  # it interrupts this thread
+                raise
+            return True
+
+    def _run_step(self) -> bool:
         self._end_cancelled()
         self._in_flight.end_late()
         if not self._in_flight:
             self._collect_down_to(0)
             return False
         chunks = self._scheduler.schedule(in_flight=bool(self._launched))
-        if chunks:
+        assert chunks or self._launched, "a step without work: an unfinished sequence can always run"
+        if chunks := self._with_pictures(chunks or []):
             self._launch(chunks)
-        else:
-            assert self._launched, "a step without work: an unfinished sequence can always run"
         self._collect_down_to(1 if chunks and self.run_ahead else 0)
         if not self._in_flight:
             self._collect_down_to(0)
         return True
+
+    def _with_pictures(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Decodes pictures that have left the caches since their request was made; one that fails ends that alone."""
+        failed = False
+        for chunk in chunks:
+            if chunk.sequence.pictures and chunk.start < chunk.sequence.num_prompt:
+                try:
+                    self._runner.load_pictures(chunk)
+                except Exception as error:
+                    self._in_flight.fail_chunks([chunk], errors_of_picture(error))
+                    failed = True
+        return self._in_flight.unfinished(chunks) if failed else chunks
 
     def _collect_down_to(self, most: int) -> None:
         """Collects the oldest steps until at most `most` are launched."""
@@ -233,11 +274,9 @@ class StepLoop:
         step = plan_step(chunks)
         try:
             launched = self._runner.launch(step)
-        except BaseException as error:  # the cache's content for the chunks is unknown now, so their requests end
+        except Exception as error:  # the cache's content for the chunks is unknown now, so their requests end
             self._collect_down_to(0)
             self._end_step_of(chunks, error)
-            if not isinstance(error, Exception):  # it interrupts this thread
-                raise
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, counter = step.draws[row]
@@ -248,9 +287,9 @@ class StepLoop:
         self._launched.append(launched)
         self._num_steps += 1
 
-    def _end_step_of(self, chunks: Iterable[Chunk], error: BaseException) -> None:
-        """Fails the requests of a failed step."""
-        self._in_flight.fail_chunks(chunks, error if isinstance(error, Exception) else _dead(error))
+    def _end_step_of(self, chunks: Iterable[Chunk], error: Exception) -> None:
+        """Fails the requests of a step that failed on the device, and no others."""
+        self._in_flight.fail_chunks(chunks, errors_of_step(error))
         self._collect_down_to(0)
         self._runner.fail()
 
@@ -258,10 +297,8 @@ class StepLoop:
         """Waits for a launched step and gives its tokens to their requests."""
         try:
             result = self._runner.collect(launched)
-        except BaseException as error:  # the tokens that the step drew are lost
+        except Exception as error:  # the tokens that the step drew are lost
             self._end_step_of(launched.step.chunks, error)
-            if not isinstance(error, Exception):
-                raise
             return
         if self._in_flight.trace is not None:
             self._in_flight.trace.step(launched, result, self.stats())
@@ -273,21 +310,30 @@ class StepLoop:
             if not request.done:
                 self._in_flight.fail(request, RequestError("the request was cancelled"), "cancelled")
 
+    def _start_over(self, error: BaseException) -> None:
+        """Ends every request after an error that came between two changes that belong together, and clears the books.
 
-def _without_frames(error: BaseException) -> BaseException:
-    """Removes the tracebacks of an error, and of all those that it came from."""
-    pending: list[BaseException | None] = [error]
-    while pending:
-        if (each := pending.pop()) is not None and each.__traceback__ is not None:
-            each.__traceback__ = None
-            pending += each.__cause__, each.__context__
-    return error
+        So nothing goes on from half a change. An interrupt of a worker thread is left to `fail_worker`.
+        """
+        if self._wake_worker is not None and not isinstance(error, Exception):
+            return
+        try:
+            self._launched.clear()
+            self._in_flight.start_over(errors_of_step(error))
+            self._runner.fail()
+        except Exception as second:
+            self._die(shareable(second))
+        except BaseException as second:  # impatience: all of this may be done again
+            self._start_over(second)
+            raise
+
+    def _die(self, cause: BaseException) -> None:
+        """Fails every request and refuses new ones. cause: without frames, because this object keeps it."""
+        self._fatal_error = cause
+        self._launched.clear()
+        self._cancelled.clear()
+        self._in_flight.abandon(lambda: dead(cause))
 
 
-def _dead(cause: BaseException) -> EngineDeadError:
-    error = EngineDeadError(
-        f"the thread that ran the engine's steps was ended by {cause!r}, and what it ran is lost; send the request "
-        "again, to a new engine if this one refuses it"
-    )
-    error.__cause__ = cause
-    return error
+def _closed() -> RequestError:
+    return RequestError("the engine is closed; load the model again")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.engine.failures import is_out_of_memory
 from internvl_rt.engine.host_memory import free_host_bytes
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError, TranslateErrors
@@ -168,8 +169,7 @@ def memory_errors(device: torch.device) -> TranslateErrors:
     """Makes one line of the error of an allocation that fails all the same, as when others take memory meanwhile."""
 
     def translate(error: BaseException) -> RequestError | None:
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and not (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             return None
         return RequestError(
             f"the memory of {device} ran out while the model was loaded; choose a smaller dtype or model, another "

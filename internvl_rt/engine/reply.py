@@ -13,9 +13,9 @@ from internvl_rt.steps.sequence import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    prompt_tokens: int  # visual tokens included
-    image_tokens: int
-    completion_tokens: int  # of all answers, stop tokens included
+    prompt_tokens: int = 0  # visual tokens included
+    image_tokens: int = 0
+    completion_tokens: int = 0  # of all answers, stop tokens included
     cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache
 
     @property
@@ -31,18 +31,18 @@ class Timings:
     not add up over requests.
     """
 
-    media_s: float  # reading and identifying pictures, decoding videos
-    tile_s: float  # decoding, resizing and cutting pictures; 0 for pictures in the cache
-    vision_s: float  # vision tower and projector
-    prefill_s: float  # decoder steps up to the first token, that token's draw included
-    decode_s: float  # decoder steps after the first token
-    queued_s: float  # from the end of preparation until the request's first step began
-    first_token_s: float  # from the call to the first token
-    total_s: float
-    num_decoded: int  # tokens of the longest answer after its first
-    vision_work: Work
-    prefill_work: Work
-    decode_work: Work  # includes other requests' pictures, as decode_s does
+    media_s: float = 0.0  # reading and identifying pictures, decoding videos
+    tile_s: float = 0.0  # decoding, resizing and cutting pictures; 0 for pictures in the cache
+    vision_s: float = 0.0  # vision tower and projector
+    prefill_s: float = 0.0  # decoder steps up to the first token, that token's draw included
+    decode_s: float = 0.0  # decoder steps after the first token
+    queued_s: float = 0.0  # from the end of preparation until the request's first step began
+    first_token_s: float = 0.0  # from the call to the first token
+    total_s: float = 0.0
+    num_decoded: int = 0  # tokens of the longest answer after its first
+    vision_work: Work = NO_WORK
+    prefill_work: Work = NO_WORK
+    decode_work: Work = NO_WORK  # includes other requests' pictures, as decode_s does
 
     @property
     def per_token_s(self) -> float:
@@ -122,21 +122,8 @@ def unprepared_reply(params: SamplingParams, start_s: float) -> Reply:
     empty = Choice("", [], "timeout", logprobs=None if params.logprobs is None else ())
     return Reply(
         choices=(empty,) * params.n,
-        usage=Usage(prompt_tokens=0, image_tokens=0, completion_tokens=0),
-        timings=Timings(
-            media_s=0.0,
-            tile_s=0.0,
-            vision_s=0.0,
-            prefill_s=0.0,
-            decode_s=0.0,
-            queued_s=0.0,
-            first_token_s=0.0,
-            total_s=time.perf_counter() - start_s,
-            num_decoded=0,
-            vision_work=NO_WORK,
-            prefill_work=NO_WORK,
-            decode_work=NO_WORK,
-        ),
+        usage=Usage(),
+        timings=Timings(total_s=time.perf_counter() - start_s),
         prompt_logprobs=None if params.prompt_logprobs is None else (),
     )
 

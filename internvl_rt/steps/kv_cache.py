@@ -6,6 +6,7 @@ offset`.
 """
 
 from collections.abc import Sequence as Items
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -80,6 +81,11 @@ class KVCache:
     def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
         """Takes slots for each sequence's next tokens. False: there is no room, and nothing has changed."""
         return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+
+    def discard(self, seq_id: int) -> None:
+        """Returns the blocks of a sequence that may have been admitted or not."""
+        with suppress(ValueError):  # not admitted
+            self.blocks.release(seq_id)
 
     def publish(self, final: Items[tuple[Sequence, int]]) -> None:
         """Lets others reuse the first tokens of sequences, given with their number, once their steps have ended.

@@ -114,6 +114,14 @@ class Runner:
                 prefill, cache, drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
             )
 
+    def load_pictures(self, chunk: Chunk) -> None:
+        """Decodes the pictures that a chunk touches, if that was not done. Raises MediaError for a broken one."""
+        sequence = chunk.sequence
+        for index in sequence.pictures_within(chunk.start, chunk.stop):
+            picture = sequence.pictures[index]
+            if index not in sequence.visual and not self._visual_cache.hold(picture, sequence.salt):
+                self._uploads.load(picture)
+
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences."""
@@ -249,10 +257,10 @@ class Runner:
         """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
             return self._uploads.load(picture).get().to(self._model.device)
-        visual_XD = self._visual_cache.get(picture.digest, salt)
+        visual_XD = self._visual_cache.get(picture, salt)
         if visual_XD is None:
             visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))
-            self._visual_cache.put(picture.digest, salt, visual_XD)
+            self._visual_cache.put(picture, salt, visual_XD)
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:

@@ -68,6 +68,15 @@ class Scheduler:
         sequence.visual.clear()
         sequence.siblings.clear()
 
+    def clear(self, sequences: Items[Sequence]) -> None:
+        """Forgets all sequences and returns the blocks of the given ones, whatever an error has left half changed."""
+        self._running.clear()
+        self._waiting.clear()
+        for sequence in sequences:
+            self._cache.discard(sequence.seq_id)
+            sequence.visual.clear()
+            sequence.siblings.clear()
+
     def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
         """Takes slots for the next step's chunks and returns them; none if nothing can run before tokens are read.
 

@@ -2,8 +2,11 @@
 
 import threading
 from collections import OrderedDict
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
+
+from internvl_rt.inputs.picture import Picture
 
 Key = tuple[bytes, str | None]  # digest, salt
 
@@ -18,31 +21,41 @@ class VisualCache:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._entries: OrderedDict[Key, Tensor] = OrderedDict()  # least recently used first
+        self._held: WeakKeyDictionary[Picture, Tensor] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self.num_bytes = 0
         self.num_queries = 0
         self.num_hits = 0
 
-    def has(self, digest: bytes, salt: str | None) -> bool:
-        """Says whether a picture's visual tokens are here, and counts no query."""
-        return (digest, salt) in self._entries
+    def hold(self, picture: Picture, salt: str | None) -> bool:
+        """Says whether a picture's visual tokens are here, and if so keeps them for it as long as it lives.
 
-    def get(self, digest: bytes, salt: str | None) -> Tensor | None:
+        So a request that found them when it was made finds them when it runs. Counts no query.
+        """
+        with self._lock:
+            visual_XD = self._entries.get((picture.digest, salt))
+            if visual_XD is not None:
+                self._held[picture] = visual_XD
+            return picture in self._held
+
+    def get(self, picture: Picture, salt: str | None) -> Tensor | None:
         """Returns visual tokens [X, D], or None if they are not here."""
         with self._lock:
             self.num_queries += 1
-            visual_XD = self._entries.get((digest, salt))
-            if visual_XD is not None:
-                self.num_hits += 1
-                self._entries.move_to_end((digest, salt))
+            key = picture.digest, salt
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            visual_XD = self._entries.get(key, self._held.get(picture))
+            self.num_hits += visual_XD is not None
             return visual_XD
 
-    def put(self, digest: bytes, salt: str | None, visual_XD: Tensor) -> None:
+    def put(self, picture: Picture, salt: str | None, visual_XD: Tensor) -> None:
         """Keeps visual tokens, unless they are larger than the whole cache."""
         with self._lock:
-            if visual_XD.nbytes > self._capacity_bytes or (digest, salt) in self._entries:
+            key = picture.digest, salt
+            if visual_XD.nbytes > self._capacity_bytes or key in self._entries:
                 return
-            self._entries[digest, salt] = visual_XD
+            self._entries[key] = visual_XD
             self.num_bytes += visual_XD.nbytes
             while self.num_bytes > self._capacity_bytes:
                 _, oldest = self._entries.popitem(last=False)

@@ -12,7 +12,9 @@ from contextlib import aclosing
 
 import pytest
 
-from internvl_rt import AsyncEngine, EngineDeadError, MediaError, RequestError
+from internvl_rt import AsyncEngine, EngineDeadError, MediaError, RequestError, StepError
+from internvl_rt.engine.in_flight import InFlight
+from internvl_rt.steps.scheduler import Scheduler
 from support.calls import (
     ENDLESS,
     PATIENCE_S,
@@ -135,21 +137,15 @@ def test_step_that_fails_ends_its_own_requests_and_nothing_else(monkeypatch):
 
     monkeypatch.setattr(engine.model, "run_step", fail_once)
     results = run(main())
-    failures = [result for result in results if isinstance(result, RuntimeError)]
+    failures = [result for result in results if isinstance(result, StepError)]
     assert 1 <= len(failures) <= 2
-    assert {str(failure) for failure in failures} == {"device fault"}
-    replies = [result for result in results if not isinstance(result, RuntimeError)]
+    assert all("a step failed by RuntimeError('device fault')" in str(failure) for failure in failures)
+    replies = [result for result in results if not isinstance(result, StepError)]
     assert [reply.token_ids for reply in replies] == [expected.token_ids] * len(replies)
 
 
-@pytest.mark.parametrize(
-    ("place", "cause"),
-    [
-        ("scheduler", AssertionError("the block counts are wrong")),
-        ("model", KeyboardInterrupt()),
-        ("model", SystemExit(3)),
-    ],
-)
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("place", ["scheduler", "model"])
 def test_dead_step_thread_fails_everyone_at_once_and_says_why(monkeypatch, caplog, place, cause):
     engine = load(max_num_seqs=4)
 
@@ -182,6 +178,72 @@ def test_dead_step_thread_fails_everyone_at_once_and_says_why(monkeypatch, caplo
 
     run(main())
     assert [record.message for record in caplog.records] == ["the thread that runs the engine's steps has died"]
+
+
+def test_an_error_in_the_books_fails_everyone_and_the_engine_works_on(monkeypatch):
+    """The requests of a step are not known before it is scheduled, so those that wait end too."""
+    engine = load(max_num_seqs=2)
+    expected = engine.chat(ask("Hello"), SHORT)
+
+    def fail(*_, **__):
+        raise AssertionError("the block counts are wrong")
+
+    async def main():
+        async with AsyncEngine(engine) as e:
+            streams = [e.stream(ask("Hello"), ENDLESS) for _ in range(2)]
+            for stream in streams:
+                await begin(stream)
+            waiting = asyncio.create_task(collect(e.stream(ask("Hello"), ENDLESS)))
+            while e.stats()["waiting"] < 1:
+                await asyncio.sleep(0.001)
+            monkeypatch.setattr(engine.loop._scheduler, "schedule", fail)
+            results = await asyncio.gather(*map(collect, streams), waiting, return_exceptions=True)
+            monkeypatch.undo()
+            for result in results:
+                assert isinstance(result, StepError)
+                assert "AssertionError('the block counts are wrong')" in str(result)
+            await until_idle(engine)
+            assert (await e.chat(ask("Hello"), SHORT)).token_ids == expected.token_ids
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Scheduler, "schedule"),
+        (Scheduler, "publish"),
+        (Scheduler, "remove"),
+        (InFlight, "_forget"),
+        (InFlight, "_tell"),
+    ],
+)
+def test_memory_that_runs_out_between_two_steps_leaves_nobody_waiting_and_no_answer_wrong(monkeypatch, owner, name):
+    engine = load(max_num_seqs=2)
+    expected = engine.chat(ask("Hello"), SHORT)
+    original, calls = getattr(owner, name), []
+
+    def fail_once(*args, **keywords):
+        calls.append(name)
+        result = original(*args, **keywords)
+        if len(calls) == 2:
+            raise MemoryError
+        return result
+
+    async def main():
+        async with AsyncEngine(engine) as e:
+            monkeypatch.setattr(owner, name, fail_once)
+            calls_of_one = (e.chat(ask("Hello"), SHORT) for _ in range(5))
+            results = await asyncio.gather(*calls_of_one, return_exceptions=True)
+            await until_idle(engine)
+            return [*results, await e.chat(ask("Hello"), SHORT)]
+
+    *results, last = run(main())
+    assert len(calls) > 2
+    failures = [result for result in results if isinstance(result, StepError)]
+    assert all("memory ran out in a step" in str(failure) for failure in failures)
+    replies = [result for result in results if not isinstance(result, StepError)]
+    assert [reply.token_ids for reply in [*replies, last]] == [expected.token_ids] * (len(replies) + 1)
 
 
 def test_close_ends_open_streams_and_can_be_called_again():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from internvl_rt import Engine, MediaError, RequestError, SamplingParams
+from internvl_rt import Engine, MediaError, RequestError, SamplingParams, StepError
 from internvl_rt.inputs import image as image_module
 from internvl_rt.inputs.identity import build_identity
 from support.calls import ask
@@ -155,7 +155,7 @@ def test_the_failed_step_leaves_no_prefix_behind(engine, monkeypatch):
         raise RuntimeError("device fault")
 
     monkeypatch.setattr(engine.model, "run_step", fail)
-    with pytest.raises(RuntimeError, match="device fault"):
+    with pytest.raises(StepError, match="device fault"):
         engine.chat(ask("Read the digits.", png(14)), PARAMS)
     monkeypatch.undo()
     assert engine.chat(ask("Read the digits.", png(14)), PARAMS).usage.cached_tokens == 0
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_end_leaves_no_prefix_behind_though_the_one_after_i
             return launched
 
         monkeypatch.setattr(engine.runner, "launch", launch)
-        with pytest.raises(RuntimeError, match="device fault"):
+        with pytest.raises(StepError, match="device fault"):
             engine.chat(ask(text), PARAMS)
         assert engine.cache.blocks.num_steps > 3, "another step was under way"
         assert engine.chat(ask(text), PARAMS).usage.cached_tokens == 2 * BLOCK, "the first step's tokens, and no others"

@@ -1,11 +1,23 @@
 """AnswerText decides when text becomes visible: at stop strings, whitespace and the end of an answer."""
 
+import time
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from internvl_rt import SamplingParams
-from internvl_rt.engine.reply import AnswerText
+from internvl_rt.engine.reply import AnswerText, unprepared_reply
+
+
+def test_a_reply_to_a_request_that_was_late_counts_nothing():
+    reply = unprepared_reply(SamplingParams(n=2, logprobs=1), time.perf_counter() - 1.0)
+    assert [(choice.text, choice.finish_reason, choice.logprobs) for choice in reply.choices] == [
+        ("", "timeout", ())
+    ] * 2
+    assert (reply.usage.total_tokens, reply.usage.cached_tokens, reply.timings.num_decoded) == (0, 0, 0)
+    assert 1.0 <= reply.timings.total_s < 10.0
+    assert reply.timings.render()
 
 
 class Pieces:

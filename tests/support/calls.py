@@ -4,12 +4,13 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
 
-from internvl_rt import Engine, Piece, SamplingParams
+from internvl_rt import Engine, Piece, Reply, SamplingParams
+from internvl_rt.engine.request import Request
 
 PATIENCE_S = 20.0  # a call that takes longer hangs; no call takes a tenth of this
 SHORT = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -73,3 +74,46 @@ def check_nothing_is_left(caplog: pytest.LogCaptureFixture) -> None:
     gc.collect()
     assert not threads()
     assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+
+
+def ids(reply: Reply) -> list[list[int]]:
+    return [choice.token_ids for choice in reply.choices]
+
+
+def attempt(call: Callable[..., Any], *args: object) -> Any:
+    """Returns a call's result, or its error."""
+    try:
+        return call(*args)
+    except BaseException as error:
+        return error
+
+
+def submit(engine: Engine, messages: list[dict[str, Any]], params: SamplingParams) -> Request:
+    request = engine.new_request(engine.prepare(messages), params)
+    engine.loop.submit(request)
+    return request
+
+
+def advance(engine: Engine, request: Request) -> list[list[int]] | None:
+    """Runs a step as a caller does; returns the ids of a request that is done, or None."""
+    try:
+        engine.loop.advance(request)
+    except BaseException:
+        engine.loop.cancel(request)
+        raise
+    return ids(request.reply) if request.reply is not None else None
+
+
+def outcomes(engine: Engine, calls: list[tuple[list[dict[str, Any]], SamplingParams]]) -> list[Any]:
+    """Asks all at once and lets them take turns in running steps. Returns the ids or the error of each."""
+    return finish(engine, [attempt(submit, engine, *call) for call in calls])
+
+
+def finish(engine: Engine, requests: list[Any]) -> list[Any]:
+    """Lets requests take turns in running steps, to the end of all; what is no request stays as it is."""
+    found = list(requests)
+    while running := [(index, each) for index, each in enumerate(found) if isinstance(each, Request)]:
+        for index, request in running:
+            if (result := attempt(advance, engine, request)) is not None:
+                found[index] = result
+    return found

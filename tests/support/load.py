@@ -12,7 +12,7 @@ import av
 import numpy as np
 import torch
 
-from internvl_rt import Engine, MediaError, Reply, SamplingParams
+from internvl_rt import Engine, MediaError, Reply, SamplingParams, StepError
 
 SAMPLES = sorted((Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
 # Options of the engine that computes the expected answers: nothing is reused, and no answer may depend on them.
@@ -142,7 +142,9 @@ def run_load(
             continue
         try:
             piece = next(chosen.stream)
-        except Fault:
+        except StepError as error:
+            if not isinstance(error.__cause__, Fault):
+                raise
             outcome.faulted += 1
             streams.remove(chosen)
             continue
