@@ -37,6 +37,7 @@ MODULES = [
     "inputs.image",
     "inputs.mp4",
     "inputs.video",
+    "inputs.snapshot",
     "inputs.slices",
     "inputs.tokenizer_files",
     "inputs.tokenizer",
@@ -121,7 +122,9 @@ MODULES = [
     "engine.in_flight",
     "engine.loop",
     "engine.batch",
+    "engine.worker",
     "engine.preparing",
+    "engine.scoring",
     "engine.engine",
     "engine.async_engine",
     "engine.__init__",
@@ -155,7 +158,7 @@ MODULES = [
 # The modules that may import each library. Any module may import a library that is not listed here.
 HOMES = {
     "internvl_rt._C": ["steps.kv_cache", "doctor.machine"],
-    "PIL": ["inputs.tiles", "inputs.decoding", "inputs.pil_picture", "inputs.image", "inputs.video"],
+    "PIL": ["inputs.tiles", "inputs.decoding", "inputs.pil_picture", "inputs.image", "inputs.video", "inputs.snapshot"],
     "av": ["inputs.video"],
     "huggingface_hub": ["checkpoint.find"],
     "jinja2": ["checkpoint.template_walk"],

@@ -1,36 +1,40 @@
 """The engine for asyncio: a few threads prepare requests, and one worker thread runs the steps."""
 
 import asyncio
-import logging
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
-from internvl_rt.engine.engine import SCORING, Engine, Messages, build_score
+from internvl_rt.engine.engine import Engine, Messages
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
-from internvl_rt.engine.preparing import Preparing, has_media
+from internvl_rt.engine.preparing import Given, Preparing, has_media
 from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Request
+from internvl_rt.engine.scoring import SCORING, build_score, read_responses
+from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
+from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
+from internvl_rt.values import Flag, read
 
-LOG = logging.getLogger("internvl_rt")
+ROOM_S = 0.05  # pause between two attempts to find room for the next response of a call of `score`
 
 
 class AsyncEngine:
@@ -39,6 +43,10 @@ class AsyncEngine:
     Tasks may call it in the event loops of any threads; meanwhile the engine's own methods refuse requests. No event
     loop waits for a step or for the decoding of a picture. A caller cancels its request when its task is cancelled, or
     when it closes or drops its stream; a caller that only stops reading keeps its request, within its `timeout_s`.
+
+    A call copies what it is given at once, before it is awaited, so that the caller may change that and call again. For
+    pixels given as arrays, tensors or decoded Pillow pictures the event loop waits meanwhile, 0.1 to 0.3 s for 64
+    megapixels; for paths and encoded pictures it does not. Files are read later.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,16 +54,22 @@ class AsyncEngine:
         self._engine, self._steps = engine, engine.loop
         most = engine.options.max_num_seqs + engine.options.max_waiting
         self._preparing = Preparing(engine.device, most, self._steps.check)
-        wake_ups = _WakeUps()
+        self._copy_limits = CopyLimits(
+            images=engine.options.images(engine.config),
+            videos=engine.options.videos,
+            max_media=engine.max_model_len // engine.config.tokens_per_tile,
+            max_visual_bytes=engine.max_model_len * engine.config.decoder.hidden_size * 8,  # as float64
+        )
+        wake_ups = WakeUps()
         self._steps.use_worker(wake_ups.wake)
         # The thread is a daemon, because at exit the interpreter joins all other threads before it runs anything that
-        # could end them: a program that forgets to close would never end. `_stop_worker` ends the thread in time. The
+        # could end them: a program that forgets to close would never end. `stop_worker` ends the thread in time. The
         # thread does not refer to this object, which could otherwise never be collected.
         self._thread = threading.Thread(
-            target=_run_steps, args=(self._steps, wake_ups), name="internvl_rt steps", daemon=True
+            target=run_steps, args=(self._steps, wake_ups), name="internvl_rt steps", daemon=True
         )
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _stop_worker, wake_ups, self._thread)
+        self._finalizer = weakref.finalize(self, stop_worker, wake_ups, self._thread)
         self._close_lock = threading.Lock()
         self._closer: threading.Thread | None = None
         self._closed: Future[None] = Future()
@@ -67,7 +81,7 @@ class AsyncEngine:
         """Loads a checkpoint as `Engine.from_pretrained` does, and blocks the event loop meanwhile."""
         return cls(Engine(*load_parts(model, options), options))
 
-    async def stream(
+    def stream(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
@@ -82,22 +96,11 @@ class AsyncEngine:
         pictures, the answer is empty, and no tokens are counted. Raises RequestError or MediaError, QueueFullError if
         there are more requests than the engine takes, EngineDeadError if the worker thread has died.
         """
-        start_s = time.perf_counter()
-        try:
-            call = await self._begin(messages, params, v2pe_delta, cache_salt, timeout_s, start_s, every_piece=True)
-        except LateError:
-            yield Piece("", unprepared_reply(params or SamplingParams(), start_s))
-            return
-        try:
-            reply = None
-            while reply is None:
-                piece = await call.next_piece()
-                reply = piece.reply
-                yield piece
-        finally:
-            call.cancel()
+        return self._stream(
+            partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s), params
+        )
 
-    async def chat(
+    def chat(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
@@ -105,19 +108,12 @@ class AsyncEngine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
-    ) -> Reply:
+    ) -> Coroutine[Any, Any, Reply]:
         """Answers as `Engine.chat` does. Raises what `stream` raises, and takes `timeout_s` as it does."""
-        start_s = time.perf_counter()
-        try:
-            call = await self._begin(messages, params, v2pe_delta, cache_salt, timeout_s, start_s)
-        except LateError:
-            return unprepared_reply(params or SamplingParams(), start_s)
-        try:
-            return await call.reply()
-        finally:
-            call.cancel()
+        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s)
+        return self._chat(begin, params)
 
-    async def score(
+    def score(
         self,
         messages: Messages,
         responses: Items[str],
@@ -125,28 +121,19 @@ class AsyncEngine:
         include_end: bool = False,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
-    ) -> list[Score]:
-        """Scores responses as `Engine.score` does. Raises what `stream` raises."""
-        prepare = partial(self._engine.prepare_scores, messages, responses, include_end, v2pe_delta, cache_salt)
-        scored = await self._preparing.run(prepare, media=has_media(messages))
-        calls: list[_Call] = []
-        replies: list[Reply] = []
-        try:
-            for prepared in scored:
-                if len(calls) - len(replies) == self._engine.options.max_num_seqs:
-                    replies.append(await calls[len(replies)].reply())
-                calls.append(await self._start(partial(self._scoring, prepared)))
-            while len(replies) < len(calls):
-                replies.append(await calls[len(replies)].reply())
-        finally:
-            for call in calls:
-                call.cancel()
-        return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
+    ) -> Coroutine[Any, Any, list[Score]]:
+        """Scores responses as `Engine.score` does. Raises what `stream` raises.
 
-    async def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
+        A full engine refuses the first response, and then nothing is computed; further ones wait until there is room.
+        """
+        texts = Given(partial(read_responses, responses))
+        return self._score(self._copy(messages), texts, include_end, v2pe_delta, cache_salt)
+
+    def encode_images(
+        self, images: Items[ImageSource], *, cache_salt: str | None = None
+    ) -> Coroutine[Any, Any, list[Tensor]]:
         """Encodes pictures as `Engine.encode_images` does. Raises what `stream` raises."""
-        work = partial(self._engine.encode_while, images, cache_salt)
-        return await self._preparing.run(work, media=True)
+        return self._encode(Given(partial(self._copy_pictures, images)), cache_salt)
 
     def stats(self) -> dict[str, int | float]:
         """Returns what `Engine.stats` does, and the number of calls that are being prepared or wait for that."""
@@ -173,6 +160,89 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _copy(self, messages: Messages) -> Given[Messages]:
+        def copy() -> Messages:
+            self._preparing.check()  # nothing is copied for a call that is refused
+            return snapshot(messages, self._copy_limits)
+
+        return Given(copy)
+
+    def _copy_pictures(self, images: Items[ImageSource]) -> Items[ImageSource]:
+        self._preparing.check()
+        check_list("images", images, "pictures")
+        limits = replace(self._copy_limits, max_media=MAX_ITEMS)  # they need not fit one prompt
+        return snapshot(list(islice(images, MAX_ITEMS + 1)), limits, "image")
+
+    async def _stream(
+        self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None
+    ) -> AsyncGenerator[Piece, None]:
+        start_s = time.perf_counter()
+        try:
+            call = await begin(start_s, every_piece=True)
+        except LateError:
+            yield Piece("", unprepared_reply(params or SamplingParams(), start_s))
+            return
+        try:
+            reply = None
+            while reply is None:
+                piece = await call.next_piece()
+                reply = piece.reply
+                yield piece
+        finally:
+            call.cancel()
+
+    async def _chat(self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None) -> Reply:
+        start_s = time.perf_counter()
+        try:
+            call = await begin(start_s)
+        except LateError:
+            return unprepared_reply(params or SamplingParams(), start_s)
+        try:
+            return await call.reply()
+        finally:
+            call.cancel()
+
+    async def _score(
+        self,
+        given: Given[Messages],
+        texts: Given[tuple[str, ...]],
+        include_end: bool,
+        v2pe_delta: Delta | None,
+        cache_salt: str | None,
+    ) -> list[Score]:
+        messages, responses, include_end = given.take(), texts.take(), read("include_end", include_end, Flag())
+        prepare = partial(self._engine.prepare, messages, v2pe_delta, cache_salt)
+        prompt = await self._preparing.run(prepare, media=has_media(messages))
+        del prepare, messages
+        running: deque[_Call] = deque()
+        scores: list[Score] = []
+        try:
+            for text in responses:
+                make = partial(self._make_scoring, prompt, text, include_end)
+                while True:
+                    if len(running) < self._engine.options.max_num_seqs:
+                        try:
+                            running.append(await self._start(make))
+                            break
+                        except QueueFullError:
+                            if not (running or scores):
+                                raise
+                    if running:
+                        scores.append(build_score(await running[0].reply()))
+                        running.popleft()
+                    else:
+                        await asyncio.sleep(ROOM_S)
+            while running:
+                scores.append(build_score(await running[0].reply()))
+                running.popleft()
+        finally:
+            for call in running:
+                call.cancel()
+        return scores
+
+    async def _encode(self, given: Given[Items[ImageSource]], cache_salt: str | None) -> list[Tensor]:
+        return await self._preparing.run(partial(self._engine.encode_while, given.take(), cache_salt), media=True)
+
     def _close(self) -> None:
         try:
             self._finalizer()
@@ -183,12 +253,13 @@ class AsyncEngine:
         except BaseException as error:
             self._closed.set_exception(error)
 
-    def _scoring(self, prepared: Prepared, _: Proceed) -> Request:
+    def _make_scoring(self, prompt: Prepared, response: str, include_end: bool, _: Proceed) -> Request:
+        prepared = self._engine.preparer.prepare_score(prompt, response, include_end=include_end)
         return self._engine.new_request(prepared, SCORING)
 
     async def _begin(
         self,
-        messages: Messages,
+        given: Given[Messages],
         params: SamplingParams | None,
         v2pe_delta: Delta | None,
         cache_salt: str | None,
@@ -198,7 +269,7 @@ class AsyncEngine:
         every_piece: bool = False,
     ) -> "_Call":
         """Prepares a request and submits it. Raises LateError if its time is over before."""
-        checked = self._engine.check_call(params, timeout_s)
+        messages, checked = given.take(), self._engine.check_call(params, timeout_s)
 
         def make(proceed: Proceed) -> Request:
             prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed)
@@ -220,7 +291,6 @@ class AsyncEngine:
         steps, event_loop = self._steps, asyncio.get_running_loop()
 
         def start(proceed: Proceed) -> _Call:
-            steps.check()  # nothing is prepared for an engine that was closed meanwhile
             call = _Call(steps, make(proceed), event_loop, every_piece=every_piece)
             proceed()
             steps.submit(call.request, call.notify)
@@ -277,44 +347,3 @@ class _Call:
     def _wake(self) -> None:
         self._is_waking = False  # comes first, so that a piece which arrives from here on schedules another wake-up
         self._changed.set()
-
-
-class _WakeUps:
-    """Wakes the worker thread up, and tells it when to stop.
-
-    The garbage collector may call it in the middle of any other call, even of one to this object. In the standard
-    library only SimpleQueue is made for that.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._queue: SimpleQueue[None] = SimpleQueue()
-
-    def wake(self) -> None:
-        self._queue.put(None)
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.wake()
-
-    def wait(self) -> None:
-        """Waits for work; returns once for each call of `wake`."""
-        self._queue.get()
-
-
-def _run_steps(steps: StepLoop, wake_ups: _WakeUps) -> None:
-    try:
-        while not wake_ups.stopped:
-            if not steps.step():
-                wake_ups.wait()
-        steps.close()
-    except BaseException as error:
-        LOG.exception("the thread that runs the engine's steps has died")
-        steps.fail_worker(error)
-
-
-def _stop_worker(wake_ups: _WakeUps, thread: threading.Thread) -> None:
-    """Runs when an AsyncEngine is closed or collected as garbage, or when the interpreter ends."""
-    wake_ups.stop()
-    if not threading.main_thread().is_alive():  # the interpreter ends, and would cut the thread off within a step
-        thread.join()

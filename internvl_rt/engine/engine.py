@@ -18,6 +18,7 @@ from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, TIMEOUT, EngineOptions, takes_options
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Answer, Request
+from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite, quoted
@@ -38,8 +39,6 @@ from internvl_rt.steps.visual_cache import VisualCache
 from internvl_rt.values import Flag, read
 
 MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
-
-SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 
 Messages = Items[dict[str, Any]]
 
@@ -204,11 +203,13 @@ class Engine:
     ) -> list[Score]:
         """Computes how likely the model finds each response to a conversation, token by token.
 
-        include_end: whether the end token counts as part of a response. Raises RequestError or MediaError.
+        responses: at most 10,000 texts that are not empty, of 67 million characters together. include_end: whether the
+        end token counts as part of a response. Raises RequestError or MediaError.
         """
-        scored = self.prepare_scores(messages, responses, include_end, v2pe_delta, cache_salt)
-        replies = self.generate_prepared(iter(scored), [SCORING] * len(scored))
-        return [build_score(prepared, reply) for prepared, reply in zip(scored, replies, strict=True)]
+        responses, include_end = read_responses(responses), read("include_end", include_end, Flag())
+        prompt = self.prepare(messages, v2pe_delta, cache_salt)
+        prompts = (self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses)
+        return [build_score(reply) for reply in self.generate_prepared(prompts, [SCORING] * len(responses))]
 
     def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
         """Computes visual tokens [X, D] of each picture on the engine's device, for `image_embeds` parts.
@@ -289,21 +290,6 @@ class Engine:
         prepared = self.preparer.prepare_turns(turns, tiles)
         self._load_pictures(prepared)
         return prepared
-
-    def prepare_scores(
-        self,
-        messages: Messages,
-        responses: Items[str],
-        include_end: bool,
-        delta: Delta | None,
-        salt: str | None,
-        proceed: Proceed = go_on,
-    ) -> list[Prepared]:
-        """Makes a prompt for each response, to run with SCORING; `build_score` reads the score from the reply."""
-        read("include_end", include_end, Flag())
-        check_list("responses", responses, "texts")
-        prompt = self.prepare(messages, delta, salt, proceed)
-        return [self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses]
 
     def generate_prepared(
         self,
@@ -391,8 +377,3 @@ class Engine:
                 yield from pieces_of(new_texts, reply)
         finally:
             self.loop.cancel(request)
-
-
-def build_score(prepared: Prepared, reply: Reply) -> Score:
-    assert reply.prompt_logprobs is not None, "run with SCORING"
-    return Score(reply.prompt_logprobs[prepared.score_from :])

@@ -6,12 +6,10 @@ waits for a thread is then forgotten; one that has a thread is abandoned between
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,7 +20,6 @@ from internvl_rt.steps.device_stream import on_this_stream
 
 MEDIA_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
 TEXT_THREADS = 2
-MAX_PARTS_LOOKED_AT = 1000  # of a conversation, in the event loop; a longer one waits among the pictures
 
 T = TypeVar("T")
 
@@ -44,6 +41,15 @@ class Preparing:
     def __len__(self) -> int:
         return len(self._unfinished)
 
+    def check(self) -> None:
+        """Raises QueueFullError if there is no room for a call, or what `check` of the engine raises."""
+        self._check()
+        if len(self._unfinished) >= self._most:
+            raise QueueFullError(
+                f"{len(self._unfinished)} calls wait to be prepared, which is the limit; try again later, or raise "
+                "max_num_seqs or max_waiting"
+            )
+
     async def run(
         self,
         work: Callable[[Proceed], T],
@@ -56,13 +62,9 @@ class Preparing:
 
         undo: gets a result that came too late.
         """
-        self._check()
-        if len(self._unfinished) >= self._most:
-            raise QueueFullError(
-                f"{len(self._unfinished)} calls wait to be prepared, which is the limit; try again later, or raise "
-                "max_num_seqs or max_waiting"
-            )
-        job = _Job(work)
+        self.check()
+        job = _Job(work, self._check)
+        is_taken = False  # whether the caller gets the result; it may be cancelled in the turn that brings the result
         try:
             future = (self._media if media else self._texts).submit(on_this_stream(job.run, self._device))
         except RuntimeError:
@@ -75,14 +77,17 @@ class Preparing:
             await asyncio.wait([result], timeout=None if deadline_s is None else deadline_s - time.perf_counter())
             if not result.done():
                 raise LateError
-            return result.result()
+            taken = result.result()
+            is_taken = True
+            return taken
         finally:
-            if not result.done():
+            if not is_taken:
                 job.abandon()
                 if not future.cancel() and undo is not None:
                     future.add_done_callback(partial(_undo, undo))
                 with suppress(RuntimeError):  # the caller's event loop was closed while it waited
-                    result.cancel()
+                    if not result.cancel() and not result.cancelled():
+                        result.exception()  # asyncio would log one that nobody takes
             del job, future, result  # an error refers to this frame, which must not refer to the error
 
     def shutdown(self) -> None:
@@ -94,9 +99,10 @@ class Preparing:
 class _Job(Generic[T]):
     """Work for a thread. Abandoned work is dropped with all that it refers to, even while it waits for its turn."""
 
-    def __init__(self, work: Callable[[Proceed], T]) -> None:
+    def __init__(self, work: Callable[[Proceed], T], check: Callable[[], None]) -> None:
+        """check: raises if the engine takes no calls any more."""
         self._work: Callable[[Proceed], T] | None = work
-        self._abandoned = False
+        self._abandoned, self._check_engine = False, check
 
     def abandon(self) -> None:
         self._abandoned, self._work = True, None
@@ -105,11 +111,13 @@ class _Job(Generic[T]):
         work, self._work = self._work, None
         if work is None:
             raise AbandonedError
-        return work(self._check)
+        self._proceed()
+        return work(self._proceed)
 
-    def _check(self) -> None:
+    def _proceed(self) -> None:
         if self._abandoned:
             raise AbandonedError
+        self._check_engine()
 
 
 def _undo(undo: Callable[[T], None], future: "Future[T]") -> None:
@@ -118,11 +126,29 @@ def _undo(undo: Callable[[T], None], future: "Future[T]") -> None:
 
 
 def has_media(messages: object) -> bool:
-    """Says whether a conversation, checked or not, may hold anything but text."""
-    if not isinstance(messages, Items):
+    """Says whether a snapshot of messages, valid or not, may hold anything but text. A snapshot is not very long."""
+    if not isinstance(messages, list):
         return False
-    contents = [m.get("content") for m in islice(messages, MAX_PARTS_LOOKED_AT) if isinstance(m, Mapping)]
-    lists = [content for content in contents if isinstance(content, Items) and not isinstance(content, str)]
-    if len(messages) + sum(map(len, lists)) > MAX_PARTS_LOOKED_AT:
-        return True
-    return any(isinstance(part, Mapping) and part.get("type") != "text" for content in lists for part in content)
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return any(isinstance(part, dict) and part.get("type") != "text" for part in parts)
+
+
+class Given(Generic[T]):
+    """What a call was given, copied when it was called; an error is raised where the call is awaited."""
+
+    def __init__(self, copy: Callable[[], T]) -> None:
+        self._copied: Future[T] = Future()
+        try:
+            self._copied.set_result(copy())
+        except Exception as error:
+            self._copied.set_exception(error)
+
+    def take(self) -> T:
+        """Returns the copy, and holds it no longer. Raises what copying raised."""
+        copied = self._copied
+        del self._copied
+        try:
+            return copied.result()
+        finally:
+            del copied  # an error refers to this frame, which must not refer to the error

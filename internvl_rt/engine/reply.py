@@ -97,7 +97,8 @@ class Reply:
     choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # one for each token; None for the first
+    # One for each token of the prompt, None for the first; or, where a response is scored, one for each of its tokens.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

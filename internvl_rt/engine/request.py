@@ -71,7 +71,8 @@ def build_reply(request: Request) -> Reply:
     longest = max(len(answer.sequence.generated_ids) for answer in request.answers)
     prompt_logprobs = None
     if first.params.prompt_logprobs is not None:
-        prompt_logprobs = tuple(request.scores.get(index) for index in range(first.num_prompt))
+        start = prepared.score_from or 0
+        prompt_logprobs = tuple(request.scores.get(index) for index in range(start, first.num_prompt))
     return Reply(
         choices=tuple(
             Choice(

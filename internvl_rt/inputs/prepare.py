@@ -139,9 +139,7 @@ class Preparer:
         return self._prepare(turns, pictures, v2pe_delta=None)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
-        """Appends a response to a prompt; the log-probabilities of its tokens will be returned."""
-        if not isinstance(response, str) or not response:
-            raise RequestError(f"responses: expected texts that are not empty, got {quoted(response)}")
+        """Appends a response, which is not empty, to a prompt; its tokens' log-probabilities will be returned."""
         self._check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
         ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from internvl_rt import AsyncEngine, RequestError, SamplingParams
-from internvl_rt.engine.preparing import MAX_PARTS_LOOKED_AT, MEDIA_THREADS, has_media
+from internvl_rt.engine.preparing import MEDIA_THREADS, has_media
 from internvl_rt.steps.uploads import Uploads
-from support.calls import PATIENCE_S, SHORT, ask, load, run, until_idle
+from support.calls import ENDLESS, PATIENCE_S, SHORT, ask, check_nothing_is_left, load, run, until_idle
 
 
 def picture(seed=0):
@@ -87,7 +87,7 @@ def test_a_deadline_holds_while_a_picture_is_decoded_and_while_one_waits_for_tha
 
 
 def test_a_cancelled_call_leaves_the_queue_at_once_with_its_pictures(monkeypatch):
-    class Given(np.ndarray):
+    class Given(str):
         pass
 
     async def main():
@@ -96,7 +96,7 @@ def test_a_cancelled_call_leaves_the_queue_at_once_with_its_pictures(monkeypatch
                 tasks = await start(
                     (e.chat(ask("What?", picture(i)), SHORT) for i in range(MEDIA_THREADS)), begun, MEDIA_THREADS
                 )
-                given = picture(99).view(Given)
+                given = Given("no-such.png")  # texts are not copied
                 left = weakref.ref(given)
                 waiting = asyncio.ensure_future(e.chat(ask("What?", given), SHORT))
                 del given
@@ -156,11 +156,72 @@ def test_closing_refuses_those_that_wait_for_a_thread(monkeypatch):
     run(main())
 
 
+@pytest.mark.parametrize("cancel", ["cancel", "wait_for"])
+@pytest.mark.parametrize("messages", [ask("Hello"), [{"role": "nobody", "content": "x"}]])
+def test_a_cancellation_in_the_turn_in_which_a_thread_finishes_is_not_lost(cancel, messages, caplog, monkeypatch):
+    engine = load()
+    prepare = engine.preparer.prepare
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(0.1) or prepare(*arguments))
+
+    async def main():
+        async with AsyncEngine(engine) as e:
+            call = e.chat(messages, ENDLESS)
+            task = asyncio.create_task(call if cancel == "cancel" else asyncio.wait_for(call, 0.05))
+            while not e.stats()["preparing"]:
+                await asyncio.sleep(0)
+            while e.stats()["preparing"]:  # the event loop is busy until the timer is due and the thread has finished
+                time.sleep(0.001)
+            if cancel == "cancel":
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError if cancel == "cancel" else TimeoutError):
+                await task
+            await until_idle(e._engine)
+            assert "requests_length" not in e.stats()
+
+    run(main())
+    check_nothing_is_left(caplog)
+
+
+def test_closing_decodes_no_further_picture_of_a_call(monkeypatch):
+    async def main():
+        e, pictures = AsyncEngine(load(kv_cache_bytes=1 << 24)), [picture(i) for i in range(8)]
+        with slow_pictures(monkeypatch) as begun:
+            calls = [e.chat(ask("What?", *pictures[:4]), SHORT), e.encode_images(pictures[4:])]
+            tasks = await start(calls, begun, 2)
+            closing = asyncio.ensure_future(e.close())
+            while not e._engine.loop._closed:
+                await asyncio.sleep(0.001)
+        await closing
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, RequestError)
+            assert "closed" in str(result)
+        assert len(begun) == 2
+
+    run(main())
+
+
 def test_what_may_hold_media_is_told_from_text_in_any_form():
     text = {"type": "text", "text": "x"}
-    for messages in ([], "abc", None, 7, [3], [{}], [{"content": "x" * 5000}], [{"content": [text, text]}], ask("x")):
+    long = [*[{"content": "x"}] * 2000, {"content": [text] * 2000}]
+    for messages in ([], "abc", None, 7, [3], [{}], [{"content": "x" * 5000}], [{"content": [text]}], ask("x"), long):
         assert not has_media(messages)
     for part in ({"type": "image", "image": "x"}, {"type": "video"}, {"type": ["image"]}, {"image_embeds": 3}):
         assert has_media([{"role": "user", "content": "x"}, {"role": "user", "content": [text, part]}])
-    assert has_media([{"content": [text] * (MAX_PARTS_LOOKED_AT + 1)}])
-    assert has_media([{"content": "x"}] * (MAX_PARTS_LOOKED_AT + 1))
+        assert has_media([*long, {"content": [part]}])
+
+
+def test_a_long_conversation_of_text_does_not_wait_for_pictures(monkeypatch):
+    turns = [{"role": role, "content": "Hello"} for _ in range(600) for role in ("user", "assistant")]
+
+    async def main():
+        async with AsyncEngine(load(kv_cache_bytes=1 << 26)) as e:
+            with slow_pictures(monkeypatch) as begun:
+                calls = (e.chat(ask("What?", picture(i)), SHORT) for i in range(2 * MEDIA_THREADS))
+                tasks = await start(calls, begun, MEDIA_THREADS)
+                long = asyncio.create_task(e.chat([*turns, *ask("Bye")], SHORT))
+                while not e.stats()["running"]:
+                    await asyncio.sleep(0.001)
+                long.cancel()
+            await asyncio.gather(*tasks, long, return_exceptions=True)
+
+    run(main())

@@ -10,6 +10,7 @@ from PIL import Image
 
 import internvl_rt
 from internvl_rt import Engine, MediaError, RequestError, SamplingParams, compat
+from internvl_rt.inputs import image as image_module
 from internvl_rt.inputs.image import open_image
 from internvl_rt.inputs.picture import open_picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.prompt import turns_from_question
@@ -118,7 +119,8 @@ def test_frames_in_read_only_or_strided_memory_are_copied():
 
 
 @pytest.mark.parametrize(("writeable", "view"), [(False, False), (True, False), (False, True)])
-def test_a_large_array_is_copied_unless_nobody_can_write_into_it(writeable, view):
+def test_a_large_array_is_copied_unless_nobody_can_write_into_it(writeable, view, monkeypatch):
+    monkeypatch.setattr(image_module, "LARGE_PIXELS", 100_000)
     given = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
     given = given[:] if view else given
     given.flags.writeable = writeable
@@ -128,7 +130,8 @@ def test_a_large_array_is_copied_unless_nobody_can_write_into_it(writeable, view
 
 
 @pytest.mark.parametrize("kind", ["image", "array", "tensor"])
-def test_of_pixels_that_outweigh_their_tiles_the_tiles_are_kept(kind):
+def test_of_large_pixels_the_tiles_are_kept(kind, monkeypatch):
+    monkeypatch.setattr(image_module, "LARGE_PIXELS", 100_000)
     array = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
     given = {"image": Image.fromarray, "array": np.copy, "tensor": torch.tensor}[kind](array)
     options = ImageOptions(image_size=56)
