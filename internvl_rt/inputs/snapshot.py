@@ -23,7 +23,9 @@ from internvl_rt.inputs.video import VideoLimits, choose_frame_indices
 MAX_ITEMS = 100_000  # messages, parts and frames of one call
 _NUM_KEYS = 8  # no valid message or part has more; these many more count as an item
 _UNKNOWN = 1 << 62  # size of what cannot be copied, and is refused later
-_CONTAINERS = (dict, list, tuple, Mapping)  # asked in this order: to ask whether something is a Mapping is slow
+# Types alone are asked for, since isinstance would run code of a caller's own class.
+_CONTAINERS = (dict, list, tuple, Mapping)  # in this order: to ask whether something is a Mapping is slow
+_WRITABLE = (np.ndarray, torch.Tensor, bytearray, memoryview, io.BytesIO, Image.Image)
 _MAX_DEPTH = 5  # of lists and mappings: messages, a message, its content, a part, the frames of a video
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ class _Structure:
 
     def copy(self, value: Any, name: str, depth: int) -> Any:
         own: Any
-        if depth == _MAX_DEPTH or not isinstance(value, _CONTAINERS):
+        if depth == _MAX_DEPTH or not issubclass(type(value), _CONTAINERS):
             return value
         is_list = isinstance(value, list | tuple)
         self._num_items += len(value) if is_list else len(value) // _NUM_KEYS
@@ -92,11 +94,11 @@ class _Structure:
             self._choose_frames(own)
         items: Iterable[tuple[Any, Any]] = enumerate(own) if is_list else list(own.items())
         for key, each in items:
-            if isinstance(each, str):  # most are, and this is the fastest question
+            if type(each) is str:  # most are, and this is the fastest question
                 continue
             kind = name if is_list else key
             own[key] = self.copy(each, kind, depth + 1)
-            if isinstance(own[key], np.ndarray | torch.Tensor | bytearray | memoryview | io.BytesIO | Image.Image):
+            if issubclass(type(own[key]), _WRITABLE):
                 self.places.append((own, key, kind))
         return own
 
@@ -125,7 +127,10 @@ def _num_bytes(leaf: Any) -> int:
         return _UNKNOWN if leaf.closed else leaf.getbuffer().nbytes
     if isinstance(leaf, np.ndarray):
         return _UNKNOWN if leaf.dtype.hasobject else leaf.nbytes
-    return memoryview(leaf).nbytes
+    try:
+        return memoryview(leaf).nbytes
+    except ValueError:  # it was released
+        return _UNKNOWN
 
 
 def _max_bytes(leaf: Any, kind: str, limits: CopyLimits) -> int:

@@ -31,14 +31,18 @@ def engine():
 @pytest.fixture
 def opened(monkeypatch):
     """Returns a list that grows with each picture that is opened, which takes a while."""
-    opened, original = [], prepare.open_image
+    opened = []
 
-    def open_slowly(*args):
-        opened.append(time.perf_counter())
-        time.sleep(SLOW)
-        return original(*args)
+    def slowly(original):
+        def do(*args):
+            opened.append(time.perf_counter())
+            time.sleep(SLOW)
+            return original(*args)
 
-    monkeypatch.setattr(prepare, "open_image", open_slowly)
+        return do
+
+    for name in ("open_picture", "open_image"):  # the latter opens frames of videos
+        monkeypatch.setattr(prepare, name, slowly(getattr(prepare, name)))
     return opened
 
 
