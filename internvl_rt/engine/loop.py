@@ -245,9 +245,10 @@ class StepLoop:
             self._collect_down_to(0)
             return False
         chunks = self._scheduler.schedule(in_flight=bool(self._launched))
-        assert chunks or self._launched, "a step without work: an unfinished sequence can always run"
-        if chunks := self._with_pictures(chunks or []):
+        if chunks:
             self._launch(chunks)
+        else:
+            assert self._launched, "a step without work: an unfinished sequence can always run"
         self._collect_down_to(1 if chunks and self.run_ahead else 0)
         if not self._in_flight:
             self._collect_down_to(0)
@@ -255,15 +256,12 @@ class StepLoop:
 
     def _with_pictures(self, chunks: list[Chunk]) -> list[Chunk]:
         """Decodes pictures that have left the caches since their request was made; one that fails ends that alone."""
-        failed = False
         for chunk in chunks:
-            if chunk.sequence.pictures and chunk.start < chunk.sequence.num_prompt:
-                try:
-                    self._runner.load_pictures(chunk)
-                except Exception as error:
-                    self._in_flight.fail_chunks([chunk], errors_of_picture(error))
-                    failed = True
-        return self._in_flight.unfinished(chunks) if failed else chunks
+            try:
+                self._runner.load_pictures(chunk)
+            except Exception as error:
+                self._in_flight.fail_chunks([chunk], errors_of_picture(error))
+        return self._in_flight.unfinished(chunks)
 
     def _collect_down_to(self, most: int) -> None:
         """Collects the oldest steps until at most `most` are launched."""
@@ -272,6 +270,12 @@ class StepLoop:
 
     def _launch(self, chunks: list[Chunk]) -> None:
         step = plan_step(chunks)
+        if step.has_prompts:
+            ready = self._with_pictures(chunks)
+            if len(ready) < len(chunks):
+                chunks, step = ready, plan_step(ready)
+        if not chunks:
+            return
         try:
             launched = self._runner.launch(step)
         except Exception as error:  # the cache's content for the chunks is unknown now, so their requests end
@@ -280,7 +284,7 @@ class StepLoop:
             return
         for row in reversed(range(len(step.draws))):
             sequence, _, counter = step.draws[row]
-            if counter == sequence.num_generated:  # not a draw after a draft token
+            if counter == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
                 sequence.unread_row = row
                 sequence.num_tokens += 1
         self._scheduler.launched(chunks)

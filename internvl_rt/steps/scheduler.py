@@ -161,7 +161,7 @@ class Scheduler:
             if start < sequence.num_prompt or start + 1 < num_tokens:
                 prefilling.append(sequence)
                 continue
-            room = sequence.max_tokens - sequence.num_generated  # tokens still to be drawn
+            room = sequence.max_tokens - (num_tokens - sequence.num_prompt)  # tokens still to be drawn
             if room <= 0 or budget == 0 or (sequence.needs_tokens and sequence.num_unread):
                 continue
             drafts: tuple[int, ...] = ()

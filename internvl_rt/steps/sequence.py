@@ -72,10 +72,6 @@ class Sequence:
         return self.num_tokens - len(self.token_ids)
 
     @property
-    def num_generated(self) -> int:
-        return self.num_tokens - self.num_prompt
-
-    @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
 

@@ -93,7 +93,7 @@ def plan_step(chunks: Items[Chunk]) -> Step:
         if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:
             continue
         is_plain = is_plain and sequence.is_plain and not sequence.siblings
-        counter = sequence.num_generated
+        counter = sequence.num_tokens - sequence.num_prompt
         if not drafts and not sequence.siblings:
             draws.append(Draw(sequence, len(draw_rows), counter))
             draw_rows.append(first_row - 1)

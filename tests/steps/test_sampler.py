@@ -37,7 +37,7 @@ def sequence(params=None, *, generated=(), seed=7, stop_ids=(), **fields):
 
 
 def sample(logits_RV, sequences):
-    draws = [Draw(sequence, row, sequence.num_generated) for row, sequence in enumerate(sequences)]
+    draws = [Draw(sequence, row, sequence.num_tokens - sequence.num_prompt) for row, sequence in enumerate(sequences)]
     token_id_R = torch.empty(len(draws), dtype=torch.int64)
     TORCH.sample(logits_RV, Sampler(CPU).build(draws), token_id_R)
     return token_id_R.tolist()
