@@ -94,7 +94,8 @@ class AsyncEngine:
 
         timeout_s counts from the first `anext`. If it passes before the prompt is prepared, as behind many slow
         pictures, the answer is empty, and no tokens are counted. Raises RequestError or MediaError, QueueFullError if
-        there are more requests than the engine takes, StepError if a step failed, EngineDeadError if the worker has died.
+        there are more requests than the engine takes, StepError if a step failed, EngineDeadError if the worker thread
+        has died.
         """
         return self._stream(
             partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s), params
