@@ -1,6 +1,7 @@
 """Chooses the tests that run: a plain `pytest` runs the quick ones, `-m slow` runs the others."""
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads this when it is imported; kernels then run on the CPU, slowly
+
+# A shell makes its jobs in the background ignore Ctrl-C, and the programs that tests start and interrupt would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest-benchmark measures nothing in a worker of xdist, and takes every program that a worker starts for one.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
