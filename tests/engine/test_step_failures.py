@@ -44,7 +44,6 @@ BOUNDARIES = [  # functions that a step calls, and which of their calls fails
     (Scheduler, "_fork", 1),
     (Scheduler, "publish", 2),
     (Scheduler, "remove", 2),
-    (Scheduler, "_pass_place_on", 2),
     (KVCache, "admit", 2),
     (KVCache, "append", 2),
     (KVCache, "copy_blocks", 2),
