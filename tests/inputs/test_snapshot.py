@@ -1,5 +1,6 @@
 """A snapshot of messages stays as it is, whatever happens to what it was taken of, and is bounded."""
 
+import copy
 import io
 import time
 from collections import OrderedDict
@@ -110,14 +111,14 @@ def test_lists_and_mappings_are_those_of_the_call():
         {"role": "user", "content": [{"type": "image_url", "image_url": inner}, {"type": "text", "text": "x"}]},
         {"role": "user", "content": [{"type": "video", "video": "a.mp4", "bound": [1, 2], "num_frames": 3}]},
     ]
-    expected = repr(messages).replace("OrderedDict([('url', 'a.png'), ('detail', 'low')])", repr(dict(inner)))
+    expected = copy.deepcopy(messages)
     own = snapshot(messages, LIMITS)
     inner["url"] = "b.png"
     messages[1]["content"][0]["bound"][0] = 7
     messages[0]["content"][1]["text"] = "y"
     messages[0]["content"].append(3)
     messages.append(4)
-    assert repr(own).replace("OrderedDict([('url', 'a.png'), ('detail', 'low')])", repr(dict(inner))) == expected
+    assert own == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
