@@ -92,7 +92,7 @@ $(VENV)/done-environment:
 
 $(VENV)/done-torch: $(CONSTRAINTS) $(VENV)/done-environment
 	@echo 'installing torch (this is the big one)'
-	@$(INSTALL) torch setuptools pybind11 cmake ninja
+	@$(INSTALL) torch 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.22' 'ninja>=1.11'
 	@touch $@
 
 $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
