@@ -138,19 +138,28 @@ def test_an_abandoned_call_decodes_no_further_picture(monkeypatch):
     run(main())
 
 
+async def begin_to_close(engine):
+    closing = asyncio.ensure_future(engine.close())
+    while not engine._engine.loop._closed:
+        await asyncio.sleep(0.001)
+    return closing
+
+
+async def check_refused(tasks):
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(result, RequestError)
+        assert "closed" in str(result)
+
+
 def test_closing_refuses_those_that_wait_for_a_thread(monkeypatch):
     async def main():
         e = AsyncEngine(load(kv_cache_bytes=1 << 24))
         with slow_pictures(monkeypatch) as begun:
             calls = (e.chat(ask("What?", picture(i)), SHORT) for i in range(2 * MEDIA_THREADS))
             tasks = await start(calls, begun, MEDIA_THREADS)
-            closing = asyncio.ensure_future(e.close())
-            while not e._engine.loop._closed:
-                await asyncio.sleep(0.001)
+            closing = await begin_to_close(e)
         await closing
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, RequestError)
-            assert "closed" in str(result)
+        await check_refused(tasks)
         assert len(set(begun)) == MEDIA_THREADS
 
     run(main())
@@ -188,13 +197,9 @@ def test_closing_decodes_no_further_picture_of_a_call(monkeypatch):
         with slow_pictures(monkeypatch) as begun:
             calls = [e.chat(ask("What?", *pictures[:4]), SHORT), e.encode_images(pictures[4:])]
             tasks = await start(calls, begun, 2)
-            closing = asyncio.ensure_future(e.close())
-            while not e._engine.loop._closed:
-                await asyncio.sleep(0.001)
+            closing = await begin_to_close(e)
         await closing
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, RequestError)
-            assert "closed" in str(result)
+        await check_refused(tasks)
         assert len(begun) == 2
 
     run(main())
