@@ -68,6 +68,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_tokens_per_step=self.max_tokens_per_step,
             max_tiles_per_step=min(MAX_TILES_PER_STEP, -(-self.max_tokens_per_step // model.config.tokens_per_tile)),
+            double_cost_context=options.double_cost_context(model.config.decoder, model.device),
         )
         self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)

@@ -1,6 +1,7 @@
 """The options of an engine: keyword arguments of `Engine.from_pretrained`, checked once."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
-from internvl_rt.checkpoint.config import MAX_TILES, ModelConfig
+from internvl_rt.checkpoint.config import MAX_TILES, DecoderConfig, ModelConfig
 from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
@@ -46,7 +47,8 @@ class EngineOptions:
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
     max_num_seqs: most sequences that run together.
     max_tokens_per_step: most tokens that one step computes; None is 8192 with the kernels, and 512 on the CPU and with
-        backend "torch", where a longer step would hold up all other requests and take much memory.
+        backend "torch", where a longer step would hold up all other requests and take much memory. There a step takes
+        fewer of a prompt's tokens the more tokens are before them, because attention then takes longer than all else.
     max_waiting: most requests that may wait until they run; more are refused.
     prefix_cache: whether prompts with a common prefix, pictures included, share its keys and values.
     visual_cache_bytes: memory for visual tokens of pictures that may come again.
@@ -124,6 +126,19 @@ class EngineOptions:
     def tokens_per_step(self, device: torch.device) -> int:
         """Returns `max_tokens_per_step`, or its default for a device."""
         return self.max_tokens_per_step or (TOKENS_PER_TORCH_STEP if self.uses_torch(device) else TOKENS_PER_STEP)
+
+    def double_cost_context(self, decoder: DecoderConfig, device: torch.device) -> float:
+        """Returns behind how many tokens a prompt's token takes twice the time, if steps shall follow that, else inf.
+
+        They do where the default of `max_tokens_per_step` follows the device. Products take 2 operations a weight,
+        attention 4 a token, head and channel, on a CPU at half the rate: a step of 512 tokens of a 1B took 1.4 s at the
+        start of a prompt and 11 s at its 32,000th token.
+        """
+        if self.max_tokens_per_step is not None or not self.uses_torch(device):
+            return math.inf
+        head_channels, kv_channels = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+        num_weights = decoder.hidden_size * (2 * head_channels + 2 * kv_channels + 3 * decoder.intermediate_size)
+        return num_weights / (4 * head_channels)
 
     def uses_torch(self, device: torch.device) -> bool:
         """Says whether the references compute instead of the kernels."""

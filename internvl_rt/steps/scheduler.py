@@ -26,12 +26,24 @@ class Scheduler:
     """Holds the sequences that wait and those that run, and chooses the chunks of each step."""
 
     def __init__(
-        self, cache: KVCache, *, max_num_seqs: int, max_tokens_per_step: int, max_tiles_per_step: int = 1 << 30
+        self,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_tokens_per_step: int,
+        max_tiles_per_step: int = 1 << 30,
+        double_cost_context: float = math.inf,
     ) -> None:
+        """Takes the limits of a step.
+
+        double_cost_context: behind how many tokens of its sequence a token of a prompt takes twice the time of the
+            first. A step's tokens are counted at that price, so that no step takes longer than one at a prompt's start.
+        """
         self._cache = cache
         self._max_num_seqs = max_num_seqs
         self._max_tokens_per_step = max_tokens_per_step
         self._max_tiles_per_step = max_tiles_per_step
+        self._double_cost_context = double_cost_context
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order of admission
         # Of the answers to one prompt that run, one is like any other sequence. The further ones, of all prompts
@@ -183,10 +195,14 @@ class Scheduler:
         def add_chunk(sequence: Sequence, most: int) -> None:
             nonlocal budget, tiles
             start = stops.get(sequence, sequence.num_computed)
-            stop, num_tiles = self._chunk_stop(sequence, start, most, tiles)
+            price = 1 + start / self._double_cost_context
+            num_tokens = int(most / price)
+            if most > 0 and not stops:
+                num_tokens = max(num_tokens, 1)  # so that the oldest progresses
+            stop, num_tiles = self._chunk_stop(sequence, start, num_tokens, tiles)
             if stop > start:
                 stops[sequence] = stop
-                budget -= stop - start
+                budget -= min(most, math.ceil((stop - start) * price))
                 tiles -= num_tiles
 
         if prefilling:

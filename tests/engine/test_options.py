@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from internvl_rt import AsyncEngine, Engine, EngineOptions, RequestError, SamplingParams
+from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
 from support.configs import HF, ORIGINAL, parse
 
 
@@ -34,6 +35,14 @@ def test_every_option_has_its_line_in_the_docstring_and_no_other_has():
 def test_the_model_may_be_given_by_name(engine_class):
     engine = engine_class.from_pretrained(model="tiny", device="cpu", max_num_seqs=1, kv_cache_bytes=1 << 24)
     assert isinstance(engine, engine_class)
+
+
+def test_by_default_steps_of_torch_follow_the_context_and_a_given_number_of_tokens_is_kept():
+    decoder, cpu = load_config(KNOWN_MODELS["InternVL3-1B"]).decoder, torch.device("cpu")
+    assert EngineOptions().double_cost_context(decoder, cpu) == pytest.approx(4160, rel=0.01)
+    assert EngineOptions(backend="triton").double_cost_context(decoder, cpu) == math.inf
+    assert EngineOptions().double_cost_context(decoder, torch.device("cuda")) == math.inf
+    assert EngineOptions(max_tokens_per_step=512).double_cost_context(decoder, cpu) == math.inf
 
 
 def test_an_unknown_argument_is_named():

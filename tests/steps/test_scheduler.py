@@ -11,6 +11,30 @@ def test_long_prompt_runs_in_chunks_of_the_budget():
     assert Bench(make(25)).steps(4) == [[(0, 0, 10)], [(0, 10, 20)], [(0, 20, 25)], [(0, 25, 26)]]
 
 
+def test_chunks_shrink_as_the_context_grows_so_that_all_steps_take_about_as_long():
+    """A token behind 20 others takes twice the time of the first, one behind 180 ten times."""
+    prompt = make(220, max_tokens=1)
+    bench = Bench(prompt, double=20)
+    chunks = []
+    while bench.end([prompt]):
+        ((_, start, stop),) = bench.step()
+        chunks.append((start, stop))
+    assert chunks[:4] == [(0, 10), (10, 16), (16, 21), (21, 25)]
+    assert [start for start, _ in chunks] == [0, *[stop for _, stop in chunks[:-1]]]
+    assert all(stop - start == max(1, int(10 / (1 + start / 20))) for start, stop in chunks[:-1])
+
+
+def test_beside_a_prompt_with_a_long_context_others_have_half_of_a_step():
+    bench = Bench(make(400), double=20, num_blocks=200)
+    bench.steps(80)
+    for _ in range(5):
+        short = make(4, max_tokens=1)
+        bench.add(short)
+        (long, start, stop), other = bench.step()
+        assert (long, stop - start, other[1:]) == (0, 1, (0, 4))
+        bench.end([short])
+
+
 def test_decodes_come_first_and_prefill_takes_the_rest():
     bench = Bench(make(25), make(3), budget=30)
     assert bench.step() == [(0, 0, 25), (1, 0, 3)]

@@ -1,6 +1,7 @@
 """Runs a scheduler with a cache and without a runner, for its tests."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -50,13 +51,17 @@ def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None, 
 class Bench:
     """A scheduler with a cache and without a runner: it counts the tokens that a runner would compute."""
 
-    def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30):
+    def __init__(self, *sequences, num_blocks=64, max_num_seqs=8, budget=10, tiles=1 << 30, double=math.inf):
         device = torch.device("cpu")
         self.cache = KVCache(
             CONFIG, num_blocks=num_blocks, block_size=BLOCK, dtype=torch.float32, device=device, ops=TORCH
         )
         self.scheduler = Scheduler(
-            self.cache, max_num_seqs=max_num_seqs, max_tokens_per_step=budget, max_tiles_per_step=tiles
+            self.cache,
+            max_num_seqs=max_num_seqs,
+            max_tokens_per_step=budget,
+            max_tiles_per_step=tiles,
+            double_cost_context=double,
         )
         self.names = {}
         for sequence in sequences:
