@@ -49,7 +49,7 @@ def served(environment: dict[str, str]) -> Callable[[str], Found]:
     return cache(lambda way: serve(environment, **WAYS[way]))
 
 
-@pytest.mark.fast("no early launch")
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str], Found], way: str) -> None:
     found = served(way)
@@ -57,7 +57,7 @@ def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str],
     assert found["steps"]["launches"] > found["steps"]["ahead"] > 0.7 * found["steps"]["launches"]
 
 
-@pytest.mark.fast("no early launch")
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Callable[[str], Found], way: str) -> None:
     """The engine's caller changes its own stream; with all on, a second engine is built while the first one serves."""

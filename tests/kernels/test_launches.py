@@ -73,6 +73,7 @@ VARIANTS = {  # the kernels that are built more than once, and how often
 }
 
 
+@pytest.mark.slow
 def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
     """No start of a tensor and no number of rows makes Triton build a kernel again, which would delay a request."""
     built = launch(environment, "engine")
