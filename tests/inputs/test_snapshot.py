@@ -130,8 +130,34 @@ def test_visual_tokens_are_those_of_the_call(dtype):
     assert [float(each.sum()) for each in own] == [32.0] * len(own)
 
 
+def test_pixels_are_copied_as_they_lie_in_memory_where_that_is_little_more():
+    memory = np.random.default_rng(1).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    gray = memory[..., :1]
+    quick = [
+        memory[..., :3],
+        memory[..., 2::-1],
+        memory[::-1, ::-1, :3],
+        memory[..., :3].transpose(1, 0, 2),
+        np.rot90(memory[..., 1:]),
+        memory[:, 20:, :3],
+        np.broadcast_to(memory[:, :, None, 0], (40, 60, 3)),
+        np.broadcast_to(gray, (40, 60, 3))[::-1],
+        torch.from_numpy(PIXELS).permute(1, 0, 2),
+    ]
+    slow = [memory[:, ::4, :3], memory[::3, :, :3], memory[:0, :, 2::-1]]
+    for given, is_quick in [*((each, True) for each in quick), *((each, False) for each in slow)]:
+        expected = np.asarray(given).copy()
+        own = value_in(snapshot(part("image", given), LIMITS))
+        assert own.flags.c_contiguous != is_quick
+        assert not own.flags.writeable
+        assert not np.shares_memory(own, np.asarray(given))
+        assert np.array_equal(own, expected)
+        if is_quick:
+            assert own.strides == tuple(np.asarray(given).strides)
+
+
 def test_copied_pixels_need_no_second_copy():
-    for given in (PIXELS, torch.from_numpy(PIXELS), PIXELS.transpose(1, 0, 2)):
+    for given in (PIXELS, torch.from_numpy(PIXELS)):
         own = value_in(snapshot(part("image", given), LIMITS))
         assert isinstance(own, np.ndarray)
         assert own.flags.owndata
