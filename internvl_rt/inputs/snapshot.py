@@ -156,19 +156,18 @@ def _copy(leaf: Any, limits: CopyLimits) -> Any:
         if leaf.dtype != torch.uint8 or leaf.device.type != "cpu":
             return leaf.detach().clone(memory_format=torch.contiguous_format)
         leaf = leaf.detach().numpy()
-    own = _copy_array(leaf)
+    own = _copy_array(np.asarray(leaf))
     own.flags.writeable = False  # which tells later code that it needs no copy of its own
     return own
 
 
 def _copy_array(array: NDArray[Any]) -> NDArray[Any]:
-    """Copies bytes that do not lie row by row, such as BGR read as RGB, as they lie in memory.
+    """Copies an array: row by row, but bytes in another order, such as BGR read as RGB, as they lie in memory.
 
     To put them in order here would take ten times as long, and the caller, who may be an event loop, waits meanwhile.
     """
     low, high = byte_bounds(array)
-    is_in_order, num_gaps = array.flags.c_contiguous, high - low - array.nbytes
-    if is_in_order or array.dtype != np.uint8 or not array.size or num_gaps > array.nbytes:
+    if array.flags.c_contiguous or array.dtype != np.uint8 or not 0 < high - low <= 2 * array.nbytes:
         return np.array(array, order="C")
     lowest = array[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array.strides)]
     memory = np.array(as_strided(lowest, (high - low,), (1,), writeable=False))
