@@ -316,14 +316,15 @@ class _Call:
 
     async def next_piece(self) -> Piece:
         """Waits for the next piece. Raises the request's error once all earlier pieces are taken."""
-        while not self._arrived:
-            if self._steps.is_forked:
+        while True:
+            if self._steps.is_forked:  # pieces that came before the fork are the parent's
                 self._steps.check()
+            if self._arrived:
+                return self._arrived.popleft()
             if self.request.done and self.request.reply is None:
                 raise self.request.take_error()
             await self._changed.wait()
             self._changed.clear()
-        return self._arrived.popleft()
 
     async def reply(self) -> Reply:
         while (reply := (await self.next_piece()).reply) is None:

@@ -166,6 +166,7 @@ engine = AsyncEngine.from_pretrained("tiny", device="cpu")
 event_loop = asyncio.new_event_loop()
 stream = engine.stream(MESSAGES, LONG)
 event_loop.run_until_complete(anext(stream))  # its request goes on
+event_loop.run_until_complete(asyncio.sleep(0.1))  # more pieces arrive, which a child must not take
 
 def use():
     async def main():
