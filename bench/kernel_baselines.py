@@ -173,10 +173,6 @@ def _embed_tokens(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     return partial(embed_tokens_reference, **i), same
 
 
-def _place_visual_tokens(i: Inputs) -> tuple[Run, None]:
-    return partial(i["x_TD"].index_copy_, 0, i["row_X"], i["visual_XD"].to(i["x_TD"].dtype)), None
-
-
 def _copy_blocks(i: Inputs) -> tuple[Run, None]:
     ids = i["source_N"].long(), i["destination_N"].long()
     return partial(copy_blocks_reference, i["pool_LKBGPC"], *ids), None
@@ -273,7 +269,6 @@ EAGER: dict[str, Prepare] = {
     "gemv": _gemv,
     "gemv_qkv": _gemv_qkv,
     "embed_tokens": _embed_tokens,
-    "place_visual_tokens": _place_visual_tokens,
     "copy_blocks": _copy_blocks,
     "patch_embed": _patch_embed,
     "resize_tiles": _resize_tiles,

@@ -21,11 +21,11 @@ def paged_attention_reference(
 ) -> Tensor:
     """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length."""
     block_size = k_cache_BGPC.shape[2]
-    out_THC = torch.empty_like(q_THC)
+    out_THC = torch.zeros_like(q_THC)
     starts, lengths = query_start_S1.tolist(), seq_len_S.tolist()
     for row, seq_len in enumerate(lengths):
         first, last = starts[row], starts[row + 1]
-        if first == last:
+        if first == last or seq_len == 0:  # a row that pads the batch
             continue
         blocks = block_table_SN[row, : -(-seq_len // block_size)].long()
         k_GLC, v_GLC = (

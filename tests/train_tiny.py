@@ -35,7 +35,7 @@ from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.linear import Linear
-from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops import FIRST_VISUAL_ID, TORCH, Ops
 from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
 from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
 from support.digits import (
@@ -202,24 +202,25 @@ def measure_loss(
         answers += [np.arange(start, stop) + row * seq_len for start, stop in example.answers]
         visual += [np.arange(span.num_tokens) + span.start + row * seq_len for span in example.spans]
     token_id_T, answer_rows = torch.from_numpy(token_ids.ravel()), torch.from_numpy(np.concatenate(answers))
+    input_id_T, visual_rows = token_id_T.clone(), torch.from_numpy(np.concatenate(visual))
+    input_id_T[visual_rows] = FIRST_VISUAL_ID + torch.arange(len(visual_rows))
     tiles = torch.from_numpy(np.concatenate([example.tiles for example in batch]))
     visible_XK = torch.from_numpy(np.concatenate([example.visible for example in batch]))
     visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
-        token_id_T=token_id_T,
+        token_id_T=input_id_T,
         drawn_R=torch.zeros(1, dtype=torch.int64),
         position_T=torch.from_numpy(positions.ravel()),
         slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),
         batch=Batch(unused, unused, unused, num_decodes=0, max_query_len=seq_len),
-        logit_row_R=answer_rows - 1,
         visual_XD=visual_XD,
-        visual_row_X=torch.from_numpy(np.concatenate(visual)),
     )
     c = model.config.decoder
     empty = torch.zeros(num_sequences, c.num_kv_heads, seq_len, c.head_dim, dtype=DTYPE)
     caches = tuple(LayerCache(empty.clone(), empty.clone()) for _ in range(c.num_layers))
-    answer_loss = F.cross_entropy(model.logits(model.run_step(step, caches)).float(), token_id_T[answer_rows])
+    x_RD = model.run_step(step, caches)[answer_rows - 1]
+    answer_loss = F.cross_entropy(model.logits(x_RD).float(), token_id_T[answer_rows])
     return answer_loss, measure_seen(visual_XD, head, visible_XK)
 
 

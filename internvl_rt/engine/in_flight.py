@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,15 +16,27 @@ from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import RequestError, not_finite
 from internvl_rt.inputs.grammar import Matcher
+from internvl_rt.model.work import Tally
 from internvl_rt.steps.logprobs import TokenLogprob
 from internvl_rt.steps.runner import LaunchedStep, StepResult
 from internvl_rt.steps.scheduler import Scheduler
-from internvl_rt.steps.sequence import FinishReason
+from internvl_rt.steps.sequence import FinishReason, Sequence
 from internvl_rt.steps.step import Chunk, Step
 
 LOG = logging.getLogger("internvl_rt")
 
 Notify = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Together:
+    """What requests share whose sequences decode in one step after another; `tally` is still to be charged."""
+
+    sequences: tuple[Sequence, ...]
+    requests: dict[Request, None]  # those that have not ended
+    stop_ids: frozenset[int]  # of all sequences
+    is_complete: bool  # no sequence has ended
+    tally: Tally = field(default_factory=Tally)
 
 
 class InFlight:
@@ -36,6 +49,7 @@ class InFlight:
         self._notifies: dict[Request, Notify] = {}  # of the requests whose callers want to be told
         self._next_deadline_s = math.inf  # no request's deadline is earlier
         self._answers: dict[int, tuple[Request, Answer]] = {}  # by seq_id
+        self._together: _Together | None = None  # of the step that was collected last
         self.trace: Trace | None = None
         self.num_generated = 0
         self.finished: Counter[str] = Counter()  # number of ended requests, by outcome
@@ -65,15 +79,15 @@ class InFlight:
         for request in list(self._requests):
             self.fail(request, error(), outcome)
 
-    def fail_chunks(self, chunks: Iterable[Chunk], error: Callable[[], BaseException]) -> None:
-        """Fails the requests that the chunks belong to, each with an error of its own."""
-        for chunk in chunks:
-            if owned := self._answers.get(chunk.sequence.seq_id):
+    def fail_sequences(self, sequences: Iterable[Sequence], error: Callable[[], BaseException]) -> None:
+        """Fails the requests that the sequences belong to, each with an error of its own."""
+        for sequence in sequences:
+            if owned := self._answers.get(sequence.seq_id):
                 self.fail(owned[0], error(), "error")
 
-    def unfinished(self, chunks: Iterable[Chunk]) -> list[Chunk]:
-        """Returns the chunks whose answers have not ended."""
-        return [chunk for chunk in chunks if chunk.sequence.seq_id in self._answers]
+    def holds(self, sequence: Sequence) -> bool:
+        """Says whether the answer of a sequence has not ended."""
+        return sequence.seq_id in self._answers
 
     def start_over(self, error: Callable[[], BaseException]) -> None:
         """Fails every request and empties the scheduler, which an error may have left in any state, as this object."""
@@ -83,6 +97,7 @@ class InFlight:
     def abandon(self, error: Callable[[], BaseException]) -> None:
         """Fails every request without a call to the scheduler. If this is interrupted, it may be called again."""
         self._answers.clear()
+        self._together = None
         while self._requests:
             request = next(iter(self._requests))
             if not request.done and request.reply is None:
@@ -108,22 +123,42 @@ class InFlight:
 
     def collect(self, launched: LaunchedStep, result: StepResult) -> None:
         """Gives the tokens that a step drew to their answers, and skips answers that have ended meanwhile."""
-        step, token_ids, answers = launched.step, result.token_ids, self._answers
-        computed = [(owned[0], chunk) for chunk in step.chunks if (owned := answers.get(chunk.sequence.seq_id))]
-        final = [chunk.sequence for _, chunk in computed]
+        step, token_ids, decodes = launched.step, result.token_ids, launched.step.decodes
+        self.num_generated += len(token_ids)
+        together = self._together
+        if together is None or together.sequences is not decodes.sequences:
+            self._charge_together()
+            together = self._together = self._join(decodes.sequences)
+        together.tally.add(result.vision_s + result.decoder_s, result.vision_work + result.decoder_work)
+        touched = tuple(together.requests) if self._notifies else ()
+        none_is_special = together.is_complete and decodes.is_plain and decodes.num_repeats > 0
+        if none_is_special and not step.chunks and together.stop_ids.isdisjoint(token_ids):
+            self._scheduler.publish(decodes.sequences)
+            for sequence, token_id in zip(decodes.sequences, token_ids, strict=True):
+                sequence.token_ids.append(token_id)
+        else:
+            touched = (*touched, *self._collect_each(launched, result))
+        if self._notifies:
+            for request in touched:
+                self._tell(request)
+
+    def _collect_each(self, launched: LaunchedStep, result: StepResult) -> Iterable[Request]:
+        """Looks at every token and every chunk of a step; returns the requests that the chunks belong to."""
+        step, token_ids, answers, draws = launched.step, result.token_ids, self._answers, launched.step.draws
+        final = [sequence for sequence in step.sequences if sequence.seq_id in answers]
         if token_ids and min(token_ids) < 0:  # the logits of some sequences were broken
-            broken = {step.draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
+            broken = {draws[row].sequence for row, token_id in enumerate(token_ids) if token_id < 0}
             final = [sequence for sequence in final if sequence not in broken]
         self._scheduler.publish(final)
+        computed = [(owned[0], chunk) for chunk in step.chunks if (owned := answers.get(chunk.sequence.seq_id))]
         touched = self._charge(computed, launched, result)
         if step.scored:
             self._accept_scores(step, result.scores)
-        self.num_generated += len(step.draws)
         rejected: set[int] = set()
         if any(chunk.drafts for _, chunk in computed):
             rejected = self._reject(step, token_ids)
             self.num_generated -= len(rejected)
-        for row, (sequence, _, _) in enumerate(step.draws):
+        for row, (sequence, _, _) in enumerate(draws):
             owned = answers.get(sequence.seq_id)
             if owned is None or row in rejected:
                 continue
@@ -136,12 +171,25 @@ class InFlight:
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
                 continue  # nearly every token needs nothing more
             self._accept(*owned, token_id, result.logprobs[row], num_generated)
-        if self._notifies:
-            for request in touched:
-                self._tell(request)
+        return touched
+
+    def _join(self, sequences: tuple[Sequence, ...]) -> "_Together":
+        """Begins to count what the requests of sequences share that decode together."""
+        owned = [self._answers.get(sequence.seq_id) for sequence in sequences]
+        requests = dict.fromkeys(each[0] for each in owned if each is not None)
+        stop_ids = frozenset().union(*(sequence.stop_ids for sequence in sequences))
+        return _Together(sequences, requests, stop_ids, is_complete=None not in owned)
+
+    def _charge_together(self) -> None:
+        """Adds what was counted for requests that decode together to each of them."""
+        if (together := self._together) is not None:
+            for request in together.requests:
+                request.decode += together.tally
+            together.tally = Tally()
 
     def trace_unfinished(self) -> None:
         """Writes the requests in flight to the trace, with their numbers so far."""
+        self._charge_together()
         for request in self._requests:
             self._trace_request(request, "in flight")
 
@@ -176,10 +224,11 @@ class InFlight:
     def _charge(
         self, computed: list[tuple[Request, Chunk]], launched: LaunchedStep, result: StepResult
     ) -> Iterable[Request]:
-        """Adds a step's time and work to each request that it computed tokens of; returns these requests."""
+        """Adds a step's time and work to each request of its chunks, once; returns these requests."""
         prefills: dict[Request, bool] = {}  # whether the step computed a part of the request's prompt
         for request, (sequence, start, _, _) in computed:
-            prefills[request] = start < sequence.num_prompt or prefills.get(request, False)
+            if self._together is None or request not in self._together.requests:
+                prefills[request] = start < sequence.num_prompt or prefills.get(request, False)
         seconds, work = result.vision_s + result.decoder_s, result.vision_work + result.decoder_work
         for request, is_prefill in prefills.items():
             if is_prefill:
@@ -237,6 +286,7 @@ class InFlight:
         self._release(answer)
         if any(each.sequence.finish_reason is None for each in request.answers):
             return
+        self._charge_together()
         request.reply = build_reply(request)
         self._forget(request, reason)
 
@@ -250,12 +300,19 @@ class InFlight:
     def _release(self, answer: Answer) -> None:
         if self._answers.pop(answer.sequence.seq_id, None) is not None:
             self._scheduler.remove(answer.sequence)
+            if self._together is not None:
+                self._together.is_complete = False
 
     def _forget(self, request: Request, outcome: str) -> None:
         if request not in self._requests:
             return
         for answer in request.answers:
             self._release(answer)
+        self._charge_together()
+        if self._together is not None:
+            self._together.requests.pop(request, None)
+            if not self._together.requests:
+                self._together = None
         self.finished[outcome] += 1
         if LOG.isEnabledFor(logging.DEBUG):
             LOG.debug("%s", json.dumps(figures_of(request, outcome)))

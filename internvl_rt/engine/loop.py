@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
@@ -14,9 +14,10 @@ from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import QueueFullError, RequestError, forked
 from internvl_rt.inputs.picture import Picture
+from internvl_rt.steps.decodes import Decodes, build_decodes
 from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
-from internvl_rt.steps.step import Chunk, plan_step
+from internvl_rt.steps.step import Chunk, Step, plan_step
 
 
 class StepLoop:
@@ -244,56 +245,57 @@ class StepLoop:
         if not self._in_flight:
             self._collect_down_to(0)
             return False
-        chunks = self._scheduler.schedule(in_flight=bool(self._launched))
-        if chunks:
-            self._launch(chunks)
+        scheduled = self._scheduler.schedule(in_flight=bool(self._launched))
+        has_work = scheduled is not None and bool(scheduled[0] or scheduled[1])
+        if scheduled is not None and has_work:
+            self._launch(*scheduled)
         else:
             assert self._launched, "a step without work: an unfinished sequence can always run"
-        self._collect_down_to(1 if chunks and self.run_ahead else 0)
+        self._collect_down_to(1 if has_work and self.run_ahead else 0)
         if not self._in_flight:
             self._collect_down_to(0)
         return True
 
-    def _with_pictures(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Decodes pictures that have left the caches since their request was made; one that fails ends that alone."""
-        for chunk in chunks:
+    def _with_pictures(self, step: Step) -> Step:
+        """Decodes pictures that have left the caches since their request was made; one that fails ends that alone.
+
+        Returns the step of the requests that have not ended.
+        """
+        for chunk in step.chunks:
             try:
                 self._runner.load_pictures(chunk)
             except Exception as error:
-                self._in_flight.fail_chunks([chunk], errors_of_picture(error))
-        return self._in_flight.unfinished(chunks)
+                self._in_flight.fail_sequences([chunk.sequence], errors_of_picture(error))
+        chunks = [chunk for chunk in step.chunks if self._in_flight.holds(chunk.sequence)]
+        if len(chunks) == len(step.chunks):
+            return step
+        decoding = [sequence for sequence in step.decodes.sequences if self._in_flight.holds(sequence)]
+        return plan_step(build_decodes(decoding), chunks)
 
     def _collect_down_to(self, most: int) -> None:
         """Collects the oldest steps until at most `most` are launched."""
         while len(self._launched) > most:
             self._collect(self._launched.popleft())
 
-    def _launch(self, chunks: list[Chunk]) -> None:
-        step = plan_step(chunks)
+    def _launch(self, decodes: Decodes, chunks: list[Chunk]) -> None:
+        step = plan_step(decodes, chunks)
         if step.has_prompts:
-            ready = self._with_pictures(chunks)
-            if len(ready) < len(chunks):
-                chunks, step = ready, plan_step(ready)
-        if not chunks:
+            step = self._with_pictures(step)
+        if not (step.chunks or step.decodes):
             return
         try:
             launched = self._runner.launch(step)
-        except Exception as error:  # the cache's content for the chunks is unknown now, so their requests end
+        except Exception as error:  # the cache's content for the sequences is unknown now, so their requests end
             self._collect_down_to(0)
-            self._end_step_of(chunks, error)
+            self._end_step_of(step, error)
             return
-        for row in reversed(range(len(step.draws))):
-            sequence, _, counter = step.draws[row]
-            if counter == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
-                sequence.unread_row = row
-                sequence.num_tokens += 1
-        self._scheduler.launched(chunks)
+        self._scheduler.launched(step)
         self._launched.append(launched)
         self._num_steps += 1
 
-    def _end_step_of(self, chunks: Iterable[Chunk], error: Exception) -> None:
+    def _end_step_of(self, step: Step, error: Exception) -> None:
         """Fails the requests of a step that failed on the device, and no others."""
-        self._in_flight.fail_chunks(chunks, errors_of_step(error))
+        self._in_flight.fail_sequences(step.sequences, errors_of_step(error))
         self._collect_down_to(0)
         self._runner.fail()
 
@@ -302,7 +304,7 @@ class StepLoop:
         try:
             result = self._runner.collect(launched)
         except Exception as error:  # the tokens that the step drew are lost
-            self._end_step_of(launched.step.chunks, error)
+            self._end_step_of(launched.step, error)
             return
         if self._in_flight.trace is not None:
             self._in_flight.trace.step(launched, result, self.stats())

@@ -59,11 +59,11 @@ class Trace:
         start_s = max(launched.start.host_s, self._end_s)
         encoded_s = start_s + result.vision_s
         self._end_s = encoded_s + result.decoder_s
-        chunks = launched.step.chunks
+        step = launched.step
         shape = {
-            "sequences": len(chunks),
-            "tokens": sum(chunk.stop - chunk.start for chunk in chunks),
-            "draws": len(launched.step.draws),
+            "sequences": len(step.decodes) + len(step.chunks),
+            "tokens": len(step.decodes) + step.num_tokens,
+            "draws": step.num_draws,
             "tiles": result.num_tiles,
         }
         for name, begin_s, seconds, work in (

@@ -51,24 +51,22 @@ class InternVL:
             self.ops, self.weights.projector, x_RE, len(tiles), self.config.downsample, self.config.unshuffle
         )
 
-    def embed(self, step: StepInputs) -> Tensor:
-        """Returns x_TD of a step's tokens. Visual tokens take the place of their placeholders."""
-        x_TD = self.ops.embed_tokens(step.token_id_T, step.drawn_R, self.weights.decoder.embedding_VD)
-        if step.visual_XD is not None and step.visual_row_X is not None:
-            self.ops.place_visual_tokens(x_TD, step.visual_XD, step.visual_row_X)
-        return x_TD
+    def embed(self, step: StepInputs, out: Tensor | None = None) -> Tensor:
+        """Returns x_TD of a step's tokens, the visual ones among them, in `out` if that is given."""
+        embedding_VD = self.weights.decoder.embedding_VD
+        return self.ops.embed_tokens(step.token_id_T, step.drawn_R, embedding_VD, step.visual_XD, out=out)
 
     def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
         """Returns x_TD after the decoder's last layer, perhaps in the given one's memory. Fills the caches' slots."""
         return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
 
-    def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...]) -> Tensor:
-        """Returns x_RD after the decoder's last layer: the rows whose logits are wanted. Fills the caches' slots."""
-        x_TD = self.run_layers(step, self.embed(step), caches)
-        return x_TD if step.logit_row_R is None else x_TD[step.logit_row_R]
+    def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...], out: Tensor | None = None) -> Tensor:
+        """Returns x_TD after the decoder's last layer, in `out` if that is given. Fills the caches' slots."""
+        x_TD = self.run_layers(step, self.embed(step, out), caches)
+        return x_TD if out is None or x_TD.data_ptr() == out.data_ptr() else out.copy_(x_TD)
 
     def logits(self, x_RD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Returns logits [R, V] of what `run_step` returns, in `out` if that is given."""
+        """Returns logits [R, V] of rows of what `run_step` returns, in `out` if that is given."""
         weights = self.weights.decoder
         if out is None and self.ops.row_multiple > 1:
             out = self.logits_memory(len(x_RD))

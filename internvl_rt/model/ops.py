@@ -18,15 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.kernels.embed_tokens import FIRST_VISUAL_ID as FIRST_VISUAL_ID
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference, patch_embed_reference
-from internvl_rt.kernels.place_visual_tokens import place_visual_tokens_reference
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference
 from internvl_rt.kernels.resize_tiles import resize_tiles_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
@@ -71,8 +72,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     vit_attention: Callable[[Tensor, int, int, Tensor | None, Tensor | None, float], Tensor]
     unshuffle_norm: Callable[[Tensor, int, Tensor, Tensor, float, int, Literal["v1", "v2"]], Tensor]
-    embed_tokens: Callable[[Tensor, Tensor, Tensor], Tensor]
-    place_visual_tokens: Callable[[Tensor, Tensor, Tensor], None]
+    embed_tokens: Callable[..., Tensor]
     qkv_rope_kv: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
 
@@ -151,7 +151,8 @@ class Ops:
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
         """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence."""
-        where = batch.block_table_SN, batch.query_start_S1, batch.seq_len_S
+        decodes = torch.arange(batch.num_decodes, dtype=torch.int32, device=q_THC.device)
+        where = batch.block_table_SN, torch.cat((decodes, batch.query_start_R1)), batch.seq_len_S
         return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
 
     def merge_patches(
@@ -180,7 +181,6 @@ TORCH = Ops(
     vit_attention=vit_attention_reference,
     unshuffle_norm=unshuffle_norm_reference,
     embed_tokens=embed_tokens_reference,
-    place_visual_tokens=place_visual_tokens_reference,
     qkv_rope_kv=qkv_rope_kv_reference,
     copy_blocks=copy_blocks_reference,
 )

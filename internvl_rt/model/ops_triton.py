@@ -20,7 +20,6 @@ from internvl_rt.kernels.gemv import gemv
 from internvl_rt.kernels.gemv_qkv import gemv_qkv
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
-from internvl_rt.kernels.place_visual_tokens import place_visual_tokens
 from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv
 from internvl_rt.kernels.resize_tiles import resize_tiles
@@ -114,7 +113,7 @@ class TritonOps(Ops):
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
     def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """Computes `Ops.paged_attention`. Sequences with one new token have their own kernel, whose work is split."""
+        """Computes `Ops.paged_attention`. Sequences that decode have their own kernel, whose work is split."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
@@ -124,7 +123,7 @@ class TritonOps(Ops):
             operands = (q_THC[:n], *caches, *decodes, self._zero_counters(q_THC.device, n, caches[0].shape[1]))
             decode_attention(*operands, programmatic_launch=self.switches.programmatic_launch, out=y_THC[:n])
         if n < len(batch.seq_len_S):
-            chunks = batch.block_table_SN[n:], batch.query_start_S1[n:], batch.seq_len_S[n:]
+            chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
             prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, out=y_THC)
         return y_THC
 
@@ -171,7 +170,6 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         vit_attention=vit_attention,
         unshuffle_norm=unshuffle_norm,
         embed_tokens=embed_tokens,
-        place_visual_tokens=place_visual_tokens,
         qkv_rope_kv=qkv_rope_kv,
         copy_blocks=copy_blocks,
         switches=switches,

@@ -13,14 +13,15 @@ from torch import Tensor
 class Batch:
     """Which tokens belong to which of S sequences, and where the keys and values of each sequence are.
 
-    The sequences with one new token come first. All tensors are int32.
+    The first sequences decode: token s is the one new token of sequence s. The tokens of the other R follow. All
+    tensors are int32.
     """
 
-    query_start_S1: Tensor  # first row of each sequence, and T
-    seq_len_S: Tensor  # tokens of each sequence, this step's included
+    seq_len_S: Tensor  # tokens of each sequence, this step's included; 0 for a row that pads the batch
     block_table_SN: Tensor  # -1 beyond a sequence's blocks
-    num_decodes: int  # how many sequences have one new token
-    max_query_len: int  # most new tokens of a sequence
+    query_start_R1: Tensor  # the first new token of each sequence that does not decode, and the end of the last one's
+    num_decodes: int  # how many sequences decode, those that pad the batch included
+    max_query_len: int  # most new tokens of one of the others
     # How attention of the first num_decodes sequences is split (see csrc/paged_kv_cache.h). None where the table of
     # operations wants no plan (`Ops.num_split_items` is 0).
     split_start_S1: Tensor | None = None
@@ -29,16 +30,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The new tokens of S sequences, one sequence after another; some are prefill chunks, others one token long."""
+    """The new tokens of S sequences, one sequence after another: one token of each that decodes, then the others'."""
 
-    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; any id where visual tokens go
+    token_id_T: Tensor  # int32; -1 - r: what the step before drew as its r-th; FIRST_VISUAL_ID + x: visual token x
     drawn_R: Tensor  # int64, the tokens that the step before drew
     position_T: Tensor  # float32 rotary positions, fractions allowed
     slot_T: Tensor  # int32, place of each token's key and value in the pool
     batch: Batch
-    logit_row_R: Tensor | None  # int64, rows of the last layer's output whose logits are wanted; None: all of them
     visual_XD: Tensor | None = None  # visual tokens of this step
-    visual_row_X: Tensor | None = None  # int64, the rows that the visual tokens overwrite
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,10 @@ class Tally:
         self.flops += work.flops
         self.bytes += work.bytes
 
+    def __iadd__(self, other: "Tally") -> "Tally":
+        self.add(other.seconds, other.work)
+        return self
+
     @property
     def work(self) -> Work:
         return Work(self.flops, self.bytes)
@@ -78,12 +82,26 @@ def decoder_work(
     seq_lens: how many tokens each sequence has with these; their keys and values are read, once for each sequence, even
         where sequences share them
     """
-    width, num_tokens, num_seen = config.hidden_size, sum(chunk_lens), sum(seq_lens)
+    num_pairs = count_pairs(chunk_lens, seq_lens)
+    return step_work(config, dtype, sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
+
+
+def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
+    """Counts pairs of a token of the chunks and one that it attends to: itself and all before it in its sequence."""
+    # A chunk of n in a sequence of s: n * s - (0 + 1 + ... + n - 1) pairs.
+    seen: int = sum(map(mul, chunk_lens, seq_lens))
+    unseen: int = sum(map(mul, chunk_lens, chunk_lens)) - sum(chunk_lens)
+    return seen - unseen // 2
+
+
+def step_work(
+    config: DecoderConfig, dtype: torch.dtype, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int
+) -> Work:
+    """Counts `decoder_work` from sums: new tokens, tokens of all sequences, and pairs as `count_pairs` counts them."""
+    width = config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
     head = config.vocab_size * width
-    # A token attends to itself and all before it. A chunk of n in a sequence of s: n * s - (0 + 1 + ... + n - 1) pairs.
-    num_pairs = sum(map(mul, chunk_lens, seq_lens)) - (sum(map(mul, chunk_lens, chunk_lens)) - num_tokens) // 2
     flops = config.num_layers * (2 * num_tokens * matrices + 4 * num_pairs * q) + 2 * num_logit_rows * head
     vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
     elements = config.num_layers * (matrices + vectors) + num_tokens * width

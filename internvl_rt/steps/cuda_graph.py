@@ -27,7 +27,10 @@ TILE_BUCKETS = (*range(1, 14), 16)  # other numbers of tiles run in the next lar
 
 
 class TileGraphs:
-    """Captures `encode`, from uint8 tiles [I, S, S, 3] to visual tokens [I, M, D], in graphs and runs them."""
+    """Runs `encode`, from uint8 tiles [I, S, S, 3] to visual tokens [I, M, D], from graphs.
+
+    A graph is captured when it is first needed, or before.
+    """
 
     def __init__(
         self,
@@ -37,8 +40,15 @@ class TileGraphs:
         capture: Capture,
         buckets: Sequence[int] = TILE_BUCKETS,
     ) -> None:
+        self._encode, self._capture, self._buckets = encode, capture, sorted(buckets)
         self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
-        self._replays = {n: capture(partial(encode, self._tiles[:n])) for n in sorted(buckets, reverse=True)}
+        self._replays: dict[int, Replay] = {}
+
+    def capture(self, *, everything: bool) -> None:
+        """Captures the graphs of the most tiles and of one, or all of them, the largest first."""
+        for bucket in reversed(self._buckets):
+            if everything or bucket in (self._buckets[0], self._buckets[-1]):
+                self._replay_of(bucket)
 
     @property
     def max_tiles(self) -> int:
@@ -47,10 +57,15 @@ class TileGraphs:
     def encode(self, tiles: Tensor) -> Tensor:
         """Returns visual tokens [I, M, D] in new memory, for 1 to `max_tiles` uint8 tiles on any device."""
         num_tiles = len(tiles)
-        replay = self._replays[min(bucket for bucket in self._replays if bucket >= num_tiles)]
+        replay = self._replay_of(next(bucket for bucket in self._buckets if bucket >= num_tiles))
         self._tiles[:num_tiles].copy_(tiles, non_blocking=True)
         replay.run()
         return replay.result[:num_tiles].clone()
+
+    def _replay_of(self, bucket: int) -> Replay:
+        if bucket not in self._replays:
+            self._replays[bucket] = self._capture(partial(self._encode, self._tiles[:bucket]))
+        return self._replays[bucket]
 
 
 # Every capture changes torch's one state of random numbers, so a process captures one graph at a time.

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from internvl_rt._C import PagedKVCache
@@ -78,7 +78,7 @@ class KVCache:
             max_cached=None if sequence.score_from is None else sequence.score_from - 1,
         )
 
-    def append(self, seq_ids: Items[int], num_tokens: Items[int]) -> bool:
+    def append(self, seq_ids: ArrayLike, num_tokens: ArrayLike) -> bool:
         """Takes slots for each sequence's next tokens. False: there is no room, and nothing has changed."""
         return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
 

@@ -48,7 +48,7 @@ class Logprobs:
 def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
     """Returns the log-probability of each draw of a step that has ended; None for a draw that requests none."""
     if drawn is None:
-        return [None] * len(step.draws)
+        return [None] * step.num_draws
     counts = [draw.sequence.params.logprobs for draw in step.draws]
     found = iter(drawn.read([count for count in counts if count is not None]))
     return [None if count is None else next(found) for count in counts]

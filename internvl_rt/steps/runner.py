@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.step_inputs import Sampling, StepInputs
-from internvl_rt.model.work import Work, decoder_work, vision_work
+from internvl_rt.model.work import Work, count_pairs, step_work, vision_work
 from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
 from internvl_rt.steps.sampler import Sampler, forbid
 from internvl_rt.steps.step import Chunk, Step, build_step
-from internvl_rt.steps.step_graph import DecodeGraphs, PrefillGraphs, prefill_buckets
+from internvl_rt.steps.step_graph import Computed, StepGraphs
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
@@ -71,8 +71,7 @@ class Runner:
         self.stream = DeviceStream(model.device)
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
         self._tile_graphs: TileGraphs | None = None
-        self._decode_graphs: DecodeGraphs | None = None
-        self._prefill_graphs: PrefillGraphs | None = None
+        self._step_graphs: StepGraphs | None = None
         self._sampler = Sampler(model.device)
         with self.stream.use():
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
@@ -85,34 +84,27 @@ class Runner:
 
     @torch.inference_mode()
     def capture(
-        self, *, max_num_seqs: int, max_model_len: int, max_tokens_per_step: int, capture: Capture | None = None
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_tokens_per_step: int,
+        everything: bool = True,
+        capture: Capture | None = None,
     ) -> None:
-        """Captures CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
+        """Prepares CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
 
-        What the graphs call refers to the model and the cache, not to this object, which holds the graphs.
+        everything: whether all are captured now, instead of a few now and the others when they are first needed.
         """
-        model, cache, config, drawn_R = self._model, self._cache, self._model.config, self._drawn_R
-
-        def decode(inputs: StepInputs, logits_SV: Tensor, sampling: Sampling) -> Tensor:
-            logits_SV = model.logits(model.run_step(inputs, cache.layers), logits_SV)
-            model.ops.sample(logits_SV, sampling, drawn_R[: len(logits_SV)])
-            return logits_SV
-
-        def prefill(inputs: StepInputs, x_TD: Tensor) -> Tensor:
-            return model.run_layers(inputs, x_TD, cache.layers)
-
+        model, drawn_R, capture = self._model, self._drawn_R, capture or cuda_capture()
+        limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
         with self.stream.use():
-            capture = capture or cuda_capture()
-            self._tile_graphs = TileGraphs(model.encode_tiles, config.vision.image_size, model.device, capture)
-            logits_SV, buckets = model.logits_memory(max_num_seqs), prefill_buckets(config.decoder, max_tokens_per_step)
-            self._decode_graphs = DecodeGraphs(
-                decode, cache, drawn_R, logits_SV, capture, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
+            self._step_graphs = StepGraphs(
+                model, self._cache, drawn_R, capture, max_tokens_per_step=max_tokens_per_step, **limits
             )
-            num_tokens, width = max(buckets, default=0), config.decoder.hidden_size
-            x_TD = torch.zeros(num_tokens, width, dtype=model.dtype, device=model.device)
-            self._prefill_graphs = PrefillGraphs(
-                prefill, cache, drawn_R, x_TD, capture, max_model_len=max_model_len, buckets=buckets
-            )
+            for graphs in (self._tile_graphs, self._step_graphs):
+                graphs.capture(everything=everything)
 
     def load_pictures(self, chunk: Chunk) -> None:
         """Decodes the pictures that a chunk touches, if that was not done. Raises MediaError for a broken one."""
@@ -131,12 +123,11 @@ class Runner:
                 for chunk in step.chunks:
                     self._encode_pictures(chunk)
             encoded = Moment(self._model.device) if step.has_prompts else start
-            scored: list[Logprobs] = []
-            is_drawn = False
-            if self._decode_graphs is not None and self._decode_graphs.takes(step):
-                logits_RV, is_drawn = self._decode_graphs.run(step)
+            if self._step_graphs is not None and self._step_graphs.takes(step):
+                x_TD, logits_RV, is_drawn = self._step_graphs.run(step)
             else:
-                logits_RV, scored = self._compute(step)
+                x_TD, logits_RV, is_drawn = self._compute(step)
+            scored = self._score(step, x_TD) if step.scored and x_TD is not None else []
             token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
             return LaunchedStep(
                 step=step,
@@ -159,7 +150,6 @@ class Runner:
             raise
         self._cache.end_step(launched.number)
         config, dtype, step = self._model.config, self._model.dtype, launched.step
-        stops = [chunk.stop for chunk in step.chunks]
         return StepResult(
             token_ids=launched.token_id_R.tolist(),
             logprobs=read_drawn(step, launched.drawn),
@@ -168,7 +158,7 @@ class Runner:
             decoder_s=launched.encoded.seconds_until(launched.done),
             num_tiles=launched.num_tiles,
             vision_work=vision_work(config, dtype, launched.num_tiles),
-            decoder_work=decoder_work(config.decoder, dtype, step.counts, stops, len(step.logit_rows)),
+            decoder_work=_work_of(config.decoder, dtype, step),
         )
 
     def fail(self) -> None:
@@ -192,30 +182,32 @@ class Runner:
             "encoded_tiles": self.num_encoded_tiles,
         }
 
-    def _compute(self, step: Step) -> tuple[Tensor, list[Logprobs]]:
-        """Computes the logits of the draws, and the log-probabilities of the scored tokens."""
-        model = self._model
-        if self._prefill_graphs is not None and self._prefill_graphs.takes(step):
-            x_RD = self._prefill_graphs.run(step, model.embed)
-        else:
-            x_RD = model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
-        logits_RV = model.logits(x_RD[: step.num_draw_rows])
-        if not step.scored:
-            return logits_RV, []
+    def _compute(self, step: Step) -> Computed:
+        """Computes a step without graphs."""
+        x_TD = self._model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
+        n, x_RD = len(step.decodes), x_TD
+        if len(step.draw_rows) < step.num_tokens:
+            x_RD = self._rows(x_TD, [*range(n), *(n + row for row in step.draw_rows)])
+        return Computed(x_TD[n:], self._model.logits(x_RD), is_drawn=False)
+
+    def _score(self, step: Step, x_TD: Tensor) -> list[Logprobs]:
+        """Computes the log-probabilities of the scored tokens from the last layer's output for the chunks' tokens."""
         token_ids = [i for span in step.scored for i in span.sequence.token_ids[span.first : span.last + 1]]
         num_top = max(span.sequence.params.prompt_logprobs or 0 for span in step.scored)
-        target_R = to_device(torch.tensor(token_ids), model.device)
-        parts = (torch.split(rows, SCORED_PER_PASS) for rows in (x_RD[step.num_draw_rows :], target_R))
-        return logits_RV, [Logprobs(model.logits(x), targets, num_top) for x, targets in zip(*parts, strict=True)]
+        rows = list(step.logit_rows[len(step.draw_rows) :])
+        both = to_device(torch.tensor([rows, token_ids]), self._model.device)
+        parts = torch.split(both, SCORED_PER_PASS, dim=1)
+        return [Logprobs(self._model.logits(x_TD[row_R]), target_R, num_top) for row_R, target_R in parts]
 
     def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, Logprobs | None]:
         """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities.
 
         is_drawn: a graph has drawn them already, and no log-probabilities are requested.
         """
-        draws, token_id_R = step.draws, self._drawn_R[: len(step.draws)]
-        if is_drawn or not draws:
+        token_id_R = self._drawn_R[: step.num_draws]
+        if is_drawn or not step.num_draws:
             return to_host(token_id_R), None
+        draws = step.draws
         wanted: list[int] = []
         raw_RV = logits_RV
         if not step.is_plain:
@@ -269,3 +261,14 @@ class Runner:
         graphs = self._tile_graphs if tiles.dtype == torch.uint8 else None
         encode = self._model.encode_tiles if graphs is None else graphs.encode
         return torch.cat([encode(part) for part in torch.split(tiles, MAX_TILES_PER_PASS)]).flatten(0, 1)
+
+
+def _work_of(config: DecoderConfig, dtype: torch.dtype, step: Step) -> Work:
+    """Counts the work of a step of the decoder."""
+    num_decodes, num_context = len(step.decodes), step.decodes.num_context
+    num_seen, num_pairs, num_rows = num_context, num_context, num_decodes
+    if step.chunks:
+        stops = [chunk.stop for chunk in step.chunks]
+        num_seen, num_pairs = num_seen + sum(stops), num_pairs + count_pairs(step.counts, stops)
+        num_rows += len(step.logit_rows)
+    return step_work(config, dtype, num_decodes + step.num_tokens, num_seen, num_pairs, num_rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.device_stream import host_memory, to_device
+from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw
 
 _NAMES = ("seed_R", "counter_R", *Sampling._fields[:-2])  # the order in memory: the wider numbers first
@@ -37,7 +38,8 @@ class Sampler:
         num_rows, num_listed = len(draws), sum(map(len, lists))
         if num_listed or seq_ids != self._seq_ids:
             filled = torch.empty(num_rows * WORDS_PER_ROW + num_rows + 1 + 2 * num_listed, dtype=torch.int32)
-            _fill(_on_host(_split(filled, num_rows, num_listed)), draws, lists)
+            views = _on_host(_split(filled, num_rows, num_listed))
+            _fill(views, [sequence for sequence, _, _ in draws], lists)
             self._flat, self._seq_ids = filled, [] if num_listed else seq_ids
         flat = host_memory(len(self._flat), torch.int32, self._device)
         flat.copy_(self._flat)
@@ -57,18 +59,22 @@ class UnlistedArguments:
     def __init__(self, flat: Tensor, num_rows: int) -> None:
         """flat: int32 [unlisted_words(num_rows)] on the host, which nobody else writes."""
         self._flat, self._views = flat, _on_host(wrap_unlisted(flat, num_rows))
-        self._seq_ids: list[int] | None = None  # of the sequences whose arguments the memory holds
+        self._seq_id_R: NDArray[np.int32] | None = None  # of the sequences whose arguments the memory holds
 
-    def fill(self, draws: Items[Draw]) -> None:
-        seq_ids, num_draws = [sequence.seq_id for sequence, _, _ in draws], len(draws)
-        if seq_ids != self._seq_ids:
-            self._seq_ids = None  # until all is written, since an interrupt may come before that
+    def fill(
+        self, sequences: Items[Sequence], seq_id_R: NDArray[np.int32], counter_R: NDArray[np.int64] | list[int]
+    ) -> None:
+        """Writes the arguments of draws for these sequences; the counters alone, if `seq_id_R` is the last call's."""
+        num_draws = len(sequences)
+        if seq_id_R is not self._seq_id_R:
+            self._seq_id_R = None  # until all is written, since an interrupt may come before that
             self._flat.zero_()
             ends = {"listed_start_R1": num_draws + 1}
-            if draws:
-                _fill({n: v[: ends.get(n, num_draws)] for n, v in self._views.items()}, draws, [{} for _ in draws])
-            self._seq_ids = seq_ids
-        self._views["counter_R"][:num_draws] = [counter for _, _, counter in draws]
+            if sequences:
+                views = {name: view[: ends.get(name, num_draws)] for name, view in self._views.items()}
+                _fill(views, sequences, [{} for _ in sequences])
+            self._seq_id_R = seq_id_R
+        self._views["counter_R"][:num_draws] = counter_R
 
 
 def unlisted_words(num_rows: int) -> int:
@@ -97,9 +103,8 @@ def _on_host(sampling: Sampling) -> dict[str, NDArray[Any]]:
     return {name: tensor.numpy() for name, tensor in sampling._asdict().items()}
 
 
-def _fill(out: dict[str, NDArray[Any]], draws: Items[Draw], lists: list[dict[int, int]]) -> None:
+def _fill(out: dict[str, NDArray[Any]], sequences: Items[Sequence], lists: list[dict[int, int]]) -> None:
     """Fills all arrays but the counters."""
-    sequences = [draw.sequence for draw in draws]
     params = [sequence.params for sequence in sequences]
     out["seed_R"].view(np.uint64)[:] = [sequence.seed for sequence in sequences]
     for name in ("temperature", "top_k", "top_p", "min_p"):

@@ -14,9 +14,12 @@ import math
 from collections import deque
 from collections.abc import Sequence as Items
 
+import numpy as np
+
+from internvl_rt.steps.decodes import NO_DECODES, Decodes, build_decodes
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
-from internvl_rt.steps.step import Chunk
+from internvl_rt.steps.step import Chunk, Step
 
 MAX_OVERTAKEN = 16  # how often others are admitted before a sequence that waits for blocks
 LOOK_AHEAD = 8  # how many waiting sequences are tried
@@ -46,6 +49,7 @@ class Scheduler:
         self._double_cost_context = double_cost_context
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order of admission
+        self._last: Decodes | None = None  # the last step, if all that run decoded in it, and none came or went since
         # Of the answers to one prompt that run, one is like any other sequence. The further ones, of all prompts
         # together, leave a quarter of the places to others, an idle engine's too, so that a new request finds one.
         self._max_further = max(0, max_num_seqs - 1 - max(1, max_num_seqs // 4))
@@ -73,8 +77,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence, finished or not, and returns its blocks."""
         if sequence in self._running:
-            self._running.remove(sequence)
-            self._cache.blocks.release(sequence.seq_id)
+            self._leave(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         sequence.visual.clear()
@@ -83,40 +86,60 @@ class Scheduler:
     def clear(self, sequences: Items[Sequence]) -> None:
         """Forgets all sequences and returns the blocks of the given ones, whatever an error has left half changed."""
         self._running.clear()
+        self._last = None
         self._waiting.clear()
         for sequence in sequences:
             self._cache.discard(sequence.seq_id)
             sequence.visual.clear()
             sequence.siblings.clear()
 
-    def schedule(self, *, in_flight: bool = False) -> list[Chunk] | None:
-        """Takes slots for the next step's chunks and returns them; none if nothing can run before tokens are read.
+    def schedule(self, *, in_flight: bool = False) -> tuple[Decodes, list[Chunk]] | None:
+        """Takes slots for the next step and returns the sequences that decode in it, and the chunks of the others.
 
+        Both are empty if nothing can run before tokens are read.
         in_flight: whether steps are under way. They may give back blocks and tokens, so meanwhile nothing is preempted:
         None says that there is no room now, and that nothing has changed.
         """
+        has_place = bool(self._waiting) and len(self._running) < self._max_num_seqs
+        last = self._last
+        if last is not None and last.num_repeats > 0 and not has_place and self._append(last):
+            self._last = last.following()
+            return self._last, []
+        self._last = None
         preempted = False
         while True:
-            decodes, prefilling = self._decodes()
-            if self._append(decodes):
+            decoding, drafted, prefilling = self._decoding()
+            decodes = build_decodes(decoding)
+            if self._append(decodes, drafted):
                 break
             if in_flight:
                 return None
             self._preempt(self._running[-1])
             preempted = True
-        budget = self._max_tokens_per_step - sum([chunk.stop - chunk.start for chunk in decodes])
+        budget = self._max_tokens_per_step - len(decodes) - sum([chunk.stop - chunk.start for chunk in drafted])
         if self._waiting and not preempted and budget > 0 and len(self._running) < self._max_num_seqs:
             self._admit_waiting(budget, prefilling)
-        if not prefilling and all(not chunk.drafts for chunk in decodes):
-            return decodes
+        if not prefilling:
+            if len(decodes) == len(self._running):
+                self._last = decodes
+            return decodes, drafted
         prefills = self._prefills(budget, prefilling)
-        assert self._append(prefills), "admission took room for all tokens that a sequence has"
+        assert self._append(NO_DECODES, prefills), "admission took room for all tokens that a sequence has"
         self._place_siblings(prefills)
-        return sorted([*decodes, *prefills], key=lambda chunk: chunk.stop - chunk.start > 1)  # those of one token first
+        return decodes, [*drafted, *prefills]
 
-    def launched(self, chunks: Items[Chunk]) -> None:
-        """Records that the chunks were launched; siblings fork off when their prompt is computed."""
-        for sequence, _, stop, _ in chunks:
+    def launched(self, step: Step) -> None:
+        """Records that a step was launched; siblings fork off when their prompt is computed."""
+        for row, sequence in enumerate(step.decodes.sequences):
+            sequence.num_computed += 1
+            sequence.num_tokens += 1
+            sequence.unread_row = row
+        for row in reversed(range(len(step.chunk_draws))):
+            sequence, _, counter = step.chunk_draws[row]
+            if counter == sequence.num_tokens - sequence.num_prompt:  # not a draw after a draft token
+                sequence.unread_row = len(step.decodes) + row
+                sequence.num_tokens += 1
+        for sequence, _, stop, _ in step.chunks:
             sequence.num_computed = stop
             if stop >= sequence.num_prompt and (sequence.visual or sequence.siblings):
                 sequence.visual.clear()
@@ -140,6 +163,7 @@ class Scheduler:
         sibling.num_published_blocks = sequence.num_published_blocks
         sibling.num_cached, sibling.was_admitted = sequence.num_cached, True
         self._running.append(sibling)
+        self._last = None
 
     def publish(self, sequences: Items[Sequence]) -> None:
         """Lets other sequences reuse what steps have computed of the given ones, as far as their ids are known."""
@@ -160,11 +184,12 @@ class Scheduler:
             self._cache.blocks.rollback(sequence.seq_id, num_tokens)
             sequence.num_computed -= num_tokens
 
-    def _decodes(self) -> tuple[list[Chunk], list[Sequence]]:
-        """Chooses the sequences that lack only their last token: that token and draft tokens, within the budget.
+    def _decoding(self) -> tuple[list[Sequence], list[Chunk], list[Sequence]]:
+        """Chooses the sequences that lack only their last token, within the budget; chunks are those with draft tokens.
 
         Also returns the sequences that have more to compute, or a part of their prompt.
         """
+        decoding: list[Sequence] = []
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
         budget = self._max_tokens_per_step
@@ -179,9 +204,12 @@ class Scheduler:
             drafts: tuple[int, ...] = ()
             if sequence.drafter is not None and room > 1 and budget > 1:
                 drafts = tuple(sequence.drafter.draft(sequence.token_ids, min(room, budget) - 1))
-            chunks.append(Chunk(sequence, start, num_tokens + len(drafts), drafts))
+            if drafts:
+                chunks.append(Chunk(sequence, start, num_tokens + len(drafts), drafts))
+            else:
+                decoding.append(sequence)
             budget -= 1 + len(drafts)
-        return chunks, prefilling
+        return decoding, chunks, prefilling
 
     def _prefills(self, budget: int, prefilling: Items[Sequence]) -> list[Chunk]:
         """Chooses chunks of the sequences that have more to compute.
@@ -285,17 +313,25 @@ class Scheduler:
         """Takes a sequence's blocks; it is the next to be admitted, and computes its tokens again."""
         assert sequence.num_unread == 0, "no step is under way"
         assert len(self._running) > 1, "a sequence that is alone fits the cache"
-        self._running.remove(sequence)
-        self._cache.blocks.release(sequence.seq_id)
+        self._leave(sequence)
         sequence.visual.clear()
         sequence.num_computed = 0
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _append(self, chunks: Items[Chunk]) -> bool:
-        return self._cache.append(
-            [chunk.sequence.seq_id for chunk in chunks], [chunk.stop - chunk.start for chunk in chunks]
-        )
+    def _append(self, decodes: Decodes, chunks: Items[Chunk] = ()) -> bool:
+        """Takes slots for the tokens of a step. False: there is no room for all of them, and nothing has changed."""
+        seq_ids, num_tokens = decodes.seq_id_S, decodes.one_S
+        if chunks:
+            counts = [(chunk.sequence.seq_id, chunk.stop - chunk.start) for chunk in chunks]
+            seq_ids, num_tokens = np.concatenate(((seq_ids, num_tokens), np.array(counts, np.int32).T), axis=1)
+        return self._cache.append(seq_ids, num_tokens)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Ends the run of a sequence, and returns its blocks."""
+        self._running.remove(sequence)
+        self._last = None
+        self._cache.blocks.release(sequence.seq_id)
 
 
 def _longest_to_admit(budget: int, prefilling: Items[Sequence]) -> float:

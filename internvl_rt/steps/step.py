@@ -3,7 +3,6 @@
 All numbers that the host decides lie in one flat int32 array, so that one copy brings a step to the device.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_rt.model.ops import FIRST_VISUAL_ID
 from internvl_rt.model.step_inputs import Batch, StepInputs
-from internvl_rt.steps.device_stream import host_memory, to_device
+from internvl_rt.steps.decodes import Decodes
+from internvl_rt.steps.device_stream import host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 
@@ -54,32 +55,61 @@ class ScoredSpan:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The chunks that run together and the tokens that are drawn, planned before any sequence changes."""
+    """What runs together and the tokens that are drawn, planned before any sequence changes.
 
-    chunks: tuple[Chunk, ...]  # chunks of one token first
+    The step's tokens are one of each sequence that decodes, then those of the chunks. The first draws are those of the
+    sequences that decode, each from its own row of logits.
+    """
+
+    decodes: Decodes
+    chunks: tuple[Chunk, ...]  # of the other sequences: parts of prompts, and decodes with draft tokens
     counts: tuple[int, ...]  # tokens of each chunk
-    num_tokens: int
-    draws: tuple[Draw, ...]
+    num_tokens: int  # of the chunks
+    chunk_draws: tuple[Draw, ...]
     scored: tuple[ScoredSpan, ...]
-    # Indices into all chunks' tokens of those whose logits are needed: for the draws, then for the scored spans.
+    # Indices into the chunks' tokens of those whose logits are needed: for their draws, then for the scored spans.
     logit_rows: tuple[int, ...]
-    num_draw_rows: int
+    num_draw_rows: int  # rows of logits that tokens are drawn from, those of the decodes included
     has_prompts: bool  # some prompt tokens are computed
     is_plain: bool  # one draw from each row, no grammar, no log-probabilities
 
+    @property
+    def num_draws(self) -> int:
+        return len(self.decodes) + len(self.chunk_draws)
 
-def plan_step(chunks: Items[Chunk]) -> Step:
+    @property
+    def draw_rows(self) -> tuple[int, ...]:
+        """Indices into the chunks' tokens of those that tokens are drawn after."""
+        return self.logit_rows[: self.num_draw_rows - len(self.decodes)]
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those that the step computes tokens of."""
+        return (*self.decodes.sequences, *(chunk.sequence for chunk in self.chunks))
+
+    @property
+    def draws(self) -> list[Draw]:
+        """All draws, in the order of their tokens."""
+        decodes = self.decodes
+        rows = zip(decodes.sequences, range(len(decodes)), decodes.counter_S.tolist(), strict=True)
+        return [*map(Draw._make, rows), *self.chunk_draws]
+
+
+def plan_step(decodes: Decodes, chunks: Items[Chunk] = ()) -> Step:
     """Plans draws: a chunk with its sequence's last token draws the next one, and one more after each draft token.
 
     Siblings that wait for their prompt draw from the same row.
     """
+    num_decodes = len(decodes)
+    if not chunks:
+        return Step(decodes, (), (), 0, (), (), (), num_decodes, False, decodes.is_plain)
     draws: list[Draw] = []
     scored: list[ScoredSpan] = []
     draw_rows: list[int] = []
     scored_rows: list[int] = []
     counts: list[int] = []
     first_row = 0
-    has_prompts, is_plain = False, True
+    has_prompts, is_plain = False, decodes.is_plain
     for sequence, start, stop, drafts in chunks:
         if start < sequence.num_prompt:
             has_prompts = True
@@ -94,22 +124,20 @@ def plan_step(chunks: Items[Chunk]) -> Step:
             continue
         is_plain = is_plain and sequence.is_plain and not sequence.siblings
         counter = sequence.num_tokens - sequence.num_prompt
-        if not drafts and not sequence.siblings:
-            draws.append(Draw(sequence, len(draw_rows), counter))
-            draw_rows.append(first_row - 1)
-            continue
         for ahead in range(len(drafts) + 1):
-            draws.append(Draw(sequence, len(draw_rows), counter + ahead))
-            draws += [Draw(sibling, len(draw_rows), 0) for sibling in sequence.siblings]
+            row = num_decodes + len(draw_rows)
+            draws.append(Draw(sequence, row, counter + ahead))
+            draws += [Draw(sibling, row, 0) for sibling in sequence.siblings]
             draw_rows.append(first_row - len(drafts) - 1 + ahead)
     return Step(
+        decodes=decodes,
         chunks=tuple(chunks),
         counts=tuple(counts),
         num_tokens=first_row,
-        draws=tuple(draws),
+        chunk_draws=tuple(draws),
         scored=tuple(scored),
         logit_rows=(*draw_rows, *scored_rows),
-        num_draw_rows=len(draw_rows),
+        num_draw_rows=num_decodes + len(draw_rows),
         has_prompts=has_prompts,
         is_plain=is_plain,
     )
@@ -117,12 +145,13 @@ def plan_step(chunks: Items[Chunk]) -> Step:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Sizes of a step's arrays; rows and tokens beyond those of its chunks are padding."""
+    """Sizes of a step's arrays; rows and tokens beyond those of its sequences are padding."""
 
-    num_tokens: int
-    num_rows: int
+    num_decodes: int
+    num_chunks: int
+    num_tokens: int  # of the chunks
     table_width: int
-    num_items: int  # items of the plan that splits attention; 0: no plan
+    num_items: int  # items of the plan that splits the decodes' attention; 0: no plan
 
     @property
     def size(self) -> int:
@@ -146,107 +175,111 @@ class StepShape:
 @lru_cache(maxsize=4096)
 def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
     """Returns name, start, stop and shape of each array."""
-    per_token, starts = (shape.num_tokens,), (shape.num_rows + 1,)
+    per_token, num_rows = (shape.num_decodes + shape.num_tokens,), shape.num_decodes + shape.num_chunks
     arrays: dict[str, tuple[int, ...]] = {"token_id_T": per_token, "position_T": per_token, "slot_T": per_token}
-    arrays |= {"query_start_S1": starts, "seq_len_S": (shape.num_rows,)}
-    arrays |= {"block_table_SN": (shape.num_rows, shape.table_width)}
+    arrays |= {"seq_len_S": (num_rows,), "block_table_SN": (num_rows, shape.table_width)}
+    arrays |= {"query_start_R1": (shape.num_chunks + 1,)}
     if shape.num_items:
-        arrays |= {"split_start_S1": starts, "split_W3": (shape.num_items, 3)}
+        arrays |= {"split_start_S1": (shape.num_decodes + 1,), "split_W3": (shape.num_items, 3)}
     stops = list(accumulate(prod(sizes) for sizes in arrays.values()))
     return [(name, stop - prod(sizes), stop, sizes) for (name, sizes), stop in zip(arrays.items(), stops, strict=True)]
 
 
 def shape_of(step: Step, cache: KVCache) -> StepShape:
     """Returns the shape that a step needs, without padding."""
-    num_rows = len(step.chunks)
+    num_decodes = len(step.decodes)
+    longest = max([*(s.num_tokens for s in step.decodes.sequences), *(chunk.stop for chunk in step.chunks)])
     return StepShape(
+        num_decodes=num_decodes,
+        num_chunks=len(step.chunks),
         num_tokens=step.num_tokens,
-        num_rows=num_rows,
-        table_width=-(-max([chunk.stop for chunk in step.chunks]) // cache.block_size),
-        num_items=cache.num_split_items(num_rows),
+        table_width=-(-longest // cache.block_size),
+        num_items=cache.num_split_items(num_decodes) if num_decodes else 0,
     )
 
 
-def fill_step(step: Step, cache: KVCache, out: Mapping[str, NDArray[Any]]) -> None:
-    """Writes a step into the arrays `out` of a shape (`StepShape.views`), and makes the block copies that it needs.
+class StepArrays:
+    """A step's numbers on the host, in `flat`, int32 [shape.size]."""
 
-    The cache must have slots for the chunks' tokens. Chunks of one token come first.
+    def __init__(self, shape: StepShape, flat: NDArray[np.int32]) -> None:
+        found = shape.views(flat, np.float32)
+        self._num_decodes = n = shape.num_decodes
+        self._token_id_T, self._position_T = found["token_id_T"], found["position_T"]
+        self._query_start_R1 = found["query_start_R1"]
+        rows = {name: found[name] for name in ("slot_T", "seq_len_S", "block_table_SN")}
+        # The arguments of PagedKVCache.fill_step, once for the decodes and once for the chunks.
+        self._decodes = {name: array[:n] for name, array in rows.items()}
+        self._decodes["query_start_S1"] = np.empty(n + 1, np.int32)  # it is known without this
+        self._decodes |= {name: found[name] for name in ("split_start_S1", "split_W3") if name in found}
+        self._chunks = {name: array[n:] for name, array in rows.items()} | {"query_start_S1": self._query_start_R1}
+
+    def fill(self, step: Step, cache: KVCache) -> None:
+        """Writes a step, and makes the block copies that it needs. The cache must have slots for the step's tokens."""
+        n, decodes = self._num_decodes, step.decodes
+        token_id_T, position_T = self._token_id_T, self._position_T
+        cache.copy_blocks(cache.blocks.take_copies())
+        if n:
+            num_rows = len(decodes)
+            token_id_T[:num_rows], position_T[:num_rows] = decodes.token_id_S, decodes.position_S
+            if num_rows < n:
+                token_id_T[num_rows:n], position_T[num_rows:n] = 0, 0
+            cache.blocks.fill_step(decodes.seq_id_S, decodes.one_S, **self._decodes)
+        if len(token_id_T) == n:  # no chunks
+            self._query_start_R1[:] = n
+            return
+        token, visual_id = n, FIRST_VISUAL_ID
+        for (sequence, start, stop, drafts), count in zip(step.chunks, step.counts, strict=True):
+            token_id_T[token : token + count] = [*sequence.token_ids[start : stop - len(drafts)], *drafts]
+            position_T[token : token + count] = sequence.positions(start, stop)
+            for first, last, _ in visual_parts(sequence, start, stop):
+                ids = np.arange(visual_id, visual_id + last - first, dtype=np.int32)
+                token_id_T[token + first - start : token + last - start] = ids
+                visual_id += last - first
+            token += count
+        token_id_T[token:], position_T[token:] = 0, 0
+        seq_id_R = np.array([chunk.sequence.seq_id for chunk in step.chunks], np.int32)
+        cache.blocks.fill_step(seq_id_R, np.array(step.counts, np.int32), **self._chunks)
+        self._query_start_R1 += n
+
+
+def visual_parts(sequence: Sequence, start: int, stop: int) -> list[tuple[int, int, Tensor]]:
+    """Returns the runs of visual tokens in [start, stop) of a sequence: first, last + 1, and their values [X, D].
+
+    Every picture that has tokens there must be encoded (`Sequence.visual`).
     """
-    chunks, counts = step.chunks, step.counts
-    num_decodes = counts.count(1)
-    assert counts[:num_decodes] == (1,) * num_decodes, "chunks of one token come first"
-    token_id_T, position_T = out["token_id_T"], out["position_T"]
-    token_ids: list[int] = []
-    positions: list[float] = []
-    for sequence, index, _, _ in chunks[:num_decodes]:
-        known, ahead = sequence.token_ids, index - sequence.num_prompt
-        token_ids.append(known[index] if index < len(known) else -1 - sequence.unread_row)
-        positions.append(sequence.next_position + ahead if ahead >= 0 else sequence.position_T[index])
-    token_id_T[:num_decodes], position_T[:num_decodes] = token_ids, positions
-    row = num_decodes
-    for chunk, count in zip(chunks[num_decodes:], counts[num_decodes:], strict=True):
-        known = chunk.sequence.token_ids[chunk.start : chunk.stop]
-        unread = [-1 - chunk.sequence.unread_row] * (count - len(known) - len(chunk.drafts))
-        token_id_T[row : row + count] = [*known, *unread, *chunk.drafts]
-        position_T[row : row + count] = chunk.sequence.positions(chunk.start, chunk.stop)
-        row += count
-    token_id_T[row:] = 0
-    position_T[row:] = 0
-    cache.copy_blocks(cache.blocks.take_copies())
-    seq_id_S = np.array([chunk.sequence.seq_id for chunk in chunks], np.int32)
-    rest = {name: array for name, array in out.items() if name not in ("token_id_T", "position_T")}
-    cache.blocks.fill_step(seq_id_S, np.array(counts, np.int32), **rest)
-
-
-def wrap_step(shape: StepShape, flat: Tensor, *, num_decodes: int, max_query_len: int, **rest: Any) -> StepInputs:
-    """Builds StepInputs whose numbers lie in `flat` on the device; `rest` are its other fields."""
-    found = shape.views(flat, torch.float32)
-    per_token = {name: found.pop(name) for name in ("token_id_T", "position_T", "slot_T")}
-    return StepInputs(**per_token, batch=Batch(**found, num_decodes=num_decodes, max_query_len=max_query_len), **rest)
-
-
-def picked_rows(step: Step, device: torch.device) -> dict[str, Any]:
-    """Returns fields of StepInputs: the rows whose logits are needed, visual tokens, and the rows they go to.
-
-    Every picture that a chunk touches must be encoded (`Sequence.visual`).
-    """
-    visual: list[Tensor] = []
-    visual_rows: list[np.ndarray] = []
-    num_tokens = 0
-    for sequence, start, stop, _ in step.chunks if step.has_prompts else ():
-        if sequence.visual:
-            for index in sequence.pictures_within(start, stop):
-                span = sequence.pictures[index].span
-                first, last = max(start, span.start), min(stop, span.start + span.num_tokens)
-                visual.append(sequence.visual[index][first - span.start : last - span.start])
-                visual_rows.append(np.arange(first, last) - start + num_tokens)
-        num_tokens += stop - start
-    picks_logits = len(step.logit_rows) != step.num_tokens or bool(step.scored)
-    found: dict[str, Any] = {"logit_row_R": None}
-    if not visual and not picks_logits:
-        return found
-    logit_rows = np.array(step.logit_rows if picks_logits else (), np.int64)
-    rows = np.concatenate((*visual_rows, logit_rows))
-    row_on_device = to_device(torch.from_numpy(rows), device)
-    num_visual = len(rows) - len(logit_rows)
-    if picks_logits:
-        found["logit_row_R"] = row_on_device[num_visual:]
-    if visual:
-        found |= {"visual_XD": torch.cat(visual), "visual_row_X": row_on_device[:num_visual]}
+    found = []
+    for index in sequence.pictures_within(start, stop) if sequence.visual else ():
+        span = sequence.pictures[index].span
+        first, last = max(start, span.start), min(stop, span.start + span.num_tokens)
+        found.append((first, last, sequence.visual[index][first - span.start : last - span.start]))
     return found
 
 
+def visual_of(step: Step) -> list[Tensor]:
+    """Returns the visual tokens of a step in the order of their ids, which `StepArrays` writes."""
+    if not step.has_prompts:
+        return []
+    return [part for chunk in step.chunks for _, _, part in visual_parts(chunk.sequence, chunk.start, chunk.stop)]
+
+
+def wrap_step(shape: StepShape, flat: Tensor, *, max_query_len: int, **rest: Any) -> StepInputs:
+    """Builds StepInputs whose numbers lie in `flat` on the device; `rest` are its other fields."""
+    found = shape.views(flat, torch.float32)
+    per_token = {name: found.pop(name) for name in ("token_id_T", "position_T", "slot_T")}
+    batch = Batch(**found, num_decodes=shape.num_decodes, max_query_len=max_query_len)
+    return StepInputs(**per_token, batch=batch, **rest)
+
+
 def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
-    """Builds a step's inputs, without padding. Its pictures must be encoded, as for `picked_rows`."""
-    device = drawn_R.device
-    shape = shape_of(step, cache)
+    """Builds a step's inputs, without padding. Its pictures must be encoded, as for `visual_parts`."""
+    device, shape = drawn_R.device, shape_of(step, cache)
     flat = host_memory(shape.size, torch.int32, device)
-    fill_step(step, cache, shape.views(flat.numpy(), np.float32))
+    StepArrays(shape, flat.numpy()).fill(step, cache)
+    visual = visual_of(step)
     return wrap_step(
         shape,
         flat.to(device, non_blocking=True),
-        num_decodes=step.counts.count(1),
-        max_query_len=max(step.counts),
+        max_query_len=max(step.counts, default=1),
         drawn_R=drawn_R,
-        **picked_rows(step, device),
+        visual_XD=torch.cat(visual) if visual else None,
     )

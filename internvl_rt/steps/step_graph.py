@@ -1,194 +1,273 @@
-"""Runs decoder steps from CUDA graphs: decode steps whole, of prefills with few tokens the layers.
+"""Runs decoder steps from CUDA graphs.
 
 A graph is captured for one shape; a step runs in the next larger shape, padded with rows of length 0 and tokens without
-a slot. Graphs read a step's numbers from one buffer on the device.
+a slot. There are three kinds:
+
+  decode   a whole step of sequences that decode: from their last tokens to the tokens that they draw
+  layers   embedding and layers of a step with chunks, beside which sequences may decode
+  head     logits of such a step and the tokens drawn from them; not run if nothing is drawn
+
+Graphs read a step's numbers from one buffer on the device, and the tokens that the step before drew from `drawn_R`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
-from internvl_rt.model.step_inputs import Sampling, StepInputs
+from internvl_rt.model.internvl import InternVL
+from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
 from internvl_rt.steps.device_stream import Moment, host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
-from internvl_rt.steps.step import Draw, Step, StepShape, fill_step, picked_rows, wrap_step
+from internvl_rt.steps.step import Step, StepArrays, StepShape, visual_of, wrap_step
 
-# Rows of a prefill graph, one for each sequence: one row, for a single user, or a few, decodes included. Not more:
-# attention starts programs for every row and all the tokens of the bucket, and empty rows take time too.
-PREFILL_ROWS = (1, 8)
-PREFILL_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+# Chunks of a graph: one, for a single user, or a few. Not more: attention starts programs for every chunk and all the
+# tokens of the bucket, and empty rows take time too.
+NUM_CHUNKS = (1, 8)
+NUM_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+# So many sequences decode beside chunks of so many tokens. Products of many rows take no longer with a few more.
+MAX_DECODES_BESIDE, MAX_TOKENS_BESIDE = 64, 2048
 # At this work per layer an H100 takes as long as its CPU takes for the layer's ten launches, 0.7 ms.
 FLOPS_OF_LAUNCHES = 450e9
 NUM_STAGES = 4
+# What a single user needs for answers and for prompts of up to one picture, captured before the first step.
+LIKELY = ((1,), (2,), (4,), (8,), (0, 1), *((0, 1, tokens) for tokens in NUM_TOKENS if tokens <= 512))
+
+
+class Computed(NamedTuple):
+    """What a step left on the device, until the next step."""
+
+    x_TD: Tensor | None  # the last layer's output for the chunks' tokens; None if there are no chunks
+    logits_RV: Tensor  # of the rows that tokens are drawn from
+    is_drawn: bool  # whether the tokens are in `drawn_R`; if not, what is there is void
+
+
+class _Place(NamedTuple):
+    """Where a graph finds a step in the buffer: arguments of draws, and their rows; the arrays from `start` on."""
+
+    shape: StepShape
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape.size
 
 
 class _Stage:
-    """Host memory from which steps are copied to the device, with its arrays for the shape that it held last."""
+    """Host memory from which steps are copied to the device, with its views for the place and draws it had last."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = host_memory(size, torch.int32, device)
         self.copied: Moment | None = None  # when the latest copy has ended
-        self._shape: StepShape | None = None  # the shape of `_arrays`
-        self._arrays: tuple[dict[str, Any], UnlistedArguments | None] = {}, None
+        self._key: tuple[_Place, int] | None = None
+        self._views: tuple[StepArrays, UnlistedArguments] | None = None
 
-    def arrays(self, shape: StepShape, start: int) -> tuple[dict[str, Any], UnlistedArguments | None]:
-        """Returns a step's arrays, from `start` on, and the arguments of its draws before them, if there is room."""
-        if shape != self._shape:
-            arguments = UnlistedArguments(self.flat[:start], shape.num_rows) if start else None
-            views = shape.views(self.flat[start : start + shape.size].numpy(), np.float32)
-            self._shape, self._arrays = shape, (views, arguments)
-        return self._arrays
-
-
-class _Buffer:
-    """Device memory in which graphs find a step's numbers: the arguments of its draws, if any, then its arrays.
-
-    The host fills one of several stages, so that it never writes what a copy may still read.
-    """
-
-    def __init__(self, cache: KVCache, shapes: Iterable[StepShape], device: torch.device, *, draws: bool) -> None:
-        self._cache, self._draws = cache, draws
-        size = max((self._start(shape) + shape.size for shape in shapes), default=0)
-        self._flat = torch.zeros(size, dtype=torch.int32, device=device)
-        self._stages = cycle([_Stage(size, device) for _ in range(NUM_STAGES)])
-
-    def inputs(self, shape: StepShape, **rest: Any) -> StepInputs:
-        """Returns inputs that lie in the buffer, and fills them with a step without sequences, for a capture."""
-        start = self._start(shape)
-        flat = self._flat[start : start + shape.size].zero_()
-        arrays = shape.views(flat, torch.float32)
-        for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:  # no slots, no blocks, nothing to split
-            arrays[name].fill_(-1)
-        return wrap_step(shape, flat, logit_row_R=None, **rest)
-
-    def sampling(self, shape: StepShape) -> Sampling:
-        """Returns the arguments of a step's draws."""
-        return wrap_unlisted(self._flat, shape.num_rows)
-
-    def fill(self, step: Step, shape: StepShape, draws: Sequence[Draw] = ()) -> None:
-        stage, start = next(self._stages), self._start(shape)
-        if stage.copied is not None:
-            stage.copied.wait()
-        arrays, arguments = stage.arrays(shape, start)
-        fill_step(step, self._cache, arrays)
-        if arguments is not None:
-            arguments.fill(draws)
-        end = start + shape.size
-        self._flat[:end].copy_(stage.flat[:end], non_blocking=True)
-        stage.copied = Moment(self._flat.device)
-
-    def _start(self, shape: StepShape) -> int:
-        return unlisted_words(shape.num_rows) if self._draws else 0
+    def views(self, place: _Place, num_draws: int) -> tuple[StepArrays, UnlistedArguments]:
+        if self._views is None or self._key != (place, num_draws):
+            arrays = StepArrays(place.shape, self.flat[place.start : place.stop].numpy())
+            self._views = arrays, UnlistedArguments(self.flat[: unlisted_words(num_draws)], num_draws)
+            self._key = place, num_draws
+        return self._views
 
 
-class DecodeGraphs:
-    """Runs steps in which every sequence has one new token, with one graph for each number of sequences.
+class StepGraphs:
+    """Runs steps from graphs that are captured when they are first needed, or before.
 
-    `compute` writes logits into the memory [S, V] that it is given, a part of `logits_SV`, which all graphs share. It
-    reads the previous step's tokens from `drawn_R` and writes there the tokens that it draws.
+    The graphs refer to the model and the cache. `drawn_R` gets the tokens that they draw.
     """
 
     def __init__(
         self,
-        compute: Callable[[StepInputs, Tensor, Sampling], Tensor],
+        model: InternVL,
         cache: KVCache,
         drawn_R: Tensor,
-        logits_SV: Tensor,
         capture: Capture,
         *,
         max_num_seqs: int,
         max_model_len: int,
+        max_tokens_per_step: int,
     ) -> None:
-        width = -(-max_model_len // cache.block_size)
-        shapes = [StepShape(n, n, width, cache.num_split_items(n)) for n in reversed(decode_buckets(max_num_seqs))]
-        self._buffer = _Buffer(cache, shapes, drawn_R.device, draws=True)
-        self._buckets: dict[int, tuple[StepShape, Replay]] = {}
-        for shape in shapes:
-            rows, how = shape.num_rows, self._buffer.sampling(shape)
-            inputs = self._buffer.inputs(shape, num_decodes=rows, max_query_len=1, drawn_R=drawn_R)
-            self._buckets[rows] = shape, capture(partial(compute, inputs, logits_SV[:rows], how))
+        self._model, self._cache, self._drawn_R, self._capture = model, cache, drawn_R, capture
+        self._table_width = -(-max_model_len // cache.block_size)
+        self._decode_sizes = decode_buckets(max_num_seqs)
+        self._layer_sizes = layer_buckets(model.config.decoder, max_num_seqs, max_tokens_per_step)
+        self._head_sizes = head_buckets(self._layer_sizes, len(drawn_R))
+        num_tokens = max((decodes + tokens for decodes, _, tokens in self._layer_sizes), default=0)
+        shape = num_tokens, model.config.decoder.hidden_size
+        self._x_TD, self._visual_XD = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        self._logits_RV = model.logits_memory(max(max_num_seqs, *self._head_sizes, 0))
+        self._rows_at = unlisted_words(max(self._head_sizes, default=0))  # where the rows of draws from chunks are
+        places = [*map(self._decode_place, self._decode_sizes), *(self._layer_place(*n) for n in self._layer_sizes)]
+        size = max(place.stop for place in places)
+        self._flat = torch.zeros(size, dtype=torch.int32, device=model.device)
+        self._stages = cycle([_Stage(size, model.device) for _ in range(NUM_STAGES)])
+        self._replays: dict[tuple[int, ...], Replay] = {}
+
+    def capture(self, *, everything: bool) -> None:
+        """Captures the graphs that a single user needs, or all of them; of each kind the largest first."""
+        decode = [(decodes,) for decodes in self._decode_sizes]
+        head = [(0, draws) for draws in self._head_sizes]
+        layers = sorted(self._layer_sizes, key=lambda size: size[0] + size[2])
+        for keys in (decode, layers, head):
+            for key in reversed(keys):
+                if everything or key == keys[-1] or key in LIKELY:
+                    self._replay_of(key)
 
     def takes(self, step: Step) -> bool:
-        """Says whether a step can run here: each sequence computes its last token, no prompt, and draws one."""
-        num_rows = len(step.chunks)
-        return not step.has_prompts and len(step.draws) == step.num_tokens == num_rows <= max(self._buckets)
+        """Says whether there is a graph for a step of its size."""
+        decodes, chunks = len(step.decodes), len(step.chunks)
+        if not chunks:
+            return decodes <= self._decode_sizes[-1]
+        if step.num_draw_rows > max(self._head_sizes, default=0):
+            return False
+        return any(_holds(size, (decodes, chunks, step.num_tokens)) for size in self._layer_sizes)
 
-    def run(self, step: Step) -> tuple[Tensor, bool]:
-        """Returns logits [S, V], which the next call overwrites, and whether the graph drew the step's tokens.
+    def run(self, step: Step) -> Computed:
+        """Runs a step; the next call overwrites what it returns.
 
-        If not, what it drew is void: lists of tokens, grammars and log-probabilities are no part of a graph.
+        Lists of tokens, grammars and log-probabilities are no part of a graph: with them the tokens are not drawn.
         """
-        num_rows = len(step.chunks)
-        is_drawn = step.is_plain and not any(draw.sequence.lists_tokens for draw in step.draws)
-        shape, replay = self._buckets[min(bucket for bucket in self._buckets if bucket >= num_rows)]
-        self._buffer.fill(step, shape, step.draws if is_drawn else ())
-        replay.run()
-        return replay.result[:num_rows], is_drawn
+        decodes, draws = step.decodes, step.chunk_draws
+        is_drawn = step.is_plain and not (decodes.lists_tokens or any(draw.sequence.lists_tokens for draw in draws))
+        if not step.chunks:
+            size = next(n for n in self._decode_sizes if n >= len(decodes))
+            replay = self._replay_of((size,))
+            self._fill(step, self._decode_place(size), size, is_drawn=is_drawn)
+            replay.run()
+            return Computed(None, self._logits_RV[: len(decodes)], is_drawn)
+        layers = min(
+            size for size in self._layer_sizes if _holds(size, (len(decodes), len(step.chunks), step.num_tokens))
+        )
+        rows = next(n for n in self._head_sizes if n >= step.num_draw_rows)
+        replays = [self._replay_of(layers)]
+        if step.num_draw_rows:
+            replays.append(self._replay_of((0, rows)))
+        self._fill(step, self._layer_place(*layers), rows, is_drawn=is_drawn)
+        if visual := visual_of(step):
+            torch.cat(visual, out=self._visual_XD[: sum(map(len, visual))])
+        for replay in replays:
+            replay.run()
+        x_TD = self._x_TD[layers[0] : layers[0] + step.num_tokens]
+        return Computed(x_TD, self._logits_RV[: step.num_draw_rows], is_drawn)
+
+    def _decode_place(self, decodes: int) -> _Place:
+        shape = StepShape(decodes, 0, 0, self._table_width, self._cache.num_split_items(decodes))
+        return _Place(shape, unlisted_words(decodes))
+
+    def _layer_place(self, decodes: int, chunks: int, tokens: int) -> _Place:
+        items = self._cache.num_split_items(decodes) if decodes else 0
+        shape = StepShape(decodes, chunks, tokens, self._table_width, items)
+        return _Place(shape, self._rows_at + -(-self._head_sizes[-1] // 4) * 4)
+
+    def _fill(self, step: Step, place: _Place, num_draws: int, *, is_drawn: bool) -> None:
+        """Copies a step to the device, with the arguments of its draws if these are drawn."""
+        stage = next(self._stages)
+        if stage.copied is not None:
+            stage.copied.wait()
+        arrays, arguments = stage.views(place, num_draws)
+        arrays.fill(step, self._cache)
+        decodes = step.decodes
+        if not is_drawn:
+            arguments.fill((), _NO_IDS, [])
+        elif not step.chunks:
+            arguments.fill(decodes.sequences, decodes.seq_id_S, decodes.counter_S)
+        else:
+            sequences, _, counters = zip(*step.draws, strict=True) if step.num_draws else ((), (), ())
+            seq_ids = np.array([sequence.seq_id for sequence in sequences], np.int32)
+            arguments.fill(sequences, seq_ids, np.array(counters, np.int64))
+        if step.chunks:
+            rows = [*range(len(decodes)), *(place.shape.num_decodes + row for row in step.draw_rows)]
+            at = stage.flat.numpy()[self._rows_at : self._rows_at + num_draws]
+            at[: len(rows)], at[len(rows) :] = rows, 0
+        self._flat[: place.stop].copy_(stage.flat[: place.stop], non_blocking=True)
+        stage.copied = Moment(self._flat.device)
+
+    def _replay_of(self, key: tuple[int, ...]) -> Replay:
+        """Returns a graph. If it is not captured yet, this runs it first on a step without sequences."""
+        if key not in self._replays:
+            drawn_R = self._drawn_R.clone()  # the step that is to run may read it
+            self._replays[key] = self._capture(self._computation(key))
+            self._drawn_R.copy_(drawn_R)
+        return self._replays[key]
+
+    def _computation(self, key: tuple[int, ...]) -> Callable[[], Tensor]:
+        """Returns what a graph computes, which does not refer to this object, and clears its part of the buffer."""
+        model, drawn_R, logits_RV, x_TD = self._model, self._drawn_R, self._logits_RV, self._x_TD
+        layers = self._cache.layers
+        if len(key) == 2:
+            _, num_draws = key
+            row_R = self._flat[self._rows_at : self._rows_at + num_draws].zero_()
+            sampling = wrap_unlisted(self._flat[: self._rows_at].zero_(), num_draws)
+
+            def head() -> Tensor:
+                return _draw(model, x_TD.index_select(0, row_R), logits_RV[:num_draws], sampling, drawn_R)
+
+            return head
+        place = self._decode_place(*key) if len(key) == 1 else self._layer_place(*key)
+        flat = self._flat[place.start : place.stop].zero_()
+        arrays = place.shape.views(flat, torch.float32)
+        for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:  # no slots, no blocks, nothing to split
+            arrays[name].fill_(-1)
+        tokens = place.shape.num_tokens
+        if len(key) == 1:
+            inputs = wrap_step(place.shape, flat, max_query_len=1, drawn_R=drawn_R)
+            sampling = wrap_unlisted(self._flat[: place.start].zero_(), key[0])
+
+            def decode() -> Tensor:
+                y_TD = model.run_step(inputs, layers)
+                return _draw(model, y_TD, logits_RV[: len(y_TD)], sampling, drawn_R)
+
+            return decode
+        inputs = wrap_step(place.shape, flat, max_query_len=tokens, drawn_R=drawn_R, visual_XD=self._visual_XD)
+        return partial(model.run_step, inputs, layers, x_TD[: key[0] + tokens])
 
 
-class PrefillGraphs:
-    """Runs the layers of other steps with few tokens, with a graph for each number of sequences and of tokens.
+_NO_IDS = np.empty(0, np.int32)
 
-    `compute` maps a step's inputs and x_TD to the output of the last layer. Embeddings before it, with visual tokens at
-    changing places, and logits after it are launched without a graph. All sequences run as prefills, even of one token.
-    """
 
-    def __init__(
-        self,
-        compute: Callable[[StepInputs, Tensor], Tensor],
-        cache: KVCache,
-        drawn_R: Tensor,
-        x_TD: Tensor,
-        capture: Capture,
-        *,
-        max_model_len: int,
-        buckets: Sequence[int],
-    ) -> None:
-        """x_TD: memory for the tokens of the largest of `buckets`, which are ascending."""
-        width, all_rows = -(-max_model_len // cache.block_size), sorted(PREFILL_ROWS, reverse=True)
-        shapes = [StepShape(n, rows, width, num_items=0) for n in reversed(buckets) for rows in all_rows]
-        self._buffer = _Buffer(cache, shapes, x_TD.device, draws=False)
-        self._x_TD = x_TD
-        self._buckets: dict[tuple[int, int], tuple[StepShape, StepInputs, Replay]] = {}  # by (rows, tokens)
-        for shape in shapes:
-            tokens = shape.num_tokens
-            inputs = self._buffer.inputs(shape, num_decodes=0, max_query_len=tokens, drawn_R=drawn_R)
-            self._buckets[shape.num_rows, tokens] = shape, inputs, capture(partial(compute, inputs, x_TD[:tokens]))
+def _draw(model: InternVL, x_RD: Tensor, logits_RV: Tensor, sampling: Sampling, drawn_R: Tensor) -> Tensor:
+    """Computes logits and draws a token from each row."""
+    logits_RV = model.logits(x_RD, logits_RV)
+    model.ops.sample(logits_RV, sampling, drawn_R[: len(logits_RV)])
+    return logits_RV
 
-    def takes(self, step: Step) -> bool:
-        rows, tokens = max(self._buckets, default=(0, 0))
-        return len(step.chunks) <= rows and step.num_tokens <= tokens
 
-    def run(self, step: Step, embed: Callable[[StepInputs], Tensor]) -> Tensor:
-        """Returns x_RD of the rows whose logits are needed; the next call may overwrite it."""
-        num_rows, num_tokens = len(step.chunks), step.num_tokens
-        size = min(s for s in self._buckets if s[0] >= num_rows and s[1] >= num_tokens)
-        shape, inputs, replay = self._buckets[size]
-        self._buffer.fill(step, shape)
-        picked = picked_rows(step, self._x_TD.device)
-        self._x_TD[: shape.num_tokens] = embed(replace(inputs, **picked))
-        replay.run()
-        row_R = picked["logit_row_R"]
-        return replay.result[:num_tokens] if row_R is None else replay.result[row_R]
+def _holds(size: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    return all(most >= each for most, each in zip(size, needed, strict=True))
 
 
 def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
-    """Returns token counts of prefill graphs, ascending, up to where the GPU no longer waits for launches."""
+    """Returns token counts of graphs with chunks, ascending, up to where the GPU no longer waits for launches."""
 
     def layer_flops(num_tokens: int) -> float:
         return decoder_work(config, torch.bfloat16, [num_tokens], [num_tokens], 0).flops / config.num_layers
 
-    return [n for n in PREFILL_TOKENS if n <= max_tokens and layer_flops(n) <= FLOPS_OF_LAUNCHES]
+    return [
+        n for n in NUM_TOKENS if n <= max_tokens and (n <= MAX_TOKENS_BESIDE or layer_flops(n) <= FLOPS_OF_LAUNCHES)
+    ]
+
+
+def layer_buckets(config: DecoderConfig, max_num_seqs: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """Returns the sizes of graphs with chunks, ascending: sequences that decode, chunks, tokens of the chunks."""
+    beside = min(max_num_seqs, MAX_DECODES_BESIDE)
+    tokens = prefill_buckets(config, max_tokens)
+    alone = [(0, chunks, n) for chunks in NUM_CHUNKS for n in tokens]
+    return alone + [(beside, chunks, n) for chunks in NUM_CHUNKS for n in tokens if n <= MAX_TOKENS_BESIDE]
+
+
+def head_buckets(layer_sizes: list[tuple[int, int, int]], max_draws: int) -> list[int]:
+    """Returns numbers of draws, ascending, up to those of every sequence that decodes and one of each chunk."""
+    if not layer_sizes:
+        return []
+    return decode_buckets(min(max(decodes + chunks for decodes, chunks, _ in layer_sizes), max_draws))
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:

@@ -42,7 +42,7 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     "add_norm": ("layer_width_129", "rms_width_129", "no_vectors"),
     "copy_blocks": ("several_pairs",),
     "decode_attention": ("many_splits", "group_7"),
-    "embed_tokens": ("width_1024",),
+    "embed_tokens": ("width_1024", "visual"),
     "gemm_epilogue": (
         *("none_cublas", "gelu_cublas", "residual_cublas", "rows_cublas"),
         *("plain_residual_cublas", "unscaled_residual_cublas"),
@@ -51,7 +51,6 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     "gemv_qkv": ("rows_3", "rows_heads"),
     "layer_norm": ("width_128",),
     "patch_embed": ("patch_14", "patch_4"),
-    "place_visual_tokens": ("width_1024", "cast"),
     "prefill_attention": ("channels_64",),
     "qkv_rope_kv": ("channels_64", "heads_14_2", "norms_64"),
     "resize_tiles": ("photo", "half_size"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case
-from internvl_rt.kernels.embed_tokens import SPEC, embed_tokens
+from internvl_rt.kernels.embed_tokens import FIRST_VISUAL_ID, SPEC, embed_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def inputs() -> dict[str, Any]:
     torch.manual_seed(0)
-    return SPEC.make_inputs(Case("small", {"T": 5, "R": 3, "V": 8, "D": 24}), torch.float16, DEVICE)
+    return SPEC.make_inputs(Case("small", {"T": 5, "R": 3, "V": 8, "D": 24, "X": 3}), torch.float16, DEVICE)
 
 
 def test_ids_and_indices_that_lead_nowhere_give_zeros() -> None:
@@ -32,17 +32,28 @@ def test_ids_and_indices_that_lead_nowhere_give_zeros() -> None:
     assert torch.equal(x_TD[[2, 3, 5, 6, 7, 8, 9]], torch.zeros(7, 24, device=DEVICE))
 
 
+def test_an_id_behind_the_visual_tokens_gives_zeros_and_a_drawn_one_is_never_visual() -> None:
+    rows = torch.full((6, 24), math.nan, device=DEVICE)
+    rows[:4], visual = torch.randn(4, 24), torch.randn(2, 24, device=DEVICE)
+    drawn = torch.tensor([4, 1], device=DEVICE)
+    first = FIRST_VISUAL_ID
+    token_id_T = torch.tensor([first + 1, first, first + 2, 2**31 - 1, 4, 3, -1, -2], dtype=torch.int32, device=DEVICE)
+    zeros = torch.zeros(24, device=DEVICE)
+    expected = torch.stack([visual[1], visual[0], zeros, zeros, zeros, rows[3], zeros, rows[1]])
+    assert torch.equal(embed_tokens(token_id_T, drawn, rows[:4], visual), expected)
+
+
 def test_without_drawn_tokens_known_ids_are_embedded(inputs: dict[str, Any]) -> None:
-    inputs |= {"token_id_T": inputs["token_id_T"].clamp_min(0), "drawn_R": inputs["drawn_R"][:0]}
+    inputs |= {"token_id_T": inputs["token_id_T"].clamp(0, 7), "drawn_R": inputs["drawn_R"][:0]}
     assert torch.equal(embed_tokens(**inputs), inputs["embedding_VD"][inputs["token_id_T"]])
 
 
-@pytest.mark.parametrize("argument", ["embedding_VD", "out"])
+@pytest.mark.parametrize("argument", ["embedding_VD", "visual_XD", "out"])
 def test_rows_may_lie_more_than_2_to_the_31_elements_behind_the_first(
     argument: str, inputs: dict[str, Any], tmp_path: Any
 ) -> None:
     expected = embed_tokens(**inputs)
-    given = inputs["embedding_VD"] if argument == "embedding_VD" else torch.zeros_like(expected)
+    given = torch.zeros_like(expected) if argument == "out" else inputs[argument]
     count, stride = len(given), 2**30 + 16
     size = (count - 1) * stride + 24
     if DEVICE.type == "cpu":  # only a few pages of this sparse file are written
@@ -65,6 +76,10 @@ REFUSALS: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
     ("drawn_R", torch.Tensor.int, "expected torch.int64, got torch.int32"),
     ("drawn_R", lambda t: t.repeat_interleave(2)[::2], "expected a contiguous last dimension, got strides"),
     ("drawn_R", lambda t: t.to("meta"), "expected a tensor on .*, got one on meta"),
+    ("visual_XD", lambda t: t[0], r"expected rows \[X, D\], got \(24,\)"),
+    ("visual_XD", lambda t: t[:, 1:], r"expected shape \(3, 24\), got \(3, 23\)"),
+    ("visual_XD", torch.Tensor.float, "expected torch.float16, got torch.float32"),
+    ("visual_XD", lambda t: t.to("meta"), "expected a tensor on .*, got one on meta"),
     ("out", lambda t: t[:-1], r"expected shape \(5, 24\), got \(4, 24\)"),
     ("out", torch.Tensor.float, "expected torch.float16, got torch.float32"),
     ("out", lambda t: t[:1].expand(5, 24), "expected rows that do not overlap, got strides"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels import add_norm, layer_norm, place_visual_tokens, rms_norm, swiglu, unshuffle_norm
+from internvl_rt.kernels import add_norm, layer_norm, rms_norm, swiglu, unshuffle_norm
 from internvl_rt.kernels._contract import Case, KernelSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODULES = (layer_norm, rms_norm, add_norm, unshuffle_norm, place_visual_tokens, swiglu)
+MODULES = (layer_norm, rms_norm, add_norm, unshuffle_norm, swiglu)
 SPECS = {module.SPEC.name: module.SPEC for module in MODULES}
 VECTORS = ("bias_D", "scale_D", "norm_bias_D")
 SMALL = {
@@ -20,7 +20,6 @@ SMALL = {
     "rms_norm": {"R": 3, "D": 24},
     "add_norm": {"R": 3, "D": 24, "vectors": VECTORS},
     "unshuffle_norm": {"I": 3, "side": 1, "E": 6},
-    "place_visual_tokens": {"T": 3, "X": 3, "D": 24},
     "swiglu": {"T": 3, "F": 12},
 }
 
@@ -71,8 +70,6 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
             ("rms_norm", "x"),
             ("add_norm", "x_RD"),
             ("unshuffle_norm", "x_RE"),
-            ("place_visual_tokens", "x_TD"),
-            ("place_visual_tokens", "visual_XD"),
             ("swiglu", "gate_up_T2F"),
         )
         for change, message in (
@@ -118,14 +115,6 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("unshuffle_norm", "num_tiles", lambda _: -1, "expected 0 or more, got -1"),
     ("unshuffle_norm", "factor", lambda _: 3, r"expected one of \[1, 2, 4\], got 3"),
     ("unshuffle_norm", "version", lambda _: "v3", "expected v1 or v2, got v3"),
-    ("place_visual_tokens", "x_TD", lambda t: t[None], r"expected rows \[T, D\], got \(1, 3, 24\)"),
-    ("place_visual_tokens", "x_TD", lambda t: t[:1].expand(3, 24), "expected rows that do not overlap, got strides"),
-    ("place_visual_tokens", "visual_XD", lambda t: t[:2], r"expected shape \(3, 24\), got \(2, 24\)"),
-    ("place_visual_tokens", "visual_XD", lambda t: t[:, 1:], r"expected shape \(3, 24\), got \(3, 23\)"),
-    ("place_visual_tokens", "row_X", lambda t: t[None], r"expected indices \[X\], got \(1, 3\)"),
-    ("place_visual_tokens", "row_X", torch.Tensor.int, "expected torch.int64, got torch.int32"),
-    ("place_visual_tokens", "row_X", lambda t: t.to("meta"), "expected a tensor on .*, got one on meta"),
-    ("place_visual_tokens", "row_X", lambda t: t.repeat_interleave(2)[::2], "expected a contiguous last dimension"),
 ]
 
 
@@ -169,8 +158,6 @@ def far_rows(rows: Tensor, folder: Path) -> Tensor:
         ("add_norm", "out", {}),
         ("unshuffle_norm", "x_RE", {"I": 1}),
         ("unshuffle_norm", "out", {}),
-        ("place_visual_tokens", "x_TD", {}),
-        ("place_visual_tokens", "visual_XD", {}),
         ("swiglu", "gate_up_T2F", {}),
         ("swiglu", "out", {}),
     ],
@@ -250,14 +237,3 @@ def test_norms_take_rows_of_any_number_of_dimensions() -> None:
     expected = rms_norm.rms_norm(**inputs)
     inputs["x"] = inputs["x"].view(2, 3, 24)
     assert torch.equal(rms_norm.rms_norm(**inputs), expected.view(2, 3, 24))
-
-
-def test_visual_tokens_without_a_row_of_the_prompt_are_left_out() -> None:
-    rows = torch.full((8, 24), torch.nan, device=DEVICE, dtype=torch.float16)
-    visual = torch.randn(6, 24, device=DEVICE, dtype=torch.float16)
-    place_visual_tokens.place_visual_tokens(
-        rows[2:6], visual, torch.tensor([-1, 3, 4, 0, 1 - 2**32, 2**32 + 1], device=DEVICE)
-    )
-    assert torch.equal(rows[5], visual[1])
-    assert torch.equal(rows[2], visual[3])
-    assert rows[[0, 1, 3, 4, 6, 7]].isnan().all()

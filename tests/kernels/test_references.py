@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.gemm_epilogue import linear_gelu_reference, linear_residual_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import patch_embed_reference
-from internvl_rt.kernels.place_visual_tokens import place_visual_tokens_reference
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
@@ -128,12 +128,11 @@ def test_unshuffle_concatenates_neighbouring_patches_row_parity_slow(version):
             close(actual[:, place], layer_norm_reference(merged, weight, bias, 1e-5).double().numpy())
 
 
-def test_visual_tokens_overwrite_exactly_their_rows():
-    x, visual = torch.randn(5, 3), torch.randn(2, 3)
-    before = x.clone()
-    place_visual_tokens_reference(x, visual, torch.tensor([3, 1]))
-    assert torch.equal(x[[3, 1]], visual)
-    assert torch.equal(x[[0, 2, 4]], before[[0, 2, 4]])
+def test_ids_from_2_to_the_30_on_are_visual_tokens():
+    embedding, visual = torch.randn(4, 3), torch.randn(2, 3)
+    token_id_T = torch.tensor([3, 2**30 + 1, -1, 2**30, 0], dtype=torch.int32)
+    x = embed_tokens_reference(token_id_T, torch.tensor([2]), embedding, visual)
+    assert torch.equal(x, torch.stack([embedding[3], visual[1], embedding[2], visual[0], embedding[0]]))
 
 
 @pytest.mark.parametrize("normalised", [False, True])

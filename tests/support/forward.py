@@ -16,6 +16,7 @@ from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.vision import encode_tiles
+from internvl_rt.steps.decodes import NO_DECODES
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, build_step, plan_step
@@ -111,10 +112,8 @@ def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[
     for start, stop in pairwise(places):
         assert cache.append([sequence.seq_id], [stop - start])
         nothing_drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
-        step = build_step(plan_step([Chunk(sequence, start, stop)]), cache, nothing_drawn)
-        every_row = torch.arange(stop - start, device=model.device)
-        x_TD = model.run_step(replace(step, logit_row_R=every_row), cache.layers)
-        logits.append(model.logits(x_TD))
+        step = build_step(plan_step(NO_DECODES, [Chunk(sequence, start, stop)]), cache, nothing_drawn)
+        logits.append(model.logits(model.run_step(step, cache.layers)))
     return torch.cat(logits)
 
 

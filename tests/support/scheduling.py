@@ -14,7 +14,7 @@ from internvl_rt.model.ops import TORCH
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.sequence import Sequence
-from internvl_rt.steps.step import fill_step, plan_step, shape_of
+from internvl_rt.steps.step import StepArrays, plan_step, shape_of
 from support.small_models import QWEN2
 
 CONFIG = replace(QWEN2, max_position=1000)
@@ -74,25 +74,28 @@ class Bench:
 
     def launch(self, *, in_flight=False):
         """Launches a step; returns its chunks as (name, start, stop), and the function that collects it."""
-        chunks = self.scheduler.schedule(in_flight=in_flight)
-        if not chunks:
-            return chunks, lambda: None
-        step = plan_step(chunks)
+        scheduled = self.scheduler.schedule(in_flight=in_flight)
+        if scheduled is None:
+            return None, lambda: None
+        step = plan_step(*scheduled)
+        if not step.sequences:
+            return [], lambda: None
         shape = shape_of(step, self.cache)
-        fill_step(step, self.cache, shape.views(np.empty(shape.size, np.int32), np.float32))
+        StepArrays(shape, np.empty(shape.size, np.int32)).fill(step, self.cache)
         number = self.cache.blocks.num_steps
-        for draw in step.draws:
-            draw.sequence.num_tokens += 1
-        self.scheduler.launched(chunks)
+        draws = step.draws
+        decodes = [(s, s.num_computed, s.num_computed + 1) for s in step.decodes.sequences]
+        self.scheduler.launched(step)
 
         def collect():
             self.cache.end_step(number)
-            self.scheduler.publish([chunk.sequence for chunk in chunks])
-            for draw in step.draws:
+            self.scheduler.publish(step.sequences)
+            for draw in draws:
                 draw.sequence.token_ids.append(draw.counter)
             self.cache.blocks.check_invariants()
 
-        return [(self.names[chunk.sequence.seq_id], chunk.start, chunk.stop) for chunk in chunks], collect
+        chunks = [*decodes, *(chunk[:3] for chunk in step.chunks)]
+        return [(self.names[sequence.seq_id], start, stop) for sequence, start, stop in chunks], collect
 
     def step(self):
         chunks, collect = self.launch()
