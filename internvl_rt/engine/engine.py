@@ -78,6 +78,7 @@ class Engine:
                 max_num_seqs=options.max_num_seqs,
                 max_model_len=self.max_model_len,
                 max_tokens_per_step=self.max_tokens_per_step,
+                everything=options.capture_all,
             )
         max_requests = options.max_num_seqs + options.max_waiting
         run_ahead = model.device.type == "cuda"

@@ -15,7 +15,7 @@ from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
 from internvl_rt.steps.kv_cache import least_num_blocks, plan_num_blocks
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
-from internvl_rt.steps.step_graph import prefill_buckets
+from internvl_rt.steps.step_graph import head_buckets, layer_buckets
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # the system commits memory only as it is used
 RESERVE = 0.05  # part of the free memory, left for fragmentation, sampling and the driver
@@ -195,18 +195,20 @@ def _free_bytes(device: torch.device) -> tuple[int, int]:
 def graphs_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int) -> int:
     """Adds up what all CUDA graphs keep: a common workspace, and inputs and results at fixed addresses.
 
-    Each graph of tiles has its own result, the graphs of decode steps share one, and a prefill overwrites its input.
+    Each graph of tiles has its own result. Those of steps share logits, visual tokens, and what the layers compute.
     """
     decoder, vision = config.decoder, config.vision
-    num_tokens = max(prefill_buckets(decoder, max_tokens_per_step), default=0)
+    sizes = layer_buckets(decoder, max_num_seqs, max_tokens_per_step)
+    num_tokens = max((decodes + tokens for decodes, _, tokens in sizes), default=0)
+    num_logits = max([max_num_seqs, *head_buckets(sizes, max_draws=1 << 30)])
     workspace = max(
         vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS),
         step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),
     )
     tiles = max(TILE_BUCKETS) * 3 * vision.image_size**2
-    tokens = num_tokens * decoder.hidden_size
+    tokens = 2 * num_tokens * decoder.hidden_size
     visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
-    logits = max_num_seqs * decoder.vocab_size
+    logits = num_logits * decoder.vocab_size
     return int(workspace + tiles + dtype.itemsize * (tokens + visual + logits))
 
 

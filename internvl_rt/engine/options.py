@@ -74,9 +74,12 @@ class EngineOptions:
         deadline or a cancellation ends that early.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
     backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
-    cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. The
-        graphs are captured while the engine is built, which takes seconds before the first answer; no other thread may
-        call `torch.cuda.synchronize` meanwhile. Without graphs the CPU launches each kernel, which is slower.
+    cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. No
+        other thread may call `torch.cuda.synchronize` while one is captured. Without graphs the CPU launches each
+        kernel, which is slower.
+    capture_all: whether all CUDA graphs are captured while the engine is built, which takes seconds before the first
+        answer. Otherwise those that a single user needs are, and another one when a step first needs it: that step then
+        takes some tens of milliseconds longer. All kernels are built before the first answer in either case.
     programmatic_launch: whether a kernel of a decode step begins before the previous one has ended (from compute
         capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
         off to see what it is worth, or whether it causes a fault.
@@ -112,6 +115,7 @@ class EngineOptions:
     seed: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
+    capture_all: bool = False
     programmatic_launch: bool = True
 
     def __post_init__(self) -> None:
@@ -197,6 +201,7 @@ _KINDS: dict[str, Kind] = {
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
     "cuda_graphs": Flag(),
+    "capture_all": Flag(),
     "programmatic_launch": Flag(),
 }
 

@@ -44,6 +44,11 @@ class TileGraphs:
         self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
         self._replays: dict[int, Replay] = {}
 
+    def run_all(self, encode: Callable[[Tensor], Tensor]) -> None:
+        """Runs `encode`, which needs the same kernels, on every number of tiles that has a graph: so they are built."""
+        for bucket in self._buckets:
+            encode(self._tiles[:bucket])
+
     def capture(self, *, everything: bool) -> None:
         """Captures the graphs of the most tiles and of one, or all of them, the largest first."""
         for bucket in reversed(self._buckets):

@@ -21,8 +21,8 @@ from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
-from internvl_rt.steps.sampler import Sampler, forbid
-from internvl_rt.steps.step import Chunk, Step, build_step
+from internvl_rt.steps.sampler import Sampler, forbid, listing_sampling
+from internvl_rt.steps.step import Chunk, Step, StepShape, build_step, empty_step
 from internvl_rt.steps.step_graph import Computed, StepGraphs
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
@@ -94,7 +94,8 @@ class Runner:
     ) -> None:
         """Prepares CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
 
-        everything: whether all are captured now, instead of a few now and the others when they are first needed.
+        everything: whether all are captured now, instead of a few now and the others when they are first needed. Their
+            kernels are built now all the same.
         """
         model, drawn_R, capture = self._model, self._drawn_R, capture or cuda_capture()
         limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
@@ -103,8 +104,29 @@ class Runner:
             self._step_graphs = StepGraphs(
                 model, self._cache, drawn_R, capture, max_tokens_per_step=max_tokens_per_step, **limits
             )
+            if not everything:
+                few_layers = model.cut(2)
+                self._tile_graphs.run_all(few_layers.encode_tiles)
+                self._step_graphs.run_all(few_layers)
+                self._run_the_others(few_layers, max_tokens_per_step)
             for graphs in (self._tile_graphs, self._step_graphs):
                 graphs.capture(everything=everything)
+
+    def _run_the_others(self, model: InternVL, max_tokens_per_step: int) -> None:
+        """Runs what is in no graph, so that its kernels are built before the first answer: the largest step, and more.
+
+        model: a few layers, which need the same kernels as all.
+        """
+        ops, device, layers = model.ops, model.device, self._cache.layers[: len(model.weights.decoder.layers)]
+        shape = StepShape(0, 1, max_tokens_per_step, table_width=1, num_items=0)
+        flat = torch.empty(shape.size, dtype=torch.int32, device=device)
+        model.run_step(empty_step(shape, flat, drawn_R=self._drawn_R), layers)
+        if ops.resizes_on_device:
+            pixels = torch.zeros(64, 48, 3, dtype=torch.uint8, device=device)
+            for columns in (1, 2):  # Triton builds another kernel if all tiles together are a multiple of 16 wide
+                ops.resize_tiles(pixels, columns, 1, self._model.config.vision.image_size, False)
+        self._cache.copy_blocks(np.zeros((1, 2), np.int32))
+        ops.sample(self._model.logits_memory(1).zero_(), listing_sampling(device), self._drawn_R[:1].clone())
 
     def load_pictures(self, chunk: Chunk) -> None:
         """Decodes the pictures that a chunk touches, if that was not done. Raises MediaError for a broken one."""

@@ -77,6 +77,15 @@ class UnlistedArguments:
         self._views["counter_R"][:num_draws] = counter_R
 
 
+def listing_sampling(device: torch.device) -> Sampling:
+    """Returns the arguments of one greedy draw that lists token 0, for a kernel that is run to be built."""
+    flat = torch.zeros(WORDS_PER_ROW + 4, dtype=torch.int32)
+    sampling = _split(flat, 1, 1)
+    sampling.listed_start_R1[1] = sampling.listed_count[0] = 1
+    sampling.penalty_R3[0, 0] = 1.0
+    return _split(flat.to(device), 1, 1)
+
+
 def unlisted_words(num_rows: int) -> int:
     """Returns the length of UnlistedArguments in words of 32 bits; a multiple of 16 bytes."""
     return -(-(num_rows * WORDS_PER_ROW + num_rows + 1) // 4) * 4

@@ -270,6 +270,18 @@ def wrap_step(shape: StepShape, flat: Tensor, *, max_query_len: int, **rest: Any
     return StepInputs(**per_token, batch=batch, **rest)
 
 
+def empty_step(shape: StepShape, flat: Tensor, *, drawn_R: Tensor, visual_XD: Tensor | None = None) -> StepInputs:
+    """Builds inputs in `flat`, int32 [shape.size] on the device, and fills them with a step without sequences.
+
+    It has no slots, no blocks and nothing to split, so it changes nothing in a cache.
+    """
+    arrays = shape.views(flat.zero_(), torch.float32)
+    for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:
+        arrays[name].fill_(-1)
+    max_query_len = max(shape.num_tokens, 1)
+    return wrap_step(shape, flat, max_query_len=max_query_len, drawn_R=drawn_R, visual_XD=visual_XD)
+
+
 def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
     """Builds a step's inputs, without padding. Its pictures must be encoded, as for `visual_parts`."""
     device, shape = drawn_R.device, shape_of(step, cache)

@@ -12,7 +12,7 @@ Graphs read a step's numbers from one buffer on the device, and the tokens that 
 
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from internvl_rt.steps.cuda_graph import Capture, Replay
 from internvl_rt.steps.device_stream import Moment, host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
-from internvl_rt.steps.step import Step, StepArrays, StepShape, visual_of, wrap_step
+from internvl_rt.steps.step import Step, StepArrays, StepShape, empty_step, visual_of
 
 # Chunks of a graph: one, for a single user, or a few. Not more: attention starts programs for every chunk and all the
 # tokens of the bucket, and empty rows take time too.
@@ -40,6 +40,10 @@ FLOPS_OF_LAUNCHES = 450e9
 NUM_STAGES = 4
 # What a single user needs for answers and for prompts of up to one picture, captured before the first step.
 LIKELY = ((1,), (2,), (4,), (8,), (0, 1), *((0, 1, tokens) for tokens in NUM_TOKENS if tokens <= 512))
+
+
+# Names a graph: (decodes,), (0, draws) of a head, or the sizes of a step with chunks: (decodes, chunks, tokens).
+_Key = tuple[int, ...]
 
 
 class Computed(NamedTuple):
@@ -109,16 +113,24 @@ class StepGraphs:
         size = max(place.stop for place in places)
         self._flat = torch.zeros(size, dtype=torch.int32, device=model.device)
         self._stages = cycle([_Stage(size, model.device) for _ in range(NUM_STAGES)])
-        self._replays: dict[tuple[int, ...], Replay] = {}
+        self._replays: dict[_Key, Replay] = {}
+
+    def _keys(self) -> list[list[_Key]]:
+        """Lists what is or may be captured: of each kind of graphs the largest first."""
+        layers = sorted(self._layer_sizes, key=lambda size: size[0] + size[2], reverse=True)
+        decode, head = (sorted(sizes, reverse=True) for sizes in (self._decode_sizes, self._head_sizes))
+        return [[(decodes,) for decodes in decode], [*layers], [(0, draws) for draws in head]]
+
+    def run_all(self, model: InternVL) -> None:
+        """Runs a model that needs the same kernels on a step of every size that has a graph: so they are built."""
+        for key in chain.from_iterable(self._keys()):
+            self._computation(key, model)()
 
     def capture(self, *, everything: bool) -> None:
-        """Captures the graphs that a single user needs, or all of them; of each kind the largest first."""
-        decode = [(decodes,) for decodes in self._decode_sizes]
-        head = [(0, draws) for draws in self._head_sizes]
-        layers = sorted(self._layer_sizes, key=lambda size: size[0] + size[2])
-        for keys in (decode, layers, head):
-            for key in reversed(keys):
-                if everything or key == keys[-1] or key in LIKELY:
+        """Captures the graphs that a single user needs, or all of them."""
+        for keys in self._keys():
+            for number, key in enumerate(keys):
+                if everything or number == 0 or key in LIKELY:
                     self._replay_of(key)
 
     def takes(self, step: Step) -> bool:
@@ -190,18 +202,18 @@ class StepGraphs:
         self._flat[: place.stop].copy_(stage.flat[: place.stop], non_blocking=True)
         stage.copied = Moment(self._flat.device)
 
-    def _replay_of(self, key: tuple[int, ...]) -> Replay:
+    def _replay_of(self, key: _Key) -> Replay:
         """Returns a graph. If it is not captured yet, this runs it first on a step without sequences."""
         if key not in self._replays:
             drawn_R = self._drawn_R.clone()  # the step that is to run may read it
-            self._replays[key] = self._capture(self._computation(key))
+            self._replays[key] = self._capture(self._computation(key, self._model))
             self._drawn_R.copy_(drawn_R)
         return self._replays[key]
 
-    def _computation(self, key: tuple[int, ...]) -> Callable[[], Tensor]:
+    def _computation(self, key: _Key, model: InternVL) -> Callable[[], Tensor]:
         """Returns what a graph computes, which does not refer to this object, and clears its part of the buffer."""
-        model, drawn_R, logits_RV, x_TD = self._model, self._drawn_R, self._logits_RV, self._x_TD
-        layers = self._cache.layers
+        drawn_R, logits_RV, x_TD = self._drawn_R, self._logits_RV, self._x_TD
+        layers = self._cache.layers[: len(model.weights.decoder.layers)]
         if len(key) == 2:
             _, num_draws = key
             row_R = self._flat[self._rows_at : self._rows_at + num_draws].zero_()
@@ -212,13 +224,9 @@ class StepGraphs:
 
             return head
         place = self._decode_place(*key) if len(key) == 1 else self._layer_place(*key)
-        flat = self._flat[place.start : place.stop].zero_()
-        arrays = place.shape.views(flat, torch.float32)
-        for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:  # no slots, no blocks, nothing to split
-            arrays[name].fill_(-1)
-        tokens = place.shape.num_tokens
+        flat = self._flat[place.start : place.stop]
         if len(key) == 1:
-            inputs = wrap_step(place.shape, flat, max_query_len=1, drawn_R=drawn_R)
+            inputs = empty_step(place.shape, flat, drawn_R=drawn_R)
             sampling = wrap_unlisted(self._flat[: place.start].zero_(), key[0])
 
             def decode() -> Tensor:
@@ -226,8 +234,8 @@ class StepGraphs:
                 return _draw(model, y_TD, logits_RV[: len(y_TD)], sampling, drawn_R)
 
             return decode
-        inputs = wrap_step(place.shape, flat, max_query_len=tokens, drawn_R=drawn_R, visual_XD=self._visual_XD)
-        return partial(model.run_step, inputs, layers, x_TD[: key[0] + tokens])
+        inputs = empty_step(place.shape, flat, drawn_R=drawn_R, visual_XD=self._visual_XD)
+        return partial(model.run_step, inputs, layers, x_TD[: len(inputs.token_id_T)])
 
 
 _NO_IDS = np.empty(0, np.int32)
@@ -265,9 +273,8 @@ def layer_buckets(config: DecoderConfig, max_num_seqs: int, max_tokens: int) -> 
 
 def head_buckets(layer_sizes: list[tuple[int, int, int]], max_draws: int) -> list[int]:
     """Returns numbers of draws, ascending, up to those of every sequence that decodes and one of each chunk."""
-    if not layer_sizes:
-        return []
-    return decode_buckets(min(max(decodes + chunks for decodes, chunks, _ in layer_sizes), max_draws))
+    most = max((decodes + chunks for decodes, chunks, _ in layer_sizes), default=0)
+    return decode_buckets(min(most, max_draws)) if most else []
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:

@@ -115,15 +115,18 @@ def test_memory_that_torch_keeps_but_nobody_uses_is_free(monkeypatch):
 
 
 def test_graphs_keep_the_results_of_every_number_of_tiles():
-    """The 38B's graphs keep the visual tokens of 107 tiles and the logits of 64 sequences; they prefill 448 tokens."""
+    """The 38B's graphs keep the visual tokens of 107 tiles and the logits of 64 sequences and 8 prompts.
+
+    They compute up to 2,048 tokens of prompts beside 64 sequences that decode.
+    """
     config = load_config(KNOWN_MODELS["InternVL3-38B"])
     sizes = {"max_tokens_per_step": 2048, "max_num_seqs": 64}
     workspace = max(
         vision_workspace_bytes(config, torch.bfloat16, 16),
-        step_workspace_bytes(config.decoder, torch.bfloat16, 448, 64),
+        step_workspace_bytes(config.decoder, torch.bfloat16, 2048 + 64, 64),
     )
-    results = 2 * (107 * 256 * 5120 + 64 * config.decoder.vocab_size)
-    inputs = 16 * 3 * 448**2 + 2 * 448 * 5120
+    results = 2 * (107 * 256 * 5120 + 72 * config.decoder.vocab_size)
+    inputs = 16 * 3 * 448**2 + 2 * 2 * (2048 + 64) * 5120
     assert graphs_bytes(config, torch.bfloat16, **sizes) == workspace + results + inputs
     assert 280e6 < results < 310e6
 

@@ -77,6 +77,7 @@ WRONG = {
     "seed": [-1, "x", 1.0, True, 1 << 64],
     "backend": ["cuda", None, 1, True],
     "cuda_graphs": [1, 0, None, "yes"],
+    "capture_all": [1, 0, None, "yes"],
     "programmatic_launch": [1, 0, None, "yes"],
 }
 

@@ -265,7 +265,7 @@ def test_steps_that_were_launched_ahead_begin_when_the_one_before_has_ended(tmp_
     with Trace(path) as trace:
         for host_s in (10.0, 10.1, 30.0):  # step 2 is launched while step 1 runs, step 3 after a pause
             result = StepResult([], [], [], 1.0, 4.0, 2, Work(1, 2), Work(3, 4))
-            step = SimpleNamespace(chunks=(), draws=())
+            step = SimpleNamespace(decodes=(), chunks=(), num_tokens=0, num_draws=0)
             trace.step(SimpleNamespace(start=SimpleNamespace(host_s=host_s), step=step), result, stats)
     begins = [(event["name"], event["ts"] / 1e6) for event in steps_of(read(path))]
     assert begins == [("vision", 10), ("decoder", 11), ("vision", 15), ("decoder", 16), ("vision", 30), ("decoder", 31)]

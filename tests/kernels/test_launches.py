@@ -64,6 +64,7 @@ def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str,
 
 
 VARIANTS = {  # the kernels that are built more than once, and how often
+    "_embed_tokens_kernel": 2,  # with and without visual tokens
     "gemv_kernel": 9,  # for one row, two rows and up to 16 rows, for each of three products
     "gemv_qkv_kernel": 3,  # for one row, two rows and up to 16 rows
     "epilogue_kernel": 3,  # for each of three products
@@ -81,6 +82,13 @@ def test_an_engine_builds_each_kernel_once(environment: dict[str, str]) -> None:
     counts = Counter(row["kernel"] for row in built)
     assert len(counts) > 15
     assert {name: count for name, count in counts.items() if count > 1} == VARIANTS
+
+
+@pytest.mark.slow
+def test_an_engine_with_graphs_builds_every_kernel_before_the_first_request(environment: dict[str, str]) -> None:
+    built = launch(environment, "captured")
+    assert len({row["kernel"] for row in built}) > 15
+    assert not [row for row in built if row["late"]]
 
 
 @pytest.mark.fast("swigul-2")

@@ -3,6 +3,7 @@
     python tests/support/fake_launches.py models            launches one case of every operation as planned
     python tests/support/fake_launches.py contract I OF     runs part I of OF parts of the contract, prints what fails
     python tests/support/fake_launches.py engine            serves requests of every kind, prints the kernels built
+    python tests/support/fake_launches.py captured          the same behind graphs, few of which are captured at first
 
 Prints JSON, one object a line. FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
 """
@@ -11,7 +12,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.kernels._contract import KernelSpec
+from internvl_rt.steps.cuda_graph import Replay
 from support.compile_audit import build, launches_of
 from support.fake_driver import TARGET, use_fake_driver, zero_new_memory
 from support.specs import arguments_of, discover_specs, smallest_model_case
@@ -69,10 +71,16 @@ def launch_contract(part: int, parts: int) -> Iterator[dict[str, Any]]:
     yield {"calls": len(mine)}
 
 
-def serve() -> Iterator[dict[str, Any]]:
-    """Yields the name of each kernel that an engine built, and whether it was built late: after all kinds of requests.
+def capture(compute: Callable[[], torch.Tensor]) -> Replay:
+    """Stands in for the capture of a graph: a replay launches again."""
+    return Replay(lambda: [compute()].clear(), compute())
 
-    The answers mean nothing, as nothing is computed.
+
+def serve(*, captured: bool) -> Iterator[dict[str, Any]]:
+    """Yields the name of each kernel that an engine built, and whether it was built late.
+
+    captured: an engine with graphs builds all kernels before the first request. Otherwise late is after requests of all
+        kinds. The answers mean nothing, as nothing is computed.
     """
     built: list[dict[str, Any]] = []
     late = False
@@ -88,18 +96,23 @@ def serve() -> Iterator[dict[str, Any]]:
     zero_new_memory()
     triton.knobs.runtime.jit_post_compile_hook = note
     rng = random.Random(0)
-    engine = Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16", backend="triton")
-    for count in (1, 2, 3, 20):  # kernels differ for one row, two rows, up to 16 rows, and more
-        ask(count, 100, SamplingParams(max_tokens=3))
-    ask(20, 400, SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.1))
+    engine = Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16", backend="triton", max_model_len=2048)
+    if captured:
+        sizes = {"max_num_seqs": 64, "max_model_len": 2048, "max_tokens_per_step": engine.max_tokens_per_step}
+        engine.runner.capture(**sizes, everything=False, capture=capture)
+    else:
+        for count in (1, 2, 3, 20):  # kernels differ for one row, two rows, up to 16 rows, and more
+            ask(count, 100, SamplingParams(max_tokens=3))
+        ask(20, 400, SamplingParams(max_tokens=3, temperature=1.0, repetition_penalty=1.1))
     late = True
-    for _ in range(30):
+    for _ in range(15 if captured else 30):
         params = SamplingParams(
             max_tokens=rng.randint(1, 5),
             temperature=rng.choice((0.0, 0.7)),
             top_k=rng.choice((0, 5)),
             top_p=rng.choice((1.0, 0.9)),
             repetition_penalty=rng.choice((1.0, 1.2)),
+            n=rng.choice((1, 1, 2)) if captured else 1,  # several answers copy blocks
             seed=rng.randint(0, 9),
         )
         ask(rng.choice((1, 1, 2, 3, 5, 9, 21)), rng.choice((5, 50, 500)), params)
@@ -109,8 +122,8 @@ def serve() -> Iterator[dict[str, Any]]:
 def rows(what: str, *numbers: str) -> Iterator[dict[str, Any]]:
     if what == "contract":
         yield from launch_contract(*map(int, numbers))
-    elif what == "engine":
-        yield from serve()
+    elif what in ("engine", "captured"):
+        yield from serve(captured=what == "captured")
     else:
         for spec in discover_specs().values():
             yield from launch_model_case(spec, Path(os.environ["FAKE_DRIVER_LOG"]))
