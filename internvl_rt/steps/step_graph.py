@@ -258,9 +258,8 @@ def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
     def layer_flops(num_tokens: int) -> float:
         return decoder_work(config, torch.bfloat16, [num_tokens], [num_tokens], 0).flops / config.num_layers
 
-    return [
-        n for n in NUM_TOKENS if n <= max_tokens and (n <= MAX_TOKENS_BESIDE or layer_flops(n) <= FLOPS_OF_LAUNCHES)
-    ]
+    sizes = sorted({*(n for n in NUM_TOKENS if n < max_tokens), max(max_tokens, NUM_TOKENS[0])})
+    return [n for n in sizes if n <= MAX_TOKENS_BESIDE or layer_flops(n) <= FLOPS_OF_LAUNCHES]
 
 
 def layer_buckets(config: DecoderConfig, max_num_seqs: int, max_tokens: int) -> list[tuple[int, int, int]]:

@@ -113,9 +113,9 @@ def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)]
         recorder = Recorder()
         engine.runner.capture(max_num_seqs=4, max_model_len=64, max_tokens_per_step=1, capture=recorder)
-        assert recorder.captured[len(TILE_BUCKETS) :] == [4, 2, 1], "no prefill of a single token"
+        assert recorder.captured[len(TILE_BUCKETS) : len(TILE_BUCKETS) + 3] == [4, 2, 1]
         assert [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)] == expected
-        assert recorder.replayed == [4, 4, 2, 1, 1]
+        assert recorder.replayed == [64, 4, *[4, 4, 2, 1, 1]], "layers and head of the prompts, then decode steps"
         engine.cache.blocks.check_invariants()
 
 
@@ -141,6 +141,59 @@ def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
             assert used == ({128} if budget == 8192 else {64}), "four prompts together, then one that is too long"
 
 
+def forbid_steps_without_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(step: object) -> None:
+        raise AssertionError(f"a step ran without a graph: {step}")
+
+    monkeypatch.setattr(engine.runner, "_compute", compute)
+
+
+@torch.inference_mode()
+def test_sequences_decode_beside_prompts_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New prompts join every second step, one of them as a chunk of one token; the tokens are those of each alone."""
+    texts = ["Hello", "Read the digits.", "And now?", "a" * 90, "Once more", "b" * 150]
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    options = {"max_model_len": 512, "prefix_cache": False, "max_num_seqs": 4, "max_tokens_per_step": 67}
+    with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
+        expected = [engine.chat(conversation, params).token_ids for conversation in conversations]
+        recorder = Recorder()
+        engine.runner.capture(
+            max_num_seqs=4, max_model_len=512, max_tokens_per_step=67, everything=False, capture=recorder
+        )
+        engine.loop.run_ahead = True
+        forbid_steps_without_a_graph(engine, monkeypatch)
+        requests = []
+        for conversation in conversations:
+            requests.append(engine.new_request(engine.prepare(conversation), params))
+            engine.loop.submit(requests[-1])
+            for _ in range(2):
+                engine.loop.step()
+        while engine.loop.step():
+            pass
+        assert [request.reply.token_ids for request in requests] == expected
+        beside = [number for number, size in enumerate(recorder.replayed) if size in (4 + 64, 4 + 67)]
+        assert beside, "sequences decoded beside prompts"
+        assert {recorder.replayed[number + 1] for number in beside} <= {1, 2, 4, 8}, "each such step drew tokens"
+        engine.cache.blocks.check_invariants()
+
+
+@torch.inference_mode()
+def test_a_capture_in_the_middle_keeps_the_tokens_that_the_step_before_has_drawn() -> None:
+    """The first decode step after a prompt needs a new graph, while the token that it reads is on the device alone."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=5)
+    with Engine.from_pretrained("tiny", device="cpu", max_model_len=512, max_num_seqs=20) as engine:
+        expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS * 4, params)]
+        recorder = Recorder()
+        engine.runner.capture(
+            max_num_seqs=20, max_model_len=512, max_tokens_per_step=300, everything=False, capture=recorder
+        )
+        before = len(recorder.captured)
+        engine.loop.run_ahead = True
+        assert [reply.token_ids for reply in engine.generate(CONVERSATIONS * 4, params)] == expected
+        assert 16 in recorder.captured[before:], "a graph of decode steps"
+
+
 def test_prefill_buckets_waste_little() -> None:
     sizes = sorted(NUM_TOKENS)
     assert max((large - small) / large for small, large in pairwise(sizes[2:])) <= 0.25
@@ -151,5 +204,5 @@ def test_prefills_run_from_graphs_as_long_as_the_gpu_would_wait_for_their_launch
     most = {name: max(prefill_buckets(config, 8192)) for name, config in configs.items()}
     assert most["1B"] >= 3392 + 64, "the prompt of a picture of 13 tiles"
     assert most["8B"] == most["78B"] == MAX_TOKENS_BESIDE == 2048
-    assert max(prefill_buckets(configs["1B"], 1000)) == 896
-    assert prefill_buckets(configs["1B"], 63) == []
+    assert prefill_buckets(configs["1B"], 1000)[-2:] == [896, 1000], "the largest step has a graph of its own"
+    assert prefill_buckets(configs["1B"], 3) == [64]
