@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import launch_plans
 from document import DocumentError, save
 from launch_fit import FITTED, READ, Observation, fit, observations, observations_of, read_roofline
-from launch_model import Device, load_devices, save_devices
+from launch_model import Device, Work, load_devices, predict, save_devices
 
 NAME = "NVIDIA H200"
 PRODUCTS = [f"{model}_{product}_{rows}" for model in ("1b", "8b") for product in ("o", "lm_head") for rows in (1, 8)]
@@ -57,9 +57,14 @@ def unmeasured() -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def serial_us(device: Device) -> float:
+    """A prompt's attention by few programs, whatever the kernel's plan makes of real cases."""
+    return sum(predict(Work(kernel="serial", bytes=1e6, programs=16, key_blocks=128), device).values())
+
+
 @pytest.fixture(scope="module")
 def templates() -> list[Observation]:
-    return observations(document(unmeasured()))
+    return [*observations(document(unmeasured())), Observation("serial", "kernel", 1.0, serial_us)]
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ def guessing(truth: Device) -> Device:
 
 def test_every_row_is_an_observation(templates: list[Observation]) -> None:
     names = [each.name for each in templates]
-    assert len(names) == len(set(names)) == len(KERNELS) + 2 + 1 + 4
+    assert len(names) == len(set(names)) == len(KERNELS) + 2 + 1 + 4 + 1
     assert {each.kind for each in templates} == {"kernel", "step", "prompt"}
 
 
