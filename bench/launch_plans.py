@@ -20,7 +20,7 @@ from launch_fit import FITTED, READ, fit, observations_of, read_roofline, summar
 from launch_model import COSTS, Device, load_devices, save_devices
 from launch_page import RESULTS, milliseconds, render
 from options import count
-from step_plans import Step, decode_step, kernel_name, mixed_step
+from step_plans import Step, decode_step, kernel_name, prompt_step
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS
 
@@ -95,10 +95,11 @@ def main() -> int:
             device = next((each for name, each in devices.items() if args.device in name), None)
             if device is None:
                 parser.error(f"--device: expected part of {' or '.join(devices)}, got {args.device!r}")
-            plan = partial(mixed_step, tokens=args.tokens, cached=args.cached) if args.tokens else decode_step
+            sizes = {"batch": args.batch, "context": args.context}
+            plan = partial(prompt_step, tokens=args.tokens, cached=args.cached) if args.tokens else decode_step
             how = {"early": args.early_trigger, "prefetch": args.prefetch_weights}
             how |= {"pdl": not args.no_programmatic_launch}
-            print(render_operations(plan(args.model, args.batch, args.context), device, **how))
+            print(render_operations(plan(args.model, **sizes), device, **how))
             return 0
         page = render(devices)
     except DocumentError as error:

@@ -1,8 +1,7 @@
 """The launches of a step, as the engine makes them: from the kernels' own plan functions, chosen as `ops_triton` does.
 
-No GPU is needed: plans are made for tensors without memory. A step of decodes is one graph. A step with a prompt is two
-replays, one behind the other: the graph of the decodes, padded to their bucket, and that of the prompt's layers, padded
-to its bucket; what stands around the layers is launched eagerly. Both read the weights.
+No GPU is needed: plans are made for tensors without memory. A step of decodes is one graph. A step with a prompt is the
+graph of its layers, in which sequences may decode beside the prompt, each padded to its bucket, and that of its head.
 """
 
 import math
@@ -29,16 +28,16 @@ from internvl_rt.kernels.rms_norm import SPEC as RMS_NORM
 from internvl_rt.kernels.sample import PLAIN
 from internvl_rt.kernels.sample import SPEC as SAMPLE
 from internvl_rt.kernels.swiglu import SPEC as SWIGLU
-from internvl_rt.steps.step_graph import decode_buckets, prefill_buckets
+from internvl_rt.steps.step_graph import decode_buckets, layer_buckets
 
 TARGET, DTYPE, BLOCK_SIZE = TARGETS[90], torch.bfloat16, 64
 MAX_TOKENS, MAX_SEQS = 8192, 256  # of a step: the graphs of an engine
 RESIDENT_WARPS = 16  # warps of a multiprocessor with 128 registers a thread
 LIGHT_WARPS = 32  # the same with 64, of kernels that multiply nothing
 LEAST_KEY_BLOCKS = 4  # blocks of 64 keys that a split of prefill attention has at least
-# What a step with a prompt launches outside of its graph. By torch: copies to the graph's x and of the wanted row's
-# number, and that row. By Triton: the embedding, the row's logits, and the two kernels of its draw.
-EAGER_TORCH, EAGER_TRITON = 3, 4
+# What a step without a graph launches besides its layers. By torch: a copy of the wanted row's number, and that row. By
+# Triton: the embedding, the row's logits, and the two kernels of its draw.
+EAGER_TORCH, EAGER_TRITON = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +163,8 @@ def launches_of(spec: KernelSpec, case: Case) -> tuple[Launch, ...]:
     return spec.plan(**inputs, out=torch.empty_like(spec.reference(**inputs)), target=TARGET)
 
 
-def _layers(c: DecoderConfig, rows: int, attention: Operation) -> list[Operation]:
-    """The operations of all layers for `rows` tokens."""
+def _layers(c: DecoderConfig, rows: int, *attention: Operation) -> list[Operation]:
+    """The operations of all layers for `rows` tokens. attention: that of decodes, and that of a prompt."""
     times, width, mlp, heads, groups = c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads
     channels, num_qkv = c.head_dim, (heads + 2 * groups) * c.head_dim
     token = _heads(c)
@@ -174,7 +173,7 @@ def _layers(c: DecoderConfig, rows: int, attention: Operation) -> list[Operation
         swiglu = {"norm": True, "activation": "swiglu"}
         return [
             planned(GEMV_QKV, sizes, "norm, qkv, rotary, KV write", times, num_qkv * width),
-            attention,
+            *attention,
             _gemv("o, residual", times, rows, width, heads * channels, residual=True),
             _gemv("norm, gate/up, SwiGLU", times, rows, 2 * mlp, width, **swiglu),
             _gemv("down, residual", times, rows, width, mlp, residual=True),
@@ -184,7 +183,7 @@ def _layers(c: DecoderConfig, rows: int, attention: Operation) -> list[Operation
         planned(RMS_NORM, norm, "norm", times),
         _product("qkv", times, rows, num_qkv, width, bias=c.qkv_bias),
         planned(QKV_ROPE_KV, token | {"T": rows, "norms": c.qk_norm}, "rotary, KV write", times),
-        attention,
+        *attention,
         _product("o, residual", times, rows, width, heads * channels, "residual"),
         planned(RMS_NORM, norm, "norm", times),
         _product("gate/up", times, rows, 2 * mlp, width),
@@ -246,38 +245,26 @@ def decode_step(model: str, batch: int, context: int) -> Step:
 
 
 @cache
-def prompt_step(model: str, tokens: int, cached: int = 0) -> Step:
-    """A step of one sequence: `tokens` of a prompt behind `cached` ones, in their bucket, and the first draw."""
+def prompt_step(model: str, tokens: int, cached: int = 0, *, batch: int = 0, context: int = 0) -> Step:
+    """A step of one prompt: `tokens` of it behind `cached` ones, beside `batch` decodes of `context` tokens each.
+
+    Its layers are one graph if there is a bucket for them, and its head is another one.
+    """
     c = config_of(model)
-    bucket = next((size for size in prefill_buckets(c, MAX_TOKENS) if size >= tokens), None)
-    rows, num_layer_launches = bucket or tokens, (0, 0)
-    layers = _layers(c, rows, _prompt_attention(c, rows, cached))
-    if bucket is None:
-        by_torch = sum(op.times for op in layers if not op.launches)
-        num_layer_launches = by_torch, sum(op.times for op in layers) - by_torch
-    operations = (_embedding(c, rows), *layers, *_logits_and_draw(c, 1))
-    eager = EAGER_TORCH + num_layer_launches[0], EAGER_TRITON + num_layer_launches[1]
-    return Step(operations, num_replays=int(bucket is not None), num_eager=eager)
-
-
-@cache
-def joint_step(model: str, batch: int, context: int, tokens: int) -> Step:
-    """What the engine does not do: decodes and a prompt in one graph, which reads the weights once."""
-    c, wanted = config_of(model), batch + tokens
-    rows = next((size for size in prefill_buckets(c, MAX_TOKENS) if size >= wanted), wanted)
-    decodes, prompt = _decode_attention(c, [context] * batch), _prompt_attention(c, tokens, 0)
-    layers: list[Operation] = []
-    for op in _layers(c, rows, decodes):
-        layers += [decodes, prompt] if op is decodes else [op]
-    return Step((_embedding(c, rows), *layers, *_logits_and_draw(c, batch + 1)), num_sequences=batch + 1)
-
-
-def mixed_step(model: str, batch: int, context: int, tokens: int, cached: int = 0) -> Step:
-    """Decodes and a prompt in one step, as two replays."""
-    decodes, prompt = decode_step(model, batch, context), prompt_step(model, tokens, cached)
-    return Step(
-        decodes.operations + prompt.operations,
-        num_replays=decodes.num_replays + prompt.num_replays,
-        num_eager=prompt.num_eager,
-        num_sequences=batch + 1,
-    )
+    holding = [
+        size
+        for size in layer_buckets(c, MAX_SEQS, MAX_TOKENS)
+        if size[0] >= batch and size[1] == 1 and size[2] >= tokens
+    ]
+    beside, _, bucket = min(holding, default=(batch, 1, tokens))
+    prompt = _prompt_attention(c, bucket, cached)
+    decodes = [_decode_attention(c, [context] * batch + [0] * (beside - batch))] if beside else []
+    layers = _layers(c, beside + bucket, *decodes, prompt)
+    draws = next(n for n in decode_buckets(MAX_SEQS) if n > batch) if holding else batch + 1
+    operations = (_embedding(c, beside + bucket), *layers, *_logits_and_draw(c, draws))
+    if holding:
+        return Step(operations, num_replays=2, num_sequences=batch + 1)
+    by_torch = sum(op.times for op in layers if not op.launches)
+    by_triton = sum(op.times for op in layers) - by_torch
+    eager = EAGER_TORCH + by_torch, EAGER_TRITON + by_triton
+    return Step(operations, num_replays=0, num_eager=eager, num_sequences=batch + 1)

@@ -31,7 +31,7 @@ import step_plans  # noqa: E402
 from launch_fit import summary  # noqa: E402
 from launch_model import NUM_SMS, load_devices  # noqa: E402
 from launch_page import RESULTS, _verdict, fitted_observations, losses_us, render  # noqa: E402
-from step_plans import Step, decode_step, joint_step, mixed_step, planned, prompt_step, work_of  # noqa: E402
+from step_plans import Step, decode_step, planned, prompt_step, work_of  # noqa: E402
 
 SMALL, LARGE = "InternVL3-1B", "InternVL3-8B"
 DEVICES = load_devices()
@@ -101,7 +101,7 @@ def test_planned_launches_of_decodes_are_those_of_the_operations(name: str, batc
     c = load_config(KNOWN_MODELS[name]).decoder
     num_items = num_split_items(batch, c.num_kv_heads, num_sms=NUM_SMS)
     split = {"split_start_S1": index(batch + 1), "split_W3": index(num_items, 3)}
-    tables = Batch(index(batch + 1), index(batch), index(batch, 32), num_decodes=batch, max_query_len=1, **split)
+    tables = Batch(index(batch), index(batch, 32), index(1), num_decodes=batch, max_query_len=1, **split)
     check_launches(decode_step(name, batch, 2048), made, c, tables, batch, batch)
 
 
@@ -109,8 +109,18 @@ def test_planned_launches_of_decodes_are_those_of_the_operations(name: str, batc
 def test_planned_launches_of_a_prompt_are_those_of_the_operations(name: str, made: list[Any]) -> None:
     """A prompt of 500 tokens runs in the bucket of 512."""
     c = load_config(KNOWN_MODELS[name]).decoder
-    tables = Batch(index(2), index(1), index(1, 72), num_decodes=0, max_query_len=512)
+    tables = Batch(index(1), index(1, 72), index(2), num_decodes=0, max_query_len=512)
     check_launches(prompt_step(name, 500, cached=4096), made, c, tables, 512, 1)
+
+
+def test_planned_launches_of_a_prompt_beside_decodes_are_those_of_the_operations(made: list[Any]) -> None:
+    """16 sequences decode in a graph with room for 64; their draws and the prompt's are 17, in a head of 24."""
+    c = load_config(KNOWN_MODELS[SMALL]).decoder
+    num_items = num_split_items(64, c.num_kv_heads, num_sms=NUM_SMS)
+    split = {"split_start_S1": index(65), "split_W3": index(num_items, 3)}
+    tables = Batch(index(65), index(65, 72), index(2), num_decodes=64, max_query_len=512, **split)
+    step = prompt_step(SMALL, 500, cached=4096, batch=16, context=2048)
+    check_launches(step, made, c, tables, 64 + 512, 24)
 
 
 def index(*shape: int) -> torch.Tensor:
@@ -144,7 +154,12 @@ def run_step_of_one_layer(c: DecoderConfig, tables: Batch, rows: int, wanted: in
 
 def some_steps() -> list[Step]:
     decodes = [decode_step(name, batch, 2048) for name in KNOWN_MODELS for batch in (1, 8, 64)]
-    return [*decodes, decode_step(SMALL, 1, 32000), prompt_step(SMALL, 64, 8192), mixed_step(LARGE, 16, 2048, 512)]
+    return [
+        *decodes,
+        decode_step(SMALL, 1, 32000),
+        prompt_step(SMALL, 64, 8192),
+        prompt_step(LARGE, 512, batch=16, context=2048),
+    ]
 
 
 def test_every_prediction_is_above_its_floor() -> None:
@@ -189,20 +204,21 @@ def test_decodes_are_padded_to_their_bucket() -> None:
     assert seventeen.gpu_us(H200) < bucket.gpu_us(H200), "rows of padding have no keys"
 
 
-def test_a_mixed_step_is_two_replays() -> None:
+def test_sequences_decode_beside_a_prompt_in_its_graph() -> None:
     decodes, prompt = decode_step(SMALL, 16, 2048), prompt_step(SMALL, 512)
-    mixed = mixed_step(SMALL, 16, 2048, 512)
-    assert (mixed.num_replays, mixed.num_eager) == (2, (step_plans.EAGER_TORCH, step_plans.EAGER_TRITON))
-    assert mixed.gpu_us(H200) == pytest.approx(decodes.gpu_us(H200) + prompt.gpu_us(H200))
-    eager = step_plans.EAGER_TORCH * H200.eager_us + step_plans.EAGER_TRITON * H200.eager_triton_us
-    expected = H200.host_step_us + 16 * H200.host_sequence_us + eager + H200.replay_us
+    mixed = prompt_step(SMALL, 512, batch=16, context=2048)
+    assert (mixed.num_replays, mixed.num_eager) == (2, (0, 0)), "layers and head"
+    attention = [op.name for op in mixed.operations if "attention" in op.name]
+    assert attention == ["attention", "prompt's attention"]
+    expected = H200.host_step_us + 16 * H200.host_sequence_us + H200.replay_us
     assert mixed.host_us(H200) == pytest.approx(expected)
-    assert joint_step(SMALL, 16, 2048, 512).gpu_us(H200) < mixed.gpu_us(H200)
+    assert prompt.gpu_us(H200) < mixed.gpu_us(H200) < decodes.gpu_us(H200) + prompt.gpu_us(H200)
 
 
 def test_layers_of_a_prompt_beyond_the_buckets_are_eager() -> None:
-    """The 8B's graphs end below 2,048 tokens; a layer of it has four products of torch and five kernels."""
-    step = prompt_step(LARGE, 2048)
+    """The 8B's graphs end at 2,048 tokens; a layer of it has four products of torch and five kernels."""
+    assert prompt_step(LARGE, 2048, batch=64, context=2048).num_replays == 2
+    step = prompt_step(LARGE, 2049)
     num_layers = load_config(KNOWN_MODELS[LARGE]).decoder.num_layers
     assert step.num_replays == 0
     assert step.num_eager == (step_plans.EAGER_TORCH + 4 * num_layers, step_plans.EAGER_TRITON + 5 * num_layers)
@@ -297,7 +313,7 @@ def test_the_operations_of_one_step_are_shown(monkeypatch: Any, capsys: pytest.C
     monkeypatch.setattr(sys, "argv", ["launch_plans.py", "--model", SMALL, "--device", "H100", "--tokens", "64"])
     assert launch_plans.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(mixed_step(SMALL, 1, 2048, 64).operations)
+    assert len(lines) == 2 + len(prompt_step(SMALL, 64, batch=1, context=2048).operations)
     assert lines[-1].startswith(H100.name)
 
 
