@@ -81,8 +81,8 @@ _MIXED_NOTE = (
     "Sequences that decode at 2,048 tokens beside a prompt: one graph of the layers, which reads the weights once, and "
     "one of the head. Milliseconds of the device, and of the host, which works ahead; `apart` is what a graph of the "
     "decodes and then one of the prompt would take. `eager` counts launches outside of graphs. Target: 2 ms for 16 "
-    "decodes and 512 tokens on the 1B. The H100's host is that of the run that the constants are fitted to, when a step "
-    "cost it 0.9 ms."
+    "decodes and 512 tokens on the 1B. The H100's host is that of the run that the constants are fitted to, when a "
+    "step cost it 0.9 ms."
 )
 _CHUNK_NOTE = (
     f"A prompt of {SHORT_TOKENS} tokens behind cached ones, one sequence: milliseconds of the device, and of them in "
