@@ -78,6 +78,7 @@ MODULES = [
     "kernels.vit_attention",
     "kernels._paged_attention",
     "kernels._split_plan",
+    "kernels._split_combine",
     "kernels._decode_attention_body",
     "kernels.decode_attention",
     "kernels._prefill_attention_body",
