@@ -81,6 +81,7 @@ MODULES = [
     "kernels._split_combine",
     "kernels._decode_attention_body",
     "kernels.decode_attention",
+    "kernels._prefill_plan",
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
     "kernels._check",
