@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from internvl_rt.kernels._softmax import probability
+from internvl_rt.kernels._split_combine import weighted_sum, write_part_weights
 
 ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to the 16 rows that matrix units take
 
@@ -73,49 +74,15 @@ def _prefetch(rows, C: tl.constexpr):
 @triton.jit
 def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
     """Writes the output of the `group` queries that share a kv head: the weighted sum of the results of a row's splits.
-
-    First the weights of all parts are computed; they replace the maxima in memory. The sum then consists of loads and
-    products alone: a thread keeps its query and four channels, nothing waits at a barrier, and TOGETHER parts are being
-    loaded at once. The parts are added in the splits' order, so the result does not depend on who finishes last.
+    A thread has one query and four channels at a time.
     """
-    TOGETHER: tl.constexpr = 16
     QUERIES: tl.constexpr = min(512 // C, ROWS)
-    row_query, some = tl.arange(0, ROWS), tl.arange(0, 64)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, num_splits, 64):
-        stats = stats_parts + (start + some)[:, None] * (2 * ROWS) + row_query[None, :]
-        held = (start + some < num_splits)[:, None]
-        part_top = tl.load(stats, mask=held, other=float("-inf"))
-        part_total = tl.load(stats + ROWS, mask=held, other=0.0)
-        new_top = tl.maximum(top, tl.max(part_top, axis=0))
-        total = total * tl.exp2(top - new_top) + tl.sum(part_total * tl.exp2(part_top - new_top[None, :]), axis=0)
-        top = new_top
-    scale = 1.0 / total
-    for start in range(0, num_splits, 64):
-        stats = stats_parts + (start + some)[:, None] * (2 * ROWS) + row_query[None, :]
-        held = (start + some < num_splits)[:, None]
-        weight = tl.exp2(tl.load(stats, mask=held, other=float("-inf")) - top[None, :]) * scale[None, :]
-        tl.store(stats, weight, mask=held)
-    tl.debug_barrier()  # other threads than those that wrote the weights read them
-
+    write_part_weights(stats_parts, num_splits, ROWS, SOME=64)
     channel = tl.arange(0, C)
     for first_query in range(0, group, QUERIES):
         query = first_query + tl.arange(0, QUERIES)
         real = query < group
-        weight_rows = stats_parts + query
-        part_rows = acc_parts + query[:, None] * C + channel[None, :]
-        acc = tl.zeros([QUERIES, C], tl.float32)
-        for start in range(0, num_splits, TOGETHER):
-            weights, parts = (), ()  # all loads before the sum: with both mixed a load would wait for a free register
-            for i in tl.static_range(TOGETHER):
-                held = real & (start + i < num_splits)
-                weights += (tl.load(weight_rows + i * 2 * ROWS, mask=held, other=0.0),)  # type: ignore[assignment]
-                parts += (tl.load(part_rows + i * ROWS * C, mask=held[:, None], other=0.0),)  # type: ignore[assignment]
-            for i in tl.static_range(TOGETHER):
-                acc += parts[i] * weights[i][:, None]
-            weight_rows += TOGETHER * 2 * ROWS
-            part_rows += TOGETHER * ROWS * C
+        acc = weighted_sum(acc_parts, stats_parts, 0, num_splits, query, real, ROWS, C, TOGETHER=16)
         y_rows = y_head + query[:, None] * C + channel[None, :]
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 

@@ -3,13 +3,20 @@
 A block of queries holds (query, head) pairs for one kv head, in which the head changes fastest, so that every key and
 value that is read serves all query heads that share it. The softmax is the online one: it keeps a running maximum, a
 running sum and a running sum of weighted values.
+
+With SPLIT the keys of a block are shared among programs, by the rule of _prefill_plan.py. The last of them to finish
+adds up what all have found.
 """
 
 import triton
 import triton.language as tl
 
 from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
+from internvl_rt.kernels._prefill_plan import MAX_SPLITS
 from internvl_rt.kernels._softmax import probability
+from internvl_rt.kernels._split_combine import weighted_sum, write_part_weights
+
+MOST_SPLITS: tl.constexpr = tl.constexpr(MAX_SPLITS)
 
 
 @triton.jit
@@ -24,31 +31,105 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
     return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
 
+@triton.jit
+def _write(y, acc, total, block_row, y_stride, query, pair_channel, real):
+    out = acc * (1.0 / total)[:, None]
+    y_block = y + block_row * y_stride + ((query * y_stride)[:, None] + pair_channel)
+    tl.store(y_block, out.to(y.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def own_item(query_start, seq_len, num_rows, queries, num_splits, min_keys, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """Returns which split of which block of which row this program computes, and the keys of a split by `split_lens`.
+
+    A row has its blocks' items one after another, as many for each block as the last one has splits, and the rows
+    follow each other. Programs beyond the last item get block -1. num_splits: of each row, 0: as many as are best.
+    """
+    row, item = tl.arange(0, ROWS), tl.program_id(0)
+    held = row < num_rows
+    first = tl.load(query_start + row, mask=held, other=0)
+    blocks = tl.cdiv(tl.load(query_start + row + 1, mask=held, other=0) - first, queries)
+    keys = tl.load(seq_len + row, mask=held, other=0)
+    if num_splits > 0:
+        split_len = tl.cdiv(keys, num_splits)
+    else:
+        total = tl.sum(blocks)
+        work, longest = tl.sum(blocks * keys), tl.max(tl.where(blocks > 0, keys, 0))
+        spare = tl.num_programs(0) - total
+        each = tl.minimum(tl.maximum(tl.num_programs(0) // tl.maximum(total, 1), 1), MOST_SPLITS)
+        common = tl.cdiv(longest, each)
+        common = tl.where(spare > 0, tl.minimum(common, tl.cdiv(work, tl.maximum(spare, 1))), common)
+        common = tl.maximum(tl.maximum(common, tl.cdiv(longest, MOST_SPLITS)), min_keys)
+        split_len = tl.zeros_like(keys) + common
+    split_len = tl.cdiv(tl.maximum(split_len, 1), BLOCK_N) * BLOCK_N
+    splits = tl.cdiv(keys, split_len)
+    ends = tl.cumsum(blocks * splits, 0)
+    own = tl.sum((ends <= item).to(tl.int32))  # the row of this item
+    is_own = row == own
+    in_row = item - tl.sum(tl.where(is_own, ends - blocks * splits, 0))
+    num_splits = tl.maximum(tl.sum(tl.where(is_own, splits, 0)), 1)
+    block = tl.where(own < num_rows, in_row // num_splits, -1)
+    split_len = tl.maximum(tl.sum(tl.where(is_own, split_len, 0)), 1)
+    return tl.minimum(own, num_rows - 1), block, in_row % num_splits, split_len
+
+
+@triton.jit
+def _combine(
+    y_head, partial_acc, partial_stats, first_item, num_splits, num_pairs, group, y_stride,
+    BLOCK_M: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Writes the output of a block's `num_pairs` pairs, PAIRS at once: the weighted sum of its splits' results."""
+    write_part_weights(partial_stats + first_item * (2 * BLOCK_M), num_splits, BLOCK_M, SOME=16)
+    channel = tl.arange(0, C)
+    for first_pair in range(0, num_pairs, PAIRS):
+        pair = first_pair + tl.arange(0, PAIRS)
+        real = pair < num_pairs
+        out = weighted_sum(partial_acc, partial_stats, first_item, num_splits, pair, real, BLOCK_M, C, TOGETHER=8)
+        y_rows = y_head + (pair // group * y_stride + pair % group * C)[:, None] + channel[None, :]
+        tl.store(y_rows, out.to(y_head.dtype.element_ty), mask=real[:, None])
+
+
 # Not specialised: one kernel serves any batch and any model with these channels, and index tensors at any address.
 INDICES = ["block_table", "query_start", "seq_len", "table_stride", "group", "num_lines"]
+INDICES += ["num_rows", "num_splits", "min_keys"]
 
 
 @triton.jit(do_not_specialize=INDICES)
 def prefill_attention_kernel(
     q, k_cache, v_cache, y, block_table, query_start, seq_len, q_stride, block_stride, head_stride, slot_stride,
-    table_stride, group, num_lines, scale_log2,
+    table_stride, group, num_lines, scale_log2, partial_acc, partial_stats, arrived, num_rows, num_splits, min_keys,
     P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Computes one block of queries. Programs take the last queries first: these see the most keys, and the programs
     that start last should be short. Neighbouring programs share a kv head, whose keys and values stay in the L2 cache.
 
     All queries of the block see the keys before its first query, so whole blocks of these keys need no mask. The other
     keys are read through a mask, because memory beyond the sequence may hold anything, NaN too.
+
+    SPLIT: computes one split of a block, of a batch with up to SPLIT rows. Each split begins with a key that all
+    queries see, so no query has a maximum of -inf. The last split goes on to the last key that any query sees. The last
+    program of a block to finish adds up the splits, SUM_PAIRS pairs at once.
     """
-    head, row = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    if SPLIT:
+        row, block, split, split_len = own_item(
+            query_start, seq_len, num_rows, BLOCK_M // group, num_splits, min_keys, BLOCK_N, SPLIT
+        )
+    else:
+        row, block = tl.program_id(2), tl.program_id(0)
     first_row = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - first_row
     length = tl.load(seq_len + row)
     block_stride = tl.cast(block_stride, tl.int64)
     queries = BLOCK_M // group  # queries of a block
-    first_query = (tl.cdiv(num_queries, queries) - 1 - tl.program_id(0)) * queries
-    if first_query >= 0:
+    first_query = (tl.cdiv(num_queries, queries) - 1 - block) * queries
+    begin, masked_begin = 0, 0
+    is_item = first_query >= 0
+    if SPLIT:
+        begin = tl.multiple_of(split * split_len, BLOCK_N)
+        is_item = (block >= 0) & (begin <= length - num_queries + first_query)
+    if is_item:
         pair, channel = tl.arange(0, BLOCK_M), tl.arange(0, C)
         query = first_query + pair // group
         real = (pair < queries * group) & (query < num_queries)
@@ -56,6 +137,11 @@ def prefill_attention_kernel(
         whole_end = (first_position + 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(first_position + queries, length)
         position = tl.minimum(first_position + pair // group, end - 1)  # a row without a query gets a position as well
+        if SPLIT:
+            splits = first_position // split_len + 1
+            end = tl.where(split == splits - 1, end, begin + split_len)
+            whole_end = tl.minimum(whole_end, end)
+            masked_begin = whole_end
         table = block_table + row.to(tl.int64) * table_stride
         k_head = k_cache + head.to(tl.int64) * head_stride
         v_head = v_cache + head.to(tl.int64) * head_stride
@@ -70,8 +156,10 @@ def prefill_attention_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, C], tl.float32)
-        blocks = table_blocks(table, 0, end, P, BLOCK_N)
-        for start in range(0, whole_end, BLOCK_N):
+        blocks = table_blocks(table, begin, end, P, BLOCK_N)
+        # With SPLIT both loops count from 0: none that begins at a number from a sum over a tensor is pipelined.
+        for offset in range(0, whole_end - begin, BLOCK_N):
+            start = begin + offset
             if USE_TMA:
                 line = (blocks.to(tl.int32) * tl.num_programs(1) + head) * P + start % P
                 k = k_lines.load([line, 0])
@@ -84,7 +172,8 @@ def prefill_attention_kernel(
             # The table's entries are loaded one turn ahead, so that no copy waits for the table.
             blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
             top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
-        for start in range(whole_end, end, BLOCK_N):
+        for offset in range(whole_end - masked_begin, end - masked_begin, BLOCK_N):
+            start = masked_begin + offset
             key = start + tl.arange(0, BLOCK_N)
             inside = key < end  # beyond `end` memory may not be read; `visible` is narrower
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
@@ -94,7 +183,27 @@ def prefill_attention_kernel(
             blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
             visible = key[None, :] <= position[:, None]
             top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
-        out = acc * (1.0 / total)[:, None]
         y_stride = tl.num_programs(1) * group * C
-        y_block = y + block_row * y_stride + ((pair // group * y_stride)[:, None] + pair_channel)
-        tl.store(y_block, out.to(y.dtype.element_ty), mask=real[:, None])
+        if SPLIT:
+            if splits > 1:
+                item = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+                own_part = partial_acc + item * (BLOCK_M * C)
+                own_stats = partial_stats + item * (2 * BLOCK_M)
+                tl.store(own_part + pair[:, None] * C + channel[None, :], acc, mask=real[:, None])
+                tl.store(own_stats + pair, top)
+                tl.store(own_stats + BLOCK_M + pair, total)
+                # As in decode attention: the barrier and the release put the partial results of all threads before the
+                # count, the acquire puts the reads of the last program to arrive after the writes of all others.
+                tl.debug_barrier()
+                first_item = item - split
+                counter = arrived + first_item
+                if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
+                    num_pairs = tl.minimum(queries, num_queries - first_query) * group
+                    y_head = y + block_row * y_stride + head * group * C
+                    parts = partial_acc, partial_stats, first_item, splits
+                    _combine(y_head, *parts, num_pairs, group, y_stride, BLOCK_M, C, SUM_PAIRS)
+                    tl.store(counter, 0)  # for the next call
+            else:
+                _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)
+        else:
+            _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)

@@ -3,11 +3,13 @@
     o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
 
 t is the query at index p of its sequence. A row's queries are the last of its seq_len tokens, after the cached prefix,
-and their own keys and values are in the cache already. Rows with one query work too, but one program then reads all
-keys of a kv head; decode_attention spreads them over the chip.
+and their own keys and values are in the cache already. A program reads all keys of a block of queries for one kv head.
+Where blocks are few, as for a question behind a long prefix, several programs share a block: see _prefill_plan.py.
+Rows with one query work too, but decode_attention, which knows that every row has one, has less to do for them.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,16 @@ from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, req
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
+from internvl_rt.kernels._prefill_plan import (
+    PrefillWorkspace,
+    SplitRule,
+    build_prefill_workspace,
+    choose_tiling,
+    padded_rows,
+    require_room,
+    split_rule,
+    sum_pairs,
+)
 from internvl_rt.kernels.decode_attention import (
     BLOCK_SIZES,
     HEAD_DIMS,
@@ -34,26 +46,15 @@ def prefill_attention_reference(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
+    splits: SplitRule | None = None,
 ) -> Tensor:
-    """Computes attention [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most."""
+    """Computes attention [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most.
+
+    `splits` has no effect.
+    """
     if q_THC.is_meta:  # a meta tensor has no lengths
         return torch.empty_like(q_THC)
     return paged_attention_reference(q_THC, k_cache_BGPC, v_cache_BGPC, block_table_SN, query_start_S1, seq_len_S)
-
-
-def _tiling(max_query_len: int, num_rows: int, cache: Tensor, group: int, target: Target) -> tuple[int, int, int, int]:
-    """Returns the (query, head) pairs of a block, the keys of a block, the warps and the stages."""
-    _, num_kv_heads, _, head_dim = cache.shape
-    if cache.dtype == torch.float32:  # float32 is for tests only: no matrix units
-        return 32, 32, 4, 1
-    wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
-    block_n = 64 if wide or head_dim < 128 else 32
-    # Blocks are small if large ones would leave multiprocessors without work.
-    if cdiv(max_query_len, 128 // group) * num_kv_heads * num_rows < target.num_sms:
-        return 64, block_n, 4, 3
-    # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels it would have too few registers.
-    num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8
-    return 128, block_n, num_warps, 3
 
 
 def plan_prefill_attention(
@@ -64,49 +65,68 @@ def plan_prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
+    splits: SplitRule | None = None,
     *,
+    workspace: PrefillWorkspace | None = None,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
-    num_heads, head_dim = q_THC.shape[1:]
+    num_tokens, num_heads, head_dim = q_THC.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache_BGPC.shape
     num_rows, group = block_table_SN.shape[0], num_heads // num_kv_heads
-    block_m, block_n, num_warps, num_stages = _tiling(max_query_len, num_rows, k_cache_BGPC, group, target)
+    rule = splits or split_rule(head_dim)
+    tiling = choose_tiling(num_tokens, max_query_len, block_table_SN, k_cache_BGPC, group, rule, target)
+    block_m, block_n, num_warps, num_stages, num_items = tiling
     # The copy engine (TMA) reads the caches as [B * G * P, C], so a box of block_n slots must lie in one block. It
     # needs addresses at multiples of 16 bytes and counts rows in 32 bits.
     num_lines = num_blocks * num_kv_heads * block_size
     boxes = block_size % block_n == 0 and k_cache_BGPC.is_contiguous() and 0 < num_lines < 2**31
     aligned = k_cache_BGPC.data_ptr() % 16 == 0 and v_cache_BGPC.data_ptr() % 16 == 0
     use_tma = target.capability in (90, 100, 103) and boxes and aligned
+    args: dict[str, Tensor | int | float] = {
+        "q": q_THC,
+        "k_cache": k_cache_BGPC,
+        "v_cache": v_cache_BGPC,
+        "y": out,
+        "block_table": block_table_SN,
+        "query_start": query_start_S1,
+        "seq_len": seq_len_S,
+        "q_stride": q_THC.stride(0),
+        "block_stride": k_cache_BGPC.stride(0),
+        "head_stride": k_cache_BGPC.stride(1),
+        "slot_stride": k_cache_BGPC.stride(2),
+        "table_stride": block_table_SN.stride(0),
+        "group": group,
+        "num_lines": num_lines,
+        "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
+    }
+    constexprs = {
+        "P": block_size,
+        "C": head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "USE_TMA": use_tma,
+        "PRECISION": "ieee" if q_THC.dtype == torch.float32 else None,
+        "SPLIT": padded_rows(num_rows) if num_items else 0,
+        "SUM_PAIRS": sum_pairs(block_m, head_dim, target) if num_items else 0,
+    }
+    if num_items:
+        grid = (num_items, num_kv_heads, 1)
+        programs = num_items * num_kv_heads
+        workspace = workspace or build_prefill_workspace(q_THC.device, programs, head_dim)
+        require_room(workspace, programs, block_m, head_dim, q_THC.device)
+        args |= {"partial_acc": workspace.parts, "partial_stats": workspace.stats, "arrived": workspace.arrived}
+        args |= {"num_rows": num_rows, "num_splits": rule.num_splits or 0, "min_keys": rule.min_keys}
+    else:
+        grid = (cdiv(max_query_len, block_m // group), num_kv_heads, num_rows)
+        none = "partial_acc", "partial_stats", "arrived", "num_rows", "num_splits", "min_keys"
+        constexprs |= dict.fromkeys(none)
     return (
         Launch(
             prefill_attention_kernel,
-            (cdiv(max_query_len, block_m // group), num_kv_heads, num_rows),
-            {
-                "q": q_THC,
-                "k_cache": k_cache_BGPC,
-                "v_cache": v_cache_BGPC,
-                "y": out,
-                "block_table": block_table_SN,
-                "query_start": query_start_S1,
-                "seq_len": seq_len_S,
-                "q_stride": q_THC.stride(0),
-                "block_stride": k_cache_BGPC.stride(0),
-                "head_stride": k_cache_BGPC.stride(1),
-                "slot_stride": k_cache_BGPC.stride(2),
-                "table_stride": block_table_SN.stride(0),
-                "group": group,
-                "num_lines": num_lines,
-                "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
-            },
-            {
-                "P": block_size,
-                "C": head_dim,
-                "BLOCK_M": block_m,
-                "BLOCK_N": block_n,
-                "USE_TMA": use_tma,
-                "PRECISION": "ieee" if q_THC.dtype == torch.float32 else None,
-            },
+            grid,
+            args,
+            constexprs,
             num_warps=num_warps,
             num_stages=num_stages,
             descriptors=use_tma,
@@ -123,7 +143,9 @@ def prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
+    splits: SplitRule | None = None,
     *,
+    workspace: PrefillWorkspace | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Computes `prefill_attention_reference`, for q with rows at any stride; the integer tensors are int32.
@@ -131,6 +153,10 @@ def prefill_attention(
     No row may have more than max_query_len queries, which determines the grid. Queries before query_start[0] and from
     query_start[S] on belong to no sequence; their result is not written. Table entries and slots beyond a length are
     not used.
+    splits: how the keys are split where there are few blocks of queries; None: as `split_rule` says. With its
+    `num_splits` the keys of a sequence are split alike in every batch. The same lengths in the same order, with the
+    same max_query_len, always give the same bits. A call that may split keys needs a workspace: without one it is made
+    for this call, which takes one more launch.
     Raises ValueError naming the argument that does not fit.
     """
     require(query_start_S1.ndim == 1, "query_start_S1", "one dimension", query_start_S1.ndim)
@@ -144,12 +170,13 @@ def prefill_attention(
     require_tensor("out", out, tuple(q_THC.shape), q_THC.dtype, device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
     rows = (block_table_SN, query_start_S1, seq_len_S, max_query_len)
-    run(plan_prefill_attention(q_THC, k_cache_BGPC, v_cache_BGPC, *rows, out=out, target=target_of(device)))
+    operands = (q_THC, k_cache_BGPC, v_cache_BGPC, *rows, splits)
+    run(plan_prefill_attention(*operands, workspace=workspace, out=out, target=target_of(device)))
     return out
 
 
-def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | int]:
-    """Makes a batch and its cache. `chunks` holds (cached tokens, new tokens) for each row."""
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Makes a batch and its cache. `chunks` holds (cached tokens, new tokens) for each row; `splits` names a rule."""
     new_lens = [new for _, new in case["chunks"]]
     seq_lens = [cached + new for cached, new in case["chunks"]]
     starts = [sum(new_lens[:row]) for row in range(len(new_lens) + 1)]
@@ -165,7 +192,11 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         "query_start_S1": torch.tensor(starts, dtype=torch.int32).to(device),
         "seq_len_S": torch.tensor(seq_lens, dtype=torch.int32).to(device),
         "max_query_len": max(new_lens, default=0),
+        "splits": TEST_RULES.get(case.sizes.get("splits", "")),
     }
+
+
+TEST_RULES = {"none": SplitRule(1, num_splits=1), "three": SplitRule(1, num_splits=3), "short": SplitRule(64)}
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -181,9 +212,15 @@ def _case(
     return Case(name, {"chunks": chunks, "H": heads, "G": kv_heads, "C": channels, "P": 64} | more)
 
 
-def _model_case(name: str, cached: int, new: int) -> Case:
+def _model_case(name: str, cached: int, new: int, empty_rows: int = 0) -> Case:
     heads, kv_heads, channels = MODEL_HEADS[name]
-    return _case(f"{name}_{new}_behind_{cached}", (cached, new), heads=heads, kv_heads=kv_heads, channels=channels)
+    chunks = (cached, new), *[(0, 0)] * empty_rows
+    among = f"_among_{empty_rows}_empty" if empty_rows else ""
+    return _case(f"{name}_{new}_behind_{cached}{among}", *chunks, heads=heads, kv_heads=kv_heads, channels=channels)
+
+
+BEHIND_A_PREFIX = ((64, 1), (63, 1), (64, 64), (1, 63), (100, 30), (128, 65), (200, 3))
+PREFIXES = (3392, 8192, 32704)  # cached tokens before a question: a picture of 13 tiles, and long ones
 
 
 SPEC = KernelSpec(
@@ -194,22 +231,44 @@ SPEC = KernelSpec(
     make_inputs=_make_inputs,
     cost=_cost,
     test_cases=(
-        _case("lengths", *((0, new) for new in (1, 2, 15, 16, 17, 63, 64, 65))),
-        _case("longer", (0, 127), (0, 129), (0, 0), (0, 130)),
-        _case("behind_a_prefix", (64, 1), (63, 1), (64, 64), (1, 63), (100, 30), (128, 65), (200, 3)),
-        _case("empty_rows", (0, 0), (70, 0), (0, 5), (0, 0), (64, 3), (0, 0)),
+        _case("lengths", *((0, new) for new in (1, 2, 15, 16, 17, 63, 64, 65)), splits="none"),
+        _case("longer", (0, 127), (0, 129), (0, 0), (0, 130), splits="none"),
+        _case("behind_a_prefix", *BEHIND_A_PREFIX, splits="none"),
+        _case("empty_rows", (0, 0), (70, 0), (0, 5), (0, 0), (64, 3), (0, 0), splits="none"),
         _case("all_empty", (0, 0), (3, 0)),
         _case("no_rows"),
-        *(_case(f"blocks_of_{size}", (0, size + 1), (size, size), (150, 20), P=size) for size in BLOCK_SIZES),
-        *(_case(f"channels_{channels}", (70, 70), channels=channels) for channels in HEAD_DIMS),
-        *(_case(f"group_{group}", (60, 40), heads=2 * group, kv_heads=2) for group in (1, 5, 6, 7, 16)),
-        _case("shared_prefix", (128, 22), (128, 3), (192, 8), heads=4, kv_heads=2, shared=2),
-        _case("strided", (70, 20), (0, 3), heads=4, kv_heads=2, beside=3, padding=8),
-        _case("unaligned", (70, 20), (0, 3), heads=4, kv_heads=2, padding=3),
-        *(_case(fill, (70, 40), channels=32, fill=fill) for fill in ("equal", "one_huge", "huge")),
+        *(
+            _case(f"blocks_of_{size}", (0, size + 1), (size, size), (150, 20), P=size, splits="none")
+            for size in BLOCK_SIZES
+        ),
+        *(_case(f"channels_{channels}", (70, 70), channels=channels, splits="none") for channels in HEAD_DIMS),
+        *(_case(f"group_{group}", (60, 40), heads=2 * group, kv_heads=2, splits="none") for group in (1, 5, 6, 7, 16)),
+        _case("shared_prefix", (128, 22), (128, 3), (192, 8), heads=4, kv_heads=2, shared=2, splits="none"),
+        _case("strided", (70, 20), (0, 3), heads=4, kv_heads=2, beside=3, padding=8, splits="none"),
+        _case("unaligned", (70, 20), (0, 3), heads=4, kv_heads=2, padding=3, splits="none"),
+        *(_case(fill, (70, 40), channels=32, fill=fill, splits="none") for fill in ("equal", "one_huge", "huge")),
+        # Keys are split.
+        _case("question", (300, 20), heads=4, kv_heads=2),
+        _case("question_among_empty_rows", *((0, 0),) * 3, (420, 12), *((0, 0),) * 4),
+        _case("questions", (300, 9), (0, 5), (130, 0), (64, 1), (133, 40)),
+        _case("many_questions", *((30 * row, 1) for row in range(9))),
+        _case("across_splits", (100, 120), splits="short"),
+        _case("many_splits", (2111, 3), splits="short"),
+        _case("three_splits", (300, 20), (5, 3), (0, 70), (0, 0), (63, 1), splits="three"),
+        *(_case(f"split_blocks_of_{size}", (size, size), (150, 20), P=size) for size in BLOCK_SIZES),
+        *(_case(f"split_channels_{channels}", (170, 9), channels=channels, splits="short") for channels in HEAD_DIMS),
+        *(_case(f"split_group_{group}", (150, 9), heads=2 * group, kv_heads=2) for group in (1, 5, 6, 7, 16)),
+        _case("split_strided", (140, 20), (0, 3), heads=4, kv_heads=2, beside=3, padding=8),
+        _case("split_unaligned", (140, 20), (0, 3), heads=4, kv_heads=2, padding=3),
+        *(
+            _case(f"split_{fill}", (170, 20), channels=32, fill=fill, splits="short")
+            for fill in ("equal", "one_huge", "huge")
+        ),
     ),
-    model_cases=tuple(
-        _model_case(name, cached, new) for name in MODEL_HEADS for cached, new in ((0, 3392), (8192, 512))
+    model_cases=(
+        *(_model_case(name, cached, new) for name in MODEL_HEADS for cached, new in ((0, 3392), (8192, 512))),
+        *(_model_case(name, cached, 64) for name in ("1b", "8b") for cached in PREFIXES),
+        *(_model_case(name, 3392, 64, empty_rows=7) for name in ("1b", "8b")),
     ),
     tolerances={
         torch.float32: Tolerance(2e-5, 2e-5, 4e-6, "scores of up to 50 are right to 4e-6, and so are probabilities"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, build_gemv_workspace
 from internvl_rt.kernels._launch import target_of
+from internvl_rt.kernels._prefill_plan import PrefillWorkspace, build_prefill_workspace
 from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.copy_blocks import copy_blocks
@@ -52,6 +53,7 @@ class TritonOps(Ops):
     switches: Switches
     _shared: dict[torch.device, dict[str, Any]] = field(default_factory=dict)  # see _shared_arguments
     _counters: dict[torch.device, Tensor] = field(default_factory=dict)  # see _zero_counters
+    _prefill: dict[torch.device, PrefillWorkspace] = field(default_factory=dict)  # see _prefill_workspace
 
     def linear(
         self,
@@ -124,7 +126,8 @@ class TritonOps(Ops):
             decode_attention(*operands, programmatic_launch=self.switches.programmatic_launch, out=y_THC[:n])
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, out=y_THC)
+            workspace = self._prefill_workspace(q_THC.device)
+            prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, workspace=workspace, out=y_THC)
         return y_THC
 
     def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
@@ -147,6 +150,12 @@ class TritonOps(Ops):
         if device not in self._counters:
             self._counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
         return self._counters[device][: rows * kv_heads].view(rows, kv_heads)
+
+    def _prefill_workspace(self, device: torch.device) -> PrefillWorkspace:
+        """Returns the memory in which prefill attention adds up what programs find that share a block of queries."""
+        if device not in self._prefill:
+            self._prefill[device] = build_prefill_workspace(device)
+        return self._prefill[device]
 
 
 def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:

@@ -68,7 +68,7 @@ VARIANTS = {  # the kernels that are built more than once, and how often
     "gemv_kernel": 9,  # for one row, two rows and up to 16 rows, for each of three products
     "gemv_qkv_kernel": 3,  # for one row, two rows and up to 16 rows
     "epilogue_kernel": 3,  # for each of three products
-    "prefill_attention_kernel": 2,  # blocks of 64 and of 128 rows
+    "prefill_attention_kernel": 4,  # blocks of 64 and of 128 rows; blocks whose keys are split, of one and of more rows
     "row_peaks_kernel": 2,  # with and without penalties
     "draw_kernel": 2,  # with and without penalties
 }

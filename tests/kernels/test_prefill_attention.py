@@ -1,4 +1,7 @@
-"""Tests `prefill_attention` beyond its contract: refusals, choice of tiles and loads, padding rows, large offsets."""
+"""Tests `prefill_attention` beyond its contract: refusals, choice of tiles and loads, padding rows, large offsets.
+
+How keys are split is tested in test_prefill_splits.py.
+"""
 
 import math
 from pathlib import Path

@@ -1,12 +1,15 @@
 """Emulates the attention kernels in vectorised torch (see emulated.py): online softmax over the same blocks of keys."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels._plans import AttentionPlan
+from internvl_rt.kernels._prefill_plan import SplitRule, block_splits, choose_tiling, split_lens, split_rule
 from internvl_rt.kernels.vit_attention import tile_tokens
 from support.emulated_arithmetic import product, rounded
 
@@ -95,22 +98,39 @@ def prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
+    splits: SplitRule | None = None,
 ) -> list[Tensor]:
-    dtype, (_, heads, channels) = q_THC.dtype, q_THC.shape
+    dtype, (num_tokens, heads, channels) = q_THC.dtype, q_THC.shape
     out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
-    starts = query_start_S1.tolist()
-    for row, seq_len in enumerate(seq_len_S.tolist()):
-        first, last = starts[row], starts[row + 1]
-        if first == last:
+    starts, seq_lens, rule = query_start_S1.tolist(), seq_len_S.tolist(), splits or split_rule(channels)
+    query_lens = [stop - start for start, stop in itertools.pairwise(starts)]
+    sizes = num_tokens, max_query_len, block_table_SN, k_cache_BGPC, group, rule
+    tiling = choose_tiling(*sizes, target_of(q_THC.device))
+    scale, queries = math.log2(math.e) / math.sqrt(channels), tiling.block_m // group
+    keys_of_split = list(seq_lens)
+    if tiling.num_items:
+        keys_of_split = split_lens(query_lens, seq_lens, queries, tiling.num_items, tiling.block_n, rule)
+    for row, (new, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        if new == 0:
             continue
         k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
-        visible = torch.ones(last - first, seq_len, dtype=torch.bool).tril(seq_len - (last - first))
-        blocks = _blocks(0, seq_len, 32 if dtype == torch.float32 else 64)
-        scale = math.log2(math.e) / math.sqrt(channels)
-        q = q_THC[first:last].transpose(0, 1)
-        _, total, acc = online_softmax(q, k, v, visible, scale, blocks, dtype)
-        out[first:last] = (acc * (1 / total)[..., None]).transpose(0, 1).to(dtype)
+        visible = torch.ones(new, seq_len, dtype=torch.bool).tril(seq_len - new)
+        for first in range(0, new, queries):
+            stop, position = min(first + queries, new), seq_len - new + first
+            q = q_THC[starts[row] + first : starts[row] + stop].transpose(0, 1)
+            parts = [
+                online_softmax(q, k, v, visible[first:stop], scale, _blocks(*keys, tiling.block_n), dtype)
+                for keys in block_splits(position, seq_len - new + stop, keys_of_split[row])
+            ]
+            out[starts[row] + first : starts[row] + stop] = _sum_of_parts(parts).transpose(0, 1).to(dtype)
     return [out]
+
+
+def _sum_of_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Adds up what splits of the keys give: maxima, sums and weighted values."""
+    tops, totals, accs = (torch.stack(each) for each in zip(*parts, strict=True))
+    share = (tops - tops.amax(0)).exp2()
+    return (accs * share[..., None]).sum(0) * (1 / (totals * share).sum(0))[..., None]
 
 
 def decode_attention(
@@ -134,8 +154,5 @@ def decode_attention(
         for _, first, end in split_W3[starts[row] : starts[row + 1]].tolist():
             blocks = _blocks(first * block_size, min(end * block_size, seq_len), 32 if dtype == torch.float32 else 64)
             parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype))
-        tops, totals, accs = (torch.stack(each) for each in zip(*parts, strict=True))
-        share = (tops - tops.amax(0)).exp2()
-        value = (accs * share[..., None]).sum(0) * (1 / (totals * share).sum(0))[..., None]
-        out[row] = value[:, 0].to(dtype)
+        out[row] = _sum_of_parts(parts)[:, 0].to(dtype)
     return [out]
