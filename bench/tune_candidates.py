@@ -117,6 +117,7 @@ def projection_plans(target: Target) -> dict[str, GemmPlan]:
         "wide_3": GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=3, use_tma=True),
         "square_deep": GemmPlan("fused", 128, 128, 128, group_m=8, num_warps=8, num_stages=3, use_tma=True),
         "low_wide": GemmPlan("fused", 64, 256, 64, group_m=8, num_warps=4, num_stages=2, use_tma=True),
+        "low_short": GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=4, use_tma=True),
         "small": GemmPlan("fused", 64, 64, 64, group_m=8, num_warps=4, num_stages=5, use_tma=True),
     }
     return {"apart": APART, **projection_tilings(target), **(further if target.capability == 90 else {})}

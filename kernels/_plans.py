@@ -129,7 +129,7 @@ def projection_tilings(target: Target) -> dict[str, GemmPlan]:
     if target.capability in (90, 100, 103):
         wide = GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=4, use_tma=True)
         square = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3, use_tma=True)
-        low = GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=4, use_tma=True)
+        low = GemmPlan("fused", 64, 128, 128, group_m=8, num_warps=4, num_stages=4, use_tma=True)
     else:
         wide = GemmPlan("fused", 64, 256, 32, group_m=8, num_warps=8, num_stages=3)
         square = GemmPlan("fused", 128, 128, 32, group_m=8, num_warps=8, num_stages=3)
