@@ -19,6 +19,7 @@ from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
+from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 
 COMPILED = ("layer_norm", "rms_norm", "add_norm", "unshuffle_norm", "swiglu", "qkv_rope_kv")
 PRODUCTS = ("gemm_epilogue", "gemv", "gemv_qkv")
@@ -263,6 +264,7 @@ EAGER: dict[str, Prepare] = {
     "rms_norm": _plain(rms_norm),
     "add_norm": _plain(_add_norm),
     "unshuffle_norm": _plain(unshuffle_norm_reference),
+    "unshuffle_project": _plain(unshuffle_project_reference),
     "swiglu": _plain(swiglu_reference),
     "qkv_rope_kv": _qkv_rope_kv,
     "gemm_epilogue": _gemm_epilogue,

@@ -21,7 +21,7 @@ SANITIZED = (
     "rms_norm/width_896 or add_norm/strided or gemv/split_5_swiglu or gemv/matrix_16_norm or gemv/split_rows"
     " or gemv_qkv/split or qkv_rope_kv or vit_attention or decode_attention/many_splits"
     " or decode_attention/shared_prefix or decode_attention/blocks_of_64 or prefill_attention or gemm_epilogue/residual"
-    " or gemm_epilogue/rows or copy_blocks/several"
+    " or gemm_epilogue/rows or unshuffle_project/blocks or copy_blocks/several"
 )
 CALLS = ("first", "second", "third")  # sets of parts that take ten minutes each; a new machine needs this order
 CONTRACT_FILE = "tests/kernels/test_contract.py"
@@ -182,7 +182,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         return script("compare_transformers", *comparison, *options) if has_transformers else ()
 
     lone = () if cpu else ("--batch=1", "--context=2048")
-    tuned = ("--only=vit_attention", "--only=gemm_epilogue", "--commit={commit}")
+    tuned = ("--only=vit_attention", "--only=unshuffle_project", "--only=gemm_epilogue", "--commit={commit}")
     both = VISION | DECODER
     return (
         Part("build", "build", 70, script("gpu", "--check"), proves=True, times=False),

@@ -11,7 +11,8 @@ Entries = Mapping[str, Mapping[str, Any]]  # the parts of a result file, by name
 
 CONTRACT, AGREEMENT = "contract", "model_agreement"
 VISION = frozenset(
-    "resize_tiles patch_embed layer_norm rms_norm add_norm vit_attention gemm_epilogue unshuffle_norm".split()
+    "resize_tiles patch_embed layer_norm rms_norm add_norm vit_attention gemm_epilogue unshuffle_norm"
+    " unshuffle_project".split()
 )
 DECODER = frozenset(
     "embed_tokens rms_norm gemm_epilogue qkv_rope_kv gemv gemv_qkv decode_attention prefill_attention swiglu sample"

@@ -8,7 +8,8 @@ time goes to compiling them here, one after the other.
 
 A plan other than the baseline is chosen only if it is faster beyond doubt: in a sweep, and in a second run of only
 these two, its slow samples (90th percentile) are below the baseline's fast ones (10th), and its median is lower by
-LEAST_GAIN. A product's baseline is cuBLAS and an element-wise kernel, that of vit_attention its default plan.
+LEAST_GAIN. A product's baseline is cuBLAS and an element-wise kernel, that of unshuffle_project is `unshuffle_norm` and
+the product's plan of the table as it was, that of vit_attention its default plan.
 
 Every plan is compared with the reference before it is timed. A plan that is wrong is never chosen for that key of the
 table; a key whose baseline is wrong, or whose measurement fails, gets no entry. Both are named, the exit code is 1, and
@@ -33,7 +34,7 @@ from options import seconds
 from timing import Timing, result_document, time_variants
 from tune_candidates import TUNED, Key, Plans, Tuned
 from tune_plans import RECOMMENDED, sweep_launches
-from tune_table import attention_entries, measured_on, product_entries, write_table
+from tune_table import attention_entries, measured_on, product_entries, projection_entries, write_table
 
 from internvl_rt.kernels._launch import TARGETS, Target, target_of
 from internvl_rt.kernels._plans import FOLDER
@@ -198,12 +199,13 @@ def invented_times(work: Work, plans: Plans, baseline: str, budget_s: float) -> 
 
 def entries_of(found: Mapping[str, Sweep]) -> dict[str, list[dict[str, Any]]]:
     """The table's lists by operation; the list of an operation that was not swept is empty."""
-    products = found.get("gemm_epilogue", Sweep()).chosen(TUNED["gemm_epilogue"].baseline)
+    chosen = {name: found.get(name, Sweep()).chosen(tuned.baseline) for name, tuned in TUNED.items()}
     attention, baseline = found.get("vit_attention", Sweep()), TUNED["vit_attention"].baseline
     defaults = {key: plans[baseline] for key, plans in attention.plans.items()}
     return {
-        "gemm_epilogue": product_entries(products),
-        "vit_attention": attention_entries(attention.chosen(baseline), defaults),
+        "gemm_epilogue": product_entries(chosen["gemm_epilogue"]),
+        "unshuffle_project": projection_entries(chosen["unshuffle_project"]),
+        "vit_attention": attention_entries(chosen["vit_attention"], defaults),
     }
 
 

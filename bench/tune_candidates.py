@@ -10,11 +10,13 @@ from kernel_cases import PREFILL_ROWS, Work, importance, real_work
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import Target
 from internvl_rt.kernels._plans import (
+    APART,
     CUBLAS,
     AttentionPlan,
     GemmPlan,
     check_attention_plan,
     check_plan,
+    projection_tilings,
     tilings,
 )
 from internvl_rt.kernels.vit_attention import default_plan
@@ -93,6 +95,34 @@ def product_plans(target: Target) -> dict[str, GemmPlan]:
     return {name: plan for name, plan in plans.items() if _fits(check_plan, plan, 2, target)}
 
 
+def projection_works() -> list[Work]:
+    """One case for each model and number of TILES, the most important first: many tiles, then the smallest model."""
+    spec = discover_specs()["unshuffle_project"]
+    large = [work for work in real_work(spec) if work.case.name.endswith("_13_tiles")]
+    found = []
+    for tiles in TILES:
+        for work in large:
+            name = work.case.name.replace("_13_", f"_{tiles}_")
+            found.append(replace(work, case=Case(name, {**work.case.sizes, "I": tiles})))
+    return found
+
+
+def projection_key(work: Work) -> Key:
+    return work.case["N"], 4 * work.case["E"]
+
+
+def projection_plans(target: Target) -> dict[str, GemmPlan]:
+    """Two launches apart, the named tilings and their neighbours that do not spill where they were compiled."""
+    further = {
+        "wide_3": GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=3, use_tma=True),
+        "square_deep": GemmPlan("fused", 128, 128, 128, group_m=8, num_warps=8, num_stages=3, use_tma=True),
+        "low_wide": GemmPlan("fused", 64, 256, 64, group_m=8, num_warps=4, num_stages=2, use_tma=True),
+        "low_short": GemmPlan("fused", 64, 128, 64, group_m=8, num_warps=4, num_stages=4, use_tma=True),
+        "small": GemmPlan("fused", 64, 64, 64, group_m=8, num_warps=4, num_stages=5, use_tma=True),
+    }
+    return {"apart": APART, **projection_tilings(target), **(further if target.capability == 90 else {})}
+
+
 def attention_works() -> list[Work]:
     """The cases, the most important first: many tiles before one, InternViT-300M before the 6B."""
     return sorted(real_work(discover_specs()["vit_attention"]), key=lambda work: (work.case["C"], -work.case["I"]))
@@ -130,13 +160,20 @@ def _fits(check: Callable[..., None], *arguments: object) -> bool:
     return True
 
 
-TUNED: dict[str, Tuned] = {  # attention comes first, because it takes seconds; products take all remaining time
+TUNED: dict[str, Tuned] = {  # what takes seconds comes first; products take all remaining time
     "vit_attention": Tuned(
         baseline="default",
         works=attention_works,
         plans=attention_plans,
         key=attention_key,
         size=lambda work: work.case["I"],
+    ),
+    "unshuffle_project": Tuned(
+        baseline="apart",
+        works=projection_works,
+        plans=lambda work, target: projection_plans(target),
+        key=projection_key,
+        size=lambda work: work.case["I"] * work.case["side"] ** 2,
     ),
     "gemm_epilogue": Tuned(
         baseline="cublas",

@@ -11,7 +11,7 @@ import torch
 
 from internvl_rt.bench.record import environment
 from internvl_rt.kernels._launch import Target
-from internvl_rt.kernels._plans import CUBLAS, AttentionPlan, GemmPlan, load_tables
+from internvl_rt.kernels._plans import APART, CUBLAS, AttentionPlan, GemmPlan, load_tables
 
 Entry = dict[str, Any]
 
@@ -20,16 +20,27 @@ def product_entries(chosen: Mapping[tuple[int, int, str], Mapping[int, GemmPlan]
     """Returns sorted entries, as few as possible. Without an entry cuBLAS is used, so rows that stay with it need none.
     A measurement counts for fewer rows too, down to the next smaller number that was measured, or to half.
     """
+    return _gemm_entries(chosen, ("n", "k", "epilogue"), CUBLAS)
+
+
+def projection_entries(chosen: Mapping[tuple[int, int], Mapping[int, GemmPlan]]) -> list[Entry]:
+    """Does for unshuffle_project what `product_entries` does for gemm_epilogue; without an entry APART is used."""
+    return _gemm_entries(chosen, ("n", "k"), APART)
+
+
+def _gemm_entries(
+    chosen: Mapping[Any, Mapping[int, GemmPlan]], names: tuple[str, ...], unfused: GemmPlan
+) -> list[Entry]:
     entries = []
-    for (n, k, epilogue), by_rows in sorted(chosen.items()):
+    for key, by_rows in sorted(chosen.items()):
         steps = sorted(by_rows.items())
         if steps[0][0] > 1:
-            steps.insert(0, (steps[0][0] // 2, CUBLAS))
-        while steps and steps[-1][1] == CUBLAS:
+            steps.insert(0, (steps[0][0] // 2, unfused))
+        while steps and steps[-1][1] == unfused:
             steps.pop()
         for m_max, plan in _last_of_equals(steps):
-            shown = {"kind": "cublas"} if plan == CUBLAS else asdict(plan)
-            entries.append({"m_max": m_max, "n": n, "k": k, "epilogue": epilogue, "plan": shown})
+            shown = {"kind": unfused.kind} if plan == unfused else asdict(plan)
+            entries.append({"m_max": m_max, **dict(zip(names, key, strict=True)), "plan": shown})
     return entries
 
 

@@ -10,7 +10,7 @@ SERIES: tl.constexpr = tl.constexpr(0.3275911 * 0.7071067811865476)
 
 
 @triton.jit
-def _gelu(t, dtype: tl.constexpr):
+def gelu(t, dtype: tl.constexpr):
     """Returns t * Phi(t), for a result in `dtype`, where Phi is the normal distribution function.
 
     For 16-bit results Phi is the approximation 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions".
@@ -27,14 +27,27 @@ def _gelu(t, dtype: tl.constexpr):
 
 
 @triton.jit
-def _pieces(block):
+def pieces(block):
     """Cuts the block into groups of at most PIECE columns, from left to right; no value moves between threads."""
     if block.shape[1] <= PIECE:
         return (block,)
     else:
         halves = tl.reshape(block, (block.shape[0], 2, block.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return _pieces(left) + _pieces(right)
+        return pieces(left) + pieces(right)
+
+
+@triton.jit
+def grouped_block(block, blocks_m, blocks_n, GROUP_M: tl.constexpr):
+    """Returns row and column of the block that is computed in this place.
+
+    Blocks are taken GROUP_M rows at a time, column by column, so that programs that run together find each other's
+    rows of x and of the weight in L2.
+    """
+    group = block // (GROUP_M * blocks_n)
+    place = block % (GROUP_M * blocks_n)
+    group_rows = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + place % group_rows, place // group_rows
 
 
 @triton.jit
@@ -71,13 +84,8 @@ def fused_kernel(
         weight_tiles = tl.make_tensor_descriptor(weight, [N, K], [weight_stride, 1], [BLOCK_N, BLOCK_K])
 
     for block in range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
-        # Blocks are taken GROUP_M rows at a time, column by column, so that programs that run together find each
-        # other's rows of x and of the weight in L2.
-        group = block // (GROUP_M * blocks_n)
-        place = block % (GROUP_M * blocks_n)
-        group_rows = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-        first_row = (group * GROUP_M + place % group_rows) * BLOCK_M
-        first_column = place // group_rows * BLOCK_N
+        block_m, block_n = grouped_block(block, blocks_m, blocks_n, GROUP_M)
+        first_row, first_column = block_m * BLOCK_M, block_n * BLOCK_N
 
         row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
         row_inside = row < num_rows
@@ -108,16 +116,16 @@ def fused_kernel(
             out_row = tl.load(rows + row, mask=row_inside, other=-1)
             row_inside = (out_row >= 0) & (out_row < num_out_rows)
         # The columns are taken in pieces: operands and addresses of all would not fit the registers beside the sums.
-        pieces = _pieces(sums)
-        for index in tl.static_range(len(pieces)):
-            y = pieces[index]
+        parts = pieces(sums)
+        for index in tl.static_range(len(parts)):
+            y = parts[index]
             column = first_column + index * y.shape[1] + tl.arange(0, y.shape[1])
             column_inside = column < N
             inside = row_inside[:, None] & column_inside[None, :]
             if bias is not None:
                 y += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
             if GELU:
-                y = _gelu(y, out.dtype.element_ty)
+                y = gelu(y, out.dtype.element_ty)
             if scale is not None:
                 y *= tl.load(scale + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
             if residual is not None:
@@ -154,7 +162,7 @@ def epilogue_kernel(
     inside = row_inside[:, None] & column_inside[None, :]
     y = tl.load(product + row[:, None] * product_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        y = _gelu(y, out.dtype.element_ty)
+        y = gelu(y, out.dtype.element_ty)
     if scale is not None:
         y *= tl.load(scale + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     if residual is not None:

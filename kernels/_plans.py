@@ -5,11 +5,13 @@ Each target has a file such as kernels/plans/sm_90.json; `measured` is null if n
     {"measured": {"date": "...", "gpu": "...", "triton": "...", "torch": "..."},
      "gemm_epilogue": [{"m_max": 1025, "n": 4096, "k": 1024, "epilogue": "gelu",
                         "plan": {"kind": "fused", "block_m": 128, ...}}, ...],
+     "unshuffle_project": [{"m_max": 3328, "n": 896, "k": 4096, "plan": {"kind": "fused", ...}}, ...],
      "vit_attention": [{"tiles_max": 13, "patches": 1024, "heads": 16, "channels": 64,
                         "plan": {"block_m": 128, ...}}, ...]}
 
 A product of some rows takes the entry with its n, k and epilogue whose m_max is the smallest that is not below the
-number of rows. A product without an entry, or a target without a file, takes CUBLAS.
+number of rows. A product without an entry, or a target without a file, takes CUBLAS. `unshuffle_project` chooses by the
+number of visual tokens in the same way, and takes APART without an entry.
 
 Attention chooses by the number of tiles in the same way, but its last entry also serves more tiles than were measured,
 because they only add more of the same blocks. Attention without an entry takes vit_attention's own default.
@@ -34,6 +36,7 @@ MEASURED = {"date", "gpu", "triton", "torch"}
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
     """kind "cublas": a torch product, then at most one element-wise kernel; the other fields are 0.
+    kind "apart", of unshuffle_project only: unshuffle_norm, then gemm_epilogue by its own plan; the other fields are 0.
     kind "fused": one Triton kernel with the epilogue in registers.
     """
 
@@ -67,8 +70,10 @@ class AttentionPlan:
 
 
 CUBLAS = GemmPlan("cublas")
-Plan = GemmPlan | str | None  # None: the plan of the tables; a name: "cublas" or one of `tilings`
+APART = GemmPlan("apart")
+Plan = GemmPlan | str | None  # None: the plan of the tables; a name: "cublas", "apart" or one of the tilings
 GemmKey = tuple[int, int, str]  # n, k, epilogue
+ProjectionKey = tuple[int, int]  # n, k
 AttentionKey = tuple[int, int, int]  # patches, heads, channels
 
 
@@ -77,6 +82,7 @@ class Tables:
     """The plans measured on a target, by key: the most rows (or tiles) a plan serves, ascending, and the plan."""
 
     gemm_epilogue: Mapping[GemmKey, tuple[tuple[int, GemmPlan], ...]] = field(default_factory=dict)
+    unshuffle_project: Mapping[ProjectionKey, tuple[tuple[int, GemmPlan], ...]] = field(default_factory=dict)
     vit_attention: Mapping[AttentionKey, tuple[tuple[int, AttentionPlan], ...]] = field(default_factory=dict)
 
 
@@ -115,11 +121,27 @@ def tilings(target: Target) -> dict[str, GemmPlan]:
     return {"wide": wide, "square": square, "low": low, "pointers": pointers}
 
 
-def check_plan(plan: GemmPlan, itemsize: int, target: Target) -> None:
-    """Raises ValueError for a plan that cannot be built for `target`."""
-    if plan.kind == "cublas":
-        if plan != CUBLAS:
-            raise ValueError(f"expected a cublas plan without blocks, got {plan}")
+def projection_tilings(target: Target) -> dict[str, GemmPlan]:
+    """Returns the fused plans of unshuffle_project that are worth measuring on `target`, by name.
+
+    A thread also holds the rows that it normalises, so most of `tilings` would spill.
+    """
+    if target.capability in (90, 100, 103):
+        wide = GemmPlan("fused", 128, 256, 64, group_m=8, num_warps=8, num_stages=4, use_tma=True)
+        square = GemmPlan("fused", 128, 128, 64, group_m=8, num_warps=8, num_stages=3, use_tma=True)
+        low = GemmPlan("fused", 64, 128, 128, group_m=8, num_warps=4, num_stages=4, use_tma=True)
+    else:
+        wide = GemmPlan("fused", 64, 256, 32, group_m=8, num_warps=8, num_stages=3)
+        square = GemmPlan("fused", 128, 128, 32, group_m=8, num_warps=8, num_stages=3)
+        low = GemmPlan("fused", 64, 128, 32, group_m=8, num_warps=4, num_stages=4)
+    return {"wide": wide, "square": square, "low": low}
+
+
+def check_plan(plan: GemmPlan, itemsize: int, target: Target, *, unfused: GemmPlan = CUBLAS) -> None:
+    """Raises ValueError for a plan that cannot be built for `target`. unfused: the one plan without blocks."""
+    if plan.kind == unfused.kind:
+        if plan != unfused:
+            raise ValueError(f"expected the plan {plan.kind!r} without blocks, got {plan}")
         return
     _check_fields(plan, _ALLOWED_GEMM)
     _check_shared(plan.shared_bytes(itemsize), target)
@@ -156,7 +178,7 @@ def load_tables(path: Path, target: Target) -> Tables:
             if not all(isinstance(value, str) for value in values["measured"].values()):
                 raise ValueError(f"measured: expected texts, got {values['measured']!r:.200}")
         loaded = {}
-        for name, read_entry in (("gemm_epilogue", _read_product), ("vit_attention", _read_attention)):
+        for name, read_entry in _READERS.items():
             where, entries = "the tables", values[name]
             if not isinstance(entries, list):
                 raise ValueError(f"{name}: expected a list, got {entries!r:.200}")
@@ -188,18 +210,26 @@ def _require_positive(item: Mapping[str, Any], names: tuple[str, ...]) -> None:
 
 def _read_product(item: Any, target: Target) -> tuple[GemmKey, int, GemmPlan]:
     _require_keys(item, {"m_max", "n", "k", "epilogue", "plan"})
-    _require_positive(item, ("m_max", "n", "k"))
     if item["epilogue"] not in EPILOGUES:
         raise ValueError(f"epilogue: expected one of {EPILOGUES}, got {item['epilogue']!r}")
-    if item["plan"] == {"kind": "cublas"}:
-        plan = CUBLAS
-    else:
-        _require_keys(item["plan"], {each.name for each in fields(GemmPlan)})
-        plan = GemmPlan(**item["plan"])
-        if plan.kind != "fused":
-            raise ValueError(f"kind: expected 'fused' with blocks or 'cublas' alone, got {plan.kind!r}")
+    return (item["n"], item["k"], item["epilogue"]), item["m_max"], _read_gemm_plan(item, CUBLAS, target)
+
+
+def _read_projection(item: Any, target: Target) -> tuple[ProjectionKey, int, GemmPlan]:
+    _require_keys(item, {"m_max", "n", "k", "plan"})
+    return (item["n"], item["k"]), item["m_max"], _read_gemm_plan(item, APART, target)
+
+
+def _read_gemm_plan(item: Mapping[str, Any], unfused: GemmPlan, target: Target) -> GemmPlan:
+    _require_positive(item, ("m_max", "n", "k"))
+    if item["plan"] == {"kind": unfused.kind}:
+        return unfused
+    _require_keys(item["plan"], {each.name for each in fields(GemmPlan)})
+    plan = GemmPlan(**item["plan"])
+    if plan.kind != "fused":
+        raise ValueError(f"kind: expected 'fused' with blocks or {unfused.kind!r} alone, got {plan.kind!r}")
     check_plan(plan, 2, target)
-    return (item["n"], item["k"], item["epilogue"]), item["m_max"], plan
+    return plan
 
 
 def _read_attention(item: Any, target: Target) -> tuple[AttentionKey, int, AttentionPlan]:
@@ -209,6 +239,9 @@ def _read_attention(item: Any, target: Target) -> tuple[AttentionKey, int, Atten
     plan = AttentionPlan(**item["plan"])
     check_attention_plan(plan, item["channels"], 2, target)
     return (item["patches"], item["heads"], item["channels"]), item["tiles_max"], plan
+
+
+_READERS = {"gemm_epilogue": _read_product, "unshuffle_project": _read_projection, "vit_attention": _read_attention}
 
 
 @cache
@@ -229,6 +262,17 @@ def choose_plan(
     return next((plan for m_max, plan in plans if rows <= m_max), CUBLAS)
 
 
+def choose_projection_plan(
+    tokens: int, n: int, k: int, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
+) -> GemmPlan:
+    """Returns the measured plan for visual tokens [tokens, k] times weight [n, k]; APART where `choose_plan` says
+    CUBLAS."""
+    if dtype.itemsize != 2:
+        return APART
+    plans = _tables_of(folder, target).unshuffle_project.get((n, k), ())
+    return next((plan for m_max, plan in plans if tokens <= m_max), APART)
+
+
 def choose_attention_plan(
     tiles: int, patches: int, heads: int, channels: int, dtype: torch.dtype, target: Target, *, folder: Path = FOLDER
 ) -> AttentionPlan | None:
@@ -243,13 +287,26 @@ def resolve_plan(plan: Plan, rows: int, n: int, k: int, epilogue: str, dtype: to
     """Returns the plan to use. Raises ValueError for an unknown name and for a plan that `target` cannot run."""
     if plan is None:
         return choose_plan(rows, n, k, epilogue, dtype, target)
+    return _given_plan(plan, CUBLAS, tilings(target), dtype, target)
+
+
+def resolve_projection_plan(plan: Plan, tokens: int, n: int, k: int, dtype: torch.dtype, target: Target) -> GemmPlan:
+    """Does for unshuffle_project what `resolve_plan` does for gemm_epilogue."""
+    if plan is None:
+        return choose_projection_plan(tokens, n, k, dtype, target)
+    return _given_plan(plan, APART, projection_tilings(target), dtype, target)
+
+
+def _given_plan(
+    plan: GemmPlan | str, unfused: GemmPlan, fused: Mapping[str, GemmPlan], dtype: torch.dtype, target: Target
+) -> GemmPlan:
     if isinstance(plan, str):
-        named = {"cublas": CUBLAS, **tilings(target)}
+        named = {unfused.kind: unfused, **fused}
         if plan not in named:
             raise ValueError(f"plan: expected one of {list(named)}, got {plan!r}")
         plan = named[plan]
     try:
-        check_plan(plan, dtype.itemsize, target)
+        check_plan(plan, dtype.itemsize, target, unfused=unfused)
     except ValueError as error:
         raise ValueError(f"plan: {error}") from None
     return plan

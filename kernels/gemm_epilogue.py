@@ -121,7 +121,7 @@ def plan_gemm_epilogue(
         launch = partial(Launch, epilogue_kernel, num_warps=8)
         grid = cdiv(num_rows, constexprs["BLOCK_M"]) * cdiv(n, block_n)
     else:
-        use_tma = chosen.use_tma and all(_tma_can_read(matrix, target) for matrix in (x_RK, weight_NK))
+        use_tma = chosen.use_tma and all(tma_can_read(matrix, target) for matrix in (x_RK, weight_NK))
         optional["bias"] = bias_N
         args |= {"x": x_RK, "weight": weight_NK, "K": k}
         args |= {"x_stride": x_RK.stride(0), "weight_stride": weight_NK.stride(0)}
@@ -156,7 +156,8 @@ def _residual_in_product(bias_N: Tensor | None, scale_N: Tensor | None) -> bool:
     return bias_N is None and scale_N is None
 
 
-def _tma_can_read(matrix: Tensor, target: Target) -> bool:
+def tma_can_read(matrix: Tensor, target: Target) -> bool:
+    """Returns whether the copy engine can read blocks of the matrix: `target` has one, and rows begin at 16 bytes."""
     stride_bytes = matrix.stride(0) * matrix.itemsize
     aligned = matrix.data_ptr() % 16 == 0 and stride_bytes % 16 == 0
     return target.capability >= 90 and aligned and matrix.stride(0) >= matrix.shape[1]

@@ -121,6 +121,22 @@ def plan_unshuffle_norm(
     )
 
 
+def require_patches(x_RE: Tensor, num_tiles: int, factor: int, version: str) -> tuple[int, int]:
+    """Raises ValueError unless x_RE holds whole tiles; returns the visual tokens of one, and their width."""
+    require(x_RE.ndim == 2, "x_RE", "rows [R, E]", tuple(x_RE.shape))
+    require_one_of("factor", factor, FACTORS)
+    require(version in ("v1", "v2"), "version", "v1 or v2", version)
+    rows, channels = x_RE.shape
+    width = factor * factor * channels
+    require(1 <= width <= MAX_WIDTH, "x_RE", f"factor^2 * E from 1 to {MAX_WIDTH}", width)
+    require(num_tiles >= 0, "num_tiles", "0 or more", num_tiles)
+    grid = isqrt(max(rows // max(num_tiles, 1) - 1, 0))  # patches along one side of a tile
+    tiles = f"{num_tiles} tiles of 1 + (a multiple of {factor})^2 rows"
+    require(rows == num_tiles * (grid * grid + 1) and grid % factor == 0, "x_RE", tiles, f"{rows} rows")
+    require_tensor("x_RE", x_RE, (rows, channels), x_RE.dtype, x_RE.device)
+    return (grid // factor) ** 2, width
+
+
 def unshuffle_norm(
     x_RE: Tensor,
     num_tiles: int,
@@ -137,20 +153,10 @@ def unshuffle_norm(
     Raises ValueError naming the argument that does not fit.
     """
     require_one_of("x_RE", x_RE.dtype, SPEC.tolerances)
-    require(x_RE.ndim == 2, "x_RE", "rows [R, E]", tuple(x_RE.shape))
-    require_one_of("factor", factor, FACTORS)
-    require(version in ("v1", "v2"), "version", "v1 or v2", version)
-    rows, channels = x_RE.shape
-    width = factor * factor * channels
-    require(1 <= width <= MAX_WIDTH, "x_RE", f"factor^2 * E from 1 to {MAX_WIDTH}", width)
-    require(num_tiles >= 0, "num_tiles", "0 or more", num_tiles)
-    grid = isqrt(max(rows // max(num_tiles, 1) - 1, 0))  # patches along one side of a tile
-    tiles = f"{num_tiles} tiles of 1 + (a multiple of {factor})^2 rows"
-    require(rows == num_tiles * (grid * grid + 1) and grid % factor == 0, "x_RE", tiles, f"{rows} rows")
-    require_tensor("x_RE", x_RE, (rows, channels), x_RE.dtype, x_RE.device)
+    num_tokens, width = require_patches(x_RE, num_tiles, factor, version)
     require_tensor("weight_D", weight_D, (width,), x_RE.dtype, x_RE.device)
     require_tensor("bias_D", bias_D, (width,), x_RE.dtype, x_RE.device)
-    shape = (num_tiles, (grid // factor) ** 2, width)
+    shape = (num_tiles, num_tokens, width)
     if out is None:
         out = torch.empty(shape, dtype=x_RE.dtype, device=x_RE.device)
     require_tensor("out", out, shape, x_RE.dtype, x_RE.device)

@@ -61,6 +61,8 @@ MODULES = [
     "kernels.patch_embed",
     "kernels.embed_tokens",
     "kernels.unshuffle_norm",
+    "kernels._unshuffle_project_body",
+    "kernels.unshuffle_project",
     "kernels._rope",
     "kernels.qkv_rope_kv",
     "kernels._gemv_pipelined",

@@ -1,7 +1,7 @@
 """The weights of a layer as small frozen values. Only the tables of operations unpack them.
 
 `Linear` is the only kind of weight so far. Another kind is another class, and a case wherever a table unpacks
-`weight_NK`: `linear` and `embed_tiles` of `Ops`, `linear` and `norm_qkv_rope_kv` of `TritonOps`.
+`weight_NK`: `linear`, `embed_tiles` and `merge_patches` of `Ops`, `linear` and `norm_qkv_rope_kv` of `TritonOps`.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Norm:
 
 
 def bias_of(part: Linear | Norm) -> Tensor:
-    """Returns the bias of a part that always has one: the patch embedding, or the projector's norm, a LayerNorm."""
+    """Returns the bias of a part that always has one: the patch embedding, or the projector's norm or first product."""
     bias = part.bias_N if isinstance(part, Linear) else part.bias_D
     assert bias is not None, "this part of every InternVL has a bias"
     return bias

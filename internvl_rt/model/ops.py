@@ -33,7 +33,7 @@ from internvl_rt.kernels.resize_tiles import resize_tiles_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.sample import sample_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
-from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
+from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
 from internvl_rt.model.linear import Linear, Norm, bias_of, qk_weights
 from internvl_rt.model.step_inputs import Batch, LayerCache, Sampling
@@ -71,7 +71,7 @@ class Ops:
     gemm_epilogue: Callable[..., Tensor]
     swiglu: Callable[[Tensor], Tensor]
     vit_attention: Callable[[Tensor, int, int, Tensor | None, Tensor | None, float], Tensor]
-    unshuffle_norm: Callable[[Tensor, int, Tensor, Tensor, float, int, Literal["v1", "v2"]], Tensor]
+    unshuffle_project: Callable[..., Tensor]
     embed_tokens: Callable[..., Tensor]
     qkv_rope_kv: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
@@ -156,10 +156,11 @@ class Ops:
         return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
 
     def merge_patches(
-        self, x_RE: Tensor, num_tiles: int, norm: Norm, factor: int, version: Literal["v1", "v2"]
+        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
     ) -> Tensor:
-        """Returns y_IMK of the ViT's patches: each square of factor * factor patches becomes one normalised row."""
-        return self.unshuffle_norm(x_RE, num_tiles, norm.weight_D, bias_of(norm), norm.eps, factor, version)
+        """Computes y_IMN = GELU(norm(z) W^T + b), where a row of z is factor * factor patches of the ViT."""
+        weights = norm.weight_D, bias_of(norm), norm.eps, linear.weight_NK, bias_of(linear)
+        return self.unshuffle_project(x_RE, num_tiles, *weights, factor, version)
 
     def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
         """Draws a token from each row of logits, into `token_id_R` (int64): -1 if the row is not finite."""
@@ -179,7 +180,7 @@ TORCH = Ops(
     gemm_epilogue=gemm_epilogue_reference,
     swiglu=swiglu_reference,
     vit_attention=vit_attention_reference,
-    unshuffle_norm=unshuffle_norm_reference,
+    unshuffle_project=unshuffle_project_reference,
     embed_tokens=embed_tokens_reference,
     qkv_rope_kv=qkv_rope_kv_reference,
     copy_blocks=copy_blocks_reference,

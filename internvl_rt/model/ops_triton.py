@@ -27,7 +27,7 @@ from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
 from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
-from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
+from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
 from internvl_rt.model.linear import Linear, Norm
 from internvl_rt.model.ops import Activation, Ops
@@ -177,7 +177,7 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         gemm_epilogue=gemm_epilogue,
         swiglu=swiglu,
         vit_attention=vit_attention,
-        unshuffle_norm=unshuffle_norm,
+        unshuffle_project=unshuffle_project,
         embed_tokens=embed_tokens,
         qkv_rope_kv=qkv_rope_kv,
         copy_blocks=copy_blocks,

@@ -20,5 +20,5 @@ def project_tiles(
     ops: Ops, weights: ProjectorWeights, x_RE: Tensor, num_tiles: int, factor: int, version: Literal["v1", "v2"]
 ) -> Tensor:
     """Returns visual tokens [I, M, D] of ViT features [I * U, E]."""
-    y_IMK = ops.merge_patches(x_RE, num_tiles, weights.norm, factor, version)
-    return ops.linear(ops.linear(y_IMK, weights.fc1, activation="gelu"), weights.fc2)
+    y_IMD = ops.merge_patches(x_RE, num_tiles, weights.norm, weights.fc1, factor, version)
+    return ops.linear(y_IMD, weights.fc2)

@@ -58,6 +58,7 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     "sample": ("slices",),
     "swiglu": ("width_1024",),
     "unshuffle_norm": ("v1_factor_2", "v2_factor_2"),
+    "unshuffle_project": ("blocks_apart", "v1_factor_2_fused"),
     "vit_attention": ("several_heads_and_tiles", "norms_64"),
 }
 

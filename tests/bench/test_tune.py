@@ -24,11 +24,21 @@ import tune  # noqa: E402
 from kernel_cases import Work, small_work  # noqa: E402
 from timing import Timing  # noqa: E402
 from tune import DeviceTimer, Measured, Sweep, choose, entries_of, invented_times, sweep  # noqa: E402
-from tune_candidates import TUNED, Plans, attention_plans, attention_works, product_plans, product_works  # noqa: E402
+from tune_candidates import (  # noqa: E402
+    TUNED,
+    Plans,
+    attention_plans,
+    attention_works,
+    product_plans,
+    product_works,
+    projection_plans,
+    projection_works,
+)
 from tune_table import write_table  # noqa: E402
 
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
 from internvl_rt.kernels._plans import (  # noqa: E402
+    APART,
     CUBLAS,
     FOLDER,
     AttentionPlan,
@@ -36,6 +46,7 @@ from internvl_rt.kernels._plans import (  # noqa: E402
     check_attention_plan,
     check_plan,
     choose_attention_plan,
+    choose_projection_plan,
     load_tables,
 )
 from support.specs import discover_specs  # noqa: E402
@@ -43,7 +54,7 @@ from support.specs import discover_specs  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECS = discover_specs()
 H200 = TARGETS[90]
-PRODUCTS, ATTENTION = TUNED["gemm_epilogue"], TUNED["vit_attention"]
+PRODUCTS, PROJECTION, ATTENTION = (TUNED[name] for name in ("gemm_epilogue", "unshuffle_project", "vit_attention"))
 PLANS = product_plans(H200)
 SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)  # it suits the small cases of tests
 WIDE, LOW = PLANS["wide"], PLANS["low"]
@@ -153,7 +164,11 @@ def test_works_that_the_time_does_not_reach_are_named_and_get_no_entry() -> None
     works = product_works()
     found = sweep_with(works, invented_times, seconds=-1)
     assert found == Sweep(left_out=[work.name for work in works])
-    assert entries_of({"gemm_epilogue": found}) == {"gemm_epilogue": [], "vit_attention": []}
+    assert entries_of({"gemm_epilogue": found}) == {
+        "gemm_epilogue": [],
+        "unshuffle_project": [],
+        "vit_attention": [],
+    }
 
 
 def test_ctrl_c_keeps_what_was_found() -> None:
@@ -192,6 +207,36 @@ def test_attention_is_launched_as_it_was_measured(tmp_path: Path) -> None:
     assert plan(13, 25, 128) is None
 
 
+def test_the_projector_is_launched_as_it_was_measured(tmp_path: Path) -> None:
+    """A fused plan is fastest for 13 tiles of the 1B and for one tile of the 38B; everything else stays apart."""
+    works = projection_works()
+    assert [(work.case["I"], *PROJECTION.key(work)) for work in works] == [
+        (tiles, n, k) for tiles in (13, 1, 4) for n, k in ((896, 4096), (3584, 4096), (5120, 12800))
+    ]
+    fast = {works[0].name: "wide", works[5].name: "low"}
+
+    def timer(work: Work, plans: Plans, baseline: str, budget_s: float) -> Measured:
+        best = fast.get(work.name, baseline)
+        return Measured({name: timing(50 if name == best else 100) for name in plans}, {})
+
+    entries = entries_of({"unshuffle_project": sweep_with(works, timer, PROJECTION)})
+    write_table(tmp_path / "sm_90.json", entries, MEASURED, H200)
+    plans = projection_plans(H200)
+
+    def plan(tiles: int, n: int, k: int) -> GemmPlan:
+        return choose_projection_plan(256 * tiles, n, k, torch.bfloat16, H200, folder=tmp_path)
+
+    assert [plan(tiles, 896, 4096) for tiles in (1, 4, 5, 13, 14)] == [
+        APART,
+        APART,
+        plans["wide"],
+        plans["wide"],
+        APART,
+    ]
+    assert [plan(tiles, 5120, 12800) for tiles in (1, 2, 13)] == [plans["low"], APART, APART]
+    assert plan(13, 3584, 4096) == APART
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 def test_every_candidate_can_be_built_for_its_target(capability: int) -> None:
     plans = product_plans(TARGETS[capability])
@@ -199,6 +244,12 @@ def test_every_candidate_can_be_built_for_its_target(capability: int) -> None:
     assert len(plans) >= 5
     for plan in plans.values():
         check_plan(plan, 2, TARGETS[capability])
+        assert not plan.use_tma or capability >= 90
+    plans = projection_plans(TARGETS[capability])
+    assert plans["apart"] == APART
+    assert len(plans) >= 4
+    for plan in plans.values():
+        check_plan(plan, 2, TARGETS[capability], unfused=APART)
         assert not plan.use_tma or capability >= 90
     for work in attention_works():
         found = attention_plans(work, TARGETS[capability])
@@ -240,7 +291,8 @@ def test_a_dry_run_shows_everything_and_writes_nothing() -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["dry_run"] is True
-    assert {row["name"] for row in document["rows"]} == {w.name for w in (*product_works(), *attention_works())}
+    works = *product_works(), *projection_works(), *attention_works()
+    assert {row["name"] for row in document["rows"]} == {work.name for work in works}
     plans = {row["plan"] for row in document["rows"] if row["name"].startswith("gemm_epilogue/")}
     assert plans == PLANS.keys()
     assert {path: path.read_bytes() for path in FOLDER.iterdir()} == before

@@ -11,7 +11,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 from tune_candidates import product_plans  # noqa: E402
-from tune_table import attention_entries, measured_on, product_entries, write_table  # noqa: E402
+from tune_table import Entry, attention_entries, measured_on, product_entries, write_table  # noqa: E402
 
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
 from internvl_rt.kernels._plans import CUBLAS, AttentionPlan, GemmPlan, Tables, choose_plan, load_tables  # noqa: E402
@@ -19,6 +19,7 @@ from internvl_rt.kernels._plans import CUBLAS, AttentionPlan, GemmPlan, Tables, 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 H200 = TARGETS[90]
 WIDE, LOW = (product_plans(H200)[name] for name in ("wide", "low"))
+NOTHING: dict[str, list[Entry]] = {"gemm_epilogue": [], "unshuffle_project": [], "vit_attention": []}
 MEASURED = {"date": "2026-01-01", "gpu": "none", "triton": "3.7.1", "torch": "2.13.0"}
 
 
@@ -45,7 +46,7 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
     }
     entries = product_entries(chosen)
     assert entries == product_entries(dict(reversed(chosen.items())))
-    write_table(tmp_path / "sm_90.json", {"gemm_epilogue": entries, "vit_attention": []}, MEASURED, H200)
+    write_table(tmp_path / "sm_90.json", {**NOTHING, "gemm_epilogue": entries}, MEASURED, H200)
 
     def plan(rows: int, n: int, k: int, epilogue: str) -> GemmPlan:
         return choose_plan(rows, n, k, epilogue, torch.bfloat16, H200, folder=tmp_path)
@@ -61,13 +62,12 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "sm_90.json"
-    nothing = {"gemm_epilogue": [], "vit_attention": []}
-    write_table(path, nothing, MEASURED, H200)
+    write_table(path, NOTHING, MEASURED, H200)
     before = path.read_bytes()
     assert load_tables(path, H200) == Tables()
     too_large = product_entries({(64, 64, "none"): {64: replace(WIDE, num_stages=8)}})
     with pytest.raises(ValueError, match="shared memory"):
-        write_table(path, {**nothing, "gemm_epilogue": too_large}, MEASURED, H200)
+        write_table(path, {**NOTHING, "gemm_epilogue": too_large}, MEASURED, H200)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["sm_90.json"]
 

@@ -17,6 +17,7 @@ from internvl_rt.kernels.gemm_epilogue import (
     linear_residual_reference,
     plan_gemm_epilogue,
 )
+from support.instruction_order import instructions_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)
@@ -172,6 +173,13 @@ def test_cublas_leaves_at_most_one_kernel() -> None:
     assert count(None) == count(bias) == count(None, residual=residual) == 0
     assert count(bias, activation="gelu") == count(bias, residual=residual) == 1
     assert count(None, residual=residual, scale_N=bias) == count(bias, rows=x.new_empty(70, dtype=torch.int64)) == 1
+
+
+def test_gelu_takes_at_most_30_instructions_an_element() -> None:
+    """Counts all instructions of the kernel behind a torch product; a thread has 16 elements."""
+    job = ("gemm_epilogue", "projector_4096_896_1_tiles", 90)
+    code = instructions_of([job], r"/\*[0-9a-f]{4}\*/ +[^;]+;")[job]
+    assert 16 * 15 < len(code) <= 16 * 30
 
 
 REFUSALS: list[tuple[str, dict[str, Any]]] = [

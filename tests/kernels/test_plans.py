@@ -10,6 +10,7 @@ import torch
 
 from internvl_rt.kernels._launch import TARGETS
 from internvl_rt.kernels._plans import (
+    APART,
     CUBLAS,
     FOLDER,
     AttentionPlan,
@@ -17,8 +18,11 @@ from internvl_rt.kernels._plans import (
     check_plan,
     choose_attention_plan,
     choose_plan,
+    choose_projection_plan,
     load_tables,
+    projection_tilings,
     resolve_plan,
+    resolve_projection_plan,
     tilings,
 )
 
@@ -33,12 +37,17 @@ def entry(m_max: int, plan: GemmPlan, n: int = 4096, k: int = 1024, epilogue: st
     return {"m_max": m_max, "n": n, "k": k, "epilogue": epilogue, "plan": values}
 
 
+def projection(m_max: int, plan: GemmPlan) -> dict[str, Any]:
+    values = {"kind": "apart"} if plan == APART else asdict(plan)
+    return {"m_max": m_max, "n": 896, "k": 4096, "plan": values}
+
+
 def attention(tiles_max: int, plan: AttentionPlan, **changes: Any) -> dict[str, Any]:
     return {"tiles_max": tiles_max, "patches": 1024, "heads": 16, "channels": 64, "plan": asdict(plan), **changes}
 
 
 def tables(**changes: Any) -> dict[str, Any]:
-    return {"measured": MEASURED, "gemm_epilogue": [], "vit_attention": [], **changes}
+    return {"measured": MEASURED, "gemm_epilogue": [], "unshuffle_project": [], "vit_attention": [], **changes}
 
 
 def write(folder: Path, table: object, name: str = "sm_90.json") -> Path:
@@ -56,8 +65,9 @@ def folder(tmp_path: Path) -> Path:
         entry(2050, CUBLAS),
         entry(1025, WIDE, n=1024, epilogue="residual"),
     ]
+    projections = [projection(3328, WIDE), projection(1024, APART), projection(256, LOW)]
     attentions = [attention(13, TALL), attention(1, FLAT)]
-    write(tmp_path, tables(gemm_epilogue=entries, vit_attention=attentions))
+    write(tmp_path, tables(gemm_epilogue=entries, unshuffle_project=projections, vit_attention=attentions))
     return tmp_path
 
 
@@ -92,6 +102,17 @@ def test_the_smallest_m_max_that_holds_the_rows_counts(folder: Path, rows: int, 
 )
 def test_what_was_not_measured_is_left_to_cublas(folder, n, k, epilogue, dtype, capability) -> None:
     assert choose_plan(1025, n, k, epilogue, dtype, TARGETS[capability], folder=folder) == CUBLAS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, LOW), (256, LOW), (257, APART), (1024, APART), (1025, WIDE), (3328, WIDE), (3329, APART)],
+)
+def test_the_projector_chooses_by_its_visual_tokens(folder: Path, tokens: int, expected: GemmPlan) -> None:
+    assert choose_projection_plan(tokens, 896, 4096, torch.bfloat16, H200, folder=folder) == expected
+    assert choose_projection_plan(tokens, 896, 4095, torch.bfloat16, H200, folder=folder) == APART
+    assert choose_projection_plan(tokens, 896, 4096, torch.float32, H200, folder=folder) == APART
+    assert choose_projection_plan(tokens, 896, 4096, torch.bfloat16, TARGETS[80], folder=folder) == APART
 
 
 @pytest.mark.parametrize(("tiles", "expected"), [(1, FLAT), (2, TALL), (13, TALL), (14, TALL)])
@@ -150,6 +171,17 @@ def test_the_tables_of_the_package_are_read_for_targets_that_exist() -> None:
         ({"gemm_epilogue": [entry(64, replace(LOW, num_warps=4.0))]}, "num_warps: expected one of .* got 4.0"),
         ({"gemm_epilogue": [entry(64, replace(LOW, use_tma=1))]}, "use_tma: expected one of .* got 1"),
         ({"gemm_epilogue": [entry(64, replace(WIDE, num_stages=5))]}, "at most 232448 bytes .* got 245760"),
+        ({"unshuffle_project": [entry(64, LOW)]}, r"unshuffle_project\[0\]: expected an object with the keys .'k', "),
+        (
+            {"unshuffle_project": [projection(64, LOW) | {"plan": {"kind": "cublas"}}]},
+            "expected an object with the keys .'block_k'",
+        ),
+        ({"unshuffle_project": [projection(64, replace(LOW, kind="apart"))]}, "expected 'fused'.* got 'apart'"),
+        ({"unshuffle_project": [projection(0, LOW)]}, "m_max: expected a positive integer, got 0"),
+        (
+            {"unshuffle_project": [projection(64, APART), projection(64, WIDE)]},
+            r"unshuffle_project\[1\]: a plan for up to 64 is there twice",
+        ),
         ({"vit_attention": {}}, "vit_attention: expected a list, got {}"),
         ({"vit_attention": [entry(64, LOW)]}, r"vit_attention\[0\]: expected an object with the keys .'channels', "),
         ({"vit_attention": [attention(1, FLAT), attention(1, TALL)]}, "a plan for up to 1 is there twice"),
@@ -190,6 +222,9 @@ def test_every_tiling_can_be_built_for_its_target(target) -> None:
     for plan in tilings(target).values():
         check_plan(plan, 2, target)
     assert len(set(tilings(target).values())) >= 3
+    for plan in projection_tilings(target).values():
+        check_plan(plan, 2, target, unfused=APART)
+    assert len(set(projection_tilings(target).values())) == 3
 
 
 @pytest.mark.parametrize(
@@ -199,9 +234,25 @@ def test_every_tiling_can_be_built_for_its_target(target) -> None:
         (replace(WIDE, use_tma=False), 89, torch.bfloat16, "plan: expected at most 101376 bytes .* on sm_89"),
         (WIDE, 90, torch.float32, "plan: expected at most 232448 bytes"),
         (replace(SQUARE, kind="split"), 90, torch.bfloat16, "plan: kind: expected one of"),
-        (replace(CUBLAS, block_m=64), 90, torch.bfloat16, "plan: expected a cublas plan without blocks"),
+        (replace(CUBLAS, block_m=64), 90, torch.bfloat16, "plan: expected the plan 'cublas' without blocks"),
     ],
 )
 def test_a_plan_that_the_target_cannot_run_is_refused(plan, capability, dtype, message) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_plan(plan, 64, 4096, 1024, "gelu", dtype, TARGETS[capability])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("cublas", "plan: expected one of .'apart', 'wide', .* got 'cublas'"),
+        (CUBLAS, "plan: kind: expected one of"),
+        (replace(APART, block_m=64), "plan: expected the plan 'apart' without blocks"),
+        (replace(WIDE, num_stages=5), "plan: expected at most 232448 bytes"),
+    ],
+)
+def test_a_plan_that_the_projector_cannot_have_is_refused(plan: GemmPlan | str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_projection_plan(plan, 64, 896, 4096, torch.bfloat16, H200)
+    with pytest.raises(ValueError, match=r"plan: expected one of .* got 'apart'"):
+        resolve_plan("apart", 64, 896, 4096, "gelu", torch.bfloat16, H200)

@@ -67,14 +67,50 @@ def _add_norm(
     return [x, *_layer_norm(x, weight_D, norm_bias_D, eps)]
 
 
-def _unshuffle_norm(
-    x_RE: Tensor, num_tiles: int, weight_D: Tensor, bias_D: Tensor, eps: float, factor: int, version: str
-) -> list[Tensor]:
+def _merged(x_RE: Tensor, num_tiles: int, factor: int, version: str) -> Tensor:
+    """Returns the visual tokens [I, M, factor^2 * E] without a norm."""
     num_patch_rows, width = len(x_RE) - num_tiles, x_RE.shape[1]
     side = math.isqrt(num_patch_rows // max(num_tiles, 1)) // factor
     x = x_RE[:num_patch_rows].reshape(num_tiles, side, factor, side, factor, width).transpose(2, 3)
     x = x.transpose(1, 2) if version == "v1" else x
-    return _layer_norm(x.reshape(num_tiles, side * side, factor * factor * width), weight_D, bias_D, eps)
+    return x.reshape(num_tiles, side * side, factor * factor * width)
+
+
+def _unshuffle_norm(
+    x_RE: Tensor, num_tiles: int, weight_D: Tensor, bias_D: Tensor, eps: float, factor: int, version: str
+) -> list[Tensor]:
+    return _layer_norm(_merged(x_RE, num_tiles, factor, version), weight_D, bias_D, eps)
+
+
+def _unshuffle_project(
+    x_RE: Tensor,
+    num_tiles: int,
+    norm_weight_K: Tensor,
+    norm_bias_K: Tensor,
+    eps: float,
+    weight_NK: Tensor,
+    bias_N: Tensor,
+    factor: int,
+    version: str,
+    plan: Any,
+) -> list[Tensor]:
+    """Normalises as x * rstd + shift, and in float32 subtracts the larger part of the mean from x before."""
+    dtype, x_IMK = x_RE.dtype, _merged(x_RE, num_tiles, factor, version)
+    if plan == "apart":
+        (x_IMK,) = _layer_norm(x_IMK, norm_weight_K, norm_bias_K, eps)
+        return _gemm_epilogue(x_IMK, weight_NK, bias_N, "gelu", None, None, None, "cublas")
+    x = x_IMK.float()
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rest = centred.mean(-1, keepdim=True)
+    rstd = 1 / ((centred - rest).square().mean(-1, keepdim=True) + eps).sqrt()
+    if dtype == torch.float32:
+        x, shift = centred, -rest * rstd
+    else:
+        shift = -(mean + rest) * rstd
+    normed = fused_multiply_add(fused_multiply_add(x, rstd, shift), norm_weight_K.float(), norm_bias_K.float())
+    y = product(normed.to(dtype), weight_NK, dtype) + bias_N.float()
+    return [(0.5 * y * (1 + torch.erf(y * math.sqrt(0.5)))).to(dtype)]
 
 
 def _gemm_epilogue(
@@ -238,5 +274,6 @@ EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "unshuffle_norm": _unshuffle_norm,
+    "unshuffle_project": _unshuffle_project,
     "vit_attention": vit_attention,
 }

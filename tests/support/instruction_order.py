@@ -16,15 +16,15 @@ NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2)\b"
 Job = tuple[str, str, int]  # an operation, one of its model cases, an architecture
 
 
-def instructions_of(jobs: list[Job], names: str = NAMES) -> dict[Job, list[str]]:
-    """Returns, for each job's first launch in bfloat16, the instructions that match the pattern `names`, in order."""
+def instructions_of(jobs: list[Job], names: str = NAMES, *, launch: int = 0) -> dict[Job, list[str]]:
+    """Returns, for a launch of each job in bfloat16, the instructions that match the pattern `names`, in order."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(jobs), names]
+    command = [sys.executable, __file__, json.dumps(jobs), names, str(launch)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)
     return dict(zip(jobs, json.loads(output.stdout), strict=True))
 
 
-def _build(operation: str, case_name: str, capability: int, names: str) -> list[str]:
+def _build(operation: str, case_name: str, capability: int, names: str, index: int) -> list[str]:
     sys.path.insert(0, str(TESTS))
     import torch
 
@@ -34,9 +34,9 @@ def _build(operation: str, case_name: str, capability: int, names: str) -> list[
 
     spec = discover_specs()[operation]
     case = next(case for case in spec.model_cases if case.name == case_name)
-    launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[0]
+    launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[index]
     return re.findall(names, dump(build(launch, capability).asm["cubin"], "--dump-sass"))
 
 
 if __name__ == "__main__":
-    print(json.dumps([_build(*job, sys.argv[2]) for job in json.loads(sys.argv[1])]))
+    print(json.dumps([_build(*job, sys.argv[2], int(sys.argv[3])) for job in json.loads(sys.argv[1])]))
