@@ -71,17 +71,6 @@ def test_the_trigger_comes_first_then_weights_then_the_wait_then_all_else(capabi
         assert {"LDG", "LDGSTS"} & set(after), "x, at least, comes after the wait"
 
 
-@pytest.mark.fast("90")
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_without_experiments_the_trigger_stands_behind_the_wait(capability: int) -> None:
-    jobs = [(*case, capability) for case in [*EARLY_KERNELS, ("decode_attention", "1b_1_x_2048")]]
-    for names in instructions_of(jobs).values():
-        assert CHUNK not in names
-        if capability >= 90:
-            triggered, waited = names.index("PREEXIT"), names.index("ACQBULK")
-            assert waited < triggered
-
-
 @pytest.mark.parametrize("target", [*TARGETS.values(), Target(90, 132, interpreted=True)], ids=str)
 def test_chunks_are_loaded_ahead_where_kernels_may_start_early(target: Target) -> None:
     """In the interpreter as well, which shows that the sums are the same."""
@@ -110,21 +99,17 @@ def test_chunks_ahead_are_no_more_than_there_are_and_fit_the_registers(name: str
             assert ahead == -(-k // plan.block_k), "all of a program's weight is loaded before the wait"
 
 
-PLANS = {
-    "rows": GemvPlan(4, 64, 2),
-    "split_rows": GemvPlan(8, 32, 1, split_k=2),
-    "matrix": GemvPlan(16, 64, 2, matrix=True),
-    "stages": GemvPlan(64, 64, 4, matrix=True, num_stages=3),
-}
+PLANS = {"rows": GemvPlan(4, 64, 2), "split_rows": GemvPlan(8, 32, 1, split_k=2)}
 
 
-@pytest.mark.parametrize("registers", [1, 16, 48])  # one chunk, some, and all of K
+@pytest.mark.fast("rows-16")
+@pytest.mark.parametrize("registers", [16, 48])  # some chunks, and all of K
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_an_early_trigger_changes_no_bit(plan: GemvPlan, registers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gemv_plan, "AHEAD_REGISTERS", registers)
     torch.manual_seed(0)
-    product = GEMV.make_inputs(Case("", {"R": 2, "N": 40, "K": 300, "norm": True}), torch.float32, DEVICE)
-    projection = QKV.make_inputs(Case("", {"R": 2, "D": 300, "H": 2, "G": 1, "C": 16}), torch.float32, DEVICE)
+    product = GEMV.make_inputs(Case("", {"R": 2, "N": 16, "K": 300, "norm": True}), torch.float32, DEVICE)
+    projection = QKV.make_inputs(Case("", {"R": 2, "D": 300, "H": 1, "G": 1, "C": 16}), torch.float32, DEVICE)
     for launcher, inputs in ((gemv, product), (gemv_qkv, projection)):
         inputs["plan"] = plan
         assert torch.equal(launcher(**inputs, early_trigger=True), launcher(**inputs))
@@ -215,12 +200,13 @@ def test_the_table_passes_on_the_weights_of_a_few_rows(rows: int, is_on: bool, m
     assert (asked["prefetch_keys"], asked["early_trigger"]) == (is_on, is_on)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_model_gives_the_same_logits_with_all_experiments() -> None:
-    """A prompt of 5 tokens, then decodes; equal bits choose equal tokens."""
-    model, token_ids = build_model(decoder=INTERNLM2), [*range(5, 12)]
+    """A prompt of two tokens, then a decode; equal bits choose equal tokens."""
+    model, token_ids = build_model(decoder=INTERNLM2), [5, 6, 7]
     logits = []
     for switches in (Switches(), ALL_ON):
         switched = InternVL(model.config, model.weights, triton_ops(DEVICE, switches))
-        logits.append(all_logits(switched, token_ids, None, context_id=47, chunk_lens=[5, 1, 1]))
+        logits.append(all_logits(switched, token_ids, None, context_id=47, chunk_lens=[2, 1]))
     assert torch.equal(*logits)
