@@ -24,6 +24,7 @@ SANITIZED = (
     " or gemm_epilogue/rows or unshuffle_project/blocks or copy_blocks/several"
 )
 CALLS = ("first", "second", "third")  # sets of parts that take ten minutes each; a new machine needs this order
+EXPERIMENTS = ("prefetch_keys", "prefetch_weights", "early_trigger")  # of the engine; a fresh machine has no package
 CONTRACT_FILE = "tests/kernels/test_contract.py"
 ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # for several workers, because each would use all cores for its references
 Rows = list[dict[str, Any]]
@@ -182,6 +183,12 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
         return script("compare_transformers", *comparison, *options) if has_transformers else ()
 
     lone = () if cpu else ("--batch=1", "--context=2048")
+
+    def experiment(name: str, *names: str) -> Part:
+        """The step of one sequence with the engine's experiments of these names; without any for comparison."""
+        command = bench("decode", small, *lone, *(f"--experiment={each}" for each in names))
+        return Part(f"decode_1b_{name}", "experiments", 15, command, calls=(second,), uses=DECODER)
+
     tuned = ("--only=vit_attention", "--only=unshuffle_project", "--only=gemm_epilogue", "--commit={commit}")
     both = VISION | DECODER
     return (
@@ -213,6 +220,10 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide accesses out of bounds
         ),
         Part("roofline", "roofline", 18, script("roofline", *quick), times=False),
+        experiment("plain"),
+        *(experiment(name, name) for name in EXPERIMENTS),
+        experiment("all_experiments", *EXPERIMENTS),
+        experiment("plain_again"),
         Part(
             "tune", "tune", 150, () if cpu else script("tune", *budget, *tuned),
             calls=(second,), absent=no_device, leaves="kernels/plans/*.json",

@@ -1,6 +1,7 @@
 """Measures which kernels a decode step has, how long each runs inside the step's graph, and how long nothing runs.
 
     python bench/step_kernels.py [MODEL] [--batch 1] [--context 2048] [--steps 20] [--no-programmatic-launch]
+                                 [--experiment early_trigger]...
 
 The times are from the device's own profiler (CUPTI, through torch). With programmatic dependent launch a kernel may
 start before the previous one ends; then `gap us` is negative. Durations and gaps add up to the step.
@@ -21,6 +22,7 @@ from timing import result_document
 from torch.profiler import ProfilerActivity, profile
 
 from internvl_rt import Engine, SamplingParams
+from internvl_rt.bench.arguments import add_experiments
 from internvl_rt.bench.prompts import Prompter
 
 Kernel = tuple[str, float, float]  # name, start, end in microseconds
@@ -71,11 +73,13 @@ def main() -> int:
     parser.add_argument("--context", type=count, default=2048)
     parser.add_argument("--steps", type=count, default=20)
     parser.add_argument("--no-programmatic-launch", action="store_true")
+    add_experiments(parser, "each an option of the engine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a machine with a CUDA device, found none: kernels of a step run on one alone")
     options: dict[str, Any] = {"max_num_seqs": args.batch, "max_model_len": args.context + args.steps + 128}
+    options["experiments"] = args.experiments
     if args.no_programmatic_launch:
         options["programmatic_launch"] = False
     with Engine.from_pretrained(args.model, prefix_cache=False, **options) as engine:

@@ -14,6 +14,9 @@ from internvl_rt.kernels._softmax import probability
 from internvl_rt.kernels._split_combine import weighted_sum, write_part_weights
 
 ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to the 16 rows that matrix units take
+CHUNK_BYTES: tl.constexpr = tl.constexpr(4096)  # of a weight that one instruction brings to L2; not measured
+# The most that a program without an item brings to L2, so that a few of them do not run longer than those with items.
+IDLE_BYTES: tl.constexpr = tl.constexpr(128 * 1024)
 
 
 @triton.jit
@@ -72,6 +75,29 @@ def _prefetch(rows, C: tl.constexpr):
 
 
 @triton.jit
+def _prefetch_weight(weight, num_bytes, index, count):
+    """Asks the memory to bring the first `num_bytes` of a weight to L2: every count-th chunk, from the index-th on.
+
+    One thread asks for a whole chunk. Sizes and addresses must be multiples of 16 bytes, and CHUNK_BYTES is.
+    """
+    for at in range(index * CHUNK_BYTES, num_bytes, count * CHUNK_BYTES):
+        size = tl.minimum(num_bytes - at, CHUNK_BYTES)
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred first;
+                .reg .b32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 first, thread, 0;
+                @first cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r", [weight.to(tl.int64) + at, size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
     """Writes the output of the `group` queries that share a kv head: the weighted sum of the results of a row's splits.
     A thread has one query and four channels at a time.
@@ -94,22 +120,31 @@ INDICES = ["block_table", "seq_len", "split_start", "split_items", "counters", "
 @triton.jit(do_not_specialize=INDICES)
 def decode_attention_kernel(
     q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
-    q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows, scale_log2,
-    P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    next_weight, later_weight, q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows,
+    next_bytes, later_bytes, scale_log2,
+    P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    PREFETCH_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes attention for one item of the split plan. PREFETCH: its first keys and values are brought to L2 while
-    the kernel before this one runs. Only the newest token's are not written by then, and that cannot make those stale.
+    """Computes attention for one item of the split plan.
 
+    PREFETCH_KEYS: the item's first keys and values are brought to L2 while the kernel before this one runs. Only the
+    newest token's are not written by then, and that cannot make those stale.
+    next_weight, later_weight: what the following kernels read first. Programs without an item bring `next_bytes` and
+    `later_bytes` of them to L2 before they wait. No step writes a weight.
+    EARLY: the kernel after this one may start once all programs of this one have; _gemv_body.py says why it may.
     SWAP: S^T = K q^T and O^T = V^T P^T. Then the tall side of both products is the keys or the channels, and 16 query
     rows are enough for matrix units that work on at least 64 rows (sm_90, sm_100).
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     item, head = tl.program_id(0), tl.program_id(1)
     query, channel = tl.arange(0, ROWS), tl.arange(0, C)
     real = query[:, None] < group
     offset_RC = (head * group + query)[:, None] * C + channel[None, :]
     y_stride = tl.num_programs(1).to(tl.int64) * group * C
-    # A step's plan and tables were written before the previous kernel began, so they are read while it still runs.
+    # A step's plan and tables were written before the previous kernel began, so they are read while it still runs. With
+    # EARLY, kernels before it may run too. All of them began after the step's first kernel, embed_tokens, had ended: it
+    # is launched in the ordinary way and triggers nothing.
     row = tl.load(split_items + 3 * item)
     first_block = tl.load(split_items + 3 * item + 1)
     end_block = tl.load(split_items + 3 * item + 2)
@@ -124,7 +159,16 @@ def decode_attention_kernel(
     blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # does not wait for the length
     k_head = k_cache + head.to(tl.int64) * head_stride
     v_head = v_cache + head.to(tl.int64) * head_stride
-    if PREFETCH:
+    if next_weight is not None:
+        num_items = tl.load(split_start + num_rows)
+        if row < 0:
+            index = (item - num_items) * tl.num_programs(1) + head
+            count = (tl.num_programs(0) - num_items) * tl.num_programs(1)
+            _prefetch_weight(next_weight, tl.minimum(next_bytes, count * IDLE_BYTES), index, count)
+            if later_weight is not None:
+                room = count * IDLE_BYTES - next_bytes
+                _prefetch_weight(later_weight, tl.minimum(later_bytes, room), index, count)
+    if PREFETCH_KEYS:
         second = begin + BLOCK
         if row >= 0:
             _prefetch(slot_rows(k_head, blocks, begin, block_stride, slot_stride, P, BLOCK), C)
@@ -135,7 +179,8 @@ def decode_attention_kernel(
             _prefetch(slot_rows(v_head, later, second, block_stride, slot_stride, P, BLOCK), C)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
 
     if no_split == no_split_end:
         zeros_RC = tl.zeros([ROWS, C], y.dtype.element_ty)

@@ -3,8 +3,13 @@
 A program computes the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one split of it.
 It takes chunks of BLOCK_K. On matrix units the next chunk is loaded to registers while the present one is multiplied;
 with STAGES several chunks are on their way to shared memory (_gemv_pipelined.py). On the CUDA cores the compiler does
-without this, which saves registers, so more programs run at once. A program loads its first chunk, and whatever else no
-other kernel computes, before it waits for the kernel before it.
+without this, which saves registers, so more programs run at once. A program loads its first AHEAD chunks, and whatever
+else no other kernel computes, before it waits for the kernel before it (PDL).
+
+EARLY says when the kernel after this one may start: as soon as all programs of this one have (True), or once all have
+waited (False). Both are safe. A kernel that may start early reads nothing that a step computes, and writes nothing at
+all, the memory that splits share included, before it has waited for its predecessor's end. Every program of it waits,
+so it ends only after its predecessor has ended, and so do all kernels of the step before it.
 
 RMSNorm is y = rstd * ((x * w_norm) W^T): the same loop adds up the squares of a row, and the sums are multiplied by
 rstd at the end. So x is read once, and a split computes only its own part of the squares.
@@ -42,6 +47,18 @@ def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: 
 
 
 @triton.jit
+def _load_ahead(
+    weight, weight_row, inside, begin, end, K, weight_stride, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """Loads the first AHEAD chunks of the weight."""
+    chunks = ()
+    for i in tl.static_range(AHEAD):
+        chunk = _load_weight(weight, weight_row, inside, begin + i * BLOCK_K, end, K, weight_stride, BLOCK_K)
+        chunks += (chunk,)  # type: ignore[assignment]
+    return chunks
+
+
+@triton.jit
 def _load_rows(x, last_row, k, end, K, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     inner = k + tl.arange(0, BLOCK_K)
     row = tl.arange(0, ROWS)[:, None]
@@ -66,46 +83,71 @@ def _part_of_k(split_len, K, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(
-    x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _add_chunk(
+    w, v, n, sums, squares, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Computes (x * w_norm) W^T and x's squares, both yet to be added across threads; `w`, `n` are the first chunks.
+    """Adds the products of a chunk to `sums` and, where there is a norm, x's squares to `squares`; see `_row_sums`."""
+    ROWS: tl.constexpr = v.shape[0]
+    BLOCK_K: tl.constexpr = v.shape[1]
+    GROUP: tl.constexpr = 128 // w.dtype.primitive_bitwidth  # elements that one load brings a thread
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    a = v
+    if n is not None:
+        a = v.to(tl.float32)
+        squares += tl.sum(tl.reshape(a * a, (ROWS, GROUPS, GROUP)), axis=2)
+        a *= n.to(tl.float32)
+    b = w
+    if MATRIX:
+        if WIDE:
+            a = rounded_to_tf32(a)
+            b = b.to(tl.float32)
+        a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], WARPS, BLOCK_K // WARPS)), (1, 2, 0))
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    else:
+        a = tl.reshape(a.to(tl.float32), (ROWS, 1, GROUPS, GROUP))
+        b = tl.reshape(b.to(tl.float32), (1, b.shape[0], GROUPS, GROUP))
+        sums += tl.sum(a * b, axis=3)
+    return sums, squares
 
+
+@triton.jit
+def _row_sums(
+    x, norm_weight, weight, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride, weight_stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Computes (x * w_norm) W^T and x's squares, both yet to be added across threads.
+
+    `ws` are the weight's first AHEAD chunks, `n` is the norm's first one; the others are loaded one chunk ahead.
     With MATRIX each warp takes a part of a chunk's K and all rows, so that no two warps read the same operand.
     Otherwise each thread has 16 bytes of every row of the chunk and keeps its sums in registers.
     """
     BLOCK_N: tl.constexpr = weight_row.shape[0]
-    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    GROUPS: tl.constexpr = BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // 128
+    w = ws[0]
     v = _load_rows(x, last_row, begin, end, K, x_stride, ROWS, BLOCK_K)
     sums = tl.zeros((WARPS, ROWS, BLOCK_N) if MATRIX else (ROWS, BLOCK_N, GROUPS), tl.float32)
     squares = tl.zeros((ROWS, GROUPS) if norm_weight is not None else (ROWS, 1), tl.float32)
-    for k in range(begin, end, BLOCK_K):
+    for i in tl.static_range(1, AHEAD):
+        next_v = _load_rows(x, last_row, begin + i * BLOCK_K, end, K, x_stride, ROWS, BLOCK_K)
+        if norm_weight is not None:
+            next_n = _load_norm(norm_weight, begin + i * BLOCK_K, end, K, ROWS, BLOCK_K)
+        sums, squares = _add_chunk(w, v, n, sums, squares, WARPS, MATRIX, WIDE, PRECISION)
+        w = ws[i]
+        v = next_v
+        if norm_weight is not None:
+            n = next_n
+    for k in range(begin + (AHEAD - 1) * BLOCK_K, end, BLOCK_K):
         next_w = _load_weight(weight, weight_row, weight_inside, k + BLOCK_K, end, K, weight_stride, BLOCK_K)
         next_v = _load_rows(x, last_row, k + BLOCK_K, end, K, x_stride, ROWS, BLOCK_K)
-        a = v
         if norm_weight is not None:
             next_n = _load_norm(norm_weight, k + BLOCK_K, end, K, ROWS, BLOCK_K)
-            a = v.to(tl.float32)
-            squares += tl.sum(tl.reshape(a * a, (ROWS, GROUPS, GROUP)), axis=2)
-            a *= n.to(tl.float32)
-            n = next_n
-        b = w
-        if MATRIX:
-            if WIDE:
-                a = rounded_to_tf32(a)
-                b = b.to(tl.float32)
-            a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
-            b = tl.permute(tl.reshape(b, (BLOCK_N, WARPS, BLOCK_K // WARPS)), (1, 2, 0))
-            sums = tl.dot(a, b, sums, input_precision=PRECISION)
-        else:
-            a = tl.reshape(a.to(tl.float32), (ROWS, 1, GROUPS, GROUP))
-            b = tl.reshape(b.to(tl.float32), (1, BLOCK_N, GROUPS, GROUP))
-            sums += tl.sum(a * b, axis=3)
+        sums, squares = _add_chunk(w, v, n, sums, squares, WARPS, MATRIX, WIDE, PRECISION)
         w = next_w
         v = next_v
+        if norm_weight is not None:
+            n = next_n
     return sums, squares
 
 
@@ -160,8 +202,11 @@ def gemv_kernel(
     x_stride, weight_stride, residual_stride, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Computes N outputs a row. With SWIGLU each output comes from two rows of the weight, which lie N rows apart."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile = tl.program_id(0)
     column = tile * WIDTH + tl.arange(0, WIDTH)
@@ -177,7 +222,7 @@ def gemv_kernel(
         if PREFETCH:
             prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
     else:
-        w = _load_weight(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K)
+        ws = _load_ahead(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K, AHEAD)
         n = None
         if norm_weight is not None:
             n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
@@ -185,9 +230,10 @@ def gemv_kernel(
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
             bias_up = tl.load(bias + N + column, mask=column < N, other=0.0)
-    if PDL:  # only the wait makes other kernels' writes visible; the next kernel waits for this one's end: it may start
+    if PDL:  # only the wait makes other kernels' writes visible
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     if STAGES:
         sums, squares = pipelined_sums(
             x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
@@ -195,8 +241,8 @@ def gemv_kernel(
         )  # fmt: skip
     else:
         sums, squares = _row_sums(
-            x, norm_weight, weight, weight_row, weight_inside, w, n, last_row, begin, end, K, x_stride, weight_stride,
-            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+            x, norm_weight, weight, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride, weight_stride,
+            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION, AHEAD,
         )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
@@ -241,12 +287,15 @@ def gemv_qkv_kernel(
     k_head, v_head, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
     group_stride, place_stride, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
 
     The first heads are queries, those from `k_head` on are keys, and those from `v_head` on are values.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     HALF: tl.constexpr = C // 2
     PAIRS: tl.constexpr = BLOCK_N // 2
     head = tl.program_id(0) // (HALF // PAIRS)
@@ -259,14 +308,15 @@ def gemv_qkv_kernel(
         if PREFETCH:
             prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
     else:
-        w = _load_weight(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K)
+        ws = _load_ahead(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K, AHEAD)
         n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
     if bias is not None:
         bias_first = tl.load(bias + head * C + channel)
         bias_second = tl.load(bias + head * C + HALF + channel)
     if PDL:  # as in gemv_kernel
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     if STAGES:
         sums, squares = pipelined_sums(
             x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
@@ -274,8 +324,8 @@ def gemv_qkv_kernel(
         )  # fmt: skip
     else:
         sums, squares = _row_sums(
-            x, norm_weight, weight, weight_row, None, w, n, last_row, begin, end, K, x_stride, weight_stride,
-            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION,
+            x, norm_weight, weight, weight_row, None, ws, n, last_row, begin, end, K, x_stride, weight_stride,
+            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION, AHEAD,
         )  # fmt: skip
     row = tl.arange(0, ROWS)
     inside = row <= last_row

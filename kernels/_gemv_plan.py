@@ -28,6 +28,10 @@ MAX_SPLITS = 64
 # together, and the share of all multiprocessors that have to load at once to reach the bandwidth of device memory.
 STAGED_BYTES = 216 * 1024
 BUSY_SHARE = 0.8
+# With an early trigger: how many registers of a thread may hold chunks of the weight before the kernel waits. 48 hold
+# the whole part of a program in the 1B's products of one or two rows. More would leave room for fewer programs. Not
+# measured.
+AHEAD_REGISTERS = 48
 SMALL_WEIGHT = 7 * 2**20  # bytes; a product up to this size takes about one latency, an exchange two more
 
 
@@ -65,6 +69,16 @@ class GemvPlan:
     def prefetched(self) -> int:
         """Elements of each row that are brought to L2 while the kernel before this one ends."""
         return (1 << ((self.num_stages - 1).bit_length() - 1)) * self.block_k if self.num_stages else 0
+
+    def chunks_ahead(self, k: int, itemsize: int) -> int:
+        """Returns how many chunks can be loaded before the wait: all of a program's if AHEAD_REGISTERS are enough.
+
+        On matrix units it is one, because chunks of 16 rows of x take registers too: with two, some kernels spill.
+        """
+        if self.matrix:
+            return 1
+        registers = self.block_n * self.block_k * itemsize // (4 * 32 * self.num_warps)
+        return max(1, min(cdiv(cdiv(k, self.block_k), self.split_k), AHEAD_REGISTERS // max(registers, 1)))
 
 
 @dataclass(frozen=True, slots=True)

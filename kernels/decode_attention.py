@@ -10,6 +10,7 @@ for, so one CUDA graph serves any lengths.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate, chain
 
 import torch
@@ -23,7 +24,16 @@ from internvl_rt.kernels._split_plan import num_split_items, plan_splits
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
-PREFETCH = False  # whether keys and values are prefetched while the previous kernel still runs; not measured yet
+# The most bytes of the following kernels' weights that are brought to L2. An H100's and an H200's L2 of 50 MB is two
+# halves, and a multiprocessor reads through the half that is near to it, so that either may come to hold all of them:
+# 20 MB leave some of the 25 MB to keys, values and activations. The 1B's `o` and `gate_up` have 19.04 MB.
+L2_PREFETCH_BYTES = 19 * 2**20
+# Where weights are brought to L2: H100 and H200, B200, B300. One instruction brings a whole chunk there, and memory
+# brings some 20 MB in the time of an attention. Not on 120, though it has the instruction: memory brings 4 to 10 MB in
+# that time, and L2 has 32 to 128 MB, depending on the chip. Before 90 a kernel does not start before the previous one
+# has ended, so what is brought takes bandwidth from keys and values.
+PREFETCHES_WEIGHTS = (90, 100, 103)
+LINE_BYTES = 128
 MAX_GROUP = ROWS.value  # the most query heads that may share a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),
@@ -68,7 +78,10 @@ def plan_decode_attention(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
     *,
+    upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
+    prefetch_keys: bool = False,
+    early_trigger: bool = False,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
@@ -83,6 +96,7 @@ def plan_decode_attention(
     pdl = programmatic_launch and target.has_programmatic_launch
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
+    weights = plan_prefetch(upcoming, target)
     return (
         Launch(
             decode_attention_kernel,
@@ -107,14 +121,17 @@ def plan_decode_attention(
                 "group": num_heads // num_kv_heads,
                 "num_rows": num_rows,
                 "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
+                **{name: value for name, value in weights.items() if value is not None},
             },
             {
+                **{name: None for name, value in weights.items() if value is None},
                 "P": block_size,
                 "C": head_dim,
                 "BLOCK": block,
                 "SWAP": target.capability in (90, 100, 103),
                 "PDL": pdl,
-                "PREFETCH": pdl and PREFETCH,
+                "EARLY": pdl and early_trigger,
+                "PREFETCH_KEYS": pdl and prefetch_keys,
                 "PRECISION": "ieee" if single else None,
             },
             num_stages=stages,
@@ -122,6 +139,24 @@ def plan_decode_attention(
             matrix_units=True,
         ),
     )
+
+
+def plan_prefetch(upcoming: Sequence[Tensor], target: Target) -> dict[str, Tensor | int | None]:
+    """Returns the kernel's arguments about weights for L2, the first of `upcoming` first; None are left out.
+
+    They are whole lines within a weight, and no more than L2_PREFETCH_BYTES together.
+    """
+    names, room = [("next_weight", "next_bytes"), ("later_weight", "later_bytes")], L2_PREFETCH_BYTES
+    require(len(upcoming) <= len(names), "upcoming", f"at most {len(names)} weights", len(upcoming))
+    arguments: dict[str, Tensor | int | None] = dict.fromkeys(chain.from_iterable(names))
+    if target.interpreted or target.capability not in PREFETCHES_WEIGHTS:
+        return arguments
+    for weight in upcoming:
+        num_bytes = min(weight.nbytes, room) // LINE_BYTES * LINE_BYTES
+        if num_bytes > 0 and weight.is_contiguous() and weight.data_ptr() % 16 == 0:
+            arguments |= zip(names.pop(0), (weight, num_bytes), strict=True)
+            room -= num_bytes
+    return arguments
 
 
 def check_queries_and_cache(
@@ -175,7 +210,10 @@ def decode_attention(
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
     *,
+    upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
+    prefetch_keys: bool = False,
+    early_trigger: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Computes `decode_attention_reference`, for q with rows at any stride; the integer tensors are int32.
@@ -186,7 +224,11 @@ def decode_attention(
     counters_SG, int32 zeros, counts the parts that have arrived. The call leaves it as zeros, so that one tensor serves
     all calls that follow each other on a stream; None: every call makes one, which takes one more launch.
     From sm_90 on, table, lengths and items are read while the previous kernel still runs, so that kernel must not write
-    them. Without `programmatic_launch` nothing is read before the previous kernel has ended.
+    them. Without `programmatic_launch` nothing is read before the previous kernel has ended. Three things that are not
+    measured yet, and change no result, are for the kernels there: with `prefetch_keys` a program brings its first keys
+    and values to L2 while the previous kernel runs; programs without an item do so with `upcoming`, at most two
+    weights, which the following kernels read in this order; with `early_trigger` the next kernel may start as soon as
+    all programs of this one have.
     Raises ValueError naming the argument that does not fit.
     """
     check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
@@ -203,7 +245,16 @@ def decode_attention(
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
     plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG)
     operands = (q_SHC, k_cache_BGPC, v_cache_BGPC, *plan)
-    run(plan_decode_attention(*operands, programmatic_launch=programmatic_launch, out=out, target=target_of(device)))
+    launches = plan_decode_attention(
+        *operands,
+        upcoming=upcoming,
+        programmatic_launch=programmatic_launch,
+        prefetch_keys=prefetch_keys,
+        early_trigger=early_trigger,
+        out=out,
+        target=target_of(device),
+    )
+    run(launches)
     return out
 
 

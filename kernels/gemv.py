@@ -41,6 +41,7 @@ def plan_product(
     plan: GemvPlan,
     workspace: GemvWorkspace | None,
     programmatic_launch: bool,
+    early_trigger: bool,
     target: Target,
 ) -> dict[str, Any]:
     """Returns what gemv and gemv_qkv are launched with in common; each adds arguments and constexprs of its own."""
@@ -57,6 +58,7 @@ def plan_product(
         "weight_stride": weight_NK.stride(0),
     }
     pdl = programmatic_launch and target.has_programmatic_launch
+    early = early_trigger and programmatic_launch and target.capability >= 90
     constexprs: dict[str, Any] = {
         "ROWS": 16 if plan.matrix else rows,
         "BLOCK_N": plan.block_n,
@@ -70,6 +72,9 @@ def plan_product(
         "SPLIT": plan.split_k > 1,
         "PDL": pdl,
         "PREFETCH": plan.prefetched if pdl else 0,
+        "EARLY": early and pdl,
+        # The interpreter, which has no programmatic launch, loads as many chunks ahead as a GPU would.
+        "AHEAD": plan.chunks_ahead(k, weight_NK.itemsize) if early else 1,
     }
     if norm_weight_K is not None:
         args["norm_weight"] = norm_weight_K
@@ -132,6 +137,7 @@ def gemv_reference(
     activation: Activation = "none",
     residual_RN: Tensor | None = None,
     plan: GemvPlan | None = None,  # does not change the result
+    early_trigger: bool = False,  # nor does this
 ) -> Tensor:
     """Computes the product; with "swiglu" the weight's 2F rows are (gate | up), and the result is [R, F]."""
     normed_RK = x_RK if norm_weight_K is None else rms_norm_reference(x_RK, norm_weight_K, eps)
@@ -153,13 +159,14 @@ def plan_gemv(
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
+    early_trigger: bool = False,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
     rows, (n, k) = len(x_RK), weight_NK.shape
     plan = plan or choose_gemv_plan(rows, n, k, x_RK.dtype, target, normed=norm_weight_K is not None)
     num_tiles = cdiv(n, plan.block_n)
-    how = (num_tiles, plan, workspace, programmatic_launch, target)
+    how = (num_tiles, plan, workspace, programmatic_launch, early_trigger, target)
     common = plan_product(x_RK, weight_NK, norm_weight_K, eps, *how)
     optional = {"bias": bias_N, "residual": residual_RN}
     common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -187,13 +194,16 @@ def gemv(
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
+    early_trigger: bool = False,
 ) -> Tensor:
     """Computes `gemv_reference`, for at most MAX_ROWS rows at any stride; all of one dtype. `out` may be the residual.
 
     Every call gives the same bits. Among 3 to 16 rows, a row also gets the same bits whatever the other rows are. A
     plan with splits needs a workspace: without one it is made for this call, which takes one more launch. From sm_90 on
     the kernel reads weight, norm and bias before the previous kernel has ended, so that kernel must not write them.
-    Without `programmatic_launch` it waits for the previous kernel's end, as kernels usually do.
+    Without `programmatic_launch` it waits for the previous kernel's end, as kernels usually do. With `early_trigger`,
+    which changes no result, the next kernel may start as soon as all programs of this one have, and more of the weight
+    is loaded before the wait.
     Raises ValueError naming the argument that does not fit.
     """
     (rows, _), (n, _) = require_operands(
@@ -224,6 +234,7 @@ def gemv(
             plan=plan,
             workspace=workspace,
             programmatic_launch=programmatic_launch,
+            early_trigger=early_trigger,
             out=out,
             target=target,
         )
@@ -233,7 +244,7 @@ def gemv(
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Cuts x, weight and residual from tensors with `padding` more columns of NaN; `factor` scales x; `plan` is a name
-    in TEST_PLANS.
+    in TEST_PLANS; `early`: the trigger is, so several chunks of K may be loaded before the loop.
     """
     rows, n, k, padding = case["R"], case["N"], case["K"], case.sizes.get("padding", 0)
     swiglu = case.sizes.get("activation") == "swiglu"
@@ -255,6 +266,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         "activation": "swiglu" if swiglu else "none",
         "residual_RN": matrix(rows, n // 2 if swiglu else n) if case.sizes.get("residual") else None,
         "plan": TEST_PLANS.get(case.sizes.get("plan", "")),
+        **({"early_trigger": True} if case.sizes.get("early") else {}),
     }
 
 
@@ -294,6 +306,8 @@ def _test_cases() -> Iterator[Case]:
         yield case(f"{plan}_{rows}_huge", rows, 16, 128, plan=plan, factor=1e4, **_NORM)  # squares beyond float16
         # The mean square is about as small as eps.
         yield case(f"{plan}_{rows}_tiny", rows, 16, 128, plan=plan, factor=1e-3, **_NORM)
+    for plan, k in (("rows", 300), ("rows", 1100), ("split_rows", 300)):  # all chunks are loaded early, or 12 of 18
+        yield case(f"early_{plan}_{k}", 2, 34, k, plan=plan, early=True, bias=True, **_SWIGLU, **_RESIDUAL)
     for rows in (1, 3):
         yield case(f"one_by_one_{rows}", rows, 1, 1, **_NORM)
         yield case(f"many_{rows}", rows, 200, 256, **_RESIDUAL)

@@ -36,6 +36,7 @@ def gemv_qkv_reference(
     num_heads: int,
     *,
     plan: GemvPlan | None = None,  # does not change the result
+    early_trigger: bool = False,  # nor does this
 ) -> Tensor:
     """Returns rotated q [R, H, C]; writes k, v to the cache. Rows of the weight: H q heads | G k heads | G v heads."""
     qkv_RK = F.linear(rms_norm_reference(x_RD, norm_weight_D, eps), weight_KD, bias_K)
@@ -59,6 +60,7 @@ def plan_gemv_qkv(
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
+    early_trigger: bool = False,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
@@ -68,7 +70,7 @@ def plan_gemv_qkv(
     plan = plan or choose_gemv_plan(rows, n, k, x_RD.dtype, target, normed=True)
     plan = replace(plan, block_n=min(plan.block_n, head_dim))
     num_tiles = cdiv(n, plan.block_n)
-    how = (num_tiles, plan, workspace, programmatic_launch, target)
+    how = (num_tiles, plan, workspace, programmatic_launch, early_trigger, target)
     common = plan_product(x_RD, weight_KD, norm_weight_D, eps, *how)
     common["args"] |= {
         "position": position_T,
@@ -108,6 +110,7 @@ def gemv_qkv(
     plan: GemvPlan | None = None,
     workspace: GemvWorkspace | None = None,
     programmatic_launch: bool = True,
+    early_trigger: bool = False,
 ) -> Tensor:
     """Computes `gemv_qkv_reference` of up to 16 rows; slots (int32), caches as in `qkv_rope_kv`, the rest as in `gemv`.
 
@@ -140,7 +143,8 @@ def gemv_qkv(
     require(out.numel() == 0 or out.data_ptr() != x_RD.data_ptr(), "out", "memory of its own", "x_RD")
     operands = (x_RD, norm_weight_D, eps, weight_KD, bias_K, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
     how: dict[str, Any] = {"plan": plan, "workspace": workspace, "programmatic_launch": programmatic_launch}
-    run(plan_gemv_qkv(*operands, num_heads, **how, out=out, target=target_of(device)))
+    how |= {"early_trigger": early_trigger, "out": out, "target": target_of(device)}
+    run(plan_gemv_qkv(*operands, num_heads, **how))
     return out
 
 
@@ -148,7 +152,8 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     """Makes rows with random slots of a cache that has a block to spare and random values, so a stray write shows.
 
     x and weight are cut from tensors with `padding` more columns of NaN, and the cache has as many channels after each
-    slot; `factor` scales x; the rows' positions are `step` apart from `first` on; the first `unslotted` have no slot.
+    slot; `factor` scales x; `early` is as in `gemv`; the rows' positions are `step` apart from `first` on; the first
+    `unslotted` have no slot.
     """
     rows, width, heads, groups, channels = (case[letter] for letter in "RDHGC")
     block_size, padding = case.sizes.get("P", 16), case.sizes.get("padding", 0)
@@ -180,6 +185,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
         "slot_T": slot,
         "num_heads": heads,
         "plan": TEST_PLANS.get(case.sizes.get("plan", "")),
+        **({"early_trigger": True} if case.sizes.get("early") else {}),
     }
 
 
@@ -195,6 +201,7 @@ def _test_cases() -> Iterator[Case]:
         return Case(name, {**sizes, **more})
 
     yield case("two_chunks", 1, 1, 1, 32, 1100)
+    yield case("early", 2, 1, 1, 32, 1100, plan="rows", early=True)
     for rows in (0, 1, 2, 3, 16):
         yield case(f"rows_{rows}", rows, 2, 1, 16)
     for channels in HEAD_DIMS:

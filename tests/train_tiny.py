@@ -165,7 +165,9 @@ class DenseOps(Ops):
     def attend_tiles(self, qkv_RK: Tensor, *shape: Any) -> Tensor:
         return super().attend_tiles(qkv_RK.float(), *shape).to(qkv_RK.dtype)
 
-    def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
+    def paged_attention(
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+    ) -> Tensor:
         k_SGLC, v_SGLC = cache.k_cache_BGPC.float(), cache.v_cache_BGPC.float()
         num_sequences, _, seq_len, head_dim = k_SGLC.shape
         q_SHLC = q_THC.float().view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)

@@ -19,6 +19,12 @@ SWITCHES = {
     "cuda_graphs": "launch kernels one by one, not as CUDA graphs",
     "programmatic_launch": "start no kernel before the one before it has ended",
 }
+# Changes to the kernels of a decode step that an engine's option `experiments` turns on, each with its effect.
+EXPERIMENTS = {
+    "prefetch_keys": "attention brings its first keys and values to L2 while the kernel before it runs",
+    "prefetch_weights": "programs of attention that have nothing to do bring the next weights to L2",
+    "early_trigger": "a kernel may start as soon as all programs of the one before it have",
+}
 # Of each argument: a description, the default, the default with --quick, and the most that is accepted.
 SETTINGS: dict[str, dict[str, tuple[str, Any, Any, int]]] = {
     "vision": {"tiles": ("tiles of a pass", [*range(1, 14)], [1, 3], 128)},
@@ -67,9 +73,22 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         for name, what in SWITCHES.items():
             flag = f"--no-{name.replace('_', '-')}"
             parser.add_argument(flag, dest=name, action="store_false", help=f"{what}, on CUDA; rows are named after it")
+        add_experiments(parser, "on CUDA; rows are named after it")
         parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything works")
     kernels = parts.add_parser("kernels", help="single kernels: a script of the repository")
     kernels.set_defaults(run=_kernels)
+
+
+def add_experiments(parser: argparse.ArgumentParser, note: str) -> None:
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME",
+        dest="experiments",
+        action="append",
+        choices=EXPERIMENTS,
+        default=[],
+        help=f"may be repeated, {note}: " + "; ".join(f"{name}: {what}" for name, what in EXPERIMENTS.items()),
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

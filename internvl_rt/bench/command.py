@@ -42,12 +42,13 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     print(render_card(card), flush=True)
     print_floors(args.part, config, dtype, device)
     prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
-    record = Record(args.part, prefix, kind, device, args.budget_s, COLUMNS[args.part], args.switches)
+    columns, on = COLUMNS[args.part], tuple(dict.fromkeys(args.experiments))
+    record = Record(args.part, prefix, kind, device, args.budget_s, columns, args.switches, on)
     with record:
         start_s = time.perf_counter()
         options = _engine_options(args, config, device)
         with Engine.from_pretrained(
-            model, device=args.device, dtype=args.dtype, seed=args.seed, **args.switches, **options
+            model, device=args.device, dtype=args.dtype, seed=args.seed, experiments=on, **args.switches, **options
         ) as engine:
             load_s = time.perf_counter() - start_s
             table({"loaded in": f"{load_s:.1f} s"})

@@ -60,10 +60,13 @@ class Record:
         budget_s: float | None,
         columns: Sequence[Column],
         switches: Mapping[str, bool] | None = None,
+        experiments: Sequence[str] = (),
     ) -> None:
-        """Names rows `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each that is off.
+        """Names rows `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each switch that is off, and
+        `-<experiment>` for each experiment that is on.
 
-        budget_s: no case but the first starts later than this. switches: of the engine; on CUDA every row has them.
+        budget_s: no case but the first starts later than this. switches, experiments: of the engine; on CUDA every row
+        has them.
         """
         self.part = part
         self.rows: list[Row] = []
@@ -72,6 +75,8 @@ class Record:
         self._budget_s, self._start_s = budget_s, time.perf_counter()
         self._switches = dict(switches or {})
         self._variant = "".join(f"-no_{name}" for name, is_on in self._switches.items() if not is_on)
+        self._variant += "".join(f"-{name}" for name in experiments)
+        self._switches |= dict.fromkeys(experiments, True)
 
     def add(self, case: str, row: Row) -> None:
         self._append(case, row)

@@ -89,7 +89,8 @@ def choose_device(device: str) -> torch.device:
 def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
     if options.uses_torch(device):
         return TORCH
-    return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch))
+    experiments = dict.fromkeys(options.experiments, True)
+    return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch, **experiments))
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -16,8 +16,9 @@ from internvl_rt.inputs.position import DELTA, Delta
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
 from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
+from internvl_rt.model.ops_triton import EXPERIMENTS
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
-from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Text, UnfitError, read_fields
+from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read_fields
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
 TOKENS_PER_STEP = 8192
@@ -83,6 +84,9 @@ class EngineOptions:
     programmatic_launch: whether a kernel of a decode step begins before the previous one has ended (from compute
         capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
         off to see what it is worth, or whether it causes a fault.
+    experiments: changes to the kernels of a decode step that are off until a GPU has measured them: some of
+        "prefetch_keys", "prefetch_weights" and "early_trigger", which `model.ops_triton.Switches` explains. They change
+        how fast an answer comes, if at all, and not the answer.
     """
 
     device: str = "auto"
@@ -117,6 +121,7 @@ class EngineOptions:
     cuda_graphs: bool = True
     capture_all: bool = False
     programmatic_launch: bool = True
+    experiments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.device, torch.device):
@@ -203,6 +208,7 @@ _KINDS: dict[str, Kind] = {
     "cuda_graphs": Flag(),
     "capture_all": Flag(),
     "programmatic_launch": Flag(),
+    "experiments": Several(OneOf(EXPERIMENTS), len(EXPERIMENTS)),
 }
 
 

@@ -49,7 +49,7 @@ def run_layers(
     for layer, cache in zip(weights.layers, caches, strict=True):
         projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
         q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, inv_freq_C, cache, step.slot_T)
-        y_THC = ops.paged_attention(q_THC, cache, step.batch)
+        y_THC = ops.paged_attention(q_THC, cache, step.batch, upcoming=(layer.o, layer.gate_up))
         x_TD = ops.linear(y_THC.flatten(1), layer.o, residual=x_TD)
         y_TF = ops.linear(x_TD, layer.gate_up, norm=layer.norm2, activation="swiglu")
         x_TD = ops.linear(y_TF, layer.down, residual=x_TD)

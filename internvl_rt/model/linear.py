@@ -1,7 +1,8 @@
 """The weights of a layer as small frozen values. Only the tables of operations unpack them.
 
 `Linear` is the only kind of weight so far. Another kind is another class, and a case wherever a table unpacks
-`weight_NK`: `linear`, `embed_tiles` and `merge_patches` of `Ops`, `linear` and `norm_qkv_rope_kv` of `TritonOps`.
+`weight_NK`: `linear`, `embed_tiles` and `merge_patches` of `Ops`; `linear`, `norm_qkv_rope_kv` and `paged_attention` of
+`TritonOps`.
 """
 
 from dataclasses import dataclass

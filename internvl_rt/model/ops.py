@@ -149,8 +149,14 @@ class Ops:
         """Computes y_RE of the ViT's attention. A patch attends to all patches of its tile."""
         return self.vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
 
-    def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence."""
+    def paged_attention(
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+    ) -> Tensor:
+        """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence.
+
+        upcoming: what the next moves multiply with, in order. A table may bring these weights nearer to where they will
+        be needed while this move leaves the memory idle; the result is the same.
+        """
         decodes = torch.arange(batch.num_decodes, dtype=torch.int32, device=q_THC.device)
         where = batch.block_table_SN, torch.cat((decodes, batch.query_start_R1)), batch.seq_len_S
         return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)

@@ -38,9 +38,26 @@ MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """Features of the kernels that can be turned off, to time them and to find out whether they cause a fault."""
+    """Features of the kernels that can be turned off, to time them and to find out whether they cause a fault.
 
-    programmatic_launch: bool = True  # kernels of a decode step start before the previous one has ended (sm_90 on)
+    programmatic_launch: kernels of a decode step start before the previous one has ended (sm_90 on).
+
+    The others are EXPERIMENTS, which stay off until a GPU has measured them. None changes a result.
+
+    prefetch_keys: decode attention brings its first keys and values to L2 while the previous kernel runs.
+    prefetch_weights: programs of decode attention that have no keys to read bring the weights of the next two products
+        to L2: of `o` and `gate_up`, up to L2_PREFETCH_BYTES. That leaves no room for those of the next layer's `qkv`.
+    early_trigger: the kernel after one of a decode step may start as soon as all programs of that one have, and more of
+        a weight is loaded before the wait for the previous kernel.
+    """
+
+    programmatic_launch: bool = True
+    prefetch_keys: bool = False
+    prefetch_weights: bool = False
+    early_trigger: bool = False
+
+
+EXPERIMENTS = ("prefetch_keys", "prefetch_weights", "early_trigger")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,16 +131,29 @@ class TritonOps(Ops):
         places = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
-    def paged_attention(self, q_THC: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """Computes `Ops.paged_attention`. Sequences that decode have their own kernel, whose work is split."""
-        y_THC, n = torch.empty_like(q_THC), batch.num_decodes
+    def paged_attention(
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+    ) -> Tensor:
+        """Computes `Ops.paged_attention`. Sequences that decode have their own kernel, whose work is split.
+
+        Upcoming weights are prefetched for a few rows only. With more rows cuBLAS multiplies, in its own order.
+        """
+        y_THC, n, switches = torch.empty_like(q_THC), batch.num_decodes, self.switches
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
             assert batch.split_start_S1 is not None, "a cache for these kernels plans the splits"
             assert batch.split_W3 is not None, "a cache for these kernels plans the splits"
             decodes = batch.block_table_SN[:n], batch.seq_len_S[:n], batch.split_start_S1[: n + 1], batch.split_W3
             operands = (q_THC[:n], *caches, *decodes, self._zero_counters(q_THC.device, n, caches[0].shape[1]))
-            decode_attention(*operands, programmatic_launch=self.switches.programmatic_launch, out=y_THC[:n])
+            prefetches = switches.prefetch_weights and len(q_THC) <= MAX_ROWS
+            decode_attention(
+                *operands,
+                upcoming=[linear.weight_NK for linear in upcoming] if prefetches else (),
+                programmatic_launch=switches.programmatic_launch,
+                prefetch_keys=switches.prefetch_keys,
+                early_trigger=switches.early_trigger,
+                out=y_THC[:n],
+            )
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
             workspace = self._prefill_workspace(q_THC.device)
@@ -136,8 +166,11 @@ class TritonOps(Ops):
     def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
         """Returns the arguments that all products of few rows share. The parts of a product meet in the workspace."""
         if device not in self._shared:
-            launch = self.switches.programmatic_launch
-            self._shared[device] = {"workspace": build_gemv_workspace(device), "programmatic_launch": launch}
+            self._shared[device] = {
+                "workspace": build_gemv_workspace(device),
+                "programmatic_launch": self.switches.programmatic_launch,
+                "early_trigger": self.switches.early_trigger,
+            }
         return self._shared[device]
 
     def _zero_counters(self, device: torch.device, rows: int, kv_heads: int) -> Tensor | None:

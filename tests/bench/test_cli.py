@@ -105,11 +105,24 @@ def test_rows_are_named_after_what_is_turned_off(capsys):
         assert "cuda_graphs" not in document["rows"][1], "on a CPU there is nothing to turn off"
 
 
+def test_rows_are_named_after_experiments_which_the_references_do_not_have(capsys):
+    on = ["--experiment", "early_trigger", "--experiment=prefetch_keys", "--experiment=early_trigger"]
+    _, document = bench(capsys, "decode", "tiny", "--quick", "--batch", "1", *on)
+    names = [row["name"] for row in document["rows"]]
+    assert names == [f"decode/tiny/{case}-early_trigger-prefetch_keys/float32" for case in ("load", "1x256")]
+    assert "early_trigger" not in document["rows"][1], "on a CPU there is nothing to turn on"
+
+
 def test_on_a_gpu_every_row_says_which_switches_were_on():
     switches = {"cuda_graphs": True, "programmatic_launch": False}
     record = Record("decode", "decode/1b", "bfloat16", torch.device("cuda"), None, (), switches)
     record.add("1x2048", {"median_us": 1.0})
     assert record.rows == [{"name": "decode/1b/1x2048-no_programmatic_launch/bfloat16", **switches, "median_us": 1.0}]
+    record = Record("decode", "decode/1b", "bfloat16", torch.device("cuda"), None, (), switches, ("early_trigger",))
+    record.add("1x2048", {"median_us": 1.0})
+    (row,) = record.rows
+    assert row["name"] == "decode/1b/1x2048-no_programmatic_launch-early_trigger/bfloat16"
+    assert row["early_trigger"] is True
 
 
 def test_what_vision_says_fits_together(capsys):

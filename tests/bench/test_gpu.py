@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from internvl_rt import cli
+from internvl_rt.model import ops_triton
 from support.result_schema import violations
 from support.results import ENVIRONMENT, part
 from support.specs import discover_specs
@@ -19,7 +20,18 @@ from support.specs import discover_specs
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu
 from document import DocumentError, load
-from parts import CALLS, NotRunError, Output, Part, build_parts, choose, read_comparison, read_sanitizer, read_tests
+from parts import (
+    CALLS,
+    EXPERIMENTS,
+    NotRunError,
+    Output,
+    Part,
+    build_parts,
+    choose,
+    read_comparison,
+    read_sanitizer,
+    read_tests,
+)
 from proof import AGREEMENT, CONTRACT, DECODER, VISION
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +155,15 @@ def test_every_command_of_a_gpu_machine_is_one_that_exists() -> None:
             assert all(f'"{word.partition("=")[0]}"' in source for word in words[2:] if word.startswith("--"))
         if each.name in (CONTRACT, AGREEMENT, "gpu_tests"):
             assert any(word.startswith("tests/") for word in words)
+
+
+def test_each_experiment_and_all_of_them_are_timed_between_two_plain_runs() -> None:
+    assert EXPERIMENTS == ops_triton.EXPERIMENTS
+    found = [each for each in build_parts(cpu=False, select=None) if each.group == "experiments"]
+    flags = [[word for word in each.command if word.startswith("--experiment")] for each in found]
+    all_flags = [f"--experiment={name}" for name in EXPERIMENTS]
+    assert flags == [[], *([flag] for flag in all_flags), all_flags, []]
+    assert choose(found, ["second"]) - {"build"} == {each.name for each in found}
 
 
 def test_every_operation_that_has_a_contract_is_part_of_a_model() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from internvl_rt.model.ops_triton import EXPERIMENTS
 from support.fake_driver import fake_environment
 
 SCRIPT = Path(__file__).parents[1] / "support" / "fake_serving.py"
@@ -40,6 +41,7 @@ WAYS: dict[str, dict[str, object]] = {
     "all on": {},
     "no early launch": {"programmatic_launch": False},
     "no graphs": {"cuda_graphs": False},
+    "experiments": {"cuda_graphs": False, "experiments": EXPERIMENTS},
 }
 
 
@@ -69,8 +71,14 @@ def test_the_switches_are_what_the_kernels_are_launched_with(served: Callable[[s
     assert set(served("no graphs")["early"]) == EARLY
     assert not served("no early launch")["early"]
     replays = {way: served(way)["replays"] for way in WAYS}
-    assert replays["no graphs"] == 0 < replays["all on"] == replays["no early launch"]
+    assert replays["experiments"] == replays["no graphs"] == 0 < replays["all on"] == replays["no early launch"]
     assert set(served("no graphs")["launches"]) >= EARLY
+    found = served("experiments")
+    attention = [f"decode_attention_kernel: {name}" for name in ("PREFETCH_KEYS", "next_weight", "later_weight")]
+    assert set(found["on"]) == {*(f"{kernel}: EARLY" for kernel in EARLY), *attention}
+    assert all(found["on"][f"{kernel}: EARLY"] == found["launches"][kernel] for kernel in EARLY)
+    assert not served("no graphs")["on"]
+    assert not served("no early launch")["on"]
 
 
 @pytest.mark.slow

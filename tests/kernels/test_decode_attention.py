@@ -348,7 +348,7 @@ def test_a_thousand_launches_give_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
-def test_keys_and_values_that_are_prefetched_are_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_that_are_prefetched_are_never_stale() -> None:
     """Before each call the newest token of every row is written, as in a decode step."""
     inputs = inputs_of(8000, 300, 5000, 64, H=28, G=4, C=128, P=64, split=2)
     lengths, table = inputs["seq_len_S"].long() - 1, inputs["block_table_SN"].long()
@@ -356,10 +356,7 @@ def test_keys_and_values_that_are_prefetched_are_never_stale(monkeypatch: pytest
     for _ in range(100):
         for name in ("k_cache_BGPC", "v_cache_BGPC"):
             inputs[name][newest[0], :, newest[1]] = torch.randn(4, 4, 128, dtype=torch.float16, device=DEVICE)
-        monkeypatch.setattr("internvl_rt.kernels.decode_attention.PREFETCH", True)
-        prefetched = decode_attention(**inputs)
-        monkeypatch.setattr("internvl_rt.kernels.decode_attention.PREFETCH", False)
-        assert torch.equal(prefetched, decode_attention(**inputs))
+        assert torch.equal(decode_attention(**inputs, prefetch_keys=True), decode_attention(**inputs))
 
 
 @pytest.mark.gpu

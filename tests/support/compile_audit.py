@@ -2,13 +2,15 @@
 
     python tests/support/compile_audit.py [--out FILE.json] [--table FILE.md] [--only OPERATION] [--smallest]
 
-Writes one row for each kernel and target, prints the rows that break a rule, and exits with 1 if there are any.
+Writes one row for each kernel and target, as an engine launches it and with all its experiments on, and prints the rows
+that break a rule. Exits with 1 if there are any.
 
 It runs in its own process, because the tests' process runs Triton's interpreter. ptxas, cuobjdump and nvdisasm come
 with triton. The rules look at the SASS itself, never at the compiler flags.
 """
 
 import argparse
+import inspect as signatures
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of
+from internvl_rt.kernels.gemv import MODELS
+from internvl_rt.model.ops_triton import EXPERIMENTS
 from support.specs import arguments_of, discover_specs, preferred_dtype, smallest_model_case
 
+Job = tuple[str, str, torch.dtype, int, int, tuple[str, ...]]  # operation, case, dtype, target, launch, experiments
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -142,12 +148,14 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return {"registers": found["reg"], "stack": found["stack"], "instructions": len(code), **counts}
 
 
-def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, index: int) -> dict[str, Any]:
-    launch = launches_of(spec, case, dtype, target)[index]
+def audit_launch(
+    spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, index: int, experiments: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    launch = launches_of(spec, case, dtype, target, experiments)[index]
     row: dict[str, Any] = {
         "operation": spec.name,
         "kernel": launch.kernel.__name__,
-        "case": case.name,
+        "case": f"{case.name} with experiments" if experiments else case.name,
         "dtype": str(dtype).removeprefix("torch."),
         "target": target.capability,
         "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
@@ -163,11 +171,21 @@ def audit_launch(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Targe
     return {**row, **shared, **inspect(built.asm["cubin"])}
 
 
-def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> tuple[Launch, ...]:
-    return spec.plan(**arguments_of(spec, case, dtype, torch.device("meta")), target=target)
+def launches_of(
+    spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target, experiments: tuple[str, ...] = ()
+) -> tuple[Launch, ...]:
+    """Plans a case of a model, with these of an engine's experiments on as far as the operation knows them."""
+    meta = torch.device("meta")
+    arguments, known = arguments_of(spec, case, dtype, meta), signatures.signature(spec.plan).parameters
+    arguments |= {name: True for name in experiments if name in known}
+    if "prefetch_weights" in experiments and "upcoming" in known:
+        width, mlp, heads, _, channels, _ = MODELS[case.name.partition("_")[0]]
+        shapes = (width, heads * channels), (2 * mlp, width)
+        arguments["upcoming"] = [torch.empty(shape, dtype=dtype, device=meta) for shape in shapes]
+    return spec.plan(**arguments, target=target)
 
 
-def jobs(only: str | None, smallest: bool) -> Iterator[tuple[str, str, torch.dtype, int, int]]:
+def jobs(only: str | None, smallest: bool) -> Iterator[Job]:
     """Yields one job for each different kernel; cases that need the same machine code share a job."""
     targets = [TARGETS[90]] if smallest else list(TARGETS.values())
     seen: set[str] = set()
@@ -175,20 +193,20 @@ def jobs(only: str | None, smallest: bool) -> Iterator[tuple[str, str, torch.dty
         if only not in (None, name):
             continue
         dtype = preferred_dtype(spec)
-        for case in [smallest_model_case(spec)[0]] if smallest else spec.model_cases:
-            for target in targets:
-                for index, launch in enumerate(launches_of(spec, case, dtype, target)):
-                    key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
-                    if key not in seen:
-                        seen.add(key)
-                        yield name, case.name, dtype, target.capability, index
+        cases = [smallest_model_case(spec)[0]] if smallest else spec.model_cases
+        for case, target, experiments in product(cases, targets, ((), EXPERIMENTS)):
+            for index, launch in enumerate(launches_of(spec, case, dtype, target, experiments)):
+                key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
+                if key not in seen:
+                    seen.add(key)
+                    yield name, case.name, dtype, target.capability, index, experiments
 
 
-def run_job(job: tuple[str, str, torch.dtype, int, int]) -> dict[str, Any]:
-    name, case_name, dtype, capability, index = job
+def run_job(job: Job) -> dict[str, Any]:
+    name, case_name, dtype, capability, index, experiments = job
     spec = discover_specs()[name]
     case = next(case for case in spec.model_cases if case.name == case_name)
-    return audit_launch(spec, case, dtype, TARGETS[capability], index)
+    return audit_launch(spec, case, dtype, TARGETS[capability], index, experiments)
 
 
 def main() -> int:

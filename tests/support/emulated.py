@@ -184,6 +184,7 @@ def _gemv(
     activation: str,
     residual_RN: Tensor | None,
     plan: Any,
+    early_trigger: bool = False,  # changes no bit
 ) -> list[Tensor]:
     y = _few_rows(x_RK, weight_NK, norm_weight_K, eps, plan)
     if bias_N is not None:
@@ -231,6 +232,7 @@ def _gemv_qkv(
     slot_T: Tensor,
     num_heads: int,
     plan: Any,
+    early_trigger: bool = False,  # changes no bit
 ) -> list[Tensor]:
     y = _few_rows(x_RD, weight_KD, norm_weight_D, eps, plan)
     if bias_K is not None:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.engine.loop import StepLoop
+from internvl_rt.kernels._launch import Launch
 from internvl_rt.steps import device_stream, kv_cache, logprobs, runner, sampler, step, uploads
 from internvl_rt.steps.device_stream import Arriving, DeviceStream
 from internvl_rt.steps.runner import Runner
@@ -138,6 +139,12 @@ def ask(engine: Engine, rng: random.Random) -> None:
         engine.chat(message(), SamplingParams(**some, regex="[0-9]+"))
 
 
+def switched_on(launch: Launch) -> list[str]:
+    """Returns what an engine's experiments turned on in a launch."""
+    on = [name for name in ("EARLY", "PREFETCH_KEYS") if launch.constexprs.get(name)]
+    return on + [name for name in ("next_weight", "later_weight") if name in launch.args]
+
+
 def serve(options: dict[str, Any]) -> None:
     with Engine.from_pretrained("tiny", **options) as engine:
         MACHINE.waits.clear()
@@ -179,8 +186,9 @@ if __name__ == "__main__":
         waits = Counter(f"{wait['what']}, {wait['phase']}" for wait in MACHINE.waits)
         launches = Counter(launch.kernel.__name__ for launch in MACHINE.launches)
         early = Counter(launch.kernel.__name__ for launch in MACHINE.launches if launch.pdl)
+        on = Counter(f"{launch.kernel.__name__}: {name}" for launch in MACHINE.launches for name in switched_on(launch))
         graphs = MACHINE.num_replays
         if not sys.argv[2:] and options == OPTIONS:
             serve_while_another_is_built(options)
     found = {"waits": waits, "races": Counter(MACHINE.races), "steps": counts}
-    print(json.dumps(found | {"launches": launches, "early": early, "replays": graphs}))
+    print(json.dumps(found | {"launches": launches, "early": early, "on": on, "replays": graphs}))

@@ -11,20 +11,26 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-# In SASS, ACQBULK is Triton's gdc_wait, PREEXIT its gdc_launch_dependents, and CCTL.E.PF2 asks L2 for a cache line.
-NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2)\b"
+# In SASS, ACQBULK is Triton's gdc_wait and PREEXIT its gdc_launch_dependents. CCTL.E.PF2 asks L2 for a cache line, and
+# UBLKPF for many.
+NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2|UBLKPF)\b"
 Job = tuple[str, str, int]  # an operation, one of its model cases, an architecture
 
 
-def instructions_of(jobs: list[Job], names: str = NAMES, *, launch: int = 0) -> dict[Job, list[str]]:
-    """Returns, for a launch of each job in bfloat16, the instructions that match the pattern `names`, in order."""
+def instructions_of(
+    jobs: list[Job], names: str = NAMES, experiments: tuple[str, ...] = (), *, launch: int = 0
+) -> dict[Job, list[str]]:
+    """Returns, for a launch of each job in bfloat16, the instructions that match the pattern `names`, in order.
+
+    experiments: of an engine, which are on.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, json.dumps(jobs), names, str(launch)]
+    command = [sys.executable, __file__, json.dumps(jobs), names, str(launch), *experiments]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)
     return dict(zip(jobs, json.loads(output.stdout), strict=True))
 
 
-def _build(operation: str, case_name: str, capability: int, names: str, index: int) -> list[str]:
+def _build(operation: str, case_name: str, capability: int, names: str, index: int, *experiments: str) -> list[str]:
     sys.path.insert(0, str(TESTS))
     import torch
 
@@ -34,9 +40,10 @@ def _build(operation: str, case_name: str, capability: int, names: str, index: i
 
     spec = discover_specs()[operation]
     case = next(case for case in spec.model_cases if case.name == case_name)
-    launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability])[index]
+    launch = launches_of(spec, case, torch.bfloat16, TARGETS[capability], experiments)[index]
     return re.findall(names, dump(build(launch, capability).asm["cubin"], "--dump-sass"))
 
 
 if __name__ == "__main__":
-    print(json.dumps([_build(*job, sys.argv[2], int(sys.argv[3])) for job in json.loads(sys.argv[1])]))
+    found = [_build(*job, sys.argv[2], int(sys.argv[3]), *sys.argv[4:]) for job in json.loads(sys.argv[1])]
+    print(json.dumps(found))
