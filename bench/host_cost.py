@@ -106,6 +106,8 @@ def main() -> None:
         measure_total(engine, WARM_UP)
         times = sorted(measure_total(engine, arguments.steps))
         parts = measure_parts(engine, arguments.steps)
+        failed = sum(count for outcome, count in engine.loop.stats().items() if outcome == "requests_error")
+        assert not failed, f"{failed} requests failed, so their steps were not measured"
     print(f"{arguments.sequences} sequences, {arguments.steps} steps, microseconds a step on the host")
     for part, value in parts.items():
         print(f"  {part:<38} {value:8.1f}")

@@ -121,7 +121,7 @@ def choose_tiling(
     wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32
     # Blocks are small if large ones would leave multiprocessors without work.
-    if forced or most_blocks(128) * num_kv_heads < target.num_sms:
+    if rule.num_splits is not None or most_blocks(128) * num_kv_heads < target.num_sms:
         return Tiling(SPLIT_ROWS, block_n, 4, 3, num_items(SPLIT_ROWS))
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels it would have too few registers.
     num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8

@@ -90,6 +90,7 @@ MODULES = [
     "model.step_inputs",
     "model.ops",
     "model.ops_triton",
+    "model.ops_invariant",
     "model.vision",
     "model.projector",
     "model.decoder",
@@ -173,7 +174,12 @@ HOMES = {
     "transformers": [],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-CALLERS_OF_KERNELS = {"model.ops", "model.ops_triton", "doctor.kernels"}  # the tables of operations, and the checks
+CALLERS_OF_KERNELS = {  # the tables of operations, and the checks
+    "model.ops",
+    "model.ops_triton",
+    "model.ops_invariant",
+    "doctor.kernels",
+}
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400
 

@@ -17,6 +17,7 @@ from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops_invariant import invariant_ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
 from internvl_rt.model.random_checkpoint import random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
@@ -88,7 +89,14 @@ def choose_device(device: str) -> torch.device:
 
 def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
     if options.uses_torch(device):
+        if options.batch_invariant:
+            raise RequestError(
+                f"batch_invariant needs the kernels, but on {device} backend {options.backend!r} means torch, whose "
+                "products add up in an order of its own; choose backend 'triton' on a GPU, or leave batch_invariant out"
+            )
         return TORCH
+    if options.batch_invariant:
+        return invariant_ops(device)
     experiments = dict.fromkeys(options.experiments, True)
     return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch, **experiments))
 

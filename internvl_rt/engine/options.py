@@ -87,6 +87,10 @@ class EngineOptions:
     experiments: changes to the kernels of a decode step that are off until a GPU has measured them: some of
         "prefetch_keys", "prefetch_weights" and "early_trigger", which `model.ops_triton.Switches` explains. They change
         how fast an answer comes, if at all, and not the answer.
+    batch_invariant: whether an answer's logits are the same to the bit whatever else runs, alone or among others, in
+        whatever chunks, its pictures included. Every product and attention then has one order of sums for any number of
+        rows, which takes longer: a decode step of one sequence about twice as long. Needs the backend "triton"; with it
+        `programmatic_launch` and `experiments` have no effect.
     """
 
     device: str = "auto"
@@ -122,6 +126,7 @@ class EngineOptions:
     capture_all: bool = False
     programmatic_launch: bool = True
     experiments: tuple[str, ...] = ()
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.device, torch.device):
@@ -208,6 +213,7 @@ _KINDS: dict[str, Kind] = {
     "cuda_graphs": Flag(),
     "capture_all": Flag(),
     "programmatic_launch": Flag(),
+    "batch_invariant": Flag(),
     "experiments": Several(OneOf(EXPERIMENTS), len(EXPERIMENTS)),
 }
 

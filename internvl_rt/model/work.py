@@ -83,7 +83,7 @@ def decoder_work(
         where sequences share them
     """
     num_pairs = count_pairs(chunk_lens, seq_lens)
-    return step_work(config, dtype, sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
+    return DecoderCost(config, dtype).work(sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
 
 
 def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
@@ -94,21 +94,27 @@ def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
     return seen - unseen // 2
 
 
-def step_work(
-    config: DecoderConfig, dtype: torch.dtype, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int
-) -> Work:
-    """Counts `decoder_work` from sums: new tokens, tokens of all sequences, and pairs as `count_pairs` counts them."""
-    width = config.hidden_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
-    head = config.vocab_size * width
-    flops = config.num_layers * (2 * num_tokens * matrices + 4 * num_pairs * q) + 2 * num_logit_rows * head
-    vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
-    elements = config.num_layers * (matrices + vectors) + num_tokens * width
-    elements += config.num_layers * 2 * kv * (num_seen + num_tokens)
-    if num_logit_rows:
-        elements += head + width
-    return Work(flops, dtype.itemsize * elements)
+class DecoderCost:
+    """What the decoder's steps cost: the numbers that do not change from step to step."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
+        width, layers = config.hidden_size, config.num_layers
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
+        head = config.vocab_size * width
+        vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
+        size = dtype.itemsize
+        self._flops = 2 * layers * matrices, 4 * layers * q, 2 * head  # of a token, a pair, a row of logits
+        self._bytes = size * layers * (matrices + vectors), size * (head + width)  # of all layers, of the head
+        self._token_bytes, self._seen_bytes = size * (width + 2 * layers * kv), size * 2 * layers * kv
+
+    def work(self, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int) -> Work:
+        """Counts `decoder_work` from sums: new tokens, tokens of all sequences, pairs as `count_pairs` counts them."""
+        of_token, of_pair, of_row = self._flops
+        of_layers, of_head = self._bytes
+        flops = num_tokens * of_token + num_pairs * of_pair + num_logit_rows * of_row
+        read = of_layers + num_tokens * self._token_bytes + num_seen * self._seen_bytes
+        return Work(flops, read + of_head if num_logit_rows else read)
 
 
 @dataclass(frozen=True, slots=True)

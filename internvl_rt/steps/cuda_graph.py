@@ -44,6 +44,7 @@ class TileGraphs:
         self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
         self._replays: dict[int, Replay] = {}
 
+    @torch.inference_mode()
     def run_all(self, encode: Callable[[Tensor], Tensor]) -> None:
         """Runs `encode`, which needs the same kernels, on every number of tiles that has a graph: so they are built."""
         for bucket in self._buckets:
@@ -67,6 +68,7 @@ class TileGraphs:
         replay.run()
         return replay.result[:num_tiles].clone()
 
+    @torch.inference_mode()
     def _replay_of(self, bucket: int) -> Replay:
         if bucket not in self._replays:
             self._replays[bucket] = self._capture(partial(self._encode, self._tiles[:bucket]))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from internvl_rt.steps.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, because that takes three times as long to make
 class Decodes:
     """The sequences whose last token a step computes, to draw the next one; row s of each array is of sequence s.
 

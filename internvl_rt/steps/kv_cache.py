@@ -80,7 +80,7 @@ class KVCache:
 
     def append(self, seq_ids: ArrayLike, num_tokens: ArrayLike) -> bool:
         """Takes slots for each sequence's next tokens. False: there is no room, and nothing has changed."""
-        return self.blocks.append(np.array(seq_ids, np.int32), np.array(num_tokens, np.int32))
+        return self.blocks.append(np.ascontiguousarray(seq_ids, np.int32), np.ascontiguousarray(num_tokens, np.int32))
 
     def discard(self, seq_id: int) -> None:
         """Returns the blocks of a sequence that may have been admitted or not."""

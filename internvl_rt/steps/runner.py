@@ -8,15 +8,15 @@ All work goes to one stream, whatever the calling thread's own stream is, so ste
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.work import Work, count_pairs, step_work, vision_work
+from internvl_rt.model.work import DecoderCost, Work, count_pairs, vision_work
 from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
@@ -31,8 +31,7 @@ MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture ha
 SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155 MB of float32 at 152k tokens
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step has computed, on the host."""
 
     token_ids: list[int]  # one for each draw of the step; -1 where the logits are not finite
@@ -68,6 +67,8 @@ class Runner:
     ) -> None:
         """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called."""
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
+        self._device = model.device
+        self._decoder_cost = DecoderCost(model.config.decoder, model.dtype)
         self.stream = DeviceStream(model.device)
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
         self._tile_graphs: TileGraphs | None = None
@@ -75,6 +76,7 @@ class Runner:
         self._sampler = Sampler(model.device)
         with self.stream.use():
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
+        self._first_drawn: dict[int, Tensor] = {}  # the first so many, because to cut a tensor takes microseconds
         self.num_encoded_tiles = 0
 
     @property
@@ -82,7 +84,6 @@ class Runner:
         """The data type that the model computes in."""
         return self._model.dtype
 
-    @torch.inference_mode()
     def capture(
         self,
         *,
@@ -112,6 +113,7 @@ class Runner:
             for graphs in (self._tile_graphs, self._step_graphs):
                 graphs.capture(everything=everything)
 
+    @torch.inference_mode()
     def _run_the_others(self, model: InternVL, max_tokens_per_step: int) -> None:
         """Runs what is in no graph, so that its kernels are built before the first answer: the largest step, and more.
 
@@ -136,15 +138,17 @@ class Runner:
             if index not in sequence.visual and not self._visual_cache.hold(picture, sequence.salt):
                 self._uploads.load(picture)
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
-        """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences."""
+        """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences.
+
+        A step from graphs does not enter inference mode, which takes microseconds: what is captured has no gradients.
+        """
         with self.stream.use():
-            start, num_encoded_tiles = Moment(self._model.device), self.num_encoded_tiles
+            start, num_encoded_tiles = Moment(self._device), self.num_encoded_tiles
             if step.has_prompts:
                 for chunk in step.chunks:
                     self._encode_pictures(chunk)
-            encoded = Moment(self._model.device) if step.has_prompts else start
+            encoded = Moment(self._device) if step.has_prompts else start
             if self._step_graphs is not None and self._step_graphs.takes(step):
                 x_TD, logits_RV, is_drawn = self._step_graphs.run(step)
             else:
@@ -159,7 +163,7 @@ class Runner:
                 token_id_R=token_id_R,
                 drawn=drawn,
                 scored=scored,
-                done=Moment(self._model.device),
+                done=Moment(self._device),
                 num_tiles=self.num_encoded_tiles - num_encoded_tiles,
             )
 
@@ -180,7 +184,7 @@ class Runner:
             decoder_s=launched.encoded.seconds_until(launched.done),
             num_tiles=launched.num_tiles,
             vision_work=vision_work(config, dtype, launched.num_tiles),
-            decoder_work=_work_of(config.decoder, dtype, step),
+            decoder_work=self._work_of(step),
         )
 
     def fail(self) -> None:
@@ -204,6 +208,7 @@ class Runner:
             "encoded_tiles": self.num_encoded_tiles,
         }
 
+    @torch.inference_mode()
     def _compute(self, step: Step) -> Computed:
         """Computes a step without graphs."""
         x_TD = self._model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
@@ -212,12 +217,13 @@ class Runner:
             x_RD = self._rows(x_TD, [*range(n), *(n + row for row in step.draw_rows)])
         return Computed(x_TD[n:], self._model.logits(x_RD), is_drawn=False)
 
+    @torch.inference_mode()
     def _score(self, step: Step, x_TD: Tensor) -> list[Logprobs]:
         """Computes the log-probabilities of the scored tokens from the last layer's output for the chunks' tokens."""
         token_ids = [i for span in step.scored for i in span.sequence.token_ids[span.first : span.last + 1]]
         num_top = max(span.sequence.params.prompt_logprobs or 0 for span in step.scored)
         rows = list(step.logit_rows[len(step.draw_rows) :])
-        both = to_device(torch.tensor([rows, token_ids]), self._model.device)
+        both = to_device(torch.tensor([rows, token_ids]), self._device)
         parts = torch.split(both, SCORED_PER_PASS, dim=1)
         return [Logprobs(self._model.logits(x_TD[row_R]), target_R, num_top) for row_R, target_R in parts]
 
@@ -226,9 +232,17 @@ class Runner:
 
         is_drawn: a graph has drawn them already, and no log-probabilities are requested.
         """
-        token_id_R = self._drawn_R[: step.num_draws]
-        if is_drawn or not step.num_draws:
+        num_draws = step.num_draws
+        if num_draws not in self._first_drawn:
+            self._first_drawn[num_draws] = self._drawn_R[:num_draws]
+        token_id_R = self._first_drawn[num_draws]
+        if is_drawn or not num_draws:
             return to_host(token_id_R), None
+        return self._draw_eagerly(step, logits_RV[: step.num_draw_rows], token_id_R)
+
+    @torch.inference_mode()
+    def _draw_eagerly(self, step: Step, logits_RV: Tensor, token_id_R: Tensor) -> tuple[Tensor, Logprobs | None]:
+        """Draws tokens from their rows of logits into `token_id_R`, and returns what `_draw` does."""
         draws = step.draws
         wanted: list[int] = []
         raw_RV = logits_RV
@@ -250,6 +264,7 @@ class Runner:
         """Copies some rows."""
         return tensor[to_device(torch.tensor(rows, dtype=torch.int64), tensor.device)]
 
+    @torch.inference_mode()
     def _encode_pictures(self, chunk: Chunk) -> None:
         """Encodes a picture when the first chunk touches it, and drops it when a chunk starts after it."""
         sequence = chunk.sequence
@@ -270,10 +285,10 @@ class Runner:
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
         if picture.visual_XD is not None:
-            return self._uploads.load(picture).get().to(self._model.device)
+            return self._uploads.load(picture).get().to(self._device)
         visual_XD = self._visual_cache.get(picture, salt)
         if visual_XD is None:
-            visual_XD = self._encode(self._uploads.load(picture).get().to(self._model.device))
+            visual_XD = self._encode(self._uploads.load(picture).get().to(self._device))
             self._visual_cache.put(picture, salt, visual_XD)
         return visual_XD
 
@@ -284,13 +299,12 @@ class Runner:
         encode = self._model.encode_tiles if graphs is None else graphs.encode
         return torch.cat([encode(part) for part in torch.split(tiles, MAX_TILES_PER_PASS)]).flatten(0, 1)
 
-
-def _work_of(config: DecoderConfig, dtype: torch.dtype, step: Step) -> Work:
-    """Counts the work of a step of the decoder."""
-    num_decodes, num_context = len(step.decodes), step.decodes.num_context
-    num_seen, num_pairs, num_rows = num_context, num_context, num_decodes
-    if step.chunks:
-        stops = [chunk.stop for chunk in step.chunks]
-        num_seen, num_pairs = num_seen + sum(stops), num_pairs + count_pairs(step.counts, stops)
-        num_rows += len(step.logit_rows)
-    return step_work(config, dtype, num_decodes + step.num_tokens, num_seen, num_pairs, num_rows)
+    def _work_of(self, step: Step) -> Work:
+        """Counts the work of a step of the decoder."""
+        num_decodes, num_context = len(step.decodes), step.decodes.num_context
+        num_seen, num_pairs, num_rows = num_context, num_context, num_decodes
+        if step.chunks:
+            stops = [chunk.stop for chunk in step.chunks]
+            num_seen, num_pairs = num_seen + sum(stops), num_pairs + count_pairs(step.counts, stops)
+            num_rows += len(step.logit_rows)
+        return self._decoder_cost.work(num_decodes + step.num_tokens, num_seen, num_pairs, num_rows)

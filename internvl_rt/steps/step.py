@@ -53,8 +53,7 @@ class ScoredSpan:
         return self.last - self.first + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What runs together and the tokens that are drawn, planned before any sequence changes.
 
     The step's tokens are one of each sequence that decodes, then those of the chunks. The first draws are those of the
@@ -69,13 +68,10 @@ class Step:
     scored: tuple[ScoredSpan, ...]
     # Indices into the chunks' tokens of those whose logits are needed: for their draws, then for the scored spans.
     logit_rows: tuple[int, ...]
-    num_draw_rows: int  # rows of logits that tokens are drawn from, those of the decodes included
+    num_draws: int  # of the decodes and of the chunks
+    num_draw_rows: int  # rows of logits that they are drawn from
     has_prompts: bool  # some prompt tokens are computed
     is_plain: bool  # one draw from each row, no grammar, no log-probabilities
-
-    @property
-    def num_draws(self) -> int:
-        return len(self.decodes) + len(self.chunk_draws)
 
     @property
     def draw_rows(self) -> tuple[int, ...]:
@@ -102,7 +98,7 @@ def plan_step(decodes: Decodes, chunks: Items[Chunk] = ()) -> Step:
     """
     num_decodes = len(decodes)
     if not chunks:
-        return Step(decodes, (), (), 0, (), (), (), num_decodes, False, decodes.is_plain)
+        return Step(decodes, (), (), 0, (), (), (), num_decodes, num_decodes, False, decodes.is_plain)
     draws: list[Draw] = []
     scored: list[ScoredSpan] = []
     draw_rows: list[int] = []
@@ -137,6 +133,7 @@ def plan_step(decodes: Decodes, chunks: Items[Chunk] = ()) -> Step:
         chunk_draws=tuple(draws),
         scored=tuple(scored),
         logit_rows=(*draw_rows, *scored_rows),
+        num_draws=num_decodes + len(draws),
         num_draw_rows=num_decodes + len(draw_rows),
         has_prompts=has_prompts,
         is_plain=is_plain,
@@ -206,6 +203,7 @@ class StepArrays:
         self._num_decodes = n = shape.num_decodes
         self._token_id_T, self._position_T = found["token_id_T"], found["position_T"]
         self._query_start_R1 = found["query_start_R1"]
+        self._query_start_R1[:] = n
         rows = {name: found[name] for name in ("slot_T", "seq_len_S", "block_table_SN")}
         # The arguments of PagedKVCache.fill_step, once for the decodes and once for the chunks.
         self._decodes = {name: array[:n] for name, array in rows.items()}
@@ -217,15 +215,16 @@ class StepArrays:
         """Writes a step, and makes the block copies that it needs. The cache must have slots for the step's tokens."""
         n, decodes = self._num_decodes, step.decodes
         token_id_T, position_T = self._token_id_T, self._position_T
-        cache.copy_blocks(cache.blocks.take_copies())
+        copies = cache.blocks.take_copies()
+        if len(copies):
+            cache.copy_blocks(copies)
         if n:
             num_rows = len(decodes)
             token_id_T[:num_rows], position_T[:num_rows] = decodes.token_id_S, decodes.position_S
             if num_rows < n:
                 token_id_T[num_rows:n], position_T[num_rows:n] = 0, 0
             cache.blocks.fill_step(decodes.seq_id_S, decodes.one_S, **self._decodes)
-        if len(token_id_T) == n:  # no chunks
-            self._query_start_R1[:] = n
+        if not step.chunks:
             return
         token, visual_id = n, FIRST_VISUAL_ID
         for (sequence, start, stop, drafts), count in zip(step.chunks, step.counts, strict=True):

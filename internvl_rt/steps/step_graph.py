@@ -50,7 +50,7 @@ class Computed(NamedTuple):
     """What a step left on the device, until the next step."""
 
     x_TD: Tensor | None  # the last layer's output for the chunks' tokens; None if there are no chunks
-    logits_RV: Tensor  # of the rows that tokens are drawn from
+    logits_RV: Tensor  # of the rows that tokens are drawn from, and perhaps more rows behind them
     is_drawn: bool  # whether the tokens are in `drawn_R`; if not, what is there is void
 
 
@@ -59,25 +59,32 @@ class _Place(NamedTuple):
 
     shape: StepShape
     start: int
+    stop: int
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.shape.size
+
+class _Views(NamedTuple):
+    """A stage's memory as a step with a place and a number of draws sees it."""
+
+    arrays: StepArrays
+    arguments: UnlistedArguments
+    host: Tensor
+    device: Tensor
 
 
 class _Stage:
-    """Host memory from which steps are copied to the device, with its views for the place and draws it had last."""
+    """Host memory from which steps are copied to the device, with the views that it had last: each takes a while."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.flat = host_memory(size, torch.int32, device)
         self.copied: Moment | None = None  # when the latest copy has ended
         self._key: tuple[_Place, int] | None = None
-        self._views: tuple[StepArrays, UnlistedArguments] | None = None
+        self._views: _Views | None = None
 
-    def views(self, place: _Place, num_draws: int) -> tuple[StepArrays, UnlistedArguments]:
+    def views(self, place: _Place, num_draws: int, on_device: Tensor) -> _Views:
         if self._views is None or self._key != (place, num_draws):
             arrays = StepArrays(place.shape, self.flat[place.start : place.stop].numpy())
-            self._views = arrays, UnlistedArguments(self.flat[: unlisted_words(num_draws)], num_draws)
+            arguments = UnlistedArguments(self.flat[: unlisted_words(num_draws)], num_draws)
+            self._views = _Views(arrays, arguments, self.flat[: place.stop], on_device[: place.stop])
             self._key = place, num_draws
         return self._views
 
@@ -85,7 +92,8 @@ class _Stage:
 class StepGraphs:
     """Runs steps from graphs that are captured when they are first needed, or before.
 
-    The graphs refer to the model and the cache. `drawn_R` gets the tokens that they draw.
+    The graphs refer to the model and the cache. `drawn_R` gets the tokens that they draw. Build this outside of torch's
+    inference mode: then steps can write its memory without entering that, which takes microseconds.
     """
 
     def __init__(
@@ -109,8 +117,9 @@ class StepGraphs:
         self._x_TD, self._visual_XD = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         self._logits_RV = model.logits_memory(max(max_num_seqs, *self._head_sizes, 0))
         self._rows_at = unlisted_words(max(self._head_sizes, default=0))  # where the rows of draws from chunks are
-        places = [*map(self._decode_place, self._decode_sizes), *(self._layer_place(*n) for n in self._layer_sizes)]
-        size = max(place.stop for place in places)
+        keys = [*((decodes,) for decodes in self._decode_sizes), *self._layer_sizes]
+        self._places = {key: self._place(*key) for key in keys}
+        size = max(place.stop for place in self._places.values())
         self._flat = torch.zeros(size, dtype=torch.int32, device=model.device)
         self._stages = cycle([_Stage(size, model.device) for _ in range(NUM_STAGES)])
         self._replays: dict[_Key, Replay] = {}
@@ -121,6 +130,7 @@ class StepGraphs:
         decode, head = (sorted(sizes, reverse=True) for sizes in (self._decode_sizes, self._head_sizes))
         return [[(decodes,) for decodes in decode], [*layers], [(0, draws) for draws in head]]
 
+    @torch.inference_mode()
     def run_all(self, model: InternVL) -> None:
         """Runs a model that needs the same kernels on a step of every size that has a graph: so they are built."""
         for key in chain.from_iterable(self._keys()):
@@ -152,9 +162,9 @@ class StepGraphs:
         if not step.chunks:
             size = next(n for n in self._decode_sizes if n >= len(decodes))
             replay = self._replay_of((size,))
-            self._fill(step, self._decode_place(size), size, is_drawn=is_drawn)
+            self._fill(step, self._places[(size,)], size, is_drawn=is_drawn)
             replay.run()
-            return Computed(None, self._logits_RV[: len(decodes)], is_drawn)
+            return Computed(None, self._logits_RV, is_drawn)
         layers = min(
             size for size in self._layer_sizes if _holds(size, (len(decodes), len(step.chunks), step.num_tokens))
         )
@@ -162,29 +172,26 @@ class StepGraphs:
         replays = [self._replay_of(layers)]
         if step.num_draw_rows:
             replays.append(self._replay_of((0, rows)))
-        self._fill(step, self._layer_place(*layers), rows, is_drawn=is_drawn)
+        self._fill(step, self._places[layers], rows, is_drawn=is_drawn)
         if visual := visual_of(step):
             torch.cat(visual, out=self._visual_XD[: sum(map(len, visual))])
         for replay in replays:
             replay.run()
         x_TD = self._x_TD[layers[0] : layers[0] + step.num_tokens]
-        return Computed(x_TD, self._logits_RV[: step.num_draw_rows], is_drawn)
+        return Computed(x_TD, self._logits_RV, is_drawn)
 
-    def _decode_place(self, decodes: int) -> _Place:
-        shape = StepShape(decodes, 0, 0, self._table_width, self._cache.num_split_items(decodes))
-        return _Place(shape, unlisted_words(decodes))
-
-    def _layer_place(self, decodes: int, chunks: int, tokens: int) -> _Place:
+    def _place(self, decodes: int, chunks: int = 0, tokens: int = 0) -> _Place:
         items = self._cache.num_split_items(decodes) if decodes else 0
         shape = StepShape(decodes, chunks, tokens, self._table_width, items)
-        return _Place(shape, self._rows_at + -(-self._head_sizes[-1] // 4) * 4)
+        start = self._rows_at + -(-self._head_sizes[-1] // 4) * 4 if chunks else unlisted_words(decodes)
+        return _Place(shape, start, start + shape.size)
 
     def _fill(self, step: Step, place: _Place, num_draws: int, *, is_drawn: bool) -> None:
         """Copies a step to the device, with the arguments of its draws if these are drawn."""
         stage = next(self._stages)
         if stage.copied is not None:
             stage.copied.wait()
-        arrays, arguments = stage.views(place, num_draws)
+        arrays, arguments, on_host, on_device = stage.views(place, num_draws, self._flat)
         arrays.fill(step, self._cache)
         decodes = step.decodes
         if not is_drawn:
@@ -199,16 +206,20 @@ class StepGraphs:
             rows = [*range(len(decodes)), *(place.shape.num_decodes + row for row in step.draw_rows)]
             at = stage.flat.numpy()[self._rows_at : self._rows_at + num_draws]
             at[: len(rows)], at[len(rows) :] = rows, 0
-        self._flat[: place.stop].copy_(stage.flat[: place.stop], non_blocking=True)
+        on_device.copy_(on_host, non_blocking=True)
         stage.copied = Moment(self._flat.device)
 
     def _replay_of(self, key: _Key) -> Replay:
         """Returns a graph. If it is not captured yet, this runs it first on a step without sequences."""
         if key not in self._replays:
-            drawn_R = self._drawn_R.clone()  # the step that is to run may read it
-            self._replays[key] = self._capture(self._computation(key, self._model))
-            self._drawn_R.copy_(drawn_R)
+            self._capture_graph(key)
         return self._replays[key]
+
+    @torch.inference_mode()
+    def _capture_graph(self, key: _Key) -> None:
+        drawn_R = self._drawn_R.clone()  # the step that is to run may read it
+        self._replays[key] = self._capture(self._computation(key, self._model))
+        self._drawn_R.copy_(drawn_R)
 
     def _computation(self, key: _Key, model: InternVL) -> Callable[[], Tensor]:
         """Returns what a graph computes, which does not refer to this object, and clears its part of the buffer."""
@@ -223,7 +234,7 @@ class StepGraphs:
                 return _draw(model, x_TD.index_select(0, row_R), logits_RV[:num_draws], sampling, drawn_R)
 
             return head
-        place = self._decode_place(*key) if len(key) == 1 else self._layer_place(*key)
+        place = self._places[key]
         flat = self._flat[place.start : place.stop]
         if len(key) == 1:
             inputs = empty_step(place.shape, flat, drawn_R=drawn_R)

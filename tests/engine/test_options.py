@@ -78,6 +78,7 @@ WRONG = {
     "backend": ["cuda", None, 1, True],
     "cuda_graphs": [1, 0, None, "yes"],
     "capture_all": [1, 0, None, "yes"],
+    "batch_invariant": [1, 0, None, "yes"],
     "programmatic_launch": [1, 0, None, "yes"],
     "experiments": ["early", ["early_trigger", "x"], True, 1, b"early_trigger", {"early_trigger": 1}, [None]],
 }

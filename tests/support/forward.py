@@ -16,7 +16,7 @@ from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.vision import encode_tiles
-from internvl_rt.steps.decodes import NO_DECODES
+from internvl_rt.steps.decodes import NO_DECODES, Decodes
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, build_step, plan_step
@@ -112,9 +112,28 @@ def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[
     for start, stop in pairwise(places):
         assert cache.append([sequence.seq_id], [stop - start])
         nothing_drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
-        step = build_step(plan_step(NO_DECODES, [Chunk(sequence, start, stop)]), cache, nothing_drawn)
-        logits.append(model.logits(model.run_step(step, cache.layers)))
+        if stop == start + 1:
+            step = plan_step(_decode(sequence, start))
+        else:
+            step = plan_step(NO_DECODES, [Chunk(sequence, start, stop)])
+        logits.append(model.logits(model.run_step(build_step(step, cache, nothing_drawn), cache.layers)))
     return torch.cat(logits)
+
+
+def _decode(sequence: Sequence, index: int) -> Decodes:
+    """Returns rows that compute the token at `index`, which is not visual, as if it had just been drawn."""
+    return Decodes(
+        sequences=(sequence,),
+        seq_id_S=np.array([sequence.seq_id], np.int32),
+        one_S=np.ones(1, np.int32),
+        token_id_S=np.array([sequence.token_ids[index]], np.int32),
+        position_S=sequence.position_T[index : index + 1],
+        counter_S=np.zeros(1, np.int64),
+        num_context=index + 1,
+        num_repeats=0,
+        is_plain=True,
+        lists_tokens=False,
+    )
 
 
 def _find_spans(token_ids: Items[int], context_id: int, num_visual: int) -> list[VisualSpan]:
