@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +23,18 @@ NUM_DESELECTED = pytest.StashKey[int]()
 
 # tests/golden runs only if INTERNVL_RT_GOLDEN is set, tests/real only if the command line names it.
 collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "golden"]
+
+
+@pytest.fixture
+def one_order_of_sums() -> Iterator[None]:
+    """Adds up every element of a product in one order, wherever it stands.
+
+    In the interpreter a block's product is numpy's, and on some processors its sums depend on a row's place.
+    """
+    from support.hardware_arithmetic import hardware_arithmetic  # it imports triton, which reads the environment
+
+    with nullcontext() if torch.cuda.is_available() else hardware_arithmetic():
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # this must run before pytest itself selects by marker

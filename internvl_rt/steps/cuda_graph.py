@@ -60,6 +60,7 @@ class TileGraphs:
     def max_tiles(self) -> int:
         return len(self._tiles)
 
+    @torch.inference_mode()
     def encode(self, tiles: Tensor) -> Tensor:
         """Returns visual tokens [I, M, D] in new memory, for 1 to `max_tiles` uint8 tiles on any device."""
         num_tiles = len(tiles)

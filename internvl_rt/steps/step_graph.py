@@ -33,10 +33,12 @@ from internvl_rt.steps.step import Step, StepArrays, StepShape, empty_step, visu
 # tokens of the bucket, and empty rows take time too.
 NUM_CHUNKS = (1, 8)
 NUM_TOKENS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
-# So many sequences decode beside chunks of so many tokens. Products of many rows take no longer with a few more.
-MAX_DECODES_BESIDE, MAX_TOKENS_BESIDE = 64, 2048
-# At this work per layer an H100 takes as long as its CPU takes for the layer's ten launches, 0.7 ms.
-FLOPS_OF_LAUNCHES = 450e9
+# Room for sequences that decode beside chunks, unless there are more. Products of many rows take no longer with a few
+# more, so other numbers need no graphs of their own.
+DECODES_BESIDE = 64
+# Up to so many tokens every model has graphs. Beyond, those have that do less work per layer than this: then an H100
+# takes less than the 0.7 ms that its CPU takes for the layer's ten launches.
+GRAPH_TOKENS, FLOPS_OF_LAUNCHES = 2048, 450e9
 NUM_STAGES = 4
 # What a single user needs for answers and for prompts of up to one picture, captured before the first step.
 LIKELY = ((1,), (2,), (4,), (8,), (0, 1), *((0, 1, tokens) for tokens in NUM_TOKENS if tokens <= 512))
@@ -264,21 +266,20 @@ def _holds(size: tuple[int, ...], needed: tuple[int, ...]) -> bool:
 
 
 def prefill_buckets(config: DecoderConfig, max_tokens: int) -> list[int]:
-    """Returns token counts of graphs with chunks, ascending, up to where the GPU no longer waits for launches."""
+    """Returns token counts of graphs with chunks, ascending, as far as there are graphs for a model."""
 
     def layer_flops(num_tokens: int) -> float:
         return decoder_work(config, torch.bfloat16, [num_tokens], [num_tokens], 0).flops / config.num_layers
 
     sizes = sorted({*(n for n in NUM_TOKENS if n < max_tokens), max(max_tokens, NUM_TOKENS[0])})
-    return [n for n in sizes if n <= MAX_TOKENS_BESIDE or layer_flops(n) <= FLOPS_OF_LAUNCHES]
+    return [n for n in sizes if n <= GRAPH_TOKENS or layer_flops(n) <= FLOPS_OF_LAUNCHES]
 
 
 def layer_buckets(config: DecoderConfig, max_num_seqs: int, max_tokens: int) -> list[tuple[int, int, int]]:
     """Returns the sizes of graphs with chunks, ascending: sequences that decode, chunks, tokens of the chunks."""
-    beside = min(max_num_seqs, MAX_DECODES_BESIDE)
+    decodes = sorted({0, min(max_num_seqs, DECODES_BESIDE), max_num_seqs})
     tokens = prefill_buckets(config, max_tokens)
-    alone = [(0, chunks, n) for chunks in NUM_CHUNKS for n in tokens]
-    return alone + [(beside, chunks, n) for chunks in NUM_CHUNKS for n in tokens if n <= MAX_TOKENS_BESIDE]
+    return [(beside, chunks, n) for beside in decodes for chunks in NUM_CHUNKS for n in tokens]
 
 
 def head_buckets(layer_sizes: list[tuple[int, int, int]], max_draws: int) -> list[int]:

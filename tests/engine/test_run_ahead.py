@@ -41,6 +41,7 @@ WAYS: dict[str, dict[str, object]] = {
     "all on": {},
     "no early launch": {"programmatic_launch": False},
     "no graphs": {"cuda_graphs": False},
+    "all captured": {"capture_all": True},
     "experiments": {"cuda_graphs": False, "experiments": EXPERIMENTS},
 }
 
@@ -67,11 +68,21 @@ def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Call
 
 
 @pytest.mark.slow
+def test_no_layer_of_a_step_is_launched_outside_of_a_graph(served: Callable[[str], Found]) -> None:
+    found = served("all captured")
+    assert found["steps"]["mixed"] > 5
+    assert found["launches"], "pictures are resized, some draws have lists of tokens"
+    layers = {"decode_attention_kernel", "prefill_attention_kernel", "gemv_qkv_kernel", "_qkv_rope_kv_kernel"}
+    assert not (layers | {"_embed_tokens_kernel", "_swiglu_kernel"}) & set(found["launches"])
+
+
+@pytest.mark.slow
 def test_the_switches_are_what_the_kernels_are_launched_with(served: Callable[[str], Found]) -> None:
     assert set(served("no graphs")["early"]) == EARLY
     assert not served("no early launch")["early"]
     replays = {way: served(way)["replays"] for way in WAYS}
-    assert replays["experiments"] == replays["no graphs"] == 0 < replays["all on"] == replays["no early launch"]
+    assert replays["experiments"] == replays["no graphs"] == 0
+    assert 0 < replays["all on"] == replays["all captured"] == replays["no early launch"]
     assert set(served("no graphs")["launches"]) >= EARLY
     found = served("experiments")
     attention = [f"decode_attention_kernel: {name}" for name in ("PREFETCH_KEYS", "next_weight", "later_weight")]

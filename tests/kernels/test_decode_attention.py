@@ -219,6 +219,7 @@ def test_another_plan_rounds_differently_and_the_same_plan_gives_the_same_bits()
     assert any(not torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     together = inputs_of(130, 75, 9)
     out = decode_attention(**together)

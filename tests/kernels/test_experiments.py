@@ -190,7 +190,7 @@ def test_the_table_passes_on_the_weights_of_a_few_rows(rows: int, is_on: bool, m
     monkeypatch.setattr("internvl_rt.model.ops_triton.decode_attention", note)
     ops = triton_ops(DEVICE, ALL_ON if is_on else Switches())
     index = torch.zeros(rows + 1, dtype=torch.int32)
-    tables = {"block_table_SN": index[:, None][:rows], "query_start_S1": index, "seq_len_S": index[:rows]}
+    tables = {"block_table_SN": index[:, None][:rows], "query_start_R1": index[:1], "seq_len_S": index[:rows]}
     batch = Batch(**tables, num_decodes=rows, max_query_len=1, split_start_S1=index, split_W3=index[:, None])
     o, gate_up = (Linear(empty(32, 32), None) for _ in range(2))
     caches = LayerCache(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))

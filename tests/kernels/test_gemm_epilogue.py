@@ -1,6 +1,5 @@
 """Tests products with epilogues beyond their contract: refusals, the places of rows, and equal bits."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from internvl_rt.kernels.gemm_epilogue import (
     linear_residual_reference,
     plan_gemm_epilogue,
 )
-from support.hardware_arithmetic import hardware_arithmetic
 from support.instruction_order import instructions_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,16 +124,13 @@ def test_two_runs_give_the_same_bits(plan: GemmPlan | str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 @fused_plans
 def test_a_row_does_not_depend_on_the_other_rows(plan: GemmPlan) -> None:
-    """In the interpreter a block's product is one of numpy, in which on some processors a row's place decides the order
-    of its sum; `hardware_arithmetic` adds up every element of a float32 product in one order.
-    """
     x, weight, bias = product(rows=70)
-    with nullcontext() if DEVICE.type == "cuda" else hardware_arithmetic():
-        together = gemm_epilogue(x, weight, bias, activation="gelu", plan=plan)
-        for rows in (slice(0, 1), slice(31, 33), slice(5, 70)):
-            assert torch.equal(gemm_epilogue(x[rows], weight, bias, activation="gelu", plan=plan), together[rows])
+    together = gemm_epilogue(x, weight, bias, activation="gelu", plan=plan)
+    for rows in (slice(0, 1), slice(31, 33), slice(5, 70)):
+        assert torch.equal(gemm_epilogue(x[rows], weight, bias, activation="gelu", plan=plan), together[rows])
 
 
 @pytest.mark.parametrize("num_sms", [1, 2])

@@ -173,6 +173,7 @@ def test_a_workspace_serves_call_after_call(splits: int, stages: int) -> None:
     torch.testing.assert_close(first, gemv_reference(**inputs), **TOLERANCE)
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("plan", [None, *(PLANS[name] for name in MATRIX)], ids=["chosen", *MATRIX])
 def test_a_row_does_not_depend_on_the_rows_beside_it(plan: GemvPlan | None, dtype: torch.dtype) -> None:

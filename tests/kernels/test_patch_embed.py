@@ -82,6 +82,7 @@ def test_class_rows_are_exact_whatever_the_pixels_are() -> None:
     torch.testing.assert_close(rows[NUM_TILES * (TOKENS - 1) :], expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 def test_a_tile_embeds_the_same_bits_wherever_it_stands() -> None:
     inputs = arguments()
     alone = patch_embed(**{**inputs, "tiles": inputs["tiles"][1:]})

@@ -80,6 +80,7 @@ def test_rows_that_belong_to_no_sequence_stay_as_they_are() -> None:
     assert (out[-4:] == 7).all()
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     inputs = inputs_of((33, 40), (0, 30), (64, 21))
     together = prefill_attention(**inputs)

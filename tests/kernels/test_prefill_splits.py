@@ -289,6 +289,7 @@ def test_a_workspace_serves_call_after_call(rule: SplitRule) -> None:
         assert not workspace.arrived.any()
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 def test_with_a_number_of_splits_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     inputs = inputs_of((133, 12), (700, 3), (0, 21), splits=THREE)
     together = prefill_attention(**inputs)

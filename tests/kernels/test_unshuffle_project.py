@@ -61,6 +61,7 @@ def test_the_operand_of_the_product_is_rounded_like_the_result_of_the_norm() -> 
     torch.testing.assert_close(fused, apart, rtol=2**-10, atol=0)
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_tile_does_not_depend_on_the_tiles_beside_it(plan: GemmPlan | str) -> None:
     inputs = {**inputs_of(torch.float16), "plan": plan}

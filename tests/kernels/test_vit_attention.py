@@ -50,6 +50,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(changes: dict[str, Any], 
         vit_attention(**arguments(**moved))
 
 
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy warns of this in the interpreter
 @pytest.mark.parametrize("patches", [64, 65])  # 64 are read by tensor descriptors, 65 by pointers with a mask
 def test_a_tile_does_not_depend_on_the_tiles_beside_it(patches: int) -> None:

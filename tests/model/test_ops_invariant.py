@@ -1,8 +1,5 @@
 """With the batch-invariant table results are equal to the bit, whatever is computed beside them, in whatever chunks."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -17,18 +14,11 @@ from internvl_rt.steps.decodes import NO_DECODES, build_decodes
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, build_step, plan_step
-from support.hardware_arithmetic import hardware_arithmetic
 from support.small_models import DEVICE, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
+pytestmark = pytest.mark.usefixtures("one_order_of_sums")
 BLOCK = 16
 PROMPT = [3 + 7 * i % 40 for i in range(37)]
-
-
-@pytest.fixture(autouse=True)
-def one_order_of_sums() -> Iterator[None]:
-    """In the interpreter a product of blocks is numpy's, whose sums depend on a row's place on some processors."""
-    with nullcontext() if DEVICE.type == "cuda" else hardware_arithmetic():
-        yield
 
 
 def invariant(model: InternVL) -> InternVL:

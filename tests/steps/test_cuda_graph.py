@@ -12,7 +12,7 @@ from internvl_rt import Engine, SamplingParams
 from internvl_rt.checkpoint.find import random_config
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream
-from internvl_rt.steps.step_graph import MAX_TOKENS_BESIDE, NUM_TOKENS, decode_buckets, prefill_buckets
+from internvl_rt.steps.step_graph import GRAPH_TOKENS, NUM_TOKENS, decode_buckets, layer_buckets, prefill_buckets
 from support.recorder import Recorder
 
 SIDE = 4
@@ -199,10 +199,16 @@ def test_prefill_buckets_waste_little() -> None:
     assert max((large - small) / large for small, large in pairwise(sizes[2:])) <= 0.25
 
 
+def test_any_number_of_sequences_may_decode_beside_a_prompt() -> None:
+    config = random_config("InternVL3-1B").decoder
+    for most, expected in ((4, {0, 4}), (64, {0, 64}), (200, {0, 64, 200})):
+        assert {decodes for decodes, _, _ in layer_buckets(config, most, 2048)} == expected
+
+
 def test_prefills_run_from_graphs_as_long_as_the_gpu_would_wait_for_their_launches_and_up_to_2048_tokens() -> None:
     configs = {name: random_config(f"InternVL3-{name}").decoder for name in ("1B", "8B", "78B")}
     most = {name: max(prefill_buckets(config, 8192)) for name, config in configs.items()}
     assert most["1B"] >= 3392 + 64, "the prompt of a picture of 13 tiles"
-    assert most["8B"] == most["78B"] == MAX_TOKENS_BESIDE == 2048
+    assert most["8B"] == most["78B"] == GRAPH_TOKENS == 2048
     assert prefill_buckets(configs["1B"], 1000)[-2:] == [896, 1000], "the largest step has a graph of its own"
     assert prefill_buckets(configs["1B"], 3) == [64]

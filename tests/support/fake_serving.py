@@ -80,10 +80,11 @@ def watch() -> Counter[str]:
     during(Runner, "collect", "collect")
     launch = StepLoop._launch
 
-    def counted(self: StepLoop, chunks: Any) -> None:
+    def counted(self: StepLoop, *scheduled: Any) -> None:
         counts["launches"] += 1
         counts["ahead"] += bool(self._launched)
-        launch(self, chunks)
+        counts["mixed"] += all(scheduled)  # sequences decode beside prompts
+        launch(self, *scheduled)
 
     StepLoop._launch = counted  # type: ignore[method-assign]
     return counts

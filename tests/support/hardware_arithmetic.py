@@ -49,6 +49,12 @@ def fused_multiply_add(x: Array, y: Array, z: Array) -> Array:
     return (x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)).astype(np.float32)
 
 
+def sum_of_products(left: Array, right: Array) -> Array:
+    """Computes left @ right. In float64 it is not seen in which order numpy adds, which may depend on a row's place."""
+    product: Array = (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
+    return product
+
+
 def chain_of_products(left: Array, right: Array, sums: Array) -> Array:
     """Computes sums + left @ right in float32, as one chain of fused multiply-adds over k."""
     sums, left64, right64 = sums.copy(), left.astype(np.float64), right.astype(np.float64)
@@ -101,9 +107,9 @@ def _dot(
     left, right, sums = _values(a), _values(b), d.data
     assert sums.dtype == np.float32, f"sums of a dot: expected float32, got {sums.dtype}"
     if a.dtype.scalar != tl.float32:
-        return TensorHandle(left.astype(np.float32) @ right.astype(np.float32) + sums, d.dtype.scalar)
+        return TensorHandle(sum_of_products(left, right) + sums, d.dtype.scalar)
     if input_precision == interpreter._ir.INPUT_PRECISION.TF32:
-        return TensorHandle(cut_to_tf32(left) @ cut_to_tf32(right) + sums, d.dtype.scalar)
+        return TensorHandle(sum_of_products(cut_to_tf32(left), cut_to_tf32(right)) + sums, d.dtype.scalar)
     assert input_precision == interpreter._ir.INPUT_PRECISION.IEEE, f"precision of a dot: {input_precision}"
     return TensorHandle(chain_of_products(left, right, sums), d.dtype.scalar)
 
