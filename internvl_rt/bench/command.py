@@ -116,7 +116,7 @@ def _engine_options(args: argparse.Namespace, config: ModelConfig, device: torch
     """Returns the options that each bench needs; caches are off unless reuse is measured."""
     window = config.decoder.max_position
     if args.part == "serve":
-        return {"max_num_seqs": args.max_num_seqs}
+        return {"max_num_seqs": args.max_num_seqs, "capture_all": True}  # as for a server
     alone: dict[str, Any] = {"prefix_cache": False, "visual_cache_bytes": 0, "max_num_seqs": 1}
     if args.part == "vision":
         return alone | {"max_model_len": min(window, 1024)}

@@ -34,7 +34,7 @@ class _Together:
 
     sequences: tuple[Sequence, ...]
     requests: dict[Request, None]  # those that have not ended
-    stop_ids: frozenset[int]  # of all sequences
+    ending_ids: frozenset[int]  # stop tokens of all sequences, and -1 of a row of logits that is not finite
     is_complete: bool  # no sequence has ended
     tally: Tally = field(default_factory=Tally)
 
@@ -131,8 +131,8 @@ class InFlight:
             together = self._together = self._join(decodes.sequences)
         together.tally.add(result.vision_s + result.decoder_s, result.vision_work + result.decoder_work)
         touched = tuple(together.requests) if self._notifies else ()
-        none_is_special = together.is_complete and decodes.is_plain and decodes.num_repeats > 0
-        if none_is_special and not step.chunks and together.stop_ids.isdisjoint(token_ids):
+        all_go_on = together.is_complete and decodes.is_plain and decodes.num_repeats > 0
+        if all_go_on and not step.chunks and together.ending_ids.isdisjoint(token_ids):
             self._scheduler.publish(decodes.sequences)
             for sequence, token_id in zip(decodes.sequences, token_ids, strict=True):
                 sequence.token_ids.append(token_id)
@@ -177,8 +177,8 @@ class InFlight:
         """Begins to count what the requests of sequences share that decode together."""
         owned = [self._answers.get(sequence.seq_id) for sequence in sequences]
         requests = dict.fromkeys(each[0] for each in owned if each is not None)
-        stop_ids = frozenset().union(*(sequence.stop_ids for sequence in sequences))
-        return _Together(sequences, requests, stop_ids, is_complete=None not in owned)
+        ending_ids = frozenset({-1}).union(*(sequence.stop_ids for sequence in sequences))
+        return _Together(sequences, requests, ending_ids, is_complete=None not in owned)
 
     def _charge_together(self) -> None:
         """Adds what was counted for requests that decode together to each of them."""

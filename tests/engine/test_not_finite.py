@@ -66,6 +66,35 @@ def test_an_answer_without_finite_logits_is_an_error_that_names_stage_and_dtype(
     assert engine.chat(ask("Read the digits.", SAMPLE), replace(GREEDY, ignore_eos=False)).text == "4719"
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_logits_that_break_after_several_steps_end_their_answer_alone(monkeypatch, run_ahead):
+    """From the third step on the same sequences decode again and again, and no token needs a second look."""
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        params = replace(GREEDY, max_tokens=20)
+        conversations = [ask(text) for text in ("Hello", "Read the digits.", "And now?")]
+        expected = engine.generate(conversations, params)
+        engine.loop.run_ahead = run_ahead
+        original, calls = engine.model.logits, []
+
+        def break_second_row(x_RD):
+            calls.append(len(x_RD))
+            logits_RV = original(x_RD)
+            return logits_RV if len(calls) != 9 else logits_RV.index_fill(0, torch.tensor([1]), torch.nan)
+
+        monkeypatch.setattr(engine.model, "logits", break_second_row)
+        requests = [engine.new_request(engine.prepare(each), params) for each in conversations]
+        for request in requests:
+            engine.loop.submit(request)
+        while engine.loop.step():
+            pass
+        assert set(calls[:9]) == {3}
+        with pytest.raises(RequestError, match=r"the logits of token 9 of the answer are not finite"):
+            engine.loop.poll(requests[1])
+        for index in (0, 2):
+            assert requests[index].reply.token_ids == expected[index].token_ids
+        check_idle(engine)
+
+
 def test_a_score_without_finite_logits_is_an_error(engine):
     with pytest.raises(RequestError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
         engine.score(ask("Read the digits.", BLACK), ["4719"])
