@@ -16,7 +16,7 @@ STEPS = (
     *((model, batch, context) for model in (SMALL, LARGE) for context in (2048, 8192, 32000) for batch in (1, 8, 64)),
     *((f"InternVL3-{size}", 1, 2048) for size in ("2B", "9B", "14B", "38B")),
 )
-TARGETS_MS = (  # of issue 15: model, context, then H100 and H200 (None: no target)
+TARGETS_MS = (  # for one sequence: model, context, then H100 and H200 (None: no target)
     (SMALL, 2048, (0.50, 0.42)),
     (SMALL, 32000, (None, 0.75)),
     (LARGE, 2048, (None, 3.9)),
@@ -141,7 +141,7 @@ def _loss_rows(cards: list[Device]) -> list[list[str]]:
 
 
 def _targets(cards: list[Device], found: Mapping[str, list[Observation]]) -> Iterator[str]:
-    """The targets of issue 15 against the predictions, with and without the experiments."""
+    """The targets against the predictions, with and without the experiments."""
     yield "Milliseconds of the device for one step, with what two experiments would give if they work:"
     yield ""
     yield "| batch 1 | target | " + " | ".join(name for name, _ in EXPERIMENTS) + " | verdict |"

@@ -129,7 +129,9 @@ class InFlight:
         if together is None or together.sequences is not decodes.sequences:
             self._charge_together()
             together = self._together = self._join(decodes.sequences)
-        together.tally.add(result.vision_s + result.decoder_s, result.vision_work + result.decoder_work)
+        together.tally.add(result.vision_s + result.decoder_s, result.decoder_work)
+        if result.num_tiles:
+            together.tally.add(0.0, result.vision_work)
         touched = tuple(together.requests) if self._notifies else ()
         all_go_on = together.is_complete and decodes.is_plain and decodes.num_repeats > 0
         if all_go_on and not step.chunks and together.ending_ids.isdisjoint(token_ids):

@@ -56,6 +56,8 @@ def read_drawn(step: Step, drawn: Logprobs | None) -> list[TokenLogprob | None]:
 
 def read_scores(step: Step, parts: Items[Logprobs]) -> list[list[TokenLogprob]]:
     """Returns one list for each scored span of a prompt, from the parts in which its rows were computed."""
+    if not step.scored:
+        return []
     tops = [span.sequence.params.prompt_logprobs or 0 for span in step.scored for _ in range(span.num_tokens)]
     flat: list[TokenLogprob] = []
     for part in parts:

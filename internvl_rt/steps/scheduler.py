@@ -323,7 +323,7 @@ class Scheduler:
         """Takes slots for the tokens of a step. False: there is no room for all of them, and nothing has changed."""
         seq_ids, num_tokens = decodes.seq_id_S, decodes.one_S
         if not chunks:
-            return self._cache.blocks.append(seq_ids, num_tokens)
+            return self._cache.append(seq_ids, num_tokens)
         counts = [(chunk.sequence.seq_id, chunk.stop - chunk.start) for chunk in chunks]
         return self._cache.append(*np.concatenate(((seq_ids, num_tokens), np.array(counts, np.int32).T), axis=1))
 

@@ -215,9 +215,7 @@ class StepArrays:
         """Writes a step, and makes the block copies that it needs. The cache must have slots for the step's tokens."""
         n, decodes = self._num_decodes, step.decodes
         token_id_T, position_T = self._token_id_T, self._position_T
-        copies = cache.blocks.take_copies()
-        if len(copies):
-            cache.copy_blocks(copies)
+        cache.copy_blocks(cache.blocks.take_copies())
         if n:
             num_rows = len(decodes)
             token_id_T[:num_rows], position_T[:num_rows] = decodes.token_id_S, decodes.position_S

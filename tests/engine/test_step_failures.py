@@ -14,10 +14,10 @@ from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.steps import runner as runner_module
-from internvl_rt.steps import step as step_module
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
+from internvl_rt.steps.step import StepArrays
 from internvl_rt.steps.visual_cache import VisualCache
 from support.calls import ask, attempt, check_idle, finish, ids, load, outcomes, submit
 
@@ -49,7 +49,7 @@ BOUNDARIES = [  # functions that a step calls, and which of their calls fails
     (KVCache, "copy_blocks", 2),
     (KVCache, "publish", 2),
     (KVCache, "end_step", 2),
-    (step_module, "fill_step", 2),
+    (StepArrays, "fill", 2),
     (runner_module, "build_step", 2),
     (runner_module, "read_drawn", 2),
     (VisualCache, "hold", 2),
@@ -67,6 +67,9 @@ BOUNDARIES = [  # functions that a step calls, and which of their calls fails
     (InFlight, "end_late", 2),
     (InFlight, "collect", 2),
     (InFlight, "_charge", 2),
+    (InFlight, "_collect_each", 2),
+    (InFlight, "_join", 2),
+    (InFlight, "_charge_together", 2),
     (InFlight, "_accept", 2),
     (InFlight, "_finish", 2),
     (InFlight, "_release", 2),
