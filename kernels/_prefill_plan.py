@@ -131,10 +131,10 @@ def choose_tiling(
 def sum_pairs(block_m: int, head_dim: int, target: Target) -> int:
     """Returns how many of a block's pairs the parts are added up for at once.
 
-    A thread then has 16 values of each of 8 parts on their way, or 2 where compilers spill some of the 128 (and triton
-    3.6, on sm_89, some of 4 values a part).
+    A thread then has 16 values of each of 8 parts on their way, or 4 where the compiler would spill some of the 128; or
+    2 where triton 3.6 would spill even then.
     """
-    values = 2048 if target.capability in (90, 100, 103) else 256  # of 128 threads
+    values = {86: 256, 89: 256, 90: 2048, 100: 2048, 103: 2048}.get(target.capability, 512)  # of 128 threads
     return min(values // head_dim, block_m)
 
 
