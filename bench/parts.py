@@ -24,7 +24,12 @@ SANITIZED = (
     " or gemm_epilogue/rows or unshuffle_project/blocks or copy_blocks/several"
 )
 CALLS = ("first", "second", "third")  # sets of parts that take ten minutes each; a new machine needs this order
-EXPERIMENTS = ("prefetch_keys", "prefetch_weights", "early_trigger")  # of the engine; a fresh machine has no package
+EXPERIMENTS = (
+    "prefetch_keys",
+    "prefetch_weights",
+    "early_trigger",
+    "tokens_to_host",
+)  # of the engine; a fresh machine has no package
 CONTRACT_FILE = "tests/kernels/test_contract.py"
 ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # for several workers, because each would use all cores for its references
 Rows = list[dict[str, Any]]

@@ -288,10 +288,22 @@ def _find(weight, target):
     return tl.sum(passed.to(tl.int32), axis=0), tl.max(tl.where(passed, running, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["temperature", "top_k", "top_p", "min_p", "seed", "counter"])  # see row_peaks_kernel
+@triton.jit
+def _hand_out(token, row, y, host, host_row, host_stride, ON_HOST: tl.constexpr):
+    tl.store(y + row, token)
+    if ON_HOST:
+        tl.store(host + tl.load(host_row).to(tl.int64) * host_stride + row, token)
+
+
+_PARAMETERS = ["temperature", "top_k", "top_p", "min_p", "seed", "counter", "host", "host_row", "host_stride"]
+
+
+@triton.jit(do_not_specialize=_PARAMETERS)  # see row_peaks_kernel
 def draw_kernel(
     x,
     y,
+    host,
+    host_row,
     kept_mass,
     best,
     peaks,
@@ -306,6 +318,7 @@ def draw_kernel(
     seed,
     counter,
     x_stride,
+    host_stride,
     V,
     slice_len,
     SLICES: tl.constexpr,
@@ -314,10 +327,12 @@ def draw_kernel(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGE: tl.constexpr,
+    ON_HOST: tl.constexpr,
 ):
     """Adds up the weights of one slice of a row and, for top_k and top_p, lists its largest tokens.
 
-    The last program of a row to arrive draws the row's token.
+    The last program of a row to arrive draws the row's token. With ON_HOST it also writes the token to row `host_row`
+    of the host's memory.
     """
     row = (tl.program_id(0) // SLICES).to(tl.int64)
     part = tl.program_id(0) % SLICES
@@ -327,7 +342,8 @@ def draw_kernel(
     is_broken = (peak_key >= INFINITY_KEY) | (peak_key <= MINUS_INFINITY_KEY)  # NaN has a key above infinity's
     if (t == 0) | is_broken:
         if part == 0:
-            tl.store(y + row, tl.where(is_broken, -1, token_at(peak_place)))
+            token = tl.where(is_broken, -1, token_at(peak_place)).to(tl.int64)
+            _hand_out(token, row, y, host, host_row, host_stride, ON_HOST)
             tl.store(kept_mass + row, 0)
     else:
         x += row * x_stride
@@ -380,5 +396,5 @@ def draw_kernel(
                 token = nth * SPAN + tl.arange(0, SPAN)
                 within, _ = _find(_kept_weight(x, token, V, peak, rate, lowest, least, EDGE), target - before)
                 token = nth * SPAN + within
-            tl.store(y + row, token.to(tl.int64))
+            _hand_out(token.to(tl.int64), row, y, host, host_row, host_stride, ON_HOST)
             tl.store(kept_mass + row, mass)

@@ -134,6 +134,8 @@ def plan_sample(
     counter_R: Tensor,
     *,
     out: Tensor,
+    host_KR: Tensor | None = None,
+    host_row_1: Tensor | None = None,
     target: Target,
 ) -> tuple[Launch, ...]:
     rows, vocab = logits_RV.shape
@@ -183,6 +185,8 @@ def plan_sample(
             {
                 "x": x_RV,
                 "y": out,
+                "host": out if host_KR is None else host_KR,
+                "host_row": listed_start_R1 if host_row_1 is None else host_row_1,
                 "kept_mass": torch.empty(rows, dtype=torch.int64, device=device),
                 "spans": torch.empty(rows, list_len, dtype=torch.int64, device=device),
                 "lengths": torch.empty(rows, slices, dtype=torch.int32, device=device),
@@ -195,6 +199,7 @@ def plan_sample(
                 "seed": seed_R,
                 "counter": counter_R,
                 "x_stride": x_RV.stride(0),
+                "host_stride": 0 if host_KR is None else host_KR.stride(0),
                 **shared,
             },
             {
@@ -204,6 +209,7 @@ def plan_sample(
                 "SPAN": max(16, size // list_len),
                 "BLOCK": block,
                 "EDGE": _edge_of(x_RV),
+                "ON_HOST": host_KR is not None,
             },
             num_warps=max(4, block // 128),
             wide_loads=False,  # 4 elements a thread; the arithmetic of the weights takes the time, not the loads
@@ -225,8 +231,13 @@ def sample(
     counter_R: Tensor,
     *,
     out: Tensor | None = None,
+    host_KR: Tensor | None = None,
+    host_row_1: Tensor | None = None,
 ) -> Tensor:
     """Computes `sample_reference` to the bit. V is at most MAX_VOCAB; listed ids outside the vocabulary are ignored.
+
+    host_KR: int64 [K, at least R], pinned memory on the host; row `host_row_1` of it gets the ids too, once the device
+        has come so far. `host_row_1`, int32 [1], is on the device, because the row changes from step to step.
 
     Temperature, top_p, min_p and the penalties are float32; top_k (0: all) and the lists are int32; seed and counter
     are int64. Their values are on the device and are not checked; they must be in the ranges of `SamplingParams`.
@@ -255,9 +266,17 @@ def sample(
         out = torch.empty(rows, dtype=torch.int64, device=device)
     require(penalty_R3.is_contiguous(), "penalty_R3", "a contiguous tensor", f"strides {penalty_R3.stride()}")
     require_tensor("out", out, (rows,), torch.int64, device)
+    require((host_KR is None) == (host_row_1 is None), "host_row_1", "a tensor with host_KR, else None", host_row_1)
+    if host_KR is not None and host_row_1 is not None:
+        require(host_KR.ndim == 2 and host_KR.shape[1] >= rows, "host_KR", f"[K, {rows} or more]", tuple(host_KR.shape))
+        require(host_KR.device.type == "cpu", "host_KR", "memory on the host", host_KR.device)
+        require(device.type == "cpu" or host_KR.is_pinned(), "host_KR", "pinned memory", "memory that is not pinned")
+        require_tensor("host_KR", host_KR, tuple(host_KR.shape), torch.int64, host_KR.device)
+        require_tensor("host_row_1", host_row_1, (1,), torch.int32, device)
     filters = (temperature_R, top_k_R, top_p_R, min_p_R)
     penalties = (penalty_R3, listed_start_R1, listed_id, listed_count)
-    run(plan_sample(logits_RV, *filters, *penalties, seed_R, counter_R, out=out, target=target_of(device)))
+    operands = (logits_RV, *filters, *penalties, seed_R, counter_R)
+    run(plan_sample(*operands, out=out, host_KR=host_KR, host_row_1=host_row_1, target=target_of(device)))
     return out
 
 

@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "prefetch_keys": "attention brings its first keys and values to L2 while the kernel before it runs",
     "prefetch_weights": "programs of attention that have nothing to do bring the next weights to L2",
     "early_trigger": "a kernel may start as soon as all programs of the one before it have",
+    "tokens_to_host": "the kernel that draws tokens writes them to the host's memory",
 }
 # Of each argument: a description, the default, the default with --quick, and the most that is accepted.
 SETTINGS: dict[str, dict[str, tuple[str, Any, Any, int]]] = {

@@ -4,7 +4,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from internvl_rt.steps.decodes import Decodes, build_decodes
 from internvl_rt.steps.runner import LaunchedStep, Runner
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.step import Chunk, Step, plan_step
+
+T = TypeVar("T")
 
 
 class StepLoop:
@@ -98,10 +102,12 @@ class StepLoop:
 
     def advance(self, request: Request) -> list[tuple[int, str]]:
         """Runs one step unless `request` is done, and returns its new text as `poll` does."""
-        with self._locked(for_step=True):
-            if not request.done:
-                self._step()
-            return self.poll(request)
+        return self._in_turn(partial(self._advance, request))
+
+    def _advance(self, request: Request) -> list[tuple[int, str]]:
+        if not request.done:
+            self._step()
+        return self.poll(request)
 
     def poll(self, request: Request) -> list[tuple[int, str]]:
         """Returns text that became visible since the last call, with the index of the answer it belongs to.
@@ -193,18 +199,26 @@ class StepLoop:
 
     def step(self) -> bool:
         """Runs one step; returns False if there was nothing to do."""
-        with self._locked(for_step=True):
-            return self._step()
+        return self._in_turn(self._step)
+
+    def _in_turn(self, work: Callable[[], T]) -> T:
+        """Runs a step, which holds the lock, after all that wait for the lock, and then does what `_locked` does."""
+        self._check_process()
+        with self._queue_lock:
+            pass
+        try:
+            with self._lock:
+                return work()
+        finally:
+            if self._wake_worker is None:
+                self._end_cancelled_unless_busy()
 
     @contextmanager
-    def _locked(self, *, for_step: bool = False) -> Iterator[None]:
-        """Holds the lock, and then ends the requests that were cancelled meanwhile. A step lets all others go first."""
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock, and then ends the requests that were cancelled meanwhile."""
         self._check_process()
-        if for_step:
-            with self._queue_lock:
-                pass
         try:
-            with nullcontext() if for_step else self._queue_lock, self._lock:
+            with self._queue_lock, self._lock:
                 yield
         finally:
             if self._wake_worker is None:

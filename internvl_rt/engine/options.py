@@ -85,8 +85,8 @@ class EngineOptions:
         capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
         off to see what it is worth, or whether it causes a fault.
     experiments: changes to the kernels of a decode step that are off until a GPU has measured them: some of
-        "prefetch_keys", "prefetch_weights" and "early_trigger", which `model.ops_triton.Switches` explains. They change
-        how fast an answer comes, if at all, and not the answer.
+        "prefetch_keys", "prefetch_weights", "early_trigger" and "tokens_to_host", which `model.ops_triton.Switches`
+        explains. They change how fast an answer comes, if at all, and not the answer.
     batch_invariant: whether an answer's logits are the same to the bit whatever else runs, alone or among others, in
         whatever chunks, its pictures included. Every product and attention then has one order of sums for any number of
         rows, which takes longer: a decode step of one sequence about twice as long. Needs the backend "triton"; with it

@@ -36,7 +36,7 @@ from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
 from internvl_rt.model.linear import Linear, Norm, bias_of, qk_weights
-from internvl_rt.model.step_inputs import Batch, LayerCache, Sampling
+from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
 Activation = Literal["none", "gelu", "swiglu"]
 
@@ -49,6 +49,7 @@ class Ops:
 
     captures_graphs: whether CUDA graphs can be captured, because no operation waits for the device
     resizes_on_device: whether pictures are cut into tiles on the model's device; else the CPU does it, to the same bits
+    writes_to_host: whether `sample` in a graph writes to the host's memory; else a copy follows the graph
     row_multiple: logits are read fastest if each of their rows begins at a multiple of so many elements
     num_split_items(num_rows, num_kv_heads): how many items a split plan of decode attention has, which the KV cache
         fills; 0 where no plan is wanted
@@ -62,6 +63,7 @@ class Ops:
     name: str
     captures_graphs: bool
     resizes_on_device: bool
+    writes_to_host: bool
     row_multiple: int
     num_split_items: Callable[[int, int], int]
     resize_tiles: Callable[[Tensor, int, int, int, bool], Tensor]
@@ -168,15 +170,23 @@ class Ops:
         weights = norm.weight_D, bias_of(norm), norm.eps, linear.weight_NK, bias_of(linear)
         return self.unshuffle_project(x_RE, num_tiles, *weights, factor, version)
 
-    def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
-        """Draws a token from each row of logits, into `token_id_R` (int64): -1 if the row is not finite."""
+    def sample(
+        self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor, on_host: HostTokens | None = None
+    ) -> None:
+        """Draws a token from each row of logits, into `token_id_R` (int64): -1 if the row is not finite.
+
+        on_host: where the tokens go besides.
+        """
         token_id_R.copy_(sample_reference(logits_RV, *sampling))
+        if on_host is not None:
+            on_host.token_id_KR[int(on_host.row_1)][: len(token_id_R)].copy_(token_id_R)
 
 
 TORCH = Ops(
     name="torch",
     captures_graphs=False,
     resizes_on_device=False,
+    writes_to_host=False,
     row_multiple=1,
     num_split_items=lambda num_rows, num_kv_heads: 0,
     resize_tiles=resize_tiles_reference,

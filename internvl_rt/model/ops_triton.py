@@ -31,7 +31,7 @@ from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
 from internvl_rt.model.linear import Linear, Norm
 from internvl_rt.model.ops import Activation, Ops
-from internvl_rt.model.step_inputs import Batch, LayerCache, Sampling
+from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
@@ -49,15 +49,18 @@ class Switches:
         to L2: of `o` and `gate_up`, up to L2_PREFETCH_BYTES. That leaves no room for those of the next layer's `qkv`.
     early_trigger: the kernel after one of a decode step may start as soon as all programs of that one have, and more of
         a weight is loaded before the wait for the previous kernel.
+    tokens_to_host: the kernel that draws tokens in a graph writes them to the host's memory too, so that no copy has to
+        follow it.
     """
 
     programmatic_launch: bool = True
     prefetch_keys: bool = False
     prefetch_weights: bool = False
     early_trigger: bool = False
+    tokens_to_host: bool = False
 
 
-EXPERIMENTS = ("prefetch_keys", "prefetch_weights", "early_trigger")
+EXPERIMENTS = ("prefetch_keys", "prefetch_weights", "early_trigger", "tokens_to_host")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,8 +163,11 @@ class TritonOps(Ops):
             prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, workspace=workspace, out=y_THC)
         return y_THC
 
-    def sample(self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor) -> None:
-        sample(logits_RV, *sampling, out=token_id_R)
+    def sample(
+        self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor, on_host: HostTokens | None = None
+    ) -> None:
+        host_KR, host_row_1 = on_host or (None, None)
+        sample(logits_RV, *sampling, out=token_id_R, host_KR=host_KR, host_row_1=host_row_1)
 
     def _shared_arguments(self, device: torch.device) -> dict[str, Any]:
         """Returns the arguments that all products of few rows share. The parts of a product meet in the workspace."""
@@ -201,6 +207,7 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         name="triton",
         captures_graphs=True,
         resizes_on_device=True,
+        writes_to_host=switches.tokens_to_host,
         row_multiple=16,  # Triton loads 16 bytes at once only from rows whose stride is a multiple of 16
         num_split_items=partial(num_split_items, num_sms=target.num_sms),
         resize_tiles=resize_tiles,

@@ -61,3 +61,13 @@ class Sampling(NamedTuple):
     listed_count: Tensor
     seed_R: Tensor
     counter_R: Tensor
+
+
+class HostTokens(NamedTuple):
+    """Memory on the host to which a device writes the tokens that it draws, in addition to its own.
+
+    Steps write to different rows, so that the host can read those of one step while the next one runs.
+    """
+
+    token_id_KR: Tensor  # int64, pinned
+    row_1: Tensor  # int32, on the device: the row that this step writes

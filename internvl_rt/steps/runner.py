@@ -12,18 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.work import DecoderCost, Work, count_pairs, vision_work
+from internvl_rt.model.work import NO_WORK, DecoderCost, Work, count_pairs, vision_work
 from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
 from internvl_rt.steps.sampler import Sampler, forbid, listing_sampling
 from internvl_rt.steps.step import Chunk, Step, StepShape, build_step, empty_step
-from internvl_rt.steps.step_graph import Computed, StepGraphs
+from internvl_rt.steps.step_graph import NUM_STAGES, Computed, StepGraphs
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 
@@ -54,7 +55,7 @@ class LaunchedStep:
     encoded: Moment
     done: Moment
     num_tiles: int
-    token_id_R: Tensor
+    token_id_R: NDArray[np.int64]
     drawn: Logprobs | None
     scored: list[Logprobs]
 
@@ -74,9 +75,9 @@ class Runner:
         self._tile_graphs: TileGraphs | None = None
         self._step_graphs: StepGraphs | None = None
         self._sampler = Sampler(model.device)
+        self._num_launched = 0  # steps that have not been collected
         with self.stream.use():
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
-        self._first_drawn: dict[int, Tensor] = {}  # the first so many, because to cut a tensor takes microseconds
         self.num_encoded_tiles = 0
 
     @property
@@ -141,8 +142,10 @@ class Runner:
     def launch(self, step: Step) -> LaunchedStep:
         """Starts a step and returns before a GPU has ended it. Appends nothing to the sequences.
 
+        Fewer than NUM_STAGES steps may be launched and not yet collected: each has memory of its own on the host.
         A step from graphs does not enter inference mode, which takes microseconds: what is captured has no gradients.
         """
+        assert self._num_launched < NUM_STAGES, "a step that was launched has not been collected"
         with self.stream.use():
             start, num_encoded_tiles = Moment(self._device), self.num_encoded_tiles
             if step.has_prompts:
@@ -150,25 +153,30 @@ class Runner:
                     self._encode_pictures(chunk)
             encoded = Moment(self._device) if step.has_prompts else start
             if self._step_graphs is not None and self._step_graphs.takes(step):
-                x_TD, logits_RV, is_drawn = self._step_graphs.run(step)
+                x_TD, logits_RV, token_id_R = self._step_graphs.run(step)
             else:
-                x_TD, logits_RV, is_drawn = self._compute(step)
+                x_TD, logits_RV, token_id_R = self._compute(step)
             scored = self._score(step, x_TD) if step.scored and x_TD is not None else []
-            token_id_R, drawn = self._draw(step, logits_RV, is_drawn=is_drawn)
-            return LaunchedStep(
-                step=step,
-                number=self._cache.blocks.num_steps,
-                start=start,
-                encoded=encoded,
-                token_id_R=token_id_R,
-                drawn=drawn,
-                scored=scored,
-                done=Moment(self._device),
-                num_tiles=self.num_encoded_tiles - num_encoded_tiles,
-            )
+            drawn = None
+            if token_id_R is None:
+                token_id_R, drawn = self._draw(step, logits_RV[: step.num_draw_rows])
+            done = Moment(self._device)
+        self._num_launched += 1
+        return LaunchedStep(
+            step=step,
+            number=self._cache.blocks.num_steps,
+            start=start,
+            encoded=encoded,
+            token_id_R=token_id_R,
+            drawn=drawn,
+            scored=scored,
+            done=done,
+            num_tiles=self.num_encoded_tiles - num_encoded_tiles,
+        )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a step to end and returns its results. If the wait fails, nothing that it wrote will be reused."""
+        self._num_launched -= 1
         try:
             launched.done.wait()
         except BaseException:
@@ -183,13 +191,14 @@ class Runner:
             vision_s=launched.start.seconds_until(launched.encoded),
             decoder_s=launched.encoded.seconds_until(launched.done),
             num_tiles=launched.num_tiles,
-            vision_work=vision_work(config, dtype, launched.num_tiles),
+            vision_work=vision_work(config, dtype, launched.num_tiles) if launched.num_tiles else NO_WORK,
             decoder_work=self._work_of(step),
         )
 
     def fail(self) -> None:
         """Follows a failed launch, when no other step is under way: nothing that it wrote will be reused."""
         self.stream.synchronize()
+        self._num_launched = 0
         with self.stream.use():
             self._cache.end_all_steps()
 
@@ -215,7 +224,7 @@ class Runner:
         n, x_RD = len(step.decodes), x_TD
         if len(step.draw_rows) < step.num_tokens:
             x_RD = self._rows(x_TD, [*range(n), *(n + row for row in step.draw_rows)])
-        return Computed(x_TD[n:], self._model.logits(x_RD), is_drawn=False)
+        return Computed(x_TD[n:], self._model.logits(x_RD))
 
     @torch.inference_mode()
     def _score(self, step: Step, x_TD: Tensor) -> list[Logprobs]:
@@ -227,23 +236,12 @@ class Runner:
         parts = torch.split(both, SCORED_PER_PASS, dim=1)
         return [Logprobs(self._model.logits(x_TD[row_R]), target_R, num_top) for row_R, target_R in parts]
 
-    def _draw(self, step: Step, logits_RV: Tensor, *, is_drawn: bool) -> tuple[Tensor, Logprobs | None]:
-        """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities.
-
-        is_drawn: a graph has drawn them already, and no log-probabilities are requested.
-        """
-        num_draws = step.num_draws
-        if num_draws not in self._first_drawn:
-            self._first_drawn[num_draws] = self._drawn_R[:num_draws]
-        token_id_R = self._first_drawn[num_draws]
-        if is_drawn or not num_draws:
-            return to_host(token_id_R), None
-        return self._draw_eagerly(step, logits_RV[: step.num_draw_rows], token_id_R)
-
     @torch.inference_mode()
-    def _draw_eagerly(self, step: Step, logits_RV: Tensor, token_id_R: Tensor) -> tuple[Tensor, Logprobs | None]:
-        """Draws tokens from their rows of logits into `token_id_R`, and returns what `_draw` does."""
-        draws = step.draws
+    def _draw(self, step: Step, logits_RV: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
+        """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities."""
+        draws, token_id_R = step.draws, self._drawn_R[: step.num_draws]
+        if not draws:
+            return np.empty(0, np.int64), None
         wanted: list[int] = []
         raw_RV = logits_RV
         if not step.is_plain:
@@ -258,7 +256,7 @@ class Runner:
         if wanted:
             num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
             drawn = Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
-        return to_host(token_id_R), drawn
+        return to_host(token_id_R).numpy(), drawn
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
         """Copies some rows."""

@@ -10,6 +10,7 @@ a slot. There are three kinds:
 Graphs read a step's numbers from one buffer on the device, and the tokens that the step before drew from `drawn_R`.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, cycle
@@ -17,14 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.model.step_inputs import Sampling
+from internvl_rt.model.step_inputs import HostTokens, Sampling
 from internvl_rt.model.work import decoder_work
 from internvl_rt.steps.cuda_graph import Capture, Replay
-from internvl_rt.steps.device_stream import Moment, host_memory
+from internvl_rt.steps.device_stream import host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
 from internvl_rt.steps.step import Step, StepArrays, StepShape, empty_step, visual_of
@@ -39,7 +41,9 @@ DECODES_BESIDE = 64
 # Up to so many tokens every model has graphs. Beyond, those have that do less work per layer than this: then an H100
 # takes less than the 0.7 ms that its CPU takes for the layer's ten launches.
 GRAPH_TOKENS, FLOPS_OF_LAUNCHES = 2048, 450e9
+# A step must have ended, and its tokens must have been read, before this many others are launched.
 NUM_STAGES = 4
+_ARGUMENTS_AT = 4  # words; the first is the number of the stage, the others leave the arguments aligned
 # What a single user needs for answers and for prompts of up to one picture, captured before the first step.
 LIKELY = ((1,), (2,), (4,), (8,), (0, 1), *((0, 1, tokens) for tokens in NUM_TOKENS if tokens <= 512))
 
@@ -53,11 +57,12 @@ class Computed(NamedTuple):
 
     x_TD: Tensor | None  # the last layer's output for the chunks' tokens; None if there are no chunks
     logits_RV: Tensor  # of the rows that tokens are drawn from, and perhaps more rows behind them
-    is_drawn: bool  # whether the tokens are in `drawn_R`; if not, what is there is void
+    # On the host, where the tokens will be that were drawn. None: none were, and what is in `drawn_R` is void.
+    token_id_R: NDArray[np.int64] | None = None
 
 
 class _Place(NamedTuple):
-    """Where a graph finds a step in the buffer: arguments of draws, and their rows; the arrays from `start` on."""
+    """Where a graph finds a step in the buffer, behind the arguments of draws and their rows."""
 
     shape: StepShape
     start: int
@@ -65,29 +70,45 @@ class _Place(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """A stage's memory as a step with a place and a number of draws sees it."""
+    """A stage's memory, and the device's, as a step of one size sees it."""
 
     arrays: StepArrays
     arguments: UnlistedArguments
-    host: Tensor
-    device: Tensor
+    on_host: Tensor
+    on_device: Tensor
+    drawn_R: Tensor  # the tokens that the step draws, on the device
+    host_R: Tensor  # and where they will be on the host
+    token_id_R: NDArray[np.int64]  # the same memory
 
 
 class _Stage:
-    """Host memory from which steps are copied to the device, with the views that it had last: each takes a while."""
+    """Memory on the host from which steps are copied to the device and to which it writes the tokens that they draw.
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    It keeps the views that it had last, because each takes a while to make.
+    """
+
+    def __init__(self, number: int, size: int, tokens_KR: Tensor, device: torch.device) -> None:
+        """tokens_KR: memory for the tokens of all stages, of which this one's are row `number`."""
         self.flat = host_memory(size, torch.int32, device)
-        self.copied: Moment | None = None  # when the latest copy has ended
-        self._key: tuple[_Place, int] | None = None
+        self.flat[:_ARGUMENTS_AT] = number
+        self._tokens_R = tokens_KR[number]
+        self._key: tuple[_Place, int, int] | None = None
         self._views: _Views | None = None
 
-    def views(self, place: _Place, num_draws: int, on_device: Tensor) -> _Views:
-        if self._views is None or self._key != (place, num_draws):
-            arrays = StepArrays(place.shape, self.flat[place.start : place.stop].numpy())
-            arguments = UnlistedArguments(self.flat[: unlisted_words(num_draws)], num_draws)
-            self._views = _Views(arrays, arguments, self.flat[: place.stop], on_device[: place.stop])
-            self._key = place, num_draws
+    def views(self, place: _Place, num_rows: int, num_draws: int, flat: Tensor, drawn_R: Tensor) -> _Views:
+        """num_rows: how many draws the graph makes; the step needs the first `num_draws`. The rest is on the device."""
+        key = place, num_rows, num_draws
+        if self._views is None or self._key != key:
+            self._views = _Views(
+                StepArrays(place.shape, self.flat[place.start : place.stop].numpy()),
+                UnlistedArguments(self.flat[_ARGUMENTS_AT:][: unlisted_words(num_rows)], num_rows),
+                self.flat[: place.stop],
+                flat[: place.stop],
+                drawn_R[:num_draws],
+                self._tokens_R[:num_draws],
+                self._tokens_R[:num_draws].numpy(),
+            )
+            self._key = key
         return self._views
 
 
@@ -118,12 +139,15 @@ class StepGraphs:
         shape = num_tokens, model.config.decoder.hidden_size
         self._x_TD, self._visual_XD = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         self._logits_RV = model.logits_memory(max(max_num_seqs, *self._head_sizes, 0))
-        self._rows_at = unlisted_words(max(self._head_sizes, default=0))  # where the rows of draws from chunks are
+        # where the rows of draws from chunks are
+        self._rows_at = _ARGUMENTS_AT + unlisted_words(max(self._head_sizes, default=0))
         keys = [*((decodes,) for decodes in self._decode_sizes), *self._layer_sizes]
         self._places = {key: self._place(*key) for key in keys}
         size = max(place.stop for place in self._places.values())
         self._flat = torch.zeros(size, dtype=torch.int32, device=model.device)
-        self._stages = cycle([_Stage(size, model.device) for _ in range(NUM_STAGES)])
+        tokens_KR = host_memory((NUM_STAGES + 1, len(drawn_R)), torch.int64, model.device)  # the last is for captures
+        self._stages = cycle([_Stage(number, size, tokens_KR, model.device) for number in range(NUM_STAGES)])
+        self._on_host = HostTokens(tokens_KR, self._flat[:1]) if model.ops.writes_to_host else None
         self._replays: dict[_Key, Replay] = {}
 
     def _keys(self) -> list[list[_Key]]:
@@ -155,47 +179,52 @@ class StepGraphs:
         return any(_holds(size, (decodes, chunks, step.num_tokens)) for size in self._layer_sizes)
 
     def run(self, step: Step) -> Computed:
-        """Runs a step; the next call overwrites what it returns.
+        """Runs a step; the next call overwrites what it returns, but the tokens on the host.
 
         Lists of tokens, grammars and log-probabilities are no part of a graph: with them the tokens are not drawn.
         """
         decodes, draws = step.decodes, step.chunk_draws
         is_drawn = step.is_plain and not (decodes.lists_tokens or any(draw.sequence.lists_tokens for draw in draws))
         if not step.chunks:
-            size = next(n for n in self._decode_sizes if n >= len(decodes))
+            size = self._decode_sizes[bisect_left(self._decode_sizes, len(decodes))]
             replay = self._replay_of((size,))
-            self._fill(step, self._places[(size,)], size, is_drawn=is_drawn)
+            views = self._fill(step, self._places[(size,)], size, is_drawn=is_drawn)
             replay.run()
-            return Computed(None, self._logits_RV, is_drawn)
+            return Computed(None, self._logits_RV, self._tokens_of(views) if is_drawn else None)
         layers = min(
             size for size in self._layer_sizes if _holds(size, (len(decodes), len(step.chunks), step.num_tokens))
         )
-        rows = next(n for n in self._head_sizes if n >= step.num_draw_rows)
+        rows = self._head_sizes[bisect_left(self._head_sizes, step.num_draw_rows)]
         replays = [self._replay_of(layers)]
         if step.num_draw_rows:
             replays.append(self._replay_of((0, rows)))
-        self._fill(step, self._places[layers], rows, is_drawn=is_drawn)
+        views = self._fill(step, self._places[layers], rows, is_drawn=is_drawn)
         if visual := visual_of(step):
             torch.cat(visual, out=self._visual_XD[: sum(map(len, visual))])
         for replay in replays:
             replay.run()
         x_TD = self._x_TD[layers[0] : layers[0] + step.num_tokens]
-        return Computed(x_TD, self._logits_RV, is_drawn)
+        return Computed(x_TD, self._logits_RV, self._tokens_of(views) if is_drawn else None)
+
+    def _tokens_of(self, views: _Views) -> NDArray[np.int64]:
+        """Returns where the host will find the tokens that graphs draw for a step, which have been launched."""
+        if self._on_host is None:
+            views.host_R.copy_(views.drawn_R, non_blocking=True)
+        return views.token_id_R
 
     def _place(self, decodes: int, chunks: int = 0, tokens: int = 0) -> _Place:
         items = self._cache.num_split_items(decodes) if decodes else 0
         shape = StepShape(decodes, chunks, tokens, self._table_width, items)
-        start = self._rows_at + -(-self._head_sizes[-1] // 4) * 4 if chunks else unlisted_words(decodes)
+        arguments_end = _ARGUMENTS_AT + unlisted_words(decodes)
+        start = self._rows_at + -(-self._head_sizes[-1] // 4) * 4 if chunks else arguments_end
         return _Place(shape, start, start + shape.size)
 
-    def _fill(self, step: Step, place: _Place, num_draws: int, *, is_drawn: bool) -> None:
-        """Copies a step to the device, with the arguments of its draws if these are drawn."""
-        stage = next(self._stages)
-        if stage.copied is not None:
-            stage.copied.wait()
-        arrays, arguments, on_host, on_device = stage.views(place, num_draws, self._flat)
-        arrays.fill(step, self._cache)
-        decodes = step.decodes
+    def _fill(self, step: Step, place: _Place, num_rows: int, *, is_drawn: bool) -> _Views:
+        """Copies a step to the device, with the arguments of its draws if these are drawn, of which there is room for
+        `num_rows`."""
+        views = next(self._stages).views(place, num_rows, step.num_draws, self._flat, self._drawn_R)
+        views.arrays.fill(step, self._cache)
+        decodes, arguments = step.decodes, views.arguments
         if not is_drawn:
             arguments.fill((), _NO_IDS, [])
         elif not step.chunks:
@@ -206,10 +235,10 @@ class StepGraphs:
             arguments.fill(sequences, seq_ids, np.array(counters, np.int64))
         if step.chunks:
             rows = [*range(len(decodes)), *(place.shape.num_decodes + row for row in step.draw_rows)]
-            at = stage.flat.numpy()[self._rows_at : self._rows_at + num_draws]
+            at = views.on_host.numpy()[self._rows_at : self._rows_at + num_rows]
             at[: len(rows)], at[len(rows) :] = rows, 0
-        on_device.copy_(on_host, non_blocking=True)
-        stage.copied = Moment(self._flat.device)
+        views.on_device.copy_(views.on_host, non_blocking=True)
+        return views
 
     def _replay_of(self, key: _Key) -> Replay:
         """Returns a graph. If it is not captured yet, this runs it first on a step without sequences."""
@@ -225,26 +254,27 @@ class StepGraphs:
 
     def _computation(self, key: _Key, model: InternVL) -> Callable[[], Tensor]:
         """Returns what a graph computes, which does not refer to this object, and clears its part of the buffer."""
-        drawn_R, logits_RV, x_TD = self._drawn_R, self._logits_RV, self._x_TD
+        drawn_R, logits_RV, x_TD, on_host = self._drawn_R, self._logits_RV, self._x_TD, self._on_host
+        self._flat[:_ARGUMENTS_AT] = NUM_STAGES  # the steps under way keep their tokens
         layers = self._cache.layers[: len(model.weights.decoder.layers)]
         if len(key) == 2:
             _, num_draws = key
             row_R = self._flat[self._rows_at : self._rows_at + num_draws].zero_()
-            sampling = wrap_unlisted(self._flat[: self._rows_at].zero_(), num_draws)
+            sampling = wrap_unlisted(self._flat[_ARGUMENTS_AT : self._rows_at].zero_(), num_draws)
 
             def head() -> Tensor:
-                return _draw(model, x_TD.index_select(0, row_R), logits_RV[:num_draws], sampling, drawn_R)
+                return _draw(model, x_TD.index_select(0, row_R), logits_RV[:num_draws], sampling, drawn_R, on_host)
 
             return head
         place = self._places[key]
         flat = self._flat[place.start : place.stop]
         if len(key) == 1:
             inputs = empty_step(place.shape, flat, drawn_R=drawn_R)
-            sampling = wrap_unlisted(self._flat[: place.start].zero_(), key[0])
+            sampling = wrap_unlisted(self._flat[_ARGUMENTS_AT : place.start].zero_(), key[0])
 
             def decode() -> Tensor:
                 y_TD = model.run_step(inputs, layers)
-                return _draw(model, y_TD, logits_RV[: len(y_TD)], sampling, drawn_R)
+                return _draw(model, y_TD, logits_RV[: len(y_TD)], sampling, drawn_R, on_host)
 
             return decode
         inputs = empty_step(place.shape, flat, drawn_R=drawn_R, visual_XD=self._visual_XD)
@@ -254,10 +284,17 @@ class StepGraphs:
 _NO_IDS = np.empty(0, np.int32)
 
 
-def _draw(model: InternVL, x_RD: Tensor, logits_RV: Tensor, sampling: Sampling, drawn_R: Tensor) -> Tensor:
+def _draw(
+    model: InternVL,
+    x_RD: Tensor,
+    logits_RV: Tensor,
+    sampling: Sampling,
+    drawn_R: Tensor,
+    on_host: HostTokens | None,
+) -> Tensor:
     """Computes logits and draws a token from each row."""
     logits_RV = model.logits(x_RD, logits_RV)
-    model.ops.sample(logits_RV, sampling, drawn_R[: len(logits_RV)])
+    model.ops.sample(logits_RV, sampling, drawn_R[: len(logits_RV)], on_host)
     return logits_RV
 
 

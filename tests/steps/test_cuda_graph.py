@@ -1,6 +1,7 @@
 """Tests vision passes and steps that run as CUDA graphs: which graph runs, what it reads, where the result is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -148,8 +149,13 @@ def forbid_steps_without_a_graph(engine: Engine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine.runner, "_compute", compute)
 
 
+def let_draws_write_to_the_host(engine: Engine) -> None:
+    engine.model.ops = replace(engine.model.ops, writes_to_host=True)
+
+
+@pytest.mark.parametrize("writes_to_host", [False, True])
 @torch.inference_mode()
-def test_sequences_decode_beside_prompts_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_decode_beside_prompts_in_one_graph(writes_to_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """New prompts join every second step, one of them as a chunk of one token; the tokens are those of each alone."""
     texts = ["Hello", "Read the digits.", "And now?", "a" * 90, "Once more", "b" * 150]
     conversations = [[{"role": "user", "content": text}] for text in texts]
@@ -157,6 +163,8 @@ def test_sequences_decode_beside_prompts_in_one_graph(monkeypatch: pytest.Monkey
     options = {"max_model_len": 512, "prefix_cache": False, "max_num_seqs": 4, "max_tokens_per_step": 67}
     with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
         expected = [engine.chat(conversation, params).token_ids for conversation in conversations]
+        if writes_to_host:
+            let_draws_write_to_the_host(engine)
         recorder = Recorder()
         engine.runner.capture(
             max_num_seqs=4, max_model_len=512, max_tokens_per_step=67, everything=False, capture=recorder
@@ -178,12 +186,15 @@ def test_sequences_decode_beside_prompts_in_one_graph(monkeypatch: pytest.Monkey
         engine.cache.blocks.check_invariants()
 
 
+@pytest.mark.parametrize("writes_to_host", [False, True])
 @torch.inference_mode()
-def test_a_capture_in_the_middle_keeps_the_tokens_that_the_step_before_has_drawn() -> None:
-    """The first decode step after a prompt needs a new graph, while the token that it reads is on the device alone."""
+def test_a_capture_in_the_middle_keeps_the_tokens_that_the_step_before_has_drawn(writes_to_host: bool) -> None:
+    """The first decode step after a prompt needs a new graph, before the host has read the tokens that it reads."""
     params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=5)
     with Engine.from_pretrained("tiny", device="cpu", max_model_len=512, max_num_seqs=20) as engine:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS * 4, params)]
+        if writes_to_host:
+            let_draws_write_to_the_host(engine)
         recorder = Recorder()
         engine.runner.capture(
             max_num_seqs=20, max_model_len=512, max_tokens_per_step=300, everything=False, capture=recorder
