@@ -12,6 +12,7 @@ from internvl_rt.kernels._launch import Target
 from internvl_rt.kernels._plans import (
     APART,
     CUBLAS,
+    CUBLAS_TWICE,
     AttentionPlan,
     GemmPlan,
     check_attention_plan,
@@ -91,7 +92,7 @@ def product_plans(target: Target) -> dict[str, GemmPlan]:
         "low_deep": GemmPlan("fused", 64, 128, 128, group_m=8, num_warps=4, num_stages=4, use_tma=tma),
         "small": GemmPlan("fused", 64, 64, 64, group_m=8, num_warps=4, num_stages=5, use_tma=tma),
     }
-    plans = {"cublas": CUBLAS, **tilings(target), **further}
+    plans = {"cublas": CUBLAS, "cublas_twice": CUBLAS_TWICE, **tilings(target), **further}
     return {name: plan for name, plan in plans.items() if _fits(check_plan, plan, 2, target)}
 
 

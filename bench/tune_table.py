@@ -39,7 +39,7 @@ def _gemm_entries(
         while steps and steps[-1][1] == unfused:
             steps.pop()
         for m_max, plan in _last_of_equals(steps):
-            shown = {"kind": unfused.kind} if plan == unfused else asdict(plan)
+            shown = asdict(plan) if plan.kind == "fused" else {"kind": plan.kind}
             entries.append({"m_max": m_max, **dict(zip(names, key, strict=True)), "plan": shown})
     return entries
 

@@ -36,6 +36,7 @@ MEASURED = {"date", "gpu", "triton", "torch"}
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
     """kind "cublas": a torch product, then at most one element-wise kernel; the other fields are 0.
+    kind "cublas_twice": the same with two torch products, if a few rows are left over of blocks of 128 rows.
     kind "apart", of unshuffle_project only: unshuffle_norm, then gemm_epilogue by its own plan; the other fields are 0.
     kind "fused": one Triton kernel with the epilogue in registers.
     """
@@ -69,9 +70,9 @@ class AttentionPlan:
         return self.num_stages * 2 * self.block_n * channels * itemsize
 
 
-CUBLAS = GemmPlan("cublas")
-APART = GemmPlan("apart")
-Plan = GemmPlan | str | None  # None: the plan of the tables; a name: "cublas", "apart" or one of the tilings
+CUBLAS, CUBLAS_TWICE, APART = map(GemmPlan, ("cublas", "cublas_twice", "apart"))
+_OF_PRODUCTS, _OF_PROJECTIONS = (CUBLAS, CUBLAS_TWICE), (APART,)  # plans without blocks
+Plan = GemmPlan | str | None  # None: the plan of the tables; a name: of a plan without blocks or of a tiling
 GemmKey = tuple[int, int, str]  # n, k, epilogue
 ProjectionKey = tuple[int, int]  # n, k
 AttentionKey = tuple[int, int, int]  # patches, heads, channels
@@ -137,10 +138,10 @@ def projection_tilings(target: Target) -> dict[str, GemmPlan]:
     return {"wide": wide, "square": square, "low": low}
 
 
-def check_plan(plan: GemmPlan, itemsize: int, target: Target, *, unfused: GemmPlan = CUBLAS) -> None:
-    """Raises ValueError for a plan that cannot be built for `target`. unfused: the one plan without blocks."""
-    if plan.kind == unfused.kind:
-        if plan != unfused:
+def check_plan(plan: GemmPlan, itemsize: int, target: Target, *, unfused: tuple[GemmPlan, ...] = _OF_PRODUCTS) -> None:
+    """Raises ValueError for a plan that cannot be built for `target`. unfused: the plans without blocks."""
+    if plan.kind in [each.kind for each in unfused]:
+        if plan not in unfused:
             raise ValueError(f"expected the plan {plan.kind!r} without blocks, got {plan}")
         return
     _check_fields(plan, _ALLOWED_GEMM)
@@ -212,22 +213,24 @@ def _read_product(item: Any, target: Target) -> tuple[GemmKey, int, GemmPlan]:
     _require_keys(item, {"m_max", "n", "k", "epilogue", "plan"})
     if item["epilogue"] not in EPILOGUES:
         raise ValueError(f"epilogue: expected one of {EPILOGUES}, got {item['epilogue']!r}")
-    return (item["n"], item["k"], item["epilogue"]), item["m_max"], _read_gemm_plan(item, CUBLAS, target)
+    return (item["n"], item["k"], item["epilogue"]), item["m_max"], _read_gemm_plan(item, _OF_PRODUCTS, target)
 
 
 def _read_projection(item: Any, target: Target) -> tuple[ProjectionKey, int, GemmPlan]:
     _require_keys(item, {"m_max", "n", "k", "plan"})
-    return (item["n"], item["k"]), item["m_max"], _read_gemm_plan(item, APART, target)
+    return (item["n"], item["k"]), item["m_max"], _read_gemm_plan(item, _OF_PROJECTIONS, target)
 
 
-def _read_gemm_plan(item: Mapping[str, Any], unfused: GemmPlan, target: Target) -> GemmPlan:
+def _read_gemm_plan(item: Mapping[str, Any], unfused: tuple[GemmPlan, ...], target: Target) -> GemmPlan:
     _require_positive(item, ("m_max", "n", "k"))
-    if item["plan"] == {"kind": unfused.kind}:
-        return unfused
+    for each in unfused:
+        if item["plan"] == {"kind": each.kind}:
+            return each
     _require_keys(item["plan"], {each.name for each in fields(GemmPlan)})
     plan = GemmPlan(**item["plan"])
     if plan.kind != "fused":
-        raise ValueError(f"kind: expected 'fused' with blocks or {unfused.kind!r} alone, got {plan.kind!r}")
+        kinds = " or ".join(repr(each.kind) for each in unfused)
+        raise ValueError(f"kind: expected 'fused' with blocks or {kinds} alone, got {plan.kind!r}")
     check_plan(plan, 2, target)
     return plan
 
@@ -287,21 +290,25 @@ def resolve_plan(plan: Plan, rows: int, n: int, k: int, epilogue: str, dtype: to
     """Returns the plan to use. Raises ValueError for an unknown name and for a plan that `target` cannot run."""
     if plan is None:
         return choose_plan(rows, n, k, epilogue, dtype, target)
-    return _given_plan(plan, CUBLAS, tilings(target), dtype, target)
+    return _given_plan(plan, _OF_PRODUCTS, tilings(target), dtype, target)
 
 
 def resolve_projection_plan(plan: Plan, tokens: int, n: int, k: int, dtype: torch.dtype, target: Target) -> GemmPlan:
     """Does for unshuffle_project what `resolve_plan` does for gemm_epilogue."""
     if plan is None:
         return choose_projection_plan(tokens, n, k, dtype, target)
-    return _given_plan(plan, APART, projection_tilings(target), dtype, target)
+    return _given_plan(plan, _OF_PROJECTIONS, projection_tilings(target), dtype, target)
 
 
 def _given_plan(
-    plan: GemmPlan | str, unfused: GemmPlan, fused: Mapping[str, GemmPlan], dtype: torch.dtype, target: Target
+    plan: GemmPlan | str,
+    unfused: tuple[GemmPlan, ...],
+    fused: Mapping[str, GemmPlan],
+    dtype: torch.dtype,
+    target: Target,
 ) -> GemmPlan:
     if isinstance(plan, str):
-        named = {unfused.kind: unfused, **fused}
+        named = {**{each.kind: each for each in unfused}, **fused}
         if plan not in named:
             raise ValueError(f"plan: expected one of {list(named)}, got {plan!r}")
         plan = named[plan]

@@ -4,13 +4,14 @@ linear:           y = x W^T + b                       with rows: y[r] becomes ro
 linear_gelu:      y = gelu(x W^T + b)                 gelu(t) = t * Phi(t), the erf form
 linear_residual:  y = r + s * (x W^T + b)             s is LayerScale (ViT) or 1 (decoder)
 
-One launcher has two implementations; the measured tables of `kernels/_plans.py` choose between them. "cublas" is a
-torch product with the bias, and then one element-wise kernel if anything remains to be done. "fused" is one kernel that
-keeps the sums in registers until they are results.
+One launcher has three implementations; the measured tables of `kernels/_plans.py` choose between them. "cublas" is a
+torch product with the bias, and then one element-wise kernel if anything remains to be done. "cublas_twice" is the same
+but for a few rows that would take a row of blocks for themselves: they are a product of their own. "fused" is one
+kernel that keeps the sums in registers until they are results.
 
 A vision tower's rows are I * 1024 patch rows, which fill blocks of 128 rows exactly, and I class rows, which take one
-more row of blocks (for I <= 128). If each tile's class row followed its patch rows, each of the I tiles would need nine
-rows of blocks, the ninth for a single row.
+more row of blocks (for I <= 128): where the others fill all multiprocessors, that may take as long again. If each
+tile's class row followed its patch rows, each of the I tiles would need nine rows of blocks, the ninth for one row.
 """
 
 from collections.abc import Iterator
@@ -34,9 +35,11 @@ from internvl_rt.kernels._contract import (
 )
 from internvl_rt.kernels._gemm_epilogue_body import epilogue_kernel, fused_kernel
 from internvl_rt.kernels._launch import Launch, Target, cdiv, next_power_of_2, run, target_of
-from internvl_rt.kernels._plans import EPILOGUES, GemmPlan, Plan, resolve_plan
+from internvl_rt.kernels._plans import CUBLAS_TWICE, EPILOGUES, GemmPlan, Plan, resolve_plan
 
 Activation = Literal["none", "gelu"]
+
+BLOCK_ROWS, FEW_ROWS = 128, 16  # of "cublas_twice": so many rows make a block, and so many are a product of their own
 
 
 def linear_reference(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -111,7 +114,7 @@ def plan_gemm_epilogue(
         "out_stride": out_RN.stride(0),
     }
     constexprs: dict[str, Any] = {"GELU": activation == "gelu"}
-    if chosen.kind == "cublas":
+    if chosen.kind != "fused":
         if activation == "none" and rows is None and (residual is None or _residual_in_product(bias_N, scale_N)):
             return ()
         product_RN = out_RN if product is None else product
@@ -211,8 +214,9 @@ def gemm_epilogue(
     target = target_of(device)
     chosen = resolve_plan(plan, x.numel() // k, n, k, _epilogue(activation, residual, rows), x.dtype, target)
     product = None
-    if chosen.kind == "cublas":
-        product = _torch_product(rows_of("x", x), weight_NK, bias_N, residual, scale_N, rows, rows_of("out", out))
+    if chosen.kind != "fused":
+        matrices = rows_of("x", x), weight_NK, bias_N, residual, scale_N, rows, rows_of("out", out)
+        product = _torch_product(*matrices, twice=chosen == CUBLAS_TWICE)
     epilogue: dict[str, Any] = {"activation": activation, "residual": residual, "scale_N": scale_N, "rows": rows}
     run(plan_gemm_epilogue(x, weight_NK, bias_N, **epilogue, plan=chosen, product=product, out=out, target=target))
     return out
@@ -226,19 +230,35 @@ def _torch_product(
     scale_N: Tensor | None,
     rows: Tensor | None,
     out_RN: Tensor,
+    *,
+    twice: bool,
 ) -> Tensor:
     """Computes x W^T + b for the epilogue kernel: in `out_RN`, or in new memory if the epilogue still reads that."""
-    weight_KN = weight_NK.t()
+    added, product_RN = bias_N, out_RN
     if residual is not None and _residual_in_product(bias_N, scale_N):
-        residual_RN = rows_of("residual", residual)
-        if out_RN.data_ptr() == residual_RN.data_ptr():
-            return out_RN.addmm_(x_RK, weight_KN)
-        return torch.addmm(residual_RN, x_RK, weight_KN, out=out_RN)
-    shared = residual is not None and residual.untyped_storage().data_ptr() == out_RN.untyped_storage().data_ptr()
-    product_RN = x_RK.new_empty(len(x_RK), len(weight_NK)) if shared or rows is not None else out_RN
-    if bias_N is None:
-        return torch.mm(x_RK, weight_KN, out=product_RN)
-    return torch.addmm(bias_N, x_RK, weight_KN, out=product_RN)
+        added = rows_of("residual", residual)
+    elif rows is not None or (
+        residual is not None and residual.untyped_storage().data_ptr() == out_RN.untyped_storage().data_ptr()
+    ):
+        product_RN = x_RK.new_empty(len(x_RK), len(weight_NK))
+    whole = len(x_RK) // BLOCK_ROWS * BLOCK_ROWS
+    if twice and 0 < whole < len(x_RK) <= whole + FEW_ROWS:
+        for part in (slice(whole), slice(whole, None)):
+            added_part = added if added is None or added.ndim == 1 else added[part]
+            _multiply(x_RK[part], weight_NK, added_part, product_RN[part])
+    else:
+        _multiply(x_RK, weight_NK, added, product_RN)
+    return product_RN
+
+
+def _multiply(x_RK: Tensor, weight_NK: Tensor, added: Tensor | None, out_RN: Tensor) -> None:
+    """Computes x W^T, plus a bias or a matrix, which may be `out_RN`."""
+    if added is None:
+        torch.mm(x_RK, weight_NK.t(), out=out_RN)
+    elif added.data_ptr() == out_RN.data_ptr():  # addmm would copy it first
+        out_RN.addmm_(x_RK, weight_NK.t())
+    else:
+        torch.addmm(added, x_RK, weight_NK.t(), out=out_RN)
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -275,6 +295,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 _SMALL = GemmPlan("fused", 32, 32, 16, group_m=2, num_warps=4, num_stages=2)
 _IMPLEMENTATIONS: dict[str, Plan] = {
     "cublas": "cublas",
+    "twice": "cublas_twice",
     "fused": _SMALL,
     "tma": replace(_SMALL, use_tma=True),
     "pieces": replace(_SMALL, block_n=256),  # the epilogue works on four groups of columns
@@ -333,6 +354,10 @@ SPEC = KernelSpec(
                 (0, 8, 8, "cublas"),
                 (1, 1, 1, "fused"),
                 (9, 1, 1, "cublas"),
+                (129, 8, 8, "twice"),
+                (144, 40, 8, "twice"),
+                (145, 8, 40, "twice"),
+                (270, 17, 33, "twice"),
                 (1, 40, 48, "tma"),
                 (33, 31, 17, "fused"),
                 (32, 64, 48, "tma"),

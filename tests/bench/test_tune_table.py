@@ -14,7 +14,7 @@ from tune_candidates import product_plans  # noqa: E402
 from tune_table import Entry, attention_entries, measured_on, product_entries, write_table  # noqa: E402
 
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
-from internvl_rt.kernels._plans import CUBLAS, AttentionPlan, GemmPlan, Tables, choose_plan, load_tables  # noqa: E402
+from internvl_rt.kernels._plans import CUBLAS, CUBLAS_TWICE, AttentionPlan, GemmPlan, Tables, choose_plan, load_tables  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 H200 = TARGETS[90]
@@ -42,6 +42,7 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
         (4096, 1024, "gelu"): {13325: WIDE, 1025: WIDE},
         (896, 896, "residual"): {64: LOW, 3392: CUBLAS},
         (512, 512, "rows"): {64: CUBLAS},
+        (1024, 4096, "residual"): {1025: CUBLAS_TWICE, 13325: CUBLAS},
         (256, 256, "none"): {1: LOW},
     }
     entries = product_entries(chosen)
@@ -57,7 +58,8 @@ def test_the_kernels_choose_what_was_measured(tmp_path: Path) -> None:
     assert [plan(rows, 3072, 1024, "none") for rows in (1, 1026, 4101, 13326)] == [CUBLAS, WIDE, LOW, CUBLAS]
     assert [plan(rows, 4096, 1024, "gelu") for rows in (512, 513, 5000, 13326)] == [CUBLAS, WIDE, WIDE, CUBLAS]
     assert [plan(rows, 896, 896, "residual") for rows in (32, 33, 65)] == [CUBLAS, LOW, CUBLAS]
-    assert len(entries) == 3 + 2 + 2 + 1
+    assert [plan(rows, 1024, 4096, "residual") for rows in (512, 513, 1026)] == [CUBLAS, CUBLAS_TWICE, CUBLAS]
+    assert len(entries) == 3 + 2 + 2 + 2 + 1
 
 
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

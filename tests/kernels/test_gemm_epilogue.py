@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels import gemm_epilogue as gemm_epilogue_module
 from internvl_rt.kernels._launch import TARGETS, Target, run
 from internvl_rt.kernels._plans import GemmPlan
 from internvl_rt.kernels.gemm_epilogue import (
@@ -162,6 +163,30 @@ def test_tma_is_used_where_rows_begin_at_16_bytes(offset: int, padding: int) -> 
     expected = offset == 0 and padding != 1
     assert is_planned(odd[0], aligned[1]) == expected
     assert is_planned(aligned[0], odd[1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"), [(16, [16]), (128, [128]), (129, [128, 1]), (144, [128, 16]), (145, [145]), (259, [256, 3])]
+)
+@pytest.mark.parametrize("epilogue", ["none", "residual", "scaled", "elsewhere"])
+def test_a_few_rows_beyond_whole_blocks_are_a_product_of_their_own(
+    rows: int, parts: list[int], epilogue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    multiply = gemm_epilogue_module._multiply
+    monkeypatch.setattr(gemm_epilogue_module, "_multiply", lambda x, *rest: (found.append(len(x)), multiply(x, *rest)))
+    x, weight, bias = product(rows)
+    how: dict[str, Any] = {}
+    if epilogue != "none":
+        how["residual"] = draw(rows, 72)
+    if epilogue == "scaled":
+        how["scale_N"] = draw(72)
+    bias_N = None if epilogue == "residual" else bias
+    expected = gemm_epilogue_reference(x, weight, bias_N, **how)
+    out = torch.empty(rows, 72, device=DEVICE) if epilogue == "elsewhere" else how.get("residual")
+    actual = gemm_epilogue(x, weight, bias_N, **how, out=out, plan="cublas_twice")
+    assert found == parts
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
 def test_cublas_leaves_at_most_one_kernel() -> None:

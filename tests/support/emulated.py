@@ -129,7 +129,7 @@ def _gemm_epilogue(
     if bias_N is not None:
         y = y + bias_N.float()
     apart = bias_N is not None or scale_N is not None
-    if plan == "cublas" and (residual is None or apart):
+    if plan in ("cublas", "cublas_twice") and (residual is None or apart):
         y = rounded(y, dtype)
     if activation == "gelu":
         y = 0.5 * y * (1 + torch.erf(y * math.sqrt(0.5)))
