@@ -184,12 +184,15 @@ def prefill_attention_kernel(
             visible = key[None, :] <= position[:, None]
             top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
         y_stride = tl.num_programs(1) * group * C
+        # The same as `real`, from two numbers: to keep that during the loops takes registers that are all in use.
+        num_pairs = tl.minimum(queries, num_queries - first_query) * group
+        written = pair < num_pairs
         if SPLIT:
             if splits > 1:
                 item = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
                 own_part = partial_acc + item * (BLOCK_M * C)
                 own_stats = partial_stats + item * (2 * BLOCK_M)
-                tl.store(own_part + pair[:, None] * C + channel[None, :], acc, mask=real[:, None])
+                tl.store(own_part + pair[:, None] * C + channel[None, :], acc, mask=written[:, None])
                 tl.store(own_stats + pair, top)
                 tl.store(own_stats + BLOCK_M + pair, total)
                 # As in decode attention: the barrier and the release put the partial results of all threads before the
@@ -198,12 +201,11 @@ def prefill_attention_kernel(
                 first_item = item - split
                 counter = arrived + first_item
                 if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
-                    num_pairs = tl.minimum(queries, num_queries - first_query) * group
                     y_head = y + block_row * y_stride + head * group * C
                     parts = partial_acc, partial_stats, first_item, splits
                     _combine(y_head, *parts, num_pairs, group, y_stride, BLOCK_M, C, SUM_PAIRS)
                     tl.store(counter, 0)  # for the next call
             else:
-                _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)
+                _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, written)
         else:
-            _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)
+            _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, written)
