@@ -300,35 +300,10 @@ _PARAMETERS = ["temperature", "top_k", "top_p", "min_p", "seed", "counter", "hos
 
 @triton.jit(do_not_specialize=_PARAMETERS)  # see row_peaks_kernel
 def draw_kernel(
-    x,
-    y,
-    host,
-    host_row,
-    kept_mass,
-    best,
-    peaks,
-    spans,
-    lengths,
-    lists,
-    arrived,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    seed,
-    counter,
-    x_stride,
-    host_stride,
-    V,
-    slice_len,
-    SLICES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LIST: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
-    ON_HOST: tl.constexpr,
-):
+    x, y, host, host_row, kept_mass, best, peaks, spans, lengths, lists, arrived, temperature, top_k, top_p, min_p,
+    seed, counter, x_stride, host_stride, V, slice_len, SLICES: tl.constexpr, GROUPS: tl.constexpr,
+    LIST: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr, ON_HOST: tl.constexpr,
+):  # fmt: skip
     """Adds up the weights of one slice of a row and, for top_k and top_p, lists its largest tokens.
 
     The last program of a row to arrive draws the row's token. With ON_HOST it also writes the token to row `host_row`

@@ -22,6 +22,7 @@ class Replay(NamedTuple):
 
 
 Capture = Callable[[Callable[[], Tensor]], Replay]
+Job = Callable[[], object]
 
 TILE_BUCKETS = (*range(1, 14), 16)  # other numbers of tiles run in the next larger bucket, padded with old tiles
 
@@ -44,17 +45,14 @@ class TileGraphs:
         self._tiles = torch.zeros(max(buckets), image_size, image_size, 3, dtype=torch.uint8, device=device)
         self._replays: dict[int, Replay] = {}
 
-    @torch.inference_mode()
-    def run_all(self, encode: Callable[[Tensor], Tensor]) -> None:
-        """Runs `encode`, which needs the same kernels, on every number of tiles that has a graph: so they are built."""
-        for bucket in self._buckets:
-            encode(self._tiles[:bucket])
+    def warm_up(self, encode: Callable[[Tensor], Tensor]) -> list[Job]:
+        """Lists runs of `encode`, which needs the same kernels, for every graph: so these kernels are built."""
+        return [partial(encode, self._tiles[:bucket]) for bucket in self._buckets]
 
-    def capture(self, *, everything: bool) -> None:
-        """Captures the graphs of the most tiles and of one, or all of them, the largest first."""
-        for bucket in reversed(self._buckets):
-            if everything or bucket in (self._buckets[0], self._buckets[-1]):
-                self._replay_of(bucket)
+    def captures(self, *, everything: bool) -> list[Job]:
+        """Lists captures of the graphs of the most tiles and of one, or of all, the largest first."""
+        first = self._buckets if everything else {self._buckets[0], self._buckets[-1]}
+        return [partial(self._replay_of, bucket) for bucket in reversed(self._buckets) if bucket in first]
 
     @property
     def max_tiles(self) -> int:

@@ -8,17 +8,19 @@ All work goes to one stream, whatever the calling thread's own stream is, so ste
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
 from internvl_rt.model.work import NO_WORK, DecoderCost, Work, count_pairs, vision_work
-from internvl_rt.steps.cuda_graph import Capture, TileGraphs, cuda_capture
+from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
@@ -98,6 +100,8 @@ class Runner:
 
         everything: whether all are captured now, instead of a few now and the others when they are first needed. Their
             kernels are built now all the same.
+
+        A terminal shows the progress if it takes longer than a second.
         """
         model, drawn_R, capture = self._model, self._drawn_R, capture or cuda_capture()
         limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
@@ -106,15 +110,17 @@ class Runner:
             self._step_graphs = StepGraphs(
                 model, self._cache, drawn_R, capture, max_tokens_per_step=max_tokens_per_step, **limits
             )
+            few_layers = model.cut(2)
+            warm_up: list[Job] = [partial(self._run_the_others, few_layers, max_tokens_per_step)]
             if not everything:
-                few_layers = model.cut(2)
-                self._tile_graphs.run_all(few_layers.encode_tiles)
-                self._step_graphs.run_all(few_layers)
-                self._run_the_others(few_layers, max_tokens_per_step)
+                warm_up += self._tile_graphs.warm_up(few_layers.encode_tiles)
+                warm_up += self._step_graphs.warm_up(few_layers)
+            jobs: list[Job] = [*map(torch.inference_mode(), warm_up)]
             for graphs in (self._tile_graphs, self._step_graphs):
-                graphs.capture(everything=everything)
+                jobs += graphs.captures(everything=everything)
+            for job in tqdm(jobs, "kernels and CUDA graphs", leave=False, delay=1, disable=None):
+                job()
 
-    @torch.inference_mode()
     def _run_the_others(self, model: InternVL, max_tokens_per_step: int) -> None:
         """Runs what is in no graph, so that its kernels are built before the first answer: the largest step, and more.
 

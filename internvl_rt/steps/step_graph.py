@@ -13,7 +13,7 @@ Graphs read a step's numbers from one buffer on the device, and the tokens that 
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, cycle
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.step_inputs import HostTokens, Sampling
 from internvl_rt.model.work import decoder_work
-from internvl_rt.steps.cuda_graph import Capture, Replay
+from internvl_rt.steps.cuda_graph import Capture, Job, Replay
 from internvl_rt.steps.device_stream import host_memory
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sampler import UnlistedArguments, unlisted_words, wrap_unlisted
@@ -156,18 +156,22 @@ class StepGraphs:
         decode, head = (sorted(sizes, reverse=True) for sizes in (self._decode_sizes, self._head_sizes))
         return [[(decodes,) for decodes in decode], [*layers], [(0, draws) for draws in head]]
 
-    @torch.inference_mode()
-    def run_all(self, model: InternVL) -> None:
-        """Runs a model that needs the same kernels on a step of every size that has a graph: so they are built."""
-        for key in chain.from_iterable(self._keys()):
+    def warm_up(self, model: InternVL) -> list[Job]:
+        """Lists runs of a model that needs the same kernels, for every graph: so these kernels are built."""
+
+        def run(key: _Key) -> None:
             self._computation(key, model)()
 
-    def capture(self, *, everything: bool) -> None:
-        """Captures the graphs that a single user needs, or all of them."""
-        for keys in self._keys():
-            for number, key in enumerate(keys):
-                if everything or number == 0 or key in LIKELY:
-                    self._replay_of(key)
+        return [partial(run, key) for keys in self._keys() for key in keys]
+
+    def captures(self, *, everything: bool) -> list[Job]:
+        """Lists captures of the graphs that a single user needs, or of all."""
+        return [
+            partial(self._replay_of, key)
+            for keys in self._keys()
+            for number, key in enumerate(keys)
+            if everything or number == 0 or key in LIKELY
+        ]
 
     def takes(self, step: Step) -> bool:
         """Says whether there is a graph for a step of its size."""

@@ -336,27 +336,6 @@ def test_penalties_neither_hide_what_is_not_finite_nor_make_it() -> None:
     assert sample_reference(**inputs).tolist() == [-1, -1, 0, 7]
 
 
-def host_memory(rows: int, width: int) -> Tensor:
-    return torch.full((rows, width), 7, dtype=torch.int64, pin_memory=DEVICE.type == "cuda")
-
-
-@pytest.mark.parametrize("row", [0, 2])
-def test_tokens_are_written_to_the_hosts_memory_too(row: int) -> None:
-    """Greedy and drawn ones, and -1 of a row that is not finite; other rows of the memory stay as they are."""
-    logits = torch.randn(4, 300)
-    logits[3, 9] = math.nan
-    parameters = (PLAIN, GREEDY, (1.0, 20, 0.9, 0.0, 1.0, 0.0, 0.0), PLAIN)
-    inputs, host_KR = inputs_of(logits, *parameters), host_memory(3, 6)
-    where = torch.tensor([row], dtype=torch.int32, device=DEVICE)
-    out = sample(**inputs, host_KR=host_KR, host_row_1=where)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    assert out.tolist() == sample_reference(**inputs).tolist()
-    expected = torch.full((3, 6), 7)
-    expected[row, :4] = out.cpu()
-    assert torch.equal(host_KR, expected)
-
-
 REFUSALS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("logits_RV", torch.Tensor.double, "expected one of .*torch.float32.*, got torch.float64"),
     ("logits_RV", lambda t: t[0], r"expected rows \[R, V\], got \(12,\)"),
@@ -387,13 +366,6 @@ REFUSALS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("listed_id", torch.Tensor.long, "expected torch.int32, got torch.int64"),
     ("out", lambda t: t[:-1], r"expected shape \(3,\), got \(2,\)"),
     ("out", torch.Tensor.int, "expected torch.int64, got torch.int32"),
-    ("host_KR", lambda t: t[0], r"expected \[K, 3 or more\], got \(3,\)"),
-    ("host_KR", lambda t: t[:, 1:], r"expected \[K, 3 or more\], got \(2, 2\)"),
-    ("host_KR", torch.Tensor.int, "expected torch.int64, got torch.int32"),
-    ("host_KR", lambda t: t.to("meta"), "expected memory on the host, got meta"),
-    ("host_row_1", lambda t: None, "expected a tensor with host_KR, else None, got None"),
-    ("host_row_1", torch.Tensor.long, "expected torch.int32, got torch.int64"),
-    ("host_row_1", lambda t: t.repeat(2), r"expected shape \(1,\), got \(2,\)"),
 ]
 
 
@@ -402,8 +374,6 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
     argument: str, change: Callable[[Any], Any], message: str
 ) -> None:
     inputs = inputs_of(torch.zeros(3, 12), *MIXED) | {"out": torch.zeros(3, dtype=torch.int64, device=DEVICE)}
-    if argument.startswith("host"):
-        inputs |= {"host_KR": host_memory(2, 3), "host_row_1": torch.zeros(1, dtype=torch.int32, device=DEVICE)}
     inputs[argument] = change(inputs[argument])
     with pytest.raises(ValueError, match=f"{argument}: {message}"):
         sample(**inputs)

@@ -27,7 +27,8 @@ def encode(tiles: Tensor) -> Tensor:
 def build(buckets=(1, 2, 4), everything=True):
     recorder = Recorder()
     graphs = TileGraphs(encode, SIDE, torch.device("cpu"), recorder, buckets)
-    graphs.capture(everything=everything)
+    for capture in graphs.captures(everything=everything):
+        capture()
     return graphs, recorder
 
 
@@ -84,7 +85,8 @@ def test_replay_equals_eager_bit_for_bit() -> None:
     stream.adopt([weight])
     with stream.use():
         graphs = TileGraphs(compute, SIDE, device, cuda_capture(), (1, 2, 4))
-        graphs.capture(everything=False)
+        for capture in graphs.captures(everything=False):
+            capture()
         check_replays(graphs, compute, device)
 
 
