@@ -59,6 +59,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     descriptors: bool = False  # the kernel makes tensor descriptors on the device, which take scratch memory
+    max_registers: int | None = None  # of a thread; without it the compiler may spill to let more programs run at once
     pdl: bool = False  # programmatic dependent launch: this kernel may start before the previous one ends (sm_90 on)
     # What tests/kernels/test_compile.py must find in the machine code:
     matrix_units: bool = False  # products on the target's matrix units
@@ -68,6 +69,8 @@ class Launch:
 def options_of(launch: Launch) -> dict[str, Any]:
     # Every triton up to 3.9 fuses multiply and add by default; a later version might not.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
     return {**options, "launch_pdl": True} if launch.pdl else options
 
 

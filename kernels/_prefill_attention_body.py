@@ -39,6 +39,21 @@ def _write(y, acc, total, block_row, y_stride, query, pair_channel, real):
 
 
 @triton.jit
+def own_block(query_start, num_rows, queries, ROWS: tl.constexpr):
+    """Returns which block of which row this program computes: the rows' blocks follow each other. Programs beyond the
+    last one get block -1.
+    """
+    row, item = tl.arange(0, ROWS), tl.program_id(0)
+    held = row < num_rows
+    first = tl.load(query_start + row, mask=held, other=0)
+    blocks = tl.cdiv(tl.load(query_start + row + 1, mask=held, other=0) - first, queries)
+    ends = tl.cumsum(blocks, 0)
+    own = tl.sum((ends <= item).to(tl.int32))
+    block = item - tl.sum(tl.where(row == own, ends - blocks, 0))
+    return tl.minimum(own, num_rows - 1), tl.where(own < num_rows, block, -1)
+
+
+@triton.jit
 def own_item(query_start, seq_len, num_rows, queries, num_splits, min_keys, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
     """Returns which split of which block of which row this program computes, and the keys of a split by `split_lens`.
 
@@ -99,7 +114,7 @@ def prefill_attention_kernel(
     q, k_cache, v_cache, y, block_table, query_start, seq_len, q_stride, block_stride, head_stride, slot_stride,
     table_stride, group, num_lines, scale_log2, partial_acc, partial_stats, arrived, num_rows, num_splits, min_keys,
     P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SUM_PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT: tl.constexpr, SUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Computes one block of queries. Programs take the last queries first: these see the most keys, and the programs
     that start last should be short. Neighbouring programs share a kv head, whose keys and values stay in the L2 cache.
@@ -107,6 +122,7 @@ def prefill_attention_kernel(
     All queries of the block see the keys before its first query, so whole blocks of these keys need no mask. The other
     keys are read through a mask, because memory beyond the sequence may hold anything, NaN too.
 
+    FLAT: the grid has the blocks of all rows, up to FLAT, one row after another; without it, as many for each row.
     SPLIT: computes one split of a block, of a batch with up to SPLIT rows. Each split begins with a key that all
     queries see, so no query has a maximum of -inf. The last split goes on to the last key that any query sees. The last
     program of a block to finish adds up the splits, SUM_PAIRS pairs at once.
@@ -116,6 +132,8 @@ def prefill_attention_kernel(
         row, block, split, split_len = own_item(
             query_start, seq_len, num_rows, BLOCK_M // group, num_splits, min_keys, BLOCK_N, SPLIT
         )
+    elif FLAT:
+        row, block = own_block(query_start, num_rows, BLOCK_M // group, FLAT)
     else:
         row, block = tl.program_id(2), tl.program_id(0)
     first_row = tl.load(query_start + row)
@@ -125,10 +143,10 @@ def prefill_attention_kernel(
     queries = BLOCK_M // group  # queries of a block
     first_query = (tl.cdiv(num_queries, queries) - 1 - block) * queries
     begin, masked_begin = 0, 0
-    is_item = first_query >= 0
+    is_item = (block >= 0) & (first_query >= 0)
     if SPLIT:
         begin = tl.multiple_of(split * split_len, BLOCK_N)
-        is_item = (block >= 0) & (begin <= length - num_queries + first_query)
+        is_item = is_item & (begin <= length - num_queries + first_query)
     if is_item:
         pair, channel = tl.arange(0, BLOCK_M), tl.arange(0, C)
         query = first_query + pair // group
@@ -184,15 +202,12 @@ def prefill_attention_kernel(
             visible = key[None, :] <= position[:, None]
             top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
         y_stride = tl.num_programs(1) * group * C
-        # The same as `real`, from two numbers: to keep that during the loops takes registers that are all in use.
-        num_pairs = tl.minimum(queries, num_queries - first_query) * group
-        written = pair < num_pairs
         if SPLIT:
             if splits > 1:
                 item = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
                 own_part = partial_acc + item * (BLOCK_M * C)
                 own_stats = partial_stats + item * (2 * BLOCK_M)
-                tl.store(own_part + pair[:, None] * C + channel[None, :], acc, mask=written[:, None])
+                tl.store(own_part + pair[:, None] * C + channel[None, :], acc)
                 tl.store(own_stats + pair, top)
                 tl.store(own_stats + BLOCK_M + pair, total)
                 # As in decode attention: the barrier and the release put the partial results of all threads before the
@@ -201,11 +216,12 @@ def prefill_attention_kernel(
                 first_item = item - split
                 counter = arrived + first_item
                 if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1:
+                    num_pairs = tl.minimum(queries, num_queries - first_query) * group
                     y_head = y + block_row * y_stride + head * group * C
                     parts = partial_acc, partial_stats, first_item, splits
                     _combine(y_head, *parts, num_pairs, group, y_stride, BLOCK_M, C, SUM_PAIRS)
                     tl.store(counter, 0)  # for the next call
             else:
-                _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, written)
+                _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)
         else:
-            _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, written)
+            _write(y, acc, total, block_row, y_stride, pair // group, pair_channel, real)

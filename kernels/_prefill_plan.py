@@ -24,8 +24,9 @@ from internvl_rt.kernels._launch import Target, cdiv, next_power_of_2, target_of
 
 SPLIT_ROWS = 64  # (query, head) pairs of a block whose keys may be split
 RESIDENT = 2  # programs for such blocks that a multiprocessor runs at once, limited by registers and shared memory
+SPLIT_REGISTERS = 255  # of a thread of such a program, so that the compiler does not spill to make room for a third
 MAX_SPLITS = 32
-MAX_SPLIT_ROWS = 16  # sequences of a batch, each of whose lengths every program reads
+MAX_FLAT_ROWS = 16  # sequences of a batch, where every program reads each one's length
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Tiling(NamedTuple):
     block_n: int  # keys that are read at once
     num_warps: int
     num_stages: int
-    num_items: int  # splits of blocks for which each kv head has programs; 0: a program takes a block
+    num_items: int = 0  # splits of blocks for which each kv head has programs; 0: a program takes a block
+    max_registers: int | None = None  # see Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +105,15 @@ def choose_tiling(
     num_rows, most_keys = table_SN.shape[0], table_SN.shape[1] * block_size
     forced = rule.num_splits is not None and rule.num_splits > 1
 
-    def most_blocks(block_m: int) -> int:
-        """Counts the blocks of a kv head for the lengths that give the most."""
-        of_row = cdiv(max_query_len, block_m // group)
-        return min(num_rows * of_row, cdiv(num_tokens, block_m // group) + num_rows - 1)
+    def blocks_of(block_m: int) -> int:
+        return most_blocks(num_rows, num_tokens, max_query_len, block_m // group)
 
     def num_items(block_m: int) -> int:
-        blocks, resident = most_blocks(block_m), RESIDENT * target.num_sms // num_kv_heads
+        blocks, resident = blocks_of(block_m), RESIDENT * target.num_sms // num_kv_heads
         if rule.num_splits is not None:
             return blocks * rule.num_splits if forced else 0
         most_splits = min(MAX_SPLITS, cdiv(most_keys, rule.min_keys))
-        pays = num_rows <= MAX_SPLIT_ROWS and most_splits > 1 and 2 * blocks <= resident
+        pays = num_rows <= MAX_FLAT_ROWS and most_splits > 1 and 2 * blocks <= resident
         return min(blocks * most_splits, resident) if pays else 0
 
     if cache_BGPC.dtype == torch.float32:  # float32 is for tests only: no matrix units
@@ -121,11 +121,17 @@ def choose_tiling(
     wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32
     # Blocks are small if large ones would leave multiprocessors without work.
-    if rule.num_splits is not None or most_blocks(128) * num_kv_heads < target.num_sms:
-        return Tiling(SPLIT_ROWS, block_n, 4, 3, num_items(SPLIT_ROWS))
+    if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
+        items = num_items(SPLIT_ROWS)
+        return Tiling(SPLIT_ROWS, block_n, 4, 3, items, SPLIT_REGISTERS if items and not wide else None)
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels it would have too few registers.
     num_warps = 4 if target.capability in (100, 103) and head_dim < 128 else 8
-    return Tiling(128, block_n, num_warps, 3, 0)
+    return Tiling(128, block_n, num_warps, 3)
+
+
+def most_blocks(num_rows: int, num_tokens: int, max_query_len: int, queries: int) -> int:
+    """Counts the blocks, of `queries` queries of a kv head, of the rows whose lengths give the most."""
+    return min(num_rows * cdiv(max_query_len, queries), cdiv(num_tokens, queries) + max(num_rows - 1, 0))
 
 
 def sum_pairs(block_m: int, head_dim: int, target: Target) -> int:
@@ -140,7 +146,7 @@ def sum_pairs(block_m: int, head_dim: int, target: Target) -> int:
 
 def padded_rows(num_rows: int) -> int:
     """Returns for how many rows a kernel is built that reads the lengths of all: few numbers, so few kernels."""
-    return 1 if num_rows == 1 else max(MAX_SPLIT_ROWS, next_power_of_2(num_rows))
+    return 1 if num_rows == 1 else max(MAX_FLAT_ROWS, next_power_of_2(num_rows))
 
 
 def split_lens(

@@ -19,10 +19,12 @@ from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
 from internvl_rt.kernels._prefill_plan import (
+    MAX_FLAT_ROWS,
     PrefillWorkspace,
     SplitRule,
     build_prefill_workspace,
     choose_tiling,
+    most_blocks,
     padded_rows,
     require_room,
     split_rule,
@@ -76,7 +78,7 @@ def plan_prefill_attention(
     num_rows, group = block_table_SN.shape[0], num_heads // num_kv_heads
     rule = splits or split_rule(head_dim)
     tiling = choose_tiling(num_tokens, max_query_len, block_table_SN, k_cache_BGPC, group, rule, target)
-    block_m, block_n, num_warps, num_stages, num_items = tiling
+    block_m, block_n, num_warps, num_stages, num_items, max_registers = tiling
     # The copy engine (TMA) reads the caches as [B * G * P, C], so a box of block_n slots must lie in one block. It
     # needs addresses at multiples of 16 bytes and counts rows in 32 bits.
     num_lines = num_blocks * num_kv_heads * block_size
@@ -107,6 +109,7 @@ def plan_prefill_attention(
         "BLOCK_N": block_n,
         "USE_TMA": use_tma,
         "PRECISION": "ieee" if q_THC.dtype == torch.float32 else None,
+        "FLAT": 0,
         "SPLIT": padded_rows(num_rows) if num_items else 0,
         "SUM_PAIRS": sum_pairs(block_m, head_dim, target) if num_items else 0,
     }
@@ -118,9 +121,15 @@ def plan_prefill_attention(
         args |= {"partial_acc": workspace.parts, "partial_stats": workspace.stats, "arrived": workspace.arrived}
         args |= {"num_rows": num_rows, "num_splits": rule.num_splits or 0, "min_keys": rule.min_keys}
     else:
+        # A graph does not know which row is the longest, so each might be.
         grid = (cdiv(max_query_len, block_m // group), num_kv_heads, num_rows)
-        none = "partial_acc", "partial_stats", "arrived", "num_rows", "num_splits", "min_keys"
-        constexprs |= dict.fromkeys(none)
+        most = most_blocks(num_rows, num_tokens, max_query_len, block_m // group)
+        if num_rows <= MAX_FLAT_ROWS and most < grid[0] * num_rows:
+            grid = (most, num_kv_heads, 1)
+            constexprs["FLAT"] = padded_rows(num_rows)
+            args["num_rows"] = num_rows
+        none = {"partial_acc", "partial_stats", "arrived", "num_rows", "num_splits", "min_keys"}
+        constexprs |= dict.fromkeys(none - args.keys())
     return (
         Launch(
             prefill_attention_kernel,
@@ -130,6 +139,7 @@ def plan_prefill_attention(
             num_warps=num_warps,
             num_stages=num_stages,
             descriptors=use_tma,
+            max_registers=max_registers,
             matrix_units=True,
         ),
     )
@@ -219,6 +229,11 @@ def _model_case(name: str, cached: int, new: int, empty_rows: int = 0) -> Case:
     return _case(f"{name}_{new}_behind_{cached}{among}", *chunks, heads=heads, kv_heads=kv_heads, channels=channels)
 
 
+def _several(name: str, *chunks: tuple[int, int]) -> Case:
+    heads, kv_heads, channels = MODEL_HEADS[name]
+    return _case(f"{name}_{len(chunks)}_rows", *chunks, heads=heads, kv_heads=kv_heads, channels=channels)
+
+
 BEHIND_A_PREFIX = ((64, 1), (63, 1), (64, 64), (1, 63), (100, 30), (128, 65), (200, 3))
 PREFIXES = (3392, 8192, 32704)  # cached tokens before a question: a picture of 13 tiles, and long ones
 
@@ -269,6 +284,10 @@ SPEC = KernelSpec(
         *(_model_case(name, cached, new) for name in MODEL_HEADS for cached, new in ((0, 3392), (8192, 512))),
         *(_model_case(name, cached, 64) for name in ("1b", "8b") for cached in PREFIXES),
         *(_model_case(name, 3392, 64, empty_rows=7) for name in ("1b", "8b")),
+        *(
+            _several(name, (0, 1024), (3392, 64), *((0, new) for new in (512, 256, 100, 50, 30, 12)))
+            for name in ("1b", "8b")
+        ),
     ),
     tolerances={
         torch.float32: Tolerance(2e-5, 2e-5, 4e-6, "scores of up to 50 are right to 4e-6, and so are probabilities"),

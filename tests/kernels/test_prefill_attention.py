@@ -138,14 +138,26 @@ def test_pointers_are_used_where_boxes_do_not_fit(sizes: dict[str, int]) -> None
         ([(0, 3392)], 128),  # 189 blocks of 18 queries x 4 kv heads
         ([(0, 512)], 64),  # with 128, 29 blocks x 4 kv heads would leave 16 of 132 multiprocessors without work
         ([(0, 512), (0, 512)], 128),
+        ([(0, 512), (0, 100), (64, 12)], 128),
         ([(0, 16)], 64),
     ],
 )
 def test_blocks_are_small_where_large_ones_would_be_too_few(chunks: list[tuple[int, int]], block_m: int) -> None:
     launch = plan_of({"chunks": chunks, "H": 28, "G": 4, "C": 128, "P": 64}, 90)
-    queries = max(new for _, new in chunks)
+    lengths = [new for _, new in chunks]
     assert launch.constexprs["BLOCK_M"] == block_m
-    assert launch.grid == (-(-queries // (block_m // 7)), 4, len(chunks))
+    if len(set(lengths)) == 1:
+        assert launch.grid == (-(-lengths[0] // (block_m // 7)), 4, len(chunks))
+    else:
+        assert launch.grid == (-(-sum(lengths) // (block_m // 7)) + len(chunks) - 1, 4, 1)
+
+
+def test_a_graph_for_several_rows_starts_no_block_of_the_longest_row_for_each() -> None:
+    """It knows the tokens of all rows together, any of which may be the longest."""
+    sizes = {"chunks": [(0, 2048), *[(0, 0)] * 7], "H": 14, "G": 2, "C": 64, "P": 64}
+    assert plan_of(sizes, 90).grid == (-(-2048 // 18) + 7, 2, 1)
+    sizes["chunks"] = [(0, 2048), *[(0, 0)] * 16]
+    assert plan_of(sizes, 90).grid == (-(-2048 // 18), 2, 17), "more rows than every program should look at"
 
 
 def plan_of(sizes: Any, capability: int) -> Launch:
