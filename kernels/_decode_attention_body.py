@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from internvl_rt.kernels._softmax import probability
-from internvl_rt.kernels._split_combine import weighted_sum, write_part_weights
+from internvl_rt.kernels._split_combine import combine_parts
 
 ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to the 16 rows that matrix units take
 CHUNK_BYTES: tl.constexpr = tl.constexpr(4096)  # of a weight that one instruction brings to L2; not measured
@@ -103,12 +103,12 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
     A thread has one query and four channels at a time.
     """
     QUERIES: tl.constexpr = min(512 // C, ROWS)
-    write_part_weights(stats_parts, num_splits, ROWS, SOME=64)
+    TOGETHER: tl.constexpr = 16
     channel = tl.arange(0, C)
     for first_query in range(0, group, QUERIES):
         query = first_query + tl.arange(0, QUERIES)
         real = query < group
-        acc = weighted_sum(acc_parts, stats_parts, 0, num_splits, query, real, ROWS, C, TOGETHER=16)
+        acc = combine_parts(acc_parts, stats_parts, num_splits, query, real, ROWS, C, SOME=64, TOGETHER=TOGETHER)
         y_rows = y_head + query[:, None] * C + channel[None, :]
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
 from internvl_rt.kernels._prefill_plan import MAX_SPLITS
 from internvl_rt.kernels._softmax import probability
-from internvl_rt.kernels._split_combine import weighted_sum, write_part_weights
+from internvl_rt.kernels._split_combine import combine_parts
 
 MOST_SPLITS: tl.constexpr = tl.constexpr(MAX_SPLITS)
 
@@ -94,12 +94,12 @@ def _combine(
     BLOCK_M: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Writes the output of a block's `num_pairs` pairs, PAIRS at once: the weighted sum of its splits' results."""
-    write_part_weights(partial_stats + first_item * (2 * BLOCK_M), num_splits, BLOCK_M, SOME=16)
+    acc_parts, stats_parts = partial_acc + first_item * (BLOCK_M * C), partial_stats + first_item * (2 * BLOCK_M)
     channel = tl.arange(0, C)
     for first_pair in range(0, num_pairs, PAIRS):
         pair = first_pair + tl.arange(0, PAIRS)
         real = pair < num_pairs
-        out = weighted_sum(partial_acc, partial_stats, first_item, num_splits, pair, real, BLOCK_M, C, TOGETHER=8)
+        out = combine_parts(acc_parts, stats_parts, num_splits, pair, real, BLOCK_M, C, SOME=64, TOGETHER=8)
         y_rows = y_head + (pair // group * y_stride + pair % group * C)[:, None] + channel[None, :]
         tl.store(y_rows, out.to(y_head.dtype.element_ty), mask=real[:, None])
 

@@ -137,10 +137,9 @@ def most_blocks(num_rows: int, num_tokens: int, max_query_len: int, queries: int
 def sum_pairs(block_m: int, head_dim: int, target: Target) -> int:
     """Returns how many of a block's pairs the parts are added up for at once.
 
-    A thread then has 16 values of each of 8 parts on their way, or 4 where the compiler would spill some of the 128; or
-    2 where triton 3.6 would spill even then.
+    A thread then has 16 values of each of 8 parts on their way, or 4 where the compiler would spill some of the 128.
     """
-    values = {86: 256, 89: 256, 90: 2048, 100: 2048, 103: 2048}.get(target.capability, 512)  # of 128 threads
+    values = {90: 2048, 100: 2048, 103: 2048}.get(target.capability, 512)  # of 128 threads
     return min(values // head_dim, block_m)
 
 

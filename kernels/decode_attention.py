@@ -34,6 +34,7 @@ L2_PREFETCH_BYTES = 19 * 2**20
 # has ended, so what is brought takes bandwidth from keys and values.
 PREFETCHES_WEIGHTS = (90, 100, 103)
 LINE_BYTES = 128
+REGISTERS = 168  # of a thread: a multiprocessor has them for three programs; for four, some compilers would spill
 MAX_GROUP = ROWS.value  # the most query heads that may share a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),
@@ -135,6 +136,7 @@ def plan_decode_attention(
                 "PRECISION": "ieee" if single else None,
             },
             num_stages=stages,
+            max_registers=REGISTERS,
             pdl=pdl,
             matrix_units=True,
         ),

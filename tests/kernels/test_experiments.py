@@ -26,7 +26,7 @@ from internvl_rt.model.ops_triton import EXPERIMENTS, Switches, triton_ops
 from internvl_rt.model.step_inputs import Batch, LayerCache
 from support.compile_audit import launches_of
 from support.forward import all_logits
-from support.instruction_order import instructions_of
+from support.instruction_order import ADDING, adding_of, instructions_of
 from support.small_models import DEVICE, INTERNLM2, build_model
 from support.specs import discover_specs
 
@@ -138,12 +138,11 @@ def test_weights_and_keys_are_asked_for_before_the_wait(capability: int) -> None
 @pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [90, 100])
 def test_parts_are_still_added_without_a_barrier(capability: int) -> None:
-    """Looks at the loop behind the atomic count of finished parts (ATOMG) in the machine code."""
     job = ("decode_attention", "1b_1_x_2048", capability)
-    found = instructions_of([job], r"\b(ATOMG|BAR|BRA|LDG\.E\.128|FFMA)", EXPERIMENTS)[job]
-    loops = " ".join(found[found.index("ATOMG") :]).split("BRA")
-    (adding,) = [loop.split() for loop in loops if loop.count("LDG.E.128") >= 16]
-    assert "BAR" not in adding
+    ahead, loop = adding_of(instructions_of([job], ADDING, EXPERIMENTS)[job])
+    assert ahead.count("LDG.E.128") >= 16
+    assert loop.count("LDG.E.128") == 16
+    assert "BAR" not in loop
 
 
 def bytes_of(*weights: torch.Tensor, capability: int = 90) -> list[int]:

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent.parent
 # In SASS, ACQBULK is Triton's gdc_wait and PREEXIT its gdc_launch_dependents. CCTL.E.PF2 asks L2 for a cache line, and
 # UBLKPF for many.
 NAMES = r"\b(LDG|LDGSTS|STG|ATOMG|HMMA|HGMMA|ACQBULK|PREEXIT|CCTL\.E\.PF2|UBLKPF)\b"
+ADDING = r"\b(ATOMG\.E\.ADD|BAR|BRA|LDG\.E\.128|FFMA)"
 Job = tuple[str, str, int]  # an operation, one of its model cases, an architecture
 
 
@@ -28,6 +29,17 @@ def instructions_of(
     command = [sys.executable, __file__, json.dumps(jobs), names, str(launch), *experiments]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=TESTS.parent)
     return dict(zip(jobs, json.loads(output.stdout), strict=True))
+
+
+def adding_of(found: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the instructions that add up parts of attention: up to the first sum over threads, and the last loop.
+
+    found: all that match ADDING. They begin behind the atomic count of finished parts and the barrier that follows it.
+    """
+    behind = found[found.index("ATOMG.E.ADD") :]
+    behind = behind[behind.index("BAR") + 1 :]
+    *_, loop = [part for part in " ".join(behind).split("BRA") if "LDG.E.128" in part]
+    return behind[: behind.index("BAR")], loop.split()
 
 
 def _build(operation: str, case_name: str, capability: int, names: str, index: int, *experiments: str) -> list[str]:
