@@ -34,7 +34,9 @@ L2_PREFETCH_BYTES = 19 * 2**20
 # has ended, so what is brought takes bandwidth from keys and values.
 PREFETCHES_WEIGHTS = (90, 100, 103)
 LINE_BYTES = 128
-REGISTERS = 168  # of a thread: a multiprocessor has them for three programs; for four, some compilers would spill
+# Of a thread, for the parts that are added at once. Without a limit the compiler aims at three or four programs on a
+# multiprocessor, and spills a little where that is just missed.
+REGISTERS = 184
 MAX_GROUP = ROWS.value  # the most query heads that may share a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),

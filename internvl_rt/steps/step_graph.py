@@ -224,8 +224,7 @@ class StepGraphs:
         return _Place(shape, start, start + shape.size)
 
     def _fill(self, step: Step, place: _Place, num_rows: int, *, is_drawn: bool) -> _Views:
-        """Copies a step to the device, with the arguments of its draws if these are drawn, of which there is room for
-        `num_rows`."""
+        """Copies a step to the device, and arguments for the `num_rows` draws of a graph if its tokens are drawn."""
         views = next(self._stages).views(place, num_rows, step.num_draws, self._flat, self._drawn_R)
         views.arrays.fill(step, self._cache)
         decodes, arguments = step.decodes, views.arguments

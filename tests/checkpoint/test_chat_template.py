@@ -167,9 +167,9 @@ HOSTILE_TEMPLATES = {
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_a_hostile_template_is_given_up_at_once(tmp_path, caplog, name):
-    start_s = time.perf_counter()
+    start_s = time.process_time()  # other processes may take the processor
     assert find_system_message(folder_with(tmp_path, HOSTILE_TEMPLATES[name])) is None
-    assert time.perf_counter() - start_s < 2
+    assert time.process_time() - start_s < 2
     assert len(warnings(caplog)) == 1
 
 
