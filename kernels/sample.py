@@ -236,8 +236,9 @@ def sample(
 ) -> Tensor:
     """Computes `sample_reference` to the bit. V is at most MAX_VOCAB; listed ids outside the vocabulary are ignored.
 
-    host_KR: int64 [K, at least R], pinned memory on the host; row `host_row_1` of it gets the ids too, once the device
-        has come so far. `host_row_1`, int32 [1], is on the device, because the row changes from step to step.
+    host_KR: int64 [K, at least R], memory on the host, pinned, or Triton raises ValueError; its row `host_row_1` gets
+        the ids too, once the device has come so far.
+    host_row_1: int32 [1], on the device, because a graph writes to another row at every replay.
 
     Temperature, top_p, min_p and the penalties are float32; top_k (0: all) and the lists are int32; seed and counter
     are int64. Their values are on the device and are not checked; they must be in the ranges of `SamplingParams`.
@@ -270,7 +271,6 @@ def sample(
     if host_KR is not None and host_row_1 is not None:
         require(host_KR.ndim == 2 and host_KR.shape[1] >= rows, "host_KR", f"[K, {rows} or more]", tuple(host_KR.shape))
         require(host_KR.device.type == "cpu", "host_KR", "memory on the host", host_KR.device)
-        require(device.type == "cpu" or host_KR.is_pinned(), "host_KR", "pinned memory", "memory that is not pinned")
         require_tensor("host_KR", host_KR, tuple(host_KR.shape), torch.int64, host_KR.device)
         require_tensor("host_row_1", host_row_1, (1,), torch.int32, device)
     filters = (temperature_R, top_k_R, top_p_R, min_p_R)

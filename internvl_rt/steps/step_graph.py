@@ -258,7 +258,7 @@ class StepGraphs:
     def _computation(self, key: _Key, model: InternVL) -> Callable[[], Tensor]:
         """Returns what a graph computes, which does not refer to this object, and clears its part of the buffer."""
         drawn_R, logits_RV, x_TD, on_host = self._drawn_R, self._logits_RV, self._x_TD, self._on_host
-        self._flat[:_ARGUMENTS_AT] = NUM_STAGES  # the steps under way keep their tokens
+        self._flat[:_ARGUMENTS_AT].fill_(NUM_STAGES)  # the steps under way keep their tokens
         layers = self._cache.layers[: len(model.weights.decoder.layers)]
         if len(key) == 2:
             _, num_draws = key

@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, object]] = {
     "no graphs": {"cuda_graphs": False},
     "all captured": {"capture_all": True},
     "experiments": {"cuda_graphs": False, "experiments": EXPERIMENTS},
+    "experiments in graphs": {"experiments": EXPERIMENTS},
 }
 
 
