@@ -182,6 +182,9 @@ def launches_of(
         width, mlp, heads, _, channels, _ = MODELS[case.name.partition("_")[0]]
         shapes = (width, heads * channels), (2 * mlp, width)
         arguments["upcoming"] = [torch.empty(shape, dtype=dtype, device=meta) for shape in shapes]
+    if "tokens_to_host" in experiments and "host_KR" in known:
+        arguments["host_KR"] = torch.empty(5, len(arguments["logits_RV"]), dtype=torch.int64, device=meta)
+        arguments["host_row_1"] = torch.empty(1, dtype=torch.int32, device=meta)
     return spec.plan(**arguments, target=target)
 
 
