@@ -61,25 +61,37 @@ def check_operation(name: str) -> Finding:
 
 
 def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[Case]:
-    """Returns the test case that moves the most bytes, and the largest of other variants of a kernel.
+    """Returns up to three test cases: those that launch each kernel, then those with other switches; larger ones first.
 
     What a case launches is found from shapes alone.
     """
+    by_size = sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True)
+    launches = {case.name: launches_of(spec, case, dtype, target) for case in by_size}
     chosen: list[Case] = []
-    seen: set[object] = set()
-    for case in sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True):
-        inputs = spec.make_inputs(case, dtype, torch.device("meta"))
-        expected = spec.reference(**inputs)
-        out = {} if expected is None else {"out": expected.new_empty(expected.shape)}
-        launches = spec.plan(**inputs, **out, target=target)
-        variants = {_variant(launch) for launch in launches if 0 not in launch.grid}
-        if variants - seen and len(chosen) < MAX_CASES:
-            chosen.append(case)
-            seen |= variants
+    for what in (kernel_of, _variant):
+        seen = {what(launch) for case in chosen for launch in launches[case.name]}
+        for case in by_size:
+            found = {what(launch) for launch in launches[case.name]}
+            if found - seen and len(chosen) < MAX_CASES:
+                chosen.append(case)
+                seen |= found
     return chosen
+
+
+def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
+    """Returns what a case launches, without launches of no program."""
+    inputs = spec.make_inputs(case, dtype, torch.device("meta"))
+    expected = spec.reference(**inputs)
+    out = {} if expected is None else {"out": expected.new_empty(expected.shape)}
+    return [launch for launch in spec.plan(**inputs, **out, target=target) if 0 not in launch.grid]
+
+
+def kernel_of(launch: Launch) -> str:
+    """Returns the name of the kernel that a launch runs."""
+    return str(launch.kernel.__name__)
 
 
 def _variant(launch: Launch) -> object:
     """Returns the kernel and its switches; block sizes make no other variant."""
     switches = [(name, value) for name, value in launch.constexprs.items() if isinstance(value, bool | str | None)]
-    return launch.kernel.__name__, tuple(switches)
+    return kernel_of(launch), tuple(switches)
