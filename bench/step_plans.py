@@ -13,6 +13,7 @@ import torch
 from launch_model import NUM_SMS, PREFETCHED_BYTES, Device, Work, predict
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, load_config
+from internvl_rt.kernels._check import arguments_of
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec
 from internvl_rt.kernels._gemv_plan import MAX_ROWS
 from internvl_rt.kernels._launch import TARGETS, Launch
@@ -159,8 +160,7 @@ def planned(spec: KernelSpec, sizes: dict[str, Any], name: str, times: int = 1, 
 
 
 def launches_of(spec: KernelSpec, case: Case) -> tuple[Launch, ...]:
-    inputs = spec.make_inputs(case, DTYPE, torch.device("meta"))
-    return spec.plan(**inputs, out=torch.empty_like(spec.reference(**inputs)), target=TARGET)
+    return spec.plan(**arguments_of(spec, case, DTYPE, torch.device("meta")), target=TARGET)
 
 
 def _layers(c: DecoderConfig, rows: int, *attention: Operation) -> list[Operation]:

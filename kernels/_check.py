@@ -21,6 +21,13 @@ def discover_specs() -> dict[str, KernelSpec]:
     return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
 
 
+def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Returns the arguments of a launcher, with `out` where the operation has a result."""
+    expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
+    outputs = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=device)}
+    return {**spec.make_inputs(case, dtype, device), **outputs}
+
+
 @dataclass(frozen=True, slots=True)
 class Deviation:
     """How far a result is from its reference, as a share of what the tolerance allows: above 1 the result is wrong."""

@@ -3,7 +3,7 @@
 import torch
 
 from internvl_rt.doctor.finding import Finding, describe
-from internvl_rt.kernels._check import check_call, discover_specs
+from internvl_rt.kernels._check import arguments_of, check_call, discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import Launch, Target, target_of
 
@@ -68,7 +68,7 @@ def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[C
     by_size = sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True)
     launches = {case.name: launches_of(spec, case, dtype, target) for case in by_size}
     chosen: list[Case] = []
-    for what in (kernel_of, _variant):
+    for what in (_kernel, _variant):
         seen = {what(launch) for case in chosen for launch in launches[case.name]}
         for case in by_size:
             found = {what(launch) for launch in launches[case.name]}
@@ -80,18 +80,15 @@ def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[C
 
 def launches_of(spec: KernelSpec, case: Case, dtype: torch.dtype, target: Target) -> list[Launch]:
     """Returns what a case launches, without launches of no program."""
-    inputs = spec.make_inputs(case, dtype, torch.device("meta"))
-    expected = spec.reference(**inputs)
-    out = {} if expected is None else {"out": expected.new_empty(expected.shape)}
-    return [launch for launch in spec.plan(**inputs, **out, target=target) if 0 not in launch.grid]
+    arguments = arguments_of(spec, case, dtype, torch.device("meta"))
+    return [launch for launch in spec.plan(**arguments, target=target) if 0 not in launch.grid]
 
 
-def kernel_of(launch: Launch) -> str:
-    """Returns the name of the kernel that a launch runs."""
-    return str(launch.kernel.__name__)
+def _kernel(launch: Launch) -> object:
+    return launch.kernel.__name__
 
 
 def _variant(launch: Launch) -> object:
     """Returns the kernel and its switches; block sizes make no other variant."""
     switches = [(name, value) for name, value in launch.constexprs.items() if isinstance(value, bool | str | None)]
-    return kernel_of(launch), tuple(switches)
+    return _kernel(launch), tuple(switches)

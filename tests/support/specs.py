@@ -1,10 +1,8 @@
 """Answers what tests and benches ask about every operation's `SPEC`."""
 
-from typing import Any
-
 import torch
 
-from internvl_rt.kernels._check import discover_specs
+from internvl_rt.kernels._check import arguments_of, discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
 
 __all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case", "smallest_test_case"]
@@ -15,13 +13,6 @@ LEAST_BYTES = 2000  # a smaller test case has no rows, or one row of one element
 def preferred_dtype(spec: KernelSpec) -> torch.dtype:
     """Returns bfloat16, or the operation's first data type where it has no bfloat16."""
     return torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
-
-
-def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Returns the arguments of a launcher, with `out` where the operation has a result."""
-    expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
-    outputs = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=device)}
-    return {**spec.make_inputs(case, dtype, device), **outputs}
 
 
 def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:
