@@ -107,15 +107,19 @@ class Flag:
 class Text:
     least: int  # characters
     most: int
+    printable: bool = False  # whether each of them must be, so that none breaks a line of a log
 
     @property
     def expected(self) -> str:
-        return f"a string of {self.least} to {self.most:,} characters"
+        return f"a string of {self.least} to {self.most:,} {'printable ' * self.printable}characters"
 
     def read(self, value: object) -> str:
         if not isinstance(value, str) or not self.least <= len(value) <= self.most:
             raise UnfitError
-        return str.__str__(value)  # of a subclass, whose own methods may say something else
+        text = str.__str__(value)  # of a subclass, whose own methods may say something else
+        if self.printable and not text.isprintable():
+            raise UnfitError
+        return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,7 @@ MODULES = [
     "engine.sequences",
     "engine.in_flight",
     "engine.loop",
+    "engine.pictures",
     "engine.batch",
     "engine.worker",
     "engine.preparing",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from internvl_rt.errors import RequestError
-from internvl_rt.values import Integer, Seconds, read
+from internvl_rt.values import Integer, Seconds, Text, read
 
 
 def test_a_span_of_time_is_two_numbers_of_any_kind_with_the_start_first():
@@ -51,3 +51,10 @@ def test_an_integer_may_have_no_upper_limit():
     assert read("count", 10**400, Integer(1)) == 10**400
     with pytest.raises(RequestError, match=r"^count must be an integer of at least 1, got np.int8\(0\)$"):
         read("count", np.int8(0), Integer(1))
+
+
+def test_a_text_may_have_to_be_printable():
+    assert read("name", "naïve 1", Text(0, 8, printable=True)) == "naïve 1"
+    for wrong in ("a\n", "\x1b[0m", "\u2028", "a" * 9, b"a", None):
+        with pytest.raises(RequestError, match=r"^name must be a string of 0 to 8 printable characters, got "):
+            read("name", wrong, Text(0, 8, printable=True))

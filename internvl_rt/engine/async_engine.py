@@ -91,6 +91,7 @@ class AsyncEngine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> AsyncGenerator[Piece, None]:
         """Answers as `Engine.stream` does: text as it becomes certain; the last piece has the whole reply.
 
@@ -99,9 +100,8 @@ class AsyncEngine:
         there are more requests than the engine takes, StepError if a step failed, EngineDeadError if the worker thread
         has died.
         """
-        return self._stream(
-            partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s), params
-        )
+        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s, request_id)
+        return self._stream(begin, params)
 
     def chat(
         self,
@@ -111,9 +111,10 @@ class AsyncEngine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Coroutine[Any, Any, Reply]:
         """Answers as `Engine.chat` does. Raises what `stream` raises, and takes `timeout_s` as it does."""
-        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s)
+        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s, request_id)
         return self._chat(begin, params)
 
     def score(
@@ -244,7 +245,7 @@ class AsyncEngine:
         return scores
 
     async def _encode(self, given: Given[Items[ImageSource]], cache_salt: str | None) -> list[Tensor]:
-        return await self._preparing.run(partial(self._engine.encode_while, given.take(), cache_salt), media=True)
+        return await self._preparing.run(partial(self._engine.pictures.encode, given.take(), cache_salt), media=True)
 
     def _close(self) -> None:
         try:
@@ -267,17 +268,18 @@ class AsyncEngine:
         v2pe_delta: Delta | None,
         cache_salt: str | None,
         timeout_s: float | None,
+        request_id: str | None,
         start_s: float,
         *,
         every_piece: bool = False,
     ) -> "_Call":
         """Prepares a request and submits it. Raises LateError if its time is over before."""
-        messages, checked = given.take(), self._engine.check_call(params, timeout_s)
+        messages, checked = given.take(), self._engine.check_call(params, timeout_s, request_id)
 
         def make(proceed: Proceed) -> Request:
             prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed)
             proceed()
-            return self._engine.new_request(replace(prepared, start_s=start_s), checked, timeout_s)
+            return self._engine.new_request(replace(prepared, start_s=start_s), checked, timeout_s, request_id)
 
         deadline_s = None if timeout_s is None else start_s + timeout_s
         return await self._start(make, media=has_media(messages), deadline_s=deadline_s, every_piece=every_piece)

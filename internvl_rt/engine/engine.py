@@ -15,16 +15,17 @@ from internvl_rt.engine.batch import run_batch
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
-from internvl_rt.engine.options import PARAMS, TIMEOUT, EngineOptions, takes_options
+from internvl_rt.engine.options import PARAMS, REQUEST_ID, TIMEOUT, EngineOptions, takes_options
+from internvl_rt.engine.pictures import PictureLoader
 from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of, unprepared_reply
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError, check_list, not_finite, quoted
+from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
+from internvl_rt.inputs.prepare import Prepared, Preparer
 from internvl_rt.inputs.proceed import LateError, Proceed, both, go_on, until
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -96,6 +97,7 @@ class Engine:
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
         )
+        self.pictures = PictureLoader(self.loop, self.preparer, cache, self.visual_cache, self._uploads)
         self._sequences = SequenceFactory(model.config, tokenizer, options, self.max_model_len)
 
     @classmethod
@@ -118,6 +120,7 @@ class Engine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Reply:
         """Answers the last user message of a conversation.
 
@@ -133,12 +136,13 @@ class Engine:
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass
             before the prompt is prepared, as with a long video, the answer is empty, and no tokens are counted.
+        request_id: printable text of at most 128 characters, which the request's line in the log and in a trace shows.
 
         Raises RequestError or MediaError, and then nothing has changed; StepError if a fault or an interrupt of another
         thread ended the answer.
         """
-        params = self.check_call(params, timeout_s)
-        request = self._request((messages, v2pe_delta, cache_salt), params, timeout_s)
+        params = self.check_call(params, timeout_s, request_id)
+        request = self._request((messages, v2pe_delta, cache_salt), params, timeout_s, request_id)
         return run_batch(self.loop, iter([request]), 1, max_running=1)[0]
 
     def stream(
@@ -149,13 +153,14 @@ class Engine:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Iterator[Piece]:
         """Answers as `chat` does, in pieces, as the text becomes certain; the last piece has the whole reply.
 
         This call raises the errors in the request; closing the iterator cancels the request.
         """
-        params = self.check_call(params, timeout_s)
-        return self._stream(self._request((messages, v2pe_delta, cache_salt), params, timeout_s))
+        params = self.check_call(params, timeout_s, request_id)
+        return self._stream(self._request((messages, v2pe_delta, cache_salt), params, timeout_s, request_id))
 
     def generate(
         self,
@@ -218,7 +223,7 @@ class Engine:
 
         Raises RequestError or MediaError.
         """
-        return self.encode_while(images, cache_salt)
+        return self.pictures.encode(images, cache_salt)
 
     def stats(self) -> dict[str, int | float]:
         """Counts what the engine holds now and what it has done so far: events, tokens and bytes."""
@@ -241,28 +246,13 @@ class Engine:
             finally:
                 self.loop.set_trace(None)
 
-    def encode_while(
-        self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on
-    ) -> list[Tensor]:
-        """Encodes pictures as `encode_images` does. proceed: called before each picture is decoded; it may raise."""
-        self.loop.check()
-        cache_salt = read("cache_salt", cache_salt, SALT)
-        visual = []
-        for picture in self.preparer.open_images(images):
-            proceed()
-            self._uploads.load(picture)  # decodes it before the loop of steps is locked
-            # The caller may write into its visual tokens, which are also kept for pictures that come again.
-            visual.append(self.loop.encode(picture, cache_salt).clone())
-        for index, visual_XD in enumerate(visual):
-            if not visual_XD.isfinite().all():
-                what = not_finite(visual_XD.dtype, "check the checkpoint")
-                raise RequestError(f"picture {index}: its visual tokens are {what}")
-        return visual
-
-    def check_call(self, params: SamplingParams | None, timeout_s: float | None) -> SamplingParams:
+    def check_call(
+        self, params: SamplingParams | None, timeout_s: float | None, request_id: str | None = None
+    ) -> SamplingParams:
         """Returns the parameters of a call, before anything is prepared. Raises RequestError or EngineDeadError."""
         self.loop.check()
         read("timeout_s", timeout_s, TIMEOUT)
+        read("request_id", request_id, REQUEST_ID)
         params = read("params", params, PARAMS) or SamplingParams()
         self._sequences.check(params)
         return params
@@ -283,14 +273,14 @@ class Engine:
         proceed = both(self.loop.check, proceed)
         prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt, proceed)
         start_s = time.perf_counter()
-        self._load_pictures(prepared, proceed)
+        self.pictures.load(prepared, proceed)
         return replace(prepared, tile_s=time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Makes a prompt as `prepare` does, from rendered turns and the tiles of each picture. Raises RequestError."""
         self.loop.check()
         prepared = self.preparer.prepare_turns(turns, tiles)
-        self._load_pictures(prepared)
+        self.pictures.load(prepared)
         return prepared
 
     def generate_prepared(
@@ -306,7 +296,11 @@ class Engine:
         return run_batch(self.loop, requests, len(params), max_running=self.options.max_num_seqs, progress=progress)
 
     def new_request(
-        self, prepared: Prepared, params: SamplingParams | None = None, timeout_s: float | None = None
+        self,
+        prepared: Prepared,
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Request:
         """Makes a request for `loop.submit`. Raises RequestError, or MediaError for a picture that is broken.
 
@@ -323,9 +317,10 @@ class Engine:
                 f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
                 "it, or raise max_model_len"
             )
-        self._load_pictures(prepared)  # does nothing for those that are loaded
+        self.pictures.load(prepared)  # does nothing for those that are loaded
         timeout_s = read("timeout_s", timeout_s, TIMEOUT)
-        request = Request(prepared, deadline_s=math.inf if timeout_s is None else prepared.start_s + timeout_s)
+        deadline_s = math.inf if timeout_s is None else prepared.start_s + timeout_s
+        request = Request(prepared, deadline_s, read("request_id", request_id, REQUEST_ID))
         for sequence in self._sequences.make(prepared, params):
             stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
             request.answers.append(Answer(sequence, AnswerText(stream, params, begun=prepared.begun)))
@@ -341,28 +336,18 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load_pictures(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
-        """Decodes and uploads pictures in the caller's thread, so that a broken one is this caller's error alone.
-
-        Skips an image whose visual tokens are kept, which then stay as long as this picture, or whose keys and values
-        are in the KV cache; if they leave it before the request runs, its step decodes the picture.
-        """
-        token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
-        num_cached = self.cache.match(token_ids, pictures, prepared.identity) if pictures else 0
-        for picture in pictures:
-            proceed()
-            is_cached = picture.span.start + picture.span.num_tokens <= num_cached
-            if picture.image is None or not (self.visual_cache.hold(picture, prepared.salt) or is_cached):
-                self._uploads.load(picture)
-
     def _request(
-        self, asked: tuple[Messages, Delta | None, str | None], params: SamplingParams, timeout_s: float | None
+        self,
+        asked: tuple[Messages, Delta | None, str | None],
+        params: SamplingParams,
+        timeout_s: float | None,
+        request_id: str | None = None,
     ) -> Request | Reply:
         """Prepares a request. Returns the reply to one whose time is over before it is prepared."""
         start_s = time.perf_counter()
         try:
             prepared = self.prepare(*asked, until(start_s + (timeout_s or math.inf)))
-            return self.new_request(prepared, params, timeout_s)
+            return self.new_request(prepared, params, timeout_s, request_id)
         except LateError:
             return unprepared_reply(params, start_s)
 

@@ -230,6 +230,7 @@ class _Params:
 # What calls of an engine take besides.
 PARAMS = _Params()
 TIMEOUT = OrNone(Number(0, 1_000_000_000, above=True))  # seconds
+REQUEST_ID = OrNone(Text(0, 128, printable=True))
 
 
 def takes_options(

@@ -40,6 +40,7 @@ class Request:
 
     prepared: Prepared
     deadline_s: float = math.inf  # by perf_counter
+    request_id: str | None = None  # the caller's own name for it, in logs and traces
     answers: list[Answer] = field(default_factory=list)
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # prompt token index -> its log-probability
     submitted_s: float = 0.0
@@ -110,7 +111,8 @@ def build_reply(request: Request) -> Reply:
 def figures_of(request: Request, outcome: str) -> dict[str, object]:
     """Returns a request's numbers for logs and traces, and no text of prompt or answer."""
     first = request.answers[0].sequence
-    line: dict[str, object] = {"outcome": outcome, "prompt_tokens": first.num_prompt}
+    line: dict[str, object] = {} if request.request_id is None else {"request_id": request.request_id}
+    line |= {"outcome": outcome, "prompt_tokens": first.num_prompt}
     if request.reply is not None:
         line |= asdict(request.reply.usage) | asdict(request.reply.timings)
     return line

@@ -133,6 +133,16 @@ def test_a_trace_holds_nothing_of_what_was_said(engine, tmp_path):
     assert names(events) == {"process_name", "thread_name", "decoder", "KV blocks", "requests", *PHASES}
 
 
+def test_a_trace_shows_the_request_id_that_a_caller_gave(engine, tmp_path):
+    path = tmp_path / "run.json"
+    with engine.trace(path):
+        engine.chat(ask("Hello"), PARAMS, request_id="first ünd 1")
+        list(engine.stream(ask("Hello"), PARAMS, request_id="second"))
+        engine.chat(ask("Hello"), PARAMS)
+    begins = [event for event in read(path) if event["ph"] == "b" and event["name"] == "request"]
+    assert [event["args"].get("request_id") for event in begins] == ["first ünd 1", "second", None]
+
+
 def test_nothing_is_written_after_the_block_and_nothing_is_left_beside(engine, tmp_path):
     path = tmp_path / "run.json"
     with engine.trace(str(path)):
