@@ -21,7 +21,7 @@ from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.preparing import Given, Preparing, has_media
-from internvl_rt.engine.reply import Piece, Reply, Score, pieces_of, unprepared_reply
+from internvl_rt.engine.reply import Piece, Reply, Score, unprepared_reply
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
@@ -341,7 +341,7 @@ class _Call:
         if not (self._every_piece or self.request.done):
             return
         if self.request.reply is not None or not self.request.done:
-            self._arrived += pieces_of(self._steps.poll(self.request), self.request.reply)
+            self._arrived += self._steps.poll(self.request)
         if self._is_waking:
             return
         self._is_waking = True

@@ -17,7 +17,7 @@ from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, REQUEST_ID, TIMEOUT, EngineOptions, takes_options
 from internvl_rt.engine.pictures import PictureLoader
-from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, pieces_of, unprepared_reply
+from internvl_rt.engine.reply import AnswerText, Piece, Reply, Score, unprepared_reply
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.sequences import SequenceFactory
@@ -353,14 +353,14 @@ class Engine:
 
     def _stream(self, request: Request | Reply) -> Iterator[Piece]:
         if isinstance(request, Reply):
-            yield from pieces_of([], request)
+            yield Piece("", request)
             return
         try:
             self.loop.submit(request)
             reply = None
             while reply is None:
-                new_texts = self.loop.advance(request)
-                reply = request.reply
-                yield from pieces_of(new_texts, reply)
+                for piece in self.loop.advance(request):
+                    reply = piece.reply
+                    yield piece
         finally:
             self.loop.cancel(request)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from internvl_rt.engine.failures import dead, errors_of_picture, errors_of_step, fault_errors, shareable, without_frames
 from internvl_rt.engine.in_flight import InFlight, Notify
+from internvl_rt.engine.reply import Piece
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import QueueFullError, RequestError, forked
@@ -100,17 +101,17 @@ class StepLoop:
         if self._wake_worker is not None:
             self._wake_worker()
 
-    def advance(self, request: Request) -> list[tuple[int, str]]:
-        """Runs one step unless `request` is done, and returns its new text as `poll` does."""
+    def advance(self, request: Request) -> list[Piece]:
+        """Runs one step unless `request` is done, and returns its new pieces as `poll` does."""
         return self._in_turn(partial(self._advance, request))
 
-    def _advance(self, request: Request) -> list[tuple[int, str]]:
+    def _advance(self, request: Request) -> list[Piece]:
         if not request.done:
             self._step()
         return self.poll(request)
 
-    def poll(self, request: Request) -> list[tuple[int, str]]:
-        """Returns text that became visible since the last call, with the index of the answer it belongs to.
+    def poll(self, request: Request) -> list[Piece]:
+        """Returns what is new since the last call, as `Request.take_pieces` does.
 
         May be called between two steps, from `notify`, or when the request is done. Raises the request's error, once.
         """
@@ -119,10 +120,7 @@ class StepLoop:
         for answer in request.answers:
             if answer.sequence.finish_reason is None:  # the tokens of an answer that has ended are text already
                 answer.read(len(answer.sequence.token_ids) - answer.sequence.num_prompt)
-        new_texts = [(index, answer.new_text) for index, answer in enumerate(request.answers) if answer.new_text]
-        for answer in request.answers:
-            answer.new_text = ""
-        return new_texts
+        return request.take_pieces()
 
     def cancel(self, request: Request) -> None:
         """Ends a request that is not done and returns its blocks, at the latest before the next step.

@@ -1,7 +1,6 @@
 """The text of an answer as it becomes visible, and the finished reply with its costs."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -130,20 +129,16 @@ def unprepared_reply(params: SamplingParams, start_s: float) -> Reply:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Newly visible text of a streamed answer, whose pieces add up to its text; the last one has the reply."""
+    """What is new of a streamed answer; the texts of all pieces add up to its text. The last one has the reply.
+
+    A token's log-probability comes as soon as the token is known, its text when that is certain, which may be a later
+    piece. Only a piece with log-probabilities or the reply may have no text.
+    """
 
     text: str
     reply: Reply | None = None
     choice: int = 0  # index of the answer that the text belongs to
-
-
-def pieces_of(new_texts: list[tuple[int, str]], reply: Reply | None) -> Iterator[Piece]:
-    """Yields a piece for each (answer index, text). The last piece carries the reply, if there is one."""
-    *others, (index, text) = new_texts or [(0, "")]
-    for other_index, other_text in others:
-        yield Piece(other_text, choice=other_index)
-    if text or reply is not None:
-        yield Piece(text, reply, index)
+    tokens: tuple[TokenLogprob, ...] = ()  # if requested; those of all pieces add up to the answer's `logprobs`
 
 
 @dataclass(frozen=True, slots=True)

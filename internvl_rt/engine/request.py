@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 
-from internvl_rt.engine.reply import AnswerText, Choice, Reply, Timings, Usage
+from internvl_rt.engine.reply import AnswerText, Choice, Piece, Reply, Timings, Usage
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.model.work import Tally
@@ -21,6 +21,13 @@ class Answer:
     num_read: int = 0  # generated tokens that were added to `text`
     new_text: str = ""  # visible text that the caller has not taken
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_taken: int = 0  # log-probabilities that the caller has taken
+
+    def take(self, index: int) -> Piece | None:
+        """Returns what is new since the last call, for the answer of this index; None if there is nothing."""
+        text, tokens = self.new_text, tuple(self.logprobs[self.num_taken :])
+        self.new_text, self.num_taken = "", len(self.logprobs)
+        return Piece(text, choice=index, tokens=tokens) if text or tokens else None
 
     def read(self, num_tokens: int) -> None:
         """Adds the first `num_tokens` generated tokens to the text, except those that it has."""
@@ -57,6 +64,15 @@ class Request:
         """Returns the error of a request that has ended without a reply, and forgets it."""
         error, self.error = self.error, None
         return error or RequestError("the request has ended, and its error was raised already; send it again")
+
+    def take_pieces(self) -> list[Piece]:
+        """Returns a piece of each answer of which something is new since the last call; the last one has the reply."""
+        taken = [answer.take(index) for index, answer in enumerate(self.answers)]
+        pieces = [piece for piece in taken if piece is not None]
+        if self.reply is not None:
+            *pieces, last = pieces or [Piece("")]
+            pieces.append(replace(last, reply=self.reply))
+        return pieces
 
     def end(self) -> None:
         """Follows the reply or the error; pictures are not needed any more."""
