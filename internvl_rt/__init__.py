@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from internvl_rt.errors import QueueFullError as QueueFullError
     from internvl_rt.errors import RequestError as RequestError
     from internvl_rt.errors import StepError as StepError
+    from internvl_rt.inputs.prepare import PromptDescription as PromptDescription
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
+    from internvl_rt.inputs.tiles import TileLayout as TileLayout
     from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
 
 _NAMES = {
@@ -41,7 +43,9 @@ _NAMES = {
     "errors": (
         "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError StepError"
     ),
+    "inputs.prepare": "PromptDescription",
     "inputs.sampling_params": "SamplingParams",
+    "inputs.tiles": "TileLayout",
     "steps.logprobs": "TokenLogprob",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -28,7 +28,7 @@ from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
 from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.prepare import Prepared, PromptDescription
 from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
@@ -132,6 +132,10 @@ class AsyncEngine:
         """
         texts = Given(partial(read_responses, responses))
         return self._score(self._copy(messages), texts, include_end, v2pe_delta, cache_salt)
+
+    def describe(self, messages: Messages) -> Coroutine[Any, Any, PromptDescription]:
+        """Describes a prompt as `Engine.describe` does. Raises what `stream` raises."""
+        return self._describe(self._copy(messages))
 
     def encode_images(
         self, images: Items[ImageSource], *, cache_salt: str | None = None
@@ -243,6 +247,11 @@ class AsyncEngine:
             for call in running:
                 call.cancel()
         return scores
+
+    async def _describe(self, given: Given[Messages]) -> PromptDescription:
+        messages = given.take()
+        describe = partial(self._engine.preparer.describe, messages)
+        return await self._preparing.run(describe, media=has_media(messages))
 
     async def _encode(self, given: Given[Items[ImageSource]], cache_salt: str | None) -> list[Tensor]:
         return await self._preparing.run(partial(self._engine.pictures.encode, given.take(), cache_salt), media=True)

@@ -25,7 +25,7 @@ from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Prepared, Preparer
+from internvl_rt.inputs.prepare import Prepared, Preparer, PromptDescription
 from internvl_rt.inputs.proceed import LateError, Proceed, both, go_on, until
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -217,6 +217,15 @@ class Engine:
         prompt = self.prepare(messages, v2pe_delta, cache_salt)
         prompts = (self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses)
         return [build_score(reply) for reply in self.generate_prepared(prompts, [SCORING] * len(responses))]
+
+    def describe(self, messages: Messages) -> PromptDescription:
+        """Returns the prompt's tokens, and the size and grid of each picture; makes no request.
+
+        An encoded picture is not decoded; the frames of a video are. Raises RequestError or MediaError, as for a
+        request.
+        """
+        self.loop.check()
+        return self.preparer.describe(messages, self.loop.check)
 
     def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
         """Computes visual tokens [X, D] of each picture on the engine's device, for `image_embeds` parts.

@@ -16,7 +16,7 @@ from internvl_rt.inputs.decoding import check_size, open_encoded, to_rgb, uprigh
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 from internvl_rt.inputs.pil_picture import AsOpened, own_picture
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
+from internvl_rt.inputs.tiles import ImageOptions, TileLayout, plan_tiles, tile_image
 
 if TYPE_CHECKING:
     import torch
@@ -37,20 +37,11 @@ class OpenImage:
     """
 
     digest: bytes
-    grid: tuple[int, int]  # columns and rows of tiles
+    layout: TileLayout
     content: "bytes | npt.NDArray[np.uint8] | torch.Tensor"
     name: str  # used in error messages
     options: ImageOptions
     as_opened: AsOpened | None = None
-
-    @property
-    def thumbnail(self) -> bool:
-        """Whether the whole picture is one more tile."""
-        return self.options.thumbnail and self.grid != (1, 1)
-
-    @property
-    def num_tiles(self) -> int:
-        return self.grid[0] * self.grid[1] + self.thumbnail
 
     @property
     def outweighs_tiles(self) -> bool:
@@ -113,9 +104,9 @@ def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
 
 def _open_encoded(content: bytes, as_opened: AsOpened | None, name: str, options: ImageOptions) -> OpenImage:
     image = _open_header(content, name, options, as_opened)
-    grid = choose_grid(*upright_size(image, name, options), options)
+    layout = plan_tiles(*upright_size(image, name, options), options)
     digest = content_digest("encoded", f"{options}{as_opened or ''}", content)
-    return OpenImage(digest, grid, content, name, options, as_opened)
+    return OpenImage(digest, layout, content, name, options, as_opened)
 
 
 def _open_header(content: bytes, name: str, options: ImageOptions, as_opened: AsOpened | None) -> Image.Image:
@@ -126,7 +117,7 @@ def _open_pixels(pixels: "npt.NDArray[np.uint8] | torch.Tensor", options: ImageO
     on_host = _on_host(pixels)
     height, width = on_host.shape[:2]
     digest = content_digest("pixels", f"{(width, height)} {options}", on_host.data)
-    return OpenImage(digest, choose_grid(width, height, options), pixels, "image", options)
+    return OpenImage(digest, plan_tiles(width, height, options), pixels, "image", options)
 
 
 def _own_pixels(
@@ -143,7 +134,7 @@ def _own_pixels(
 
 def _outweighs_tiles(pixels: "npt.NDArray[np.uint8] | torch.Tensor", options: ImageOptions) -> bool:
     height, width = pixels.shape[:2]
-    return height * width > max(LARGE_PIXELS, num_tiles(width, height, options) * options.image_size**2)
+    return height * width > max(LARGE_PIXELS, plan_tiles(width, height, options).num_tiles * options.image_size**2)
 
 
 def check_image_source(source: object, options: ImageOptions) -> None:

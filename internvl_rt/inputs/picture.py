@@ -11,7 +11,7 @@ from internvl_rt.errors import RequestError, not_finite
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.image import ImageSource, OpenImage, open_image
 from internvl_rt.inputs.prompt import VisualSpan
-from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.tiles import ImageOptions, TileLayout
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _NO_SPAN = VisualSpan(0, 0)
@@ -22,6 +22,7 @@ class Picture:
     """Plain data: nothing in it belongs to an engine. One of `image`, `tiles` and `visual_XD` is given.
 
     digest: 32 bytes. Pictures of equal digest have equal visual tokens.
+    layout: the picture's size and grid; None of tiles and visual tokens that a caller has computed.
     span: the picture's visual tokens in the prompt; empty as long as there is no prompt.
     """
 
@@ -30,6 +31,7 @@ class Picture:
     image: OpenImage | None = None
     tiles: Tensor | None = None  # uint8 [I, S, S, 3], or normalised, in the model's dtype, [I, 3, S, S]
     visual_XD: Tensor | None = None  # visual tokens that were computed elsewhere, in the model's dtype
+    layout: TileLayout | None = None
     span: VisualSpan = _NO_SPAN
 
 
@@ -39,9 +41,10 @@ def open_picture(source: ImageSource, options: ImageOptions) -> Picture:
     Of large pictures that are given as pixels, in the host's memory, only the tiles are kept.
     """
     image = open_image(source, options)
+    num_tiles = image.layout.num_tiles
     if image.outweighs_tiles:
-        return Picture(image.digest, image.num_tiles, tiles=torch.from_numpy(image.tiles()))
-    return Picture(image.digest, image.num_tiles, image=image)
+        return Picture(image.digest, num_tiles, tiles=torch.from_numpy(image.tiles()), layout=image.layout)
+    return Picture(image.digest, num_tiles, image=image, layout=image.layout)
 
 
 def count_tiles(tiles: object, config: ModelConfig) -> int:

@@ -22,7 +22,7 @@ from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, 
 from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.inputs.prompt import Prompt, Turn, build_prompt, check_turns, turns_from_messages
-from internvl_rt.inputs.tiles import ImageOptions
+from internvl_rt.inputs.tiles import ImageOptions, TileLayout
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
 from internvl_rt.values import OrNone, Text, read
@@ -47,6 +47,14 @@ class Prepared:
     tile_s: float = 0.0
     begun: bool = False  # the prompt ends with the beginning of the answer
     score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDescription:
+    """What a prompt is made of, for a caller who asks without a request."""
+
+    prompt: Prompt  # its ids hold a placeholder for each visual token, its spans say where
+    layouts: tuple[TileLayout | None, ...]  # of each picture or frame, in order; None for given visual tokens
 
 
 class Preparer:
@@ -122,6 +130,11 @@ class Preparer:
             number_images=self._number_images,
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
+
+    def describe(self, messages: Items[dict[str, Any]], proceed: Proceed = go_on) -> PromptDescription:
+        """Renders a conversation as `prepare` does, and keeps nothing of its pictures. Raises what `prepare` raises."""
+        prepared = self.prepare(messages, proceed=proceed)
+        return PromptDescription(prepared.prompt, tuple(picture.layout for picture in prepared.pictures))
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Prepares rendered turns and one tensor or array of tiles for each picture. Raises RequestError.
@@ -247,8 +260,9 @@ class Preparer:
 
     def _cut_frame(self, frame: ImageSource) -> Picture:
         """Cuts a frame of a video to its one tile at once, since the pixels of all frames could fill the memory."""
-        tiles = torch.from_numpy(open_image(frame, self._frames).tiles())
-        return picture_of_tiles(tiles, self._config, self._dtype, self._max_model_len)
+        image = open_image(frame, self._frames)
+        picture = picture_of_tiles(torch.from_numpy(image.tiles()), self._config, self._dtype, self._max_model_len)
+        return replace(picture, layout=image.layout)
 
     def _options_of(self, media: Media) -> ImageOptions:
         most = self._images.max_tiles

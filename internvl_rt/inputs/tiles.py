@@ -55,6 +55,21 @@ _KINDS: dict[str, Kind] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """A picture's size in pixels, and how it is cut: into a grid of tiles, and perhaps a thumbnail."""
+
+    width: int
+    height: int
+    columns: int
+    rows: int
+    thumbnail: bool  # whether the whole picture is one more tile, the last
+
+    @property
+    def num_tiles(self) -> int:
+        return self.columns * self.rows + self.thumbnail
+
+
 @lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Returns all (columns, rows) with min_tiles <= columns * rows <= max_tiles, by number of tiles, ties in set order.
@@ -87,10 +102,10 @@ def choose_grid(width: int, height: int, options: ImageOptions) -> tuple[int, in
     return best
 
 
-def num_tiles(width: int, height: int, options: ImageOptions) -> int:
-    """Counts the tiles of a picture of that size, the thumbnail included."""
+def plan_tiles(width: int, height: int, options: ImageOptions) -> TileLayout:
+    """Plans how a picture of that size is cut."""
     columns, rows = choose_grid(width, height, options)
-    return columns * rows + (options.thumbnail and columns * rows > 1)
+    return TileLayout(width, height, columns, rows, options.thumbnail and columns * rows > 1)
 
 
 def tile_image(image: Image.Image, options: ImageOptions) -> npt.NDArray[np.uint8]:
@@ -99,10 +114,11 @@ def tile_image(image: Image.Image, options: ImageOptions) -> npt.NDArray[np.uint
     Returns uint8 [num_tiles, image_size, image_size, 3], row by row; the thumbnail, if any, is the last one.
     """
     size = options.image_size
-    columns, rows = choose_grid(*image.size, options)
-    tiles = np.empty((num_tiles(*image.size, options), size, size, 3), np.uint8)
+    layout = plan_tiles(*image.size, options)
+    columns, rows = layout.columns, layout.rows
+    tiles = np.empty((layout.num_tiles, size, size, 3), np.uint8)
     with ThreadPoolExecutor(1) as pool:  # the two resizes run in parallel: Pillow's passes release the GIL
-        thumbnail = pool.submit(_resize, image, size, size) if len(tiles) > columns * rows else None
+        thumbnail = pool.submit(_resize, image, size, size) if layout.thumbnail else None
         canvas = np.asarray(_resize(image, columns * size, rows * size)).reshape(rows, size, columns, size, 3)
         tiles[: columns * rows].reshape(rows, columns, size, size, 3)[...] = canvas.swapaxes(1, 2)
         if thumbnail:

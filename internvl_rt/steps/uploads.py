@@ -51,7 +51,8 @@ class Uploads:
         given = Arriving.on_current_stream(pixels)
         with self._stream.use():
             pixels = to_device(given.get(), self._device)
-            tiles = self._ops.resize_tiles(pixels, *image.grid, image.options.image_size, image.thumbnail)
+            cut, size = image.layout, image.options.image_size
+            tiles = self._ops.resize_tiles(pixels, cut.columns, cut.rows, size, cut.thumbnail)
             return Arriving.on_current_stream(tiles)
 
     def _send(self, tensor: torch.Tensor) -> Arriving:

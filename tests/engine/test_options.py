@@ -131,7 +131,7 @@ def test_a_turned_picture_reaches_the_prompt_turned():
     options = {"device": "cpu", "max_num_seqs": 1, "kv_cache_bytes": 1 << 24}
     with Engine.from_pretrained("tiny", exif="apply", **options) as engine:
         (picture,) = engine.prepare([{"role": "user", "content": parts}]).pictures
-    columns, rows = picture.image.grid
+    columns, rows = picture.layout.columns, picture.layout.rows
     assert columns > rows
     assert np.array_equal(picture.image.pixels(), upright)
 

@@ -75,7 +75,7 @@ def _make_picture(random: Random) -> tuple[bytes, ImageOptions]:
 def _use_picture(given: tuple[bytes, ImageOptions], folder: Path) -> None:
     image = open_image(*given)
     tiles = image.tiles()
-    assert tiles.shape == (image.num_tiles, 56, 56, 3)
+    assert tiles.shape == (image.layout.num_tiles, 56, 56, 3)
 
 
 @cache

@@ -23,7 +23,7 @@ from internvl_rt.inputs.prompt import (
     tiles_per_image,
     turns_from_question,
 )
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, plan_tiles
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.inputs.video import choose_frame_indices
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
@@ -46,7 +46,7 @@ def tokenizer(ckpt_dir: Folder) -> Tokenizer:
 
 def grid(width: int, height: int, max_num: int, image_size: int, min_num: int) -> tuple[int, int, int]:
     options = ImageOptions(image_size=image_size, min_tiles=min_num, max_tiles=max_num)
-    return (*choose_grid(width, height, options), num_tiles(width, height, options))
+    return (*choose_grid(width, height, options), plan_tiles(width, height, options).num_tiles)
 
 
 def tile(path: str | Path, max_num: int, image_size: int) -> NDArray[np.uint8]:

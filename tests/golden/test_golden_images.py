@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from internvl_rt.inputs.image import ImageSource, open_image
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, plan_tiles
 from internvl_rt.inputs.video import choose_frame_indices
 
 SETS = sorted(Path(os.environ["INTERNVL_RT_GOLDEN"]).glob("set*"))
@@ -46,14 +46,14 @@ def test_grids(folder: Path) -> None:
         for key, grids in row.items():
             for max_tiles, want in grids.items():
                 options = ImageOptions(image_size=int(key.removeprefix("image_size_")), max_tiles=int(max_tiles))
-                assert [*choose_grid(width, height, options), num_tiles(width, height, options)] == want
+                assert [*choose_grid(width, height, options), plan_tiles(width, height, options).num_tiles] == want
 
 
 def test_grids_with_a_minimum(folder: Path) -> None:
     for case in read(folder / "preprocessing.json")["min_num_cases"]:
         size = case["width"], case["height"]
         options = ImageOptions(image_size=case["image_size"], min_tiles=case["min_num"], max_tiles=case["max_num"])
-        assert [*choose_grid(*size, options), num_tiles(*size, options)] == case["grid"]
+        assert [*choose_grid(*size, options), plan_tiles(*size, options).num_tiles] == case["grid"]
 
 
 def test_photographs(folder: Path) -> None:

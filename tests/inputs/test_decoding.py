@@ -122,7 +122,7 @@ def test_strips_that_keep_the_search_for_scans_busy_are_refused(unit: bytes, cou
 @pytest.mark.slow
 def test_a_tiff_of_64_megapixels_in_jpeg_strips_is_not_refused() -> None:
     content = encode(Image.new("RGB", (8000, 8000)), "TIFF", compression="jpeg")
-    assert open_image(content, ImageOptions()).num_tiles > 1
+    assert open_image(content, ImageOptions()).layout.num_tiles > 1
 
 
 def test_the_frame_of_an_mpo_is_charged_for_its_own_scans() -> None:
@@ -138,7 +138,7 @@ def test_the_frame_of_an_mpo_is_charged_for_its_own_scans() -> None:
 @pytest.mark.slow
 def test_a_progressive_jpeg_of_64_megapixels_is_not_refused() -> None:
     content = encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True, subsampling=0)
-    assert open_image(content, ImageOptions()).num_tiles > 1
+    assert open_image(content, ImageOptions()).layout.num_tiles > 1
 
 
 SMALL = encode(Image.new("RGB", (8, 8)), "JPEG")
@@ -225,6 +225,6 @@ def test_an_upright_tiff_is_turned_once() -> None:
     content = encode(Image.new("RGB", (600, 100)), "TIFF", exif=exif)
     for option in ("ignore", "apply"):
         opened = open_image(content, ImageOptions(exif=option, image_size=28))
-        columns, rows = opened.grid
+        columns, rows = opened.layout.columns, opened.layout.rows
         assert opened.decode().size == (100, 600)
         assert rows > columns

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_rt.inputs.image import open_image
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, plan_tiles
 
 Pixels = npt.NDArray[np.uint8]
 OFFICIAL = ImageOptions()
@@ -74,7 +74,7 @@ def test_grids_of_one_size_that_tie_are_taken_in_the_order_of_the_official_set(
 def test_tiles_of_extreme_sizes(width: int, height: int, grid: tuple[int, int], tiles: int) -> None:
     options = ImageOptions(image_size=448)
     assert choose_grid(width, height, options) == grid
-    assert num_tiles(width, height, options) == tiles
+    assert plan_tiles(width, height, options).num_tiles == tiles
     assert open_image(noise(height, width), options).tiles().shape == (tiles, 448, 448, 3)
 
 
@@ -129,7 +129,7 @@ def test_tiles_equal_integer_bicubic_bit_for_bit(height: int, width: int, thumbn
     tiles = open_image(array, options).tiles()
     assert tiles.dtype == np.uint8
     assert tiles.flags.c_contiguous
-    assert len(tiles) == num_tiles(width, height, options)
+    assert len(tiles) == plan_tiles(width, height, options).num_tiles
     assert np.array_equal(tiles, reference_tiles(array, options))
 
 

@@ -139,7 +139,7 @@ def test_of_large_pixels_the_tiles_are_kept(kind, monkeypatch):
     opened = open_image(given, options)
     assert large.image is None
     assert np.array_equal(large.tiles.numpy(), opened.tiles())
-    assert (large.digest, large.num_tiles) == (opened.digest, opened.num_tiles)
+    assert (large.digest, large.num_tiles) == (opened.digest, opened.layout.num_tiles)
     assert small.tiles is None
     assert small.image.pixels().nbytes <= small.image.tiles().nbytes
 

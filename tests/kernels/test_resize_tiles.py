@@ -14,7 +14,7 @@ from PIL import Image
 
 import internvl_rt
 from internvl_rt.inputs.image import open_image
-from internvl_rt.inputs.tiles import ImageOptions, choose_grid, num_tiles, tile_image
+from internvl_rt.inputs.tiles import ImageOptions, choose_grid, plan_tiles, tile_image
 from internvl_rt.kernels.resize_tiles import (
     CACHED_TABLES,
     FRACTION_BITS,
@@ -83,7 +83,7 @@ def test_the_reference_equals_the_tiles_of_the_cpu_path(path: Path, max_tiles: i
     options = ImageOptions(max_tiles=max_tiles)
     image = open_image(path, options).decode()
     columns, rows = choose_grid(*image.size, options)
-    thumbnail = num_tiles(*image.size, options) > columns * rows
+    thumbnail = plan_tiles(*image.size, options).num_tiles > columns * rows
     tiles = resize_tiles_reference(torch.from_numpy(np.array(image)), columns, rows, options.image_size, thumbnail)
     np.testing.assert_array_equal(tiles.numpy(), tile_image(image, options))
 

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.inputs.tiles import ImageOptions, num_tiles
+from internvl_rt.inputs.tiles import ImageOptions, plan_tiles
 from internvl_rt.model.internvl import named_parameters
 from support.digits import (
     COMPARE,
@@ -128,7 +128,7 @@ def test_blank_pictures_are_not_read_as_the_samples(engine):
 def test_samples_are_of_one_to_six_digits_on_one_and_on_several_tiles(engine):
     assert [len(path.stem) for path in sorted(SAMPLES, key=lambda path: len(path.stem))] == [1, 2, 3, 4, 5, 6]
     options = ImageOptions(image_size=engine.config.vision.image_size)
-    tiles = {num_tiles(*Image.open(path).size, options) for path in SAMPLES}
+    tiles = {plan_tiles(*Image.open(path).size, options).num_tiles for path in SAMPLES}
     assert min(tiles) == 1
     assert len(tiles) >= 4
 
