@@ -38,11 +38,10 @@ class SequenceFactory:
                 f"n is {params.n}, but at most max_num_seqs = {most} answers to one prompt may be asked for; lower n "
                 "or raise max_num_seqs"
             )
-        for token_id in params.stop_ids:
-            if token_id >= self._vocab_size:
-                raise RequestError(
-                    f"stop_token_ids: {token_id} is not in the vocabulary of {self._vocab_size:,} tokens"
-                )
+        named = {"stop_token_ids": params.stop_ids, "logit_bias": [token_id for token_id, _ in params.biases]}
+        for name, token_ids in named.items():
+            if token_ids and (largest := max(token_ids)) >= self._vocab_size:
+                raise RequestError(f"{name}: {largest} is not in the vocabulary of {self._vocab_size:,} tokens")
 
     def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
         """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.

@@ -1,7 +1,7 @@
 """Sampling parameters: what a caller may request of an answer, checked once."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
@@ -35,6 +36,8 @@ class SamplingParams:
     repetition_penalty: divides the logits above 0 of generated tokens, and multiplies those below.
     presence_penalty: is subtracted from the logits of generated tokens.
     frequency_penalty: is subtracted once for each time that a token was generated.
+    logit_bias: is added to the logits of these token ids before all else, also before a grammar forbids tokens; ids
+        may be strings of digits, as in JSON. A log-probability that is returned is the one without it.
     n: answers to the same prompt, which is computed once; each draws with a seed of its own. Answers to one prompt
         leave a quarter of the engine's `max_num_seqs` places, at least one, to other requests: the rest begin later.
     seed: makes a draw reproducible whatever else runs; None: the engine's own seed decides.
@@ -61,6 +64,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     n: int = 1
     seed: int | None = None
     stop: str | Iterable[str] | None = ()
@@ -90,6 +94,12 @@ class SamplingParams:
         return self.stop_token_ids
 
     @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Token ids, in order, and what is added to their logits."""
+        assert isinstance(self.logit_bias, tuple), "read as one"
+        return self.logit_bias
+
+    @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
@@ -102,6 +112,30 @@ class SamplingParams:
             return None
         assert isinstance(self.json_schema, str), "read as text"
         return "json_schema", self.json_schema
+
+
+class _Biases:
+    """Numbers for token ids, as a tuple of pairs, which is hashable and cannot be changed; None is no pair."""
+
+    expected = f"a mapping of at most {MAX_BIASES:,} token ids to numbers from -100 to 100, or None"
+
+    def read(self, value: object) -> tuple[tuple[int, float], ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, Mapping | tuple) or len(value) > MAX_BIASES:
+            raise UnfitError
+        pairs = tuple(value.items() if isinstance(value, Mapping) else value)  # a tuple is what was read before
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise UnfitError
+        biases = {self._read_id(token_id): _PENALTY.read(number) for token_id, number in pairs}
+        if len(biases) < len(pairs):  # an id is there as a number and as a string
+            raise UnfitError
+        return tuple(sorted(biases.items()))
+
+    def _read_id(self, value: object) -> int:
+        if isinstance(value, str) and len(value) <= 10 and value.isascii() and value.isdigit():
+            value = int(value)
+        return _TOKEN_ID.read(value)
 
 
 class _Schema:
@@ -142,6 +176,7 @@ def _write_schema(schema: object) -> str:
 
 _GRAMMAR = Text(0, MAX_GRAMMAR_BYTES)
 _PENALTY = Number(-100, 100)
+_TOKEN_ID = Integer(0, 2**31 - 1)
 _LOGPROBS = OrNone(Integer(0, MAX_LOGPROBS))
 _KINDS: dict[str, Kind] = {
     "max_tokens": Integer(1, MAX_NEW_TOKENS),
@@ -153,10 +188,11 @@ _KINDS: dict[str, Kind] = {
     "repetition_penalty": Number(0, 100, above=True),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
+    "logit_bias": _Biases(),
     "n": Integer(1, MAX_ANSWERS),
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "stop": Several(Text(1, MAX_STOP_CHARACTERS), MAX_STOPS),
-    "stop_token_ids": Several(Integer(0, 2**31 - 1), MAX_STOPS),
+    "stop_token_ids": Several(_TOKEN_ID, MAX_STOPS),
     "ignore_eos": Flag(),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,

@@ -25,7 +25,7 @@ class Decodes:
     counter_S: NDArray[np.int64]  # how many tokens were drawn before
     num_context: int  # tokens of all sequences, this step's included
     num_repeats: int  # how many more steps may decode these sequences without a look at any of them
-    is_plain: bool  # only the ids of the drawn tokens matter: no grammar, no log-probabilities
+    is_plain: bool  # only the ids of the drawn tokens matter: no grammar, no bias, no log-probabilities
     lists_tokens: bool  # penalties or min_tokens change the logits of some tokens
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
-from internvl_rt.steps.sampler import Sampler, forbid, listing_sampling
+from internvl_rt.steps.sampler import Sampler, add_biases, forbid, listing_sampling
 from internvl_rt.steps.step import Chunk, Step, StepShape, build_step, empty_step
 from internvl_rt.steps.step_graph import NUM_STAGES, Computed, StepGraphs
 from internvl_rt.steps.uploads import Uploads
@@ -253,7 +253,10 @@ class Runner:
         if not step.is_plain:
             logits_RV = self._rows(logits_RV, [draw.row for draw in draws])
             wanted = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
-            raw_RV = self._rows(logits_RV, wanted)  # before a grammar forbids tokens
+            raw_RV = self._rows(logits_RV, wanted)  # before biases, and before a grammar forbids tokens
+            biases = {row: draw.sequence.bias for row, draw in enumerate(draws) if draw.sequence.bias is not None}
+            if biases:
+                add_biases(logits_RV, biases)
             masks = {row: draw.sequence.mask_W for row, draw in enumerate(draws) if draw.sequence.mask_W is not None}
             if masks:
                 forbid(logits_RV, list(masks), np.stack(list(masks.values())))

@@ -1,6 +1,7 @@
 """Arguments of a step's draws, as arrays for the device. A draw depends on its logits, parameters, seed and counter."""
 
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from itertools import accumulate
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from internvl_rt.model.step_inputs import Sampling
 from internvl_rt.steps.device_stream import host_memory, to_device
-from internvl_rt.steps.sequence import Sequence
+from internvl_rt.steps.sequence import Bias, Sequence
 from internvl_rt.steps.step import Draw
 
 _NAMES = ("seed_R", "counter_R", *Sampling._fields[:-2])  # the order in memory: the wider numbers first
@@ -132,6 +133,16 @@ def _listed(draw: Draw) -> dict[int, int]:
     if draw.counter < sequence.params.min_tokens and not is_complete:
         listed |= dict.fromkeys(sequence.stop_ids, -1)
     return listed
+
+
+def add_biases(logits_RV: Tensor, biases: Mapping[int, Bias]) -> None:
+    """Adds to the logits of some tokens of some rows, given by the row's index. A sum has the logits' dtype."""
+    rows = np.repeat([*biases], [len(bias.token_id_B) for bias in biases.values()])
+    token_ids = np.concatenate([bias.token_id_B for bias in biases.values()])
+    values = np.concatenate([bias.value_B for bias in biases.values()])
+    row_N, token_id_N = to_device(torch.from_numpy(np.stack([rows, token_ids])), logits_RV.device)
+    value_N = to_device(torch.from_numpy(values), logits_RV.device)
+    logits_RV[row_N, token_id_N] = (logits_RV[row_N, token_id_N] + value_N).to(logits_RV.dtype)
 
 
 def forbid(logits_RV: Tensor, rows: Items[int], mask_RW: np.ndarray) -> None:

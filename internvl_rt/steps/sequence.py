@@ -1,7 +1,7 @@
 """A sequence: the tokens of one answer, from its prompt on, and how far steps have computed them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,13 @@ from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.steps.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "timeout"]
+
+
+class Bias(NamedTuple):
+    """What is added to the logits of some tokens; B numbers of them."""
+
+    token_id_B: NDArray[np.int64]
+    value_B: NDArray[np.float32]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +49,10 @@ class Sequence:
     first_id: int = field(init=False)  # seq_id of the first answer to the same prompt
     num_prompt: int = field(init=False)
     num_tokens: int = field(init=False)  # prompt and drawn tokens
-    is_plain: bool = field(init=False)  # only a drawn token's id matters: no stop strings, log-probabilities or grammar
+    bias: Bias | None = field(init=False)
+    # Only a drawn token's id matters, and its logits are drawn from as they are: there are no stop strings,
+    # log-probabilities, grammar or bias.
+    is_plain: bool = field(init=False)
     lists_tokens: bool = field(init=False)  # penalties or min_tokens change the logits of some tokens
     needs_tokens: bool = field(init=False)  # the next draw needs all earlier ids on the host, so no step runs ahead
     num_computed: int = 0  # tokens that steps have computed or are computing
@@ -59,7 +69,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.first_id = self.seq_id
         self.num_prompt = self.num_tokens = len(self.token_ids)
-        self.is_plain = not (self.params.stop or self.params.logprobs is not None or self.matcher is not None)
+        ids, values = zip(*self.params.biases, strict=True) if self.params.biases else ((), ())
+        self.bias = Bias(np.array(ids, np.int64), np.array(values, np.float32)) if ids else None
+        params = self.params
+        self.is_plain = not (params.stop or params.logprobs is not None or self.matcher or self.bias)
         self.lists_tokens = self.params.has_penalties or self.params.min_tokens > 0
         self.needs_tokens = self.matcher is not None or self.drafter is not None or self.params.has_penalties
 

@@ -71,7 +71,7 @@ class Step(NamedTuple):
     num_draws: int  # of the decodes and of the chunks
     num_draw_rows: int  # rows of logits that they are drawn from
     has_prompts: bool  # some prompt tokens are computed
-    is_plain: bool  # one draw from each row, no grammar, no log-probabilities
+    is_plain: bool  # one draw from each row, no grammar, no bias, no log-probabilities
 
     @property
     def draw_rows(self) -> tuple[int, ...]:

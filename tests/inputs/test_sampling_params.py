@@ -80,6 +80,21 @@ def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
         {"json_whitespace": "none"},
         {"json_whitespace": []},
         {"skip_special_tokens": 1},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"\u0661": 1}},
+        {"logit_bias": {1.0: 1}},
+        {"logit_bias": {True: 1}},
+        {"logit_bias": {1: 100.5}},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: "1"}},
+        {"logit_bias": {1: 1, "1": 1}},
+        {"logit_bias": dict.fromkeys(range(1025), 1)},
+        {"logit_bias": {2**31: 1}},
+        {"logit_bias": [(1, 1)]},
+        {"logit_bias": (1, 1)},
+        {"logit_bias": "1"},
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(fields):
@@ -125,6 +140,17 @@ def test_an_error_is_one_short_line_however_long_the_value(name):
         assert str(caught.value).startswith(name)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 500
+
+
+def test_biases_are_kept_in_one_form_that_nothing_changes():
+    given = {"17": 1, 3: np.float32(-2.5)}
+    params = SamplingParams(logit_bias=given)
+    given[4] = 1
+    assert params.biases == ((3, -2.5), (17, 1.0))
+    assert params == dataclasses.replace(params) == SamplingParams(logit_bias={17: 1, 3: -2.5})
+    assert hash(params) == hash(dataclasses.replace(params))
+    assert len(SamplingParams(logit_bias=dict.fromkeys(range(1024), 1)).biases) == 1024
+    assert SamplingParams(logit_bias={}) == SamplingParams(logit_bias=None) == SamplingParams()
 
 
 def test_unknown_parameters_are_refused():

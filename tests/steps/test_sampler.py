@@ -9,7 +9,7 @@ import torch
 
 from internvl_rt import SamplingParams
 from internvl_rt.model.ops import TORCH
-from internvl_rt.steps.sampler import Sampler, derive_seed, forbid
+from internvl_rt.steps.sampler import Sampler, add_biases, derive_seed, forbid
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Draw
 
@@ -63,6 +63,32 @@ def test_forbidding_tokens_hides_no_logit_that_is_not_finite():
     assert logits_RV[:, 7].isfinite().logical_not().all()
     assert torch.all(logits_RV[:, 8] == -math.inf)
     assert sample(logits_RV, [sequence(), sequence(), sequence()]) == [-1, -1, 0]
+
+
+def test_biases_are_added_to_their_rows_and_tokens_alone():
+    logits_RV = torch.randn(4, VOCAB)
+    logits_RV[3, 1], logits_RV[3, 2] = math.nan, math.inf
+    before_RV = logits_RV.clone()
+    first, second = sequence(logit_bias={"7": 2.5, 3: -100, 49: 100}), sequence(logit_bias={0: 1, 1: 1, 2: -1})
+    add_biases(logits_RV, {2: first.bias, 3: second.bias})
+    change_RV = torch.zeros(4, VOCAB)
+    change_RV[2, [7, 3, 49]] = torch.tensor([2.5, -100.0, 100.0])
+    change_RV[3, [0, 1, 2]] = torch.tensor([1.0, 1.0, -1.0])
+    torch.testing.assert_close(logits_RV, before_RV + change_RV, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_biased_logit_is_the_sum_rounded_to_its_dtype(dtype):
+    logits_RV = torch.full((1, VOCAB), 20.0, dtype=dtype)
+    add_biases(logits_RV, {0: sequence(logit_bias={5: 0.3}).bias})
+    assert logits_RV[0, 5] == torch.tensor(20.3).to(dtype) != 20
+    assert logits_RV[0, :5].tolist() == [20.0] * 5
+
+
+def test_only_a_sequence_whose_logits_are_drawn_from_as_they_are_is_plain():
+    assert sequence().is_plain
+    assert sequence(logit_bias={}).is_plain
+    assert not sequence(logit_bias={1: 0.5}).is_plain
 
 
 def test_temperature_zero_takes_the_largest_logit(logits_V):

@@ -108,7 +108,7 @@ def ask(engine: Engine, rng: random.Random) -> None:
     kinds: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "top_k": 5, "n": 2},
-        {"logprobs": 2, "prompt_logprobs": 1},
+        {"logprobs": 2, "prompt_logprobs": 1, "logit_bias": {3: 1.0, 5: -1.0}},
         {"temperature": 0.7, "repetition_penalty": 1.1, "min_tokens": 2},
     ]
     params = [SamplingParams(**some | kind) for kind in kinds]
