@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from internvl_rt.errors import RequestError as RequestError
     from internvl_rt.errors import StepError as StepError
     from internvl_rt.inputs.prepare import PromptDescription as PromptDescription
+    from internvl_rt.inputs.prompt import RawPrompt as RawPrompt
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
     from internvl_rt.inputs.tiles import TileLayout as TileLayout
     from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
@@ -44,6 +45,7 @@ _NAMES = {
         "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError StepError"
     ),
     "inputs.prepare": "PromptDescription",
+    "inputs.prompt": "RawPrompt",
     "inputs.sampling_params": "SamplingParams",
     "inputs.tiles": "TileLayout",
     "steps.logprobs": "TokenLogprob",

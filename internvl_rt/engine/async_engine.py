@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from internvl_rt.engine.engine import Engine, Messages
+from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.options import EngineOptions, takes_options
@@ -28,8 +28,9 @@ from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
 from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Prepared, PromptDescription
+from internvl_rt.inputs.prepare import Prepared, PromptDescription, PromptSource
 from internvl_rt.inputs.proceed import LateError, Proceed
+from internvl_rt.inputs.prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
 from internvl_rt.values import Flag, read
@@ -85,7 +86,7 @@ class AsyncEngine:
 
     def stream(
         self,
-        messages: Messages,
+        messages: PromptSource,
         params: SamplingParams | None = None,
         *,
         v2pe_delta: Delta | None = None,
@@ -105,7 +106,7 @@ class AsyncEngine:
 
     def chat(
         self,
-        messages: Messages,
+        messages: PromptSource,
         params: SamplingParams | None = None,
         *,
         v2pe_delta: Delta | None = None,
@@ -119,7 +120,7 @@ class AsyncEngine:
 
     def score(
         self,
-        messages: Messages,
+        messages: PromptSource,
         responses: Items[str],
         *,
         include_end: bool = False,
@@ -133,7 +134,7 @@ class AsyncEngine:
         texts = Given(partial(read_responses, responses))
         return self._score(self._copy(messages), texts, include_end, v2pe_delta, cache_salt)
 
-    def describe(self, messages: Messages) -> Coroutine[Any, Any, PromptDescription]:
+    def describe(self, messages: PromptSource) -> Coroutine[Any, Any, PromptDescription]:
         """Describes a prompt as `Engine.describe` does. Raises what `stream` raises."""
         return self._describe(self._copy(messages))
 
@@ -168,9 +169,11 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _copy(self, messages: Messages) -> Given[Messages]:
-        def copy() -> Messages:
+    def _copy(self, messages: PromptSource) -> Given[PromptSource]:
+        def copy() -> PromptSource:
             self._preparing.check()  # nothing is copied for a call that is refused
+            if isinstance(messages, RawPrompt):
+                return messages.fixed(self._engine.max_model_len)
             return snapshot(messages, self._copy_limits)
 
         return Given(copy)
@@ -212,7 +215,7 @@ class AsyncEngine:
 
     async def _score(
         self,
-        given: Given[Messages],
+        given: Given[PromptSource],
         texts: Given[tuple[str, ...]],
         include_end: bool,
         v2pe_delta: Delta | None,
@@ -248,7 +251,7 @@ class AsyncEngine:
                 call.cancel()
         return scores
 
-    async def _describe(self, given: Given[Messages]) -> PromptDescription:
+    async def _describe(self, given: Given[PromptSource]) -> PromptDescription:
         messages = given.take()
         describe = partial(self._engine.preparer.describe, messages)
         return await self._preparing.run(describe, media=has_media(messages))
@@ -272,7 +275,7 @@ class AsyncEngine:
 
     async def _begin(
         self,
-        given: Given[Messages],
+        given: Given[PromptSource],
         params: SamplingParams | None,
         v2pe_delta: Delta | None,
         cache_salt: str | None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Prepared, Preparer, PromptDescription
+from internvl_rt.inputs.prepare import Prepared, Preparer, PromptDescription, PromptSource
 from internvl_rt.inputs.proceed import LateError, Proceed, both, go_on, until
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -40,8 +40,6 @@ from internvl_rt.steps.visual_cache import VisualCache
 from internvl_rt.values import Flag, read
 
 MAX_TILES_PER_STEP = 32  # of 256 visual tokens: as many as a GPU's step computes by default; fewer in a shorter step
-
-Messages = Items[dict[str, Any]]
 
 
 class Engine:
@@ -114,7 +112,7 @@ class Engine:
 
     def chat(
         self,
-        messages: Messages,
+        messages: PromptSource,
         params: SamplingParams | None = None,
         *,
         v2pe_delta: Delta | None = None,
@@ -132,6 +130,7 @@ class Engine:
             "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
             tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
             beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
+            Or a `RawPrompt`, which has no template: the text of the reply then keeps the whitespace around it.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass
@@ -147,7 +146,7 @@ class Engine:
 
     def stream(
         self,
-        messages: Messages,
+        messages: PromptSource,
         params: SamplingParams | None = None,
         *,
         v2pe_delta: Delta | None = None,
@@ -164,7 +163,7 @@ class Engine:
 
     def generate(
         self,
-        batch: Items[Messages],
+        batch: Items[PromptSource],
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
         v2pe_delta: Delta | None = None,
@@ -201,7 +200,7 @@ class Engine:
 
     def score(
         self,
-        messages: Messages,
+        messages: PromptSource,
         responses: Items[str],
         *,
         include_end: bool = False,
@@ -218,7 +217,7 @@ class Engine:
         prompts = (self.preparer.prepare_score(prompt, text, include_end=include_end) for text in responses)
         return [build_score(reply) for reply in self.generate_prepared(prompts, [SCORING] * len(responses))]
 
-    def describe(self, messages: Messages) -> PromptDescription:
+    def describe(self, messages: PromptSource) -> PromptDescription:
         """Returns the prompt's tokens, and the size and grid of each picture; makes no request.
 
         An encoded picture is not decoded; the frames of a video are. Raises RequestError or MediaError, as for a
@@ -268,7 +267,7 @@ class Engine:
 
     def prepare(
         self,
-        messages: Messages,
+        messages: PromptSource,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         proceed: Proceed = go_on,
@@ -332,7 +331,8 @@ class Engine:
         request = Request(prepared, deadline_s, read("request_id", request_id, REQUEST_ID))
         for sequence in self._sequences.make(prepared, params):
             stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=prepared.begun)
-            request.answers.append(Answer(sequence, AnswerText(stream, params, begun=prepared.begun)))
+            text = AnswerText(stream, params, begun=prepared.begun, strips=not prepared.raw)
+            request.answers.append(Answer(sequence, text))
         return request
 
     def close(self) -> None:
@@ -347,7 +347,7 @@ class Engine:
 
     def _request(
         self,
-        asked: tuple[Messages, Delta | None, str | None],
+        asked: tuple[PromptSource, Delta | None, str | None],
         params: SamplingParams,
         timeout_s: float | None,
         request_id: str | None = None,

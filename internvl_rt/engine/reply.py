@@ -82,7 +82,7 @@ class Choice:
     """One answer to a request."""
 
     # As the official chat returns it: without special tokens, and without the whitespace around it, which is kept where
-    # there is a grammar, and before what continues a begun answer.
+    # there is a grammar or no template, and before what continues a begun answer.
     text: str
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
@@ -162,13 +162,14 @@ class AnswerText:
 
     It holds text back until it is certain: the beginning of what may become a stop string, whitespace that may turn out
     to be trailing, and (by `TextStream`) incomplete UTF-8. Whitespace around an answer is left out, as in the official
-    chat, unless the answer keeps to a grammar, which its whole text then matches; and before the text that continues a
-    begun answer it is kept.
+    chat, unless the answer keeps to a grammar, which its whole text then matches, or follows a prompt without template;
+    and before the text that continues a begun answer it is kept.
     """
 
-    def __init__(self, stream: TextStream, params: SamplingParams, *, begun: bool = False) -> None:
+    def __init__(self, stream: TextStream, params: SamplingParams, *, begun: bool = False, strips: bool = True) -> None:
+        """begun: the text continues an answer. strips: whether whitespace around it is left out without a grammar."""
         self._stream, self._stops, self._min_tokens = stream, params.stop_strings, params.min_tokens
-        self._strips = params.regex is None and params.json_schema is None
+        self._strips = strips and params.grammar is None
         self._begun = begun or not self._strips  # whitespace at the beginning belongs to the text
         self._pending = ""
         self._num_tokens = 0

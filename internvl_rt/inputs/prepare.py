@@ -21,11 +21,22 @@ from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, picture_of_visual_tokens
 from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.proceed import Proceed, go_on
-from internvl_rt.inputs.prompt import Prompt, Turn, build_prompt, check_turns, turns_from_messages
+from internvl_rt.inputs.prompt import (
+    Prompt,
+    RawPrompt,
+    Turn,
+    build_prompt,
+    build_raw_prompt,
+    check_turns,
+    turns_from_messages,
+)
 from internvl_rt.inputs.tiles import ImageOptions, TileLayout
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
 from internvl_rt.values import OrNone, Text, read
+
+Messages = Items[dict[str, Any]]
+PromptSource = Messages | RawPrompt
 
 SALT = OrNone(Text(0, 4096))
 NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
@@ -46,6 +57,7 @@ class Prepared:
     media_s: float = 0.0
     tile_s: float = 0.0
     begun: bool = False  # the prompt ends with the beginning of the answer
+    raw: bool = False  # it has no template, and the answer's text keeps the whitespace around it
     score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
 
 
@@ -88,12 +100,12 @@ class Preparer:
 
     def prepare(
         self,
-        messages: Items[dict[str, Any]],
+        messages: PromptSource,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         proceed: Proceed = go_on,
     ) -> Prepared:
-        """Reads the media of a conversation and renders it.
+        """Reads the media of a conversation and renders it, or encodes a `RawPrompt`.
 
         Pictures are hashed, and encoded ones are not decoded; frames of videos are decoded and cut to their tiles.
         proceed: called before each picture is opened, and before each frame of a video is decoded; it may raise.
@@ -101,6 +113,9 @@ class Preparer:
         """
         v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         start_s = time.perf_counter()
+        if isinstance(messages, RawPrompt):
+            placed = self._place(self._build_raw(messages), (), v2pe_delta, cache_salt)
+            return replace(placed, start_s=start_s, begun=True, raw=True)
         parsed = parse_messages(messages, self._max_model_len)
         self._check_size(parsed)
         pictures: list[Picture] = []
@@ -131,7 +146,7 @@ class Preparer:
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
 
-    def describe(self, messages: Items[dict[str, Any]], proceed: Proceed = go_on) -> PromptDescription:
+    def describe(self, messages: PromptSource, proceed: Proceed = go_on) -> PromptDescription:
         """Renders a conversation as `prepare` does, and keeps nothing of its pictures. Raises what `prepare` raises."""
         prepared = self.prepare(messages, proceed=proceed)
         return PromptDescription(prepared.prompt, tuple(picture.layout for picture in prepared.pictures))
@@ -185,7 +200,6 @@ class Preparer:
     def _prepare(
         self, turns: Items[Turn], pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None = None
     ) -> Prepared:
-        start_s = time.perf_counter()
         counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
         prompt = build_prompt(
             turns,
@@ -195,10 +209,29 @@ class Preparer:
             limit=self._max_model_len,
             remedy=self._remedy(pictures),
         )
-        num_tokens = len(prompt.token_ids)
+        placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
+        return replace(placed, begun=turns[-1].open and any(turns[-1].parts))
+
+    def _build_raw(self, raw: RawPrompt) -> Prompt:
+        if isinstance(raw.content, str):
+            self._check_texts("the prompt", [raw.content])
+        return build_raw_prompt(
+            raw,
+            self._tokenizer,
+            vocab_size=self._config.decoder.vocab_size,
+            limit=self._max_model_len,
+            remedy=self._remedy(),
+        )
+
+    def _place(
+        self, prompt: Prompt, pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None
+    ) -> Prepared:
+        """Gives a prompt its positions, and its pictures their places. Raises RequestError if it does not fit."""
+        start_s = time.perf_counter()
+        num_tokens, num_visual = len(prompt.token_ids), sum(span.num_tokens for span in prompt.spans)
         if num_tokens >= self._max_model_len:
             raise RequestError(
-                f"the prompt has {num_tokens:,} tokens ({sum(counts):,} of pictures), but prompt and answer together "
+                f"the prompt has {num_tokens:,} tokens ({num_visual:,} of pictures), but prompt and answer together "
                 f"may have {self._max_model_len:,}; {self._remedy(pictures)}"
             )
         delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
@@ -225,7 +258,6 @@ class Preparer:
             salt=cache_salt,
             made_for=self.made_for,
             start_s=start_s,
-            begun=turns[-1].open and any(turns[-1].parts),
         )
 
     def _remedy(self, pictures: Items[Picture] = ()) -> str:

@@ -33,8 +33,8 @@ class Pieces:
         return ""
 
 
-def visible_pieces(pieces, *, begun=False, **params):
-    answer = AnswerText(Pieces(pieces), SamplingParams(**params), begun=begun)
+def visible_pieces(pieces, *, begun=False, strips=True, **params):
+    answer = AnswerText(Pieces(pieces), SamplingParams(**params), begun=begun, strips=strips)
     out = []
     for token_id in range(len(pieces)):
         out.append(answer.push(token_id))
@@ -59,6 +59,12 @@ def test_the_whitespace_with_which_a_begun_answer_goes_on_is_kept():
     out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], begun=True)
     assert answer.text == " \n a \n b"
     assert out == ["", " \n a", "", " \n b", "", ""]
+
+
+def test_the_whitespace_around_what_follows_a_raw_prompt_is_kept():
+    out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], begun=True, strips=False)
+    assert answer.text == " \n a \n b \n"
+    assert out == [" ", "\n a", " \n", " b ", "\n", ""]
 
 
 @pytest.mark.parametrize("grammar", [{"regex": "(?s).*"}, {"json_schema": True}])

@@ -1,6 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import Qwen2Tokenizer
 
@@ -9,9 +10,11 @@ from internvl_rt.errors import RequestError
 from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.prompt import (
     IMAGE,
+    RawPrompt,
     Turn,
     VisualSpan,
     build_prompt,
+    build_raw_prompt,
     tiles_per_image,
     turns_from_messages,
     turns_from_question,
@@ -233,3 +236,55 @@ def test_tiles_belong_to_one_picture_unless_a_list_accounts_for_all_of_them():
     assert tiles_per_image(7, [3, 4]) == [3, 4]
     with pytest.raises(RequestError, match=r"sum to the 7 tiles .* \[3, 3\]"):
         tiles_per_image(7, [3, 3])
+
+
+def raw(content, tokenizer=TOKENIZER, limit=100):
+    return build_raw_prompt(RawPrompt(content), tokenizer, vocab_size=TOKENIZER.vocab_size + 9, limit=limit, remedy="x")
+
+
+def test_a_raw_text_has_no_template_and_its_special_tokens_are_read():
+    text = " <|im_start|>user\nHi<img><IMG_CONTEXT></img><|im_end|>  "
+    prompt = raw(text)
+    assert list(prompt.token_ids) == OFFICIAL.encode(text)
+    assert {CONTEXT, TOKENIZER.token_id("<|im_end|>")} < {*prompt.token_ids}
+    assert (prompt.spans, prompt.text) == ((), text)
+    assert raw(text, replace(TOKENIZER, prefix_ids=(7,))).token_ids == (7, *prompt.token_ids)
+
+
+def test_raw_ids_are_taken_as_they_are():
+    ids = [CONTEXT, TOKENIZER.vocab_size + 8, 0, *TOKENIZER.encode("Hi there")]
+    for given in (ids, tuple(ids), [np.int64(token_id) for token_id in ids]):
+        prompt = raw(given, replace(TOKENIZER, prefix_ids=(7,)))
+        assert prompt.token_ids == tuple(ids)
+        assert {type(token_id) for token_id in prompt.token_ids} == {int}
+    assert prompt.text == TOKENIZER.decode(ids, skip_specials=False)
+    assert prompt.text.endswith("Hi there")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the prompt is an empty text"),
+        ([], "the prompt must have from 1 to 100 token ids, got 0"),
+        (range(10**12), "the prompt must have from 1 to 100 token ids, got 1,000,000,000,000; x"),
+        ([1, -1], "token 1 of the prompt must be an integer from 0 to "),
+        ([TOKENIZER.vocab_size + 9], r"token 0 of the prompt must be .*\(the rows of the embedding\), got "),
+        ([True], "token 0 of the prompt must be an integer"),
+        (["1"], "token 0 of the prompt must be an integer"),
+        (b"Hi", "the prompt: expected a list of token ids, or a text, got bytes"),
+        (7, "the prompt: expected a list of token ids, or a text, got int"),
+        ("word " * 200_000, "a text has more than .* tokens, but only 100 fit; x"),
+    ],
+)
+def test_raw_prompts_that_no_model_can_read_are_refused(content, message):
+    with pytest.raises(RequestError, match=message):
+        raw(content)
+
+
+def test_a_fixed_raw_prompt_does_not_change_with_its_callers_list():
+    ids = [1, 2, 3]
+    fixed = RawPrompt(ids).fixed(3)
+    ids.append(4)
+    assert fixed.content == (1, 2, 3)
+    for content in (ids, "Hi", b"Hi", 7, (1, 2)):
+        assert RawPrompt(content).fixed(3).content is content, "too long, or nothing that could change"
