@@ -157,8 +157,9 @@ class InFlight:
         if step.scored:
             self._accept_scores(step, result.scores)
         rejected: set[int] = set()
+        confirming: set[int] = set()
         if any(chunk.drafts for _, chunk in computed):
-            rejected = self._reject(step, token_ids)
+            confirming, rejected = self._check_drafts(step, token_ids)
             self.num_generated -= len(rejected)
         for row, (sequence, _, _) in enumerate(draws):
             owned = answers.get(sequence.seq_id)
@@ -169,6 +170,8 @@ class InFlight:
                 self._fail_broken(*owned, f"token {len(sequence.generated_ids) + 1} of the answer")
                 continue
             sequence.token_ids.append(token_id)
+            if row in confirming:
+                owned[1].num_accepted += 1
             num_generated = len(sequence.token_ids) - sequence.num_prompt
             if sequence.is_plain and 1 < num_generated < sequence.max_tokens and token_id not in sequence.stop_ids:
                 continue  # nearly every token needs nothing more
@@ -195,19 +198,26 @@ class InFlight:
         for request in self._requests:
             self._trace_request(request, "in flight")
 
-    def _reject(self, step: Step, token_ids: list[int]) -> set[int]:
-        """Takes back what was computed for wrong draft tokens; returns the rows of the void draws after them."""
+    def _check_drafts(self, step: Step, token_ids: list[int]) -> tuple[set[int], set[int]]:
+        """Takes back what was computed for wrong draft tokens.
+
+        Returns the rows of the draws that gave a draft token, and of the void draws after a wrong one.
+        """
+        confirming: set[int] = set()
         rejected: set[int] = set()
         row_of = {(draw.sequence, draw.counter): row for row, draw in enumerate(step.draws)}
         for sequence, start, _, drafts in step.chunks:
-            if not drafts or sequence.seq_id not in self._answers:
+            owned = self._answers.get(sequence.seq_id)
+            if not drafts or owned is None:
                 continue
+            owned[1].num_drafts += len(drafts)
             first = row_of[sequence, start + 1 - sequence.num_prompt]
             num_right = next((i for i, draft in enumerate(drafts) if token_ids[first + i] != draft), len(drafts))
+            confirming |= set(range(first, first + num_right))
             rejected |= set(range(first + num_right + 1, first + len(drafts) + 1))
             self._scheduler.reject(sequence, len(drafts) - num_right)
             sequence.num_tokens += num_right
-        return rejected
+        return confirming, rejected
 
     def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
         """Keeps log-probabilities of prompt tokens; a request that wants nothing else ends with its prompt."""

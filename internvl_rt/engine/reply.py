@@ -16,6 +16,8 @@ class Usage:
     image_tokens: int = 0
     completion_tokens: int = 0  # of all answers, stop tokens included
     cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache
+    accepted_draft_tokens: int = 0  # guessed tokens that are part of an answer; 0 without speculation
+    rejected_draft_tokens: int = 0  # the other guessed tokens
 
     @property
     def total_tokens(self) -> int:

@@ -21,6 +21,8 @@ class Answer:
     num_read: int = 0  # generated tokens that were added to `text`
     new_text: str = ""  # visible text that the caller has not taken
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_drafts: int = 0  # draft tokens that steps have checked
+    num_accepted: int = 0  # those of them that are tokens of the answer
     num_taken: int = 0  # log-probabilities that the caller has taken
 
     def take(self, index: int) -> Piece | None:
@@ -105,6 +107,8 @@ def build_reply(request: Request) -> Reply:
             image_tokens=sum(picture.span.num_tokens for picture in first.pictures),
             completion_tokens=sum(len(answer.sequence.generated_ids) for answer in request.answers),
             cached_tokens=first.num_cached,
+            accepted_draft_tokens=sum(answer.num_accepted for answer in request.answers),
+            rejected_draft_tokens=sum(answer.num_drafts - answer.num_accepted for answer in request.answers),
         ),
         timings=Timings(
             media_s=prepared.media_s,
