@@ -171,6 +171,7 @@ class AnswerText:
     def __init__(self, stream: TextStream, params: SamplingParams, *, begun: bool = False, strips: bool = True) -> None:
         """begun: the text continues an answer. strips: whether whitespace around it is left out without a grammar."""
         self._stream, self._stops, self._min_tokens = stream, params.stop_strings, params.min_tokens
+        self._include_stop = params.include_stop
         self._strips = strips and params.grammar is None
         self._begun = begun or not self._strips  # whitespace at the beginning belongs to the text
         self._pending = ""
@@ -191,17 +192,18 @@ class AnswerText:
         if self.stopped:
             return ""
         pending = self._pending + text
-        hold = 0
+        hold, stop = 0, ""
         if self._stops and self._num_tokens >= self._min_tokens:
-            found = [(place + len(stop), place) for stop in self._stops if (place := pending.find(stop)) >= 0]
+            found = [(place + len(each), place) for each in self._stops if (place := pending.find(each)) >= 0]
             if found:  # the stop string that ends first counts, however tokens cut the text
                 self.stopped = final = True
-                pending = pending[: min(found)[1]]
+                end, start = min(found)
+                pending, stop = pending[:start], pending[start:end] if self._include_stop else ""
             elif not final:
-                hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
+                hold = max((_overlap(pending, each) for each in self._stops), default=0)
         ready = pending[: len(pending) - hold]
-        ready = ready.rstrip() if self._strips else ready
-        visible = ready if self.text or self._begun else ready.lstrip()
+        ready = ready.rstrip() if self._strips and not stop else ready
+        visible = (ready if self.text or self._begun else ready.lstrip()) + stop
         self._pending = "" if final else pending[len(ready) :]
         self.text += visible
         return visible

@@ -42,6 +42,7 @@ class SamplingParams:
         leave a quarter of the engine's `max_num_seqs` places, at least one, to other requests: the rest begin later.
     seed: makes a draw reproducible whatever else runs; None: the engine's own seed decides.
     stop: the answer ends before whichever of these strings is complete first.
+    include_stop: whether the stop string that ended the answer is part of its text.
     stop_token_ids: the answer ends at any of these ids, which gives no text.
     ignore_eos: whether the answer goes on after the model's end tokens.
     logprobs: requests each generated token's log-probability, and this many of the likeliest.
@@ -68,6 +69,7 @@ class SamplingParams:
     n: int = 1
     seed: int | None = None
     stop: str | Iterable[str] | None = ()
+    include_stop: bool = False
     stop_token_ids: int | Iterable[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -192,6 +194,7 @@ _KINDS: dict[str, Kind] = {
     "n": Integer(1, MAX_ANSWERS),
     "seed": OrNone(Integer(0, 2**64 - 1)),
     "stop": Several(Text(1, MAX_STOP_CHARACTERS), MAX_STOPS),
+    "include_stop": Flag(),
     "stop_token_ids": Several(_TOKEN_ID, MAX_STOPS),
     "ignore_eos": Flag(),
     "logprobs": _LOGPROBS,

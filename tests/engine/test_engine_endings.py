@@ -57,3 +57,18 @@ def test_an_ended_request_leaves_nothing_behind():
         others = alive()  # of other tests; they are held, so that no new object gets the id of one
         engine.chat(ask("Read the digits.", SAMPLE), replace(DRAWN, n=2))
         assert alive().keys() <= others.keys()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_stop_string_that_ended_an_answer_may_be_part_of_its_text(n):
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=1, ignore_eos=True, n=n)
+    with load() as engine:
+        stop = engine.chat(ask("Hello"), params).text[4:7]
+        stopped = engine.chat(ask("Hello"), replace(params, stop=stop))
+        included = engine.chat(ask("Hello"), replace(params, stop=stop, include_stop=True))
+        pieces = list(engine.stream(ask("Hello"), replace(params, stop=stop, include_stop=True)))
+    assert stopped.finish_reason == included.finish_reason == "stop"
+    for index, (without, choice) in enumerate(zip(stopped.choices, included.choices, strict=True)):
+        assert choice.token_ids == without.token_ids
+        assert choice.text == without.text + stop * (choice.finish_reason == "stop")
+        assert "".join(piece.text for piece in pieces if piece.choice == index) == choice.text

@@ -97,6 +97,15 @@ def test_stop_string_before_min_tokens_is_text():
     assert visible_pieces(["x.", "y", ".z"], stop=".", min_tokens=3)[1].text == "x.y"
 
 
+def test_an_included_stop_string_ends_the_text_with_the_whitespace_before_and_in_it():
+    assert visible_pieces([" one \n E", "N", "D two"], stop="END", include_stop=True)[1].text == "one \n END"
+    assert visible_pieces([" one", " \n", "two"], stop="\n", include_stop=True)[1].text == "one \n"
+    assert visible_pieces([" ", " \n", "two"], stop="\n", include_stop=True)[1].text == "\n"
+    assert visible_pieces(["a b c"], stop=["bc", " c", "b c"], include_stop=True)[1].text == "a b c"
+    assert visible_pieces([" a EN "], stop=["END"], include_stop=True)[1].text == "a EN"
+    assert visible_pieces(["a b"], stop=[" b", "b"], include_stop=False)[1].text == "a"
+
+
 @settings(deadline=None, max_examples=1000)
 @example(["ab", "b"], ["b", "abb"])  # the shorter stop string ends before the longer one
 @example(["abb"], ["b", "abb"])
@@ -106,6 +115,9 @@ def test_streamed_text_equals_cutting_the_whole_text(pieces, stops):
     ends_and_starts = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
     expected = whole[: min(ends_and_starts)[1]] if ends_and_starts else whole
     assert visible_pieces(pieces, stop=stops)[1].text == expected.strip()
+    stop = whole[min(ends_and_starts)[1] : min(ends_and_starts)[0]] if ends_and_starts else ""
+    included = f"{expected.lstrip()}{stop}" if stop else expected.strip()
+    assert visible_pieces(pieces, stop=stops, include_stop=True)[1].text == included
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3]])

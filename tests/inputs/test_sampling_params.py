@@ -80,6 +80,7 @@ def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
         {"json_whitespace": "none"},
         {"json_whitespace": []},
         {"skip_special_tokens": 1},
+        {"include_stop": 1},
         {"logit_bias": {-1: 1}},
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"-1": 1}},
