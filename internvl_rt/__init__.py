@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from internvl_rt.errors import QueueFullError as QueueFullError
     from internvl_rt.errors import RequestError as RequestError
     from internvl_rt.errors import StepError as StepError
+    from internvl_rt.inputs.grammar_source import Tagged as Tagged
+    from internvl_rt.inputs.grammar_source import TaggedValue as TaggedValue
     from internvl_rt.inputs.prepare import PromptDescription as PromptDescription
     from internvl_rt.inputs.prompt import RawPrompt as RawPrompt
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
@@ -44,6 +46,7 @@ _NAMES = {
     "errors": (
         "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError StepError"
     ),
+    "inputs.grammar_source": "Tagged TaggedValue",
     "inputs.prepare": "PromptDescription",
     "inputs.prompt": "RawPrompt",
     "inputs.sampling_params": "SamplingParams",

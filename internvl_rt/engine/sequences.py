@@ -57,6 +57,7 @@ class SequenceFactory:
         if params.grammar:
             grammar = self._grammars.compile(
                 *params.grammar,
+                after=params.grammar_after,
                 whitespace=params.json_whitespace,
                 skips_specials=params.skip_special_tokens,
                 begun=prepared.begun,

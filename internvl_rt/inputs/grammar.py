@@ -2,8 +2,8 @@
 
 Only this module imports llguidance, when the first grammar is compiled. A grammar holds for the text that
 `Tokenizer.decode` gives: every split of it into tokens is allowed, and skipped tokens are never part of it. Grammars
-come from requests, so their costs are bounded: a grammar that would explode is counted and refused before it is
-compiled, and one that grows too large later ends its own answer with an error.
+come from requests, so their costs are bounded: a grammar beyond the limits is refused before it is compiled, and one
+that grows too large later ends its own answer with an error.
 """
 
 import json
@@ -11,27 +11,20 @@ import re
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internvl_rt.errors import RequestError, quoted, utf8
-from internvl_rt.inputs.sampling_params import MAX_GRAMMAR_BYTES, JsonWhitespace
+from internvl_rt.errors import RequestError, quoted
+from internvl_rt.inputs.grammar_limits import check_grammar_size
+from internvl_rt.inputs.grammar_source import GrammarKind, JsonWhitespace, Tagged
 from internvl_rt.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 T = TypeVar("T")
-GrammarKind = Literal["json_schema", "regex"]
-
-# The library does not bound its own work for these: its time grows with the square of the properties, with a higher
-# power of the operators, and doubles with each combined pattern. Within these limits no call takes a second.
-MAX_PROPERTIES = 1000
-MAX_REGEX_OPERATORS = 512
-MAX_COMBINED_PATTERNS = 10
-
 # White space in one place of a JSON answer. The library takes at most one match of the pattern in each place.
 _WHITESPACE: dict[JsonWhitespace, dict[str, Any]] = {
     "bounded": {"whitespace_pattern": r" |\r?\n( {0,32}|\t{0,8})"},
@@ -40,27 +33,14 @@ _WHITESPACE: dict[JsonWhitespace, dict[str, Any]] = {
 }
 _CACHED = 64
 _MAX_LEXER_STATES = 50_000  # states of one grammar, about half a kB each
-_OPERATOR = re.compile(r"[*+{(]|(?<!\()\?")  # repetitions and groups; escaped ones count too
-_VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
+_EXCERPT = re.compile(r"\n +\d+ \| ")  # begins the lines of the source in an error
 _TOO_COMPLEX = re.compile(r"fuel|too (many|big|large|complex)|max is")  # errors by the library's own limits
-# A schema with a `_REFERENCES` keyword and another one of either set is an intersection of two schemas.
-_REFERENCES = {"$ref", "anyOf", "oneOf"}
-_ASSERTIONS = {"additionalProperties", "format", "items", "pattern", "prefixItems", "properties"}
+_UNKNOWN = "without if, not, uniqueItems, dependencies and references to other documents"
 _EXPECTED = {
-    "json_schema": "a JSON schema without if, not, uniqueItems, dependencies and references to other documents",
+    "json_schema": f"a JSON schema {_UNKNOWN}",
     "regex": "a regular expression in Rust's syntax without look-around, back references and inner anchors",
+    "tagged": f"JSON schemas {_UNKNOWN}",
 }
-
-
-def check_grammar_size(kind: GrammarKind, text: str) -> None:
-    """Raises RequestError for a grammar beyond the limits above, and for a JSON schema that is not JSON."""
-    if kind not in _EXPECTED:
-        raise RequestError(f"the kind of a grammar must be one of {', '.join(_EXPECTED)}, got {kind!r}")
-    _check_count(kind, "bytes", len(utf8(f"the {kind}", text)), MAX_GRAMMAR_BYTES)
-    if kind == "json_schema":
-        _check_schema(text)
-    else:
-        _check_regex(text)
 
 
 class GrammarCompiler:
@@ -73,14 +53,16 @@ class GrammarCompiler:
     def compile(
         self,
         kind: GrammarKind,
-        text: str,
+        source: str | Tagged,
         *,
+        after: str | None = None,
         whitespace: JsonWhitespace = "bounded",
         skips_specials: bool = True,
         begun: bool = False,
     ) -> "Grammar":
-        """Compiles a JSON schema, given as JSON, or a regular expression that the whole answer must match.
+        """Compiles a JSON schema, given as JSON, a regex that the whole answer must match, or tagged values.
 
+        after: the grammar holds after the first occurrence of this text, which must come; before it there may be any.
         whitespace: between the parts of a JSON answer. With "free" there may be any, even without end.
         skips_specials: whether special tokens such as <ref> are left out of the text, and so never allowed.
         begun: whether the prompt holds the beginning of the answer, so that a space may be the first of the text.
@@ -88,8 +70,10 @@ class GrammarCompiler:
         Raises RequestError if the grammar is invalid, unknown to the library, beyond the limits or matches nothing, and
         if llguidance is not installed.
         """
-        check_grammar_size(kind, text)
-        return self._compile(kind, text, whitespace, skips_specials, begun)
+        if kind not in _EXPECTED:
+            raise RequestError(f"the kind of a grammar must be one of {', '.join(_EXPECTED)}, got {kind!r}")
+        check_grammar_size(kind, source, after or "")
+        return self._compile(kind, source, after, whitespace, skips_specials, begun)
 
 
 class _Library:
@@ -102,7 +86,13 @@ class _Library:
         self._vocabularies: dict[bool, LLTokenizer] = {}  # by whether special tokens are left out of the text
 
     def compile(
-        self, kind: GrammarKind, text: str, whitespace: JsonWhitespace, skips_specials: bool, begun: bool
+        self,
+        kind: GrammarKind,
+        source: str | Tagged,
+        after: str | None,
+        whitespace: JsonWhitespace,
+        skips_specials: bool,
+        begun: bool,
     ) -> "Grammar":
         vocabulary = self._build_vocabulary(skips_specials)
         from llguidance import LLMatcher, LLParserLimits
@@ -114,9 +104,9 @@ class _Library:
             verbose_errors=False,  # verbose errors would show the schema and the answer
         )
         drops_space = self._tokenizer.pieces and not begun
-        source = _describe(kind, text, _WHITESPACE[whitespace], drops_space=drops_space)
+        written = _Description(_WHITESPACE[whitespace]).write(kind, source, after, drops_space=drops_space)
         grammar = Grammar(
-            lambda: LLMatcher(vocabulary, source, log_level=0, limits=limits), self._stop_id, self._vocab_size
+            lambda: LLMatcher(vocabulary, written, log_level=0, limits=limits), self._stop_id, self._vocab_size
         )
         state = grammar.state
         if not state.is_error():
@@ -124,7 +114,7 @@ class _Library:
         if state.is_error() or int.from_bytes(mask, "little") == 1 << self._stop_id:
             reason = _reason(state) if state.is_error() else "it matches only the empty text"
             raise RequestError(
-                f"the {kind} cannot be compiled: {reason}; expected {_EXPECTED[kind]}, got {quoted(text)}; rewrite it"
+                f"the {kind} cannot be compiled: {reason}; expected {_EXPECTED[kind]}, got {quoted(source)}; rewrite it"
             )
         return grammar
 
@@ -231,29 +221,86 @@ class _Vocabulary:
         return self._encode(text)
 
 
-def _describe(kind: GrammarKind, text: str, options: dict[str, Any], *, drops_space: bool) -> str:
-    """Writes a grammar in the library's format.
+class _Description:
+    """Writes a grammar in the library's format: rules in its dialect of lark, and the JSON schemas that these name."""
 
-    options: the library's own for JSON. drops_space: a space that begins an answer is not part of its text.
-    """
-    from llguidance import regex_to_lark
+    def __init__(self, options: dict[str, Any]) -> None:
+        """options: the library's own for JSON."""
+        self._options = options
+        # Without no_forcing, text that can go on in one way only would have to be split as the tokenizer does.
+        self._rules = ['%llguidance {"no_forcing": true}', "ANY: /(.|\\n)*/", "SOME: /(.|\\n)+/"]
+        self._schemas: list[str] = []
 
-    if kind == "json_schema":
-        rules = 'start: " "? @value' if drops_space else "start: @value"  # no JSON text begins with a space
-    else:
-        rules = f"start: TEXT\nBODY: /{regex_to_lark(text)}/\nSPACED: / (.|\\n)*/\n"
-        rules += 'TEXT: " " BODY | BODY & ~SPACED' if drops_space else "TEXT: BODY"
-    # Without no_forcing, text that can go on in one way only would have to be split as the tokenizer does.
-    grammars = [json.dumps({"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{rules}'})]
-    if kind == "json_schema":
-        # The schema stays text, so that its numbers keep all digits; the options are its first key.
-        schema, own = text.strip(), f'{{"x-guidance": {json.dumps(options)}'
-        if schema == "true":
-            schema = f"{own}}}"
-        elif schema.startswith("{"):
-            schema = own + ("" if json.loads(schema) == {} else ",") + schema[1:]
-        grammars.append(f'{{"name": "value", "json_schema": {schema}}}')
-    return f'{{"grammars": [{", ".join(grammars)}]}}'
+    def write(self, kind: GrammarKind, source: str | Tagged, after: str | None, *, drops_space: bool) -> str:
+        """Returns the description. drops_space: a space that begins an answer is not part of its text."""
+        start = ""
+        if after is not None:
+            self._rules.append(f"after[lazy]: {_before(after, drops_space)} {_literal(after)}")
+            start, drops_space = "after ", False
+        if isinstance(source, Tagged):
+            start += self._tagged(source, drops_space=drops_space)
+        elif kind == "json_schema":
+            start += f"{_spaced('', drops_space)} {self._json(source)}"
+        else:
+            start += self._regex(source, drops_space=drops_space)
+        lark = "\n".join([*self._rules, f"start: {start}"])
+        return f'{{"grammars": [{", ".join([json.dumps({"lark_grammar": lark}), *self._schemas])}]}}'
+
+    def _regex(self, text: str, *, drops_space: bool) -> str:
+        from llguidance import regex_to_lark
+
+        self._rules += [f"BODY: /{regex_to_lark(text)}/", r"SPACED: / (.|\n)*/"]
+        self._rules.append('TEXT: " " BODY | BODY & ~SPACED' if drops_space else "TEXT: BODY")
+        return "TEXT"
+
+    def _json(self, schema: str) -> str:
+        """Adds a schema, as text, so that its numbers keep all digits; the options are its first key."""
+        text, own = schema.strip(), f'{{"x-guidance": {json.dumps(self._options)}'
+        if text == "true":
+            text = f"{own}}}"
+        elif text.startswith("{"):
+            text = own + ("" if json.loads(text) == {} else ",") + text[1:]
+        name = f"value_{len(self._schemas)}"
+        self._schemas.append(f'{{"name": "{name}", "json_schema": {text}}}')
+        return f"@{name}"
+
+    def _tagged(self, tagged: Tagged, *, drops_space: bool) -> str:
+        """Adds rules for values one after another; the first one's beginning may have to be written in another way."""
+        first, later = [], []
+        for index, value in enumerate(tagged.values):
+            self._rules.append(f"rest_{index}: {self._json(value.schema)} {_literal(value.end)}")
+            begin = _spaced(value.begin, drops_space)
+            if tagged.trigger is not None:
+                begin = _literal(value.begin.removeprefix(tagged.trigger))
+            first.append(f"{begin} rest_{index}")
+            later.append(f"{_literal(value.begin)} rest_{index}")
+        self._rules += [f"first: {' | '.join(first)}", f"later: {_literal(tagged.separator)} ({' | '.join(later)})"]
+        values = "first later*" if tagged.most is None else "first"
+        if tagged.most is not None and tagged.most > 1:  # the library takes no range up to 0
+            values += f" later{{0,{tagged.most - 1}}}"
+        if tagged.trigger is None:
+            return values
+        called = f"{_before(tagged.trigger, drops_space)} {_literal(tagged.trigger)}"
+        # A lazy rule ends where it first can, which is behind the first trigger.
+        self._rules += [f"called[lazy]: {called}", f"CALLED: {called} ANY", "FREE: ANY & ~CALLED"]
+        return f"(FREE? | called {values})"
+
+
+def _literal(text: str) -> str:
+    """Writes a text for a rule; nothing for an empty one, which the library does not take."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _spaced(text: str, drops_space: bool) -> str:
+    """Writes a text with which the answer begins. A space before it is dropped if the text itself has none."""
+    if not drops_space:
+        return _literal(text)
+    return _literal(f" {text}") if text.startswith(" ") else f'" "? {_literal(text)}'
+
+
+def _before(mark: str, drops_space: bool) -> str:
+    """Names what may precede a mark. If the first space is dropped, a mark with a space cannot be all there is."""
+    return "SOME" if drops_space and mark.startswith(" ") else "ANY"
 
 
 def _reason(state: "LLMatcher") -> str:
@@ -265,56 +312,7 @@ def _reason(state: "LLMatcher") -> str:
         return "it is too complex"
     if "coerce_one_of" in message:
         return "the alternatives of its oneOf may overlap, where anyOf would do"
-    message = message.partition("\n   1 | ")[0].replace("<non-verbose/>", "")
+    message = _EXCERPT.split(message)[0].replace("<non-verbose/>", "")
     message = message.rpartition(" (in regex): ")[2].rpartition("\nerror: ")[2]
     message = " ".join(message.split())
     return message if len(message) <= 200 else f"{message[:200]}..."
-
-
-def _check_count(kind: GrammarKind, what: str, count: int, limit: int) -> None:
-    if count > limit:
-        raise RequestError(f"the {kind} has {count:,} {what}, at most {limit:,} are compiled; simplify it")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _check_regex(text: str) -> None:
-    """Refuses text that the library would silently read in another sense, and too many operators."""
-    if (len(text) - len(text.rstrip("\\"))) % 2:
-        raise RequestError(f"the regex ends in a backslash that escapes nothing: {quoted(text)}; remove or double it")
-    if "\n" in text and _VERBOSE.search(text):
-        raise RequestError(f"the regex has line breaks under the flag x: {quoted(text)}; write it in one line")
-    _check_count("regex", "repetitions and groups", len(_OPERATOR.findall(text)), MAX_REGEX_OPERATORS)
-
-
-def _check_schema(text: str) -> None:
-    try:
-        schema: Any = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RequestError(f"the json_schema is not JSON: {reason}; got {quoted(text)}; correct it") from error
-    if isinstance(schema, dict) and "x-guidance" in schema:  # sets options of the library: lenient, separators, ...
-        raise RequestError("the json_schema has x-guidance, which is no keyword of JSON Schema; remove it")
-    num_properties, patterns, combined = 0, set[str](), False
-    pending = [schema]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, list):
-            pending += node
-        elif isinstance(node, dict):
-            pending += node.values()
-            properties, by_pattern = node.get("properties"), node.get("patternProperties")
-            num_properties += len(properties) if isinstance(properties, dict) else 0
-            patterns |= {node[word] for word in ("pattern", "format") if isinstance(node.get(word), str)}
-            patterns |= by_pattern.keys() if isinstance(by_pattern, dict) else set()
-            references = node.keys() & _REFERENCES
-            combined |= bool(references) and len(references) + len(node.keys() & _ASSERTIONS) > 1
-            combined |= not node.keys().isdisjoint(("allOf", "patternProperties"))
-    _check_count("json_schema", "properties", num_properties, MAX_PROPERTIES)
-    num_operators = sum(len(_OPERATOR.findall(pattern)) for pattern in patterns)
-    _check_count("json_schema", "repetitions and groups in its patterns", num_operators, MAX_REGEX_OPERATORS)
-    if combined:
-        what = "different patterns and formats, and combines them (allOf, patternProperties, $ref or anyOf with more)"
-        _check_count("json_schema", what, len(patterns), MAX_COMBINED_PATTERNS)

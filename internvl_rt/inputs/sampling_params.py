@@ -1,14 +1,12 @@
 """Sampling parameters: what a caller may request of an answer, checked once."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from internvl_rt.errors import RequestError, quoted
+from internvl_rt.errors import RequestError
+from internvl_rt.inputs.grammar_source import MARK, PATTERN, SCHEMA, TAGGED, GrammarKind, JsonWhitespace, Tagged
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read, read_fields
-
-JsonWhitespace = Literal["bounded", "compact", "free"]
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 20
@@ -16,7 +14,6 @@ MAX_BIASES = 1024
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_NEW_TOKENS = 1 << 20
-MAX_GRAMMAR_BYTES = 64 << 10  # of UTF-8, and no more characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,10 @@ class SamplingParams:
     prompt_logprobs: requests the same of the prompt's tokens.
     json_schema: the answer is a JSON value of this schema; True: of any.
     regex: the whole answer matches this.
+    tagged: the answer is JSON values between fixed texts, as calls of tools are written, perhaps after free text. At
+        most one of json_schema, regex and tagged may be given.
+    grammar_after: the grammar holds after the first occurrence of this text alone, such as "</think>"; before it, and
+        it must come, any text is allowed.
     json_whitespace: white space between the parts of a JSON answer. "bounded": in each place at most a space, or a line
         break with up to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its
         end.
@@ -76,14 +77,19 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     json_schema: str | dict[str, Any] | bool | None = None
     regex: str | None = None
+    tagged: Tagged | None = None
+    grammar_after: str | None = None
     json_whitespace: JsonWhitespace = "bounded"
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         read_fields(self, _KINDS)
         read("min_tokens", self.min_tokens, Integer(0, self.max_tokens, " (max_tokens)"))
-        if self.json_schema is not None and self.regex is not None:
-            raise RequestError("json_schema and regex: expected at most one of them, got both")
+        given = [name for name in _GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{' and '.join(given)}: expected at most one of them, got {len(given)}; leave one")
+        if self.grammar_after is not None and not given:
+            raise RequestError(f"grammar_after: expected a grammar beside it ({', '.join(_GRAMMARS)}), got none")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -106,14 +112,9 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
-    def grammar(self) -> tuple[Literal["json_schema", "regex"], str] | None:
-        """The kind and text of the grammar of the answer."""
-        if self.regex is not None:
-            return "regex", self.regex
-        if self.json_schema is None:
-            return None
-        assert isinstance(self.json_schema, str), "read as text"
-        return "json_schema", self.json_schema
+    def grammar(self) -> tuple[GrammarKind, str | Tagged] | None:
+        """The kind of the grammar of the answer, and the grammar itself; a schema and a regex are text."""
+        return next(((kind, getattr(self, kind)) for kind in _GRAMMARS if getattr(self, kind) is not None), None)
 
 
 class _Biases:
@@ -140,43 +141,7 @@ class _Biases:
         return _TOKEN_ID.read(value)
 
 
-class _Schema:
-    """A JSON schema as text; a dict is written at once, so that a later change of it changes no answer."""
-
-    expected = "a JSON schema as a dict or as text of at most 65,536 characters, True for any JSON value, or None"
-
-    def read(self, value: object) -> str | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return _GRAMMAR.read(value)
-        if value is not True and not isinstance(value, dict):
-            raise UnfitError
-        return _write_schema(value)
-
-
-def _write_schema(schema: object) -> str:
-    """Writes a schema as JSON, no more of it than its size may be."""
-    pieces, num_bytes = list[str](), 0
-    try:
-        for piece in json.JSONEncoder().iterencode(schema):
-            pieces.append(piece)
-            num_bytes += len(piece)
-            if num_bytes > MAX_GRAMMAR_BYTES:
-                raise RequestError(
-                    f"the json_schema has {num_bytes:,} bytes or more, at most {MAX_GRAMMAR_BYTES:,} are compiled; "
-                    "simplify it"
-                )
-    except RequestError:
-        raise
-    except (TypeError, RecursionError, ValueError) as error:
-        raise RequestError(
-            f"json_schema: expected a JSON value, got one that json cannot write: {quoted(str(error))}"
-        ) from error
-    return "".join(pieces)
-
-
-_GRAMMAR = Text(0, MAX_GRAMMAR_BYTES)
+_GRAMMARS = get_args(GrammarKind)
 _PENALTY = Number(-100, 100)
 _TOKEN_ID = Integer(0, 2**31 - 1)
 _LOGPROBS = OrNone(Integer(0, MAX_LOGPROBS))
@@ -199,8 +164,10 @@ _KINDS: dict[str, Kind] = {
     "ignore_eos": Flag(),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
-    "json_schema": _Schema(),
-    "regex": OrNone(_GRAMMAR),
+    "json_schema": OrNone(SCHEMA),
+    "regex": OrNone(PATTERN),
+    "tagged": OrNone(TAGGED),
+    "grammar_after": OrNone(MARK),
     "json_whitespace": OneOf(get_args(JsonWhitespace)),
     "skip_special_tokens": Flag(),
 }

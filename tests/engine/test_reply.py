@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from internvl_rt import SamplingParams
+from internvl_rt import SamplingParams, Tagged, TaggedValue
 from internvl_rt.engine.reply import AnswerText, unprepared_reply
 
 
@@ -67,7 +67,10 @@ def test_the_whitespace_around_what_follows_a_raw_prompt_is_kept():
     assert out == [" ", "\n a", " \n", " b ", "\n", ""]
 
 
-@pytest.mark.parametrize("grammar", [{"regex": "(?s).*"}, {"json_schema": True}])
+TOOLS = Tagged((TaggedValue("<a>", True, "</a>"),), trigger="<a>")
+
+
+@pytest.mark.parametrize("grammar", [{"regex": "(?s).*"}, {"json_schema": True}, {"tagged": TOOLS}])
 def test_an_answer_with_a_grammar_keeps_all_its_text(grammar):
     out, answer = visible_pieces([" ", "\n a", " \n", " b ", "\n"], **grammar)
     assert answer.text == " \n a \n b \n"

@@ -11,7 +11,9 @@ import pytest
 
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs import grammar
-from internvl_rt.inputs.grammar import MAX_GRAMMAR_BYTES, MAX_PROPERTIES, MAX_REGEX_OPERATORS, GrammarCompiler
+from internvl_rt.inputs.grammar import GrammarCompiler
+from internvl_rt.inputs.grammar_limits import MAX_PROPERTIES, MAX_REGEX_OPERATORS
+from internvl_rt.inputs.grammar_source import MAX_GRAMMAR_BYTES
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "tokenizer")
@@ -33,7 +35,7 @@ def follow(matcher, ids):
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        ("yaml", "a", "must be one of json_schema, regex, got 'yaml'"),
+        ("yaml", "a", "must be one of json_schema, regex, tagged, got 'yaml'"),
         ("regex", "a" * (MAX_GRAMMAR_BYTES + 1), "regex has 65,537 bytes, at most 65,536"),
         ("json_schema", "[" * (MAX_GRAMMAR_BYTES + 1), "json_schema has 65,537 bytes"),
         ("regex", "\ud800", "half a surrogate pair at character 0"),

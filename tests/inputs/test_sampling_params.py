@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from internvl_rt import RequestError, SamplingParams
+from internvl_rt import RequestError, SamplingParams, Tagged, TaggedValue
 
 
 def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
@@ -81,6 +81,10 @@ def test_every_parameter_has_its_line_in_the_docstring_and_no_other_has():
         {"json_whitespace": []},
         {"skip_special_tokens": 1},
         {"include_stop": 1},
+        {"tagged": [TaggedValue("a", True, "b")]},
+        {"tagged": True},
+        {"grammar_after": ""},
+        {"grammar_after": 1},
         {"logit_bias": {-1: 1}},
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"-1": 1}},
@@ -159,9 +163,60 @@ def test_unknown_parameters_are_refused():
         SamplingParams(best_of=2)
 
 
-def test_only_one_grammar_may_be_asked_for():
-    with pytest.raises(RequestError, match="json_schema and regex: expected at most one"):
-        SamplingParams(json_schema="{}", regex="a")
+TAGGED = Tagged((TaggedValue("<a>", True, "</a>"),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"json_schema": "{}", "regex": "a"}, "json_schema and regex: expected at most one of them, got 2"),
+        ({"tagged": TAGGED, "regex": "a"}, "regex and tagged: expected at most one"),
+        ({"json_schema": "{}", "regex": "a", "tagged": TAGGED}, "json_schema and regex and tagged: .* got 3"),
+    ],
+)
+def test_only_one_grammar_may_be_asked_for(fields, message):
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**fields)
+
+
+def test_a_text_that_a_grammar_holds_after_needs_a_grammar():
+    assert SamplingParams(regex="a", grammar_after="b").grammar_after == "b"
+    with pytest.raises(RequestError, match=r"grammar_after: expected a grammar beside it .json_schema, regex, tagged."):
+        SamplingParams(grammar_after="b")
+
+
+def test_tagged_values_are_kept_as_text_that_nothing_changes():
+    schema = {"type": "object"}
+    values = [TaggedValue("<a>", schema, "</a>"), TaggedValue("<b>", True, "")]
+    tagged = Tagged(values, trigger="<")
+    schema["type"] = "string"
+    values.clear()
+    assert [value.schema for value in tagged.values] == ['{"type": "object"}', "true"]
+    params = SamplingParams(tagged=tagged)
+    assert params.grammar == ("tagged", tagged)
+    assert hash(params) == hash(SamplingParams(tagged=dataclasses.replace(tagged)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TaggedValue(1, True, ""), "begin must be a string"),
+        (lambda: TaggedValue("", None, ""), "json_schema must be a JSON schema as a dict"),
+        (lambda: TaggedValue("", False, ""), "json_schema must be a JSON schema as a dict"),
+        (lambda: TaggedValue("", True, None), "end must be a string"),
+        (lambda: Tagged(()), "values must be a list of 1 to 128 of TaggedValue, got "),
+        (lambda: Tagged(TAGGED.values * 129), "values must be a list of 1 to 128"),
+        (lambda: Tagged([{"begin": "a"}]), "values must be a list of 1 to 128"),
+        (lambda: Tagged(TAGGED.values, most=0), "most must be an integer from 1 to 128, or None, got 0"),
+        (lambda: Tagged(TAGGED.values, most=129), "most must be an integer"),
+        (lambda: Tagged(TAGGED.values, trigger=""), "trigger must be a string of 1 to 1,024 characters, or None"),
+        (lambda: Tagged(TAGGED.values, trigger="<b"), r"values\[0\].begin must start with the trigger '<b', got '<a>'"),
+        (lambda: Tagged(TAGGED.values, separator=None), "separator must be a string of 0 to 1,024 characters"),
+    ],
+)
+def test_tagged_values_that_are_none_are_refused(make, message):
+    with pytest.raises(RequestError, match=message):
+        make()
 
 
 def test_a_schema_is_written_no_further_than_it_is_compiled():
