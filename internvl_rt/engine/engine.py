@@ -48,8 +48,8 @@ class Engine:
     Any thread may call any method; a thread that waits for its reply runs steps, which serve all requests. Other
     requests change greedy and seeded output by rounding alone: products of another batch size sum in another order.
 
-    `prepare`, `new_request` and the attributes `loop` and `runner` are for code that runs the steps itself, as
-    `AsyncEngine` and the benchmarks do.
+    `prepare`, `new_request` and the attributes `loop`, `pictures`, `preparer` and `runner` are for code that runs the
+    steps itself, as `AsyncEngine` and the benchmarks do.
     """
 
     def __init__(
