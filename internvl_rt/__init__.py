@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from internvl_rt.engine.reply import Usage as Usage
     from internvl_rt.errors import CheckpointError as CheckpointError
     from internvl_rt.errors import ConfigError as ConfigError
+    from internvl_rt.errors import ContextLengthError as ContextLengthError
     from internvl_rt.errors import EngineDeadError as EngineDeadError
     from internvl_rt.errors import InternVLError as InternVLError
     from internvl_rt.errors import MediaError as MediaError
@@ -44,7 +45,8 @@ _NAMES = {
     "engine.options": "EngineOptions",
     "engine.reply": "Choice Piece Reply Score Timings Usage",
     "errors": (
-        "CheckpointError ConfigError EngineDeadError InternVLError MediaError QueueFullError RequestError StepError"
+        "CheckpointError ConfigError ContextLengthError EngineDeadError InternVLError MediaError QueueFullError "
+        "RequestError StepError"
     ),
     "inputs.grammar_source": "Tagged TaggedValue",
     "inputs.prepare": "PromptDescription",

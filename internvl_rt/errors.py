@@ -16,7 +16,11 @@ class InternVLError(Exception):
 
     Whatever a message quotes, it is one printable line: other characters are escaped, and the middle of a message of
     more than 2000 characters is left out.
+
+    media_id: index, among the pictures and videos of a request, of the one that is to blame; None: no such one is.
     """
+
+    media_id: int | None = None
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_one_line(str(message), _MAX_MESSAGE))
@@ -36,6 +40,10 @@ class MediaError(InternVLError, ValueError):
 
 class RequestError(InternVLError, ValueError):
     """A request's messages or parameters are invalid, or do not fit the engine."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt, or prompt and answer together, have more tokens than the engine or the trained window holds."""
 
 
 class QueueFullError(RequestError):

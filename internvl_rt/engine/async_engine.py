@@ -144,6 +144,10 @@ class AsyncEngine:
         """Encodes pictures as `Engine.encode_images` does. Raises what `stream` raises."""
         return self._encode(Given(partial(self._copy_pictures, images)), cache_salt)
 
+    def check(self) -> None:
+        """Raises RequestError or EngineDeadError if the engine takes no calls any more."""
+        self._steps.check()
+
     def stats(self) -> dict[str, int | float]:
         """Returns what `Engine.stats` does, and the number of calls that are being prepared or wait for that."""
         return {"preparing": len(self._preparing), **self._engine.stats()}

@@ -22,7 +22,7 @@ from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.scoring import SCORING, build_score, read_responses
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
+from internvl_rt.errors import ContextLengthError, InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer, PromptDescription, PromptSource
@@ -48,8 +48,8 @@ class Engine:
     Any thread may call any method; a thread that waits for its reply runs steps, which serve all requests. Other
     requests change greedy and seeded output by rounding alone: products of another batch size sum in another order.
 
-    `prepare`, `new_request` and the attributes `loop`, `pictures`, `preparer` and `runner` are for code that runs the
-    steps itself, as `AsyncEngine` and the benchmarks do.
+    `prepare`, `new_request` and the attributes `loop` and `runner` are for code that runs the steps itself, as
+    `AsyncEngine` and the benchmarks do.
     """
 
     def __init__(
@@ -321,7 +321,7 @@ class Engine:
         params = read("params", params, PARAMS) or SamplingParams()
         num_tokens = len(prepared.prompt.token_ids) + (prepared.score_from is None)
         if num_tokens > self.max_model_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt needs room for {num_tokens:,} tokens, but this engine has {self.max_model_len:,}; shorten "
                 "it, or raise max_model_len"
             )

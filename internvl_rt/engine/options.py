@@ -131,7 +131,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if isinstance(self.device, torch.device):
             object.__setattr__(self, "device", str(self.device))
-        read_fields(self, _KINDS)
+        read_fields(self, ENGINE_KINDS)
 
     def numbers_images(self, config: ModelConfig) -> bool:
         """Returns whether several pictures in one message are numbered in a model's prompts."""
@@ -189,7 +189,7 @@ class _Device:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
 _MOST_BYTES = 1 << 50
-_KINDS: dict[str, Kind] = {
+ENGINE_KINDS: dict[str, Kind] = {
     "device": _Device(),
     "dtype": OneOf(("auto", *_FLOAT_NAMES, *_FLOATS), f"auto, {', '.join(_FLOAT_NAMES)} or the same torch dtype"),
     "revision": OrNone(Text(1, 256)),

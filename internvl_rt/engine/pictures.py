@@ -5,7 +5,7 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from internvl_rt.engine.loop import StepLoop
-from internvl_rt.errors import RequestError, not_finite
+from internvl_rt.errors import MediaError, RequestError, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
 from internvl_rt.inputs.proceed import Proceed, go_on
@@ -39,7 +39,11 @@ class PictureLoader:
             proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (self._visual_cache.hold(picture, prepared.salt) or is_cached):
-                self._uploads.load(picture)
+                try:
+                    self._uploads.load(picture)
+                except MediaError as error:
+                    error.media_id = picture.media_id
+                    raise
 
     def encode(self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on) -> list[Tensor]:
         """Computes the visual tokens [X, D] of pictures. proceed: called before each is decoded; it may raise.

@@ -148,6 +148,7 @@ class Score:
     """Says how likely each token of a response is."""
 
     tokens: tuple[TokenLogprob | None, ...]
+    usage: Usage = Usage()  # of computing it; the response counts as a part of the prompt
 
     @property
     def logprobs(self) -> list[float]:

@@ -33,4 +33,4 @@ def read_responses(responses: Sequence[str]) -> tuple[str, ...]:
 def build_score(reply: Reply) -> Score:
     """Reads the score from the reply to a request that was run with SCORING."""
     assert reply.prompt_logprobs is not None, "run with SCORING"
-    return Score(reply.prompt_logprobs)
+    return Score(reply.prompt_logprobs, reply.usage)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from internvl_rt.errors import RequestError, quoted
+from internvl_rt.errors import ContextLengthError, RequestError, quoted
 from internvl_rt.inputs.video import BOUND
 from internvl_rt.values import Integer, Kind, OneOf, UnfitError
 
@@ -82,14 +82,14 @@ def _check_numbers(messages: Sequence[object], max_tokens: int) -> None:
     """Refuses more messages or parts than are worth looking at in a conversation of at most `max_tokens` tokens."""
     most = max_tokens // _TOKENS_PER_MESSAGE
     if len(messages) > most:
-        raise RequestError(
+        raise ContextLengthError(
             f"messages: {len(messages):,} messages cannot fit {max_tokens:,} tokens, of which each takes at least "
             f"{_TOKENS_PER_MESSAGE}; send at most {most:,}"
         )
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     num_parts = sum(len(content) for content in contents if isinstance(content, list | tuple))
     if num_parts > max_tokens:
-        raise RequestError(
+        raise ContextLengthError(
             f"messages: {num_parts:,} parts, but a conversation of at most {max_tokens:,} tokens may have one for each "
             "token; join the texts"
         )

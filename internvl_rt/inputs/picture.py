@@ -24,6 +24,7 @@ class Picture:
     digest: 32 bytes. Pictures of equal digest have equal visual tokens.
     layout: the picture's size and grid; None of tiles and visual tokens that a caller has computed.
     span: the picture's visual tokens in the prompt; empty as long as there is no prompt.
+    media_id: index, among the request's pictures and videos, of the one that it is, or is a frame of.
     """
 
     digest: bytes
@@ -33,6 +34,7 @@ class Picture:
     visual_XD: Tensor | None = None  # visual tokens that were computed elsewhere, in the model's dtype
     layout: TileLayout | None = None
     span: VisualSpan = _NO_SPAN
+    media_id: int = 0
 
 
 def open_picture(source: ImageSource, options: ImageOptions) -> Picture:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.errors import ContextLengthError, MediaError, RequestError, check_list, quoted
 from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, check_image_source, open_image
 from internvl_rt.inputs.messages import Media, Message, parse_messages
@@ -120,23 +120,17 @@ class Preparer:
         self._check_size(parsed)
         pictures: list[Picture] = []
         frames_per_video: list[int] = []
-        for media in (part for message in parsed for part in message.parts if isinstance(part, Media)):
+        media = [part for message in parsed for part in message.parts if isinstance(part, Media)]
+        for media_id, each in enumerate(media):
             proceed()
-            if media.kind == "image":
-                pictures.append(open_picture(media.source, self._options_of(media)))
-            elif media.kind == "image_embeds":
-                pictures.append(picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len))
-            else:
-                frames = load_video(
-                    media.source,
-                    make=self._cut_frame,
-                    num_segments=media.num_frames,
-                    bound=media.bound,
-                    limits=self._videos,
-                    proceed=proceed,
-                )
-                frames_per_video.append(len(frames))
-                pictures += frames
+            try:
+                found = self._read(each, proceed)
+            except (MediaError, RequestError) as error:
+                error.media_id = media_id
+                raise
+            if each.kind == "video":
+                frames_per_video.append(len(found))
+            pictures += [replace(picture, media_id=media_id) for picture in found]
         media_s = time.perf_counter() - start_s
         turns = turns_from_messages(
             parsed,
@@ -174,7 +168,7 @@ class Preparer:
         added = [*ids, *([self._stop_id] if include_end else [])]
         next_position = prepared.next_position + len(added)
         if num_prompt + len(added) > self._max_model_len or next_position > self._config.decoder.max_position:
-            raise RequestError(
+            raise ContextLengthError(
                 f"prompt and response have {num_prompt + len(added):,} tokens together, but may have "
                 f"{min(self._max_model_len, self._config.decoder.max_position):,}; shorten them"
             )
@@ -230,7 +224,7 @@ class Preparer:
         start_s = time.perf_counter()
         num_tokens, num_visual = len(prompt.token_ids), sum(span.num_tokens for span in prompt.spans)
         if num_tokens >= self._max_model_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {num_tokens:,} tokens ({num_visual:,} of pictures), but prompt and answer together "
                 f"may have {self._max_model_len:,}; {self._remedy(pictures)}"
             )
@@ -243,7 +237,7 @@ class Preparer:
             if pictures:
                 remedy += ", or lower max_tiles"
                 remedy += ", or choose a smaller v2pe_delta (or 'auto')" if stride > STRIDES[-1] else ""
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt reaches position {next_position:,}, beyond the trained window of {window:,}; {remedy}"
             )
         identity = None
@@ -267,6 +261,21 @@ class Preparer:
             ways.append("raise max_model_len")
         return ", or ".join(ways)
 
+    def _read(self, media: Media, proceed: Proceed) -> list[Picture]:
+        """Opens a picture, or decodes the frames of a video."""
+        if media.kind == "image":
+            return [open_picture(media.source, self._options_of(media))]
+        if media.kind == "image_embeds":
+            return [picture_of_visual_tokens(media.source, self._config, self._dtype, self._max_model_len)]
+        return load_video(
+            media.source,
+            make=self._cut_frame,
+            num_segments=media.num_frames,
+            bound=media.bound,
+            limits=self._videos,
+            proceed=proceed,
+        )
+
     def _check_size(self, messages: Items[Message]) -> None:
         """Refuses what cannot fit before any media are read."""
         parts = [part for message in messages for part in message.parts]
@@ -274,7 +283,7 @@ class Preparer:
         num_media = sum(count_frames(one.source, one.num_frames) if one.kind == "video" else 1 for one in media)
         most = self._max_model_len // self._config.tokens_per_tile
         if num_media > most:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
@@ -285,7 +294,7 @@ class Preparer:
         most = self._max_model_len * self._bytes_per_token
         num_characters = sum(map(len, texts))  # no more than there are bytes, and known at once
         if num_characters > most or sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
-            raise RequestError(
+            raise ContextLengthError(
                 f"{what} has {num_characters:,} characters, which cannot fit {self._max_model_len:,} tokens of at most "
                 f"{self._bytes_per_token} bytes; {self._remedy()}"
             )

@@ -11,7 +11,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Final
 
-from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.errors import ContextLengthError, RequestError, check_list, quoted
 from internvl_rt.inputs.messages import ROLE, Media, Message, Role
 from internvl_rt.inputs.tokenizer import SHORTEN, Tokenizer
 from internvl_rt.values import Integer, read
@@ -151,7 +151,7 @@ def build_prompt(
         if is_text:
             piece = "".join(map(str, group))
             if limit is not None and len(ids) > limit:
-                raise RequestError(
+                raise ContextLengthError(
                     f"the prompt has more than {len(ids):,} tokens, but prompt and answer together may have {limit:,}; "
                     f"{remedy}"
                 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from internvl_rt.checkpoint.files import read_file
-from internvl_rt.errors import CheckpointError, RequestError, quoted, utf8
+from internvl_rt.errors import CheckpointError, ContextLengthError, RequestError, quoted, utf8
 from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
     encoder,
@@ -121,7 +121,7 @@ class Tokenizer:
         ids: list[int] = []
         for part in slices(text, self._cut):
             if limit is not None and len(ids) > limit:
-                raise RequestError(f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; {remedy}")
+                raise ContextLengthError(f"a text has more than {len(ids):,} tokens, but only {limit:,} fit; {remedy}")
             ids += self._encode_all(part) if specials else self._encode_plain(part)
         if specials or self._spelled.keys().isdisjoint(ids):
             return ids
