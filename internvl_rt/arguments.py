@@ -1,12 +1,15 @@
 """A parser whose errors are one printable line, and the types of arguments that several commands take."""
 
 import argparse
+import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from internvl_rt.errors import InternVLError, quoted
+from internvl_rt.values import Flag, Integer, Kind, Number, OrNone, Several, UnfitError
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_NUMBERS = 1000  # of one argument
@@ -69,6 +72,68 @@ def seed(text: str) -> int:
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {quoted(text)}")
     return value
+
+
+def add_options(group: "argparse._ArgumentGroup", options: type, kinds: Mapping[str, Kind]) -> None:
+    """Adds an argument for each field of a dataclass of options, described as in its docstring.
+
+    kinds: of its fields. An argument that is not given is left out of the result, so that the default is the class's.
+    """
+    about = _described(options)
+    for field in fields(options):
+        kind, default = kinds[field.name], field.default
+        kind = kind.kind if isinstance(kind, OrNone) else kind
+        more: dict[str, Any] = {"type": _text_of_kind(kind), "metavar": _metavar(field.name, kind)}
+        if isinstance(kind, Flag):
+            more = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(kind, Several):
+            more |= {"type": _text_of_kind(kind.kind), "action": "append"}
+        shown = "" if default in (None, ()) else f" (default: {default})"
+        text = f"{about[field.name].rstrip('.')}{'; may be repeated' if isinstance(kind, Several) else ''}{shown}"
+        name = field.name.replace("_", "-")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **more)
+
+
+def _metavar(name: str, kind: Kind) -> str:
+    if isinstance(kind, Integer | Number):
+        return "N" if isinstance(kind, Integer) else "X"
+    return name.rpartition("_")[2].upper()
+
+
+def options_of(args: argparse.Namespace, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Returns the options among the arguments that were given."""
+    return {name: getattr(args, name) for name in kinds if name in args}
+
+
+def _described(options: type) -> dict[str, str]:
+    """Reads what a docstring says of each option: lines `name: text`, and lines further in that continue one."""
+    about: dict[str, str] = {}
+    for line in inspect.cleandoc(options.__doc__ or "").splitlines():
+        name, colon, text = line.partition(": ")
+        if colon and name.isidentifier():
+            about[name] = text
+        elif about and line.startswith(" "):
+            about[next(reversed(about))] += f" {line.strip()}"
+    return about
+
+
+def _text_of_kind(kind: Kind) -> Callable[[str], Any]:
+    """Returns a type of arguments: text that is a value of a kind, or a number that is, which may be a fraction."""
+
+    def value(text: str) -> Any:
+        for read in (str, int, float, _fraction):
+            try:
+                return kind.read(read(text))
+            except (UnfitError, ValueError, ZeroDivisionError, OverflowError):
+                continue
+        raise argparse.ArgumentTypeError(f"expected {kind.expected}, got {quoted(text)}")
+
+    return value
+
+
+def _fraction(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(above) / float(below)
 
 
 def _device(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | info | doctor | bench | write-random`. A command imports what it needs."""
+"""The command line: `internvl-rt chat | serve | info | doctor | bench | write-random`. Each imports what it needs."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from internvl_rt.arguments import Parser, add_device_and_dtype
 from internvl_rt.bench.arguments import add_bench
-from internvl_rt.errors import InternVLError, quoted
+from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, prepare_streams, say
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _run(arguments: list[str] | None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
+    if args.run is _serve:
+        args.arguments, rest = rest, []
     # argparse skips an optional positional at the first option, so a PROMPT after --image lands in `rest`
     if rest and getattr(args, "prompt", "") is None and not rest[0].startswith("-"):
         args.prompt = rest.pop(0)
@@ -116,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_bench(commands)
 
+    # Its own parser makes its arguments from options whose module needs torch.
+    serve = commands.add_parser("serve", help="serve a model over HTTP: OpenAI's interface and a page", add_help=False)
+    serve.set_defaults(run=_serve)
+
     random = commands.add_parser(
         "write-random",
         help="write a checkpoint with random weights",
@@ -126,6 +132,19 @@ def _parser() -> argparse.ArgumentParser:
     random.add_argument("folder", metavar="FOLDER", type=Path, help="where to; must not exist or be empty")
     random.add_argument("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
     return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        with importing():
+            from internvl_rt.server.command import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("internvl_rt"):
+            raise
+        raise RequestError(
+            f"serving needs {error.name}, which is not installed; pip install 'internvl-rt[server]'"
+        ) from error
+    return serve(args.arguments, MODEL_HELP)
 
 
 def _delta(text: str) -> "Delta":

@@ -1,0 +1,95 @@
+"""The parts that answers of several interfaces have in common: token counts, log-probabilities, finish reasons."""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from internvl_rt.engine.reply import Choice, Reply, Usage
+from internvl_rt.inputs.tokenizer import Tokenizer
+from internvl_rt.server import thinking
+from internvl_rt.server.reader import AnswerReader, Delta
+from internvl_rt.steps.logprobs import TokenLogprob
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+Json = dict[str, Any]
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def usage_of(usage: Usage, reasoning_tokens: int = 0) -> Json:
+    """Returns the `usage` object, with the standard details."""
+    text_tokens = usage.prompt_tokens - usage.image_tokens
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "image_tokens": usage.image_tokens,
+            "text_tokens": text_tokens,
+            "audio_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": reasoning_tokens,
+            "text_tokens": usage.completion_tokens - reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": usage.accepted_draft_tokens,
+            "rejected_prediction_tokens": usage.rejected_draft_tokens,
+        },
+    }
+
+
+def count_reasoning(reply: Reply, tokenizer: Tokenizer) -> int:
+    """Counts the tokens of the answers up to the end of their reasoning."""
+    end_id = tokenizer.find_token_id(thinking.END)
+    ids = [choice.token_ids for choice in reply.choices]
+    return sum(each.index(end_id) + 1 if end_id in each else len(each) for each in ids)
+
+
+def finish_reason(choice: Choice, reader: AnswerReader) -> str:
+    """Returns why an answer ended, in OpenAI's words: a timeout is a length that was reached."""
+    if choice.finish_reason != "stop":
+        return "length"
+    return "tool_calls" if reader.num_calls else "stop"
+
+
+def bytes_of(token_id: int, tokenizer: Tokenizer) -> bytes:
+    return tokenizer.token_bytes.get(token_id, b"")
+
+
+def text_of(token_id: int, tokenizer: Tokenizer) -> str:
+    return bytes_of(token_id, tokenizer).decode("utf-8", "replace")
+
+
+def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: frozenset[int]) -> list[Json]:
+    """Returns log-probabilities of the tokens that are text. end_ids: of tokens that end an answer, and are not."""
+
+    def entry(token_id: int, logprob: float) -> Json:
+        data = bytes_of(token_id, tokenizer)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+    return [
+        {**entry(each.token_id, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+        for each in tokens
+        if each.token_id not in end_ids
+    ]
+
+
+def message_of(deltas: Sequence[Delta]) -> Json:
+    """Puts the parts of a whole answer into a message."""
+    texts = {kind: "".join(each.text for each in deltas if each.kind == kind) for kind in ("content", "reasoning")}
+    calls: list[Json] = []
+    for delta in deltas:
+        if delta.kind == "call":
+            function = {"name": delta.text, "arguments": ""}
+            calls.append({"id": new_id("call_"), "type": "function", "function": function})
+        elif delta.kind == "arguments":
+            calls[delta.call]["function"]["arguments"] += delta.text
+    message: Json = {"role": "assistant", "content": texts["content"] or (None if calls else ""), "refusal": None}
+    if texts["reasoning"]:
+        message |= {"reasoning": texts["reasoning"], "reasoning_content": texts["reasoning"]}
+    return message | ({"tool_calls": calls} if calls else {})

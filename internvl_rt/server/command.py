@@ -1,0 +1,49 @@
+"""`internvl-rt serve MODEL`: its arguments, made from the options of the server and of the engine."""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from internvl_rt.arguments import Parser, add_options, options_of
+from internvl_rt.engine.async_engine import AsyncEngine
+from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.options import ENGINE_KINDS, EngineOptions
+from internvl_rt.server.app import build_app
+from internvl_rt.server.keys import read_keys
+from internvl_rt.server.life import Server, bind
+from internvl_rt.server.log import Log
+from internvl_rt.server.options import SERVER_KINDS, ServerOptions
+from internvl_rt.server.service import Service
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def build_parser(model_help: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="internvl-rt serve",
+        usage="%(prog)s MODEL [options]",
+        description="Serves a model over HTTP: OpenAI's interface at /v1, a page to try it at /, metrics at /metrics.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=model_help)
+    add_options(parser.add_argument_group("server"), ServerOptions, SERVER_KINDS)
+    add_options(parser.add_argument_group("engine"), EngineOptions, ENGINE_KINDS)
+    return parser
+
+
+def serve(arguments: list[str], model_help: str) -> int:
+    """Takes the arguments after `serve`; returns the exit code. Everything is checked before a model is loaded."""
+    args = build_parser(model_help).parse_args(arguments)
+    options = ServerOptions(**options_of(args, SERVER_KINDS))
+    engine_options = options_of(args, ENGINE_KINDS)
+    EngineOptions(**engine_options)
+    keys, log = read_keys(options.api_keys_file), Log(sys.stderr)
+    if options.host not in LOOPBACK and not keys:
+        log.write("open to others", level="warning", host=options.host, remedy="give --api-keys-file")
+    with bind(options.host, options.port) as bound:
+        core = Engine.from_pretrained(args.model, **engine_options)
+        names = options.served_model_name or (Path(args.model).name or args.model, args.model)
+        service = Service(core, AsyncEngine(core), tuple(dict.fromkeys(names)), options, keys, log)
+        server = Server(build_app(service), service, bound)
+        with nullcontext() if options.trace is None else core.trace(options.trace):
+            return server.serve_until_stopped()

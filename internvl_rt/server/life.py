@@ -1,0 +1,153 @@
+"""Runs the application under uvicorn: guards connections that are too slow, and ends without breaking answers off."""
+
+import asyncio
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from internvl_rt.errors import RequestError
+from internvl_rt.server.options import ServerOptions
+from internvl_rt.server.service import Service
+
+MAX_HEAD_BYTES = 64 << 10
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound, before anything is loaded. Raises RequestError if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen on {host!r}, port {port}: {error.strerror or error}; give another --host or --port"
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+class Server(uvicorn.Server):
+    """Goes on answering after the first signal until all calls have ended; a second one ends them at once."""
+
+    def __init__(self, app: Starlette, service: Service, bound: socket.socket) -> None:
+        options = service.options
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=guarded(options),
+                loop="uvloop",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=options.max_connections,
+                backlog=_BACKLOG,
+                timeout_keep_alive=max(1, round(options.idle_timeout_s)),
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._service, self._bound = service, bound
+        host, port = bound.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._end = asyncio.Event()
+        self._signal: int | None = None
+
+    def serve_until_stopped(self) -> int:
+        """Serves until a signal, or `stop`, ends it; returns the exit code: 130 after Ctrl-C, else 0."""
+        self.run(sockets=[self._bound])
+        return 130 if self._signal == signal.SIGINT else 0
+
+    def stop(self) -> None:
+        """Ends the server as the first signal does; called within its event loop."""
+        self._end.set()
+
+    async def main_loop(self) -> None:
+        service, drain_s = self._service, self._service.options.drain_s
+        service.log.write("listening", url=self.url, model=service.names[0], page=service.options.page)
+        ticks, ended = asyncio.create_task(super().main_loop()), asyncio.create_task(self._end.wait())
+        await asyncio.wait({ticks, ended}, return_when=asyncio.FIRST_COMPLETED)
+        service.log.write("stopping", calls=len(service.calls), limit_s=drain_s)
+        ending = asyncio.create_task(service.end_calls(drain_s))
+        await asyncio.wait({ticks, ending}, return_when=asyncio.FIRST_COMPLETED)  # a second signal ends the ticks
+        for task in (ticks, ended, ending):
+            task.cancel()
+        await service.end_calls(0)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes SIGTERM and Ctrl-C, between two steps of the event loop."""
+        if self._signal is None:
+            self._signal = sig
+            asyncio.get_running_loop().call_soon_threadsafe(self._end.set)
+        else:
+            self.should_exit = True
+
+
+def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
+    """Returns a protocol for connections that gives up on clients which send, or read, too slowly."""
+
+    class Guarded(HttpToolsProtocol):
+        _num_head_bytes = 0
+        _is_in_head = True
+        _until_whole: asyncio.TimerHandle | None = None
+        _until_read: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._abort_after(options.header_timeout_s)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._abort_after(None)
+            self.resume_writing()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._is_in_head:
+                if self._until_whole is None:
+                    self._abort_after(options.header_timeout_s)
+                self._num_head_bytes += len(data)
+            super().data_received(data)
+            if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+        def on_headers_complete(self) -> None:
+            self._is_in_head, self._num_head_bytes = False, 0
+            self._abort_after(2 * options.body_timeout_s)  # the application itself answers earlier
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._is_in_head = True
+            self._abort_after(None)
+            super().on_message_complete()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._until_read = self.loop.call_later(options.stall_timeout_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._until_read is not None:
+                self._until_read.cancel()
+                self._until_read = None
+
+        def timeout_keep_alive_handler(self) -> None:
+            self.transport.abort()  # a client that has not read its answer would keep the connection open
+
+        def _abort_after(self, seconds: float | None) -> None:
+            """Sets the time until the request must be whole; None: there is none."""
+            if self._until_whole is not None:
+                self._until_whole.cancel()
+            self._until_whole = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+
+    return Guarded
