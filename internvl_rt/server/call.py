@@ -8,7 +8,8 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import aclosing
 from typing import Any
 
 from internvl_rt.server.fault import ApiError
@@ -100,14 +101,15 @@ class Call:
             self._is_complete = True  # comes first: servers report a client as gone when its answer is complete
             await self._send({"type": "http.response.body", "body": body})
 
-    async def stream(self, events: AsyncIterator[bytes]) -> None:
+    async def stream(self, events: AsyncGenerator[bytes, None]) -> None:
         """Sends events as they come, the head with the first one, so that earlier errors keep their status.
 
         An error that comes later is the last event.
         """
         self._is_stream = True
-        async for event in events:
-            await self._event(event)
+        async with aclosing(events):  # a client may leave between two events
+            async for event in events:
+                await self._event(event)
         await self._event(DONE, last=True)
 
     async def fail(self, error: ApiError) -> None:

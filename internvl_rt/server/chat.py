@@ -1,7 +1,8 @@
 """`POST /v1/chat/completions`."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from internvl_rt.engine.reply import Piece
 from internvl_rt.server.answer import (
@@ -36,8 +37,9 @@ async def chat(service: Service, call: Call) -> None:
     is_stream = bool(request.stream)
     del request  # the encoded pictures are with the engine from here on
     if is_stream:
-        pieces = service.engine.stream(ask.conversation.messages, ask.params, **given)
-        await call.stream(_Chunks(service, call, ask, wants_usage=wants_usage).of(pieces))
+        chunks = _Chunks(service, call, ask, wants_usage=wants_usage)
+        async with aclosing(service.engine.stream(ask.conversation.messages, ask.params, **given)) as pieces:
+            await call.stream(chunks.of(pieces))
         return
     reply = await service.engine.chat(ask.conversation.messages, ask.params, **given)
     service.answered(call, reply, ask.params)
@@ -75,7 +77,6 @@ class _Chunks:
         self._service, self._call, self._ask = service, call, ask
         self._wants_usage, self._end_ids = wants_usage, service.end_ids(ask.params)
         self._readers = [ask.conversation.reader() for _ in range(ask.params.n)]
-        self._call_ids: dict[tuple[int, int], str] = {}
         head = {
             "id": new_id("chatcmpl-"),
             "object": "chat.completion.chunk",
@@ -86,7 +87,7 @@ class _Chunks:
         self._head = b"data: " + encode(head)[:-1]
         self._tail = (b',"usage":null' if wants_usage else b"") + b"}\n\n"
 
-    async def of(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    async def of(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[bytes, None]:
         """Yields events; those of a piece are one, so that they are sent together."""
         last_s = 0.0
         async for piece in pieces:

@@ -3,7 +3,8 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -91,7 +92,7 @@ class _Answers:
 
     async def chunks(
         self, call: Call, prompts: Sequence[RawPrompt], streams: Sequence[AsyncGenerator[Piece, None]]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Yields the events of several streams as they come."""
         head = b"data: " + encode(self.head)[:-1]
         tail = (b',"usage":null' if self._wants_usage else b"") + b"}\n\n"
@@ -101,20 +102,21 @@ class _Answers:
             yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
         offsets: dict[int, int] = {}
         replies: list[Reply] = []
-        async for number, piece in _merged(streams):
-            at = number * self._params.n + piece.choice
-            if piece.text or piece.tokens:
-                logprobs = None
-                if self._wants_logprobs:
-                    logprobs = self._logprobs(piece.tokens, offsets.get(at, 0))
-                offsets[at] = offsets.get(at, 0) + len(piece.text)
-                yield head + b',"choices":' + encode([self._entry(at, piece.text, None, logprobs)]) + tail
-            if piece.reply is not None:
-                self._service.answered(call, piece.reply, self._params)
-                replies.append(piece.reply)
-                ends = enumerate(piece.reply.choices, number * self._params.n)
-                entries = [self._entry(index, "", choice.finish_reason, None) for index, choice in ends]
-                yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
+        async with aclosing(_merged(streams)) as merged:
+            async for number, piece in merged:
+                at = number * self._params.n + piece.choice
+                if piece.text or piece.tokens:
+                    logprobs = None
+                    if self._wants_logprobs:
+                        logprobs = self._logprobs(piece.tokens, offsets.get(at, 0))
+                    offsets[at] = offsets.get(at, 0) + len(piece.text)
+                    yield head + b',"choices":' + encode([self._entry(at, piece.text, None, logprobs)]) + tail
+                if piece.reply is not None:
+                    self._service.answered(call, piece.reply, self._params)
+                    replies.append(piece.reply)
+                    ends = enumerate(piece.reply.choices, number * self._params.n)
+                    entries = [self._entry(index, "", choice.finish_reason, None) for index, choice in ends]
+                    yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
         if self._wants_usage:
             yield head + b"," + encode({"choices": [], "usage": usage_of(sum_of(replies))})[1:] + b"\n\n"
 
@@ -188,7 +190,7 @@ async def _all(answers: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncIterator[tuple[int, Piece]]:
+async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yields the pieces of several streams as they come, with the stream's index."""
     waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
     try:

@@ -35,11 +35,12 @@ async def decisions(service: Service, call: Call) -> None:
     """Answers predicates, choices and scores, in the order of the questions."""
     request = parse(await read_body(service, call), DecisionsRequest)
     service.check_model(request.model)
-    asked = [_read(question, f"questions[{index}]") for index, question in enumerate(request.questions)]
-    options, num_values = service.options, sum(len(each.values) for each in asked)
-    if not 1 <= len(asked) <= options.max_questions:
-        what = f"questions: expected 1 to {options.max_questions}, got {len(asked)}"
+    options, num_questions = service.options, len(request.questions)
+    if not 1 <= num_questions <= options.max_questions:
+        what = f"questions: expected 1 to {options.max_questions}, got {num_questions:,}"
         raise refusal(what, "questions", "limit_exceeded")
+    asked = [_read(question, f"questions[{index}]") for index, question in enumerate(request.questions)]
+    num_values = sum(len(each.values) for each in asked)
     if num_values > options.max_question_values:
         what = f"questions: at most {options.max_question_values:,} values together are taken, got {num_values:,}"
         raise refusal(what, "questions", "limit_exceeded")

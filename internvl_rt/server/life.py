@@ -10,6 +10,8 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from internvl_rt.errors import RequestError
+from internvl_rt.server.call import Call, Receive, Scope, Send
+from internvl_rt.server.fault import ApiError
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.service import Service
 
@@ -52,7 +54,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=options.max_connections,
                 backlog=_BACKLOG,
                 timeout_keep_alive=max(1, round(options.idle_timeout_s)),
                 timeout_graceful_shutdown=1,
@@ -94,6 +95,13 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
+async def _refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers on a connection beyond the limit, in place of the application."""
+    error = ApiError(503, "the server has as many connections as it takes; try again later", "too_many_connections")
+    headers = {"retry-after": "1", "connection": "close"}
+    await Call(scope, receive, send).send_json(error.body(), error.status, headers)
+
+
 def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
     """Returns a protocol for connections that gives up on clients which send, or read, too slowly."""
 
@@ -106,6 +114,8 @@ def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._abort_after(options.header_timeout_s)
+            if len(self.connections) > options.max_connections:
+                self.app = _refuse_connection
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._abort_after(None)

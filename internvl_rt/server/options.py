@@ -32,6 +32,8 @@ class ServerOptions:
     max_remote_bytes: most bytes of a picture or video that is fetched.
     remote_timeout_s: most seconds that fetching one takes.
     max_body_bytes: most bytes of a request's body.
+    max_text_bytes: most bytes of a body without its data: URLs. To read JSON holds up all other requests, a second for
+        some ten megabytes of short values, and none for a picture.
     max_bodies_bytes: most bytes of the bodies of all requests that are being read or answered.
     max_connections: most connections at a time.
     header_timeout_s: most seconds until the head of a request has arrived.
@@ -73,6 +75,7 @@ class ServerOptions:
     max_remote_bytes: int = 64 << 20
     remote_timeout_s: float = 10.0
     max_body_bytes: int = 64 << 20
+    max_text_bytes: int = 4 << 20
     max_bodies_bytes: int = 1 << 30
     max_connections: int = 2048
     header_timeout_s: float = 10.0
@@ -125,6 +128,7 @@ SERVER_KINDS: dict[str, Kind] = {
     "max_remote_bytes": _BYTES,
     "remote_timeout_s": _SECONDS,
     "max_body_bytes": _BYTES,
+    "max_text_bytes": _BYTES,
     "max_bodies_bytes": _BYTES,
     "max_connections": Integer(1, 1 << 20),
     **dict.fromkeys(

@@ -1,7 +1,9 @@
 """`POST /v1/responses`: the part of that interface that keeps no state on the server."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from internvl_rt.engine.reply import Piece, Reply
@@ -33,13 +35,12 @@ async def responses(service: Service, call: Call) -> None:
     output = _Output(service, call, ask, request)
     is_stream = bool(request.stream)
     del request  # the encoded pictures are with the engine from here on
-    pieces = service.engine.stream(ask.conversation.messages, ask.params, **given)
-    if is_stream:
-        await call.stream(output.events(pieces))
-        return
-    async for piece in pieces:
-        for _ in output.take(piece):
-            pass
+    async with aclosing(service.engine.stream(ask.conversation.messages, ask.params, **given)) as pieces:
+        if is_stream:
+            await call.stream(output.events(pieces))
+            return
+        async for piece in pieces:
+            deque(output.take(piece), maxlen=0)  # the events are of no use, the items are
     assert output.reply is not None, "a stream ends with its reply"
     await call.send_json(output.response(), headers=service.timings_header(call, output.reply))
 
@@ -108,7 +109,7 @@ class _Output:
         usage = None if reply is None else self._usage(reply)
         return {**self._head, "status": status, "incomplete_details": details, "output": self._items, "usage": usage}
 
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[bytes, None]:
         """Yields the events of a stream; those of a piece are one, so that they are sent together."""
         made = [self._event(f"response.{kind}", response=self.response()) for kind in ("created", "in_progress")]
         async for piece in pieces:

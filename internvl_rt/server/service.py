@@ -1,8 +1,10 @@
 """What all endpoints of one server share: the engine, the options, who may ask, and how a call is run."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from internvl_rt.engine.async_engine import AsyncEngine
 from internvl_rt.engine.engine import Engine
@@ -17,11 +19,13 @@ from internvl_rt.server.keys import Keys
 from internvl_rt.server.log import Log
 from internvl_rt.server.metrics import Metrics
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import encode
+from internvl_rt.server.protocol import count_data, encode
 from internvl_rt.server.remote import Fetcher
 
 TIMINGS_HEADER = "x-internvl-rt-timings"
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+MAX_SALT = 128  # characters
+END_S = 1.0  # for telling a client that the server ends
+_LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 
 Handler = Callable[["Service", Call], Awaitable[None]]
 
@@ -57,8 +61,11 @@ class Service:
 
     def salt(self, call: Call, given: str | None) -> str | None:
         """Returns what separates this request's prefixes from others': its API key, and what it asks for itself."""
+        if given is not None and len(given) > MAX_SALT:
+            what = f"cache_salt: at most {MAX_SALT} characters are taken, got {len(given):,}"
+            raise ApiError(400, what, "limit_exceeded", "cache_salt")
         tenant = None if self.options.shared_prefixes else call.tenant
-        return given if tenant is None else f"{tenant} {given or ''}"[:4096]
+        return given if tenant is None else f"{tenant} {given or ''}"
 
     def timeout_s(self, given: float | None) -> float:
         """Returns the most seconds of a request."""
@@ -135,7 +142,7 @@ class Service:
             return
         host = call.headers.get(b"host", "")
         is_own = origin.partition("://")[2] == host
-        is_local = self.options.host not in ("127.0.0.1", "localhost", "::1") or host.rpartition(":")[0] in _LOOPBACK
+        is_local = self.options.host not in ("127.0.0.1", "localhost", "::1") or _LOOPBACK.fullmatch(host)
         if not (is_own and is_local):
             raise ApiError(403, "web pages of this origin may not use the server", "origin_not_allowed")
 
@@ -179,7 +186,8 @@ class Endpoint:
         except asyncio.CancelledError:
             if call.ending is not None:
                 _uncancel()
-                await self._fail(call, call.ending)
+                with suppress(TimeoutError):  # a client that reads nothing is not waited for
+                    await asyncio.wait_for(self._fail(call, call.ending), END_S)
             elif call.gone:
                 _uncancel()
                 service.metrics.failed("client_gone")
@@ -225,6 +233,9 @@ async def read_body(service: Service, call: Call) -> bytes:
         service.take_body(call, num_bytes)
 
     body = await call.read(take, options.max_body_bytes, options.body_timeout_s)
+    if len(body) > options.max_text_bytes and len(body) - count_data(body) > options.max_text_bytes:
+        what = f"the body has more than {options.max_text_bytes:,} bytes besides its data: URLs; send less"
+        raise ApiError(413, what, "body_too_large")
     call.watch(options.keep_alive_s)
     return body
 

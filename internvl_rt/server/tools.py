@@ -65,9 +65,9 @@ def read_tools(
     tools: Sequence[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None, max_tools: int
 ) -> Tools | None:
     """Reads `tools` and `tool_choice` of either interface. Returns None if nothing may be called. Raises ApiError."""
+    if tools and len(tools) > max_tools:
+        raise refusal(f"tools: at most {max_tools} are taken, got {len(tools):,}", "tools", "limit_exceeded")
     functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(tools or ())]
-    if len(functions) > max_tools:
-        raise refusal(f"tools: at most {max_tools} are taken, got {len(functions)}", "tools", "limit_exceeded")
     names = [each.name for each in functions]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise refusal(f"tools: the function {repeated!r} is there twice; rename one", "tools", "invalid_value")

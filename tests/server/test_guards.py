@@ -94,6 +94,30 @@ def test_a_body_without_a_length_is_refused_while_it_comes(server: Running) -> N
     assert works(server)
 
 
+def test_json_besides_data_urls_is_limited_more_than_pictures_are() -> None:
+    with running(ServerOptions(port=0, max_text_bytes=2000, default_max_tokens=8)) as server:
+        assert works(server), "a picture of 13 kB is no text"
+        text = server.post(CHAT, {"messages": question("1 2 " * 600)})
+        assert (text.status_code, text.json()["error"]["code"]) == (413, "body_too_large")
+        assert server.post("/tokenize", {"prompt": "a", "x": ["data:"] * 5000}).status_code == 413
+
+
+def test_connections_beyond_the_limit_are_told_to_come_back() -> None:
+    with running(ServerOptions(port=0, max_connections=3, default_max_tokens=8)) as server:
+        server.http.get("/health")
+        held = [connect(server) for _ in range(2)]
+        with connect(server) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            data = read_all(client)
+        head, _, body = data.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in head
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+        for client in held:
+            client.close()
+        assert works(server)
+
+
 def test_a_head_that_comes_slowly_or_never_ends_the_connection(server: Running) -> None:
     for start in (b"", b"POST /v1/ch", HEAD + b"x-a: b\r\n"):
         with connect(server) as client:
