@@ -1,6 +1,7 @@
 """Chooses the tests that run: a plain `pytest` runs the quick ones, `-m slow` runs the others."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # pytest-benchmark measures nothing in a worker of xdist, and takes every program that a worker starts for one.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 NUM_DESELECTED = pytest.StashKey[int]()
 
@@ -39,8 +42,8 @@ def one_order_of_sums() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)  # this must run before pytest itself selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests marked `gpu` where there is no GPU, and those marked `slow` unless the command line chooses
-    tests by -m, -k or their ids; pytest's last lines say how many."""
+    """Deselects the tests marked `gpu` or `browser` where there is no GPU or browser, and those marked `slow` unless
+    the command line chooses tests by -m, -k or their ids; pytest's last lines say how many."""
     by_id = any("::" in argument for argument in config.args)
     missing: dict[str, set[str]] = {}
     for item in items:
@@ -57,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item
         for item in items
         if (item.get_closest_marker("gpu") and not torch.cuda.is_available())
+        or (item.get_closest_marker("browser") and not any(map(shutil.which, BROWSERS)))
         or (item.get_closest_marker("slow") and not chosen)
     ]
     config.hook.pytest_deselected(items=unable)
@@ -73,4 +77,4 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if num_deselected := config.stash.get(NUM_DESELECTED, 0):
-        terminalreporter.write_line(f"{num_deselected} deselected: slow tests, or tests that need a GPU")
+        terminalreporter.write_line(f"{num_deselected} deselected: slow tests, or tests that need a GPU or a browser")
