@@ -15,7 +15,7 @@ from internvl_rt.server import chat, completions, decisions, models, responses, 
 from internvl_rt.server.fault import ApiError
 from internvl_rt.server.page import page_files
 from internvl_rt.server.protocol import encode
-from internvl_rt.server.service import Endpoint, Handler, Service
+from internvl_rt.server.service import PROBES, Endpoint, Handler, Service
 
 _WORK: dict[str, Handler] = {
     "/v1/chat/completions": chat.chat,
@@ -31,7 +31,7 @@ _READS: dict[str, Handler] = {
     "/version": models.show_version,
     "/metrics": models.metrics,
 }
-_OPEN: dict[str, Handler] = {"/health": models.health, "/ready": models.ready}
+_OPEN: dict[str, Handler] = dict(zip(PROBES, (models.health, models.ready), strict=True))
 
 
 def build_app(service: Service) -> Starlette:

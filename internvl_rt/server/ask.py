@@ -1,6 +1,7 @@
 """Makes a chat request what the engine takes: messages, sampling parameters, and how to read the answer."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from internvl_rt.server import thinking
 from internvl_rt.server.fault import refusal
 from internvl_rt.server.media import is_media, media_place, read_media
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import ChatRequest, Message, Part, ResponseFormat, Sampled, encode, not_served
+from internvl_rt.server.protocol import ChatRequest, MediaLimits, Message, Part, Sampled, encode, not_served
 from internvl_rt.server.reader import AnswerReader
 from internvl_rt.server.remote import Fetcher
 from internvl_rt.server.tools import Tools, read_tools, text_of_calls, text_of_result
@@ -19,6 +20,7 @@ from internvl_rt.server.tools import Tools, read_tools, text_of_calls, text_of_r
 _TEXTS = {"text", "input_text", "output_text"}
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _RANGES = {"temperature": (0, 2), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}  # OpenAI's
+_OPERATOR = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # has a meaning in a regular expression
 _PASSED = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "top_k", "min_p", "seed"),
     *("min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),
@@ -69,11 +71,15 @@ class Asking:
         if top is not None and not request.logprobs:
             raise refusal("top_logprobs: it needs logprobs true", "top_logprobs", "invalid_value")
         self._limit("top_logprobs", top, self.options.max_logprobs)
-        form = self._form(request.response_format, tools, thinks)
+        if tools is not None:
+            self._limit("tools", len(encode(tools.functions)), self.options.max_schema_bytes, what="bytes")
+        form = self._form(request, tools, thinks)
         if request.max_completion_tokens is not None:
             request.max_tokens = request.max_completion_tokens
         params = self.params(request, logprobs=(top or 0) if request.logprobs else None, **form)
-        conversation = await self.conversation(request.messages, tools, thinks=thinks, places=places)
+        conversation = await self.conversation(
+            request.messages, tools, thinks=thinks, places=places, limits=request.mm_processor_kwargs
+        )
         metadata = request.metadata or {}
         return Ask(conversation, params, request.v2pe_delta, metadata)
 
@@ -122,6 +128,7 @@ class Asking:
         *,
         thinks: bool = False,
         places: Sequence[str] | None = None,
+        limits: MediaLimits | None = None,
     ) -> Conversation:
         """Makes messages for the engine: one system message, and user and assistant in turns as they come.
 
@@ -143,7 +150,7 @@ class Asking:
             if message.role == "user":
                 media_places += _media_places(message, where)
                 self._limit(f"{where}.content", len(media_places), self.options.max_media, what="pictures and videos")
-                made.append({"role": "user", "content": await self._parts(message, where)})
+                made.append({"role": "user", "content": await self._parts(message, where, limits or MediaLimits())})
                 continue
             text = _text_of(message, where)
             if message.role in ("system", "developer"):
@@ -170,7 +177,7 @@ class Asking:
             made.insert(0, {"role": "system", "content": "\n\n".join(system)})
         return Conversation(made, tuple(media_places), thinks, tools)
 
-    async def _parts(self, message: Message, where: str) -> str | list[dict[str, Any]]:
+    async def _parts(self, message: Message, where: str, limits: MediaLimits) -> str | list[dict[str, Any]]:
         content = message.content
         if content is None:
             raise refusal(
@@ -184,13 +191,19 @@ class Asking:
         for index, part in enumerate(content):
             place = f"{where}.content[{index}]"
             if isinstance(part, Part) and is_media(part):
-                parts.append(await read_media(part, place, self._fetcher, self.options.max_frames))
+                parts.append(await read_media(part, place, self._fetcher, limits, self.options.max_frames))
             else:
                 parts.append({"type": "text", "text": _text_of_part(part, place)})
         return parts or ""
 
-    def _form(self, form: ResponseFormat | None, tools: Tools | None, thinks: bool) -> dict[str, Any]:
+    def _form(self, request: ChatRequest, tools: Tools | None, thinks: bool) -> dict[str, Any]:
         """Returns the grammar of the answer as sampling parameters."""
+        form = request.response_format
+        if request.structured_outputs is not None:
+            if form is not None or tools is not None:
+                reason = "neither response_format nor tools can be there too; leave out one of them"
+                raise refusal(f"structured_outputs: {reason}", "structured_outputs")
+            return _structured(request.structured_outputs)
         after = {"grammar_after": thinking.END} if thinks else {}
         if form is None or form.type == "text":
             tagged = tools.grammar() if tools else None
@@ -216,6 +229,18 @@ class Asking:
             raise refusal(
                 f"{name}: expected {least} to {most:,} {what}".rstrip() + f", got {value:,}", name, "limit_exceeded"
             )
+
+
+def _structured(given: dict[str, Any]) -> dict[str, Any]:
+    """Reads vLLM's `structured_outputs`."""
+    kind, value = next(((kind, value) for kind, value in given.items() if value is not None), ("", None))
+    if kind == "json":
+        return {"json_schema": value}
+    if kind == "regex":
+        return {"regex": value}
+    if kind == "choice" and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return {"regex": "|".join(_OPERATOR.sub(r"\\\g<0>", each) for each in value)}
+    raise not_served("expected one of json, regex and choice (a list of texts)", "structured_outputs")
 
 
 def _refuse_unserved(request: ChatRequest) -> None:

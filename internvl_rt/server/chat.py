@@ -18,7 +18,7 @@ from internvl_rt.server.ask import Ask
 from internvl_rt.server.call import Call
 from internvl_rt.server.protocol import ChatRequest, encode, parse
 from internvl_rt.server.reader import Delta
-from internvl_rt.server.service import Service, read_body, stages_of
+from internvl_rt.server.service import Service, read_body
 
 
 async def chat(service: Service, call: Call) -> None:
@@ -150,8 +150,6 @@ class _Chunks:
         if self._wants_usage:
             thinks = self._ask.conversation.thinks
             reasoning = count_reasoning(reply, service.core.tokenizer) if thinks else 0
-            end: Json = {"choices": [], "usage": usage_of(reply.usage, reasoning)}
-            if self._call.wants_timings:
-                end["timings"] = {"floors": None, "roof": None} | stages_of(reply.timings, service.core.roof)
+            end: Json = {"choices": [], "usage": usage_of(reply.usage, reasoning)} | service.timings(self._call, reply)
             events.append(self._head + b"," + encode(end)[1:] + b"\n\n")
         return events

@@ -118,7 +118,8 @@ class _Answers:
                     entries = [self._entry(index, "", choice.finish_reason, None) for index, choice in ends]
                     yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
         if self._wants_usage:
-            yield head + b"," + encode({"choices": [], "usage": usage_of(sum_of(replies))})[1:] + b"\n\n"
+            end = {"choices": [], "usage": usage_of(sum_of(replies))} | self._service.timings(call, replies[0])
+            yield head + b"," + encode(end)[1:] + b"\n\n"
 
     def _entry(self, index: int, text: str, finish: str | None, logprobs: Json | None) -> Json:
         reason = "length" if finish == "timeout" else finish

@@ -14,7 +14,7 @@ from internvl_rt.engine.reply import Score, Usage
 from internvl_rt.server.answer import Json
 from internvl_rt.server.ask import Conversation
 from internvl_rt.server.call import Call
-from internvl_rt.server.fault import ApiError, refusal
+from internvl_rt.server.fault import NO_RETRY, ApiError, refusal
 from internvl_rt.server.items import messages_of
 from internvl_rt.server.protocol import DecisionsRequest, Message, Part, Question, parse
 from internvl_rt.server.service import Service, read_body
@@ -45,7 +45,7 @@ async def decisions(service: Service, call: Call) -> None:
         what = f"questions: at most {options.max_question_values:,} values together are taken, got {num_values:,}"
         raise refusal(what, "questions", "limit_exceeded")
     messages, places = messages_of(request.input)
-    if messages[-1].role != "user":
+    if not messages or messages[-1].role != "user":
         messages, places = [*messages, Message("user", "")], [*places, "input"]
     conversation = await service.asking.conversation(messages, places=places)
     call.media_places = conversation.media_places
@@ -54,7 +54,8 @@ async def decisions(service: Service, call: Call) -> None:
         async with asyncio.timeout(limit_s):
             results = await _score(service, conversation, asked, salt)
     except TimeoutError:
-        raise ApiError(408, f"the questions were not answered within {limit_s:g} s; ask fewer", "timeout") from None
+        what = f"the questions were not answered within {limit_s:g} s; ask fewer"
+        raise ApiError(408, what, "timeout", headers=NO_RETRY) from None
     answers = [_answer(question, scores) for question, scores in zip(request.questions, results, strict=True)]
     usage = _usage(results)
     service.metrics.used(usage.prompt_tokens, usage.cached_tokens, usage.image_tokens, usage.completion_tokens)

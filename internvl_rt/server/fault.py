@@ -15,7 +15,9 @@ from internvl_rt.errors import (
     StepError,
 )
 
+NO_RETRY = {"x-should-retry": "false"}  # of an error that would come again
 RETRY_MS = 500  # after which a client may ask a full engine again
+ENGINE_DEAD = "the engine has ended; the server has to be started again"
 INTERNAL = "the server failed at this request; its log has the reason under the request's id"
 # What the engine's messages begin with, where they name a part of a request; and other names for it in requests.
 _PLACE = re.compile(
@@ -31,7 +33,7 @@ class ApiError(Exception):
 
     status: int
     message: str
-    code: str | None = None
+    code: str
     param: str | None = None  # the place in the request, such as messages[0].content[1]
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,10 +75,10 @@ def error_of(error: InternVLError, media_places: Sequence[str] = ()) -> ApiError
     if isinstance(error, StepError):  # a later try may succeed
         return ApiError(500, "a step that computed this request failed; try again", "step_failed")
     if isinstance(error, EngineDeadError):
-        return ApiError(
-            503,
-            "the engine has ended; the server has to be started again",
-            "engine_dead",
-            headers={"x-should-retry": "false"},
-        )
-    return ApiError(500, INTERNAL, "internal_error", headers={"x-should-retry": "false"})
+        return ApiError(503, ENGINE_DEAD, "engine_dead", headers=NO_RETRY)
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """Makes the error for a mistake of ours."""
+    return ApiError(500, INTERNAL, "internal_error", headers=NO_RETRY)

@@ -1,9 +1,11 @@
 """Runs the application under uvicorn: guards connections that are too slow, and ends without breaking answers off."""
 
 import asyncio
+import os
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -13,10 +15,11 @@ from internvl_rt.errors import RequestError
 from internvl_rt.server.call import Call, Receive, Scope, Send
 from internvl_rt.server.fault import ApiError
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.service import Service
+from internvl_rt.server.service import PROBES, Service
 
 MAX_HEAD_BYTES = 64 << 10
 _BACKLOG = 2048
+_EXIT_INTERRUPT, _EXIT_DEAD, _EXIT_TERM = 130, 1, 143
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -36,6 +39,11 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     bound.setblocking(False)
     return bound
+
+
+def end_at_sigterm() -> None:
+    """Makes SIGTERM end a process that does not serve yet; else one that is a container's first would ignore it."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(_EXIT_TERM))
 
 
 class Server(uvicorn.Server):
@@ -64,15 +72,26 @@ class Server(uvicorn.Server):
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._end = asyncio.Event()
         self._signal: int | None = None
+        self._has_died = False
 
     def serve_until_stopped(self) -> int:
-        """Serves until a signal, or `stop`, ends it; returns the exit code: 130 after Ctrl-C, else 0."""
+        """Serves until something ends it; returns the exit code: 1 if the engine has died, 130 after Ctrl-C, else 0."""
         self.run(sockets=[self._bound])
-        return 130 if self._signal == signal.SIGINT else 0
+        if self._has_died:
+            return _EXIT_DEAD
+        return _EXIT_INTERRUPT if self._signal == signal.SIGINT else 0
 
     def stop(self) -> None:
         """Ends the server as the first signal does; called within its event loop."""
         self._end.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the server some time after its engine has died, so that who watches the process starts it again."""
+        if counter % 10 == 0 and not (self._has_died or self._end.is_set() or self._service.is_alive):
+            self._has_died = True
+            self._service.log.write("engine died", level="error", exit_after_s=self._service.options.drain_s)
+            asyncio.get_running_loop().call_later(self._service.options.drain_s, self._end.set)
+        return await super().on_tick(counter)
 
     async def main_loop(self) -> None:
         service, drain_s = self._service, self._service.options.drain_s
@@ -95,11 +114,18 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-async def _refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers on a connection beyond the limit, in place of the application."""
+def _refusing(app: Any) -> Any:
+    """Returns what answers on a connection beyond the limit: that there are too many, and probes as ever."""
     error = ApiError(503, "the server has as many connections as it takes; try again later", "too_many_connections")
     headers = {"retry-after": "1", "connection": "close"}
-    await Call(scope, receive, send).send_json(error.body(), error.status, headers)
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in PROBES:
+            await app(scope, receive, send)
+        else:
+            await Call(scope, receive, send).send_json(error.body(), error.status, headers)
+
+    return refuse
 
 
 def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
@@ -115,7 +141,7 @@ def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
             super().connection_made(transport)
             self._abort_after(options.header_timeout_s)
             if len(self.connections) > options.max_connections:
-                self.app = _refuse_connection
+                self.app = _refusing(self.app)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._abort_after(None)

@@ -8,7 +8,7 @@ import pybase64
 from msgspec import Raw, Struct
 
 from internvl_rt.server.fault import refusal
-from internvl_rt.server.protocol import Part
+from internvl_rt.server.protocol import MediaLimits, Part
 from internvl_rt.server.remote import Fetcher
 
 _EDGE = 4096  # bytes at each end of a long value that hold all but a data URL's data
@@ -35,11 +35,11 @@ def media_place(part: Part, where: str) -> str:
     return f"{where}.{_URL_KEYS[part.type]}"
 
 
-async def read_media(part: Part, where: str, fetcher: Fetcher, max_frames: int) -> dict[str, Any]:
+async def read_media(part: Part, where: str, fetcher: Fetcher, limits: MediaLimits, max_frames: int) -> dict[str, Any]:
     """Returns a picture or video as a part of a message for the engine. Raises ApiError.
 
     The bytes of a `data:` URL are decoded from the request's body at once, without a copy as text. detail: "low" is one
-    tile, all others are what the model takes by default.
+    tile, all others are what the model takes by default. limits: of the request, where the part says nothing.
     """
     key, where = _URL_KEYS[part.type], media_place(part, where)
     raw: Raw = getattr(part, key)
@@ -56,11 +56,12 @@ async def read_media(part: Part, where: str, fetcher: Fetcher, max_frames: int) 
     if not content:
         raise refusal(f"{where}: the file is empty; send its bytes", where, "invalid_media")
     if key == "video_url":
-        num_frames = found.num_frames or part.num_frames
+        num_frames = found.num_frames or part.num_frames or limits.num_frames
         if num_frames is not None and not 1 <= num_frames <= max_frames:
             raise refusal(f"{where}: expected 1 to {max_frames} frames, got {num_frames}", where, "limit_exceeded")
         return {"type": "video", "video": content, "num_frames": num_frames, "bound": found.bound or part.bound}
-    detail, max_tiles = found.detail or part.detail, found.max_tiles or found.max_dynamic_patch or part.max_tiles
+    detail = found.detail or part.detail
+    max_tiles = found.max_tiles or found.max_dynamic_patch or part.max_tiles or limits.max_dynamic_patch
     return {"type": "image", "image": content, "detail": "low" if detail == "low" else "auto", "max_tiles": max_tiles}
 
 

@@ -41,6 +41,7 @@ _TOKENS = {
 }
 # The engine's own numbers: name in `AsyncEngine.stats`, name here, description.
 _GAUGES = (
+    ("alive", "engine_alive", "1 while the engine lives, 0 when the process has to be started again"),
     ("running", "num_requests_running", "sequences that run"),
     ("waiting", "num_requests_waiting", "sequences that wait until they run"),
     ("preparing", "num_requests_preparing", "requests whose pictures and texts are being prepared"),

@@ -4,10 +4,9 @@ from importlib.metadata import version
 
 import torch
 
-from internvl_rt.errors import InternVLError
 from internvl_rt.server.answer import Json
 from internvl_rt.server.call import Call
-from internvl_rt.server.fault import ApiError
+from internvl_rt.server.fault import ENGINE_DEAD, ApiError
 from internvl_rt.server.metrics import CONTENT_TYPE
 from internvl_rt.server.service import Service
 from internvl_rt.server.thinking import can_think
@@ -27,10 +26,8 @@ async def model(service: Service, call: Call) -> None:
 
 async def health(service: Service, call: Call) -> None:
     """Says whether the engine lives: 200, or 503 when the process has to be started again."""
-    try:
-        service.engine.check()
-    except InternVLError as error:
-        raise ApiError(503, "the engine has ended; the server has to be started again", "engine_dead") from error
+    if not service.is_alive:
+        raise ApiError(503, ENGINE_DEAD, "engine_dead")
     await call.send_json({"status": "ok"})
 
 

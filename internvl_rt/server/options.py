@@ -57,7 +57,7 @@ class ServerOptions:
     max_logit_biases: most entries of logit_bias.
     max_stops: most stop strings.
     max_tools: most tools of a request.
-    max_schema_bytes: most bytes of the JSON schemas of a request.
+    max_schema_bytes: most bytes of a request's JSON schema, and of its tools.
     max_questions: most questions of a request to /v1/decisions.
     max_question_values: most values that all its questions may have together, each of which is scored.
     """

@@ -85,6 +85,13 @@ class ResponseFormat(Struct):
     strict: bool | None = None
 
 
+class MediaLimits(Struct):
+    """For all pictures and videos of a request that say nothing themselves."""
+
+    max_dynamic_patch: int | None = None  # tiles of a picture
+    num_frames: int | None = None  # of a video
+
+
 class StreamOptions(Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -123,7 +130,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    guided_regex: str | None = None
+    structured_outputs: Json | None = None  # vLLM's: one of json, regex, choice
     tools: list[Tool] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
@@ -132,7 +139,7 @@ class ChatRequest(Sampled):
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: Json | None = None
-    mm_processor_kwargs: Json | None = None
+    mm_processor_kwargs: MediaLimits | None = None
     metadata: Json | None = None
     v2pe_delta: float | str | None = None
 

@@ -106,8 +106,10 @@ class _Output:
         is_cut = reply is not None and reply.finish_reason != "stop"
         status = "in_progress" if reply is None else "incomplete" if is_cut else "completed"
         details = {"reason": "max_output_tokens"} if is_cut else None
-        usage = None if reply is None else self._usage(reply)
-        return {**self._head, "status": status, "incomplete_details": details, "output": self._items, "usage": usage}
+        made = {**self._head, "status": status, "incomplete_details": details, "output": self._items, "usage": None}
+        if reply is not None:
+            made |= {"usage": self._usage(reply), **self._service.timings(self._call, reply)}
+        return made
 
     async def events(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[bytes, None]:
         """Yields the events of a stream; those of a piece are one, so that they are sent together."""

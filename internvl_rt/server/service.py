@@ -14,7 +14,7 @@ from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.model.work import Roof
 from internvl_rt.server.ask import Asking
 from internvl_rt.server.call import Call, Receive, Scope, Send
-from internvl_rt.server.fault import INTERNAL, ApiError, error_of
+from internvl_rt.server.fault import ApiError, error_of, internal_error
 from internvl_rt.server.keys import Keys
 from internvl_rt.server.log import Log
 from internvl_rt.server.metrics import Metrics
@@ -22,6 +22,7 @@ from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import count_data, encode
 from internvl_rt.server.remote import Fetcher
 
+PROBES = ("/health", "/ready")  # need no key, and are answered whatever the load
 TIMINGS_HEADER = "x-internvl-rt-timings"
 MAX_SALT = 128  # characters
 END_S = 1.0  # for telling a client that the server ends
@@ -48,10 +49,19 @@ class Service:
         self.keys, self.created = keys, int(time.time())
         fetcher = fetcher or Fetcher(options.remote_hosts, options.max_remote_bytes, options.remote_timeout_s)
         self.asking = Asking(options, core.config, fetcher, core.max_model_len)
-        self.metrics = Metrics(names[0], engine.stats)
+        self.metrics = Metrics(names[0], lambda: {"alive": self.is_alive, **engine.stats()})
         self.calls: set[Call] = set()
         self.draining = False  # takes no new work
         self._num_body_bytes = 0
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine takes requests, or would if the server did."""
+        try:
+            self.engine.check()
+        except InternVLError:
+            return False
+        return True
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError for the name of another model; a request without one means this one."""
@@ -91,11 +101,16 @@ class Service:
             **stages_of(reply.timings, None),
         }
 
-    def timings_header(self, call: Call, reply: Reply) -> dict[str, str]:
-        """Returns a header with the seconds of each stage, if the request wants it."""
+    def timings(self, call: Call, reply: Reply) -> dict[str, object]:
+        """Returns what the end of a stream says of the seconds of each stage, if the request wants that."""
         if not call.wants_timings:
             return {}
-        return {TIMINGS_HEADER: encode(stages_of(reply.timings, self.core.roof)).decode()}
+        return {"timings": {"floors": None, "roof": None} | stages_of(reply.timings, self.core.roof)}
+
+    def timings_header(self, call: Call, reply: Reply) -> dict[str, str]:
+        """Returns a header with the seconds of each stage, if the request wants it."""
+        stages = self.timings(call, reply)
+        return {TIMINGS_HEADER: encode(stages["timings"]).decode()} if stages else {}
 
     async def end_calls(self, limit_s: float) -> None:
         """Refuses new work, and waits until the calls in flight have ended; ends those that have not by then."""
@@ -182,7 +197,7 @@ class Endpoint:
                 await self._fail(call, error_of(error, call.media_places))
             except Exception as error:  # a mistake of ours: the client is told so, and the log has it
                 service.log.error("request failed", error, request_id=call.id)
-                await self._fail(call, ApiError(500, INTERNAL, "internal_error", headers={"x-should-retry": "false"}))
+                await self._fail(call, internal_error())
         except asyncio.CancelledError:
             if call.ending is not None:
                 _uncancel()
@@ -206,7 +221,8 @@ class Endpoint:
         await self._handler(self._service, call)
 
     async def _fail(self, call: Call, error: ApiError) -> None:
-        self._service.metrics.failed(error.code or "unknown")
+        if self._is_work:
+            self._service.metrics.failed(error.code)
         await call.fail(error)
 
     def _log(self, call: Call) -> None:

@@ -130,6 +130,17 @@ def test_a_schema_is_kept_and_parsed(server: Running) -> None:
     assert isinstance(parsed.choices[0].message.parsed, Digits)
 
 
+def test_vllms_form_of_structured_outputs_is_served(server: Running) -> None:
+    def create(**given: object) -> str:
+        body = {"extra_body": {"structured_outputs": given}, "max_tokens": 16}
+        answer = server.client().chat.completions.create(model="tiny", messages=question(), **body)
+        return answer.choices[0].message.content or ""
+
+    assert create(choice=["4.2", "4719?"]) in ("4.2", "4719?")
+    assert create(regex="[a-c]{3}").strip("abc") == ""
+    assert create(json={"type": "boolean"}) in ("true", "false")
+
+
 def test_json_mode_gives_an_object(server: Running) -> None:
     bias = {str(server.service.core.tokenizer.encode("}")[0]): 100.0}
     answer = server.client().chat.completions.create(
@@ -203,6 +214,16 @@ def test_tiles_of_a_picture_are_limited_by_the_request(
     messages = [{"role": "user", "content": [part]}]
     found = server.post("/tokenize", {"messages": messages}).json()["pictures"][0]
     assert found["columns"] * found["rows"] + found["thumbnail"] == expected
+
+
+def test_tiles_of_all_pictures_are_limited_by_the_request(server: Running) -> None:
+    usage = {}
+    for most in (1, 2, None):
+        limits = {"mm_processor_kwargs": {"max_dynamic_patch": most}}
+        body = {"messages": question(), "max_tokens": 1, **limits}
+        usage[most] = server.post("/v1/chat/completions", body).json()["usage"]["prompt_tokens_details"]["image_tokens"]
+    assert usage[1] * 5 == usage[None]
+    assert usage[2] * 5 == usage[None] * 3
 
 
 def test_the_default_temperature_is_the_servers(server: Running) -> None:

@@ -119,6 +119,19 @@ def test_a_wrong_question_is_refused(server: Running, questions: list[dict[str, 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+def test_questions_may_be_asked_about_nothing(server: Running) -> None:
+    for nothing in ([], "", [{"role": "system", "content": "Be brief."}]):
+        answer = server.post("/v1/decisions", {"input": nothing, "questions": QUESTIONS[:1]})
+        assert answer.status_code == 200, answer.text
+
+
+def test_questions_have_a_time_limit(server: Running) -> None:
+    answer = server.post("/v1/decisions", {"input": given(), "questions": QUESTIONS * 50, "timeout_s": 0.01})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
+    assert answer.headers["x-should-retry"] == "false"
+    server.wait_until_idle()
+
+
 def test_a_broken_picture_is_named(server: Running) -> None:
     broken = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:;base64,aGVsbG8="}]}]
     answer = server.post("/v1/decisions", {"input": broken, "questions": QUESTIONS})

@@ -107,12 +107,15 @@ def test_connections_beyond_the_limit_are_told_to_come_back() -> None:
         server.http.get("/health")
         held = [connect(server) for _ in range(2)]
         with connect(server) as client:
-            client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            client.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
             data = read_all(client)
         head, _, body = data.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503")
         assert b"retry-after: 1" in head
         assert json.loads(body)["error"]["code"] == "too_many_connections"
+        with connect(server) as probe:
+            probe.sendall(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert read_all(probe).startswith(b"HTTP/1.1 200"), "probes are answered whatever the load"
         for client in held:
             client.close()
         assert works(server)

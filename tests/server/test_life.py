@@ -1,6 +1,7 @@
 """The server as a program: its start, its signals, what it says when it cannot start, and an engine that dies."""
 
 import http.client
+import io
 import json
 import os
 import signal
@@ -17,7 +18,14 @@ from typing import Any
 import pytest
 
 from internvl_rt.cli import main
+from internvl_rt.engine.async_engine import AsyncEngine
+from internvl_rt.engine.engine import Engine
+from internvl_rt.server.app import build_app
+from internvl_rt.server.keys import Keys
+from internvl_rt.server.life import Server, bind
+from internvl_rt.server.log import Log
 from internvl_rt.server.options import ServerOptions
+from internvl_rt.server.service import Service
 from support.serving import KEY, Running, question, running
 
 CHAT = "/v1/chat/completions"
@@ -221,6 +229,17 @@ def test_health_fails_and_streams_end_when_the_engine_dies(monkeypatch: pytest.M
             assert (found.status_code, found.json()["error"]["code"]) == (503, "engine_dead")
         refused = server.post(CHAT, {"messages": question()})
         assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "false")
+
+
+def test_a_server_whose_engine_has_died_exits_with_an_error() -> None:
+    core, options = Engine.from_pretrained("tiny"), ServerOptions(port=0, drain_s=0.5)
+    service = Service(core, AsyncEngine(core), ("tiny",), options, Keys(()), Log(io.StringIO()))
+    server = Server(build_app(service), service, bind("127.0.0.1", 0))
+    core.loop.fail_worker(RuntimeError("the driver is gone"))
+    start_s = time.perf_counter()
+    assert server.serve_until_stopped() == 1
+    assert 0.4 < time.perf_counter() - start_s < 20
+    assert b'internvl_rt:engine_alive{model_name="tiny"} 0.0' in service.metrics.render()
 
 
 def test_a_mistake_of_ours_is_told_and_logged_and_ends_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,21 @@ REFUSED: dict[str, tuple[Json, str, str]] = {
     "functions": (asked(functions=[{"name": "f"}]), "functions", "unsupported_parameter"),
     "audio as output": (asked(modalities=["audio"]), "modalities", "unsupported_parameter"),
     "an effort that does not exist": (asked(reasoning_effort="huge"), "reasoning_effort", "invalid_value"),
+    "a structured output of no kind": (
+        asked(structured_outputs={"grammar": "x"}),
+        "structured_outputs",
+        "unsupported_parameter",
+    ),
+    "a structured output and tools": (
+        asked(structured_outputs={"regex": "x"}, tools=[TOOL]),
+        "structured_outputs",
+        "invalid_value",
+    ),
+    "tools of too many bytes": (
+        asked(tools=[{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]),
+        "tools",
+        "limit_exceeded",
+    ),
     "a salt that is too long": (asked(cache_salt="x" * 129), "cache_salt", "limit_exceeded"),
     "a time limit beyond the server's": (asked(timeout_s=1e6), "timeout_s", "limit_exceeded"),
     "arguments of a call that are no JSON": (

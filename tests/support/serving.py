@@ -102,7 +102,9 @@ def running(
 
 
 @contextmanager
-def scripted(server: Running, text: str, piece_len: int = 1) -> Iterator[list[tuple[Any, SamplingParams]]]:
+def scripted(
+    server: Running, text: str, *, piece_len: int = 1, pause_s: float = 0.0
+) -> Iterator[list[tuple[Any, SamplingParams]]]:
     """Makes the engine answer with a text, whatever it is asked; yields what it was asked: messages and parameters."""
     service, asked = server.service, list[tuple[Any, SamplingParams]]()
     engine = service.engine
@@ -120,6 +122,7 @@ def scripted(server: Running, text: str, piece_len: int = 1) -> Iterator[list[tu
             asked.append((messages, params))
             for start in range(0, len(text), piece_len):
                 yield Piece(text[start : start + piece_len])
+                await asyncio.sleep(pause_s)
             yield Piece("", reply(params))
 
         def __getattr__(self, name: str) -> Any:
