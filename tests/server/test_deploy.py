@@ -32,7 +32,7 @@ OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 # Options in deploy/ that are those of docker, kubectl, pip, apt, useradd, install and systemctl.
 OTHERS = {
     *("constraint", "detach", "directory", "file", "filename", "from", "from-file", "gpus", "group", "help"),
-    *("home-dir", "init", "interval", "no-build-isolation", "no-deps", "no-install-recommends", "no-log-init", "now"),
+    *("home-dir", "interval", "no-build-isolation", "no-deps", "no-install-recommends", "no-log-init", "now"),
     *("owner", "profile", "publish", "retries", "shell", "start-period", "system", "tag", "timeout", "uid"),
     *("user-group", "volume", "wheel-dir", "yes"),
 }
