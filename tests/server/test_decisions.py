@@ -77,6 +77,7 @@ def test_the_input_is_computed_once_for_all_questions(server: Running) -> None:
     assert answer.usage.input_tokens_details.cached_tokens > 38 * (num_input // 64 * 64) * 0.7
 
 
+@pytest.mark.slow
 def test_400_questions_are_taken(server: Running) -> None:
     questions = [{"type": "predicate", "instructions": f"It has {number}."} for number in range(400)]
     answer = server.client(timeout=120).decisions.create(model="tiny", input=given("See."), questions=questions)

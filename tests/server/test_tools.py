@@ -161,6 +161,19 @@ def test_a_form_and_tools_give_a_call_or_an_answer_of_the_form(server: Running) 
         assert set(json.loads(found)) == ({"a"} if is_call else {"b"})
 
 
+def test_a_stop_string_counts_across_tokens_and_beside_tools(server: Running) -> None:
+    """The text is the engine's own, so a stop string ends it wherever tokens and pieces are cut."""
+    answers = [create(server, tools=[ADD], tool_choice=choice, stop=["71"]) for choice in ("none", "auto")]
+    assert answers[0].choices[0].message.content == "4"
+    text = "".join(
+        chunk.choices[0].delta.content or "" for chunk in create(server, tools=[ADD], stop=["e", "a"], stream=True)
+    )
+    assert not set(text) & {"e", "a"}
+    with scripted(server, "x") as asked:
+        create(server, tools=[ADD], stop=["</tool", "7"])
+    assert asked[0][1].stop_strings == ("</tool", "7")
+
+
 def test_reasoning_is_asked_for_by_effort_or_template(thinker: Running) -> None:
     with scripted(thinker, "so.\n</think>\n\n42") as asked:
         for more in ({"reasoning_effort": "high"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}):
