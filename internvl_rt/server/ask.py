@@ -198,13 +198,12 @@ class Asking:
 
     def _form(self, request: ChatRequest, tools: Tools | None, thinks: bool) -> dict[str, Any]:
         """Returns the grammar of the answer as sampling parameters."""
-        form = request.response_format
+        form, after = request.response_format, {"grammar_after": thinking.END} if thinks else {}
         if request.structured_outputs is not None:
             if form is not None or tools is not None:
                 reason = "neither response_format nor tools can be there too; leave out one of them"
                 raise refusal(f"structured_outputs: {reason}", "structured_outputs")
-            return _structured(request.structured_outputs)
-        after = {"grammar_after": thinking.END} if thinks else {}
+            return {**_structured(request.structured_outputs), **after}
         if form is None or form.type == "text":
             tagged = tools.grammar() if tools else None
             return {"tagged": tagged, **after} if tagged else {}

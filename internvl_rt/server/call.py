@@ -82,8 +82,8 @@ class Call:
 
     def end(self, error: ApiError) -> None:
         """Ends the call with an error, whatever it is doing."""
-        self.ending = error
-        if self._task is not None:
+        if self.ending is None and self._task is not None:
+            self.ending = error
             self._task.cancel()
 
     async def send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:

@@ -97,7 +97,7 @@ class _Answers:
         head = b"data: " + encode(self.head)[:-1]
         tail = (b',"usage":null' if self._wants_usage else b"") + b"}\n\n"
         if self.echoes:
-            texts = [await self._text_of(prompt) for prompt in prompts for _ in range(self._params.n)]
+            texts = [self._text_of(prompt) for prompt in prompts for _ in range(self._params.n)]
             entries = [self._entry(index, text, None, None) for index, text in enumerate(texts)]
             yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
         offsets: dict[int, int] = {}
@@ -125,7 +125,7 @@ class _Answers:
         reason = "length" if finish == "timeout" else finish
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    async def _text_of(self, prompt: RawPrompt) -> str:
+    def _text_of(self, prompt: RawPrompt) -> str:
         if isinstance(prompt.content, str):
             return prompt.content
         return self._tokenizer.decode(prompt.content, skip_specials=False)

@@ -133,7 +133,7 @@ def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
 
     class Guarded(HttpToolsProtocol):
         _num_head_bytes = 0
-        _is_in_head = True
+        _is_in_head = False
         _until_whole: asyncio.TimerHandle | None = None
         _until_read: asyncio.TimerHandle | None = None
 
@@ -149,13 +149,16 @@ def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self._is_in_head:
-                if self._until_whole is None:
-                    self._abort_after(options.header_timeout_s)
-                self._num_head_bytes += len(data)
             super().data_received(data)
-            if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES:
+            self._num_head_bytes += len(data) if self._is_in_head else 0
+            if self._num_head_bytes > MAX_HEAD_BYTES:
                 self.transport.abort()
+            elif self._until_whole is None and (self.cycle is None or self.cycle.response_complete):
+                self._abort_after(options.header_timeout_s)
+
+        def on_message_begin(self) -> None:
+            self._is_in_head, self._num_head_bytes = True, 0
+            super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._is_in_head, self._num_head_bytes = False, 0
@@ -163,7 +166,6 @@ def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._is_in_head = True
             self._abort_after(None)
             super().on_message_complete()
 

@@ -128,6 +128,26 @@ def test_a_head_that_comes_slowly_or_never_ends_the_connection(server: Running) 
             assert seconds_until_closed(client) < 3
 
 
+def test_line_ends_after_a_request_do_not_end_its_answer(server: Running) -> None:
+    """Some clients send them; and a connection on which nothing else comes is closed."""
+    body = json.dumps({"messages": question(), "stream": True})
+    with scripted(server, "x" * 60, pause_s=0.02), connect(server) as client:
+        client.sendall(HEAD + f"content-length: {len(body)}\r\n\r\n{body}\r\n".encode())
+        data = b""
+        while b"[DONE]" not in data:
+            part = client.recv(65536)
+            assert part, data
+            data += part
+        start_s = time.perf_counter()
+        try:
+            while time.perf_counter() - start_s < 5:
+                client.sendall(b"\r\n")
+                time.sleep(0.1)
+        except ConnectionError:
+            pass
+        assert time.perf_counter() - start_s < 3
+
+
 def test_a_head_that_does_not_end_is_cut(server: Running) -> None:
     with connect(server) as client:
         client.sendall(HEAD)
