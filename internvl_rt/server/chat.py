@@ -86,6 +86,8 @@ class _Chunks:
         }
         self._head = b"data: " + encode(head)[:-1]
         self._tail = (b',"usage":null' if wants_usage else b"") + b"}\n\n"
+        texts = (self._chunk(index, b'{"content":""}').split(b'""') for index in range(ask.params.n))
+        self._around_text = [(before, after) for before, after in texts]  # of each answer's chunk with a text
 
     async def of(self, pieces: AsyncIterator[Piece]) -> AsyncGenerator[bytes, None]:
         """Yields events; those of a piece are one, so that they are sent together."""
@@ -117,11 +119,15 @@ class _Chunks:
     def _deltas(self, index: int, deltas: list[Delta], logprobs: bytes | None = None) -> list[bytes]:
         chunks: list[bytes] = []
         for delta in deltas:
-            chunks.append(self._chunk(index, self._written(index, delta), logprobs=logprobs))
+            if delta.kind == "content" and logprobs is None:
+                before, after = self._around_text[index]
+                chunks.append(before + encode(delta.text) + after)
+                continue
+            chunks.append(self._chunk(index, self._written(delta), logprobs=logprobs))
             logprobs = None
         return chunks
 
-    def _written(self, index: int, delta: Delta) -> bytes:
+    def _written(self, delta: Delta) -> bytes:
         text = encode(delta.text)
         if delta.kind == "content":
             return b'{"content":' + text + b"}"

@@ -1,10 +1,13 @@
 """Metrics for Prometheus. The names are vLLM's but for the prefix, so that its dashboards fit by one replacement."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from internvl_rt.engine.reply import Reply
 from internvl_rt.inputs.sampling_params import SamplingParams
@@ -74,7 +77,8 @@ class Metrics:
 
         self._histograms = {name: histogram(name, *more) for name, more in _HISTOGRAMS.items()}
         self._tokens = {name: counter(name, about) for name, about in _TOKENS.items()}
-        self._between = histogram("inter_token_latency_seconds", "between two pieces of a streamed answer", _TOKEN)
+        self._between = _Quick("inter_token_latency_seconds", "between two pieces of a streamed answer", _TOKEN, model)
+        self._registry.register(self._between)
         self._model = model
         self._finished = Counter(
             f"{PREFIX}request_success",
@@ -128,6 +132,27 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class _Quick(Collector):
+    """A histogram for what happens with every token: to observe takes a tenth of the library's time.
+
+    One thread at a time may observe.
+    """
+
+    def __init__(self, name: str, about: str, limits: tuple[float, ...], model: str) -> None:
+        self._name, self._about, self._limits, self._model = name, about, limits, model
+        self._counts, self._sum = [0] * (len(limits) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._limits, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(PREFIX + self._name, self._about, labels=("model_name",))
+        limits = [*map(floatToGoString, self._limits), "+Inf"]
+        family.add_metric([self._model], list(zip(limits, accumulate(self._counts), strict=True)), self._sum)
+        yield family
 
 
 class _EngineNumbers(Collector):

@@ -25,6 +25,7 @@ class AnswerReader:
         """thinks: the answer begins inside <think>. calls: it may call tools. parallel: more than one."""
         self._state: Literal["reasoning", "content", "head", "arguments", "tail"] = "reasoning" if thinks else "content"
         self._calls, self._parallel = calls, parallel
+        self._is_plain = not (thinks or calls)  # all text is content
         self._held = ""
         self._skips_breaks = thinks  # whether line breaks that come next are between two parts
         self._json = _JsonEnd()
@@ -32,6 +33,8 @@ class AnswerReader:
 
     def push(self, text: str) -> list[Delta]:
         """Returns what new text adds to the parts of the answer."""
+        if self._is_plain:
+            return [Delta("content", text)] if text else []
         self._held += text
         return [delta for delta in self._read() if delta.text]
 
@@ -66,7 +69,7 @@ class AnswerReader:
         if self._skips_breaks:
             self._held = self._held.lstrip("\n")
             self._skips_breaks = not self._held
-        if not self._calls:
+        if not self._calls:  # behind reasoning
             yield Delta("content", self._held)
             self._held = ""
             return
