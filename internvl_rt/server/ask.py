@@ -138,15 +138,15 @@ class Asking:
         self._limit("messages", len(messages), self.options.max_messages, least=1)
         system: list[str] = [thinking.SYSTEM_MESSAGE] if thinks else []
         made: list[dict[str, Any]] = []
-        results: list[str] | None = None  # of the tool messages just before
+        results: list[tuple[dict[str, Any], list[str]]] = []  # what tools returned, with the message it goes into
+        role = ""  # of the message before
         media_places: list[str] = []
         for index, message in enumerate(messages):
             where = places[index] if places else f"messages[{index}]"
             if message.role not in _ROLES:
                 expected = ", ".join(sorted(_ROLES))
                 raise refusal(f"{where}.role: expected one of {expected}, got {message.role!r:.60}", f"{where}.role")
-            if message.role != "tool":
-                results = None
+            before, role = role, message.role
             if message.role == "user":
                 media_places += _media_places(message, where)
                 self._limit(f"{where}.content", len(media_places), self.options.max_media, what="pictures and videos")
@@ -158,12 +158,13 @@ class Asking:
             elif message.role == "assistant":
                 calls = text_of_calls(message.tool_calls or (), f"{where}.tool_calls")
                 made.append({"role": "assistant", "content": "\n".join(filter(None, (text, calls)))})
-            elif results is None:
-                results = [text_of_result(text)]
-                made.append({"role": "user", "content": results[0]})
             else:
-                results.append(text_of_result(text))
-                made[-1]["content"] = "\n".join(results)
+                if before != "tool":
+                    made.append({"role": "user"})
+                    results.append((made[-1], []))
+                results[-1][1].append(text_of_result(text))
+        for turn, texts in results:
+            turn["content"] = "\n".join(texts)
         if all(message["role"] != "user" for message in made):
             raise refusal("messages: expected a message of the user, got none; send the question", "messages")
         begun = made[-1]["role"] == "assistant"

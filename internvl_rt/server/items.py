@@ -23,7 +23,8 @@ def messages_of(given: Input) -> tuple[list[Message], list[str]]:
             call = ToolCall(Function(item.name or "", item.arguments or ""), item.call_id)
             last = made[-1][0] if made else None
             if last is not None and last.role == "assistant":
-                last.tool_calls = [*(last.tool_calls or ()), call]
+                last.tool_calls = last.tool_calls or []
+                last.tool_calls.append(call)
             else:
                 made.append((Message("assistant", None, [call]), where))
         elif item.type in _RESULTS:
@@ -38,7 +39,11 @@ def messages_of(given: Input) -> tuple[list[Message], list[str]]:
 
 def _result(item: Item) -> Sequence[Message]:
     parts = item.output if isinstance(item.output, list) else []
-    pictures: list[Part | str] = [part for part in parts if isinstance(part, Part) and is_media(part)]
-    texts = [part for part in parts if part not in pictures] if pictures else item.output
+    pictures: list[Part | str] = [part for part in parts if _is_picture(part)]
+    texts = [part for part in parts if not _is_picture(part)] if pictures else item.output
     result = Message("tool", texts, tool_call_id=item.call_id)
     return [result, Message("user", pictures)] if pictures else [result]
+
+
+def _is_picture(part: Part | str) -> bool:
+    return isinstance(part, Part) and is_media(part)

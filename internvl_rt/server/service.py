@@ -19,7 +19,7 @@ from internvl_rt.server.keys import Keys
 from internvl_rt.server.log import Log
 from internvl_rt.server.metrics import Metrics
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import count_data, encode
+from internvl_rt.server.protocol import check_size, encode
 from internvl_rt.server.remote import Fetcher
 
 PROBES = ("/health", "/ready")  # need no key, and are answered whatever the load
@@ -249,9 +249,7 @@ async def read_body(service: Service, call: Call) -> bytes:
         service.take_body(call, num_bytes)
 
     body = await call.read(take, options.max_body_bytes, options.body_timeout_s)
-    if len(body) > options.max_text_bytes and len(body) - count_data(body) > options.max_text_bytes:
-        what = f"the body has more than {options.max_text_bytes:,} bytes besides its data: URLs; send less"
-        raise ApiError(413, what, "body_too_large")
+    check_size(body, options.max_text_bytes)
     call.watch(options.keep_alive_s)
     return body
 
