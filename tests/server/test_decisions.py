@@ -138,3 +138,12 @@ def test_a_broken_picture_is_named(server: Running) -> None:
     answer = server.post("/v1/decisions", {"input": broken, "questions": QUESTIONS})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[0].content[0].image_url")
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize("given", [[], [{"type": "reasoning"}]], ids=["nothing", "reasoning alone"])
+def test_an_input_without_messages_is_as_no_input(server: Running, given: list[dict[str, Any]]) -> None:
+    questions = [{"type": "predicate", "instructions": "Is it warm?"}]
+    without = server.post("/v1/decisions", {"questions": questions}).json()
+    answer = server.post("/v1/decisions", {"questions": questions, "input": given})
+    assert answer.status_code == 200
+    assert answer.json()["answers"][0]["probability"] == pytest.approx(without["answers"][0]["probability"])
