@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from internvl_rt.engine.reply import Piece, Reply, Usage
+from internvl_rt.engine.reply import Choice, Piece, Reply, Usage
 from internvl_rt.inputs.prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.server.answer import LEAST_LOGPROB, Json, new_id, text_of, usage_of
@@ -79,7 +79,6 @@ class _Answers:
         """Makes the answer `index` to prompt `number`. prompt_ids: of the prompt, if it is part of the answer."""
         choice = reply.choices[index]
         text, tokens = (choice.text, list(choice.logprobs or ())) if self._draws else ("", [])
-        reason = choice.finish_reason if self._draws else "length"
         logprobs = self._logprobs(tokens) if self._wants_logprobs else None
         if prompt_ids:
             prompt = self._tokenizer.decode(prompt_ids, skip_specials=False)
@@ -88,7 +87,7 @@ class _Answers:
                 first, *others = reply.prompt_logprobs or (None,)
                 scored = [first or TokenLogprob(prompt_ids[0], math.nan), *filter(None, others)]
                 logprobs = self._logprobs([*scored, *tokens])
-        return self._entry(number * self._params.n + index, text, reason, logprobs)
+        return self._entry(number * self._params.n + index, text, self._reason(choice), logprobs)
 
     async def chunks(
         self, call: Call, prompts: Sequence[RawPrompt], streams: Sequence[AsyncGenerator[Piece, None]]
@@ -105,7 +104,7 @@ class _Answers:
         async with aclosing(_merged(streams)) as merged:
             async for number, piece in merged:
                 at = number * self._params.n + piece.choice
-                if piece.text or piece.tokens:
+                if self._draws and (piece.text or piece.tokens):
                     logprobs = None
                     if self._wants_logprobs:
                         logprobs = self._logprobs(piece.tokens, offsets.get(at, 0))
@@ -114,12 +113,15 @@ class _Answers:
                 if piece.reply is not None:
                     self._service.answered(call, piece.reply, self._params)
                     replies.append(piece.reply)
-                    ends = enumerate(piece.reply.choices, number * self._params.n)
-                    entries = [self._entry(index, "", choice.finish_reason, None) for index, choice in ends]
+                    ends = enumerate(map(self._reason, piece.reply.choices), number * self._params.n)
+                    entries = [self._entry(index, "", reason, None) for index, reason in ends]
                     yield b"".join(head + b',"choices":' + encode([entry]) + tail for entry in entries)
         if self._wants_usage:
             end = {"choices": [], "usage": usage_of(sum_of(replies))} | self._service.timings(call, replies[0])
             yield head + b"," + encode(end)[1:] + b"\n\n"
+
+    def _reason(self, choice: Choice) -> str:
+        return choice.finish_reason if self._draws else "length"
 
     def _entry(self, index: int, text: str, finish: str | None, logprobs: Json | None) -> Json:
         reason = "length" if finish == "timeout" else finish

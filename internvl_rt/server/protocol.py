@@ -260,7 +260,8 @@ def check_size(body: bytes, max_text_bytes: int) -> None:
     A picture's data does not count. Values are counted by the character before each: to read 4 MB of empty lists would
     take a quarter of a second, and as much for each further step on their way.
     """
-    if len(body) <= MAX_VALUES or (num_bytes := len(body) - _count_data(body)) <= MAX_VALUES:
+    least = min(MAX_VALUES, max_text_bytes)
+    if len(body) <= least or (num_bytes := len(body) - _count_data(body)) <= least:
         return
     if num_bytes > max_text_bytes:
         what = f"the body has more than {max_text_bytes:,} bytes besides its data: URLs; send less"

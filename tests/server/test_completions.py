@@ -1,6 +1,7 @@
 """`/v1/completions`: prompts without a template, scored prompts, several at a time."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,3 +121,12 @@ def test_a_wrong_request_is_refused(server: Running, body: dict[str, Any], param
 def test_one_bad_prompt_fails_its_request_and_no_other(server: Running) -> None:
     assert server.post("/v1/completions", {"prompt": ["fine", ""]}).status_code == 400
     server.wait_until_idle()
+
+
+def test_a_stream_of_no_tokens_has_the_prompt_alone(server: Running) -> None:
+    body = {"prompt": "4719 4719", "echo": True, "max_tokens": 0}
+    whole = server.post("/v1/completions", body).json()["choices"]
+    lines = server.post("/v1/completions", {**body, "stream": True}).text.split("\n\n")
+    pieces = [choice for line in lines if line.startswith("data: {") for choice in json.loads(line[6:])["choices"]]
+    assert "".join(piece["text"] for piece in pieces) == whole[0]["text"] == "4719 4719"
+    assert pieces[-1]["finish_reason"] == whole[0]["finish_reason"] == "length"
