@@ -50,7 +50,7 @@ async def read_media(part: Part, where: str, fetcher: Fetcher, limits: MediaLimi
         reason = "expected a URL, or an object with one as url"
         raise refusal(f"{where}: {reason}; send image data as a data: URL", where, "invalid_type") from error
     found = _Url(url=read) if isinstance(read, str) else read
-    if content is None:
+    if content is None or found.url:  # the data was that of another field
         is_data = found.url[:5].lower() == "data:"
         content = _decode(found.url, where) if is_data else await fetcher.fetch(found.url, where)
     if not content:

@@ -1,6 +1,7 @@
 """`/v1/chat/completions` as OpenAI's own client uses it."""
 
 import asyncio
+import base64
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.server.options import ServerOptions
-from support.serving import SAMPLES, Running, picture_url, question, running
+from support.serving import SAMPLES, Running, picture_url, question, running, scripted
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,18 @@ def test_what_clients_vary_in_is_taken(server: Running) -> None:
         answer = server.post("/v1/chat/completions", {"messages": question(), **extra})
         assert answer.json()["choices"][0]["message"]["content"] == "4719", extra
     assert server.post("/v1/chat/completions", {"messages": question(), "metadata": {"a": "b"}}).json()["metadata"]
+
+
+def test_a_long_url_in_another_field_is_not_taken_for_the_picture(server: Running) -> None:
+    """A picture that is sent beside its own preview is read, and not the preview."""
+    content = b"a small picture"
+    small = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for url in ({"preview": picture_url(), "url": small}, {"url": small, "preview": picture_url()}):
+        messages = question()
+        messages[0]["content"][0]["image_url"] = url
+        with scripted(server, "x") as asked:
+            assert server.post("/v1/chat/completions", {"messages": messages}).status_code == 200
+        assert asked[0][0][0]["content"][0]["image"] == content
 
 
 def test_a_null_content_beside_tool_calls_is_taken(server: Running) -> None:
