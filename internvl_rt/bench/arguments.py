@@ -1,6 +1,7 @@
 """Defines the arguments of `internvl-rt bench` and their defaults. Nothing heavy is imported here."""
 
 import argparse
+from importlib.util import find_spec
 from typing import Any
 
 from internvl_rt.arguments import Parser, above_zero, add_device_and_dtype, list_of, seed
@@ -12,7 +13,7 @@ PARTS = {
     "vision": "passes of the vision tower over the tiles of a picture",
     "prefill": "the time to the first token, by the length of the prompt",
     "decode": "the time of each token after the first, by batch and context",
-    "serve": "requests that arrive at random, through the asynchronous engine",
+    "serve": "requests that are sent at random times, or one after the other, to the asynchronous engine",
 }
 # Engine options that can be turned off, to see their worth or find a fault, each with the effect of that.
 SWITCHES = {
@@ -39,12 +40,18 @@ SETTINGS: dict[str, dict[str, tuple[str, Any, Any, int]]] = {
         "tokens": ("steps that are timed", 64, 8, 100_000),
     },
     "serve": {
-        "rates": ("requests a second, one rate after the other", [4.0, 16.0, 64.0], [8.0], 10_000),
-        "seconds": ("of arrivals at each rate", 8.0, 1.0, 86_400),
+        "rates": (
+            "requests a second that arrive at random, one rate after the other",
+            [4.0, 16.0, 64.0],
+            [8.0],
+            10_000,
+        ),
+        "seconds": ("in which the requests of a case are sent", 8.0, 1.0, 86_400),
         "max-num-seqs": ("sequences that run together", 64, 64, 4096),
     },
 }
-MAX_ARRIVALS = 100_000  # at one rate; they are drawn before the first one is sent
+MAX_ARRIVALS = 100_000  # at one rate
+MAX_CALLERS = 1024  # so many requests may wait in an engine
 
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -63,6 +70,8 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
             kind = list_of(type(value[0]), most) if isinstance(value, list) else above_zero(type(value), most)
             metavar = "N,N,..." if isinstance(value, list) else "N"
             parser.add_argument(f"--{name}", metavar=metavar, type=kind, help=f"{what} (default: {default})")
+        if part == "serve":
+            _add_sides(parser)
         parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default: %(default)s")
         add_device_and_dtype(parser)
         parser.add_argument(
@@ -78,6 +87,21 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything works")
     kernels = parts.add_parser("kernels", help="single kernels: a script of the repository")
     kernels.set_defaults(run=_kernels)
+
+
+def _add_sides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--concurrency",
+        metavar="N,N,...",
+        type=list_of(int, MAX_CALLERS),
+        default=[],
+        help="besides, so many callers, each of whom sends a request when the last one is answered",
+    )
+    parser.add_argument(
+        "--http",
+        action="store_true",
+        help="send the same requests over HTTP too, from another process to a server in this one: what HTTP costs",
+    )
 
 
 def add_experiments(parser: argparse.ArgumentParser, note: str) -> None:
@@ -104,6 +128,8 @@ def _run(args: argparse.Namespace) -> int:
             f"{max(args.rates):g} requests a second for {args.seconds:g} s are more than {MAX_ARRIVALS:,}; "
             "lower --rates or --seconds"
         )
+    if args.part == "serve" and args.http:
+        _check_server()
     with importing():
         from internvl_rt.checkpoint.find import find_config, find_model
     model = find_model(args.model)  # with its weights, which of a hub id are downloaded here
@@ -111,6 +137,13 @@ def _run(args: argparse.Namespace) -> int:
     with importing():
         from internvl_rt.bench.command import run
     return run(args, model, config, name)
+
+
+def _check_server() -> None:
+    """Raises RequestError if a library is missing that serving over HTTP needs."""
+    for name in ("httptools", "msgspec", "prometheus_client", "pybase64", "starlette", "uvicorn", "uvloop"):
+        if find_spec(name) is None:
+            raise RequestError(f"--http needs {name}, which is not installed; pip install 'internvl-rt[server]'")
 
 
 def _kernels(args: argparse.Namespace) -> int:

@@ -1,9 +1,12 @@
-"""Draws requests that arrive at random: a Poisson process of texts and pictures, the same for the same seed."""
+"""Draws requests of texts and pictures, the same for the same seed; they arrive as a Poisson process, or one by one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from internvl_rt.bench.pictures import Png, noise_png
 
 SYSTEM = "You are a careful assistant. Answer in full sentences, and say so where you are not certain. " * 2
 PICTURES = 0.5  # share of the requests that have a picture
@@ -14,54 +17,61 @@ GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (3, 4))  # columns and 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     at_s: float
-    messages: list[dict[str, Any]]
-    has_picture: bool
+    question: str
     max_tokens: int
+    picture: tuple[int, int] | None = None  # its index in the mix, and its number
+
+    @property
+    def has_picture(self) -> bool:
+        return self.picture is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Limits of a request's parts, so that every request fits the model."""
+    """Limits of a request's parts, so that every request fits the model, and the pictures of all requests."""
 
-    tile_side: int  # pixels
-    max_tiles: int  # without the thumbnail
     max_characters: int
     max_tokens: int
+    pictures: tuple[Png, ...]
+
+    def messages(self, arrival: Arrival) -> list[dict[str, Any]]:
+        """Returns a request's messages for the engine."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": arrival.question}]
+        if arrival.picture is not None:
+            index, number = arrival.picture
+            content.insert(0, {"type": "image", "image": self.pictures[index].file(number)})
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
 
 
 def fitting_mix(max_model_len: int, tile_side: int, tokens_per_tile: int, max_tiles: int) -> Mix:
-    """Gives a picture at most half of the window, question and answer at most an eighth each."""
-    room = max_model_len // 8
-    tiles = min(max_tiles, max_model_len // 2 // tokens_per_tile - 1)  # one tile is for the thumbnail
-    return Mix(tile_side, max(1, tiles), max_characters=min(1024, room), max_tokens=min(128, room))
+    """Gives a picture at most half of the window, question and answer at most an eighth each.
+
+    tile_side: in pixels. max_tiles: of a picture, without the thumbnail.
+    """
+    room, rng = max_model_len // 8, np.random.default_rng(0)
+    most = max(1, min(max_tiles, max_model_len // 2 // tokens_per_tile - 1))  # one tile is for the thumbnail
+    grids = [(columns, rows) for columns, rows in GRIDS if columns * rows <= most]
+    pictures = tuple(noise_png(w * tile_side, h * tile_side, w * h, rng) for w, h in grids)
+    return Mix(min(1024, room), min(128, room), pictures)
 
 
-def draw_arrivals(rate: float, seconds: float, mix: Mix, seed: int) -> list[Arrival]:
-    """Draws requests at `rate` a second. Lengths of questions and answers are log-uniform: most are short."""
+def draw_arrivals(mix: Mix, seed: int, rate: float | None = None) -> Iterator[Arrival]:
+    """Draws requests without end, at `rate` a second; without a rate all are there at once.
+
+    Lengths of questions and answers are log-uniform: most are short.
+    """
     rng = np.random.default_rng(seed)
-    side = mix.tile_side
-    grids = [grid for grid in GRIDS if grid[0] * grid[1] <= mix.max_tiles]
-    columns, rows = (max(grid[axis] for grid in grids) for axis in (0, 1))
-    noise = rng.integers(0, 256, ((rows + 1) * side, (columns + 1) * side, 3), dtype=np.uint8)
-    arrivals: list[Arrival] = []
-    pictures: list[np.ndarray] = []  # views of the noise, so that none takes memory
-    at_s = rng.exponential(1 / rate)
-    while at_s < seconds:
+    known: list[tuple[int, int]] = []  # pictures that came before
+    at_s = 0.0
+    while True:
+        at_s += rng.exponential(1 / rate) if rate else 0.0
         num_characters = int(mix.max_characters ** rng.uniform(0.5, 1))
         question = bytes(rng.integers(ord("a"), ord("z") + 1, num_characters, dtype=np.uint8)).decode()
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        has_picture = rng.random() < PICTURES
-        if has_picture:
-            if not pictures or rng.random() >= AGAIN:
-                width, height = (count * side for count in grids[rng.integers(len(grids))])
-                top, left = rng.integers(0, side, 2).tolist()
-                pictures.append(noise[top : top + height, left : left + width])
-                chosen = pictures[-1]
+        picture = None
+        if rng.random() < PICTURES:
+            if not known or rng.random() >= AGAIN:
+                known.append((int(rng.integers(len(mix.pictures))), int(rng.integers(1 << 63))))
+                picture = known[-1]
             else:
-                chosen = pictures[rng.integers(len(pictures))]
-            content.insert(0, {"type": "image", "image": chosen})
-        messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        max_tokens = max(2, int(mix.max_tokens ** rng.uniform(0.5, 1)))
-        arrivals.append(Arrival(at_s, messages, has_picture, max_tokens))
-        at_s += rng.exponential(1 / rate)
-    return arrivals
+                picture = known[rng.integers(len(known))]
+        yield Arrival(at_s, question, max(2, int(mix.max_tokens ** rng.uniform(0.5, 1))), picture)

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     print_floors(args.part, config, dtype, device)
     prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
     columns, on = COLUMNS[args.part], tuple(dict.fromkeys(args.experiments))
+    if args.part == "serve" and args.http:
+        columns = serve.HTTP_COLUMNS
     record = Record(args.part, prefix, kind, device, args.budget_s, columns, args.switches, on)
     with record:
         start_s = time.perf_counter()
@@ -142,4 +144,6 @@ def _sweep(args: argparse.Namespace, engine: Engine, record: Record) -> None:
         case "decode":
             decode.sweep_decode(engine, record, _decode_cases(args), args.tokens, args.seed)
         case _:
-            serve.sweep_serve(engine, record, args.rates, args.seconds, args.seed)
+            cases = [serve.Case(rate=rate) for rate in args.rates]
+            cases += [serve.Case(callers=callers) for callers in args.concurrency]
+            serve.sweep_serve(engine, record, cases, args.seconds, args.seed, http=args.http)

@@ -1,6 +1,5 @@
 """Small runs of `internvl-rt bench`: every part prints what it should, however it ends; its speed is not tested."""
 
-import asyncio
 import json
 import re
 import signal
@@ -9,14 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from internvl_rt import AsyncEngine, Engine, SamplingParams
-from internvl_rt.bench import serve, vision
+from internvl_rt import Engine, SamplingParams
+from internvl_rt.bench import vision
 from internvl_rt.bench.arguments import PARTS
-from internvl_rt.bench.arrivals import draw_arrivals, fitting_mix
 from internvl_rt.bench.decode import room_for, sweep_decode
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Pace, Record, environment, shares
@@ -238,65 +235,6 @@ def test_a_bench_that_fails_keeps_what_it_has(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert rows[1]["median_us"] > 0
     assert rows[-1]["left_out"] == "failed: CUDA error: an illegal memory access"
-
-
-def test_requests_arrive_at_the_rate_and_the_same_for_the_same_seed():
-    mix = fitting_mix(2048, tile_side=28, tokens_per_tile=4, max_tiles=12)
-    arrivals = draw_arrivals(50.0, 20.0, mix, seed=1)
-    assert len(arrivals) == pytest.approx(1000, abs=100)
-    gaps = np.diff([arrival.at_s for arrival in arrivals])
-    assert np.std(gaps) == pytest.approx(np.mean(gaps), rel=0.15), "a Poisson process: gaps vary as much as they last"
-    assert sum(arrival.has_picture for arrival in arrivals) == pytest.approx(500, abs=60)
-    pictures = [part["image"] for each in arrivals for part in each.messages[1]["content"] if part["type"] == "image"]
-    assert len(pictures) == sum(arrival.has_picture for arrival in arrivals)
-    assert len({id(picture) for picture in pictures}) == pytest.approx(0.7 * len(pictures), rel=0.15)
-    again, other = (draw_arrivals(50.0, 20.0, mix, seed) for seed in (1, 2))
-    assert [(each.at_s, each.max_tokens) for each in again] == [(each.at_s, each.max_tokens) for each in arrivals]
-    assert other[0].at_s != arrivals[0].at_s
-    assert max(each.max_tokens for each in arrivals) <= mix.max_tokens
-
-
-def test_requests_that_are_not_answered_in_time_or_refused_are_counted():
-    async def overload():
-        engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=2, max_waiting=2)
-        mix = fitting_mix(2048, 56, 4, 2)
-        arrivals = draw_arrivals(400.0, 0.1, mix, seed=0)
-        async with AsyncEngine(engine) as served:
-            before = served.stats()
-            outcomes = await serve._serve(served, arrivals, 0.02)
-            changes = {name: served.stats()[name] - before[name] for name in serve._COUNTERS}
-            return serve._figures(arrivals, outcomes, changes, 1.0)
-
-    row = asyncio.run(overload())
-    assert row["requests"] > 20
-    assert row["answered"] + row["refused"] + row["unfinished"] == row["requests"]
-    assert min(row["refused"], row["unfinished"]) > 0
-
-
-def test_a_request_that_arrives_late_has_waited_since_it_was_to_arrive():
-    with Engine.from_pretrained("tiny", device="cpu") as engine:
-        reply = engine.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=5, ignore_eos=True))
-    arrivals = draw_arrivals(1000.0, 0.01, fitting_mix(2048, 56, 4, 2), seed=0)[:1]
-    changes = dict.fromkeys(serve._COUNTERS, 0)
-    row = serve._figures(arrivals, [serve.Outcome(late_s=2.0, reply=reply)], changes, 1.0)
-    timings = reply.timings
-    assert row["ttft_median_us"] == pytest.approx(2e6 + timings.first_token_s * 1e6)
-    assert row["token_median_us"] == pytest.approx((timings.total_s - timings.first_token_s) / 4 * 1e6)
-
-
-def test_what_serve_says_fits_together(capsys):
-    _, document = bench(capsys, "serve", "tiny", "--rates", "12,0.001", "--seconds", "1", "--max-num-seqs", "8")
-    rows = rows_by_case(document)
-    row = rows["12_per_s"]
-    assert row["answered"] == row["requests"] > row["picture_requests"] > 0
-    assert (row["refused"], row["unfinished"], row["rate_per_s"]) == (0, 0, 12)
-    for what in ("ttft", "token", "queued"):
-        percentiles = [row[f"{what}_{name}_us"] for name in ("low", "median", "high", "p99")]
-        assert percentiles == sorted(percentiles)
-        assert percentiles[0] > 0
-    assert row["tokens_per_s"] == pytest.approx(row["generated_tokens"] / row["wall_s"], rel=1e-4)
-    assert 0 < row["prefix_hit_percent"] < 100
-    assert "no request arrived within 1 s" in rows["0.001_per_s"]["left_out"]
 
 
 def test_shares_are_of_the_data_sheet():
