@@ -212,3 +212,21 @@ def test_without_the_servers_libraries_http_is_refused_before_a_model_is_loaded(
 
 def test_an_outcome_without_a_second_token_has_no_time_for_one():
     assert Outcome("answered", False, 10, 1, 1.0, 1.0).token_s is None
+
+
+def test_the_script_of_the_goals_prints_what_http_costs_beside_each(capsys, monkeypatch):
+    bench = Path(__file__).parents[2] / "bench"
+    monkeypatch.syspath_prepend(str(bench))
+    import http_cost
+
+    monkeypatch.setattr(sys, "argv", ["http_cost.py", "--samples", "2", "--rounds", "1", "--streams", "2"])
+    assert http_cost.main() == 0
+    first, streams, data_url = capsys.readouterr().out.splitlines()[1:]
+    for line, begins, goal in (
+        (first, "first token, picture of 1.0", "goal  2.0 ms"),
+        (streams, "2 streams", "goal 15.0 %"),
+        (data_url, "4 MB data URL", "goal  6.0 ms"),
+    ):
+        assert line.startswith(begins)
+        assert goal in line
+        assert line.split()[-1] in ("held", "missed")
