@@ -35,7 +35,7 @@ from internvl_rt.bench.pictures import noise_png
 from internvl_rt.bench.serve import ask_engine
 from internvl_rt.server.media import read_media
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import ChatRequest, Part, parse
+from internvl_rt.server.protocol import ChatRequest, MediaLimits, Part, parse
 from internvl_rt.server.remote import Fetcher
 
 FIRST_TOKEN_MS, STREAMS_PERCENT, DATA_URL_MS = 2.0, 15.0, 6.0  # goals: at most
@@ -92,7 +92,7 @@ async def data_url(num_samples: int) -> float:
         part: Any = parse(body, ChatRequest).messages[0].content
         assert isinstance(part, list)
         assert isinstance(part[0], Part)
-        found = await read_media(part[0], "messages[0].content[0]", fetcher, options.max_frames)
+        found = await read_media(part[0], "messages[0].content[0]", fetcher, MediaLimits(), options.max_frames)
         hashlib.sha256(found["image"]).digest()
         times.append(1e3 * (time.perf_counter() - start_s))
     assert found["image"] == content

@@ -47,7 +47,7 @@ class Call:
         self._watcher: asyncio.Task[None] | None = None
         self._sending = asyncio.Lock()
         self._last_s = self.start_s  # when something was last sent
-        self._is_stream = self._is_complete = False
+        self._is_stream = self._is_complete = self._is_over = False
 
     async def read(self, take: Callable[[int], None], max_bytes: int, max_s: float) -> bytes:
         """Reads the body. Raises ApiError as soon as it is too large or too slow.
@@ -82,7 +82,7 @@ class Call:
 
     def end(self, error: ApiError) -> None:
         """Ends the call with an error, whatever it is doing."""
-        if self.ending is None and self._task is not None:
+        if self.ending is None and self._task is not None and not self._is_over:
             self.ending = error
             self._task.cancel()
 
@@ -120,11 +120,11 @@ class Call:
         elif self._is_stream:
             await self._event(b"data: " + encode(error.body()) + b"\n\n" + DONE, last=True)
 
-    async def finish(self) -> None:
-        """Ends the watch for the client's leaving."""
+    def finish(self) -> None:
+        """Follows the answer, whole or not: from now on nothing cancels the task."""
+        self._is_over = True
         if self._watcher is not None:
             self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
@@ -151,7 +151,7 @@ class Call:
                     return
                 if done and received.result()["type"] == "http.disconnect":
                     self.gone = True
-                    if self._task is not None:
+                    if self._task is not None and self.ending is None and not self._is_over:
                         self._task.cancel()
                     return
                 if done:

@@ -210,7 +210,7 @@ class Endpoint:
                 raise
         finally:
             service.give_back_body(call)
-            await call.finish()
+            call.finish()
             self._log(call)
             service.calls.discard(call)
 
