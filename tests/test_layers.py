@@ -163,6 +163,7 @@ MODULES = [
     "server.models",
     "server.page",
     "server.app",
+    "server.connection",
     "server.life",
     "server.command",
     "server.__init__",
@@ -209,7 +210,7 @@ HOMES = {
     "sentencepiece": ["inputs.tokenizer"],
     "tokenizers": ["inputs.tokenizer_files", "inputs.tokenizer"],
     "transformers": [],
-    "uvicorn": ["server.life"],
+    "uvicorn": ["server.connection", "server.life"],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
 CALLERS_OF_KERNELS = {  # the tables of operations, and the checks

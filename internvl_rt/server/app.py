@@ -62,12 +62,14 @@ def build_app(service: Service) -> Starlette:
             await service.end_calls(service.options.drain_s)
             await service.engine.close()
 
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[cors] if service.options.allowed_origins else [],
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_route},
     )
+    app.router.redirect_slashes = False  # a redirect would lead to whatever host the request names
+    return app
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -1,23 +1,18 @@
-"""Runs the application under uvicorn: guards connections that are too slow, and ends without breaking answers off."""
+"""Runs the application under uvicorn, from the bound socket to the exit code, and ends without breaking answers off."""
 
 import asyncio
 import os
 import signal
 import socket
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from internvl_rt.errors import RequestError
-from internvl_rt.server.call import Call, Receive, Scope, Send
-from internvl_rt.server.fault import ApiError
-from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.service import PROBES, Service
+from internvl_rt.server.connection import guarded
+from internvl_rt.server.service import Service
 
-MAX_HEAD_BYTES = 64 << 10
 _BACKLOG = 2048
 _EXIT_INTERRUPT, _EXIT_DEAD, _EXIT_TERM = 130, 1, 143
 
@@ -54,11 +49,12 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=guarded(options),
+                http=guarded(options, service.log),
                 loop="uvloop",
                 ws="none",
                 lifespan="on",
                 log_config=None,
+                log_level="critical",  # connections write into our log
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
@@ -112,80 +108,3 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_soon_threadsafe(self._end.set)
         else:
             self.should_exit = True
-
-
-def _refusing(app: Any) -> Any:
-    """Returns what answers on a connection beyond the limit: that there are too many, and probes as ever."""
-    error = ApiError(503, "the server has as many connections as it takes; try again later", "too_many_connections")
-    headers = {"retry-after": "1", "connection": "close"}
-
-    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in PROBES:
-            await app(scope, receive, send)
-        else:
-            await Call(scope, receive, send).send_json(error.body(), error.status, headers)
-
-    return refuse
-
-
-def guarded(options: ServerOptions) -> type[HttpToolsProtocol]:
-    """Returns a protocol for connections that gives up on clients which send, or read, too slowly."""
-
-    class Guarded(HttpToolsProtocol):
-        _num_head_bytes = 0
-        _is_in_head = False
-        _until_whole: asyncio.TimerHandle | None = None
-        _until_read: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._abort_after(options.header_timeout_s)
-            if len(self.connections) > options.max_connections:
-                self.app = _refusing(self.app)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._abort_after(None)
-            self.resume_writing()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._num_head_bytes += len(data) if self._is_in_head else 0
-            if self._num_head_bytes > MAX_HEAD_BYTES:
-                self.transport.abort()
-            elif self._until_whole is None and (self.cycle is None or self.cycle.response_complete):
-                self._abort_after(options.header_timeout_s)
-
-        def on_message_begin(self) -> None:
-            self._is_in_head, self._num_head_bytes = True, 0
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self._is_in_head, self._num_head_bytes = False, 0
-            self._abort_after(2 * options.body_timeout_s)  # the application itself answers earlier
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            self._abort_after(None)
-            super().on_message_complete()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._until_read = self.loop.call_later(options.stall_timeout_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._until_read is not None:
-                self._until_read.cancel()
-                self._until_read = None
-
-        def timeout_keep_alive_handler(self) -> None:
-            self.transport.abort()  # a client that has not read its answer would keep the connection open
-
-        def _abort_after(self, seconds: float | None) -> None:
-            """Sets the time until the request must be whole; None: there is none."""
-            if self._until_whole is not None:
-                self._until_whole.cancel()
-            self._until_whole = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
-
-    return Guarded

@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ KEY = "a-key-of-the-tests"
 class Running:
     """A server that runs, with its parts."""
 
-    def __init__(self, service: Service, url: str, log: io.StringIO) -> None:
-        self.service, self.url, self.log = service, url, log
+    def __init__(self, service: Service, url: str, log: io.StringIO, stop: Callable[[], None]) -> None:
+        """stop: ends the server and waits until it has ended."""
+        self.service, self.url, self.log, self.stop = service, url, log, stop
         self.http = httpx2.Client(base_url=url, timeout=30)
 
     def client(self, key: str = "none", **more: Any) -> openai.OpenAI:
@@ -91,14 +92,19 @@ def running(
     while not server.started:
         assert thread.is_alive(), log.getvalue()
         time.sleep(0.005)
-    made = Running(service, server.url, log)
+
+    def stop() -> None:
+        if thread.is_alive():
+            loops[0].call_soon_threadsafe(server.stop)
+        thread.join(60)
+        assert not thread.is_alive()
+
+    made = Running(service, server.url, log, stop)
     try:
         yield made
     finally:
         made.http.close()
-        loops[0].call_soon_threadsafe(server.stop)
-        thread.join(60)
-        assert not thread.is_alive()
+        stop()
 
 
 @contextmanager
