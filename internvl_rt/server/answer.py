@@ -4,9 +4,12 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from msgspec import Raw
+
 from internvl_rt.engine.reply import Choice, Reply, Usage
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.server import thinking
+from internvl_rt.server.protocol import encode
 from internvl_rt.server.reader import AnswerReader, Delta
 from internvl_rt.steps.logprobs import TokenLogprob
 
@@ -64,19 +67,26 @@ def text_of(token_id: int, tokenizer: Tokenizer) -> str:
     return bytes_of(token_id, tokenizer).decode("utf-8", "replace")
 
 
-def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: frozenset[int]) -> list[Json]:
-    """Returns log-probabilities of the tokens that are text. end_ids: of tokens that end an answer, and are not."""
+def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: frozenset[int]) -> list[Raw]:
+    """Returns log-probabilities of the tokens that are text, as JSON. end_ids: of those that end an answer, and are not.
 
-    def entry(token_id: int, logprob: float) -> Json:
-        data = bytes_of(token_id, tokenizer)
-        text = data.decode("utf-8", "replace")
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+    An answer may have 100,000 of them with 20 others each, and no other request goes on while they are written.
+    """
+    spelled: dict[int, bytes] = {}  # the begun object of each token
 
-    return [
-        {**entry(each.token_id, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
-        for each in tokens
-        if each.token_id not in end_ids
-    ]
+    def entry(token_id: int, logprob: float) -> bytes:
+        begun = spelled.get(token_id)
+        if begun is None:
+            data = bytes_of(token_id, tokenizer)
+            begun = encode({"token": data.decode("utf-8", "replace"), "bytes": list(data)})[:-1]
+            spelled[token_id] = begun
+        return b'%b,"logprob":%b' % (begun, encode(max(logprob, LEAST_LOGPROB)))
+
+    def written(each: TokenLogprob) -> bytes:
+        top = b",".join([entry(*other) + b"}" for other in each.top])
+        return b'%b,"top_logprobs":[%b]}' % (entry(each.token_id, each.logprob), top)
+
+    return [Raw(written(each)) for each in tokens if each.token_id not in end_ids]
 
 
 def message_of(deltas: Sequence[Delta]) -> Json:

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from msgspec import Raw
+
 from internvl_rt.engine.reply import Piece, Reply
 from internvl_rt.server.answer import Json, count_reasoning, logprobs_of, new_id
 from internvl_rt.server.ask import Ask
@@ -77,7 +79,7 @@ class _Output:
         self._service, self._call, self._ask = service, call, ask
         self._reader, self._end_ids = ask.conversation.reader(), service.end_ids(ask.params)
         self._items: list[Json] = []
-        self._logprobs: list[Json] = []  # of the text that is growing
+        self._logprobs: list[Raw] = []  # of the text that is growing
         self._number = 0
         self.reply: Reply | None = None
         params, tools = ask.params, request.tools or []

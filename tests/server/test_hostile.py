@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from internvl_rt.server.answer import logprobs_of
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import MAX_VALUES
+from internvl_rt.server.protocol import MAX_VALUES, encode
+from internvl_rt.steps.logprobs import TokenLogprob
 from support.serving import Running, running
 
 CHAT = "/v1/chat/completions"
@@ -81,3 +83,15 @@ def test_results_and_calls_in_a_row_are_put_together(server: Running) -> None:
     items = [user, CALL, CALL, result("a"), result("b"), user, result("a")]
     answer = server.post("/v1/responses", {"input": items, "max_output_tokens": 1}).json()
     assert answer["usage"]["input_tokens"] == chat["count"]
+
+
+def test_many_logprobs_are_written_at_once(server: Running) -> None:
+    """As an answer of 16 times 1,250 tokens with 20 others each has them."""
+    top = tuple((token_id, -float(token_id)) for token_id in range(20, 40))
+    tokens = [TokenLogprob(number % 300, -1.5, top) for number in range(20_000)]
+    start_s = time.perf_counter()
+    written = encode(logprobs_of(tokens, server.service.core.tokenizer, frozenset()))
+    assert time.perf_counter() - start_s < 1.5
+    first = json.loads(written)[30]
+    assert set(first) == {"token", "logprob", "bytes", "top_logprobs"}
+    assert first["top_logprobs"][10] == {key: first[key] for key in ("token", "bytes")} | {"logprob": -30.0}
