@@ -68,7 +68,7 @@ def text_of(token_id: int, tokenizer: Tokenizer) -> str:
 
 
 def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: frozenset[int]) -> list[Raw]:
-    """Returns log-probabilities of the tokens that are text, as JSON. end_ids: of those that end an answer, and are not.
+    """Returns log-probabilities, as JSON, of the tokens that are text. end_ids: of those that end an answer.
 
     An answer may have 100,000 of them with 20 others each, and no other request goes on while they are written.
     """
