@@ -33,9 +33,10 @@ from internvl_rt.bench.client import Load, Outcome
 from internvl_rt.bench.loopback import open_loopback, request_of, shared_texts
 from internvl_rt.bench.pictures import noise_png
 from internvl_rt.bench.serve import ask_engine
+from internvl_rt.server.body import cut, parse
 from internvl_rt.server.media import read_media
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import ChatRequest, MediaLimits, Part, parse
+from internvl_rt.server.protocol import ChatRequest, MediaLimits, Part
 from internvl_rt.server.remote import Fetcher
 
 FIRST_TOKEN_MS, STREAMS_PERCENT, DATA_URL_MS = 2.0, 15.0, 6.0  # goals: at most
@@ -89,7 +90,7 @@ async def data_url(num_samples: int) -> float:
     times, found = [], {}
     for _ in range(WARM_UP + num_samples):
         start_s = time.perf_counter()
-        part: Any = parse(body, ChatRequest).messages[0].content
+        part: Any = parse(cut(body, options.max_text_bytes), ChatRequest).messages[0].content
         assert isinstance(part, list)
         assert isinstance(part[0], Part)
         found = await read_media(part[0], "messages[0].content[0]", fetcher, MediaLimits(), options.max_frames)

@@ -142,6 +142,7 @@ MODULES = [
     "server.options",
     "server.fault",
     "server.protocol",
+    "server.body",
     "server.remote",
     "server.media",
     "server.tools",

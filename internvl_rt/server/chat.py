@@ -15,8 +15,9 @@ from internvl_rt.server.answer import (
     usage_of,
 )
 from internvl_rt.server.ask import Ask
+from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
-from internvl_rt.server.protocol import ChatRequest, encode, parse
+from internvl_rt.server.protocol import ChatRequest, encode
 from internvl_rt.server.reader import Delta
 from internvl_rt.server.service import Service, read_body
 

@@ -13,9 +13,10 @@ from internvl_rt.engine.reply import Choice, Piece, Reply, Usage
 from internvl_rt.inputs.prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.server.answer import LEAST_LOGPROB, Json, new_id, text_of, usage_of
+from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import refusal
-from internvl_rt.server.protocol import CompletionRequest, encode, not_served, parse
+from internvl_rt.server.protocol import CompletionRequest, encode, not_served
 from internvl_rt.server.service import Service, read_body
 from internvl_rt.steps.logprobs import TokenLogprob
 

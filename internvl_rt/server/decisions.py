@@ -13,10 +13,11 @@ from typing import Any
 from internvl_rt.engine.reply import Score, Usage
 from internvl_rt.server.answer import Json
 from internvl_rt.server.ask import Conversation
+from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import NO_RETRY, ApiError, refusal
 from internvl_rt.server.items import messages_of
-from internvl_rt.server.protocol import DecisionsRequest, Message, Part, Question, parse
+from internvl_rt.server.protocol import DecisionsRequest, Message, Part, Question
 from internvl_rt.server.service import Service, read_body
 
 MAX_CHOICES, MAX_LEVELS = 255, 10

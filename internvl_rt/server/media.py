@@ -1,18 +1,16 @@
 """Pictures and videos of a request, as bytes for the engine. Nothing in a request names a file of this machine."""
 
-import re
 from typing import Any
 
 import msgspec
 import pybase64
-from msgspec import Raw, Struct
+from msgspec import Struct
 
+from internvl_rt.server.body import MARK
 from internvl_rt.server.fault import refusal
 from internvl_rt.server.protocol import MediaLimits, Part
 from internvl_rt.server.remote import Fetcher
 
-_EDGE = 4096  # bytes at each end of a long value that hold all but a data URL's data
-_DATA = re.compile(rb'"data:([^",\\]{0,200});base64,', re.IGNORECASE)
 _URL_KEYS = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url", "input_video": "video_url"}
 _ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
@@ -38,19 +36,19 @@ def media_place(part: Part, where: str) -> str:
 async def read_media(part: Part, where: str, fetcher: Fetcher, limits: MediaLimits, max_frames: int) -> dict[str, Any]:
     """Returns a picture or video as a part of a message for the engine. Raises ApiError.
 
-    The bytes of a `data:` URL are decoded from the request's body at once, without a copy as text. detail: "low" is one
-    tile, all others are what the model takes by default. limits: of the request, where the part says nothing.
+    detail: "low" is one tile, all others are what the model takes by default. limits: of the request, where the part
+    says nothing.
     """
     key, where = _URL_KEYS[part.type], media_place(part, where)
-    raw: Raw = getattr(part, key)
-    rest, content = _lift(raw)
     try:
-        read = msgspec.json.decode(rest, type=_Url | str)
+        read = msgspec.json.decode(getattr(part, key), type=_Url | str)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = "expected a URL, or an object with one as url"
         raise refusal(f"{where}: {reason}; send image data as a data: URL", where, "invalid_type") from error
     found = _Url(url=read) if isinstance(read, str) else read
-    if content is None or found.url:  # the data was that of another field
+    if part.file is not None and MARK.fullmatch(found.url):
+        content = part.file
+    else:
         is_data = found.url[:5].lower() == "data:"
         content = _decode(found.url, where) if is_data else await fetcher.fetch(found.url, where)
     if not content:
@@ -63,23 +61,6 @@ async def read_media(part: Part, where: str, fetcher: Fetcher, limits: MediaLimi
     detail = found.detail or part.detail
     max_tiles = found.max_tiles or found.max_dynamic_patch or part.max_tiles or limits.max_dynamic_patch
     return {"type": "image", "image": content, "detail": "low" if detail == "low" else "auto", "max_tiles": max_tiles}
-
-
-def _lift(raw: Raw) -> tuple[bytes, bytes | None]:
-    """Decodes the data of a long data URL out of its JSON; returns what is left, and the data.
-
-    To make it a string first would take a millisecond for each megabyte. What does not decode is left as it is.
-    """
-    view = memoryview(raw)
-    if len(view) > 2 * _EDGE and (start := _DATA.search(view[:_EDGE])):
-        tail = bytes(view[-_EDGE:])
-        if (end := tail.find(b'"')) >= 0:
-            try:
-                content = pybase64.b64decode(view[start.end() : len(view) - _EDGE + end], validate=True)
-            except ValueError:  # of another alphabet, escaped, or broken
-                return bytes(view), None
-            return bytes(view[: start.start()]) + b'""' + tail[end + 1 :], content
-    return bytes(view), None
 
 
 def _decode(url: str, where: str) -> bytes:

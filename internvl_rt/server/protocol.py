@@ -3,24 +3,18 @@
 What a field may hold beyond its type is checked where it is used, so that errors name the limit.
 """
 
-import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
-from internvl_rt.errors import InternVLError
 from internvl_rt.server.fault import ApiError, refusal
 
-T = TypeVar("T")
 Json = dict[str, Any]
 NOTHING = Raw(b"null")
-MAX_DATA_URLS = 1024  # that are looked for in a body
-MAX_VALUES = 1 << 18  # texts, numbers, lists and objects of a body: each takes time and memory as a Python object
-_PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
 
-class Part(Struct):
+class Part(Struct, dict=True):
     """A part of a message's content: in the chat interface, and (input_*, output_text) in that of responses."""
 
     type: str
@@ -33,6 +27,11 @@ class Part(Struct):
     max_tiles: int | None = None
     num_frames: int | None = None
     bound: list[float] | None = None
+
+    @property
+    def file(self) -> bytes | None:
+        """The data of a long data URL, which `body` has decoded. No field of JSON sets it."""
+        return self.__dict__.get("file")
 
 
 Content = str | list[Part | str] | None
@@ -237,50 +236,6 @@ class TokenizeRequest(Struct):
 class DetokenizeRequest(Struct):
     tokens: list[int]
     model: str | None = None
-
-
-def parse(body: bytes, kind: type[T]) -> T:
-    """Reads a body as JSON of a kind. Raises ApiError, which names the field that is wrong."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        found = _PATH.search(text)
-        param = found[1] if found else None
-        reason = str(InternVLError(text[: found.start()] if found else text))
-        raise refusal(f"{param or 'the body'}: {reason}", param, "invalid_type") from error
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(InternVLError(error))
-        raise refusal(f"the body is not valid JSON: {reason}; send a JSON object", None, "invalid_json") from error
-
-
-def check_size(body: bytes, max_text_bytes: int) -> None:
-    """Raises ApiError for a body whose reading would hold up all other requests: it takes one thread's whole time.
-
-    A picture's data does not count. Values are counted by the character before each: to read 4 MB of empty lists would
-    take a quarter of a second, and as much for each further step on their way.
-    """
-    least = min(MAX_VALUES, max_text_bytes)
-    if len(body) <= least or (num_bytes := len(body) - _count_data(body)) <= least:
-        return
-    if num_bytes > max_text_bytes:
-        what = f"the body has more than {max_text_bytes:,} bytes besides its data: URLs; send less"
-        raise ApiError(413, what, "body_too_large")
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        what = f"the body has more than {MAX_VALUES:,} values, counted by their commas and brackets; send less"
-        raise ApiError(413, what, "body_too_large")
-
-
-def _count_data(body: bytes) -> int:
-    """Counts the bytes of a body that are in strings which begin with data:, as far as these are few."""
-    count = end = 0
-    for _ in range(MAX_DATA_URLS):
-        start = body.find(b'"data:', end)
-        end = body.find(b'"', start + 1) + 1
-        if start < 0 or not end:
-            break
-        count += end - start
-    return count
 
 
 def encode(value: Any) -> bytes:

@@ -11,9 +11,10 @@ from msgspec import Raw
 from internvl_rt.engine.reply import Piece, Reply
 from internvl_rt.server.answer import Json, count_reasoning, logprobs_of, new_id
 from internvl_rt.server.ask import Ask
+from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.items import messages_of
-from internvl_rt.server.protocol import ChatRequest, Message, ResponsesRequest, encode, not_served, parse
+from internvl_rt.server.protocol import ChatRequest, Message, ResponsesRequest, encode, not_served
 from internvl_rt.server.reader import Delta
 from internvl_rt.server.service import Service, read_body
 

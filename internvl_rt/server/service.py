@@ -13,13 +13,14 @@ from internvl_rt.errors import InternVLError
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.model.work import Roof
 from internvl_rt.server.ask import Asking
+from internvl_rt.server.body import Body, cut
 from internvl_rt.server.call import Call, Receive, Scope, Send
 from internvl_rt.server.fault import ApiError, error_of, internal_error
 from internvl_rt.server.keys import Keys
 from internvl_rt.server.log import Log
 from internvl_rt.server.metrics import Metrics
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import check_size, encode
+from internvl_rt.server.protocol import encode
 from internvl_rt.server.remote import Fetcher
 
 PROBES = ("/health", "/ready")  # need no key, and are answered whatever the load
@@ -241,15 +242,14 @@ class Endpoint:
             )
 
 
-async def read_body(service: Service, call: Call) -> bytes:
+async def read_body(service: Service, call: Call) -> Body:
     """Reads the body of a call within the server's limits, and watches for the client's leaving from then on."""
     options = service.options
 
     def take(num_bytes: int) -> None:
         service.take_body(call, num_bytes)
 
-    body = await call.read(take, options.max_body_bytes, options.body_timeout_s)
-    check_size(body, options.max_text_bytes)
+    body = cut(await call.read(take, options.max_body_bytes, options.body_timeout_s), options.max_text_bytes)
     call.watch(options.keep_alive_s)
     return body
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from internvl_rt.server.answer import logprobs_of
+from internvl_rt.server.body import MAX_VALUES
 from internvl_rt.server.options import ServerOptions
-from internvl_rt.server.protocol import MAX_VALUES, encode
+from internvl_rt.server.protocol import encode
 from internvl_rt.steps.logprobs import TokenLogprob
 from support.serving import Running, running
 

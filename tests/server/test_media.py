@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,28 @@ def test_a_data_url_is_read_in_every_form_that_clients_send(server: Running) -> 
     around = {"detail": "auto", "note": "x" * 5000, "url": picture_url(), "other": ["y" * 5000]}
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": around}, "Read the digits."]}]
     assert server.post(CHAT, {"messages": messages}).json()["choices"][0]["message"]["content"] == "4719"
+
+
+def test_a_data_url_elsewhere_is_not_taken_for_a_picture(server: Running) -> None:
+    """What is cut out of a body is given to pictures alone; in any other place it is what it was."""
+    url, other = picture_url(), picture_url("42.png")
+    image = {"type": "image_url", "image_url": {"url": url}}
+    ask = {"role": "user", "content": [image, {"type": "text", "text": "Read the digits."}]}
+    body = {"messages": [ask], "metadata": {"url": other}, "tools": None, "unknown": [{"image_url": other}]}
+    answer = server.post(CHAT, body).json()
+    assert answer["choices"][0]["message"]["content"] == "4719"
+    assert answer["metadata"] == {"url": other}
+    part = {"type": "input_json", "data": [{"url": other}]}
+    counts = [
+        server.post("/v1/responses", {"input": [{"role": "user", "content": content}], "max_output_tokens": 1}).text
+        for content in ([part], [{"type": "input_text", "text": json.dumps(part["data"], separators=(",", ":"))}])
+    ]
+    tokens = [json.loads(text)["usage"]["input_tokens"] for text in counts]
+    assert tokens[0] == tokens[1]
+    for marked in ("data:#0", "data:#7"):
+        parts = [{"type": "image_url", "image_url": {"url": marked}}, image]
+        error = server.post(CHAT, {"messages": [{"role": "user", "content": parts}]}).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0].image_url")
 
 
 def test_spaces_and_line_ends_in_base64_are_refused(server: Running) -> None:
