@@ -200,11 +200,13 @@ class Asking:
     def _form(self, request: ChatRequest, tools: Tools | None, thinks: bool) -> dict[str, Any]:
         """Returns the grammar of the answer as sampling parameters."""
         form, after = request.response_format, {"grammar_after": thinking.END} if thinks else {}
-        if request.structured_outputs is not None:
+        structured = {kind: getattr(request, f"guided_{kind}") for kind in ("json", "regex", "choice")}
+        structured |= request.structured_outputs or {}
+        if request.structured_outputs is not None or any(value is not None for value in structured.values()):
             if form is not None or tools is not None:
                 reason = "neither response_format nor tools can be there too; leave out one of them"
                 raise refusal(f"structured_outputs: {reason}", "structured_outputs")
-            return {**_structured(request.structured_outputs), **after}
+            return {**_structured(structured), **after}
         if form is None or form.type == "text":
             tagged = tools.grammar() if tools else None
             return {"tagged": tagged, **after} if tagged else {}
@@ -232,7 +234,7 @@ class Asking:
 
 
 def _structured(given: dict[str, Any]) -> dict[str, Any]:
-    """Reads vLLM's `structured_outputs`."""
+    """Reads vLLM's `structured_outputs`; its first part that is given counts."""
     kind, value = next(((kind, value) for kind, value in given.items() if value is not None), ("", None))
     if kind == "json":
         return {"json_schema": value}

@@ -5,7 +5,7 @@ import logging
 import sys
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from internvl_rt.server.call import Call, Receive, Scope, Send
 from internvl_rt.server.fault import ApiError
@@ -53,6 +53,7 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
 
     class Guarded(HttpToolsProtocol):
         _data = b""  # received last
+        _answering: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the one read last
         _num_head_bytes = 0
         _is_in_head = False
         _until_whole: asyncio.TimerHandle | None = None
@@ -62,12 +63,17 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             super().connection_made(transport)
             self.logger = connections
             self._abort_after(options.header_timeout_s)
-            if len(self.connections) > options.max_connections:
+            if len(self.connections) > 2 * options.max_connections:
+                transport.abort()
+            elif len(self.connections) > options.max_connections:
                 self.app = _refusing(self.app)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._abort_after(None)
             self.resume_writing()
+            if (cycle := self._open_cycle()) is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -76,7 +82,7 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             self._num_head_bytes += len(data) if self._is_in_head else 0
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self.transport.abort()
-            elif self._until_whole is None and (self.cycle is None or self.cycle.response_complete):
+            elif self._until_whole is None and self._open_cycle() is None:
                 self._abort_after(options.header_timeout_s)
 
         def on_message_begin(self) -> None:
@@ -93,6 +99,15 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             self._abort_after(None)
             if not self._offers_upgrade():
                 super().on_message_complete()
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            self._answering = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def _open_cycle(self) -> RequestResponseCycle | None:
+            """Returns the request that is being answered."""
+            cycle = self._answering
+            return None if cycle is None or cycle.response_complete else cycle
 
         def _offers_upgrade(self) -> bool:
             return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
@@ -113,7 +128,7 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
 
         def send_400_response(self, msg: str) -> None:
             """Answers what is no HTTP request; nothing may be written into an answer that has begun."""
-            if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            if (cycle := self._open_cycle()) is not None and cycle.response_started:
                 self.transport.abort()
                 return
             body = encode(ApiError(400, "this is not a valid HTTP request", "invalid_http").body())

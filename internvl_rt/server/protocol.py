@@ -131,6 +131,9 @@ class ChatRequest(Sampled):
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Json | None = None  # vLLM's: one of json, regex, choice
+    guided_json: Any = None  # the same by their older names
+    guided_regex: Any = None
+    guided_choice: Any = None
     tools: list[Tool] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None

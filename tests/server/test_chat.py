@@ -140,6 +140,8 @@ def test_vllms_form_of_structured_outputs_is_served(server: Running) -> None:
     assert create(choice=["4.2", "4719?"]) in ("4.2", "4719?")
     assert create(regex="[a-c]{3}").strip("abc") == ""
     assert create(json={"type": "boolean"}) in ("true", "false")
+    older = server.post("/v1/chat/completions", {"messages": question(), "guided_regex": "[a-c]{3}"}).json()
+    assert older["choices"][0]["message"]["content"].strip("abc") == ""
 
 
 def test_json_mode_gives_an_object(server: Running) -> None:

@@ -71,18 +71,31 @@ def test_what_is_no_http_request_gets_an_error_object_and_no_line_of_the_log(
     assert capfd.readouterr().err == ""
 
 
-def test_no_second_answer_is_written_into_a_stream(server: Running) -> None:
+@pytest.mark.parametrize("second", [b"no HTTP\r\n\r\n", post(b"{}") + b"no HTTP\r\n\r\n"], ids=["nothing", "one more"])
+def test_no_second_answer_is_written_into_a_stream(server: Running, second: bytes) -> None:
     body = json.dumps({"messages": question(), "stream": True, "max_tokens": 4000, "ignore_eos": True}).encode()
     with connect(server) as client:
         client.sendall(post(body))
         data = client.recv(4096)
-        client.sendall(b"no HTTP\r\n\r\n")
+        client.sendall(second)
         with suppress(ConnectionError):
             while part := client.recv(1 << 16):
                 data += part
     assert data.startswith(b"HTTP/1.1 200")
     assert data.count(b"HTTP/1.1") == 1
     server.wait_until_idle()
+
+
+def test_leaving_ends_a_request_that_others_wait_behind(server: Running) -> None:
+    body = json.dumps({"messages": question(), "max_tokens": 8000, "ignore_eos": True}).encode()
+    cancelled = server.service.engine.stats()["requests_cancelled"]
+    with connect(server) as client:
+        client.sendall(post(body) * 3)
+        limit_s = time.perf_counter() + 20
+        while not server.service.engine.stats()["kv_blocks_used"]:
+            assert time.perf_counter() < limit_s
+    server.wait_until_idle()
+    assert server.service.engine.stats()["requests_cancelled"] == cancelled + 1
 
 
 @pytest.mark.parametrize("chunked", [False, True])
