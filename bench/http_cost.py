@@ -34,6 +34,7 @@ from internvl_rt.bench.loopback import open_loopback, request_of, shared_texts
 from internvl_rt.bench.pictures import noise_png
 from internvl_rt.bench.serve import ask_engine
 from internvl_rt.server.body import cut, parse
+from internvl_rt.server.life import keep_large_buffers
 from internvl_rt.server.media import read_media
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import ChatRequest, MediaLimits, Part
@@ -140,6 +141,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=count, default=4, help="of each side (default: %(default)s)")
     parser.add_argument("--streams", type=count, default=64, help="together (default: %(default)s)")
     args = parser.parse_args()
+    keep_large_buffers()  # as `internvl-rt serve` does
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, uvloop {uvloop.__version__}")
     for name, (made_from, value, goal, unit) in uvloop.run(measure(args)).items():
         verdict = "held" if value <= goal else "missed"

@@ -11,7 +11,7 @@ from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.options import ENGINE_KINDS, EngineOptions
 from internvl_rt.server.app import build_app
 from internvl_rt.server.keys import read_keys
-from internvl_rt.server.life import Server, bind, end_at_sigterm
+from internvl_rt.server.life import Server, bind, end_at_sigterm, keep_large_buffers
 from internvl_rt.server.log import Log
 from internvl_rt.server.options import SERVER_KINDS, ServerOptions
 from internvl_rt.server.service import Service
@@ -41,6 +41,7 @@ def serve(arguments: list[str], model_help: str) -> int:
     if options.host not in LOOPBACK and not keys:
         log.write("open to others", level="warning", host=options.host, remedy="give --api-keys-file")
     end_at_sigterm()
+    keep_large_buffers()
     with bind(options.host, options.port) as bound:
         core = Engine.from_pretrained(args.model, **engine_options)
         names = options.served_model_name or (Path(args.model).name or args.model, args.model)

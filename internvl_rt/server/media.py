@@ -24,6 +24,9 @@ class _Url(Struct):
     bound: list[float] | None = None  # start and end in seconds
 
 
+_URLS = msgspec.json.Decoder(_Url | str)
+
+
 def is_media(part: Part) -> bool:
     return part.type in _URL_KEYS
 
@@ -41,7 +44,7 @@ async def read_media(part: Part, where: str, fetcher: Fetcher, limits: MediaLimi
     """
     key, where = _URL_KEYS[part.type], media_place(part, where)
     try:
-        read = msgspec.json.decode(getattr(part, key), type=_Url | str)
+        read = _URLS.decode(getattr(part, key))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = "expected a URL, or an object with one as url"
         raise refusal(f"{where}: {reason}; send image data as a data: URL", where, "invalid_type") from error
