@@ -15,6 +15,7 @@ from internvl_rt.server.protocol import encode
 from internvl_rt.server.service import PROBES
 
 MAX_HEAD_BYTES = 64 << 10
+READ_AHEAD_BYTES = 1 << 20  # of a body, before reading waits for the application; to stop more often takes longer
 
 
 class _Lines(logging.Handler):
@@ -94,6 +95,14 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             self._abort_after(2 * options.body_timeout_s)  # the application itself answers earlier
             if not self._offers_upgrade():
                 super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if self.cycle.response_complete:
+                return
+            self.cycle.body += body
+            if len(self.cycle.body) > READ_AHEAD_BYTES:
+                self.flow.pause_reading()
+            self.cycle.message_event.set()
 
         def on_message_complete(self) -> None:
             self._abort_after(None)
