@@ -80,6 +80,7 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             self._data = data
             super().data_received(data)
+            self._data = b""
             self._num_head_bytes += len(data) if self._is_in_head else 0
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self.transport.abort()
