@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from internvl_rt.arguments import Parser, add_device_and_dtype
 from internvl_rt.bench.arguments import add_bench
-from internvl_rt.errors import InternVLError, RequestError, quoted
+from internvl_rt.errors import InternVLError, quoted
+from internvl_rt.server import check_libraries
 from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, prepare_streams, say
 
 if TYPE_CHECKING:
@@ -135,15 +136,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    try:
-        with importing():
-            from internvl_rt.server.command import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("internvl_rt"):
-            raise
-        raise RequestError(
-            f"serving needs {error.name}, which is not installed; pip install 'internvl-rt[server]'"
-        ) from error
+    check_libraries("serving")
+    with importing():
+        from internvl_rt.server.command import serve
     return serve(args.arguments, MODEL_HELP)
 
 

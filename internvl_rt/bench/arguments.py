@@ -1,11 +1,11 @@
 """Defines the arguments of `internvl-rt bench` and their defaults. Nothing heavy is imported here."""
 
 import argparse
-from importlib.util import find_spec
 from typing import Any
 
 from internvl_rt.arguments import Parser, above_zero, add_device_and_dtype, list_of, seed
 from internvl_rt.errors import RequestError
+from internvl_rt.server import check_libraries
 from internvl_rt.terminal import importing
 
 MODEL_HELP = "a folder, a hub id, 'tiny', or random:InternVL3-8B: random weights of that shape, without a file"
@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
             "lower --rates or --seconds"
         )
     if args.part == "serve" and args.http:
-        _check_server()
+        check_libraries("--http")
     with importing():
         from internvl_rt.checkpoint.find import find_config, find_model
     model = find_model(args.model)  # with its weights, which of a hub id are downloaded here
@@ -137,13 +137,6 @@ def _run(args: argparse.Namespace) -> int:
     with importing():
         from internvl_rt.bench.command import run
     return run(args, model, config, name)
-
-
-def _check_server() -> None:
-    """Raises RequestError if a library is missing that serving over HTTP needs."""
-    for name in ("httptools", "msgspec", "prometheus_client", "pybase64", "starlette", "uvicorn", "uvloop"):
-        if find_spec(name) is None:
-            raise RequestError(f"--http needs {name}, which is not installed; pip install 'internvl-rt[server]'")
 
 
 def _kernels(args: argparse.Namespace) -> int:
