@@ -205,9 +205,10 @@ def test_ctrl_c_ends_server_and_client_process(row):
 
 def test_without_the_servers_libraries_http_is_refused_before_a_model_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr("internvl_rt.server.find_spec", lambda name: None if name == "uvicorn" else name)
-    assert main(["bench", "serve", "./no-such-model", "--http"]) == 2
-    message = "--http needs uvicorn, which is not installed; pip install 'internvl-rt[server]'"
-    assert capsys.readouterr().err == f"internvl-rt: {message}\n"
+    for arguments, what in ((["bench", "serve", "./no-such-model", "--http"], "--http"), (["serve", "x"], "serving")):
+        assert main(arguments) == 2
+        message = f"{what} needs uvicorn, which is not installed; pip install 'internvl-rt[server]'"
+        assert capsys.readouterr().err == f"internvl-rt: {message}\n"
 
 
 def test_an_outcome_without_a_second_token_has_no_time_for_one():
