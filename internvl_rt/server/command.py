@@ -40,9 +40,9 @@ def serve(arguments: list[str], model_help: str) -> int:
     keys, log = read_keys(options.api_keys_file), Log(sys.stderr)
     if options.host not in LOOPBACK and not keys:
         log.write("open to others", level="warning", host=options.host, remedy="give --api-keys-file")
-    end_at_sigterm()
-    keep_large_buffers()
     with bind(options.host, options.port) as bound:
+        end_at_sigterm()
+        keep_large_buffers()
         core = Engine.from_pretrained(args.model, **engine_options)
         names = options.served_model_name or (Path(args.model).name or args.model, args.model)
         service = Service(core, AsyncEngine(core), tuple(dict.fromkeys(names)), options, keys, log)
