@@ -6,7 +6,8 @@ The same requests are sent by turns to AsyncEngine in this process, and over loo
 of the same engine in a thread of this one. Both sides read streams as they come, in event loops of one kind.
 
 * first token: the time to the first token about a new picture of 1 MB, over HTTP minus in process: the median of pairs
-  that follow each other, in which a machine that others use too changes little.
+  that follow each other, in which a machine that others use too changes little. Beside it, the time in which as many
+  bytes go over loopback, and one comes back, between plain sockets: what no server can save.
 * streams: the tokens a second of so many streams together, over HTTP against in process; each a median of the rounds.
 * 4 MB data URL: the median time to read the body of a request, and to decode and hash its picture.
 """
@@ -16,6 +17,8 @@ import base64
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
@@ -62,6 +65,34 @@ async def first_token(sides: dict[str, Side], num_samples: int) -> dict[str, flo
                 times[name].append(1e3 * outcome.ttft_s)
     pairs = zip(times["engine"], times["http"], strict=True)
     return {name: median(each) for name, each in times.items()} | {"cost": median(http - own for own, http in pairs)}
+
+
+def loopback_ms(num_bytes: int, num_samples: int) -> float:
+    """Returns the median time in milliseconds in which so many bytes go over loopback, and one comes back."""
+    data, times = bytes(num_bytes), list[float]()
+
+    def answer(listening: socket.socket) -> None:
+        taken, _ = listening.accept()
+        with taken:
+            room = memoryview(bytearray(num_bytes))
+            for _ in range(WARM_UP + num_samples):
+                left = num_bytes
+                while left:
+                    left -= taken.recv_into(room[:left])
+                taken.send(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        answering = threading.Thread(target=answer, args=(listening,))
+        answering.start()
+        with socket.create_connection(listening.getsockname()) as client:
+            for _ in range(WARM_UP + num_samples):
+                time.sleep(AHEAD_S)
+                start_s = time.perf_counter()
+                client.sendall(data)
+                client.recv(1)
+                times.append(1e3 * (time.perf_counter() - start_s))
+        answering.join()
+    return median(times[WARM_UP:])
 
 
 async def streams(sides: dict[str, Side], mix: Mix, num_streams: int, num_rounds: int) -> dict[str, float]:
@@ -118,9 +149,10 @@ async def measure(args: argparse.Namespace) -> dict[str, tuple[str, float, float
         first = await first_token(sides, args.samples)
         rates = await streams(sides, mix, args.streams, args.rounds)
     url_ms = await data_url(args.samples)
+    bare_ms = loopback_ms(len(picture.file(0)) * 4 // 3, args.samples)
     return {
         f"first token, picture of {len(picture.file(0)) / 1e6:.2f} MB": (
-            f"engine {first['engine']:.2f} ms, http {first['http']:.2f} ms",
+            f"engine {first['engine']:.2f} ms, http {first['http']:.2f} ms, loopback alone {bare_ms:.2f} ms",
             first["cost"],
             FIRST_TOKEN_MS,
             "ms",
@@ -145,7 +177,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, uvloop {uvloop.__version__}")
     for name, (made_from, value, goal, unit) in uvloop.run(measure(args)).items():
         verdict = "held" if value <= goal else "missed"
-        print(f"{name:<34} {made_from:<50} cost {value:6.2f} {unit:<2} goal {goal:4.1f} {unit:<2} {verdict}")
+        print(f"{name:<34} {made_from:<62} cost {value:6.2f} {unit:<2} goal {goal:4.1f} {unit:<2} {verdict}")
     return 0
 
 

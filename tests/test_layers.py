@@ -164,6 +164,7 @@ MODULES = [
     "server.models",
     "server.page",
     "server.app",
+    "server.receiving",
     "server.connection",
     "server.life",
     "server.command",
@@ -211,7 +212,7 @@ HOMES = {
     "sentencepiece": ["inputs.tokenizer"],
     "tokenizers": ["inputs.tokenizer_files", "inputs.tokenizer"],
     "transformers": [],
-    "uvicorn": ["server.connection", "server.life"],
+    "uvicorn": ["server.connection", "server.life", "server.receiving"],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
 CALLERS_OF_KERNELS = {  # the tables of operations, and the checks

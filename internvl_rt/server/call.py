@@ -70,7 +70,8 @@ class Call:
                     if self.num_body_bytes > max_bytes:
                         raise _too_large(max_bytes)
                     take(len(part))
-                    parts.append(part)
+                    if part:
+                        parts.append(part)
                     if not message.get("more_body", False):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError:

@@ -3,19 +3,21 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from internvl_rt.server.call import Call, Receive, Scope, Send
 from internvl_rt.server.fault import ApiError
 from internvl_rt.server.log import Log
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import encode
+from internvl_rt.server.receiving import Receiver, ReceivingProtocol
 from internvl_rt.server.service import PROBES
 
 MAX_HEAD_BYTES = 64 << 10
-READ_AHEAD_BYTES = 1 << 20  # of a body, before reading waits for the application; to stop more often takes longer
+_READ_BYTES = 128 << 10  # most at once of what the parser gets
 
 
 class _Lines(logging.Handler):
@@ -47,12 +49,12 @@ def _refusing(app: Any) -> Any:
     return refuse
 
 
-def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
-    """Returns a protocol for connections that gives up on clients which send, or read, too slowly."""
+def guarded(options: ServerOptions, log: Log) -> Callable[..., Receiver]:
+    """Returns what makes protocols for connections that gives up on clients which send, or read, too slowly."""
     connections = logging.Logger("connections", logging.ERROR)
     connections.addHandler(_Lines(log))
 
-    class Guarded(HttpToolsProtocol):
+    class Guarded(ReceivingProtocol):
         _data = b""  # received last
         _answering: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the one read last
         _num_head_bytes = 0
@@ -97,14 +99,6 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             if not self._offers_upgrade():
                 super().on_headers_complete()
 
-        def on_body(self, body: bytes) -> None:
-            if self.cycle.response_complete:
-                return
-            self.cycle.body += body
-            if len(self.cycle.body) > READ_AHEAD_BYTES:
-                self.flow.pause_reading()
-            self.cycle.message_event.set()
-
         def on_message_complete(self) -> None:
             self._abort_after(None)
             if not self._offers_upgrade():
@@ -132,8 +126,7 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
             rest, version = self._data[error.args[0] :], self.parser.get_http_version().encode()
             lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
             lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
-            self.parser = type(self.parser)(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.new_parser()
             self.data_received(b"\r\n".join((*lines, b"\r\n")) + rest)
 
         def send_400_response(self, msg: str) -> None:
@@ -165,4 +158,5 @@ def guarded(options: ServerOptions, log: Log) -> type[HttpToolsProtocol]:
                 self._until_whole.cancel()
             self._until_whole = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
-    return Guarded
+    scratch = bytearray(_READ_BYTES)
+    return lambda *args, **kwargs: Receiver(Guarded(*args, **kwargs), scratch)

@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=guarded(options, service.log),
+                http=guarded(options, service.log),  # type: ignore[arg-type]  # it is only called
                 loop="uvloop",
                 ws="none",
                 lifespan="on",
