@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from internvl_rt.errors import EngineDeadError as EngineDeadError
     from internvl_rt.errors import InternVLError as InternVLError
     from internvl_rt.errors import MediaError as MediaError
+    from internvl_rt.errors import NotFiniteError as NotFiniteError
     from internvl_rt.errors import QueueFullError as QueueFullError
     from internvl_rt.errors import RequestError as RequestError
     from internvl_rt.errors import StepError as StepError
@@ -45,8 +46,8 @@ _NAMES = {
     "engine.options": "EngineOptions",
     "engine.reply": "Choice Piece Reply Score Timings Usage",
     "errors": (
-        "CheckpointError ConfigError ContextLengthError EngineDeadError InternVLError MediaError QueueFullError "
-        "RequestError StepError"
+        "CheckpointError ConfigError ContextLengthError EngineDeadError InternVLError MediaError NotFiniteError "
+        "QueueFullError RequestError StepError"
     ),
     "inputs.grammar_source": "Tagged TaggedValue",
     "inputs.prepare": "PromptDescription",

@@ -46,6 +46,10 @@ class ContextLengthError(RequestError):
     """A prompt, or prompt and answer together, have more tokens than the engine or the trained window holds."""
 
 
+class NotFiniteError(RequestError):
+    """What the model computes for a request is NaN or infinite: its weights or its dtype do not bear the input."""
+
+
 class QueueFullError(RequestError):
     """The engine has as many requests in flight as it takes; a later try may succeed."""
 

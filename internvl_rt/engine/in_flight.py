@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from internvl_rt.engine.request import Answer, Request, build_reply, figures_of
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import RequestError, not_finite
+from internvl_rt.errors import NotFiniteError, RequestError, not_finite
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.model.work import Tally
 from internvl_rt.steps.logprobs import TokenLogprob
@@ -276,10 +276,11 @@ class InFlight:
 
     def _fail_broken(self, request: Request, answer: Answer, where: str) -> None:
         """Fails the request of an answer whose logits are NaN or infinite, or leave no token that may be drawn."""
+        kind: type[RequestError] = NotFiniteError
         remedy = "check the checkpoint"
         if answer.sequence.matcher is not None and answer.sequence.params.min_tokens:
-            remedy += ", and that min_tokens leaves a token that the grammar allows"
-        error = RequestError(f"the logits of {where} are {not_finite(self._dtype, remedy)}")
+            remedy, kind = f"{remedy}, and that min_tokens leaves a token that the grammar allows", RequestError
+        error = kind(f"the logits of {where} are {not_finite(self._dtype, remedy)}")
         self.fail(request, error, "error")
 
     def _follow(self, request: Request, matcher: Matcher, token_id: int, mask_W: NDArray[np.int32]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from internvl_rt.engine.loop import StepLoop
-from internvl_rt.errors import MediaError, RequestError, not_finite
+from internvl_rt.errors import MediaError, NotFiniteError, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
 from internvl_rt.inputs.proceed import Proceed, go_on
@@ -61,5 +61,5 @@ class PictureLoader:
         for index, visual_XD in enumerate(visual):
             if not visual_XD.isfinite().all():
                 what = not_finite(visual_XD.dtype, "check the checkpoint")
-                raise RequestError(f"picture {index}: its visual tokens are {what}")
+                raise NotFiniteError(f"picture {index}: its visual tokens are {what}")
         return visual

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -83,18 +84,19 @@ def guarded(options: ServerOptions, log: Log) -> Callable[..., Receiver]:
             self._data = data
             super().data_received(data)
             self._data = b""
-            self._num_head_bytes += len(data) if self._is_in_head else 0
-            if self._num_head_bytes > MAX_HEAD_BYTES:
-                self.transport.abort()
+            self._num_head_bytes += len(data)
+            if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES:
+                what = f"the head of the request has more than {MAX_HEAD_BYTES:,} bytes; send shorter headers"
+                self._refuse(ApiError(431, what, "head_too_large"))
             elif self._until_whole is None and self._open_cycle() is None:
                 self._abort_after(options.header_timeout_s)
 
         def on_message_begin(self) -> None:
-            self._is_in_head, self._num_head_bytes = True, 0
+            self._is_in_head, self._num_head_bytes = True, -len(self._data)  # a body may end in the same data
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._is_in_head, self._num_head_bytes = False, 0
+            self._is_in_head = False
             self._abort_after(2 * options.body_timeout_s)  # the application itself answers earlier
             if not self._offers_upgrade():
                 super().on_headers_complete()
@@ -130,13 +132,16 @@ def guarded(options: ServerOptions, log: Log) -> Callable[..., Receiver]:
             self.data_received(b"\r\n".join((*lines, b"\r\n")) + rest)
 
         def send_400_response(self, msg: str) -> None:
-            """Answers what is no HTTP request; nothing may be written into an answer that has begun."""
+            self._refuse(ApiError(400, "this is not a valid HTTP request", "invalid_http"))
+
+        def _refuse(self, error: ApiError) -> None:
+            """Ends the connection with an error; nothing may be written into an answer that has begun."""
             if (cycle := self._open_cycle()) is not None and cycle.response_started:
                 self.transport.abort()
                 return
-            body = encode(ApiError(400, "this is not a valid HTTP request", "invalid_http").body())
+            body, reason = encode(error.body()), HTTPStatus(error.status).phrase
             head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + b"\r\n\r\n" + body)
+            self.transport.write(f"HTTP/1.1 {error.status} {reason}\r\n{head}\r\n\r\n".encode() + body)
             self.transport.close()
 
         def pause_writing(self) -> None:

@@ -10,6 +10,7 @@ from internvl_rt.errors import (
     EngineDeadError,
     InternVLError,
     MediaError,
+    NotFiniteError,
     QueueFullError,
     RequestError,
     StepError,
@@ -66,6 +67,8 @@ def error_of(error: InternVLError, media_places: Sequence[str] = ()) -> ApiError
         return ApiError(429, text, "queue_full", headers={"retry-after-ms": str(RETRY_MS), "retry-after": "1"})
     if isinstance(error, ContextLengthError):
         return ApiError(400, text, "context_length_exceeded", "messages")
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, text, "not_finite", headers=NO_RETRY)
     if isinstance(error, MediaError | RequestError):
         code = "invalid_media" if isinstance(error, MediaError) else "invalid_request"
         if error.media_id is not None and error.media_id < len(media_places):

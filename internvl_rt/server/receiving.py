@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 BLOCK_BYTES = 2 << 20  # most that is read of a body before the application takes it
 _LONG = 64 << 10  # bytes of a body that are still to come, from which on they go past the parser
-_GROWTH = 16  # a block has at most so many times the bytes that have come, so that memory cannot be had by a promise
+_GROWTH = 16  # a block beyond _LONG has at most so many times the bytes that have come: a promise gets no memory
 
 
 class ReceivingProtocol(HttpToolsProtocol):
@@ -49,11 +49,13 @@ class ReceivingProtocol(HttpToolsProtocol):
     def block(self) -> memoryview | None:
         """Returns where the next bytes of a long body go; None if the parser is to have them."""
         if self._block is None:
-            self._is_past_parser |= self._num_left >= _LONG
+            self._is_past_parser |= self._num_left >= _LONG and self._num_come > 0
             if not self._is_past_parser:
                 return None
             begun = self.cycle.body  # unless the application has it already
-            self._block = begun + bytes(min(self._num_left, BLOCK_BYTES, _GROWTH * self._num_come))
+            most = min(BLOCK_BYTES, max(_LONG, _GROWTH * self._num_come))
+            self._block = bytearray(len(begun) + min(self._num_left, most))
+            self._block[: len(begun)] = begun
             self._num_filled, self.cycle.body = len(begun), bytearray()
         return memoryview(self._block)[self._num_filled :]
 

@@ -193,9 +193,10 @@ class Endpoint:
             except ApiError as error:
                 await self._fail(call, error)
             except InternVLError as error:
-                if isinstance(error, RuntimeError):
+                fault = error_of(error, call.media_places)
+                if fault.status >= 500:
                     service.log.error("request failed", error, request_id=call.id)
-                await self._fail(call, error_of(error, call.media_places))
+                await self._fail(call, fault)
             except Exception as error:  # a mistake of ours: the client is told so, and the log has it
                 service.log.error("request failed", error, request_id=call.id)
                 await self._fail(call, internal_error())

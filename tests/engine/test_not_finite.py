@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_rt import AsyncEngine, Engine, RequestError, SamplingParams
+from internvl_rt import AsyncEngine, Engine, NotFiniteError, SamplingParams
 from internvl_rt.model.internvl import named_parameters
 from support.calls import ask, check_idle, load
 
@@ -61,7 +61,7 @@ BROKEN = {
 @pytest.mark.parametrize("params", BROKEN.values(), ids=BROKEN)
 def test_an_answer_without_finite_logits_is_an_error_that_names_stage_and_dtype(engine, params):
     message = r"^the logits of token \d+ of the (answer|prompt) are not finite in float32 .*; check the checkpoint$"
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(NotFiniteError, match=message):
         engine.chat(ask("Read the digits.", BLACK), params)
     assert engine.chat(ask("Read the digits.", SAMPLE), replace(GREEDY, ignore_eos=False)).text == "4719"
 
@@ -88,7 +88,7 @@ def test_logits_that_break_after_several_steps_end_their_answer_alone(monkeypatc
         while engine.loop.step():
             pass
         assert set(calls[:9]) == {3}
-        with pytest.raises(RequestError, match=r"the logits of token 9 of the answer are not finite"):
+        with pytest.raises(NotFiniteError, match=r"the logits of token 9 of the answer are not finite"):
             engine.loop.poll(requests[1])
         for index in (0, 2):
             assert requests[index].reply.token_ids == expected[index].token_ids
@@ -96,7 +96,7 @@ def test_logits_that_break_after_several_steps_end_their_answer_alone(monkeypatc
 
 
 def test_a_score_without_finite_logits_is_an_error(engine):
-    with pytest.raises(RequestError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
+    with pytest.raises(NotFiniteError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
         engine.score(ask("Read the digits.", BLACK), ["4719"])
 
 
@@ -106,7 +106,7 @@ def test_a_score_of_a_token_whose_logit_alone_is_infinite_is_an_error(monkeypatc
         monkeypatch.setattr(
             engine.model, "logits", lambda *given: original(*given).index_fill(1, torch.tensor([scored]), -torch.inf)
         )
-        with pytest.raises(RequestError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
+        with pytest.raises(NotFiniteError, match=r"the logits of token \d+ of the prompt are not finite in float32"):
             engine.score(ask("Hello"), ["4719"])
         assert len(engine.score(ask("Hello"), ["12"])[0].logprobs) == 2
 
@@ -120,7 +120,7 @@ def test_neighbours_in_threads_keep_their_answers(num_draft_tokens, run_ahead):
         calls = [pool.submit(engine.chat, messages, params) for params in NEIGHBOURS]
         broken = [pool.submit(engine.chat, ask("Read the digits.", BLACK), params) for params in (GREEDY, DRAWN)]
         for call in broken:
-            with pytest.raises(RequestError, match="not finite"):
+            with pytest.raises(NotFiniteError, match="not finite"):
                 call.result(60)
         for call, expected in zip(calls, alone, strict=True):
             assert [each.token_ids for each in call.result(60).choices] == [each.token_ids for each in expected.choices]
@@ -140,13 +140,13 @@ def test_neighbours_in_an_event_loop_keep_their_answers():
 
         *replies, error = asyncio.run(together())
     assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in alone]
-    assert isinstance(error, RequestError)
+    assert isinstance(error, NotFiniteError)
 
 
 def test_what_was_computed_with_broken_logits_is_not_reused(engine):
     hits = engine.stats()["prefix_hit_tokens"]
     for _ in range(2):
-        with pytest.raises(RequestError, match="not finite"):
+        with pytest.raises(NotFiniteError, match="not finite"):
             engine.chat(ask("A prompt of some blocks. " * 5, BLACK), GREEDY, cache_salt="nobody else's")
     assert engine.stats()["prefix_hit_tokens"] == hits
 
@@ -155,12 +155,12 @@ def test_weights_of_a_model_made_in_memory_are_noticed_at_the_logits():
     with Engine.from_pretrained("tiny", device="cpu", dtype="float16") as engine:
         named_parameters(engine.model.weights)["decoder.norm.weight_D"][3] = torch.inf
         with pytest.raises(
-            RequestError, match=r"in float16 .*; check the checkpoint, or load the model with dtype='bf"
+            NotFiniteError, match=r"in float16 .*; check the checkpoint, or load the model with dtype='bf"
         ):
             engine.chat(ask("Hello"), GREEDY)
 
 
 def test_visual_tokens_that_are_not_finite_are_not_handed_out(engine):
     assert len(engine.encode_images([SAMPLE])) == 1
-    with pytest.raises(RequestError, match=r"^picture 1: its visual tokens are not finite in float32"):
+    with pytest.raises(NotFiniteError, match=r"^picture 1: its visual tokens are not finite in float32"):
         engine.encode_images([SAMPLE, BLACK])

@@ -117,6 +117,28 @@ def test_a_request_that_offers_another_protocol_is_answered_in_this_one(server: 
     assert answers.count(b'"content":"4719"') == 2
 
 
+def test_a_head_counts_without_the_body_before_it(server: Running) -> None:
+    body = json.dumps({"messages": question(), "max_tokens": 8}).encode()
+    data = post(body + b" " * 60_000) + post(body, f"x-a: {'b' * 8000}", "connection: close")
+    with connect(server) as client:
+        client.sendall(data[:-2000])
+        time.sleep(0.1)
+        client.sendall(data[-2000:])
+        answers = read_all(client)
+    assert answers.count(b"HTTP/1.1 200") == 2
+
+
+def test_a_head_that_is_too_long_is_told_so(server: Running) -> None:
+    with connect(server) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n")
+        for _ in range(7):
+            time.sleep(0.02)
+            client.sendall(b"x-a: " + b"b" * 9990 + b"\r\n")
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_too_large"
+
+
 def test_a_websocket_is_refused_as_a_plain_request(server: Running) -> None:
     offer = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: eA==\r\nsec-websocket-version: 13"
     with connect(server) as client:

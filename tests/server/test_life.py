@@ -263,6 +263,18 @@ def test_a_mistake_of_ours_is_told_and_logged_and_ends_nothing_else(monkeypatch:
         assert server.post(CHAT, {"messages": question(), "max_tokens": 2}).status_code == 200
 
 
+def test_a_model_that_computes_no_numbers_is_no_fault_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as server:
+        logits = server.service.core.model.logits
+        monkeypatch.setattr(server.service.core.model, "logits", lambda *given: logits(*given) * float("nan"))
+        refused = server.post(CHAT, {"messages": question()})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "not_finite")
+        assert refused.headers["x-should-retry"] == "false"
+        assert len(server.lines("request failed")) == 1
+        monkeypatch.undo()
+        assert server.post(CHAT, {"messages": question(), "max_tokens": 2}).status_code == 200
+
+
 def test_clients_do_not_try_again_what_would_fail_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as server:
         calls: list[object] = []
