@@ -148,7 +148,7 @@ class Clients:
         async with Connection(self._port) as connection:
             await connection.send(self.open_head(kind, "x-long: " + "x" * 100_000)[:-4])
             try:
-                return self.refused(await connection.answer(), {400})
+                return self.refused(await connection.answer(), {431})
             except CutError:
                 return "refused as expected"
 
