@@ -51,7 +51,7 @@ def _refusing(app: Any) -> Any:
 
 
 def guarded(options: ServerOptions, log: Log) -> Callable[..., Receiver]:
-    """Returns what makes protocols for connections that gives up on clients which send, or read, too slowly."""
+    """Returns what makes the protocol of a connection, which gives up on a client that sends, or reads, too slowly."""
     connections = logging.Logger("connections", logging.ERROR)
     connections.addHandler(_Lines(log))
 
