@@ -22,7 +22,8 @@ INSTALL := $(PIP) install --constraint $(CONSTRAINTS)
 # The build tools are in the environment already, so nothing unpinned is fetched to build.
 INSTALL_PACKAGE := $(INSTALL) --no-build-isolation --editable
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/CMake*)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+# A test that hangs fails after these seconds, and is named; the longest takes a few minutes.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --timeout 1200
 CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.

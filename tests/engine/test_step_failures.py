@@ -148,8 +148,9 @@ def test_an_error_at_any_boundary_of_a_step_makes_no_answer_wrong(
 
 LINES_OF = ("engine/loop.py", "engine/in_flight.py", "engine/request.py", "steps/scheduler.py", "steps/kv_cache.py")
 LINES_OF += ("steps/step.py", "steps/runner.py", "steps/sequence.py")
-# Python calls no signal handler between the line of a `with` and the lock that it takes or gives back; a trace does.
-NOT_IN = ("_locked", "_end_cancelled_unless_busy")
+# The functions that take and give back a lock: a trace is called at lines between a lock and what makes sure that it
+# is given back (of a `with`, its own line at its end and a `pass` in it), where Python runs no signal handler.
+NOT_IN = ("_in_turn", "_locked", "_end_cancelled_unless_busy")
 
 
 class InterruptAt:
