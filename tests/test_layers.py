@@ -91,6 +91,8 @@ MODULES = [
     "model.linear",
     "model.step_inputs",
     "model.ops",
+    "model.processor",
+    "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",
     "model.vision",
@@ -104,6 +106,7 @@ MODULES = [
     "model.__init__",
     "steps.speculation",
     "steps.device_stream",
+    "steps.cpu_threads",
     "steps.sequence",
     "steps.visual_cache",
     "steps.uploads",
@@ -217,6 +220,8 @@ HOMES = {
 }
 CALLERS_OF_KERNELS = {  # the tables of operations, and the checks
     "model.ops",
+    "model.processor",
+    "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",
     "doctor.kernels",

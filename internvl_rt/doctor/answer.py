@@ -9,6 +9,7 @@ from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.model.processor import instructions
 
 SAMPLE = Path(__file__).parents[1] / "tiny" / "samples" / "4719.png"  # the file is named after the digits that it shows
 
@@ -18,7 +19,8 @@ def check_backend() -> Finding:
     model, *_ = load_parts("tiny", EngineOptions(max_num_seqs=1))
     name, device = model.ops.name, model.device
     if device.type == "cpu":
-        why = "plain torch, as there is no GPU for the kernels"
+        dtype = str(model.dtype).removeprefix("torch.")
+        why = f"torch in {dtype}, for a processor with {instructions()}, as there is no GPU for the kernels"
     else:
         major, minor = torch.cuda.get_device_capability(device)
         why = f"the kernels, as the GPU's compute capability {major}.{minor} is 8.0 or newer"

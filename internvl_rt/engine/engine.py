@@ -71,7 +71,8 @@ class Engine:
         )
         self._uploads = Uploads(model.ops, model.device)
         max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
-        self.runner = Runner(model, cache, self.visual_cache, self._uploads, max_draws=max_draws)
+        caches = cache, self.visual_cache
+        self.runner = Runner(model, *caches, self._uploads, max_draws=max_draws, num_threads=options.num_threads)
         if memory.graph_bytes:
             self.runner.capture(
                 max_num_seqs=options.max_num_seqs,

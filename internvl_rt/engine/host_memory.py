@@ -1,10 +1,13 @@
-"""Finds how much memory of the host this process may still take: by the machine, its control groups, its own limits."""
+"""How much memory of the host this process may still take, and what its C library does with what is freed."""
 
+import ctypes
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Kind(NamedTuple):
@@ -37,6 +40,18 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     """
     left = [*_of_machine(root), *_of_groups(root), *_of_process(root)]
     return max(0, min(left)) if left else None
+
+
+def keep_large_buffers() -> None:
+    """Makes the C library keep freed memory for what comes next, where it is glibc. It counts for the whole process.
+
+    By default it gives back large buffers at once. To get their pages again took a tenth of the time of the vision
+    tower on a CPU, and most of the time in which a picture of 1 MB was received.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _of_machine(root: Path) -> Iterator[int]:

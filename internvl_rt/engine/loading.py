@@ -1,5 +1,6 @@
 """Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -11,17 +12,22 @@ import torch
 from internvl_rt.checkpoint.config import ModelConfig, load_config
 from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config, resolve_model
 from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.engine.host_memory import keep_large_buffers
 from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
+from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters, prepare_weights
 from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops_cpu import cpu_ops
 from internvl_rt.model.ops_invariant import invariant_ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
+from internvl_rt.model.processor import default_dtype, instructions
 from internvl_rt.model.random_checkpoint import random_weights, write_random_tokenizer
 from internvl_rt.model.weights import load_weights
 from internvl_rt.steps.kv_cache import KVCache
+
+LOG = logging.getLogger("internvl_rt")
 
 _loaded_in: int | None = None  # id of the process, this one or one that it was forked from, that last loaded weights
 
@@ -32,9 +38,9 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     if _loaded_in is not None and _loaded_in != os.getpid():  # torch would wait for its threads, which stayed behind
         raise forked(_loaded_in)
     target = choose_device(options.device)
-    ops = _choose_ops(options, target)
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
+    ops = _choose_ops(options, target, chosen)
     shapes = named_parameters(build_weights(config, dtype=chosen, device="meta")).values()
     plan = partial(
         plan_memory, config, chosen, target, options,
@@ -42,11 +48,15 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     )  # fmt: skip
     plan(weights_are_loaded=False)  # raises before memory is taken
     _loaded_in = os.getpid()
+    if target.type == "cpu":
+        keep_large_buffers()
     with memory_errors(target):
-        weights = load(chosen, target)
+        weights = prepare_weights(ops, load(chosen, target))
         memory = plan()
         sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
         cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
+        on = f"{target} ({instructions()})" if target.type == "cpu" else target
+        LOG.info("%s: device %s, dtype %s, backend %s", model, on, str(chosen).removeprefix("torch."), ops.name)
         return InternVL(config, weights, ops), tokenizer, cache, memory
 
 
@@ -87,14 +97,17 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
-    if options.uses_torch(device):
-        if options.batch_invariant:
-            raise RequestError(
-                f"batch_invariant needs the kernels, but on {device} backend {options.backend!r} means torch, whose "
-                "products add up in an order of its own; choose backend 'triton' on a GPU, or leave batch_invariant out"
-            )
+def _choose_ops(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> Ops:
+    backend = options.backend_on(device)
+    if options.batch_invariant and backend != "triton":
+        raise RequestError(
+            f"batch_invariant needs the kernels, but on {device} backend {options.backend!r} means torch, whose "
+            "products add up in an order of its own; choose backend 'triton' on a GPU, or leave batch_invariant out"
+        )
+    if backend == "torch":
         return TORCH
+    if backend == "onednn":
+        return cpu_ops(device, dtype)
     if options.batch_invariant:
         return invariant_ops(device)
     experiments = dict.fromkeys(options.experiments, True)
@@ -102,8 +115,8 @@ def _choose_ops(options: EngineOptions, device: torch.device) -> Ops:
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Takes the checkpoint's dtype for "auto" on CUDA, float32 on the CPU."""
+    """Takes for "auto" the checkpoint's dtype on CUDA, and on the CPU what the processor multiplies fast."""
     if dtype == "auto":
-        dtype = config.dtype if device.type == "cuda" else "float32"
+        dtype = config.dtype if device.type == "cuda" else default_dtype()
     chosen: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return chosen

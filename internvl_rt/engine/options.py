@@ -17,6 +17,7 @@ from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
 from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
 from internvl_rt.model.ops_triton import EXPERIMENTS
+from internvl_rt.model.processor import runs_onednn
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read_fields
 
@@ -40,7 +41,8 @@ class EngineOptions:
     engine is built.
 
     device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
-    dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA, and float32 on the CPU.
+    dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA. On the CPU it is bfloat16 where the processor
+        has instructions to multiply it (AMX or AVX512-BF16), and float32 elsewhere.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
     kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
@@ -74,7 +76,11 @@ class EngineOptions:
         minutes of 1080p at 30 frames a second, takes one core 3 minutes (smooth pictures) to 10 (8 Mbit a second); a
         deadline or a cancellation ends that early.
     seed: makes requests without a seed of their own reproducible, and seeds random weights (None is 0 there).
-    backend: "triton" (kernels) or "torch" (the references that test the kernels); "auto" is triton on CUDA.
+    backend: "triton" (kernels), "torch" (the references that test the kernels) or "onednn" (torch with what it has for
+        CPUs, which need AVX2); "auto" is triton on CUDA, and onednn, or torch without AVX2, on the CPU.
+    num_threads: threads that compute on the CPU. None is one for each free core: physical cores that this process may
+        use and that no other program keeps busy, looked at several times a second; never more than torch would take,
+        which OMP_NUM_THREADS and `torch.set_num_threads` set.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. No
         other thread may call `torch.cuda.synchronize` while one is captured. Without graphs the CPU launches each
         kernel, which is slower.
@@ -122,6 +128,7 @@ class EngineOptions:
     max_decoded_video_pixels: int = _VIDEOS.max_decoded_video_pixels
     seed: int | None = None
     backend: str = "auto"
+    num_threads: int | None = None
     cuda_graphs: bool = True
     capture_all: bool = False
     programmatic_launch: bool = True
@@ -154,9 +161,15 @@ class EngineOptions:
         num_weights = decoder.hidden_size * (2 * head_channels + 2 * kv_channels + 3 * decoder.intermediate_size)
         return num_weights / (4 * head_channels)
 
+    def backend_on(self, device: torch.device) -> str:
+        """Returns `backend`, or what "auto" is on a device."""
+        if self.backend != "auto":
+            return self.backend
+        return "triton" if device.type == "cuda" else "onednn" if runs_onednn() else "torch"
+
     def uses_torch(self, device: torch.device) -> bool:
-        """Says whether the references compute instead of the kernels."""
-        return self.backend == "torch" or (self.backend == "auto" and device.type == "cpu")
+        """Says whether torch computes instead of the kernels."""
+        return self.backend_on(device) != "triton"
 
     @property
     def videos(self) -> VideoLimits:
@@ -209,7 +222,8 @@ ENGINE_KINDS: dict[str, Kind] = {
     **READING_KINDS,
     **LIMIT_KINDS,
     "seed": OrNone(Integer(0, 2**64 - 1)),
-    "backend": OneOf(("auto", "triton", "torch"), "auto, triton or torch"),
+    "backend": OneOf(("auto", "triton", "torch", "onednn"), "auto, triton, torch or onednn"),
+    "num_threads": OrNone(Integer(1, 1024)),
     "cuda_graphs": Flag(),
     "capture_all": Flag(),
     "programmatic_launch": Flag(),

@@ -78,6 +78,10 @@ class Ops:
     qkv_rope_kv: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
 
+    def prepare_linear(self, linear: Linear) -> Linear:
+        """Returns a weight, once it is loaded, as this table multiplies it fastest: itself or another."""
+        return linear
+
     def embed_tiles(self, tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
         """Returns x_RE, patches first, of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
         return self.patch_embed(tiles, patch.weight_NK, bias_of(patch), class_E, position_UE)

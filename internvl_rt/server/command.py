@@ -8,10 +8,11 @@ from pathlib import Path
 from internvl_rt.arguments import Parser, add_options, options_of
 from internvl_rt.engine.async_engine import AsyncEngine
 from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.host_memory import keep_large_buffers
 from internvl_rt.engine.options import ENGINE_KINDS, EngineOptions
 from internvl_rt.server.app import build_app
 from internvl_rt.server.keys import read_keys
-from internvl_rt.server.life import Server, bind, end_at_sigterm, keep_large_buffers
+from internvl_rt.server.life import Server, bind, end_at_sigterm
 from internvl_rt.server.log import Log
 from internvl_rt.server.options import SERVER_KINDS, ServerOptions
 from internvl_rt.server.service import Service

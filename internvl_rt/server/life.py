@@ -1,7 +1,6 @@
 """Runs the application under uvicorn, from the bound socket to the exit code, and ends without breaking answers off."""
 
 import asyncio
-import ctypes
 import os
 import signal
 import socket
@@ -15,7 +14,6 @@ from internvl_rt.server.connection import guarded
 from internvl_rt.server.service import Service
 
 _BACKLOG = 2048
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _EXIT_INTERRUPT, _EXIT_DEAD, _EXIT_TERM = 130, 1, 143
 
 
@@ -36,18 +34,6 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     bound.setblocking(False)
     return bound
-
-
-def keep_large_buffers() -> None:
-    """Makes the C library keep freed memory for the next picture, where it is glibc.
-
-    By default it gives back every buffer of more than 128 KiB at once; to get its pages again took most of the time in
-    which a picture of 1 MB was received.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 64 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def end_at_sigterm() -> None:

@@ -7,9 +7,10 @@ host does not wait for the device.
 All work goes to one stream, whatever the calling thread's own stream is, so steps run one after another.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
 from internvl_rt.model.work import NO_WORK, DecoderCost, Work, count_pairs, vision_work
+from internvl_rt.steps.cpu_threads import CpuThreads
 from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
@@ -66,13 +68,24 @@ class Runner:
     """Runs steps on the device: launches them, and returns their results once they have ended."""
 
     def __init__(
-        self, model: InternVL, cache: KVCache, visual_cache: VisualCache, uploads: Uploads, *, max_draws: int
+        self,
+        model: InternVL,
+        cache: KVCache,
+        visual_cache: VisualCache,
+        uploads: Uploads,
+        *,
+        max_draws: int,
+        num_threads: int | None = None,
     ) -> None:
-        """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called."""
+        """max_draws: most tokens that a step can draw. Every kernel is launched by itself until `capture` is called.
+
+        num_threads: that compute on the CPU; see `CpuThreads`.
+        """
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
         self._device = model.device
         self._decoder_cost = DecoderCost(model.config.decoder, model.dtype)
         self.stream = DeviceStream(model.device)
+        self._threads = CpuThreads(num_threads) if model.device.type == "cpu" else None
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
         self._tile_graphs: TileGraphs | None = None
         self._step_graphs: StepGraphs | None = None
@@ -81,6 +94,10 @@ class Runner:
         with self.stream.use():
             self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.num_encoded_tiles = 0
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Computes what is called inside the `with` block on the engine's stream, or with its threads."""
+        return self.stream.use() if self._threads is None else self._threads.use()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,7 +169,7 @@ class Runner:
         A step from graphs does not enter inference mode, which takes microseconds: what is captured has no gradients.
         """
         assert self._num_launched < NUM_STAGES, "a step that was launched has not been collected"
-        with self.stream.use():
+        with self._on_device():
             start, num_encoded_tiles = Moment(self._device), self.num_encoded_tiles
             if step.has_prompts:
                 for chunk in step.chunks:
@@ -285,7 +302,7 @@ class Runner:
     @torch.inference_mode()
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream."""
-        with self.stream.use():
+        with self._on_device():
             visual_XD = self._visual_of(picture, salt)
         return self.stream.hand_over(visual_XD)
 

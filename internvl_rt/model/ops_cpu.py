@@ -1,0 +1,253 @@
+"""A table for CPUs: the references, but with what torch has for CPUs where that is faster. No kernel of it is ours.
+
+  * A product is oneDNN's, which is compiled for the processor at hand, in place of MKL's.
+  * What all layers of a step need is computed once: the rotation of its positions, its places in the cache, and which
+    blocks the sequences that decode read.
+  * Attention of the sequences that decode is one call of torch's attention, which takes each block of the cache as an
+    item of a batch, where it lies. The parts of a sequence are then added up.
+
+Products and this attention add up in an order that does not depend on how many threads compute them. `bench/FACTS.md`,
+47, has the measurements.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt.errors import RequestError
+from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
+from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.processor import multiplies, runs_onednn
+from internvl_rt.model.step_inputs import Batch, LayerCache
+
+T = TypeVar("T")
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x W^T + b
+
+PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
+FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
+
+
+class Rotation(NamedTuple):
+    """cos and sin of a step's angles, float32 [T, 1, C]; the sin of a head's first half is negated."""
+
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+
+
+class BlockReads(NamedTuple):
+    """Which blocks of the cache S sequences read: E entries, each of one block for one sequence."""
+
+    blocks: slice | Tensor  # the blocks of the entries: a range of the cache, or one number for each entry
+    sequence_E: Tensor
+    bias_E1P: Tensor  # 0, and -inf for the places behind a sequence's last token
+    entry_SN: Tensor  # the entries of each sequence; E where it has none
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CpuOps(Ops):
+    """Computes as `Ops` says, but no rows that pad a batch, which only CUDA graphs have.
+
+    A table keeps what belongs to one step, so every engine has its own.
+
+    packs: whether weights are laid out anew, for the processor's matrix units, when they are loaded
+    """
+
+    packs: bool
+    _of_step: dict[str, tuple[object, Any]] = field(default_factory=dict)  # see _once_a_step
+
+    def prepare_linear(self, linear: Linear) -> Linear:
+        if not self.packs:
+            return linear
+        return Linear(torch.ops.mkldnn._reorder_linear_weight(linear.weight_NK, PACKED_ROWS), linear.bias_N)
+
+    def norm_qkv_rope_kv(
+        self,
+        x_TD: Tensor,
+        norm: Norm,
+        qkv: Linear,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        position_T: Tensor,
+        inv_freq_C: Tensor,
+        cache: LayerCache,
+        slot_T: Tensor,
+    ) -> Tensor:
+        _, num_kv_heads, block_size, head_dim = cache.k_cache_BGPC.shape
+        rotation = self._once_a_step("rotation", position_T, lambda: rotation_of(position_T, inv_freq_C))
+        block_T, place_T = self._once_a_step("places", slot_T, lambda: (slot_T // block_size, slot_T % block_size))
+        heads = self.linear(self.norm(x_TD, norm), qkv).view(len(x_TD), -1, head_dim)
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        if q_norm is not None and k_norm is not None:
+            q_THC, k_TGC, v_TGC = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+            q_THC, k_TGC = rotate(self.norm(q_THC, q_norm), rotation), rotate(self.norm(k_TGC, k_norm), rotation)
+        else:
+            turned = rotate(heads[:, : num_heads + num_kv_heads], rotation)
+            q_THC, k_TGC, v_TGC = turned[:, :num_heads], turned[:, num_heads:], heads[:, num_heads + num_kv_heads :]
+        cache.k_cache_BGPC[block_T, :, place_T] = k_TGC
+        cache.v_cache_BGPC[block_T, :, place_T] = v_TGC
+        return q_THC
+
+    def paged_attention(
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+    ) -> Tensor:
+        n, num_seqs = batch.num_decodes, len(batch.seq_len_S)
+        decoded_SHC = None
+        if n > 0:
+            reads = self._once_a_step(
+                "reads", batch, lambda: plan_reads(batch, cache.k_cache_BGPC.shape[2], q_THC.dtype)
+            )
+            decoded_SHC = attend_blocks(q_THC[:n], cache, reads)
+            if n == num_seqs:
+                return decoded_SHC
+        where = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
+        y_THC = paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
+        if decoded_SHC is not None:
+            y_THC[:n] = decoded_SHC
+        return y_THC
+
+    def _once_a_step(self, name: str, of: object, compute: Callable[[], T]) -> T:
+        """Computes something of an input of the step in its first layer, and returns it in the others."""
+        known = self._of_step.get(name)
+        if known is None or known[0] is not of:
+            known = self._of_step[name] = of, compute()
+        value: T = known[1]
+        return value
+
+
+def rotation_of(position_T: Tensor, inv_freq_C: Tensor) -> Rotation:
+    angle_T1C = (position_T[:, None] * inv_freq_C)[:, None]
+    cos_T1C, sin_T1C = angle_T1C.cos(), angle_T1C.sin()
+    return Rotation(torch.cat((cos_T1C, cos_T1C), -1), torch.cat((-sin_T1C, sin_T1C), -1))
+
+
+def rotate(x_THC: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates as `kernels/qkv_rope_kv.py` does, to the bit."""
+    x = x_THC.float()
+    turned = x.roll(x.shape[-1] // 2, -1).mul_(rotation.sin_T1C)
+    return (x * rotation.cos_T1C).add_(turned).to(x_THC.dtype)
+
+
+def plan_reads(batch: Batch, block_size: int, dtype: torch.dtype) -> BlockReads:
+    """Plans attention of the sequences that decode.
+
+    Entries are in the order of the blocks. If these fill at least half of the range in which they lie, and none has two
+    readers, all blocks of the range are read where they are: what is computed of others is not used.
+    """
+    lens_S = batch.seq_len_S[: batch.num_decodes].long()
+    num_S = (lens_S + block_size - 1) // block_size
+    table_SN = batch.block_table_SN[: batch.num_decodes, : int(num_S.max())]
+    index_SN = torch.arange(table_SN.shape[1]).expand_as(table_SN)
+    used_SN = index_SN < num_S[:, None]
+    block_E, sequence_E = table_SN[used_SN].long(), torch.arange(len(lens_S)).repeat_interleave(num_S)
+    num_tokens_E = (lens_S[sequence_E] - index_SN[used_SN] * block_size).clamp_max(block_size)
+    first, last = (int(end) for end in block_E.aminmax())
+    num_blocks = last + 1 - first
+    blocks: slice | Tensor = block_E
+    entry_E = torch.arange(len(block_E))
+    if num_blocks <= 2 * len(block_E) and int(block_E.bincount().max()) == 1:
+        blocks, entry_E = slice(first, last + 1), block_E - first
+        sequence_E = torch.zeros(num_blocks, dtype=torch.int64).index_copy_(0, entry_E, sequence_E)
+        num_tokens_E = torch.full((num_blocks,), block_size).index_copy_(0, entry_E, num_tokens_E)
+    bias_E1P = torch.zeros(len(sequence_E), 1, block_size, dtype=dtype)
+    bias_E1P.masked_fill_(torch.arange(block_size) >= num_tokens_E[:, None, None], -torch.inf)
+    entry_SN = torch.full(table_SN.shape, len(sequence_E))
+    entry_SN[used_SN] = entry_E
+    return BlockReads(blocks, sequence_E, bias_E1P, entry_SN)
+
+
+def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor:
+    """Computes attention [S, H, C] of one new token of each sequence: of each block first, then of all together."""
+    num_kv_heads = cache.k_cache_BGPC.shape[1]
+    q_EGhC = q_SHC.view(len(q_SHC), num_kv_heads, -1, q_SHC.shape[2])[reads.sequence_E]
+    k_EGPC, v_EGPC = cache.k_cache_BGPC[reads.blocks], cache.v_cache_BGPC[reads.blocks]
+    bias = reads.bias_E1P[:, None].expand(-1, 1, q_EGhC.shape[2], -1)
+    part_EGhC, sum_EGh = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_EGhC, k_EGPC, v_EGPC, attn_mask=bias
+    )
+    # One more entry, of nothing, is where a sequence has fewer blocks than the longest.
+    parts = F.pad(part_EGhC, (0, 0, 0, 0, 0, 0, 0, 1))[reads.entry_SN]
+    weights = F.pad(sum_EGh, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.entry_SN].softmax(1)
+    return (weights[..., None] * parts).sum(1).flatten(1, 2).to(q_SHC.dtype)
+
+
+def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
+    return y
+
+
+def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Multiplies in half precision on a processor that cannot: many rows in float32, with a copy of the weights."""
+    if x.numel() // x.shape[-1] <= FEW_ROWS:
+        return F.linear(x, weight_NK, bias_N)
+    return onednn_product(x.float(), weight_NK.float(), None if bias_N is None else bias_N.float()).to(x.dtype)
+
+
+def cpu_gemm_epilogue(
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    *,
+    product: Product,
+    activation: Literal["none", "gelu"] = "none",
+    residual: Tensor | None = None,
+    scale_N: Tensor | None = None,
+    out: Tensor | None = None,  # does not change the result, which is new
+) -> Tensor:
+    y = product(x, weight_NK, bias_N)
+    if residual is not None:
+        return y.add_(residual) if scale_N is None else torch.addcmul(residual, y, scale_N, out=y)
+    return torch.ops.aten.gelu_(y) if activation == "gelu" else y
+
+
+def cpu_unshuffle_project(
+    x_RE: Tensor,
+    num_tiles: int,
+    norm_weight_K: Tensor,
+    norm_bias_K: Tensor,
+    eps: float,
+    weight_NK: Tensor,
+    bias_N: Tensor,
+    factor: int,
+    version: Literal["v1", "v2"],
+    *,
+    product: Product,
+) -> Tensor:
+    x_IMK = unshuffle_norm_reference(x_RE, num_tiles, norm_weight_K, norm_bias_K, eps, factor, version)
+    y: Tensor = torch.ops.aten.gelu_(product(x_IMK, weight_NK, bias_N))
+    return y
+
+
+def cpu_swiglu(gate_up_T2F: Tensor) -> Tensor:
+    """Computes SwiGLU; the gate is lost, because memory that the product has just filled is nearer than new memory."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate_TF, inplace=True) * up_TF
+
+
+def cpu_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight_D.shape, None, eps).to(x.dtype) * weight_D
+
+
+def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
+    """Makes a table for one engine. Raises RequestError for a device that oneDNN has no products for."""
+    if device.type != "cpu" or not runs_onednn():
+        raise RequestError(
+            f"backend 'onednn' cannot run on {device}: it needs a CPU with AVX2 and a torch with oneDNN; choose 'torch'"
+        )
+    product = onednn_product if multiplies(dtype) else half_product
+    own = {
+        "name": "onednn",
+        "gemm_epilogue": partial(cpu_gemm_epilogue, product=product),
+        "unshuffle_project": partial(cpu_unshuffle_project, product=product),
+        "rms_norm": cpu_rms_norm,
+        "swiglu": cpu_swiglu,
+    }
+    as_in_torch = {one.name: getattr(TORCH, one.name) for one in fields(Ops)}
+    return CpuOps(**(as_in_torch | own), packs=dtype != torch.float32 and multiplies(dtype))
