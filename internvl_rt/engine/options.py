@@ -80,7 +80,7 @@ class EngineOptions:
         CPUs, which need AVX2); "auto" is triton on CUDA, and onednn, or torch without AVX2, on the CPU.
     num_threads: threads that compute on the CPU. None is one for each free core: physical cores that this process may
         use and that no other program keeps busy, looked at several times a second; never more than torch would take,
-        which OMP_NUM_THREADS and `torch.set_num_threads` set.
+        which OMP_NUM_THREADS and `torch.set_num_threads` set. Another number changes logits by rounding at most.
     cuda_graphs: whether the kernels of a step, and of a pass of the vision tower, are launched as one CUDA graph. No
         other thread may call `torch.cuda.synchronize` while one is captured. Without graphs the CPU launches each
         kernel, which is slower.

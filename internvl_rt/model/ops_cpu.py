@@ -6,8 +6,8 @@
   * Attention of the sequences that decode is one call of torch's attention, which takes each block of the cache as an
     item of a batch, where it lies. The parts of a sequence are then added up.
 
-Products and this attention add up in an order that does not depend on how many threads compute them. `bench/FACTS.md`,
-47, has the measurements.
+A product adds up in an order that does not depend on how many threads compute it; attention may not, because MKL
+multiplies in it. `bench/FACTS.md`, 47, has the measurements.
 """
 
 from collections.abc import Callable
@@ -83,8 +83,8 @@ class CpuOps(Ops):
         _, num_kv_heads, block_size, head_dim = cache.k_cache_BGPC.shape
         rotation = self._once_a_step("rotation", position_T, lambda: rotation_of(position_T, inv_freq_C))
         block_T, place_T = self._once_a_step("places", slot_T, lambda: (slot_T // block_size, slot_T % block_size))
-        heads = self.linear(self.norm(x_TD, norm), qkv).view(len(x_TD), -1, head_dim)
-        num_heads = heads.shape[1] - 2 * num_kv_heads
+        num_heads = qkv.num_outputs // head_dim - 2 * num_kv_heads
+        heads = self.linear(self.norm(x_TD, norm), qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
         if q_norm is not None and k_norm is not None:
             q_THC, k_TGC, v_TGC = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
             q_THC, k_TGC = rotate(self.norm(q_THC, q_norm), rotation), rotate(self.norm(k_TGC, k_norm), rotation)

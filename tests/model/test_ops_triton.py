@@ -116,7 +116,7 @@ def test_the_kernels_are_refused_on_a_device_that_cannot_run_them(monkeypatch: p
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:
-    with pytest.raises(RequestError, match="backend must be auto, triton or torch, got 'cuda'"):
+    with pytest.raises(RequestError, match="backend must be auto, triton, torch or onednn, got 'cuda'"):
         Engine.from_pretrained("tiny", device="cpu", backend="cuda")
 
 

@@ -1,0 +1,223 @@
+"""The table for CPUs equals the references, with weights as they are and laid out anew, in float32 and below."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt import Engine, RequestError, SamplingParams
+from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, VisionConfig, load_config
+from internvl_rt.engine.loading import choose_dtype
+from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels.qkv_rope_kv import _rotate
+from internvl_rt.kernels.rms_norm import rms_norm_reference
+from internvl_rt.model import processor
+from internvl_rt.model.internvl import InternVL, named_parameters, prepare_weights
+from internvl_rt.model.linear import Linear
+from internvl_rt.model.ops import TORCH
+from internvl_rt.model.ops_cpu import (
+    CpuOps,
+    attend_blocks,
+    cpu_ops,
+    cpu_rms_norm,
+    half_product,
+    onednn_product,
+    plan_reads,
+    rotate,
+    rotation_of,
+)
+from internvl_rt.model.step_inputs import Batch, LayerCache
+from support.forward import all_logits
+from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not processor.runs_onednn(), reason="oneDNN has no products for this processor")
+
+
+def table(packs: bool) -> CpuOps:
+    return replace(cpu_ops(CPU, torch.float32), packs=packs, _of_step={})
+
+
+def prepared(model: InternVL, packs: bool) -> InternVL:
+    """Returns a model of the same weights with a table for CPUs. It is built anew, because packing frees weights."""
+    ops = table(packs)
+    copy = build_model(model.config.vision, model.config.decoder, model.config.unshuffle)
+    return InternVL(copy.config, prepare_weights(ops, copy.weights), ops)
+
+
+def assert_near(actual: Tensor, expected: Tensor, most: float = 1e-5) -> None:
+    error = (actual - expected).norm() / expected.norm()
+    assert error < most, f"relative error {error:.3g}"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("unshuffle", ["v1", "v2"])
+@pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])
+def test_vision_tower_equals_the_references(vision: VisionConfig, unshuffle: str, packs: bool) -> None:
+    model = build_model(vision, unshuffle=unshuffle)
+    tiles = torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
+    assert_near(prepared(model, packs).encode_tiles(tiles), model.encode_tiles(tiles))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+def test_decoder_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int], packs: bool) -> None:
+    model = build_model(decoder=decoder)
+    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8)
+    expected = all_logits(model, token_ids, tiles, context_id=47)
+    actual = all_logits(prepared(model, packs), token_ids, tiles, context_id=47, chunk_lens=chunk_lens)
+    assert_near(actual, expected)
+
+
+def case_of(layout: str, lens: list[int], dtype: torch.dtype) -> tuple[Tensor, LayerCache, Batch]:
+    """Makes queries of sequences that decode; blocks lie in a row, among others, in any order, or have two readers."""
+    block, counts = 16, [-(-seq_len // 16) for seq_len in lens]
+    generator = torch.Generator().manual_seed(0)
+    total = sum(counts)
+    pool = 4 * total + 8
+    cache = LayerCache(*(torch.randn(pool, 2, block, 32, generator=generator).to(dtype) for _ in range(2)))
+    among = 3 + torch.randperm(total + total // 2, generator=generator)
+    order = {
+        "row": torch.arange(3, 3 + total),
+        "holes": among[:total],
+        "scattered": torch.randperm(pool, generator=generator)[:total],
+        "shared": torch.arange(3, 3 + total),
+    }[layout]
+    table_SN = torch.full((len(lens), max(counts)), -1, dtype=torch.int32)
+    for row, blocks in enumerate(order.split(counts)):
+        table_SN[row, : counts[row]] = blocks.int()
+    if layout == "shared":
+        table_SN[:, 0] = table_SN[0, 0]
+    q_SHC = torch.randn(len(lens), 14, 32, generator=generator).to(dtype)
+    lens_S = torch.tensor(lens, dtype=torch.int32)
+    return q_SHC, cache, Batch(lens_S, table_SN, torch.zeros(1, dtype=torch.int32), len(lens), 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("lens", [[1], [16], [17, 1, 300, 64], [5] * 9], ids=["one", "block", "many", "short"])
+@pytest.mark.parametrize("layout", ["row", "holes", "scattered", "shared"])
+def test_attention_of_decodes_equals_the_reference(layout: str, lens: list[int], dtype: torch.dtype) -> None:
+    q_SHC, cache, batch = case_of(layout, lens, dtype)
+    starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    where = batch.block_table_SN, starts, batch.seq_len_S
+    caches = cache.k_cache_BGPC.float(), cache.v_cache_BGPC.float()
+    expected = paged_attention_reference(q_SHC.float(), *caches, *where)
+    reads = plan_reads(batch, 16, dtype)
+    assert isinstance(reads.blocks, slice) == (layout in ("row", "holes") or len(lens) == 1)
+    actual = attend_blocks(q_SHC, cache, reads)
+    assert actual.dtype == dtype
+    # bfloat16: probabilities and each block's part are rounded, 2^-9 each
+    assert_near(actual.float(), expected, 1e-6 if dtype == torch.float32 else 2**-7)
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_in_a_block_of_nobody_is_not_seen() -> None:
+    q_SHC, cache, batch = case_of("holes", [40, 17, 90], torch.float32)
+    expected = attend_blocks(q_SHC, cache, plan_reads(batch, 16, torch.float32))
+    unused = sorted({*range(len(cache.k_cache_BGPC))} - {*batch.block_table_SN.flatten().tolist()})
+    cache.k_cache_BGPC[unused] = torch.nan
+    cache.v_cache_BGPC[unused] = torch.inf
+    assert torch.equal(attend_blocks(q_SHC, cache, plan_reads(batch, 16, torch.float32)), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 300])
+def test_threads_do_not_change_a_bit_of_a_product(num_rows: int) -> None:
+    x, weight = torch.randn(num_rows, 896), torch.randn(1152, 896)
+    packed = table(packs=True).prepare_linear(Linear(weight, None)).weight_NK
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append((onednn_product(x, weight, None), onednn_product(x, packed, None)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_without_the_processors_help_rounds_the_sum_once(dtype: torch.dtype, num_rows: int) -> None:
+    x, weight, bias = torch.randn(num_rows, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
+    y, expected = half_product(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    assert (y.dtype, y.shape) == (dtype, (num_rows, 40))
+    ulp = torch.finfo(dtype).eps * expected.abs().clamp_min(1)
+    assert ((y.double() - expected).abs() <= 1.01 * ulp).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rotation_and_norm_equal_the_references_to_the_bit(dtype: torch.dtype) -> None:
+    x_THC, position_T = torch.randn(5, 3, 32).to(dtype), torch.tensor([0.0, 1.0, 1.25, 900.0, 31000.5])
+    inv_freq_C = 1e6 ** (-torch.arange(16) / 16)
+    angle = (position_T[:, None] * inv_freq_C)[:, None]
+    assert torch.equal(rotate(x_THC, rotation_of(position_T, inv_freq_C)), _rotate(x_THC, angle.cos(), angle.sin()))
+    weight_D = torch.randn(32).to(dtype)
+    assert torch.equal(cpu_rms_norm(x_THC, weight_D, 1e-6), rms_norm_reference(x_THC, weight_D, 1e-6))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packing_frees_each_weight_that_it_replaces_and_leaves_the_embedding(tied: bool) -> None:
+    model = build_model(decoder=replace(QWEN2, tie_embeddings=tied))
+    plain, shapes = model.weights, {path: tensor.shape for path, tensor in named_parameters(model.weights).items()}
+    packed = prepare_weights(table(packs=True), plain)
+    assert {path: tensor.shape for path, tensor in named_parameters(packed).items()} == shapes
+    assert packed.decoder.embedding_VD is plain.decoder.embedding_VD
+    assert (packed.decoder.lm_head.weight_NK is packed.decoder.embedding_VD) == tied
+    assert packed.decoder.embedding_VD.untyped_storage().nbytes() > 0
+    assert packed.vision.patch is plain.vision.patch
+    for layer in (*plain.vision.layers, *plain.decoder.layers):
+        assert layer.qkv.weight_NK.untyped_storage().nbytes() == 0
+    assert all(layer.down.weight_NK.is_mkldnn for layer in packed.decoder.layers)
+    assert prepare_weights(TORCH, packed).vision.layers[0].fc1.weight_NK is packed.vision.layers[0].fc1.weight_NK
+
+
+def test_oneDNN_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="backend 'onednn' cannot run on cuda:0: it needs a CPU with AVX2"):
+        cpu_ops(torch.device("cuda", 0), torch.float32)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(RequestError, match="choose 'torch'"):
+        Engine.from_pretrained("tiny", device="cpu", backend="onednn")
+    with Engine.from_pretrained("tiny", device="cpu") as engine:
+        assert engine.model.ops is TORCH
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "onednn", "expected"),
+    [
+        (False, False, True, torch.float32),
+        (True, False, True, torch.bfloat16),
+        (False, True, True, torch.bfloat16),
+        (True, True, False, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_processors_that_multiply_it(
+    amx: bool, avx512_bf16: bool, onednn: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr("internvl_rt.model.processor.multiplies", lambda dtype: onednn)
+    config = load_config(KNOWN_MODELS["InternVL3-1B"])
+    assert choose_dtype("auto", config, CPU) == expected
+    assert choose_dtype("auto", config, torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("float16", config, CPU) == torch.float16
+
+
+def test_both_tables_give_the_same_tokens_in_mixed_batches() -> None:
+    contents = ["Read the digits.", "How many digits are there?", "Which picture shows the larger number?"]
+    conversations = [[{"role": "user", "content": content}] for content in contents]
+    params, answers = SamplingParams(max_tokens=20, ignore_eos=True), []
+    for backend in ("torch", "onednn"):
+        options = {"device": "cpu", "dtype": "float32", "block_size": 16, "max_tokens_per_step": 24}
+        with Engine.from_pretrained("tiny", backend=backend, **options) as engine:
+            assert engine.model.ops.name == backend
+            answers.append([reply.token_ids for reply in engine.generate(conversations, params)])
+    assert answers[0] == answers[1]
