@@ -1,4 +1,4 @@
-"""A model's card: the sizes and limits that follow from its config.json alone."""
+"""A model's card: the sizes and limits that follow from its config.json alone, and how this CPU would compute it."""
 
 from typing import Any
 
@@ -6,16 +6,24 @@ import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.model.internvl import build_weights, named_parameters
+from internvl_rt.model.processor import default_dtype, instructions
 from internvl_rt.model.work import kv_bytes_per_token
 
 GPUS_GIB = (24, 48, 80, 141)  # memory of common GPUs
+
+# The options of an engine with which logits change, by more than what rounding does or by rounding alone.
+CHANGES_RESULTS = (
+    *("dtype", "v2pe_delta", "max_tiles", "number_images", "exif", "alpha"),
+    *("backend", "num_threads", "batch_invariant"),
+)
 
 
 def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
     """Returns sizes and limits as plain values for JSON. It counts parameters on the meta device, so nothing is loaded.
 
     `fits` says for each size of GPU memory whether 16-bit weights fit, and at most how many tokens of 16-bit KV cache
-    fit beside them. Activations and the CUDA context leave room for fewer.
+    fit beside them. Activations and the CUDA context leave room for fewer. `cpu` says in what an engine on this
+    machine's CPU computes by default, and `changes_results` names the options of an engine with which logits change.
     """
     counts = {"vision": 0, "projector": 0, "decoder": 0}
     for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
@@ -38,6 +46,8 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
             {"gib": gib, "weights_fit": 2 * total < gib << 30, "kv_tokens": max(0, (gib << 30) - 2 * total) // kv_bytes}
             for gib in GPUS_GIB
         ],
+        "cpu": {"dtype": str(default_dtype()).removeprefix("torch."), "instructions": instructions()},
+        "changes_results": list(CHANGES_RESULTS),
     }
 
 
@@ -58,6 +68,9 @@ def render_card(card: dict[str, Any]) -> str:
     for fit in card["fits"]:
         left = f"16-bit weights and up to {fit['kv_tokens']:,} tokens of KV cache"
         rows.append((f"{fit['gib']} GiB GPU", left if fit["weights_fit"] else "too small for 16-bit weights"))
+    cpu = card["cpu"]
+    rows.append(("on this CPU", f"{cpu['dtype']} by default, as the processor has {cpu['instructions']}"))
+    rows.append(("change results", ", ".join(card["changes_results"])))
     return "\n".join(f"{label:<15} {text}" for label, text in rows)
 
 

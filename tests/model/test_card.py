@@ -2,12 +2,14 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.engine.options import EngineOptions
 from internvl_rt.model.card import model_card, render_card
+from internvl_rt.model.processor import instructions
 
 
 def card_of(name):
@@ -58,6 +60,14 @@ def test_every_card_can_be_printed_and_sent_as_json(name):
     assert all(len(line) <= 120 for line in text.splitlines())
     assert name in text
     assert f"{card['parameters']['total'] / 1e6:,.1f} M" in text
+
+
+def test_the_card_says_how_this_cpu_computes_and_which_options_change_results():
+    card = card_of("InternVL3-1B")
+    options = {option.name for option in fields(EngineOptions)}
+    assert options >= {*card["changes_results"]} >= {"dtype", "backend", "num_threads", "exif", "v2pe_delta"}
+    assert card["cpu"]["dtype"] == ("bfloat16" if {"AMX", "AVX512-BF16"} & {*instructions().split(", ")} else "float32")
+    assert f"{card['cpu']['dtype']} by default, as the processor has {instructions()}" in render_card(card)
 
 
 def test_the_card_of_the_largest_model_takes_neither_memory_nor_time():
