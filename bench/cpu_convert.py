@@ -10,9 +10,11 @@ format, and `theirs`, as transformers has it. SOURCE is llama.cpp's own, with co
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 # What llama.cpp's converter reads in the official folders and the random one does not have.
 PREPROCESSOR = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+DECODER = {"max_position_embeddings": 32768}
 VISION = {"architectures": ["InternVisionModel"], "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 
 
@@ -22,8 +24,15 @@ def to_llama_cpp(folder: Path, dtype: str, source: Path) -> None:
     import convert_hf_to_gguf as converter
     from conversion.base import TextModel
 
-    # llama.cpp knows tokenizers by a hash of what they make of a text; it cannot know one without merges.
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+    def describe(model: Any, _: object) -> str:
+        """Says which tokenizer it is, which llama.cpp knows by a hash that random ones cannot have, and adds a merge.
+
+        llama.cpp loads no tokenizer without merges; this one is of two zero bytes, which no prompt has.
+        """
+        model.gguf_writer.add_token_merges(["\u0100 \u0100"])
+        return "qwen2"
+
+    TextModel.get_vocab_base_pre = describe
     original, out = folder / "llama.cpp-original", folder / f"llama.cpp-{dtype}"
     if not original.exists():  # a folder of links
         original.mkdir()
@@ -31,6 +40,7 @@ def to_llama_cpp(folder: Path, dtype: str, source: Path) -> None:
             if file.name != "config.json":
                 (original / file.name).symlink_to(file.resolve())
         config = json.loads((folder / "ours" / "config.json").read_text())
+        config["llm_config"] = DECODER | config["llm_config"]
         config["vision_config"] = VISION | config["vision_config"]
         (original / "config.json").write_text(json.dumps(config))
         (original / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
