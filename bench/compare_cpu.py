@@ -51,6 +51,7 @@ from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
 BENCH = Path(__file__).parent
 TEXT_TOKENS = 64  # of the prompt of each sequence that decodes
+PRINTABLE = 94  # token ids below are a printable ASCII character each, so that texts and ids say the same
 BUSY = ("ours-auto", "plain")  # sides that are measured beside a busy core too
 # llama.cpp's converter takes the last layer of the projector, mlp1.3, for one of the tower's layer 3, which must exist.
 TINY = QUICK | {"vision_config": {**QUICK["vision_config"], "num_hidden_layers": 4}}
@@ -96,7 +97,7 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> Inputs:
     length = len(prompt.token_ids)
 
     def text(num_tokens: int) -> list[int]:
-        found: list[int] = draw.integers(0, 256, num_tokens).tolist()  # single bytes
+        found: list[int] = draw.integers(0, PRINTABLE, num_tokens).tolist()
         return found
 
     inputs = Inputs(

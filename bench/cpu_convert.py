@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What llama.cpp's converter reads in the official folders and the random one does not have.
+# What the converters read in the official folders and the random one does not have.
 PREPROCESSOR = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 DECODER = {"max_position_embeddings": 32768}
 VISION = {"architectures": ["InternVisionModel"], "hidden_act": "gelu", "layer_norm_eps": 1e-6}
@@ -52,19 +52,63 @@ def to_llama_cpp(folder: Path, dtype: str, source: Path) -> None:
 
 
 def to_openvino(folder: Path) -> None:
-    """Writes the language model alone to `openvino`, as float32: optimum-intel does not know `internvl` as a whole."""
+    """Writes `openvino`, the files that OpenVINO GenAI wants of an `internvl_chat` model, all float32.
+
+    optimum-intel exports `internvl_chat` only from the code on the hub, with an old transformers, and `internvl` not at
+    all. So the parts are exported here: decoder and embedding with its configuration for them, the vision tower with
+    the projector by OpenVINO itself.
+    """
+    import openvino
     import torch
     import transformers
-    from optimum.exporters.openvino import main_export
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.exporters.openvino import model_configs
+    from optimum.exporters.openvino.convert import export_models
     from optimum.intel import OVConfig
 
-    theirs = transformers.InternVLForConditionalGeneration.from_pretrained(folder / "theirs", dtype=torch.float32)
-    text = transformers.AutoModelForCausalLM.from_config(theirs.config.text_config, dtype=torch.float32)
-    text.model, text.lm_head = theirs.model.language_model, theirs.lm_head
-    text.generation_config.eos_token_id = None
-    decoder = folder / "openvino-decoder"
-    text.save_pretrained(decoder)
-    main_export(str(decoder), folder / "openvino", task="text-generation-with-past", ov_config=OVConfig(dtype="fp32"))
+    whole = transformers.InternVLForConditionalGeneration.from_pretrained(folder / "theirs", dtype=torch.float32).eval()
+    config = whole.config.text_config
+    decoder = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    decoder.model, decoder.lm_head = whole.model.language_model, whole.lm_head
+    embedding = decoder.get_input_embeddings()
+    embedding.config = config
+    kind = (config.model_type, config, "int64", "fp32")
+    patcher = model_configs.InternVL2ChatLangModelPatcher
+    parts = {
+        "openvino_language_model.xml": (decoder, model_configs.get_vlm_text_generation_config(*kind, patcher)),
+        "openvino_text_embeddings_model.xml": (embedding, model_configs.get_vlm_text_embeddings_config(*kind)),
+    }
+    out, precision = folder / "openvino", OVConfig(dtype="fp32")
+    out.mkdir()
+    export_models(parts, out, [*parts], ov_config=precision, stateful=[True, False], library_name="transformers")
+
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = whole.model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+            return found
+
+    size = whole.config.vision_config.image_size[0]
+    shape = openvino.PartialShape([-1, 3, size, size])
+    with torch.no_grad():
+        tower = openvino.convert_model(Tower(), example_input=torch.zeros(1, 3, size, size), input=[shape])
+    tower.input(0).get_tensor().set_names({"pixel_values"})
+    tower.output(0).get_tensor().set_names({"last_hidden_state"})
+    tokenizers = convert_tokenizer(transformers.AutoTokenizer.from_pretrained(folder / "ours"), with_detokenizer=True)
+    names = ("vision_embeddings_model", "tokenizer", "detokenizer")
+    for name, model in zip(names, (tower, *tokenizers), strict=True):
+        openvino.save_model(model, out / f"openvino_{name}.xml", compress_to_fp16=False)
+    original = json.loads((folder / "ours" / "config.json").read_text())
+    settings = {
+        "config.json": original | {"hidden_size": config.hidden_size},
+        "preprocessor_config.json": PREPROCESSOR | {"size": {"shortest_edge": size}},
+        "generation_config.json": {"eos_token_id": 0},  # answers end at none
+    }
+    for name, values in settings.items():
+        (out / name).write_text(json.dumps(values))
 
 
 if __name__ == "__main__":

@@ -113,14 +113,12 @@ class Result:
         found = []
         for row in self._peers():
             ours = self.quiet.get(f"ours-{row['dtype']}", {})
-            for each in self.measures:
-                if each.unit == "MB" and "first_picture_s" not in row:
-                    continue  # without the vision tower
-                if each.key in row and each.key in ours and row[each.key] < ours[each.key]:
-                    found.append(
-                        f"{row['runtime']} in {row['dtype']} takes {each.shown(row)} {each.takes}, and we take"
-                        f" {each.shown(ours)}: {ours[each.key] / row[each.key]:.2f} times as much."
-                    )
+            found += [
+                f"{row['runtime']} in {row['dtype']} takes {each.shown(row)} {each.takes}, and we take"
+                f" {each.shown(ours)}: {ours[each.key] / row[each.key]:.2f} times as much."
+                for each in self.measures
+                if each.key in row and each.key in ours and row[each.key] < ours[each.key]
+            ]
         return found
 
     def where_we_lose(self) -> list[str]:
@@ -131,12 +129,6 @@ class Result:
     def notes(self) -> list[str]:
         """What else a reader must know, a sentence each."""
         found = [f"Not measured: {row['side']}{_beside(row)}: {row['left_out']}." for row in self.left_out]
-        found += [
-            f"{row['side']} runs the language model alone: it has no first token of a picture, and its memory, which"
-            " holds no vision tower, is not compared."
-            for row in self._peers()
-            if "first_picture_s" not in row
-        ]
         if any(row["side"] == "llama.cpp-bfloat16" for row in self.rows):
             found.append("llama.cpp-bfloat16 keeps keys and values as float16, its default, of as many bytes.")
         found += [

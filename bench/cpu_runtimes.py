@@ -49,11 +49,10 @@ class Inputs:
 
 
 class Runtime(Protocol):
-    """dtype: that it computes in. version: of its packages. sees_pictures: whether it has the vision tower."""
+    """dtype: that it computes in. version: of its packages."""
 
     dtype: str
     version: str
-    sees_pictures: bool
     threads: int
 
     def generate(self, prompts: Sequence[list[int]], num_tokens: int, *, picture: bool) -> "Generated":
@@ -91,7 +90,6 @@ class Ours:
         )
         self.dtype = str(self._engine.model.dtype).removeprefix("torch.")
         self.version = f"torch {torch.__version__}"
-        self.sees_pictures = True
         self.threads = torch.get_num_threads()
 
     def generate(self, prompts: Sequence[list[int]], num_tokens: int, *, picture: bool) -> Generated:
@@ -138,7 +136,6 @@ class Transformers:
         self._model.generation_config.pad_token_id = 0
         self._pixels = torch.from_numpy(np.load(folder / "pixels.npy")).to(self._model.dtype)
         self.version = f"transformers {hf.__version__}, torch {torch.__version__}"
-        self.sees_pictures = True
         self.threads = torch.get_num_threads()
 
         class Clock(hf.generation.BaseStreamer):  # type: ignore[misc]
@@ -178,7 +175,7 @@ class LlamaCpp:
         self.dtype, self._inputs, self._api, self._mtmd_api = dtype, inputs, llama_cpp, mtmd_cpp
         self._tile = np.ascontiguousarray(np.load(folder / "tile.npy"))
         self.version = f"llama-cpp-python {version('llama-cpp-python')}"
-        self.sees_pictures, self.threads = True, inputs.num_threads
+        self.threads = inputs.num_threads
         llama_cpp.llama_backend_init()
         file = folder / f"llama.cpp-{dtype}" / "text.gguf"
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
@@ -259,37 +256,46 @@ class LlamaCpp:
 
 
 class OpenVino:
-    """OpenVINO GenAI's continuous batching of the language model; no weight is compressed."""
+    """OpenVINO GenAI's continuous batching, without compressed weights. It takes texts, and makes the ids itself."""
 
     def __init__(self, folder: Path, inputs: Inputs, dtype: str) -> None:
         import openvino
         import openvino_genai
 
-        self.dtype, self._tensor, self._genai = dtype, openvino.Tensor, openvino_genai
+        self.dtype, self._inputs, self._genai = dtype, inputs, openvino_genai
         self.version = f"openvino-genai {version('openvino-genai')}"
-        self.sees_pictures, self.threads = False, inputs.num_threads
+        self.threads = inputs.num_threads
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if dtype == "bfloat16" and "BF16" not in able:  # it would compute in float32 instead
             raise RuntimeError(f"OpenVINO has no bfloat16 on this processor, only {', '.join(able)}")
         kind = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[dtype]
-        properties = {"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind}
-        properties |= {"INFERENCE_NUM_THREADS": self.threads}
+        vision = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": self.threads}
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.enable_prefix_caching = False  # every round asks the same
-        scheduler.max_num_batched_tokens = 2048  # the default, 256, would cut prompts of one picture
+        scheduler.max_num_batched_tokens = 2048  # the default, 256, would cut the prompt with the picture
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(folder / "openvino"), scheduler, "CPU", properties
+            str(folder / "openvino"), scheduler, "CPU", vision | {"KV_CACHE_PRECISION": kind}, {}, vision
         )
+        self._tokenizer = self._pipeline.get_tokenizer()
+        self._images = [openvino.Tensor(np.load(folder / "tile.npy")[None])]
 
     def generate(self, prompts: Sequence[list[int]], num_tokens: int, *, picture: bool) -> Generated:
         config = self._genai.GenerationConfig(
-            max_new_tokens=num_tokens + len(prompts), ignore_eos=True, eos_token_id=0, do_sample=False
+            max_new_tokens=num_tokens + len(prompts),
+            ignore_eos=True,
+            eos_token_id=0,
+            do_sample=False,
+            apply_chat_template=False,
         )
+        if picture:
+            requests: list[tuple[Any, ...]] = [(0, self._inputs.picture_text, self._images, config)]
+        else:
+            texts = [self._tokenizer.decode(ids) for ids in prompts]
+            for text, ids in zip(texts, prompts, strict=True):
+                assert self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist() == ids, text
+            requests = [(number, text, config) for number, text in enumerate(texts)]
         start = time.perf_counter()
-        handles = [
-            self._pipeline.add_request(number, self._tensor(np.array([ids], np.int64)), config)
-            for number, ids in enumerate(prompts)
-        ]
+        handles = [self._pipeline.add_request(*request) for request in requests]
         times, token_ids = list[float](), [list[int]() for _ in prompts]
         while len(times) < num_tokens:
             self._pipeline.step()

@@ -21,11 +21,10 @@ def measure(runtime: Runtime, inputs: Inputs, *, samples: int, steps: int) -> di
     """Returns seconds of first tokens and steps, and the greedy tokens of every prompt by its name."""
     found: dict[str, Any] = {"tokens": {}}
     for name, ids, picture in (("picture", inputs.picture_ids, True), ("text", inputs.long_ids, False)):
-        if not picture or runtime.sees_pictures:
-            answers = [runtime.generate([ids], inputs.tokens, picture=picture)]
-            answers += [runtime.generate([ids], 1, picture=picture) for _ in range(samples - 1)]
-            found[f"first_{name}_s"] = [answer.times_s[0] for answer in answers]
-            found["tokens"][name] = answers[0].token_ids[0]
+        answers = [runtime.generate([ids], inputs.tokens, picture=picture)]
+        answers += [runtime.generate([ids], 1, picture=picture) for _ in range(samples - 1)]
+        found[f"first_{name}_s"] = [answer.times_s[0] for answer in answers]
+        found["tokens"][name] = answers[0].token_ids[0]
     for rows in inputs.rows:
         answer = runtime.generate(inputs.text_ids[:rows], 1 + steps, picture=False)
         found[f"per_token_{rows}_s"] = [end - start for start, end in pairwise(answer.times_s)]
