@@ -17,7 +17,8 @@ again beside a process that keeps one core busy.
 
 Peers may live in other Pythons (of PyPI: transformers; llama-cpp-python, built from its source archive, whose
 vendor/llama.cpp is --llama-cpp; openvino-genai; optimum-intel, which exports for OpenVINO and wants another version of
-transformers). The last line is JSON; the exit code is 1 if tokens differ in float32 or a side of ours failed.
+transformers). The files of all peers take 15 GB for the 1B, in the folder for temporary files (TMPDIR). The last line
+is JSON; the exit code is 1 if tokens differ in float32 or a side of ours failed.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +43,7 @@ from compare_transformers import QUICK, TURNS, write_folders
 from cpu_page import show, write_page
 from cpu_runtimes import IMAGE, Inputs
 from document import save
-from options import count, exit_with
+from options import count, exit_with, seconds
 
 from internvl_rt.bench.record import environment
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
@@ -119,24 +121,25 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> Inputs:
 
 def convert(side: Side, folder: Path, args: argparse.Namespace) -> None:
     """Writes the weights in the side's own format if it has one. Raises SideError."""
-    command: list[str | Path] = [BENCH / "cpu_convert.py", side.runtime, folder]
+    python, options = args.peer_python, ()
     if side.runtime == "llama.cpp":
         if args.llama_cpp is None:
             raise SideError("no source of llama.cpp was given, which has its converter; give --llama-cpp")
-        python, out, options = args.peer_python, folder / f"llama.cpp-{side.dtype}", [side.dtype, args.llama_cpp]
-    elif side.runtime == "openvino":
-        python, out, options = args.export_python or args.peer_python, folder / "openvino", []
+        options = (side.dtype, args.llama_cpp)
+    elif side.runtime == "openvino":  # both precisions are computed from the same files
+        python = args.export_python or python
     else:
         return
-    if not out.exists():  # both precisions of OpenVINO are computed from the same file
-        _run([python, *command, *options], folder / "log")
+    if reason := _convert((python, BENCH / "cpu_convert.py", side.runtime, folder, *options), folder / "log"):
+        raise SideError(f"its weights could not be converted: {reason}")
 
 
-def _run(command: Sequence[str | Path], log: Path) -> None:
+@cache
+def _convert(command: tuple[str | Path, ...], log: Path) -> str:
+    """Runs a converter once; returns why it failed, or ''."""
     with log.open("w") as output:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    if done.returncode:
-        raise SideError(_reason(log, done.returncode))
+    return _reason(log, done.returncode) if done.returncode else ""
 
 
 def _reason(log: Path, code: int) -> str:
@@ -157,7 +160,11 @@ def visit(side: Side, folder: Path, args: argparse.Namespace) -> Row:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, env=os.environ | threads
         ) as process,
     ):
-        answers = process.communicate("\n")[0].splitlines()
+        try:
+            answers = process.communicate("\n", timeout=args.limit_s)[0].splitlines()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise SideError(f"it took longer than {args.limit_s:g} s") from None
     if process.returncode or len(answers) != 2:
         raise SideError(_reason(log, process.returncode))
     found: Row = json.loads(answers[0]) | json.loads(answers[1])
@@ -223,7 +230,7 @@ def compare(folder: Path, args: argparse.Namespace) -> tuple[list[Row], dict[str
         try:
             convert(side, folder, args)
         except (SideError, OSError) as error:
-            left_out[side.name] = f"its weights could not be converted: {error}"
+            left_out[side.name] = str(error)
 
     def ask(side: Side) -> Row:
         return visit(side, folder, args)
@@ -241,8 +248,8 @@ def compare(folder: Path, args: argparse.Namespace) -> tuple[list[Row], dict[str
         rows.append(row)
     if args.busy:
         with busy_core():
-            again = [side for side in sides if side.name in BUSY and side.name in visits]
-            found = measure(again, args.rounds, ask, failed := {})
+            again, failed = [side for side in sides if side.name in BUSY and side.name in visits], dict[str, str]()
+            found = measure(again, args.rounds, ask, failed)
         rows += [
             summarise(side, found[side.name]) | {"beside": "one busy core"} for side in again if side.name in found
         ]
@@ -273,6 +280,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=count, help="of each side; if absent, ours and torch choose, others get torch's"
     )
+    parser.add_argument("--limit-s", type=seconds, default=1800, help="for one visit (default: %(default)s)")
     parser.add_argument("--busy", action="store_true", help="measure ours and plain beside a busy core too")
     parser.add_argument("--peer-python", type=Path, default=Path(sys.executable), help="the Python that has the peers")
     parser.add_argument("--export-python", type=Path, help="the Python that has optimum-intel; else the peers'")

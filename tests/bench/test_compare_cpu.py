@@ -119,6 +119,17 @@ def test_sides_are_visited_in_turn_and_then_backwards_and_one_that_fails_is_not_
     assert left_out == {second: "not installed"}
 
 
+def test_a_converter_that_fails_is_run_once_for_both_precisions_and_its_last_line_is_the_reason(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # counts its calls
+    python.write_text(f"#!/bin/sh\necho call >> {tmp_path}/calls\necho 'RuntimeError: no such model' >&2\nexit 3\n")
+    python.chmod(0o755)
+    args = compare_cpu.parse([f"--peer-python={python}"])
+    for side in (side for side in compare_cpu.SIDES if side.runtime == "openvino"):
+        with pytest.raises(compare_cpu.SideError, match=r"converted: RuntimeError: no such model \(exit code 3\)"):
+            compare_cpu.convert(side, tmp_path, args)
+    assert (tmp_path / "calls").read_text() == "call\n"
+
+
 def test_a_row_has_the_best_and_the_median_of_all_visits() -> None:
     known = {"dtype": "float32", "version": "1", "threads": 2, "tokens": {}}
     visits = [
