@@ -56,8 +56,8 @@ def render(document: Document, pictures: Sequence[Path] = (), guide: str = "[REA
         lines += ["**Run at small settings on a CPU: it shows that everything runs, and measures nothing.**", ""]
     lines += [*_summary(document), "", f"How to read this: {guide}.", "", "## Goals", ""]
     lines += [*_goals(document), "", "## Machine", ""]
-    lines += _table([{"": key, "value": value} for key, value in found.items() if value is not None])
-    lines += ["", "## What ran", "", *_table(_runs(document)), ""]
+    lines += table([{"": key, "value": value} for key, value in found.items() if value is not None])
+    lines += ["", "## What ran", "", *table(_runs(document)), ""]
     for picture in pictures:
         lines += [f"![{ALT[picture.stem.rpartition('-')[2]]}]({picture.name})", ""]
     for name, part in document["parts"].items():
@@ -66,8 +66,8 @@ def render(document: Document, pictures: Sequence[Path] = (), guide: str = "[REA
             lines += [f"## {TITLES.get(name, name)}", "", *_sentences(document, part)]
             furthest = by_operation(rows, measured_roof(document)) if name == "kernels" else []
             if furthest:
-                lines += ["By operation, the case furthest from its roof:", "", *_table(furthest), ""]
-            lines += [*_table(rows), ""]
+                lines += ["By operation, the case furthest from its roof:", "", *table(furthest), ""]
+            lines += [*table(rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -128,7 +128,7 @@ def by_operation(rows: Sequence[Row], roof: Roof | None) -> list[Row]:
     worst: dict[str, Row] = {}
     for row in sorted(_with_roofs(rows), key=lambda row: (what_bounds(row, roof) == "launch", row["roof_percent"])):
         worst.setdefault(row["name"].partition("/")[0], row)
-    table = []
+    cases = []
     for row in worst.values():
         others = [each for each in rows if each["name"] == row["name"] and {"baseline", "median_us"} <= each.keys()]
         others = [each for each in others if "partial" not in each]  # partial ones do less than the kernel
@@ -137,8 +137,8 @@ def by_operation(rows: Sequence[Row], roof: Roof | None) -> list[Row]:
         if others:
             best = min(others, key=lambda each: each["median_us"])
             line |= {"best baseline": best["baseline"], "times faster": best["median_us"] / row["median_us"]}
-        table.append(line)
-    return table
+        cases.append(line)
+    return cases
 
 
 def what_bounds(row: Row, roof: Roof | None) -> str:
@@ -165,7 +165,7 @@ def _goals(document: Document) -> list[str]:
         measured = "" if value is None else f"{value:,.4g} {goal.unit}"
         limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit(device):g} {goal.unit}"
         rows.append({f"goal, on an {card}": goal.text, "set": limit, "measured": measured, "": verdict})
-    return _table(rows)
+    return table(rows)
 
 
 def _runs(document: Document) -> list[Row]:
@@ -223,7 +223,7 @@ def _against_roof(rows: Sequence[Row], roof: Roof) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
     """A table with its columns in the order in which rows name them."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
