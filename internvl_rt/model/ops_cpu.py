@@ -33,6 +33,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x 
 
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
+COPIED_WEIGHTS = 16 << 20  # so many weights are in float32 at once: 64 MiB
 
 
 class Rotation(NamedTuple):
@@ -184,10 +185,13 @@ def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tenso
 
 
 def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Multiplies in half precision on a processor that cannot: many rows in float32, with a copy of the weights."""
+    """Multiplies in half precision on a processor that cannot: many rows in float32, with copies of parts of W."""
     if x.numel() // x.shape[-1] <= FEW_ROWS:
         return F.linear(x, weight_NK, bias_N)
-    return onednn_product(x.float(), weight_NK.float(), None if bias_N is None else bias_N.float()).to(x.dtype)
+    x32, size = x.float(), max(1, COPIED_WEIGHTS // x.shape[-1])
+    biases = [None] * -(-len(weight_NK) // size) if bias_N is None else torch.split(bias_N.float(), size)
+    parts = zip(torch.split(weight_NK, size), biases, strict=True)
+    return torch.cat([onednn_product(x32, weight.float(), bias).to(x.dtype) for weight, bias in parts], dim=-1)
 
 
 def cpu_gemm_epilogue(

@@ -17,6 +17,7 @@ from internvl_rt.doctor import command
 from internvl_rt.doctor.finding import Finding
 from internvl_rt.doctor.process import MAX_LOST, CheckProcess
 from internvl_rt.kernels._check import discover_specs
+from internvl_rt.model.processor import default_dtype, instructions, runs_onednn
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -70,7 +71,9 @@ def test_this_machine_is_in_order() -> None:
         assert {f"kernel {name}" for name in discover_specs()} <= set(found)
         assert "answer by torch" in found
     else:
-        assert found["backend"] == ("ok", '"torch": plain torch, as there is no GPU for the kernels')
+        name, dtype = "onednn" if runs_onednn() else "torch", str(default_dtype()).removeprefix("torch.")
+        why = f"torch in {dtype}, for a processor with {instructions()}, as there is no GPU for the kernels"
+        assert found["backend"] == ("ok", f'"{name}": {why}')
         assert found["kernels"] == ("not checked", "there is no GPU for the kernels to run on")
         assert done.stdout.splitlines()[-1] == "11 ok, 0 failed, 2 not checked"
 

@@ -145,12 +145,16 @@ def test_threads_do_not_change_a_bit_of_a_product(num_rows: int) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("num_rows", [0, 1, 16, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_without_the_processors_help_rounds_the_sum_once(dtype: torch.dtype, num_rows: int) -> None:
+def test_half_precision_without_the_processors_help_rounds_the_sum_once(
+    dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED_WEIGHTS", 96 * 16)  # 40 rows of weights are three parts
     x, weight, bias = torch.randn(num_rows, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
     y, expected = half_product(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
     assert (y.dtype, y.shape) == (dtype, (num_rows, 40))
     ulp = torch.finfo(dtype).eps * expected.abs().clamp_min(1)
     assert ((y.double() - expected).abs() <= 1.01 * ulp).all()
+    assert torch.equal(half_product(x, weight, None), half_product(x, weight, torch.zeros(40, dtype=dtype)))
 
 
 @torch.inference_mode()

@@ -224,8 +224,16 @@ def test_a_full_engine_says_when_to_come_back(server: Running) -> None:
     server.wait_until_idle()
 
 
-def test_clients_try_again_after_a_full_engine(server: Running) -> None:
-    """OpenAI's client obeys retry-after-ms, and gets its answer in the end."""
+def test_clients_try_again_after_a_full_engine(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's client obeys retry-after-ms, and gets its answer in the end. No step runs until the engine is full."""
+    is_full, runner = threading.Event(), server.service.core.runner
+    launch = runner.launch
+
+    def launch_when_full(step: object) -> object:
+        is_full.wait(60)
+        return launch(step)
+
+    monkeypatch.setattr(runner, "launch", launch_when_full)
     body = {"messages": question(), "max_tokens": 400, "ignore_eos": True}
     threads = [threading.Thread(target=server.http.post, args=(CHAT,), kwargs={"json": body}) for _ in range(6)]
     for thread in threads:
@@ -234,6 +242,7 @@ def test_clients_try_again_after_a_full_engine(server: Running) -> None:
         time.sleep(0.001)
     failed = server.service.metrics.render().decode().count('code="queue_full"')
     client = server.client(max_retries=60)
+    threading.Timer(0.3, is_full.set).start()
     answer = client.chat.completions.create(model="tiny", messages=question(), max_tokens=8)
     for thread in threads:
         thread.join()
