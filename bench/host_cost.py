@@ -35,7 +35,8 @@ WARM_UP = 50
 def build_engine(num_sequences: int, num_steps: int) -> Engine:
     """Builds an engine in which `num_sequences` sequences decode without a model."""
     num_tokens = WARM_UP + 2 * num_steps + 10
-    engine = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=num_sequences, max_model_len=num_tokens + 64)
+    sizes = {"max_num_seqs": num_sequences, "max_model_len": num_tokens + 64}
+    engine = Engine.from_pretrained("tiny", device="cpu", backend="torch", **sizes)
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     prepared = engine.prepare([{"role": "user", "content": "Hello"}])
     for _ in range(num_sequences):

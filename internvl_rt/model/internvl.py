@@ -155,22 +155,24 @@ def prepare_weights(ops: Ops, weights: ModelWeights) -> ModelWeights:
     The memory of a weight that is replaced is freed at once, so that no more than one is there twice. The patch
     embedding stays as it is, and so does an `lm_head` that is the embedding too.
     """
-
-    def prepare(value: Any) -> Any:
-        if isinstance(value, Linear):
-            prepared = value if value.weight_NK is weights.decoder.embedding_VD else ops.prepare_linear(value)
-            if prepared.weight_NK is not value.weight_NK:
-                value.weight_NK.untyped_storage().resize_(0)
-            return prepared
-        if isinstance(value, tuple):
-            return tuple(map(prepare, value))
-        if is_dataclass(value) and not isinstance(value, type):
-            parts = {field.name: getattr(value, field.name) for field in fields(value)}
-            return type(value)(**{name: part if name == "patch" else prepare(part) for name, part in parts.items()})
-        return value
-
-    prepared: ModelWeights = prepare(weights)
+    prepared: ModelWeights = _prepare(weights, ops, weights.decoder.embedding_VD)
     return prepared
+
+
+def _prepare(value: Any, ops: Ops, embedding_VD: Tensor) -> Any:
+    if isinstance(value, Linear):
+        prepared = value if value.weight_NK is embedding_VD else ops.prepare_linear(value)
+        if prepared.weight_NK is not value.weight_NK:
+            value.weight_NK.untyped_storage().resize_(0)
+        return prepared
+    if isinstance(value, tuple):
+        return tuple(_prepare(item, ops, embedding_VD) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return type(value)(
+            **{name: part if name == "patch" else _prepare(part, ops, embedding_VD) for name, part in parts.items()}
+        )
+    return value
 
 
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:

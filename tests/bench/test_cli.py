@@ -152,6 +152,7 @@ def test_a_decode_step_that_is_timed_is_one_of_the_whole_batch_and_nothing_else(
     num_steps, batch, context, step = 6, 5, 130, 70  # the prompts take ten steps; the first ones decode meanwhile
     length = context + room_for(batch, context, num_steps, step)
     options = {"max_tokens_per_step": step, "max_num_seqs": batch, "max_model_len": length, "block_size": 16}
+    options["backend"] = "torch" if like_a_gpu else "auto"
     with Engine.from_pretrained("tiny", device="cpu", prefix_cache=False, visual_cache_bytes=0, **options) as engine:
         if like_a_gpu:
             engine.runner.capture(

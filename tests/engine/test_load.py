@@ -76,7 +76,7 @@ def test_faults_end_the_requests_of_their_step_and_no_others(kinds, expected, sm
 
 def test_requests_get_the_same_from_graphs(kinds, expected, small_pool):
     """The recorder stands in for CUDA graphs: it has their shapes, padding and buffers, and computes at each replay."""
-    with Engine.from_pretrained("tiny", device="cpu", **small_pool, max_num_seqs=8) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", backend="torch", **small_pool, max_num_seqs=8) as engine:
         recorder = Recorder()
         engine.runner.capture(max_num_seqs=8, max_model_len=640, max_tokens_per_step=300, capture=recorder)
         engine.loop.run_ahead = True

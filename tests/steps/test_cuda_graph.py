@@ -112,7 +112,7 @@ CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("Hello", "Read
 def test_decode_steps_from_graphs_give_the_tokens_of_eager_steps() -> None:
     """Covers batches between two buckets and sequences that end earlier; checks that the graphs are replayed."""
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 6, 4)]
-    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", max_model_len=64) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", backend="torch", dtype="float32", max_model_len=64) as engine:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS, params)]
         recorder = Recorder()
         engine.runner.capture(max_num_seqs=4, max_model_len=64, max_tokens_per_step=1, capture=recorder)
@@ -131,7 +131,7 @@ def test_prefills_from_graphs_give_the_tokens_of_eager_prefills() -> None:
     params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1)
     for budget in (8192, 40):
         options = {"max_model_len": 2048, "prefix_cache": False, "max_tokens_per_step": budget}
-        with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
+        with Engine.from_pretrained("tiny", device="cpu", backend="torch", **options) as engine:
             expected = engine.generate(conversations, params)
             recorder = Recorder()
             engine.runner.capture(max_num_seqs=4, max_model_len=2048, max_tokens_per_step=200, capture=recorder)
@@ -163,7 +163,7 @@ def test_sequences_decode_beside_prompts_in_one_graph(writes_to_host: bool, monk
     conversations = [[{"role": "user", "content": text}] for text in texts]
     params = SamplingParams(max_tokens=14, ignore_eos=True)
     options = {"max_model_len": 512, "prefix_cache": False, "max_num_seqs": 4, "max_tokens_per_step": 67}
-    with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", backend="torch", **options) as engine:
         expected = [engine.chat(conversation, params).token_ids for conversation in conversations]
         if writes_to_host:
             let_draws_write_to_the_host(engine)
@@ -193,7 +193,7 @@ def test_sequences_decode_beside_prompts_in_one_graph(writes_to_host: bool, monk
 def test_a_capture_in_the_middle_keeps_the_tokens_that_the_step_before_has_drawn(writes_to_host: bool) -> None:
     """The first decode step after a prompt needs a new graph, before the host has read the tokens that it reads."""
     params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=5)
-    with Engine.from_pretrained("tiny", device="cpu", max_model_len=512, max_num_seqs=20) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", backend="torch", max_model_len=512, max_num_seqs=20) as engine:
         expected = [reply.token_ids for reply in engine.generate(CONVERSATIONS * 4, params)]
         if writes_to_host:
             let_draws_write_to_the_host(engine)
