@@ -36,8 +36,8 @@ from internvl_rt.bench.client import Load, Outcome
 from internvl_rt.bench.loopback import open_loopback, request_of, shared_texts
 from internvl_rt.bench.pictures import noise_png
 from internvl_rt.bench.serve import ask_engine
+from internvl_rt.engine.host_memory import keep_large_buffers
 from internvl_rt.server.body import cut, parse
-from internvl_rt.server.life import keep_large_buffers
 from internvl_rt.server.media import read_media
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import ChatRequest, MediaLimits, Part

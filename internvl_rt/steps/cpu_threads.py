@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 
@@ -29,7 +30,7 @@ class Load(NamedTuple):
 class CpuThreads:
     """The threads of one engine. One thread at a time computes with it."""
 
-    _computing: ClassVar[set[int]] = set()  # ids of the engines of this process that compute now, and share free cores
+    _computing: ClassVar[WeakSet["CpuThreads"]] = WeakSet()  # of the engines that compute now, and share free cores
 
     def __init__(
         self,
@@ -53,13 +54,13 @@ class CpuThreads:
         """Sets torch's number of threads inside the `with` block, for the calling thread."""
         before = torch.get_num_threads()
         try:
-            CpuThreads._computing.add(id(self))
+            CpuThreads._computing.add(self)
             chosen = self.choose(before)
             if chosen != before:
                 torch.set_num_threads(chosen)
             yield
         finally:
-            CpuThreads._computing.discard(id(self))
+            CpuThreads._computing.discard(self)
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
 
