@@ -44,12 +44,17 @@ class Rotation(NamedTuple):
 
 
 class BlockReads(NamedTuple):
-    """Which blocks of the cache S sequences read: E entries, each of one block for one sequence."""
+    """Which blocks of the cache S sequences read: the last one of each, and E entries of others, which are full.
 
-    blocks: slice | Tensor  # the blocks of the entries: a range of the cache, or one number for each entry
+    Behind the last token of a sequence is whatever was there before, perhaps NaN, so last blocks are copied.
+    """
+
+    last_S: Tensor
+    is_behind_S1P1: Tensor  # bool
+    bias_S11P: Tensor  # 0, and -inf behind a sequence's last token
+    blocks: slice | Tensor  # of the entries: a range of the cache, or the number of each
     sequence_E: Tensor
-    bias_E1P: Tensor  # 0, and -inf for the places behind a sequence's last token
-    entry_SN: Tensor  # the entries of each sequence; E where it has none
+    part_SN: Tensor  # where the parts of a sequence are: S of last blocks, then E, then one of nothing
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,44 +144,52 @@ def rotate(x_THC: Tensor, rotation: Rotation) -> Tensor:
 def plan_reads(batch: Batch, block_size: int, dtype: torch.dtype) -> BlockReads:
     """Plans attention of the sequences that decode.
 
-    Entries are in the order of the blocks. If these fill at least half of the range in which they lie, and none has two
-    readers, all blocks of the range are read where they are: what is computed of others is not used.
+    If the full blocks make up at least half of the range in which they lie, and none has two readers, all blocks of the
+    range are read where they are, and what is computed of others is not used.
     """
-    lens_S = batch.seq_len_S[: batch.num_decodes].long()
-    num_S = (lens_S + block_size - 1) // block_size
-    table_SN = batch.block_table_SN[: batch.num_decodes, : int(num_S.max())]
-    index_SN = torch.arange(table_SN.shape[1]).expand_as(table_SN)
-    used_SN = index_SN < num_S[:, None]
-    block_E, sequence_E = table_SN[used_SN].long(), torch.arange(len(lens_S)).repeat_interleave(num_S)
-    num_tokens_E = (lens_S[sequence_E] - index_SN[used_SN] * block_size).clamp_max(block_size)
-    first, last = (int(end) for end in block_E.aminmax())
-    num_blocks = last + 1 - first
+    n = batch.num_decodes
+    lens_S, row_S = batch.seq_len_S[:n].long(), torch.arange(n)
+    num_full_S = (lens_S - 1) // block_size
+    table_SN = batch.block_table_SN[:n, : int(num_full_S.max()) + 1].long()
+    is_full_SN = torch.arange(table_SN.shape[1]) < num_full_S[:, None]
+    block_E, sequence_E = table_SN[is_full_SN], row_S.repeat_interleave(num_full_S)
     blocks: slice | Tensor = block_E
     entry_E = torch.arange(len(block_E))
-    if num_blocks <= 2 * len(block_E) and int(block_E.bincount().max()) == 1:
-        blocks, entry_E = slice(first, last + 1), block_E - first
-        sequence_E = torch.zeros(num_blocks, dtype=torch.int64).index_copy_(0, entry_E, sequence_E)
-        num_tokens_E = torch.full((num_blocks,), block_size).index_copy_(0, entry_E, num_tokens_E)
-    bias_E1P = torch.zeros(len(sequence_E), 1, block_size, dtype=dtype)
-    bias_E1P.masked_fill_(torch.arange(block_size) >= num_tokens_E[:, None, None], -torch.inf)
-    entry_SN = torch.full(table_SN.shape, len(sequence_E))
-    entry_SN[used_SN] = entry_E
-    return BlockReads(blocks, sequence_E, bias_E1P, entry_SN)
+    if len(block_E):
+        first, last = (int(end) for end in block_E.aminmax())
+        if last - first < 2 * len(block_E) and int(block_E.bincount().max()) == 1:
+            blocks, entry_E = slice(first, last + 1), block_E - first
+            sequence_E = torch.zeros(last + 1 - first, dtype=torch.int64).index_copy_(0, entry_E, sequence_E)
+    part_SN = torch.full(table_SN.shape, n + len(sequence_E))
+    part_SN[is_full_SN] = n + entry_E
+    part_SN[row_S, num_full_S] = row_S
+    is_behind_SP = torch.arange(block_size) >= (lens_S - num_full_S * block_size)[:, None]
+    return BlockReads(
+        last_S=table_SN[row_S, num_full_S],
+        is_behind_S1P1=is_behind_SP[:, None, :, None],
+        bias_S11P=torch.zeros(n, 1, 1, block_size, dtype=dtype).masked_fill_(is_behind_SP[:, None, None], -torch.inf),
+        blocks=blocks,
+        sequence_E=sequence_E,
+        part_SN=part_SN,
+    )
 
 
 def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor:
     """Computes attention [S, H, C] of one new token of each sequence: of each block first, then of all together."""
-    num_kv_heads = cache.k_cache_BGPC.shape[1]
-    q_EGhC = q_SHC.view(len(q_SHC), num_kv_heads, -1, q_SHC.shape[2])[reads.sequence_E]
-    k_EGPC, v_EGPC = cache.k_cache_BGPC[reads.blocks], cache.v_cache_BGPC[reads.blocks]
-    bias = reads.bias_E1P[:, None].expand(-1, 1, q_EGhC.shape[2], -1)
-    part_EGhC, sum_EGh = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_EGhC, k_EGPC, v_EGPC, attn_mask=bias
-    )
-    # One more entry, of nothing, is where a sequence has fewer blocks than the longest.
-    parts = F.pad(part_EGhC, (0, 0, 0, 0, 0, 0, 0, 1))[reads.entry_SN]
-    weights = F.pad(sum_EGh, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.entry_SN].softmax(1)
+    caches = cache.k_cache_BGPC, cache.v_cache_BGPC
+    q_SGhC = q_SHC.view(len(q_SHC), caches[0].shape[1], -1, q_SHC.shape[2])
+    last = (cache_BGPC[reads.last_S].masked_fill_(reads.is_behind_S1P1, 0) for cache_BGPC in caches)
+    found = [_attend(q_SGhC, *last, attn_mask=reads.bias_S11P.expand(-1, 1, q_SGhC.shape[2], -1))]
+    if len(reads.sequence_E):
+        found.append(_attend(q_SGhC[reads.sequence_E], *(cache_BGPC[reads.blocks] for cache_BGPC in caches)))
+    parts, logsums = (torch.cat(each) for each in zip(*found, strict=True))
+    weights = F.pad(logsums, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.part_SN].softmax(1)
+    parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))[reads.part_SN]
     return (weights[..., None] * parts).sum(1).flatten(1, 2).to(q_SHC.dtype)
+
+
+# Returns attention and the logarithm of the sum of its weights; `scaled_dot_product_attention` returns the first alone.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -76,6 +76,7 @@ WRONG = {
     "max_decode_s": [0, -1, math.nan, math.inf, True, None, "9"],
     "seed": [-1, "x", 1.0, True, 1 << 64],
     "backend": ["cuda", None, 1, True],
+    "num_threads": [0, -1, 1.5, True, "2", 4096],
     "cuda_graphs": [1, 0, None, "yes"],
     "capture_all": [1, 0, None, "yes"],
     "batch_invariant": [1, 0, None, "yes"],

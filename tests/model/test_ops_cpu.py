@@ -110,7 +110,7 @@ def test_attention_of_decodes_equals_the_reference(layout: str, lens: list[int],
     caches = cache.k_cache_BGPC.float(), cache.v_cache_BGPC.float()
     expected = paged_attention_reference(q_SHC.float(), *caches, *where)
     reads = plan_reads(batch, 16, dtype)
-    assert isinstance(reads.blocks, slice) == (layout in ("row", "holes") or len(lens) == 1)
+    assert isinstance(reads.blocks, slice) == (layout in ("row", "holes") and max(lens) > 16)
     actual = attend_blocks(q_SHC, cache, reads)
     assert actual.dtype == dtype
     # bfloat16: probabilities and each block's part are rounded, 2^-9 each
@@ -118,12 +118,18 @@ def test_attention_of_decodes_equals_the_reference(layout: str, lens: list[int],
 
 
 @torch.inference_mode()
-def test_what_is_not_finite_in_a_block_of_nobody_is_not_seen() -> None:
-    q_SHC, cache, batch = case_of("holes", [40, 17, 90], torch.float32)
+@pytest.mark.parametrize("layout", ["row", "holes", "scattered"])
+def test_what_is_not_finite_behind_a_sequence_or_in_a_block_of_nobody_is_not_seen(layout: str) -> None:
+    """Blocks are used again as they are, after requests whose numbers overflowed too."""
+    lens = [40, 17, 90, 1, 32]
+    q_SHC, cache, batch = case_of(layout, lens, torch.float32)
     expected = attend_blocks(q_SHC, cache, plan_reads(batch, 16, torch.float32))
+    assert expected.isfinite().all()
     unused = sorted({*range(len(cache.k_cache_BGPC))} - {*batch.block_table_SN.flatten().tolist()})
-    cache.k_cache_BGPC[unused] = torch.nan
-    cache.v_cache_BGPC[unused] = torch.inf
+    for cache_BGPC, number in ((cache.k_cache_BGPC, torch.nan), (cache.v_cache_BGPC, torch.inf)):
+        cache_BGPC[unused] = number
+        for row, seq_len in enumerate(lens):
+            cache_BGPC[batch.block_table_SN[row, (seq_len - 1) // 16], :, (seq_len - 1) % 16 + 1 :] = number
     assert torch.equal(attend_blocks(q_SHC, cache, plan_reads(batch, 16, torch.float32)), expected)
 
 
