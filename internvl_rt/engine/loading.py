@@ -1,5 +1,6 @@
 """Loads what an engine runs: the model, its tokenizer, and a KV cache in the memory that is left."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -55,8 +56,9 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         memory = plan()
         sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
         cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
-        on = f"{target} ({instructions()})" if target.type == "cpu" else target
-        LOG.info("%s: device %s, dtype %s, backend %s", model, on, str(chosen).removeprefix("torch."), ops.name)
+        how = {"device": str(target), "dtype": str(chosen).removeprefix("torch."), "backend": ops.name}
+        how |= {"instructions": instructions()} if target.type == "cpu" else {}
+        LOG.info(json.dumps({"loaded": str(model), **how}))
         return InternVL(config, weights, ops), tokenizer, cache, memory
 
 

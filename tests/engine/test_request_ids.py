@@ -28,8 +28,10 @@ def test_the_log_names_the_requests_of_an_engine(caplog):
 
 
 def test_the_log_names_the_requests_of_an_asynchronous_engine(caplog):
+    loaded = load()
+
     async def main():
-        async with AsyncEngine(load()) as engine:
+        async with AsyncEngine(loaded) as engine:
             await engine.chat(ask("Hello"), GREEDY, request_id="one")
             await collect(engine.stream(ask("Hello"), GREEDY, request_id="two"))
             with pytest.raises(RequestError, match="request_id must be a string of 0 to 128 printable characters"):

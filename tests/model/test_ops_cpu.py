@@ -1,5 +1,7 @@
 """The table for CPUs equals the references, with weights as they are and laid out anew, in float32 and below."""
 
+import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -219,6 +221,14 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     assert choose_dtype("auto", config, CPU) == expected
     assert choose_dtype("auto", config, torch.device("cuda")) == torch.bfloat16
     assert choose_dtype("float16", config, CPU) == torch.float16
+
+
+def test_the_log_says_in_what_an_engine_computes(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="internvl_rt"):
+        Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16").close()
+    (line,) = caplog.messages
+    how = {"device": "cpu", "dtype": "bfloat16", "backend": "onednn", "instructions": processor.instructions()}
+    assert json.loads(line) == {"loaded": "tiny", **how}
 
 
 def test_both_tables_give_the_same_tokens_in_mixed_batches() -> None:
