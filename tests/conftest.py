@@ -28,6 +28,16 @@ NUM_DESELECTED = pytest.StashKey[int]()
 collect_ignore = ["real"] if "INTERNVL_RT_GOLDEN" in os.environ else ["real", "golden"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32_by_default() -> Iterator[None]:
+    """Makes `dtype="auto"` float32 on every processor: most tests compare answers that rounding must not change."""
+    from internvl_rt.engine import loading  # it imports triton, which reads the environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "default_dtype", lambda: torch.float32)
+        yield
+
+
 @pytest.fixture
 def one_order_of_sums() -> Iterator[None]:
     """Adds up every element of a product in one order, wherever it stands.

@@ -217,6 +217,7 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr("internvl_rt.model.processor.multiplies", lambda dtype: onednn)
+    monkeypatch.setattr("internvl_rt.engine.loading.default_dtype", processor.default_dtype)
     config = load_config(KNOWN_MODELS["InternVL3-1B"])
     assert choose_dtype("auto", config, CPU) == expected
     assert choose_dtype("auto", config, torch.device("cuda")) == torch.bfloat16

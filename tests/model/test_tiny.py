@@ -49,8 +49,10 @@ def ask(picture, question="Read the digits."):
 
 
 @pytest.mark.slow
-def test_digits_are_read(engine, readings):
-    accuracy = [measure_accuracy(engine, exercises) for exercises in readings]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_digits_are_read(dtype, readings):
+    with Engine.from_pretrained("tiny", device="cpu", dtype=dtype) as engine:
+        accuracy = [measure_accuracy(engine, exercises) for exercises in readings]
     assert np.mean(accuracy) >= 0.96, accuracy
     assert min(accuracy) >= 0.9, accuracy
 
