@@ -1,13 +1,13 @@
 """A table for CPUs: the references, but with what torch has for CPUs where that is faster. No kernel of it is ours.
 
-  * A product is oneDNN's, which is compiled for the processor at hand, in place of MKL's.
+  * A product is oneDNN's, which is compiled for the processor at hand, in place of MKL's, but for many rows of float32.
   * What all layers of a step need is computed once: the rotation of its positions, its places in the cache, and which
     blocks the sequences that decode read.
   * Attention of the sequences that decode is one call of torch's attention, which takes each block of the cache as an
     item of a batch, where it lies. The parts of a sequence are then added up.
 
-A product adds up in an order that does not depend on how many threads compute it; attention may not, because MKL
-multiplies in it. `bench/FACTS.md`, 47, has the measurements.
+oneDNN adds up in an order that does not depend on how many threads compute; MKL, which multiplies in attention too, may
+not. `bench/FACTS.md`, 47, has the measurements.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x W^T + b
 
+MKL_ROWS = 256  # up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by up to a quarter
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
 COPIED_WEIGHTS = 16 << 20  # so many weights are in float32 at once: 64 MiB
@@ -197,6 +198,12 @@ def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tenso
     return y
 
 
+def float_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Multiplies in float32: many rows by MKL, which `linear` calls."""
+    few = x.numel() <= MKL_ROWS * x.shape[-1]
+    return onednn_product(x, weight_NK, bias_N) if few else F.linear(x, weight_NK, bias_N)
+
+
 def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """Multiplies in half precision on a processor that cannot: many rows in float32, with copies of parts of W."""
     if x.numel() // x.shape[-1] <= FEW_ROWS:
@@ -204,7 +211,7 @@ def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     x32, size = x.float(), max(1, COPIED_WEIGHTS // x.shape[-1])
     biases = [None] * -(-len(weight_NK) // size) if bias_N is None else torch.split(bias_N.float(), size)
     parts = zip(torch.split(weight_NK, size), biases, strict=True)
-    return torch.cat([onednn_product(x32, weight.float(), bias).to(x.dtype) for weight, bias in parts], dim=-1)
+    return torch.cat([float_product(x32, weight.float(), bias).to(x.dtype) for weight, bias in parts], dim=-1)
 
 
 def cpu_gemm_epilogue(
@@ -258,7 +265,7 @@ def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
         raise RequestError(
             f"backend 'onednn' cannot run on {device}: it needs a CPU with AVX2 and a torch with oneDNN; choose 'torch'"
         )
-    product = onednn_product if multiplies(dtype) else half_product
+    product = float_product if dtype == torch.float32 else onednn_product if multiplies(dtype) else half_product
     own = {
         "name": "onednn",
         "gemm_epilogue": partial(cpu_gemm_epilogue, product=product),

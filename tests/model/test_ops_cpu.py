@@ -24,6 +24,7 @@ from internvl_rt.model.ops_cpu import (
     attend_blocks,
     cpu_ops,
     cpu_rms_norm,
+    float_product,
     half_product,
     onednn_product,
     plan_reads,
@@ -148,6 +149,14 @@ def test_threads_do_not_change_a_bit_of_a_product(num_rows: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows", [0, 1, 256, 257])
+def test_products_of_few_and_of_many_rows_agree_with_float64(num_rows: int) -> None:
+    x, weight, bias = torch.randn(num_rows, 96), torch.randn(40, 96), torch.randn(40)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(float_product(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @torch.inference_mode()
