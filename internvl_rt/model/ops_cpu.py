@@ -22,7 +22,7 @@ from torch import Tensor
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import Linear, Norm, bias_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.processor import multiplies, runs_onednn
 from internvl_rt.model.step_inputs import Batch, LayerCache
@@ -34,7 +34,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x 
 MKL_ROWS = 256  # up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by up to a quarter
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
-COPIED_WEIGHTS = 16 << 20  # so many weights are in float32 at once: 64 MiB
+COPIED = 4 << 20  # so many weights are copied at once, and so many numbers of keys
 
 
 class Rotation(NamedTuple):
@@ -120,6 +120,13 @@ class CpuOps(Ops):
             y_THC[:n] = decoded_SHC
         return y_THC
 
+    def merge_patches(
+        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
+    ) -> Tensor:
+        weights = norm.weight_D, bias_of(norm), norm.eps
+        x_IMK = unshuffle_norm_reference(x_RE, num_tiles, *weights, factor, version)
+        return self.linear(x_IMK, linear, activation="gelu")
+
     def _once_a_step(self, name: str, of: object, compute: Callable[[], T]) -> T:
         """Computes something of an input of the step in its first layer, and returns it in the others."""
         known = self._of_step.get(name)
@@ -181,8 +188,12 @@ def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor
     q_SGhC = q_SHC.view(len(q_SHC), caches[0].shape[1], -1, q_SHC.shape[2])
     last = (cache_BGPC[reads.last_S].masked_fill_(reads.is_behind_S1P1, 0) for cache_BGPC in caches)
     found = [_attend(q_SGhC, *last, attn_mask=reads.bias_S11P.expand(-1, 1, q_SGhC.shape[2], -1))]
-    if len(reads.sequence_E):
+    if isinstance(reads.blocks, slice):
         found.append(_attend(q_SGhC[reads.sequence_E], *(cache_BGPC[reads.blocks] for cache_BGPC in caches)))
+    elif len(reads.blocks):
+        size = max(1, COPIED // caches[0][0].numel())
+        for blocks, rows in zip(torch.split(reads.blocks, size), torch.split(reads.sequence_E, size), strict=True):
+            found.append(_attend(q_SGhC[rows], *(cache_BGPC[blocks] for cache_BGPC in caches)))
     parts, logsums = (torch.cat(each) for each in zip(*found, strict=True))
     weights = F.pad(logsums, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.part_SN].softmax(1)
     parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))[reads.part_SN]
@@ -208,7 +219,7 @@ def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """Multiplies in half precision on a processor that cannot: many rows in float32, with copies of parts of W."""
     if x.numel() // x.shape[-1] <= FEW_ROWS:
         return F.linear(x, weight_NK, bias_N)
-    x32, size = x.float(), max(1, COPIED_WEIGHTS // x.shape[-1])
+    x32, size = x.float(), max(1, COPIED // x.shape[-1])
     biases = [None] * -(-len(weight_NK) // size) if bias_N is None else torch.split(bias_N.float(), size)
     parts = zip(torch.split(weight_NK, size), biases, strict=True)
     return torch.cat([float_product(x32, weight.float(), bias).to(x.dtype) for weight, bias in parts], dim=-1)
@@ -231,24 +242,6 @@ def cpu_gemm_epilogue(
     return torch.ops.aten.gelu_(y) if activation == "gelu" else y
 
 
-def cpu_unshuffle_project(
-    x_RE: Tensor,
-    num_tiles: int,
-    norm_weight_K: Tensor,
-    norm_bias_K: Tensor,
-    eps: float,
-    weight_NK: Tensor,
-    bias_N: Tensor,
-    factor: int,
-    version: Literal["v1", "v2"],
-    *,
-    product: Product,
-) -> Tensor:
-    x_IMK = unshuffle_norm_reference(x_RE, num_tiles, norm_weight_K, norm_bias_K, eps, factor, version)
-    y: Tensor = torch.ops.aten.gelu_(product(x_IMK, weight_NK, bias_N))
-    return y
-
-
 def cpu_swiglu(gate_up_T2F: Tensor) -> Tensor:
     """Computes SwiGLU; the gate is lost, because memory that the product has just filled is nearer than new memory."""
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
@@ -269,7 +262,6 @@ def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
     own = {
         "name": "onednn",
         "gemm_epilogue": partial(cpu_gemm_epilogue, product=product),
-        "unshuffle_project": partial(cpu_unshuffle_project, product=product),
         "rms_norm": cpu_rms_norm,
         "swiglu": cpu_swiglu,
     }

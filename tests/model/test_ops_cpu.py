@@ -106,7 +106,10 @@ def case_of(layout: str, lens: list[int], dtype: torch.dtype) -> tuple[Tensor, L
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("lens", [[1], [16], [17, 1, 300, 64], [5] * 9], ids=["one", "block", "many", "short"])
 @pytest.mark.parametrize("layout", ["row", "holes", "scattered", "shared"])
-def test_attention_of_decodes_equals_the_reference(layout: str, lens: list[int], dtype: torch.dtype) -> None:
+def test_attention_of_decodes_equals_the_reference(
+    layout: str, lens: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 5 * 2 * 16 * 32)  # five blocks are copied at once
     q_SHC, cache, batch = case_of(layout, lens, dtype)
     starts = torch.arange(len(lens) + 1, dtype=torch.int32)
     where = batch.block_table_SN, starts, batch.seq_len_S
@@ -165,7 +168,7 @@ def test_products_of_few_and_of_many_rows_agree_with_float64(num_rows: int) -> N
 def test_half_precision_without_the_processors_help_rounds_the_sum_once(
     dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED_WEIGHTS", 96 * 16)  # 40 rows of weights are three parts
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 96 * 16)  # 40 rows of weights are three parts
     x, weight, bias = torch.randn(num_rows, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
     y, expected = half_product(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
     assert (y.dtype, y.shape) == (dtype, (num_rows, 40))
