@@ -304,12 +304,14 @@ def main() -> int:
     settings = {"model": "quick" if args.quick else args.model, **lengths, "rows": " ".join(map(str, args.rows))}
     settings |= {key: getattr(args, key) for key in ("steps", "samples", "rounds")}
     found = machine()
+    paths = {str(path) for path in (args.peer_python, args.export_python, args.llama_cpp, args.out) if path}
+    words = [Path(word).name if word in paths else word for word in sys.argv[1:]]  # a page is for other machines too
     document = {
         "part": "compare_cpu",
         "schema": 1,
         "rows": [{"side": "settings", **settings}, *rows],
         "environment": found,
-        "command": shlex.join(["python", "bench/compare_cpu.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench/compare_cpu.py", *words]),
     }
     show(document)
     if args.out:
