@@ -6,6 +6,8 @@ t is the query at index p of its sequence. The last `query_len` of a sequence's 
 queries; their keys and values are in the cache already. Slots beyond a sequence's length are never read.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,13 @@ def paged_attention_reference(
     block_table_SN: Tensor,
     query_start_S1: Tensor,
     seq_len_S: Tensor,
+    *,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length."""
+    """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length.
+
+    attend: of a sequence, computes [L, H, C] of q [H, L, C], and of k and v [G, S, C]; by default torch's attention
+    """
     block_size = k_cache_BGPC.shape[2]
     out_THC = torch.zeros_like(q_THC)
     starts, lengths = query_start_S1.tolist(), seq_len_S.tolist()
@@ -32,7 +39,7 @@ def paged_attention_reference(
             cache_BGPC.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :seq_len]
             for cache_BGPC in (k_cache_BGPC, v_cache_BGPC)
         )
-        out_THC[first:last] = _attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC).transpose(0, 1)
+        out_THC[first:last] = (attend or _attend)(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC)
     return out_THC
 
 
@@ -43,4 +50,4 @@ def _attend(q_HLC: Tensor, k_GLC: Tensor, v_GLC: Tensor) -> Tensor:
     if not whole and num_queries > 1:  # a prefill chunk that follows a cached prefix
         mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
     q, k, v = q_HLC[None], k_GLC[None], v_GLC[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0].transpose(0, 1)

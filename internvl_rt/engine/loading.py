@@ -13,7 +13,7 @@ import torch
 from internvl_rt.checkpoint.config import ModelConfig, load_config
 from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config, resolve_model
 from internvl_rt.checkpoint.folder import open_checkpoint
-from internvl_rt.engine.host_memory import keep_large_buffers
+from internvl_rt.engine.host_memory import give_back_large_buffers, keep_large_buffers
 from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
@@ -49,15 +49,18 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     )  # fmt: skip
     plan(weights_are_loaded=False)  # raises before memory is taken
     _loaded_in = os.getpid()
-    if target.type == "cpu":
-        keep_large_buffers()
+    on_host = target.type == "cpu"
     with memory_errors(target):
+        if on_host:
+            give_back_large_buffers()
         weights = prepare_weights(ops, load(chosen, target))
+        if on_host:
+            keep_large_buffers()
         memory = plan()
         sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
         cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
         how = {"device": str(target), "dtype": str(chosen).removeprefix("torch."), "backend": ops.name}
-        how |= {"instructions": instructions()} if target.type == "cpu" else {}
+        how |= {"instructions": instructions()} if on_host else {}
         LOG.info(json.dumps({"loaded": str(model), **how}))
         return InternVL(config, weights, ops), tokenizer, cache, memory
 

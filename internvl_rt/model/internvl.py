@@ -163,7 +163,7 @@ def _prepare(value: Any, ops: Ops, embedding_VD: Tensor) -> Any:
     if isinstance(value, Linear):
         prepared = value if value.weight_NK is embedding_VD else ops.prepare_linear(value)
         if prepared.weight_NK is not value.weight_NK:
-            value.weight_NK.untyped_storage().resize_(0)
+            value.weight_NK.data = torch.empty(0)  # frees the memory that it had
         return prepared
     if isinstance(value, tuple):
         return tuple(_prepare(item, ops, embedding_VD) for item in value)

@@ -1,6 +1,7 @@
 """A table for CPUs: the references, but with what torch has for CPUs where that is faster. No kernel of it is ours.
 
-  * A product is oneDNN's, which is compiled for the processor at hand, in place of MKL's, but for many rows of float32.
+  * A product is oneDNN's, which is compiled for the processor at hand, in place of MKL's, but for many rows of float32
+    where there is no AVX512. Where there is, weights are laid out anew for it when they are loaded.
   * What all layers of a step need is computed once: the rotation of its positions, its places in the cache, and which
     blocks the sequences that decode read.
   * Attention of the sequences that decode is one call of torch's attention, which takes each block of the cache as an
@@ -22,19 +23,20 @@ from torch import Tensor
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
+from internvl_rt.kernels.vit_attention import tile_tokens
 from internvl_rt.model.linear import Linear, Norm, bias_of
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.processor import multiplies, runs_onednn
+from internvl_rt.model.processor import has_amx, has_avx512, multiplies, runs_onednn
 from internvl_rt.model.step_inputs import Batch, LayerCache
 
 T = TypeVar("T")
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x W^T + b
 
-MKL_ROWS = 256  # up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by up to a quarter
+MKL_ROWS = 256  # with AVX2, up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by a quarter
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
-COPIED = 4 << 20  # so many weights are copied at once, and so many numbers of keys
+COPIED = 4 << 20  # so many weights are copied at once, so many numbers of keys, and so many scores written
 
 
 class Rotation(NamedTuple):
@@ -64,10 +66,12 @@ class CpuOps(Ops):
 
     A table keeps what belongs to one step, so every engine has its own.
 
-    packs: whether weights are laid out anew, for the processor's matrix units, when they are loaded
+    packs: whether weights are laid out anew when they are loaded, as the processor's instructions take them
+    attends_by_products: whether patches and prompts attend by products, which write scores, not by torch's attention
     """
 
     packs: bool
+    attends_by_products: bool
     _of_step: dict[str, tuple[object, Any]] = field(default_factory=dict)  # see _once_a_step
 
     def prepare_linear(self, linear: Linear) -> Linear:
@@ -102,6 +106,21 @@ class CpuOps(Ops):
         cache.v_cache_BGPC[block_T, :, place_T] = v_TGC
         return q_THC
 
+    def attend_tiles(
+        self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
+    ) -> Tensor:
+        if not self.attends_by_products:
+            return super().attend_tiles(qkv_RK, num_tiles, head_dim, q_norm, k_norm)
+        q_RE, k_RE, v_RE = qkv_RK.chunk(3, dim=-1)
+        if q_norm is not None and k_norm is not None:
+            q_RE, k_RE = self.norm(q_RE, q_norm), self.norm(k_RE, k_norm)
+        tokens_IUE = [tile_tokens(x_RE, num_tiles) for x_RE in (q_RE, k_RE, v_RE)]
+        y_IUE = torch.empty_like(tokens_IUE[0])
+        for y_UE, *of_tile in zip(y_IUE, *tokens_IUE, strict=True):
+            heads_HUC = (x_UE.view(len(x_UE), -1, head_dim).transpose(0, 1) for x_UE in of_tile)
+            y_UE.copy_(attend_by_products(*heads_HUC, is_causal=False).flatten(1))
+        return torch.cat((y_IUE[:, :-1].flatten(0, 1), y_IUE[:, -1]))
+
     def paged_attention(
         self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
     ) -> Tensor:
@@ -115,7 +134,8 @@ class CpuOps(Ops):
             if n == num_seqs:
                 return decoded_SHC
         where = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-        y_THC = paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
+        attend = partial(attend_by_products, is_causal=True) if self.attends_by_products else None
+        y_THC = paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, attend=attend)
         if decoded_SHC is not None:
             y_THC[:n] = decoded_SHC
         return y_THC
@@ -147,6 +167,32 @@ def rotate(x_THC: Tensor, rotation: Rotation) -> Tensor:
     x = x_THC.float()
     turned = x.roll(x.shape[-1] // 2, -1).mul_(rotation.sin_T1C)
     return (x * rotation.cos_T1C).add_(turned).to(x_THC.dtype)
+
+
+def attend_by_products(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, is_causal: bool) -> Tensor:
+    """Computes attention [T, H, C] of T tokens to S, by products that write scores, in float32.
+
+    is_causal: a token attends to itself and to what is before it, and the last of T is the last of S
+    """
+    (num_heads, num_queries, head_dim), (num_groups, seq_len, _) = q_HTC.shape, k_GSC.shape
+    q_GhTC = q_HTC.view(num_groups, -1, num_queries, head_dim)
+    y_TGhC = q_HTC.new_empty(num_queries, num_groups, num_heads // num_groups, head_dim)
+    size = max(1, COPIED * num_groups // (num_heads * seq_len))
+    above_TT = q_HTC.new_full((min(size, num_queries),) * 2, -torch.inf, dtype=torch.float32).triu(1)
+    for first in range(0, num_queries, size):
+        rows = slice(first, min(first + size, num_queries))
+        end = seq_len - num_queries + rows.stop if is_causal else seq_len
+        for q_hTC, k_SC, v_SC, y_ThC in zip(q_GhTC, k_GSC, v_GSC, y_TGhC.unbind(1), strict=True):
+            q_hTC = q_hTC[:, rows].float() * head_dim**-0.5
+            # A weight that has gaps takes oneDNN a thousand times as long.
+            scores_RS = onednn_product(q_hTC.reshape(-1, head_dim), k_SC[:end].float().contiguous(), None)
+            if is_causal:
+                num_new = rows.stop - first
+                scores_RS.view(-1, num_new, end)[..., end - num_new :].add_(above_TT[:num_new, :num_new])
+            torch.softmax(scores_RS, -1, out=scores_RS)
+            y_RC = onednn_product(scores_RS.to(v_SC.dtype), v_SC[:end].t().contiguous(), None)
+            y_ThC[rows] = y_RC.view_as(q_hTC).transpose(0, 1)
+    return y_TGhC.flatten(1, 2)
 
 
 def plan_reads(batch: Batch, block_size: int, dtype: torch.dtype) -> BlockReads:
@@ -210,9 +256,9 @@ def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tenso
 
 
 def float_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Multiplies in float32: many rows by MKL, which `linear` calls."""
+    """Multiplies in float32: many rows by MKL, which `linear` calls, if it is faster."""
     few = x.numel() <= MKL_ROWS * x.shape[-1]
-    return onednn_product(x, weight_NK, bias_N) if few else F.linear(x, weight_NK, bias_N)
+    return onednn_product(x, weight_NK, bias_N) if few or has_avx512() else F.linear(x, weight_NK, bias_N)
 
 
 def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -258,7 +304,8 @@ def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
         raise RequestError(
             f"backend 'onednn' cannot run on {device}: it needs a CPU with AVX2 and a torch with oneDNN; choose 'torch'"
         )
-    product = float_product if dtype == torch.float32 else onednn_product if multiplies(dtype) else half_product
+    is_half = dtype != torch.float32
+    product = float_product if not is_half else onednn_product if multiplies(dtype) else half_product
     own = {
         "name": "onednn",
         "gemm_epilogue": partial(cpu_gemm_epilogue, product=product),
@@ -266,4 +313,8 @@ def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
         "swiglu": cpu_swiglu,
     }
     as_in_torch = {one.name: getattr(TORCH, one.name) for one in fields(Ops)}
-    return CpuOps(**(as_in_torch | own), packs=dtype != torch.float32 and multiplies(dtype))
+    return CpuOps(
+        **(as_in_torch | own),
+        packs=multiplies(dtype) and (is_half or has_avx512()),
+        attends_by_products=multiplies(dtype) and has_avx512() and not has_amx(),
+    )

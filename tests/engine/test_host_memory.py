@@ -1,5 +1,9 @@
 """What is free is the least that the machine, the control groups around a process and its own limits leave."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 
 from internvl_rt.engine.host_memory import free_host_bytes
@@ -64,3 +68,33 @@ def test_the_narrowest_limit_decides(tmp_path, name):
 def test_this_machine_has_some_memory_free():
     free = free_host_bytes()
     assert free is None or free > MIB
+
+
+REPLACE_WEIGHTS = """
+import torch
+from internvl_rt.engine import host_memory
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+
+host_memory.{call}()
+before = resident()
+layers = [[torch.ones(1 << 20), torch.ones(1 << 10)] for _ in range(64)]
+for layer in layers:
+    layer[0] = torch.ones((1 << 20) + (1 << 12))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("call", "least", "most"),
+    [("give_back_large_buffers", 250, 290), ("keep_large_buffers", 310, 600)],
+    ids=["given-back", "kept"],
+)
+def test_whether_memory_of_weights_that_larger_ones_replace_is_given_back(call: str, least: int, most: int) -> None:
+    """64 of 4 MiB, with small ones between them: 256 MiB if all is given back, about 350 if what is freed is kept."""
+    program = REPLACE_WEIGHTS.format(call=call)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert least <= int(ended.stdout) <= most

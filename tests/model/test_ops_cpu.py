@@ -22,6 +22,7 @@ from internvl_rt.model.ops import TORCH
 from internvl_rt.model.ops_cpu import (
     CpuOps,
     attend_blocks,
+    attend_by_products,
     cpu_ops,
     cpu_rms_norm,
     float_product,
@@ -39,13 +40,14 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not processor.runs_onednn(), reason="oneDNN has no products for this processor")
 
 
-def table(packs: bool) -> CpuOps:
-    return replace(cpu_ops(CPU, torch.float32), packs=packs, _of_step={})
+def table(avx512: bool) -> CpuOps:
+    """Makes the table of processors with AVX512 or without; either runs on this one."""
+    return replace(cpu_ops(CPU, torch.float32), packs=avx512, attends_by_products=avx512, _of_step={})
 
 
-def prepared(model: InternVL, packs: bool) -> InternVL:
+def prepared(model: InternVL, avx512: bool) -> InternVL:
     """Returns a model of the same weights with a table for CPUs. It is built anew, because packing frees weights."""
-    ops = table(packs)
+    ops = table(avx512)
     copy = build_model(model.config.vision, model.config.decoder, model.config.unshuffle)
     return InternVL(copy.config, prepare_weights(ops, copy.weights), ops)
 
@@ -56,25 +58,25 @@ def assert_near(actual: Tensor, expected: Tensor, most: float = 1e-5) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
 @pytest.mark.parametrize("unshuffle", ["v1", "v2"])
 @pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])
-def test_vision_tower_equals_the_references(vision: VisionConfig, unshuffle: str, packs: bool) -> None:
+def test_vision_tower_equals_the_references(vision: VisionConfig, unshuffle: str, avx512: bool) -> None:
     model = build_model(vision, unshuffle=unshuffle)
     tiles = torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
-    assert_near(prepared(model, packs).encode_tiles(tiles), model.encode_tiles(tiles))
+    assert_near(prepared(model, avx512).encode_tiles(tiles), model.encode_tiles(tiles))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
-def test_decoder_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int], packs: bool) -> None:
+def test_decoder_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int], avx512: bool) -> None:
     model = build_model(decoder=decoder)
     token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
     tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8)
     expected = all_logits(model, token_ids, tiles, context_id=47)
-    actual = all_logits(prepared(model, packs), token_ids, tiles, context_id=47, chunk_lens=chunk_lens)
+    actual = all_logits(prepared(model, avx512), token_ids, tiles, context_id=47, chunk_lens=chunk_lens)
     assert_near(actual, expected)
 
 
@@ -124,6 +126,27 @@ def test_attention_of_decodes_equals_the_reference(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(("num_queries", "seq_len"), [(1, 1), (37, 37), (20, 61), (1, 40)])
+def test_attention_by_products_agrees_with_float64(
+    num_queries: int, seq_len: int, is_causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 3 * 8 * seq_len)  # scores of eight tokens at once
+    q_HTC, k_GSC, v_GSC = (
+        torch.randn(length, heads, 16).to(dtype).transpose(0, 1)
+        for heads, length in ((6, num_queries), (2, seq_len), (2, seq_len))
+    )
+    mask_TS = torch.ones(num_queries, seq_len, dtype=torch.bool).tril(seq_len - num_queries) if is_causal else None
+    wide = (x[None].double() for x in (q_HTC, k_GSC, v_GSC))
+    expected = F.scaled_dot_product_attention(*wide, attn_mask=mask_TS, enable_gqa=True)[0].transpose(0, 1)
+    actual = attend_by_products(q_HTC, k_GSC, v_GSC, is_causal=is_causal)
+    assert (actual.dtype, actual.shape) == (dtype, (num_queries, 6, 16))
+    # bfloat16: probabilities and sums are rounded, 2^-9 each
+    assert_near(actual.double(), expected, 1e-6 if dtype == torch.float32 else 2**-7)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("layout", ["row", "holes", "scattered"])
 def test_what_is_not_finite_behind_a_sequence_or_in_a_block_of_nobody_is_not_seen(layout: str) -> None:
     """Blocks are used again as they are, after requests whose numbers overflowed too."""
@@ -143,7 +166,7 @@ def test_what_is_not_finite_behind_a_sequence_or_in_a_block_of_nobody_is_not_see
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 300])
 def test_threads_do_not_change_a_bit_of_a_product(num_rows: int) -> None:
     x, weight = torch.randn(num_rows, 896), torch.randn(1152, 896)
-    packed = table(packs=True).prepare_linear(Linear(weight, None)).weight_NK
+    packed = table(avx512=True).prepare_linear(Linear(weight, None)).weight_NK
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -192,7 +215,9 @@ def test_rotation_and_norm_equal_the_references_to_the_bit(dtype: torch.dtype) -
 def test_packing_frees_each_weight_that_it_replaces_and_leaves_the_embedding(tied: bool) -> None:
     model = build_model(decoder=replace(QWEN2, tie_embeddings=tied))
     plain, shapes = model.weights, {path: tensor.shape for path, tensor in named_parameters(model.weights).items()}
-    packed = prepare_weights(table(packs=True), plain)
+    for parameter in named_parameters(plain).values():
+        parameter.numpy()  # as reading a checkpoint does, after which torch does not resize the memory
+    packed = prepare_weights(table(avx512=True), plain)
     assert {path: tensor.shape for path, tensor in named_parameters(packed).items()} == shapes
     assert packed.decoder.embedding_VD is plain.decoder.embedding_VD
     assert (packed.decoder.lm_head.weight_NK is packed.decoder.embedding_VD) == tied
@@ -236,6 +261,26 @@ def test_auto_is_bfloat16_on_processors_that_multiply_it(
     assert choose_dtype("float16", config, CPU) == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("avx512", "amx", "dtype", "packs", "attends_by_products"),
+    [
+        (False, False, torch.float32, False, False),
+        (True, False, torch.float32, True, True),
+        (True, True, torch.float32, True, False),
+        (True, False, torch.bfloat16, True, True),
+        (True, True, torch.bfloat16, True, False),
+    ],
+)
+def test_the_table_suits_the_processor(
+    avx512: bool, amx: bool, dtype: torch.dtype, packs: bool, attends_by_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.multiplies", lambda dtype: True)
+    ops = cpu_ops(CPU, dtype)
+    assert (ops.packs, ops.attends_by_products) == (packs, attends_by_products)
+
+
 def test_the_log_says_in_what_an_engine_computes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="internvl_rt"):
         Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16").close()
@@ -244,7 +289,10 @@ def test_the_log_says_in_what_an_engine_computes(caplog: pytest.LogCaptureFixtur
     assert json.loads(line) == {"loaded": "tiny", **how}
 
 
-def test_both_tables_give_the_same_tokens_in_mixed_batches() -> None:
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_both_tables_give_the_same_tokens_in_mixed_batches(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     contents = ["Read the digits.", "How many digits are there?", "Which picture shows the larger number?"]
     conversations = [[{"role": "user", "content": content}] for content in contents]
     params, answers = SamplingParams(max_tokens=20, ignore_eos=True), []
@@ -252,5 +300,8 @@ def test_both_tables_give_the_same_tokens_in_mixed_batches() -> None:
         options = {"device": "cpu", "dtype": "float32", "block_size": 16, "max_tokens_per_step": 24}
         with Engine.from_pretrained("tiny", backend=backend, **options) as engine:
             assert engine.model.ops.name == backend
+            assert engine.model.weights.vision.layers[0].qkv.weight_NK.is_mkldnn == (
+                backend == "onednn" and capability == "AVX512"
+            )
             answers.append([reply.token_ids for reply in engine.generate(conversations, params)])
     assert answers[0] == answers[1]
