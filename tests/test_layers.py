@@ -92,6 +92,8 @@ MODULES = [
     "model.step_inputs",
     "model.ops",
     "model.processor",
+    "model.products_cpu",
+    "model.attention_cpu",
     "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",
@@ -220,7 +222,6 @@ HOMES = {
 }
 CALLERS_OF_KERNELS = {  # the tables of operations, and the checks
     "model.ops",
-    "model.processor",
     "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",

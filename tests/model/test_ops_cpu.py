@@ -16,22 +16,12 @@ from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.qkv_rope_kv import _rotate
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.model import processor
+from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads
 from internvl_rt.model.internvl import InternVL, named_parameters, prepare_weights
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH
-from internvl_rt.model.ops_cpu import (
-    CpuOps,
-    attend_blocks,
-    attend_by_products,
-    cpu_ops,
-    cpu_rms_norm,
-    float_product,
-    half_product,
-    onednn_product,
-    plan_reads,
-    rotate,
-    rotation_of,
-)
+from internvl_rt.model.ops_cpu import CpuOps, cpu_ops, cpu_rms_norm, rotate, rotation_of
+from internvl_rt.model.products_cpu import float_product, half_product, onednn_product
 from internvl_rt.model.step_inputs import Batch, LayerCache
 from support.forward import all_logits
 from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
@@ -111,7 +101,7 @@ def case_of(layout: str, lens: list[int], dtype: torch.dtype) -> tuple[Tensor, L
 def test_attention_of_decodes_equals_the_reference(
     layout: str, lens: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 5 * 2 * 16 * 32)  # five blocks are copied at once
+    monkeypatch.setattr("internvl_rt.model.attention_cpu.AT_ONCE", 5 * 2 * 16 * 32)  # five blocks are copied at once
     q_SHC, cache, batch = case_of(layout, lens, dtype)
     starts = torch.arange(len(lens) + 1, dtype=torch.int32)
     where = batch.block_table_SN, starts, batch.seq_len_S
@@ -132,7 +122,7 @@ def test_attention_of_decodes_equals_the_reference(
 def test_attention_by_products_agrees_with_float64(
     num_queries: int, seq_len: int, is_causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 3 * 8 * seq_len)  # scores of eight tokens at once
+    monkeypatch.setattr("internvl_rt.model.attention_cpu.AT_ONCE", 3 * 8 * seq_len)  # scores of eight tokens at once
     q_HTC, k_GSC, v_GSC = (
         torch.randn(length, heads, 16).to(dtype).transpose(0, 1)
         for heads, length in ((6, num_queries), (2, seq_len), (2, seq_len))
@@ -191,7 +181,7 @@ def test_products_of_few_and_of_many_rows_agree_with_float64(num_rows: int) -> N
 def test_half_precision_without_the_processors_help_rounds_the_sum_once(
     dtype: torch.dtype, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvl_rt.model.ops_cpu.COPIED", 96 * 16)  # 40 rows of weights are three parts
+    monkeypatch.setattr("internvl_rt.model.products_cpu.COPIED", 96 * 16)  # 40 rows of weights are three parts
     x, weight, bias = torch.randn(num_rows, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
     y, expected = half_product(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
     assert (y.dtype, y.shape) == (dtype, (num_rows, 40))
@@ -276,7 +266,8 @@ def test_the_table_suits_the_processor(
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512" if avx512 else "AVX2")
-    monkeypatch.setattr("internvl_rt.model.ops_cpu.multiplies", lambda dtype: True)
+    for module in ("products_cpu", "attention_cpu"):
+        monkeypatch.setattr(f"internvl_rt.model.{module}.multiplies", lambda dtype: True)
     ops = cpu_ops(CPU, dtype)
     assert (ops.packs, ops.attends_by_products) == (packs, attends_by_products)
 

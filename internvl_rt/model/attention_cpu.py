@@ -1,0 +1,117 @@
+"""Attention on a CPU, by what torch and oneDNN have for it.
+
+Sequences that decode attend in one call of torch's attention, which takes each block of the cache as an item of a
+batch, where it lies. The parts of a sequence are then added up. Patches and prompts attend by torch's attention or by
+products, whichever is faster on the processor.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt.model.processor import has_amx, has_avx512, multiplies
+from internvl_rt.model.products_cpu import onednn_product
+from internvl_rt.model.step_inputs import Batch, LayerCache
+
+AT_ONCE = 4 << 20  # so many numbers of keys are copied at once, or scores written
+
+
+class BlockReads(NamedTuple):
+    """Which blocks of the cache S sequences read: the last one of each, and E entries of others, which are full.
+
+    Behind the last token of a sequence is whatever was there before, perhaps NaN, so last blocks are copied.
+    """
+
+    last_S: Tensor
+    is_behind_S1P1: Tensor  # bool
+    bias_S11P: Tensor  # 0, and -inf behind a sequence's last token
+    blocks: slice | Tensor  # of the entries: a range of the cache, or the number of each
+    sequence_E: Tensor
+    part_SN: Tensor  # where the parts of a sequence are: S of last blocks, then E, then one of nothing
+
+
+def plan_reads(batch: Batch, block_size: int, dtype: torch.dtype) -> BlockReads:
+    """Plans attention of the sequences that decode.
+
+    If the full blocks make up at least half of the range in which they lie, and none has two readers, all blocks of the
+    range are read where they are, and what is computed of others is not used.
+    """
+    n = batch.num_decodes
+    lens_S, row_S = batch.seq_len_S[:n].long(), torch.arange(n)
+    num_full_S = (lens_S - 1) // block_size
+    table_SN = batch.block_table_SN[:n, : int(num_full_S.max()) + 1].long()
+    is_full_SN = torch.arange(table_SN.shape[1]) < num_full_S[:, None]
+    block_E, sequence_E = table_SN[is_full_SN], row_S.repeat_interleave(num_full_S)
+    blocks: slice | Tensor = block_E
+    entry_E = torch.arange(len(block_E))
+    if len(block_E):
+        first, last = (int(end) for end in block_E.aminmax())
+        if last - first < 2 * len(block_E) and int(block_E.bincount().max()) == 1:
+            blocks, entry_E = slice(first, last + 1), block_E - first
+            sequence_E = torch.zeros(last + 1 - first, dtype=torch.int64).index_copy_(0, entry_E, sequence_E)
+    part_SN = torch.full(table_SN.shape, n + len(sequence_E))
+    part_SN[is_full_SN] = n + entry_E
+    part_SN[row_S, num_full_S] = row_S
+    is_behind_SP = torch.arange(block_size) >= (lens_S - num_full_S * block_size)[:, None]
+    return BlockReads(
+        last_S=table_SN[row_S, num_full_S],
+        is_behind_S1P1=is_behind_SP[:, None, :, None],
+        bias_S11P=torch.zeros(n, 1, 1, block_size, dtype=dtype).masked_fill_(is_behind_SP[:, None, None], -torch.inf),
+        blocks=blocks,
+        sequence_E=sequence_E,
+        part_SN=part_SN,
+    )
+
+
+def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor:
+    """Computes attention [S, H, C] of one new token of each sequence: of each block first, then of all together."""
+    caches = cache.k_cache_BGPC, cache.v_cache_BGPC
+    q_SGhC = q_SHC.view(len(q_SHC), caches[0].shape[1], -1, q_SHC.shape[2])
+    last = (cache_BGPC[reads.last_S].masked_fill_(reads.is_behind_S1P1, 0) for cache_BGPC in caches)
+    found = [_attend(q_SGhC, *last, attn_mask=reads.bias_S11P.expand(-1, 1, q_SGhC.shape[2], -1))]
+    if isinstance(reads.blocks, slice):
+        found.append(_attend(q_SGhC[reads.sequence_E], *(cache_BGPC[reads.blocks] for cache_BGPC in caches)))
+    elif len(reads.blocks):
+        size = max(1, AT_ONCE // caches[0][0].numel())
+        for blocks, rows in zip(torch.split(reads.blocks, size), torch.split(reads.sequence_E, size), strict=True):
+            found.append(_attend(q_SGhC[rows], *(cache_BGPC[blocks] for cache_BGPC in caches)))
+    parts, logsums = (torch.cat(each) for each in zip(*found, strict=True))
+    weights = F.pad(logsums, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.part_SN].softmax(1)
+    parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))[reads.part_SN]
+    return (weights[..., None] * parts).sum(1).flatten(1, 2).to(q_SHC.dtype)
+
+
+# Returns attention and the logarithm of the sum of its weights; `scaled_dot_product_attention` returns the first alone.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def products_are_faster(dtype: torch.dtype) -> bool:
+    """Says whether attention by products is faster than torch's, which uses AMX but, on some processors, no AVX512."""
+    return multiplies(dtype) and has_avx512() and not has_amx()
+
+
+def attend_by_products(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, is_causal: bool) -> Tensor:
+    """Computes attention [T, H, C] of T tokens to S, by products that write scores, in float32.
+
+    is_causal: a token attends to itself and to what is before it, and the last of T is the last of S
+    """
+    (num_heads, num_queries, head_dim), (num_groups, seq_len, _) = q_HTC.shape, k_GSC.shape
+    q_GhTC = q_HTC.view(num_groups, -1, num_queries, head_dim)
+    y_TGhC = q_HTC.new_empty(num_queries, num_groups, num_heads // num_groups, head_dim)
+    size = max(1, AT_ONCE * num_groups // (num_heads * seq_len))
+    for first in range(0, num_queries, size):
+        rows = slice(first, min(first + size, num_queries))
+        end = seq_len - num_queries + rows.stop if is_causal else seq_len
+        for q_hTC, k_SC, v_SC, y_ThC in zip(q_GhTC, k_GSC, v_GSC, y_TGhC.unbind(1), strict=True):
+            q_hTC = q_hTC[:, rows].float() * head_dim**-0.5
+            scores_RS = onednn_product(q_hTC.reshape(-1, head_dim), k_SC[:end].float().contiguous(), None)
+            if is_causal:
+                num_new = rows.stop - first
+                later_TT = scores_RS.new_full((num_new, num_new), -torch.inf).triu_(1)
+                scores_RS.view(-1, num_new, end)[..., end - num_new :].add_(later_TT)
+            torch.softmax(scores_RS, -1, out=scores_RS)
+            y_RC = onednn_product(scores_RS.to(v_SC.dtype), v_SC[:end].t().contiguous(), None)
+            y_ThC[rows] = y_RC.view_as(q_hTC).transpose(0, 1)
+    return y_TGhC.flatten(1, 2)
