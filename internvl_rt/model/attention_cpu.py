@@ -104,7 +104,8 @@ def attend_by_products(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, is_causal
     for first in range(0, num_queries, size):
         rows = slice(first, min(first + size, num_queries))
         end = seq_len - num_queries + rows.stop if is_causal else seq_len
-        for q_hTC, k_SC, v_SC, y_ThC in zip(q_GhTC, k_GSC, v_GSC, y_TGhC.unbind(1), strict=True):
+        v_GCS = v_GSC[:, :end].transpose(1, 2).contiguous()
+        for q_hTC, k_SC, v_CS, y_ThC in zip(q_GhTC, k_GSC, v_GCS, y_TGhC.unbind(1), strict=True):
             q_hTC = q_hTC[:, rows].float() * head_dim**-0.5
             scores_RS = onednn_product(q_hTC.reshape(-1, head_dim), k_SC[:end].float().contiguous(), None)
             if is_causal:
@@ -112,6 +113,6 @@ def attend_by_products(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, is_causal
                 later_TT = scores_RS.new_full((num_new, num_new), -torch.inf).triu_(1)
                 scores_RS.view(-1, num_new, end)[..., end - num_new :].add_(later_TT)
             torch.softmax(scores_RS, -1, out=scores_RS)
-            y_RC = onednn_product(scores_RS.to(v_SC.dtype), v_SC[:end].t().contiguous(), None)
+            y_RC = onednn_product(scores_RS.to(v_CS.dtype), v_CS, None)
             y_ThC[rows] = y_RC.view_as(q_hTC).transpose(0, 1)
     return y_TGhC.flatten(1, 2)
