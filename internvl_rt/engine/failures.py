@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from errno import ENOMEM
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Says whether the memory of the host or of a device ran out; on the CPU, torch has no class for that."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == ENOMEM
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 

@@ -18,7 +18,7 @@ from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters, prepare_weights
+from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_cpu import cpu_ops
 from internvl_rt.model.ops_invariant import invariant_ops
@@ -53,7 +53,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     with memory_errors(target):
         if on_host:
             give_back_large_buffers()
-        weights = prepare_weights(ops, load(chosen, target))
+        weights = load(chosen, target, ops)
         if on_host:
             keep_large_buffers()
         memory = plan()
@@ -67,7 +67,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
 
 def _open(
     model: str | Path, revision: str | None, seed: int
-) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device], ModelWeights]]:
+) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device, Ops], ModelWeights]]:
     """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
     if is_random(model):
         if revision is not None:
@@ -76,7 +76,11 @@ def _open(
         with TemporaryDirectory() as scratch:
             write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
             tokenizer = load_tokenizer(Path(scratch))
-        return config, tokenizer, lambda dtype, device: random_weights(config, dtype=dtype, device=device, seed=seed)
+
+        def make(dtype: torch.dtype, device: torch.device, ops: Ops) -> ModelWeights:
+            return random_weights(config, dtype=dtype, device=device, seed=seed, ops=ops)
+
+        return config, tokenizer, make
     folder = resolve_model(model, revision=revision)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     if tokenizer.vocab_size > config.decoder.vocab_size:
@@ -86,8 +90,8 @@ def _open(
         )
     checkpoint = open_checkpoint(folder)
 
-    def load(dtype: torch.dtype, device: torch.device) -> ModelWeights:
-        return load_weights(checkpoint, config, dtype=dtype, device=device)
+    def load(dtype: torch.dtype, device: torch.device, ops: Ops) -> ModelWeights:
+        return load_weights(checkpoint, config, dtype=dtype, device=device, ops=ops)
 
     return config, tokenizer, load
 

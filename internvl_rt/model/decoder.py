@@ -26,9 +26,9 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     embedding_VD: Tensor
+    lm_head: Linear  # the largest weight is before the layers, so that they are not there yet while it is there twice
     layers: tuple[DecoderLayer, ...]
     norm: Norm
-    lm_head: Linear
 
 
 def rotary_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """The whole model as one value: configuration, weights and operations, with a pass over each tower."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
 from internvl_rt.model.linear import Linear, Norm
-from internvl_rt.model.ops import Ops
+from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
@@ -142,53 +142,54 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
         ),
         decoder=DecoderWeights(
             embedding_VD=embedding_VD,
+            lm_head=Linear(embedding_VD if d.tie_embeddings else empty(d.vocab_size, d.hidden_size), None),
             layers=tuple(decoder_layer(d) for _ in range(d.num_layers)),
             norm=norm(d.hidden_size, d.norm_eps, bias=False),
-            lm_head=Linear(embedding_VD if d.tie_embeddings else empty(d.vocab_size, d.hidden_size), None),
         ),
     )
 
 
-def prepare_weights(ops: Ops, weights: ModelWeights) -> ModelWeights:
-    """Returns the weights as a table of operations multiplies them fastest.
+def fill_weights(weights: ModelWeights, fill: Callable[[str, Tensor], None], ops: Ops = TORCH) -> ModelWeights:
+    """Fills every parameter, and returns the weights as a table of operations multiplies them fastest.
 
-    The memory of a weight that is replaced is freed at once, so that no more than one is there twice. The patch
-    embedding stays as it is, and so does an `lm_head` that is the embedding too.
+    fill: gets a dotted path, such as `decoder.layers.3.qkv.weight_NK`, and its parameter; a tied one only once
+
+    A weight is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
+    than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
+    stays as it is, and so does an `lm_head` that is the embedding too.
     """
-    prepared: ModelWeights = _prepare(weights, ops, weights.decoder.embedding_VD)
-    return prepared
-
-
-def _prepare(value: Any, ops: Ops, embedding_VD: Tensor) -> Any:
-    if isinstance(value, Linear):
-        prepared = value if value.weight_NK is embedding_VD else ops.prepare_linear(value)
-        if prepared.weight_NK is not value.weight_NK:
-            value.weight_NK.data = torch.empty(0)  # frees the memory that it had
-        return prepared
-    if isinstance(value, tuple):
-        return tuple(_prepare(item, ops, embedding_VD) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: getattr(value, field.name) for field in fields(value)}
-        return type(value)(
-            **{name: part if name == "patch" else _prepare(part, ops, embedding_VD) for name, part in parts.items()}
-        )
-    return value
-
-
-def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
-    """Returns all parameters by dotted path, such as `decoder.layers.3.qkv.weight_NK`; a tied tensor appears once."""
     seen: set[int] = set()
 
-    def walk(path: tuple[str, ...], value: Any) -> Iterator[tuple[str, Tensor]]:
+    def walk(path: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in seen:
                 seen.add(id(value))
-                yield ".".join(path), value
-        elif isinstance(value, tuple):
-            for index, item in enumerate(value):
-                yield from walk((*path, str(index)), item)
-        elif is_dataclass(value):
-            for field in fields(value):
-                yield from walk((*path, field.name), getattr(value, field.name))
+                fill(path, value)
+            return value
+        if isinstance(value, tuple):
+            return tuple(walk(f"{path}.{index}", item) for index, item in enumerate(value))
+        if not is_dataclass(value) or isinstance(value, type):
+            return value
+        below = f"{path}." if path else ""
+        parts = {field.name: walk(below + field.name, getattr(value, field.name)) for field in fields(value)}
+        filled = type(value)(**parts)
+        if not isinstance(filled, Linear) or path == "vision.patch":
+            return filled
+        return filled if filled.weight_NK is weights.decoder.embedding_VD else _prepare(filled, ops)
 
-    return dict(walk((), weights))
+    filled: ModelWeights = walk("", weights)
+    return filled
+
+
+def _prepare(linear: Linear, ops: Ops) -> Linear:
+    prepared = ops.prepare_linear(linear)
+    if prepared.weight_NK is not linear.weight_NK:
+        linear.weight_NK.data = torch.empty(0)  # frees the memory that it had
+    return prepared
+
+
+def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
+    """Returns all parameters by path, as `fill_weights` names them."""
+    found: dict[str, Tensor] = {}
+    fill_weights(weights, found.__setitem__)
+    return found

@@ -16,7 +16,8 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import read_original
 from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.errors import CheckpointError, ConfigError
-from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
+from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights
+from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.weights import DIALECTS, FLOATS, plan_tensors
 
 _ADDED_FROM = 151643  # the official id of the first added token
@@ -79,16 +80,17 @@ def write_random_checkpoint(
 
 
 def random_weights(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0, ops: Ops = TORCH
 ) -> ModelWeights:
     """Makes random weights on `device`, without a file or a copy, distributed as `write_random_checkpoint` says.
 
     What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
     """
-    weights = build_weights(config, dtype=dtype, device=device)
-    for path, parameter in named_parameters(weights).items():
+
+    def fill(path: str, parameter: Tensor) -> None:
         _fill(parameter, path, f"{seed} {path}")
-    return weights
+
+    return fill_weights(build_weights(config, dtype=dtype, device=device), fill, ops)
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:

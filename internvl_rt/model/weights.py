@@ -6,6 +6,7 @@ tensor is there. Loading copies along the plan, saving goes the other way.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -19,7 +20,8 @@ from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.find import MERGE_LORA
 from internvl_rt.checkpoint.folder import Checkpoint, some_of, write_tensors
 from internvl_rt.errors import CheckpointError, not_finite
-from internvl_rt.model.internvl import ModelWeights, build_weights, named_parameters
+from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights, named_parameters
+from internvl_rt.model.ops import TORCH, Ops
 
 # Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
 # the parameter's rows in this order. A path that ends at a linear or a norm stands for its weight and its bias.
@@ -176,9 +178,14 @@ def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
 
 
 def load_weights(
-    checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ops: Ops = TORCH,
 ) -> ModelWeights:
-    """Loads the checkpoint's weights in `dtype` on `device`.
+    """Loads the checkpoint's weights in `dtype` on `device`, as `ops` multiplies them fastest.
 
     Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
     before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers; and
@@ -188,14 +195,19 @@ def load_weights(
     config = _settle_tying(checkpoint, config, dialect)
     plan = plan_tensors(config, dialect)
     _check(checkpoint, config, dialect, plan)
-    weights = build_weights(config, dtype=dtype, device=device)
-    parameters = named_parameters(weights)
+    parts: dict[str, list[tuple[str, Placement]]] = defaultdict(list)  # of each parameter
+    for name, planned in plan.items():
+        for place in planned.placements:
+            parts[place.parameter].append((name, place))
     extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
-    for name in (name for name in checkpoint.entries if name in plan):
-        for place in plan[name].placements:
-            rows = parameters[place.parameter][place.start : place.stop]
+
+    def fill(path: str, parameter: Tensor) -> None:
+        for name, place in parts[path]:
+            rows = parameter[place.start : place.stop]
             checkpoint.read_into(name, rows, place.rows, place.columns)
             extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
+
+    weights = fill_weights(build_weights(config, dtype=dtype, device=device), fill, ops)
     is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
     broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
     if broken:

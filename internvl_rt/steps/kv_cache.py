@@ -5,6 +5,8 @@ Kernels find a sequence's tokens by its row of the block table and write new one
 offset`.
 """
 
+import math
+import mmap
 from collections.abc import Sequence as Items
 from contextlib import suppress
 
@@ -171,6 +173,9 @@ def plan_num_blocks(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy.zeros calls calloc: the system commits a page when it is first written. torch.zeros writes every page.
-    num_bytes = dtype.itemsize * int(np.prod(shape))
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+    # The system commits a page when it is first written, but torch.zeros writes every page. Pages are small, because
+    # the first token takes one for its keys in each layer, and one for its values; numpy.zeros asks for 2 MiB each.
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # of a system that has no large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -3,6 +3,7 @@
 import gc
 import re
 from contextlib import suppress
+from errno import ENOMEM
 
 import numpy as np
 import pytest
@@ -222,6 +223,7 @@ def test_what_the_system_does_not_tell_is_not_guessed(monkeypatch):
     "error",
     [
         MemoryError(),
+        OSError(ENOMEM, "Cannot allocate memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
     ],

@@ -17,9 +17,9 @@ from internvl_rt.kernels.qkv_rope_kv import _rotate
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.model import processor
 from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads
-from internvl_rt.model.internvl import InternVL, named_parameters, prepare_weights
+from internvl_rt.model.internvl import InternVL, ModelWeights, fill_weights, named_parameters
 from internvl_rt.model.linear import Linear
-from internvl_rt.model.ops import TORCH
+from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_cpu import CpuOps, cpu_ops, cpu_rms_norm, rotate, rotation_of
 from internvl_rt.model.products_cpu import float_product, half_product, onednn_product
 from internvl_rt.model.step_inputs import Batch, LayerCache
@@ -39,7 +39,12 @@ def prepared(model: InternVL, avx512: bool) -> InternVL:
     """Returns a model of the same weights with a table for CPUs. It is built anew, because packing frees weights."""
     ops = table(avx512)
     copy = build_model(model.config.vision, model.config.decoder, model.config.unshuffle)
-    return InternVL(copy.config, prepare_weights(ops, copy.weights), ops)
+    return InternVL(copy.config, prepare(ops, copy.weights), ops)
+
+
+def prepare(ops: Ops, weights: ModelWeights) -> ModelWeights:
+    """Returns weights, which are filled already, as a table multiplies them."""
+    return fill_weights(weights, lambda path, parameter: None, ops)
 
 
 def assert_near(actual: Tensor, expected: Tensor, most: float = 1e-5) -> None:
@@ -207,16 +212,37 @@ def test_packing_frees_each_weight_that_it_replaces_and_leaves_the_embedding(tie
     plain, shapes = model.weights, {path: tensor.shape for path, tensor in named_parameters(model.weights).items()}
     for parameter in named_parameters(plain).values():
         parameter.numpy()  # as reading a checkpoint does, after which torch does not resize the memory
-    packed = prepare_weights(table(avx512=True), plain)
+    packed = prepare(table(avx512=True), plain)
     assert {path: tensor.shape for path, tensor in named_parameters(packed).items()} == shapes
     assert packed.decoder.embedding_VD is plain.decoder.embedding_VD
     assert (packed.decoder.lm_head.weight_NK is packed.decoder.embedding_VD) == tied
     assert packed.decoder.embedding_VD.untyped_storage().nbytes() > 0
-    assert packed.vision.patch is plain.vision.patch
+    assert packed.vision.patch.weight_NK is plain.vision.patch.weight_NK
     for layer in (*plain.vision.layers, *plain.decoder.layers):
         assert layer.qkv.weight_NK.untyped_storage().nbytes() == 0
     assert all(layer.down.weight_NK.is_mkldnn for layer in packed.decoder.layers)
-    assert prepare_weights(TORCH, packed).vision.layers[0].fc1.weight_NK is packed.vision.layers[0].fc1.weight_NK
+    assert prepare(TORCH, packed).vision.layers[0].fc1.weight_NK is packed.vision.layers[0].fc1.weight_NK
+
+
+def test_a_weight_is_packed_once_it_is_filled_and_the_largest_one_before_the_layers_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a weight that is there twice is the only one, and there is little else when the lm_head is."""
+    weights, ops, events = build_model().weights, table(avx512=True), list[str]()
+
+    def prepare_linear(self: CpuOps, linear: Linear) -> Linear:
+        events.append("packed")
+        return linear
+
+    monkeypatch.setattr(CpuOps, "prepare_linear", prepare_linear)
+    fill_weights(weights, lambda path, parameter: events.append(path), ops)
+    filled = [path for path in events if path != "packed"]
+    assert sorted(filled) == sorted(named_parameters(weights))
+    for index, event in enumerate(events):
+        if event.endswith("weight_NK") and event != "vision.patch.weight_NK":
+            has_bias = event.replace("weight_NK", "bias_N") in events
+            assert events[index + 1 + has_bias] == "packed", event
+    assert filled.index("decoder.lm_head.weight_NK") < filled.index("decoder.layers.0.qkv.weight_NK")
 
 
 def test_oneDNN_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
