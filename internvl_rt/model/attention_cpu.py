@@ -106,13 +106,17 @@ def attend_by_products(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, is_causal
         end = seq_len - num_queries + rows.stop if is_causal else seq_len
         v_GCS = v_GSC[:, :end].transpose(1, 2).contiguous()
         for q_hTC, k_SC, v_CS, y_ThC in zip(q_GhTC, k_GSC, v_GCS, y_TGhC.unbind(1), strict=True):
-            q_hTC = q_hTC[:, rows].float() * head_dim**-0.5
-            scores_RS = onednn_product(q_hTC.reshape(-1, head_dim), k_SC[:end].float().contiguous(), None)
-            if is_causal:
-                num_new = rows.stop - first
-                later_TT = scores_RS.new_full((num_new, num_new), -torch.inf).triu_(1)
-                scores_RS.view(-1, num_new, end)[..., end - num_new :].add_(later_TT)
-            torch.softmax(scores_RS, -1, out=scores_RS)
-            y_RC = onednn_product(scores_RS.to(v_CS.dtype), v_CS, None)
-            y_ThC[rows] = y_RC.view_as(q_hTC).transpose(0, 1)
+            y_ThC[rows] = _attend_group(q_hTC[:, rows], k_SC[:end], v_CS, is_causal).transpose(0, 1)
     return y_TGhC.flatten(1, 2)
+
+
+def _attend_group(q_hTC: Tensor, k_SC: Tensor, v_CS: Tensor, is_causal: bool) -> Tensor:
+    """Computes attention [h, T, C] of the heads that share keys and values."""
+    head_dim, (num_new, seq_len) = k_SC.shape[1], (q_hTC.shape[1], len(k_SC))
+    q_RC = (q_hTC.float() * head_dim**-0.5).reshape(-1, head_dim)
+    scores_RS = onednn_product(q_RC, k_SC.float().contiguous(), None)
+    if is_causal:
+        later_TT = scores_RS.new_full((num_new, num_new), -torch.inf).triu_(1)
+        scores_RS.view(-1, num_new, seq_len)[..., seq_len - num_new :].add_(later_TT)
+    torch.softmax(scores_RS, -1, out=scores_RS)
+    return onednn_product(scores_RS.to(v_CS.dtype), v_CS, None).view_as(q_hTC)
