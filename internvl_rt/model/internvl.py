@@ -158,26 +158,23 @@ def fill_weights(weights: ModelWeights, fill: Callable[[str, Tensor], None], ops
     than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
     stays as it is, and so does an `lm_head` that is the embedding too.
     """
-    seen: set[int] = set()
+    filled: ModelWeights = _fill(weights, "", fill, ops, weights.decoder.embedding_VD)
+    return filled
 
-    def walk(path: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in seen:
-                seen.add(id(value))
-                fill(path, value)
-            return value
-        if isinstance(value, tuple):
-            return tuple(walk(f"{path}.{index}", item) for index, item in enumerate(value))
-        if not is_dataclass(value) or isinstance(value, type):
-            return value
-        below = f"{path}." if path else ""
-        parts = {field.name: walk(below + field.name, getattr(value, field.name)) for field in fields(value)}
-        filled = type(value)(**parts)
-        if not isinstance(filled, Linear) or path == "vision.patch":
-            return filled
-        return filled if filled.weight_NK is weights.decoder.embedding_VD else _prepare(filled, ops)
 
-    filled: ModelWeights = walk("", weights)
+def _fill(value: Any, path: str, fill: Callable[[str, Tensor], None], ops: Ops, embedding_VD: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        if value is not embedding_VD or path == "decoder.embedding_VD":
+            fill(path, value)
+        return value
+    if isinstance(value, tuple):
+        return tuple(_fill(item, f"{path}.{index}", fill, ops, embedding_VD) for index, item in enumerate(value))
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    below, parts = f"{path}." if path else "", {field.name: getattr(value, field.name) for field in fields(value)}
+    filled = type(value)(**{name: _fill(part, below + name, fill, ops, embedding_VD) for name, part in parts.items()})
+    if isinstance(filled, Linear) and filled.weight_NK is not embedding_VD and path != "vision.patch":
+        return _prepare(filled, ops)
     return filled
 
 

@@ -6,7 +6,6 @@ tensor is there. Loading copies along the plan, saving goes the other way.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -195,10 +194,10 @@ def load_weights(
     config = _settle_tying(checkpoint, config, dialect)
     plan = plan_tensors(config, dialect)
     _check(checkpoint, config, dialect, plan)
-    parts: dict[str, list[tuple[str, Placement]]] = defaultdict(list)  # of each parameter
+    parts: dict[str, list[tuple[str, Placement]]] = {}  # of each parameter
     for name, planned in plan.items():
         for place in planned.placements:
-            parts[place.parameter].append((name, place))
+            parts.setdefault(place.parameter, []).append((name, place))
     extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
 
     def fill(path: str, parameter: Tensor) -> None:

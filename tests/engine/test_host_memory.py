@@ -70,7 +70,7 @@ def test_this_machine_has_some_memory_free():
     assert free is None or free > MIB
 
 
-REPLACE_WEIGHTS = """
+FREE_TENSORS = """
 import torch
 from internvl_rt.engine import host_memory
 
@@ -80,9 +80,8 @@ def resident() -> int:
 
 host_memory.{call}()
 before = resident()
-layers = [[torch.ones(1 << 20), torch.ones(1 << 10)] for _ in range(64)]
-for layer in layers:
-    layer[0] = torch.ones((1 << 20) + (1 << 12))
+tensors = [torch.ones(1 << 20) for _ in range(32)]
+del tensors
 print(resident() - before)
 """
 
@@ -90,11 +89,11 @@ print(resident() - before)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 @pytest.mark.parametrize(
     ("call", "least", "most"),
-    [("give_back_large_buffers", 250, 290), ("keep_large_buffers", 310, 600)],
+    [("give_back_large_buffers", 0, 32), ("keep_large_buffers", 96, 160)],
     ids=["given-back", "kept"],
 )
-def test_whether_memory_of_weights_that_larger_ones_replace_is_given_back(call: str, least: int, most: int) -> None:
-    """64 of 4 MiB, with small ones between them: 256 MiB if all is given back, about 350 if what is freed is kept."""
-    program = REPLACE_WEIGHTS.format(call=call)
+def test_whether_memory_that_is_freed_is_given_back(call: str, least: int, most: int) -> None:
+    """Of 128 MiB."""
+    program = FREE_TENSORS.format(call=call)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert least <= int(ended.stdout) <= most
