@@ -77,6 +77,10 @@ def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor
         size = max(1, AT_ONCE // caches[0][0].numel())
         for blocks, rows in zip(torch.split(reads.blocks, size), torch.split(reads.sequence_E, size), strict=True):
             found.append(_attend(q_SGhC[rows], *(cache_BGPC[blocks] for cache_BGPC in caches)))
+    if len(found) == 1:
+        ((y_SGhC, _),) = found
+        y_SHC: Tensor = y_SGhC.flatten(1, 2)
+        return y_SHC
     parts, logsums = (torch.cat(each) for each in zip(*found, strict=True))
     weights = F.pad(logsums, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.part_SN].softmax(1)
     parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))[reads.part_SN]

@@ -15,6 +15,7 @@ from internvl_rt.model.processor import has_avx512, multiplies
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x W^T + b
 
 MKL_ROWS = 256  # with AVX2, up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by a quarter
+SMALL_WEIGHT = 1 << 16  # numbers, which MKL has often multiplied before oneDNN begins, 9 us after it is called
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
 COPIED = 4 << 20  # so many weights are copied at once
@@ -26,7 +27,9 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def pack(weight_NK: Tensor) -> Tensor:
-    """Lays a weight out anew. Only oneDNN's products take the result."""
+    """Lays a weight out anew, but not a small one. Only oneDNN's products take the result."""
+    if weight_NK.numel() <= SMALL_WEIGHT:
+        return weight_NK
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, PACKED_ROWS)
     return packed
 
@@ -44,9 +47,10 @@ def onednn_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tenso
 
 
 def float_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Multiplies in float32: many rows by MKL, which `linear` calls, if it is faster."""
-    few = x.numel() <= MKL_ROWS * x.shape[-1]
-    return onednn_product(x, weight_NK, bias_N) if few or has_avx512() else F.linear(x, weight_NK, bias_N)
+    """Multiplies in float32: a small weight by MKL, which `linear` calls, and many rows if it is faster."""
+    many = x.numel() > MKL_ROWS * x.shape[-1] and not has_avx512()
+    by_mkl = many or weight_NK.numel() <= SMALL_WEIGHT
+    return F.linear(x, weight_NK, bias_N) if by_mkl else onednn_product(x, weight_NK, bias_N)
 
 
 def half_product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -21,13 +21,19 @@ from internvl_rt.model.internvl import InternVL, ModelWeights, fill_weights, nam
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_cpu import CpuOps, cpu_ops, cpu_rms_norm, rotate, rotation_of
-from internvl_rt.model.products_cpu import float_product, half_product, onednn_product
+from internvl_rt.model.products_cpu import float_product, half_product, onednn_product, pack
 from internvl_rt.model.step_inputs import Batch, LayerCache
 from support.forward import all_logits
 from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not processor.runs_onednn(), reason="oneDNN has no products for this processor")
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the models below are multiplied as those of real models are."""
+    monkeypatch.setattr("internvl_rt.model.products_cpu.SMALL_WEIGHT", 0)
 
 
 def table(avx512: bool) -> CpuOps:
@@ -178,6 +184,20 @@ def test_products_of_few_and_of_many_rows_agree_with_float64(num_rows: int) -> N
     x, weight, bias = torch.randn(num_rows, 96), torch.randn(40, 96), torch.randn(40)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(float_product(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("num_outputs", "is_small"), [(40, True), (41, False)])
+def test_a_small_weight_stays_as_it_is_and_is_multiplied_by_mkl(
+    num_outputs: int, is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("internvl_rt.model.products_cpu.SMALL_WEIGHT", 40 * 96)
+    monkeypatch.setattr("internvl_rt.model.products_cpu.onednn_product", lambda *args: calls.append(args))
+    weight = torch.randn(num_outputs, 96)
+    float_product(torch.randn(3, 96), weight, None)
+    assert len(calls) == (0 if is_small else 1)
+    assert (pack(weight) is weight) == is_small
 
 
 @torch.inference_mode()
