@@ -13,6 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def attend_by_torch(q_HLC: Tensor, k_GSC: Tensor, v_GSC: Tensor) -> Tensor:
+    """Computes causal attention [L, H, C] of the last L of a sequence's S tokens."""
+    num_queries, seq_len = q_HLC.shape[1], k_GSC.shape[1]
+    whole = num_queries == seq_len
+    mask = None
+    if not whole and num_queries > 1:  # a prefill chunk that follows a cached prefix
+        mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
+    q, k, v = q_HLC[None], k_GSC[None], v_GSC[None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0].transpose(0, 1)
+
+
 def paged_attention_reference(
     q_THC: Tensor,
     k_cache_BGPC: Tensor,
@@ -21,11 +32,11 @@ def paged_attention_reference(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     *,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend_by_torch,
 ) -> Tensor:
     """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length.
 
-    attend: of a sequence, computes [L, H, C] of q [H, L, C], and of k and v [G, S, C]; by default torch's attention
+    attend: computes what `attend_by_torch` does
     """
     block_size = k_cache_BGPC.shape[2]
     out_THC = torch.zeros_like(q_THC)
@@ -39,15 +50,5 @@ def paged_attention_reference(
             cache_BGPC.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :seq_len]
             for cache_BGPC in (k_cache_BGPC, v_cache_BGPC)
         )
-        out_THC[first:last] = (attend or _attend)(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC)
+        out_THC[first:last] = attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC)
     return out_THC
-
-
-def _attend(q_HLC: Tensor, k_GLC: Tensor, v_GLC: Tensor) -> Tensor:
-    num_queries, seq_len = q_HLC.shape[1], k_GLC.shape[1]
-    whole = num_queries == seq_len
-    mask = None
-    if not whole and num_queries > 1:  # a prefill chunk that follows a cached prefix
-        mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q_HLC.device).tril(seq_len - num_queries)
-    q, k, v = q_HLC[None], k_GLC[None], v_GLC[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)[0].transpose(0, 1)

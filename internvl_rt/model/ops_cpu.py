@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.errors import RequestError
-from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels._paged_attention import attend_by_torch, paged_attention_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import tile_tokens
 from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads, products_are_faster
@@ -25,6 +25,8 @@ from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.processor import runs_onednn
 from internvl_rt.model.products_cpu import Product, pack, packs, product_of
 from internvl_rt.model.step_inputs import Batch, LayerCache
+
+FEW_SCORES = 1 << 13  # of a head, which torch's attention has computed before oneDNN's products have begun
 
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ class CpuOps(Ops):
             if n == num_seqs:
                 return decoded_SHC
         where = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-        attend = partial(attend_by_products, is_causal=True) if self.attends_by_products else None
+        attend = attend_prompt if self.attends_by_products else attend_by_torch
         y_THC = paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, attend=attend)
         if decoded_SHC is not None:
             y_THC[:n] = decoded_SHC
@@ -130,6 +132,13 @@ class CpuOps(Ops):
             known = self._of_step[name] = of, compute()
         value: T = known[1]
         return value
+
+
+def attend_prompt(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor) -> Tensor:
+    """Computes causal attention [T, H, C] of the last T of a sequence's S tokens, by products if there are many."""
+    if q_HTC.shape[1] * k_GSC.shape[1] <= FEW_SCORES:
+        return attend_by_torch(q_HTC, k_GSC, v_GSC)
+    return attend_by_products(q_HTC, k_GSC, v_GSC, is_causal=True)
 
 
 def rotation_of(position_T: Tensor, inv_freq_C: Tensor) -> Rotation:

@@ -12,7 +12,7 @@ from torch import Tensor
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, VisionConfig, load_config
 from internvl_rt.engine.loading import choose_dtype
-from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels._paged_attention import attend_by_torch, paged_attention_reference
 from internvl_rt.kernels.qkv_rope_kv import _rotate
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.model import processor
@@ -20,7 +20,7 @@ from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, p
 from internvl_rt.model.internvl import InternVL, ModelWeights, fill_weights, named_parameters
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.ops_cpu import CpuOps, cpu_ops, cpu_rms_norm, rotate, rotation_of
+from internvl_rt.model.ops_cpu import CpuOps, attend_prompt, cpu_ops, cpu_rms_norm, rotate, rotation_of
 from internvl_rt.model.products_cpu import float_product, half_product, onednn_product, pack
 from internvl_rt.model.step_inputs import Batch, LayerCache
 from support.forward import all_logits
@@ -31,9 +31,10 @@ pytestmark = pytest.mark.skipif(not processor.runs_onednn(), reason="oneDNN has 
 
 
 @pytest.fixture(autouse=True)
-def no_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the models below are multiplied as those of real models are."""
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models below are computed as real ones are."""
     monkeypatch.setattr("internvl_rt.model.products_cpu.SMALL_WEIGHT", 0)
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.FEW_SCORES", 0)
 
 
 def table(avx512: bool) -> CpuOps:
@@ -184,6 +185,22 @@ def test_products_of_few_and_of_many_rows_agree_with_float64(num_rows: int) -> N
     x, weight, bias = torch.randn(num_rows, 96), torch.randn(40, 96), torch.randn(40)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(float_product(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("num_queries", "by_products"), [(1, False), (5, False), (6, True)])
+def test_few_scores_are_torchs(num_queries: int, by_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q_HTC, k_GSC, v_GSC = torch.randn(4, num_queries, 16), torch.randn(2, 20, 16), torch.randn(2, 20, 16)
+    expected, calls = attend_by_torch(q_HTC, k_GSC, v_GSC), []
+
+    def count(*args: Tensor, is_causal: bool) -> Tensor:
+        calls.append(args)
+        return attend_by_products(*args, is_causal=is_causal)
+
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.FEW_SCORES", 100)
+    monkeypatch.setattr("internvl_rt.model.ops_cpu.attend_by_products", count)
+    torch.testing.assert_close(attend_prompt(q_HTC, k_GSC, v_GSC), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == by_products
 
 
 @torch.inference_mode()
