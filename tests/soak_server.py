@@ -57,7 +57,16 @@ class ServerProcess:
     def __init__(self, key_file: Path) -> None:
         key_file.write_text(KEY)
         options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-        command = [sys.executable, "-m", "internvl_rt", "serve", "tiny", "--no-page", f"--api-keys-file={key_file}"]
+        command = [
+            sys.executable,
+            "-m",
+            "internvl_rt",
+            "serve",
+            "tiny",
+            "--dtype=float32",
+            "--no-page",
+            f"--api-keys-file={key_file}",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
