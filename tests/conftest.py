@@ -1,5 +1,6 @@
 """Chooses the tests that run: a plain `pytest` runs the quick ones, `-m slow` runs the others."""
 
+import gc
 import os
 import shutil
 import signal
@@ -77,6 +78,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in set(unable)]
     if hasattr(config, "workeroutput"):  # one of several processes, whose last line nobody sees
         config.workeroutput["num_deselected"] = len(unable)
+
+
+def pytest_collection_finish() -> None:
+    """Hides the imported modules and the collected tests, which live to the end, from the garbage collector: many tests
+    run it, and it would search them for half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
