@@ -92,7 +92,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with CudaMode():
             return func.decompose(*args, **kwargs)
     if kwargs.pop("pin_memory", None):
-        return pinned(func(*args, **kwargs))
+        made = func(*args, **kwargs)
+        return pinned(made.zero_() if packet in EMPTY else made)  # a token that is never drawn must be valid
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     on_device = [leaf for leaf in given if isinstance(leaf, DeviceTensor)]
     target = kwargs.get("device")
