@@ -43,6 +43,7 @@ OPTIONS = {
     "idle-timeout-s": IDLE_S,
     "keep-alive-s": 0.2,
     "drain-s": DRAIN_S,
+    "dtype": "float32",  # rounding to bfloat16 may change an answer with what runs beside it
     "max-model-len": 1024,
     "max-num-seqs": 8,
     "max-waiting": 32,
@@ -57,16 +58,7 @@ class ServerProcess:
     def __init__(self, key_file: Path) -> None:
         key_file.write_text(KEY)
         options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-        command = [
-            sys.executable,
-            "-m",
-            "internvl_rt",
-            "serve",
-            "tiny",
-            "--dtype=float32",
-            "--no-page",
-            f"--api-keys-file={key_file}",
-        ]
+        command = [sys.executable, "-m", "internvl_rt", "serve", "tiny", "--no-page", f"--api-keys-file={key_file}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []

@@ -171,7 +171,8 @@ def _fill(value: Any, path: str, fill: Callable[[str, Tensor], None], ops: Ops, 
         return tuple(_fill(item, f"{path}.{index}", fill, ops, embedding_VD) for index, item in enumerate(value))
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    below, parts = f"{path}." if path else "", {field.name: getattr(value, field.name) for field in fields(value)}
+    below = f"{path}." if path else ""
+    parts = {field.name: getattr(value, field.name) for field in fields(value)}
     filled = type(value)(**{name: _fill(part, below + name, fill, ops, embedding_VD) for name, part in parts.items()})
     if isinstance(filled, Linear) and filled.weight_NK is not embedding_VD and path != "vision.patch":
         return _prepare(filled, ops)

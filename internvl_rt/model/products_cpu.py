@@ -15,9 +15,7 @@ from internvl_rt.model.processor import has_avx512, multiplies
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, W and b: x W^T + b
 
 MKL_ROWS = 256  # with AVX2, up to so many rows of float32 oneDNN is faster than MKL; with more MKL is, by a quarter
-SMALL_WEIGHT = (
-    1 << 16
-)  # numbers of float32, which MKL has often multiplied before oneDNN begins, 9 us after it is called
+SMALL_WEIGHT = 1 << 16  # numbers of float32; oneDNN begins 9 us after a call, when MKL has often ended
 PACKED_ROWS = 16  # the number of rows that packed weights are told to expect; the format is the same from 2 rows on
 FEW_ROWS = 16  # of half precision that torch multiplies fast enough on a processor that cannot
 COPIED = 4 << 20  # so many weights are copied at once

@@ -93,7 +93,7 @@ print(resident() - before)
     ids=["given-back", "kept"],
 )
 def test_whether_memory_that_is_freed_is_given_back(call: str, least: int, most: int) -> None:
-    """Of 128 MiB."""
+    """128 MiB are freed; the limits are MiB that are left."""
     program = FREE_TENSORS.format(call=call)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert least <= int(ended.stdout) <= most
