@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from document import DocumentError, load, rows_of
 from options import exit_with
+
+from internvl_rt.bench.document import DocumentError, load, rows_of
 
 SAME = ("device", "device_kind", "driver", "torch", "triton", "num_threads")  # a difference in one of these is printed
 DECISIVE = ("device", "device_kind")

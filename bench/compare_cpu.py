@@ -42,9 +42,9 @@ import torch
 from compare_transformers import QUICK, TURNS, write_folders
 from cpu_page import show, write_page
 from cpu_runtimes import IMAGE, Inputs
-from document import save
 from options import count, exit_with, seconds
 
+from internvl_rt.bench.document import save
 from internvl_rt.bench.record import environment
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
 from internvl_rt.inputs.prompt import build_prompt

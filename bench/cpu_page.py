@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from document import DocumentError, load
 from options import exit_with
 from report import table
+
+from internvl_rt.bench.document import DocumentError, load
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]

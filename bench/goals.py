@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from document import rows_of
+from internvl_rt.bench.document import rows_of
 
 Document = Mapping[str, Any]
 Row = dict[str, Any]

@@ -33,13 +33,14 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "csrc"))
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "csrc")]  # nothing may be installed
 import cmake_build
-from document import DOCUMENT, DocumentError, check, save
 from options import exit_with, seconds
 from parts import CALLS, ROOT, NotRunError, Output, Part, build_parts, choose
 from plain_build import build_in_place
 from proof import BAD, mark
+
+from internvl_rt.bench.document import DOCUMENT, DocumentError, check, save
 
 LEAST_S = 5.0  # Python alone needs this long to start
 GRACE_S = 10.0  # seconds between the request to stop and the end
@@ -231,10 +232,10 @@ def check_build() -> None:
         install_package()
         importlib.invalidate_caches()
     import torch
-    from timing import result_document
 
     import internvl_rt._C
     import internvl_rt.engine.engine
+    from internvl_rt.bench.record import result_document
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.randn(64, 64, device=device)

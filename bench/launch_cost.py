@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from internvl_rt.kernels._check import arguments_of
 from internvl_rt.kernels._launch import run
+from internvl_rt.kernels.catalogue import discover_specs
 from support.fake_driver import TARGET, fake_environment, use_fake_driver
-from support.specs import arguments_of, discover_specs, smallest_model_case
+from support.specs import smallest_model_case
 
 ROUNDS, CALLS = 5, 200
 

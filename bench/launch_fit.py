@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from document import DocumentError, rows_of
-from kernel_cases import engine_products
 from launch_model import Device, predict
 from step_plans import Operation, Step, decode_step, planned, prompt_step
 
+from internvl_rt.bench.document import DocumentError, rows_of
+from internvl_rt.bench.kernel_cases import engine_products
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels.decode_attention import SPEC as DECODE_ATTENTION
 from internvl_rt.kernels.embed_tokens import SPEC as EMBED_TOKENS

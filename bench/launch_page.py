@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from document import load
 from launch_fit import FITTED, READ, Observation, observations_of, summary
 from launch_model import Device
 from step_plans import Step, decode_step, prompt_step
+
+from internvl_rt.bench.document import load
 
 RESULTS = Path(__file__).with_name("results")
 SMALL, LARGE = "InternVL3-1B", "InternVL3-8B"

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from document import DocumentError, load
 from launch_fit import FITTED, READ, fit, observations_of, read_roofline, summary
 from launch_model import COSTS, Device, load_devices, save_devices
 from launch_page import RESULTS, milliseconds, render
 from options import count
 from step_plans import Step, decode_step, kernel_name, prompt_step
 
+from internvl_rt.bench.document import DocumentError, load
 from internvl_rt.checkpoint.config import KNOWN_MODELS
 
 

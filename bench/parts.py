@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from document import DocumentError, parse, parse_last_line
 from proof import AGREEMENT, CONTRACT, DECODER, VISION
+
+from internvl_rt.bench.document import DocumentError, parse, parse_last_line
 
 ROOT = Path(__file__).parent.parent
 SANITIZER_ERRORS = 86  # compute-sanitizer is asked to exit with this code if it finds an error
@@ -168,8 +169,11 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
     def script(name: str, *options: str) -> tuple[str, ...]:
         return (python, f"bench/{name}.py", *options)
 
+    def measure(what: str, *options: str) -> tuple[str, ...]:
+        return (python, "-m", "internvl_rt", "bench", what, *options)
+
     def bench(what: str, model: str, *options: str) -> tuple[str, ...]:
-        return (python, "-m", "internvl_rt", "bench", what, model, *budget, *quick, *options) if model else ()
+        return measure(what, model, *budget, *quick, *options) if model else ()
 
     def step(*options: str) -> tuple[str, ...]:
         return () if cpu else script("step_kernels", *options)
@@ -224,7 +228,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             read=read_sanitizer,
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # torch's cache would hide accesses out of bounds
         ),
-        Part("roofline", "roofline", 18, script("roofline", *quick), times=False),
+        Part("roofline", "roofline", 18, measure("roofline", *quick), times=False),
         experiment("plain"),
         *(experiment(name, name) for name in EXPERIMENTS),
         experiment("all_experiments", *EXPERIMENTS),
@@ -255,7 +259,7 @@ def build_parts(*, cpu: bool, select: str | None) -> tuple[Part, ...]:
             "rows_1b", "kernels", 10, () if cpu else script("rows", *budget),
             calls=(first,), absent=no_device, times=False,
         ),
-        Part("kernels", "kernels", 90, script("kernel_table", *budget, "--no-compile", *quick), calls=(first, third)),
+        Part("kernels", "kernels", 90, measure("kernels", *budget, "--no-compile", *quick), calls=(first, third)),
         Part(
             "compare_transformers", "compare_transformers", 100, compare(),
             calls=(third,), absent="no package transformers", read=read_comparison, uses=both,

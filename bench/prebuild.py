@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 import triton
-from kernel_cases import Work, dtype_name, first_line, real_work
 from options import count, seconds
-from timing import result_document
 from triton.backends.nvidia.driver import CudaDriver
 from tune_candidates import TUNED
 
+from internvl_rt.bench.kernel_cases import Work, dtype_name, first_line, real_work
+from internvl_rt.bench.record import result_document
+from internvl_rt.kernels._check import arguments_of
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of, target_of
-from support.specs import arguments_of, discover_specs
+from internvl_rt.kernels.catalogue import discover_specs
 
 WHAT = ("models", "contract", "tune")
 META = torch.device("meta")

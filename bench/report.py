@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from document import DocumentError, load, rows_of
 from goals import CARDS, GOALS
 from options import exit_with
 from proof import AGREEMENT, CONTRACT, unproven_operations
-from roofs import Roof, measured_roof
+
+from internvl_rt.bench.document import DocumentError, load, rows_of
+from internvl_rt.bench.roofs import Roof, measured_roof
 
 Document = Mapping[str, Any]
 Row = dict[str, Any]
@@ -251,7 +252,7 @@ def main() -> int:
     pictures: list[Path] = []
     if not args.no_plots:
         if find_spec("matplotlib"):
-            from plots import draw_all
+            from internvl_rt.bench.plots import draw_all
 
             pictures = draw_all(document, args.file)
         else:

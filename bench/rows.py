@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_cases import MAX_SETS, ROTATED_BYTES, dtype_name
 from options import device, seconds
-from timing import result_document, time_variants
 from torch import Tensor
+
+from internvl_rt.bench.kernel_cases import MAX_SETS, ROTATED_BYTES, dtype_name
+from internvl_rt.bench.record import result_document
+from internvl_rt.bench.timing import time_variants
 
 LAYER = {"qkv": (3072, 1024), "out": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)}  # N, K
 TILES, PATCHES = (1, 13), 1024

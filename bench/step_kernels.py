@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from options import count
-from timing import result_document
 from torch.profiler import ProfilerActivity, profile
 
 from internvl_rt import Engine, SamplingParams
 from internvl_rt.bench.arguments import add_experiments
 from internvl_rt.bench.prompts import Prompter
+from internvl_rt.bench.record import result_document
 
 Kernel = tuple[str, float, float]  # name, start, end in microseconds
 

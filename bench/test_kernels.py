@@ -3,8 +3,8 @@
     pytest bench/test_kernels.py --benchmark-only [-k gemv] [--benchmark-save NAME]
 
 pytest-benchmark's own columns show the wall time of one eager launch with the wait for its end: what a caller in Python
-sees. `extra_info` has the device's time by bench/timing.py, as in kernel_table.py, with rates, the share of the
-measured roof and the alternatives. Without a GPU the references run, on small cases.
+sees. `extra_info` has what `internvl-rt bench kernels` measures: the device's time, rates, the share of the measured
+roof and the alternatives. Without a GPU the references run, on small cases.
 """
 
 import sys
@@ -17,9 +17,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_cases import Work, build_launch, make_rotated_inputs, plan_work
-from kernel_table import Limits, measure
-from roofline import measure_roofline
+from internvl_rt.bench.kernel_cases import Work, build_launch, make_rotated_inputs, plan_work
+from internvl_rt.bench.kernels import Limits, measure
+from internvl_rt.bench.roofline import measure_roofline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMPILING_S = 300.0  # seconds for the alternatives of all tests together

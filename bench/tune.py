@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from kernel_cases import Work, compare, first_line, make_rotated_inputs, poisoned_like, run_reference
 from options import seconds
-from timing import Timing, result_document, time_variants
 from tune_candidates import TUNED, Key, Plans, Tuned
 from tune_plans import RECOMMENDED, sweep_launches
 from tune_table import attention_entries, measured_on, product_entries, projection_entries, write_table
 
+from internvl_rt.bench.kernel_cases import Work, compare, first_line, make_rotated_inputs, poisoned_like, run_reference
+from internvl_rt.bench.record import result_document
+from internvl_rt.bench.timing import Timing, time_variants
 from internvl_rt.kernels._launch import TARGETS, Target, target_of
 from internvl_rt.kernels._plans import FOLDER
 

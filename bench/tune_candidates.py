@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from kernel_cases import PREFILL_ROWS, Work, importance, real_work
-
+from internvl_rt.bench.kernel_cases import PREFILL_ROWS, Work, importance, real_work
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._launch import Target
 from internvl_rt.kernels._plans import (
@@ -20,8 +19,8 @@ from internvl_rt.kernels._plans import (
     projection_tilings,
     tilings,
 )
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.kernels.vit_attention import default_plan
-from support.specs import discover_specs
 
 REGISTERS = 65536  # registers of a multiprocessor; a thread has at most 256 of them
 TILES = (13, 1, 4)  # of a large picture, a small one, and one between; the most important first

@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from kernel_cases import (
+
+from internvl_rt.bench.kernel_cases import (
     Work,
     compare,
     first_line,
@@ -19,11 +20,10 @@ from kernel_cases import (
     real_work,
     run_reference,
 )
-from timing import Timing, time_variants
-
+from internvl_rt.bench.timing import Timing, time_variants
 from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
 from internvl_rt.kernels._launch import run, target_of
-from support.specs import discover_specs
+from internvl_rt.kernels.catalogue import discover_specs
 
 RECOMMENDED = ("gemv", "gemv_qkv", "decode_attention", "prefill_attention")
 MOST_IMPORTANT = 4  # classes of importance that are swept

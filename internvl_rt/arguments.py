@@ -27,9 +27,13 @@ class Parser(argparse.ArgumentParser):
             print(message, end="", file=file or sys.stderr)
 
 
-def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
     devices = "cpu, cuda, cuda:1 ... (default: cuda where there is one)"
     parser.add_argument("--device", type=_device, default="auto", help=devices)
+
+
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    add_device(parser)
     dtypes = "float32, bfloat16 or float16 (default: by device)"
     parser.add_argument("--dtype", type=_dtype, default="auto", help=dtypes)
 

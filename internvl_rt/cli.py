@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | serve | info | doctor | bench | write-random`. Each imports what it needs."""
+"""The command line: `internvl-rt chat | serve | info | doctor | kernels | bench | write-random`."""
 
 import argparse
 import json
@@ -117,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="one JSON document, for programs")
 
+    kernels = commands.add_parser(
+        "kernels",
+        help="the catalogue of kernels",
+        description="Lists the operations that have a kernel; of those named, what each computes and how it is called.",
+    )
+    kernels.set_defaults(run=_kernels)
+    kernels.add_argument("patterns", metavar="NAME", nargs="*", help="operations, with * and ? perhaps")
+    kernels.add_argument("--json", action="store_true", help="one JSON document, for programs")
+
     add_bench(commands)
 
     # Its own parser makes its arguments from options whose module needs torch.
@@ -172,6 +181,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from internvl_rt.doctor.command import run
 
     return run(as_json=args.json)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    with importing():
+        from internvl_rt.kernel_list import run
+    return run(args)
 
 
 def _write_random(args: argparse.Namespace) -> int:

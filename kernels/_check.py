@@ -2,8 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +10,6 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
 
 POISON = 0x5A  # integer results are filled with this before the launch: elements that a kernel does not write show
-
-
-def discover_specs() -> dict[str, KernelSpec]:
-    """Returns the `SPEC` of every operation by its file's name."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-    modules = {name: import_module(f"internvl_rt.kernels.{name}") for name in names}
-    return {name: module.SPEC for name, module in modules.items() if hasattr(module, "SPEC")}
 
 
 def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

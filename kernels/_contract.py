@@ -94,6 +94,7 @@ class KernelSpec:
     """
 
     name: str
+    used_by: str  # which part of which models calls it, for the catalogue
     reference: Callable[..., Any]
     plan: Callable[..., tuple[Launch, ...]]
     launcher: Callable[..., Any]

@@ -104,10 +104,15 @@ def _with_scratch(start: Callable[[], object], device: torch.device) -> None:
     start()
 
 
+def is_interpreted() -> bool:
+    """Says whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1), on tensors of any device."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 @cache
 def target_of(device: torch.device) -> Target:
     """Describes the GPU `device`. Raises ValueError for a device on which the kernels cannot run."""
-    if triton.knobs.runtime.interpret:
+    if is_interpreted():
         return Target(90, 132, interpreted=True)
     if device.type != "cuda":
         raise ValueError(f"device: expected a CUDA device, got {device}")

@@ -152,6 +152,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
 
 SPEC = KernelSpec(
     name="add_norm",
+    used_by="every vision tower: after both residual branches of a layer",
     reference=add_norm_reference,
     plan=plan_add_norm,
     launcher=add_norm,

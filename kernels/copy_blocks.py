@@ -127,6 +127,7 @@ def _case(name: str, pairs: int, layers: int, groups: int, places: int, channels
 
 SPEC = KernelSpec(
     name="copy_blocks",
+    used_by="the KV cache of every model: when answers to one prompt begin to differ (copy on write)",
     reference=copy_blocks_reference,
     plan=plan_copy_blocks,
     launcher=copy_blocks,

@@ -356,6 +356,7 @@ def _model_case(name: str, batch: int, context: int) -> Case:
 
 SPEC = KernelSpec(
     name="decode_attention",
+    used_by="every decoder: each layer of a decode step",
     reference=decode_attention_reference,
     plan=plan_decode_attention,
     launcher=decode_attention,

@@ -150,6 +150,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 SPEC = KernelSpec(
     name="embed_tokens",
+    used_by="every decoder: the start of each step",
     reference=embed_tokens_reference,
     plan=plan_embed_tokens,
     launcher=embed_tokens,

@@ -336,6 +336,7 @@ def _model_cases() -> Iterator[Case]:
 
 SPEC = KernelSpec(
     name="gemm_epilogue",
+    used_by="every vision tower: its products; every decoder: products of prompts and of more than 16 rows",
     reference=gemm_epilogue_reference,
     plan=plan_gemm_epilogue,
     launcher=gemm_epilogue,

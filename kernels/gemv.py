@@ -338,6 +338,7 @@ def _model_cases() -> Iterator[Case]:
 
 SPEC = KernelSpec(
     name="gemv",
+    used_by="every decoder: products of a step of up to 16 rows",
     reference=gemv_reference,
     plan=plan_gemv,
     launcher=gemv,

@@ -226,6 +226,7 @@ def _model_cases() -> Iterator[Case]:
 
 SPEC = KernelSpec(
     name="gemv_qkv",
+    used_by="decoders without norms on q and k (Qwen2, InternLM2, Llama): the head of each layer, up to 16 rows",
     reference=gemv_qkv_reference,
     plan=plan_gemv_qkv,
     launcher=gemv_qkv,

@@ -115,6 +115,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 SPEC = KernelSpec(
     name="layer_norm",
+    used_by="InternViT-300M: the first norm of the tower",
     reference=layer_norm_reference,
     plan=plan_layer_norm,
     launcher=layer_norm,

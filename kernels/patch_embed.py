@@ -262,6 +262,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
 
 SPEC = KernelSpec(
     name="patch_embed",
+    used_by="every vision tower: its start",
     reference=patch_embed_reference,
     plan=plan_patch_embed,
     launcher=patch_embed,

@@ -240,6 +240,7 @@ PREFIXES = (3392, 8192, 32704)  # cached tokens before a question: a picture of 
 
 SPEC = KernelSpec(
     name="prefill_attention",
+    used_by="every decoder: each layer of a prompt's chunk; with batch_invariant every step",
     reference=prefill_attention_reference,
     plan=plan_prefill_attention,
     launcher=prefill_attention,

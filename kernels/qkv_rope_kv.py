@@ -256,6 +256,7 @@ def _case(name: str, tokens: int, heads: int, groups: int, channels: int, block_
 
 SPEC = KernelSpec(
     name="qkv_rope_kv",
+    used_by="every decoder: each layer of a prompt's chunk; decoders with norms on q and k (Qwen3) in every step",
     reference=qkv_rope_kv_reference,
     plan=plan_qkv_rope_kv,
     launcher=qkv_rope_kv,

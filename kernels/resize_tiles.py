@@ -289,6 +289,7 @@ def _case(
 
 SPEC = KernelSpec(
     name="resize_tiles",
+    used_by="every model: pictures, before the vision tower",
     reference=resize_tiles_reference,
     plan=plan_resize_tiles,
     launcher=resize_tiles,

@@ -96,6 +96,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 SPEC = KernelSpec(
     name="rms_norm",
+    used_by="every decoder: prompts, and the norm before lm_head; InternViT-6B: the first norm of the tower",
     reference=rms_norm_reference,
     plan=plan_rms_norm,
     launcher=rms_norm,

@@ -339,6 +339,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 SPEC = KernelSpec(
     name="sample",
+    used_by="every model: draws the tokens of each step",
     reference=sample_reference,
     plan=plan_sample,
     launcher=sample,

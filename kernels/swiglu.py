@@ -90,6 +90,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 SPEC = KernelSpec(
     name="swiglu",
+    used_by="every decoder: each layer of a prompt's chunk, and of a step of more than 16 rows",
     reference=swiglu_reference,
     plan=plan_swiglu,
     launcher=swiglu,

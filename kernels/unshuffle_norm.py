@@ -193,6 +193,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
 
 SPEC = KernelSpec(
     name="unshuffle_norm",
+    used_by="every projector, with batch_invariant",
     reference=unshuffle_norm_reference,
     plan=plan_unshuffle_norm,
     launcher=unshuffle_norm,

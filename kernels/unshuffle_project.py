@@ -260,6 +260,7 @@ def _model_cases() -> Iterator[Case]:
 
 SPEC = KernelSpec(
     name="unshuffle_project",
+    used_by="every projector: between the vision tower and the decoder",
     reference=unshuffle_project_reference,
     plan=plan_unshuffle_project,
     launcher=unshuffle_project,

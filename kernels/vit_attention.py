@@ -234,6 +234,7 @@ _PLANS = {  # plans that a table may hold, far from the default
 
 SPEC = KernelSpec(
     name="vit_attention",
+    used_by="every vision tower: each layer",
     reference=vit_attention_reference,
     plan=plan_vit_attention,
     launcher=vit_attention,

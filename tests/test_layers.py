@@ -88,6 +88,8 @@ MODULES = [
     "kernels._prefill_attention_body",
     "kernels.prefill_attention",
     "kernels._check",
+    "kernels._probes",
+    "kernels.catalogue",
     "model.linear",
     "model.step_inputs",
     "model.ops",
@@ -174,7 +176,16 @@ MODULES = [
     "server.life",
     "server.command",
     "server.__init__",
+    "bench.document",
+    "bench.roofs",
+    "bench.plots",
     "bench.record",
+    "bench.timing",
+    "bench.roofline",
+    "bench.kernel_cases",
+    "bench.attention_baselines",
+    "bench.kernel_baselines",
+    "bench.kernels",
     "bench.prompts",
     "bench.vision",
     "bench.prefill",
@@ -195,6 +206,7 @@ MODULES = [
     "doctor.process",
     "doctor.command",
     "doctor.__init__",
+    "kernel_list",
     "chat",
     "cli",
     "__init__",
@@ -220,12 +232,18 @@ HOMES = {
     "uvicorn": ["server.connection", "server.life", "server.receiving"],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-CALLERS_OF_KERNELS = {  # the tables of operations, and the checks
+CALLERS_OF_KERNELS = {  # the tables of operations, the catalogue, the checks and the benches of single kernels
     "model.ops",
     "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",
     "doctor.kernels",
+    "kernel_list",
+    "bench.roofline",
+    "bench.kernel_cases",
+    "bench.attention_baselines",
+    "bench.kernel_baselines",
+    "bench.kernels",
 }
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400

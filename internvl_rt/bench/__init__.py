@@ -1,1 +1,1 @@
-"""Measures a model through its engine: passes of the vision tower, prefill, decode, and serving under load."""
+"""Measures a model through its engine (vision, prefill, decode, serving), single kernels, and the device's roof."""

@@ -1,9 +1,10 @@
 """Defines the arguments of `internvl-rt bench` and their defaults. Nothing heavy is imported here."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from internvl_rt.arguments import Parser, above_zero, add_device_and_dtype, list_of, seed
+from internvl_rt.arguments import Parser, above_zero, add_device, add_device_and_dtype, list_of, seed
 from internvl_rt.errors import RequestError
 from internvl_rt.server import check_libraries
 from internvl_rt.terminal import importing
@@ -85,8 +86,61 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
             parser.add_argument(flag, dest=name, action="store_false", help=f"{what}, on CUDA; rows are named after it")
         add_experiments(parser, "on CUDA; rows are named after it")
         parser.add_argument("--quick", action="store_true", help="few small cases, to see that everything works")
-    kernels = parts.add_parser("kernels", help="single kernels: a script of the repository")
-    kernels.set_defaults(run=_kernels)
+        if part != "serve":
+            _add_plots(parser)
+    _add_kernels(parts)
+    _add_roofline(parts)
+
+
+def _add_kernels(parts: "argparse._SubParsersAction[Parser]") -> None:
+    parser = parts.add_parser(
+        "kernels",
+        help="single kernels at the sizes of real models, beside what one would run instead",
+        description="Measures kernels under the roof of this device, measured in the same run. Without a GPU the "
+        "references run, on small cases: that shows that the bench works, and says nothing about kernels.",
+    )
+    parser.set_defaults(run=_kernels)
+    about = (
+        "an operation, a part of <operation>/<case>/<dtype> such as gemv/1b, or a whole name with * and ?; none is all"
+    )
+    parser.add_argument("patterns", metavar="PATTERN", nargs="*", help=about)
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a part of the name of what is measured besides, such as sdpa, cublas, eager, compile or flashinfer; none "
+        "is nothing; may be repeated (default: all)",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="without baselines that take long to compile")
+    parser.add_argument(
+        "--budget-s", metavar="S", type=above_zero(float, 1_000_000), default=240.0, help="default: %(default)g"
+    )
+    parser.add_argument("--quick", action="store_true", help="one case of each operation")
+    _add_plots(parser)
+    _add_json(parser)
+    add_device(parser)
+
+
+def _add_roofline(parts: "argparse._SubParsersAction[Parser]") -> None:
+    parser = parts.add_parser(
+        "roofline",
+        help="the most that this device can do: copies, products, launches",
+        description="Measures the rates with which the other benches compare their numbers.",
+    )
+    parser.set_defaults(run=_roofline)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter: for rough answers")
+    _add_json(parser)
+    add_device(parser)
+
+
+def _add_plots(parser: argparse.ArgumentParser) -> None:
+    about = "draw what was measured: PATH-roofline.png, PATH-batch.png or PATH-prompt.png (extra internvl-rt[bench])"
+    parser.add_argument("--plots", metavar="PATH", type=Path, help=about)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the last line's document there too")
 
 
 def _add_sides(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +194,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    raise RequestError(
-        "single kernels are measured against others that the package does not need, so their bench is not in it; in a "
-        "checkout of the repository run: python bench/kernel_table.py"
-    )
+    with importing():
+        from internvl_rt.bench.kernels import run
+    return run(args)
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    with importing():
+        from internvl_rt.bench.roofline import run
+    return run(args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from internvl_rt.bench import decode, prefill, serve, vision
-from internvl_rt.bench.record import Column, Pace, Record, peak, table
+from internvl_rt.bench.record import Column, Pace, Record, check_plots, peak, table
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import RANDOM_PREFIX
 from internvl_rt.engine.engine import Engine
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     """
     device = choose_device(args.device)
     _check_cases(args, config)
+    plots = getattr(args, "plots", None)  # of `serve` there is no picture
+    check_plots(plots)
     dtype = choose_dtype(args.dtype, config, device)
     kind = str(dtype).removeprefix("torch.")
     card = model_card(config, name)
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     columns, on = COLUMNS[args.part], tuple(dict.fromkeys(args.experiments))
     if args.part == "serve" and args.http:
         columns = serve.HTTP_COLUMNS
-    record = Record(args.part, prefix, kind, device, args.budget_s, columns, args.switches, on)
+    record = Record(args.part, prefix, kind, device, args.budget_s, columns, args.switches, on, plots)
     with record:
         start_s = time.perf_counter()
         options = _engine_options(args, config, device)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
+from internvl_rt.errors import RequestError, quoted
 from internvl_rt.model.work import Roof, Work
+from internvl_rt.terminal import say
 
 Row = dict[str, int | float | str]
 
@@ -61,14 +64,16 @@ class Record:
         columns: Sequence[Column],
         switches: Mapping[str, bool] | None = None,
         experiments: Sequence[str] = (),
+        plots: Path | None = None,
     ) -> None:
         """Names rows `<prefix>/<case>/<suffix>`, where `-no_<switch>` follows the case for each switch that is off, and
         `-<experiment>` for each experiment that is on.
 
         budget_s: no case but the first starts later than this. switches, experiments: of the engine; on CUDA every row
-        has them.
+        has them. plots: as for `print_document`.
         """
         self.part = part
+        self._plots = plots
         self.rows: list[Row] = []
         self.num_measured = 0
         self._prefix, self._suffix, self._device, self._columns = prefix, suffix, device, columns
@@ -120,14 +125,7 @@ class Record:
             self.leave_out("the rest", "interrupted")
         elif error is not None:
             self.leave_out("the rest", f"failed: {(str(error).splitlines() or [repr(error)])[0]}")
-        document = {
-            "part": self.part,
-            "schema": 1,
-            "rows": self.rows,
-            "environment": environment(self._device),
-            "command": shlex.join(["internvl-rt", *sys.argv[1:]]),
-        }
-        _say(json.dumps(document, allow_nan=False))
+        print_document(self.part, self.rows, self._device, plots=self._plots)
 
     def _append(self, case: str, row: Row) -> None:
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
@@ -175,6 +173,61 @@ def peak(device: torch.device) -> Row:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     (kib,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
     return {"peak_memory_bytes": int(kib) * 1024}
+
+
+def result_document(part: str, rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Returns what a bench prints as its last line, in JSON: see bench/results/schema.json."""
+    program = Path(sys.argv[0]).resolve()
+    is_script = program.is_relative_to(_ROOT / "bench")
+    command = ["python", str(program.relative_to(_ROOT))] if is_script else ["internvl-rt"]
+    return {
+        "part": part,
+        "schema": 1,
+        "rows": rows,
+        "environment": environment(device),
+        "command": shlex.join([*command, *sys.argv[1:]]),
+    }
+
+
+def print_document(
+    part: str,
+    rows: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    file: Path | None = None,
+    plots: Path | None = None,
+    roofline: Sequence[Mapping[str, Any]] = (),
+    **more: Any,
+) -> None:
+    """Prints the document of `rows` as the last line.
+
+    file: where it goes besides. plots: the path, without its ending, of pictures to draw, in which `roofline` has the
+    rows of the roof. more: other fields of the document.
+    """
+    document = result_document(part, rows, device) | more
+    if plots is not None:
+        draw(plots, document, result_document("roofline", roofline, device))
+    if file is not None:
+        file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _say(json.dumps(document, allow_nan=False))
+
+
+def check_plots(plots: Path | None) -> None:
+    """Raises RequestError, before anything is measured, where no pictures can be drawn."""
+    if plots is None:
+        return
+    if find_spec("matplotlib") is None:
+        raise RequestError("--plots needs matplotlib; install it with: pip install 'internvl-rt[bench]'")
+    if not plots.parent.is_dir():
+        raise RequestError(f"--plots: no folder {quoted(str(plots.parent))}; make it first")
+
+
+def draw(plots: Path, *documents: Mapping[str, Any]) -> None:
+    """Draws the pictures that documents have rows for, and names them on stderr."""
+    from internvl_rt.bench.plots import draw_all  # takes a second to import
+
+    parts = {document["part"]: {"document": document} for document in documents}
+    drawn = draw_all({"parts": parts, "environment": documents[0]["environment"]}, plots)
+    say("\n".join(map(str, drawn)) or "no picture is drawn: too little was measured")
 
 
 def environment(device: torch.device) -> dict[str, int | str | None]:

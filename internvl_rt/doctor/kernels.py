@@ -3,9 +3,10 @@
 import torch
 
 from internvl_rt.doctor.finding import Finding, describe
-from internvl_rt.kernels._check import arguments_of, check_call, discover_specs
+from internvl_rt.kernels._check import arguments_of, check_call
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import Launch, Target, target_of
+from internvl_rt.kernels.catalogue import discover_specs
 
 MAX_CASES = 3  # cases of one operation in each dtype
 WITHOUT = 'backend="torch" computes without the kernels'

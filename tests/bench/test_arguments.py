@@ -8,7 +8,13 @@ from internvl_rt.cli import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kernels"], "python bench/kernel_table.py"),
+        (["kernels", "sofmax"], "no case matches 'sofmax'; internvl-rt kernels lists"),
+        (["kernels", "swiglu", "--baseline", "sdpa"], "no baseline 'sdpa' here; known are torch eager"),
+        (["kernels", "--budget-s", "0"], "expected a number above 0, got '0'"),
+        (["kernels", "--device", "cuda:99"], "device"),
+        (["kernels", "--plots", "no/such/folder/x"], "no folder 'no/such/folder'; make it first"),
+        (["decode", "tiny", "--plots", "no/such/folder/x"], "no folder 'no/such/folder'; make it first"),
+        (["roofline", "--device", "tpu"], "device must be"),
         (["vision", "tiny", "--tiles", "0"], "expected a number above 0, got '0'"),
         (["prefill", "tiny", "--tokens", "1,two"], "expected a number above 0, got 'two'"),
         (["serve", "tiny", "--seconds", "-1"], "expected a number above 0, got '-1'"),

@@ -64,7 +64,7 @@ def bench(capsys, *arguments):
     """Returns the lines that a bench printed, and its document, which is valid by bench/results/schema.json."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
     try:
-        from document import parse_last_line
+        from internvl_rt.bench.document import parse_last_line
     finally:
         del sys.path[0]
     assert main(["bench", *arguments, "--device", "cpu"]) == 0

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import compare_cpu
 import cpu_page
 from cpu_runtimes import RUNTIMES
-from document import load, save
+
+from internvl_rt.bench.document import load, save
 
 Row = dict[str, Any]
 BENCH = Path(__file__).parents[2] / "bench"

@@ -11,9 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import launch_plans
-from document import DocumentError, save
 from launch_fit import FITTED, READ, Observation, fit, observations, observations_of, read_roofline
 from launch_model import Device, Work, load_devices, predict, save_devices
+
+from internvl_rt.bench.document import DocumentError, save
 
 NAME = "NVIDIA H200"
 PRODUCTS = [f"{model}_{product}_{rows}" for model in ("1b", "8b") for product in ("o", "lm_head") for rows in (1, 8)]

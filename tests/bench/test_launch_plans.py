@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, load_config
 from internvl_rt.kernels._launch import Launch
 from internvl_rt.kernels._split_plan import num_split_items
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
 from internvl_rt.kernels.gemv import SPEC as GEMV
 from internvl_rt.kernels.prefill_attention import SPEC as PREFILL_ATTENTION
@@ -21,7 +22,6 @@ from internvl_rt.model.internvl import build_weights, named_parameters
 from internvl_rt.model.linear import Linear, Norm
 from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.step_inputs import Batch, LayerCache
-from support.specs import discover_specs
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))

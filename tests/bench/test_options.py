@@ -15,9 +15,10 @@ BENCH = Path(__file__).parents[2] / "bench"
 def modules(monkeypatch):
     """The scripts' own modules, which are no package."""
     monkeypatch.syspath_prepend(str(BENCH))
-    import document
     import options
     import report
+
+    from internvl_rt.bench import document
 
     return document, options, report
 

@@ -21,8 +21,10 @@ sys.path[:0] = ["bench", "tests"]
 import torch
 from support.fake_driver import TARGET, use_fake_driver
 use_fake_driver()
-from kernel_cases import Work
-from support.specs import arguments_of, discover_specs, smallest_model_case
+from internvl_rt.bench.kernel_cases import Work
+from internvl_rt.kernels._check import arguments_of
+from internvl_rt.kernels.catalogue import discover_specs
+from support.specs import smallest_model_case
 """
 # This program launches, as on a GPU, the smallest case that a real model has of each named operation.
 LAUNCH = """

@@ -16,10 +16,11 @@ from support.results import build_results, environment, part
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import compare
-import plots
 import report
-from document import DocumentError, load, parse_last_line, save
 from matplotlib import pyplot as plt
+
+from internvl_rt.bench import plots
+from internvl_rt.bench.document import DocumentError, load, parse_last_line, save
 
 Results = dict[str, Any]
 MEASURED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*/*.json"))

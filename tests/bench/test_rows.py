@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import rows  # noqa: E402
-from document import parse_last_line  # noqa: E402
-from timing import Timing  # noqa: E402
 
+from internvl_rt.bench.document import parse_last_line  # noqa: E402
+from internvl_rt.bench.timing import Timing  # noqa: E402
 from support.result_schema import valid  # noqa: E402
 
 

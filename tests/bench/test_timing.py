@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import timing  # noqa: E402
-from timing import sm_clock_mhz, time_variants  # noqa: E402
+from internvl_rt.bench import timing
+from internvl_rt.bench.timing import sm_clock_mhz, time_variants
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SLOW_S = 3e-4  # it is more than SAMPLE_US, so that a sample is one call

@@ -21,8 +21,6 @@ BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
 import tune  # noqa: E402
-from kernel_cases import Work, small_work  # noqa: E402
-from timing import Timing  # noqa: E402
 from tune import DeviceTimer, Measured, Sweep, choose, entries_of, invented_times, sweep  # noqa: E402
 from tune_candidates import (  # noqa: E402
     TUNED,
@@ -36,6 +34,8 @@ from tune_candidates import (  # noqa: E402
 )
 from tune_table import write_table  # noqa: E402
 
+from internvl_rt.bench.kernel_cases import Work, small_work  # noqa: E402
+from internvl_rt.bench.timing import Timing  # noqa: E402
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
 from internvl_rt.kernels._plans import (  # noqa: E402
     APART,
@@ -49,7 +49,7 @@ from internvl_rt.kernels._plans import (  # noqa: E402
     choose_projection_plan,
     load_tables,
 )
-from support.specs import discover_specs  # noqa: E402
+from internvl_rt.kernels.catalogue import discover_specs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECS = discover_specs()

@@ -13,12 +13,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import tune_plans  # noqa: E402
-from kernel_cases import Work, small_work  # noqa: E402
-from timing import Timing  # noqa: E402
 
+from internvl_rt.bench.kernel_cases import Work, small_work  # noqa: E402
+from internvl_rt.bench.timing import Timing  # noqa: E402
 from internvl_rt.kernels._gemv_plan import GemvPlan, choose_gemv_plan  # noqa: E402
 from internvl_rt.kernels._launch import TARGETS  # noqa: E402
-from support.specs import discover_specs  # noqa: E402
+from internvl_rt.kernels.catalogue import discover_specs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPECS = discover_specs()

@@ -11,8 +11,8 @@ import torch
 
 from internvl_rt.doctor import answer, checks, kernels, machine
 from internvl_rt.doctor.finding import Finding, describe
-from internvl_rt.kernels._check import discover_specs
 from internvl_rt.kernels._launch import TARGETS
+from internvl_rt.kernels.catalogue import discover_specs
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:

@@ -16,7 +16,7 @@ from internvl_rt.cli import main
 from internvl_rt.doctor import command
 from internvl_rt.doctor.finding import Finding
 from internvl_rt.doctor.process import MAX_LOST, CheckProcess
-from internvl_rt.kernels._check import discover_specs
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.model.processor import default_dtype, instructions, runs_onednn
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from internvl_rt.kernels._check import check_call, deviation, discover_specs
+from internvl_rt.kernels._check import check_call, deviation
 from internvl_rt.kernels._contract import KernelSpec, Tolerance
+from internvl_rt.kernels.catalogue import discover_specs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = Tolerance(rtol=0.1, atol=0.0, rms=0.1, reason="of a test")

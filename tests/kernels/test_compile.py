@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from internvl_rt.kernels._launch import TARGETS
+from internvl_rt.kernels.catalogue import discover_specs
 from support.compile_audit import RULES, breaches, label, render_table
-from support.specs import discover_specs
 
 Rows = list[dict[str, Any]]
 AUDIT = Path(__file__).parents[1] / "support" / "compile_audit.py"

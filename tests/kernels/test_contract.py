@@ -15,9 +15,10 @@ from torch import Tensor
 
 from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec
+from internvl_rt.kernels.catalogue import discover_specs
 from support.contract import clone, draw_inputs, poisoned, run_case
 from support.hardware_arithmetic import hardware_arithmetic
-from support.specs import discover_specs, smallest_test_case
+from support.specs import smallest_test_case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)

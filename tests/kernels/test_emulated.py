@@ -7,10 +7,10 @@ import torch
 
 from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec
+from internvl_rt.kernels.catalogue import discover_specs
 from support.contract import clone, draw_inputs, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
-from support.specs import discover_specs
 
 CPU = torch.device("cpu")
 RUNS = [

@@ -15,6 +15,7 @@ from internvl_rt.kernels import _gemv_plan
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, choose_gemv_plan
 from internvl_rt.kernels._launch import TARGETS, Target
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.kernels.decode_attention import L2_PREFETCH_BYTES, PREFETCHES_WEIGHTS, plan_prefetch
 from internvl_rt.kernels.gemv import MODELS, gemv
 from internvl_rt.kernels.gemv import SPEC as GEMV
@@ -28,7 +29,6 @@ from support.compile_audit import launches_of
 from support.forward import all_logits
 from support.instruction_order import ADDING, adding_of, instructions_of
 from support.small_models import DEVICE, INTERNLM2, build_model
-from support.specs import discover_specs
 
 META = torch.device("meta")
 ALL_ON = Switches(**dict.fromkeys(EXPERIMENTS, True))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from internvl_rt.kernels.catalogue import discover_specs
 from support.fake_driver import fake_environment
-from support.specs import discover_specs
 
 Rows = list[dict[str, Any]]
 

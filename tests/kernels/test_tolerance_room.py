@@ -9,10 +9,10 @@ from torch import Tensor
 from internvl_rt.kernels import _gemv_body
 from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from internvl_rt.kernels.catalogue import discover_specs
 from support.contract import draw_inputs, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
-from support.specs import discover_specs
 from support.tolerance_room import main, room_of_case
 
 SPECS = discover_specs()

@@ -9,12 +9,12 @@ from torch import Tensor
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DecoderConfig, VisionConfig
 from internvl_rt.kernels._launch import target_of
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
 from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
-from support.specs import discover_specs
 
 
 def on_triton(model: InternVL) -> InternVL:

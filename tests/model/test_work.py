@@ -11,6 +11,7 @@ from internvl_rt import Engine, SamplingParams
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
 from internvl_rt.engine.reply import Timings
 from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.model.internvl import build_weights, named_parameters
 from internvl_rt.model.work import (
     NO_WORK,
@@ -22,7 +23,6 @@ from internvl_rt.model.work import (
     roof_of,
     vision_work,
 )
-from support.specs import discover_specs
 
 BF16 = torch.bfloat16
 H200 = Roof(790e12, 4.3e12, "as the tables assume")

@@ -31,11 +31,13 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from internvl_rt.kernels._check import arguments_of
 from internvl_rt.kernels._contract import Case, KernelSpec
 from internvl_rt.kernels._launch import TARGETS, Launch, Target, options_of
+from internvl_rt.kernels.catalogue import discover_specs, preferred_dtype
 from internvl_rt.kernels.gemv import MODELS
 from internvl_rt.model.ops_triton import EXPERIMENTS
-from support.specs import arguments_of, discover_specs, preferred_dtype, smallest_model_case
+from support.specs import smallest_model_case
 
 Job = tuple[str, str, torch.dtype, int, int, tuple[str, ...]]  # operation, case, dtype, target, launch, experiments
 POINTERS = {

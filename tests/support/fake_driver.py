@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.nvidia.driver import CudaDriver
 
 from internvl_rt.kernels._launch import TARGETS, target_of
-from support.specs import discover_specs
+from internvl_rt.kernels.catalogue import discover_specs
 
 TARGET = TARGETS[90]
 

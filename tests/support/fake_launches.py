@@ -23,11 +23,13 @@ from triton.compiler import CompiledKernel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
+from internvl_rt.kernels._check import arguments_of
 from internvl_rt.kernels._contract import KernelSpec
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.steps.cuda_graph import Replay
 from support.compile_audit import build, launches_of
 from support.fake_driver import TARGET, use_fake_driver, zero_new_memory
-from support.specs import arguments_of, discover_specs, smallest_model_case
+from support.specs import smallest_model_case
 
 CPU = torch.device("cpu")
 SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"

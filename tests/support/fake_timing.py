@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from timing import time_variants
-
+from internvl_rt.bench.timing import time_variants
 from support.fake_cuda import use_fake_cuda
 from support.fake_device import EVENT_US, LAUNCH_US, MACHINE, READ_MB_S
 

@@ -47,8 +47,8 @@ def _build(operation: str, case_name: str, capability: int, names: str, index: i
     import torch
 
     from internvl_rt.kernels._launch import TARGETS
+    from internvl_rt.kernels.catalogue import discover_specs
     from support.compile_audit import build, dump, launches_of
-    from support.specs import discover_specs
 
     spec = discover_specs()[operation]
     case = next(case for case in spec.model_cases if case.name == case_name)

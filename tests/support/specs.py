@@ -1,18 +1,11 @@
-"""Answers what tests and benches ask about every operation's `SPEC`."""
+"""Picks the smallest case of an operation, for tests that need any."""
 
 import torch
 
-from internvl_rt.kernels._check import arguments_of, discover_specs
 from internvl_rt.kernels._contract import Case, KernelSpec
-
-__all__ = ["arguments_of", "discover_specs", "preferred_dtype", "smallest_model_case", "smallest_test_case"]
+from internvl_rt.kernels.catalogue import preferred_dtype
 
 LEAST_BYTES = 2000  # a smaller test case has no rows, or one row of one element
-
-
-def preferred_dtype(spec: KernelSpec) -> torch.dtype:
-    """Returns bfloat16, or the operation's first data type where it has no bfloat16."""
-    return torch.bfloat16 if torch.bfloat16 in spec.tolerances else next(iter(spec.tolerances))
 
 
 def smallest_model_case(spec: KernelSpec) -> tuple[Case, torch.dtype]:

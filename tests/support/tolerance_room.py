@@ -25,10 +25,10 @@ import torch
 
 from internvl_rt.kernels._check import deviation
 from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels.catalogue import discover_specs
 from support.contract import clone, draw_inputs, expected_results, run_case
 from support.emulated import EMULATED
 from support.hardware_arithmetic import hardware_arithmetic
-from support.specs import discover_specs
 
 SPECS = discover_specs()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

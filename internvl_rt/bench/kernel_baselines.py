@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_baselines import ATTENTION, Alternative, Inputs, Prepare, Run, attention_alternatives, rms_norm, same
 from torch import Tensor
 
+from internvl_rt.bench.attention_baselines import (
+    ATTENTION,
+    Alternative,
+    Inputs,
+    Prepare,
+    Run,
+    attention_alternatives,
+    rms_norm,
+    same,
+)
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
@@ -102,7 +111,7 @@ def _rope(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, num_heads: int, where: tuple[Tensor, ...]
 ) -> Tensor:
     num_kv_heads, head_dim = where[2].shape[1], where[2].shape[3]
-    q, k, v = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = torch.split(qkv.view(len(qkv), -1, head_dim), [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
     return _rotate_and_write(q, k, v, *where)
@@ -130,7 +139,7 @@ def _gemm_epilogue(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     x, weight, bias, residual, scale, rows = (i[n] for n in ("x", "weight_NK", "bias_N", "residual", "scale_N", "rows"))
     out = None if rows is None else x.new_empty(len(x), len(weight))
 
-    def run() -> Tensor:
+    def run() -> Any:
         y = F.linear(x, weight, bias)
         if out is not None:
             return out.index_copy_(0, rows, y)
@@ -147,7 +156,7 @@ def _product_alone(i: Inputs) -> tuple[Run, None]:
 
 
 def _gemv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
-    def run() -> Tensor:
+    def run() -> Any:
         x, norm = i["x_RK"], i["norm_weight_K"]
         y = F.linear(x if norm is None else rms_norm(x, norm, i["eps"]), i["weight_NK"], i["bias_N"])
         if i["activation"] == "swiglu":
@@ -160,7 +169,7 @@ def _gemv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
 def _gemv_qkv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     where = _where(i)
 
-    def run() -> Tensor:
+    def run() -> Any:
         qkv = F.linear(rms_norm(i["x_RD"], i["norm_weight_D"], i["eps"]), i["weight_KD"], i["bias_K"])
         return _rope(qkv, None, None, i["eps"], i["num_heads"], where)
 
@@ -187,7 +196,7 @@ def _patch_embed(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     mean, std = (torch.tensor(v, device=tiles.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     kernel = weight.reshape(-1, 3, patch, patch)
 
-    def run() -> Tensor:
+    def run() -> Any:
         pixels = ((tiles.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(weight.dtype)
         x = F.conv2d(pixels, kernel, i["bias_E"], stride=patch).flatten(2).transpose(1, 2)
         return torch.cat((i["class_E"].expand(len(x), 1, -1), x), dim=1) + position
@@ -204,7 +213,7 @@ def _resize_tiles(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
         y = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         return y[0].round_().clamp_(0, 255).to(torch.uint8)
 
-    def run() -> Tensor:
+    def run() -> Any:
         canvas = stretched(rows * size, columns * size).view(3, rows, size, columns, size)
         tiles = canvas.permute(1, 3, 2, 4, 0).reshape(rows * columns, size, size, 3)
         if not i["thumbnail"]:
@@ -222,7 +231,7 @@ def _sample(i: Inputs) -> tuple[Run, None]:
     top_k = torch.where(top_k > 0, top_k, vocab)
     rank = torch.arange(vocab, device=top_k.device)
 
-    def run() -> Tensor:
+    def run() -> Any:
         logits, token = i["logits_RV"].float().sort(dim=1, descending=True)
         p = torch.softmax(logits / temperature.clamp_min(1e-5), dim=1)
         kept = (rank < top_k) & (p.cumsum(1) - p < top_p) & (p >= min_p * p[:, :1])

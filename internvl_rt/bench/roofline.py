@@ -1,6 +1,4 @@
-"""Measures the most that this device can do: the roofs with which other benches compare their numbers.
-
-    python bench/roofline.py [--device cpu] [--quick] [--json FILE]
+"""`internvl-rt bench roofline` measures the most that a device can do, with which other benches compare their numbers.
 
 Bandwidths count bytes read and bytes written. A copy's rate is that of the faster of a memcpy and an element-wise
 kernel; its size counts source and target, so that a kernel finds its roof by the bytes that it moves. Product rates are
@@ -12,26 +10,23 @@ A CPU has no graphs and no matrix units for float8; it has none of these figures
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from options import device
-from timing import Timing, result_document, time_variants
+
+from internvl_rt.bench.record import print_document
+from internvl_rt.bench.timing import Timing, time_variants
+from internvl_rt.engine.loading import choose_device
+from internvl_rt.kernels._probes import EXP2_BLOCK, EXP2_FIXED_POINT, EXP2_STEPS, exp2_kernel, node_kernel
 
 MIB = 2**20
 MAX_SETS = 64  # the most buffers that a small copy goes through
 LAUNCHES = 500  # calls in a row; a stream takes twice as many before the host has to wait
 FEW_NODES, MANY_NODES = 100, 900
-EXP2_BLOCK, EXP2_STEPS = 1024, 16
-EXP2_FIXED_POINT = 0.641186  # the fixed point of 2 ** -x
 NEEDED = {"copy_gb_s", "read_gb_s", "tflops"}  # a roofline must have these
 UNITS = {"_gb_s": "gb_s", "_us": "median_us", "_g_per_s": "g_per_s"}  # the field of a row by the ending of its name
 
@@ -53,25 +48,6 @@ SIZES = {  # by kind of device and `quick`
     ("cpu", False): Sizes((1, 16, 256), 256, 256, 1024, 1024, 64, 0.5),
     ("cpu", True): Sizes((1, 4), 4, 4, 128, 128, 1, 0.02),
 }
-
-
-@triton.jit
-def _exp2_kernel(values, ROUNDS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(values + index)
-    for _round in range(ROUNDS):
-        for _step in tl.static_range(STEPS):
-            x = tl.exp2(-x)
-    tl.store(values + index, x)
-
-
-@triton.jit
-def _node_kernel(x, PDL: tl.constexpr):
-    """Does as little as a kernel can that depends on the kernel before it."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    tl.store(x, tl.load(x) + 1.0)
 
 
 def measure_roofline(device: torch.device, *, quick: bool) -> dict[str, Any]:
@@ -177,7 +153,7 @@ def _exp2_rate(device: torch.device, sizes: Sizes) -> float:
         return values.numel() / 1e3 / timing.median_us
     num_programs = 8 * torch.cuda.get_device_properties(device).multi_processor_count  # 8 warps a scheduler
     values = torch.rand(num_programs * EXP2_BLOCK, device=device)
-    launch = partial(_exp2_kernel[(num_programs,)], values, sizes.exp2_rounds, EXP2_STEPS, EXP2_BLOCK, num_warps=4)
+    launch = partial(exp2_kernel[(num_programs,)], values, sizes.exp2_rounds, EXP2_STEPS, EXP2_BLOCK, num_warps=4)
     timing = _time(launch, device, sizes)
     worst = (values - EXP2_FIXED_POINT).abs().max().item()
     assert worst < 1e-4, f"the kernel that counts exponentials is wrong by {worst}"
@@ -186,7 +162,7 @@ def _exp2_rate(device: torch.device, sizes: Sizes) -> float:
 
 def _node(device: torch.device, *, pdl: bool) -> Callable[[], object]:
     options = {"launch_pdl": True} if pdl else {}
-    return partial(_node_kernel[(1,)], torch.ones(1, device=device), PDL=pdl, num_warps=1, **options)
+    return partial(node_kernel[(1,)], torch.ones(1, device=device), PDL=pdl, num_warps=1, **options)
 
 
 def _single_node_us(node: Callable[[], object], device: torch.device, sizes: Sizes) -> float:
@@ -236,25 +212,16 @@ def rows_of_roofline(roof: Mapping[str, Any]) -> list[dict[str, str | float]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and shorter: for tests and rough answers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
-    arguments = parser.parse_args()
-    roof = measure_roofline(arguments.device, quick=arguments.quick)
-    document = result_document("roofline", rows_of_roofline(roof), arguments.device)
-    print(f"measured on {document['environment']['device']}")
+def run(args: argparse.Namespace) -> int:
+    """Takes the arguments of `internvl-rt bench roofline`. Raises InternVLError for a device that is not there."""
+    device = choose_device(args.device)
+    roof = measure_roofline(device, quick=args.quick)
+    rows = rows_of_roofline(roof)
     for moved, rate in roof.pop("copy_gb_s").items():
         print(f"copy of {int(moved) / MIB:7.0f} MiB, read and written {rate:10.1f} GB/s")
     for dtype, rate in roof.pop("tflops").items():
         print(f"product in {dtype:<31} {rate:10.3f} TFLOP/s")
     for name, value in roof.items():
         print(f"{name:<42} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()
+    print_document("roofline", rows, device, args.json)
+    return 0

@@ -1,6 +1,5 @@
-"""Measures every kernel at real sizes: time, rates, share of the measured roof, and what a user would run instead.
-
-    python bench/kernel_table.py [--only OP]... [--budget-s 240] [--quick] [--json FILE] [--device cpu]
+"""`internvl-rt bench kernels` measures kernels at real sizes: time, rates, share of the measured roof, and what a user
+would run instead.
 
 The roof is measured in the same run: the time that the bytes take at the rate of a large copy, or the operations at the
 rate of a large product, whichever is longer. An operation that writes little can be somewhat faster than a copy and so
@@ -15,23 +14,22 @@ TRITON_INTERPRET=1 the kernels are checked as well.
 """
 
 import argparse
-import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import triton
-from kernel_baselines import Alternative, alternatives, forget_compiled
-from kernel_cases import (
+
+from internvl_rt.bench.attention_baselines import Alternative
+from internvl_rt.bench.kernel_baselines import alternatives, forget_compiled
+from internvl_rt.bench.kernel_cases import (
     Work,
     build_launch,
     check_kernel,
@@ -42,12 +40,13 @@ from kernel_cases import (
     poisoned_like,
     relative_error,
 )
-from options import device, seconds
-from roofline import measure_roofline
-from timing import Timing, result_document, time_variants
-
+from internvl_rt.bench.record import check_plots, print_document
+from internvl_rt.bench.roofline import measure_roofline, rows_of_roofline
+from internvl_rt.bench.timing import Timing, time_variants
+from internvl_rt.engine.loading import choose_device
+from internvl_rt.errors import RequestError
 from internvl_rt.kernels._contract import Cost
-from support.specs import discover_specs
+from internvl_rt.kernels._launch import is_interpreted
 
 Row = dict[str, Any]
 BUDGET_S = {"cuda": 0.06, "cpu": 0.02}  # seconds of samples for each variant
@@ -60,14 +59,18 @@ TIMED = "what is asked for"  # a name for the timer, which may print it
 
 @dataclass(slots=True)
 class Limits:
-    """When to stop, and how much may still be spent on compiling alternatives."""
+    """When to stop, how much may still be spent on compiling alternatives, and which of them are wanted."""
 
     end: float  # by time.monotonic()
     slow_start_s: float
+    baselines: tuple[str, ...] = ()  # parts of the names of the alternatives that are measured; empty is all
 
     @property
     def is_over(self) -> bool:
         return time.monotonic() >= self.end
+
+    def includes(self, baseline: str) -> bool:
+        return not self.baselines or any(part in baseline for part in self.baselines)
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ def copy_us(num_bytes: int, roofline: Mapping[str, Any]) -> float:
     sizes = sorted((int(size), rate) for size, rate in roofline["copy_gb_s"].items())
     largest, rate = sizes[-1]
     if num_bytes >= largest:
-        return num_bytes / rate / 1e3
+        return float(num_bytes / rate / 1e3)
     return float(np.interp(num_bytes, [size for size, _ in sizes], [size / each / 1e3 for size, each in sizes]))
 
 
@@ -122,7 +125,7 @@ def measure_reference(work: Work, device: torch.device, roofline: Mapping[str, A
     """For runs without a GPU: times the reference. The kernel is checked if Triton interprets it, but never timed."""
     inputs = make_rotated_inputs(work, device)[0]
     more: Row = {"baseline": "reference"}
-    if triton.knobs.runtime.interpret:
+    if is_interpreted():
         verdict, _ = check_kernel(work, inputs, device)
         if verdict.problem:
             return [{"name": work.name, "problem": f"wrong: {verdict.problem}"}]
@@ -143,6 +146,8 @@ def measure_kernel(work: Work, device: torch.device, roofline: Mapping[str, Any]
         TIMED: [build_launch(work, inputs, out, device) for inputs, out in zip(sets, outs, strict=True)]
     }
     for alternative in alternatives(work.spec.name):
+        if not limits.includes(alternative.name):
+            continue
         try:
             variants[alternative.name] = prepare_alternative(alternative, sets, expected, limits)
         except Exception as error:  # of any library; an alternative that cannot run is left out, and this says why
@@ -274,29 +279,33 @@ def furthest(rows: Sequence[Row]) -> str:
     return f"furthest from its roof ({row['roof_kind']}): {row['name']}, {row['roof_percent']:.1f}%"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], choices=sorted(discover_specs()), metavar="OP")
-    parser.add_argument("--budget-s", type=seconds, default=240, help="for everything (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one case of each operation")
-    parser.add_argument("--no-compile", action="store_true", help="without alternatives that take long to compile")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line's document there too")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
+    """Takes the arguments of `internvl-rt bench kernels`. Raises InternVLError; returns 1 where a kernel was wrong."""
+    start_s, device = time.monotonic(), choose_device(args.device)
+    check_plots(args.plots)
+    works = plan_work(device, args.patterns, quick=args.quick)
+    if not works:
+        asked = " ".join(map(repr, args.patterns))
+        raise RequestError(f"no case matches {asked}; internvl-rt kernels lists the operations and their cases")
+    check_baselines(args.baseline, {work.spec.name for work in works})
     may_compile = not (args.quick or args.no_compile)
-    limits = Limits(time.monotonic() + args.budget_s, SLOW_START_SHARE * args.budget_s if may_compile else 0)
-    roofline = measure_roofline(args.device, quick=True)
+    limits = Limits(
+        start_s + args.budget_s, SLOW_START_SHARE * args.budget_s if may_compile else 0, tuple(args.baseline)
+    )
     print(HEAD)
-    table = measure_all(plan_work(args.device, args.only, quick=args.quick), args.device, roofline, limits)
+    roofline = measure_roofline(device, quick=True)
+    table = measure_all(works, device, roofline, limits)
     print(furthest(table.rows))
     if table.left_out:
         print(f"left out, {len(table.left_out)}, for want of time or memory: {', '.join(table.left_out)}")
-    document = result_document("kernels", table.rows, args.device) | {"left_out": table.left_out}
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(json.dumps(document, allow_nan=False))
+    files: dict[str, Any] = {"file": args.json, "plots": args.plots, "roofline": rows_of_roofline(roofline)}
+    print_document("kernels", table.rows, device, **files, left_out=table.left_out)
     return int(table.num_problems > 0)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def check_baselines(asked: Sequence[str], operations: Collection[str]) -> None:
+    """Raises RequestError for a part of a name that no alternative to these operations has; "none" is none of them."""
+    known = sorted({each.name for operation in operations for each in alternatives(operation)})
+    for part in asked:
+        if part != "none" and not any(part in name for name in known):
+            raise RequestError(f"no baseline {part!r} here; known are {', '.join(known)}, and none for none of them")

@@ -10,7 +10,6 @@ their inputs in device memory and share that start. Calls of one sequence run ba
 """
 
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -18,12 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-
-from internvl_rt.bench.record import environment
 
 Calls = Callable[[], object] | Sequence[Callable[[], object]]
 
@@ -34,7 +30,6 @@ WARM_UP_SHARE = 0.2  # of the budget, spent in addition until the clocks have ri
 MAX_NODES = 1000  # the most calls in a graph of repetitions
 FLUSHED = 4  # to empty L2, this many times its size is read
 
-ROOT = Path(__file__).parents[1]
 _BROKEN_GRAPHS: list[torch.cuda.CUDAGraph] = []
 
 
@@ -244,11 +239,3 @@ def sm_clock_mhz(device: torch.device) -> int | None:
         return torch.cuda.clock_rate(device)
     except Exception:  # also NVML's own kinds of error: its Python package is missing, or the machine denies access
         return None
-
-
-def result_document(part: str, rows: list[dict[str, str | float]], device: torch.device) -> dict[str, Any]:
-    """The document that a bench prints as its last line, in JSON: see bench/results/schema.json."""
-    program = Path(sys.argv[0]).resolve()
-    shown = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name
-    command = shlex.join(["python", shown, *sys.argv[1:]])
-    return {"part": part, "schema": 1, "rows": rows, "environment": environment(device), "command": command}

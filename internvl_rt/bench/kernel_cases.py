@@ -1,11 +1,10 @@
 """Chooses which kernels are measured, at which sizes, in which order and on which inputs; checks their results."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
 from internvl_rt.kernels._gemv_plan import build_gemv_workspace
+from internvl_rt.kernels.catalogue import discover_specs, preferred_dtype
 from internvl_rt.kernels.gemv import MODELS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.specs import discover_specs, preferred_dtype
 
 DECODE_ROWS, PREFILL_ROWS = 64, 3392  # rows of a large decode step, and of the prompt of a picture of 13 tiles
 ROTATED_BYTES = 256 * 2**20  # all sets of inputs together: at least twice the L2 of any GPU
@@ -56,18 +53,27 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-def plan_work(device: torch.device, only: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
+def plan_work(device: torch.device, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Work]:
     """One case of each operation, then the other cases, the most important ones first.
 
-    The sizes are real on a GPU and small elsewhere. `quick`: no more than the one case of each operation.
+    The sizes are real on a GPU and small elsewhere. patterns: which cases, see `matches`; none is all. quick: no more
+    than the one case of each operation.
     """
-    specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
-    real = device.type == "cuda"
+    specs, real = discover_specs(), device.type == "cuda"
     works = [work for spec in specs.values() for work in (real_work(spec) if real else small_work(spec))]
+    works = [work for work in works if not patterns or any(matches(work, pattern) for pattern in patterns)]
     works.sort(key=importance if real else lambda work: work.spec.name)  # the sort is stable
     best = (lambda work: -importance(work)) if real else (lambda work: work.spec.cost(work.case, work.dtype).bytes)
-    one_each = [max((work for work in works if work.spec is spec), key=best) for spec in specs.values()]
+    found = {work.spec.name: work.spec for work in works}
+    one_each = [max((work for work in works if work.spec is found[name]), key=best) for name in sorted(found)]
     return one_each if quick else [*one_each, *(work for work in works if work not in one_each)]
+
+
+def matches(work: Work, pattern: str) -> bool:
+    """Says whether a pattern is an operation's name, a part of a case's whole name, or fits that by its * and ?."""
+    if pattern in discover_specs():
+        return work.spec.name == pattern
+    return fnmatchcase(work.name, pattern) if set(pattern) & {"*", "?"} else pattern in work.name
 
 
 def real_work(spec: KernelSpec) -> list[Work]:

@@ -1,7 +1,7 @@
 """Attention as a user would run it instead: torch's with each of its backends, and FlashInfer if it is installed.
 
 An `Alternative` also prepares what a user would have ready (for torch, keys and values without pages); this is not
-timed. It raises for inputs that it cannot take; kernel_table.py then says so and goes on. Its result is compared with
+timed. It raises for inputs that it cannot take; kernels.py then says so and goes on. Its result is compared with
 the kernel's reference before it is timed.
 """
 
@@ -65,7 +65,7 @@ def _vit_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any],
         q, k, v = qkv.chunk(3, dim=-1)
         if i["q_norm_E"] is not None:
             q, k = rms_norm(q, i["q_norm_E"], i["eps"]), rms_norm(k, i["k_norm_E"], i["eps"])
-        q, k, v = (t.unflatten(2, (-1, i["head_dim"])).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.view(*t.shape[:2], -1, i["head_dim"]).transpose(1, 2) for t in (q, k, v))
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -13,12 +13,13 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-from document import rows_of
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from roofs import Roof, measured_roof
+
+from internvl_rt.bench.document import rows_of
+from internvl_rt.bench.roofs import Roof, measured_roof
 
 Document = Mapping[str, Any]
 Row = dict[str, Any]

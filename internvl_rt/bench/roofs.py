@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from document import rows_of
+from internvl_rt.bench.document import rows_of
 
 
 @dataclass(frozen=True, slots=True)
