@@ -30,8 +30,7 @@ TILE_DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 
 def normalise_tiles_reference(tiles: Tensor) -> Tensor:
     """Normalises uint8 [I, S, S, 3] to float32 [I, 3, S, S]."""
-    mean = torch.tensor(IMAGENET_MEAN, device=tiles.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=tiles.device)[:, None, None]
+    mean, std = (torch.tensor(each).to(tiles.device)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
     return (tiles.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -70,6 +70,8 @@ def _resize_axis_reference(pixels: Tensor, dim: int, size_out: int) -> Tensor:
 
 def resize_tiles_reference(image_HW3: Tensor, columns: int, rows: int, size: int, thumbnail: bool) -> Tensor:
     """Returns uint8 tiles [columns * rows (+ 1), size, size, 3] of a uint8 picture, row by row, then the thumbnail."""
+    if image_HW3.is_meta:  # its width and height, which a compiler may leave open, say nothing about the result
+        return image_HW3.new_empty(columns * rows + thumbnail, size, size, 3)
 
     def stretched(width: int, height: int) -> Tensor:
         passes = [(1, width), (0, height)]

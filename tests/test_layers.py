@@ -90,6 +90,7 @@ MODULES = [
     "kernels._check",
     "kernels._probes",
     "kernels.catalogue",
+    "operators",
     "model.linear",
     "model.step_inputs",
     "model.ops",
@@ -232,12 +233,14 @@ HOMES = {
     "uvicorn": ["server.connection", "server.life", "server.receiving"],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-CALLERS_OF_KERNELS = {  # the tables of operations, the catalogue, the checks and the benches of single kernels
+# The tables of operations, torch's operators, the catalogue, the checks, and the benches of single kernels.
+CALLERS_OF_KERNELS = {
     "model.ops",
     "model.ops_cpu",
     "model.ops_triton",
     "model.ops_invariant",
     "doctor.kernels",
+    "operators",
     "kernel_list",
     "bench.roofline",
     "bench.kernel_cases",
