@@ -35,6 +35,7 @@ MODULES = [
     "inputs.jpeg_scans",
     "inputs.decoding",
     "inputs.pil_picture",
+    "inputs.foreign",
     "inputs.image",
     "inputs.mp4",
     "inputs.video",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from internvl_rt.errors import MediaError
 from internvl_rt.inputs.decoding import check_size, open_encoded, to_rgb, upright_size
+from internvl_rt.inputs.foreign import ForeignArray, adopted
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 from internvl_rt.inputs.pil_picture import AsOpened, own_picture
@@ -21,7 +22,7 @@ from internvl_rt.inputs.tiles import ImageOptions, TileLayout, plan_tiles, tile_
 if TYPE_CHECKING:
     import torch
 
-ImageSource: TypeAlias = "MediaSource | Image.Image | npt.NDArray[np.uint8] | torch.Tensor"
+ImageSource: TypeAlias = "MediaSource | Image.Image | npt.NDArray[np.uint8] | torch.Tensor | ForeignArray"
 
 
 LARGE_PIXELS = 1 << 24  # of a picture; they take 48 MiB
@@ -80,10 +81,11 @@ def open_image(source: ImageSource, options: ImageOptions) -> OpenImage:
     Pillow's conversion, gray of more than 8 bits is scaled, not saturated.
 
     source: path, `data:` URL, encoded bytes, binary file object, PIL image, or uint8 array or tensor [height, width,
-        3]. Pixels are copied, on their device, so that the caller may change its own; not copied are those of an array
-        that owns its memory, row by row, and is not writeable, where they outweigh their tiles, which are then to be
-        cut at once. A PIL image or a file object is left as it is, and may be given to several threads at once; a PIL
-        image that is not decoded yet is decoded when its tiles are cut, from its encoded bytes.
+        3], of any library that speaks DLPack or has the CUDA array interface. Pixels are copied, on their device, so
+        that the caller may change its own; not copied are those of an array that owns its memory, row by row, and is
+        not writeable, where they outweigh their tiles, which are then to be cut at once. A PIL image or a file object
+        is left as it is, and may be given to several threads at once; a PIL image that is not decoded yet is decoded
+        when its tiles are cut, from its encoded bytes.
 
     Raises MediaError if the source cannot be read, or is beyond the limits of the options: sizes are checked before
     memory is taken, and what decoding takes is estimated before it begins.
@@ -145,6 +147,7 @@ def check_image_source(source: object, options: ImageOptions) -> None:
 
 def _check_array(array: Any, options: ImageOptions) -> Any:
     """Returns an array or tensor that was given as a picture. Raises MediaError if it cannot be one."""
+    array = adopted(array)
     torch = sys.modules.get("torch")  # a tensor can only be given by a program that has imported torch
     if not isinstance(array, np.ndarray) and (torch is None or not isinstance(array, torch.Tensor)):
         raise MediaError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, not_finite
+from internvl_rt.inputs.foreign import adopted
 from internvl_rt.inputs.identity import content_digest
 from internvl_rt.inputs.image import ImageSource, OpenImage, open_image
 from internvl_rt.inputs.prompt import VisualSpan
@@ -78,6 +79,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
 
     They are copied in `dtype`. Raises RequestError as `picture_of_tiles` does.
     """
+    visual_XD = adopted(visual_XD)
     width, per_tile = config.decoder.hidden_size, config.tokens_per_tile
     number, shape = _describe("image_embeds", visual_XD)
     if number not in _FLOATS or len(shape) != 2 or shape[1] != width or not shape[0] or shape[0] % per_tile:

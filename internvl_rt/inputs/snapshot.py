@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError
+from internvl_rt.inputs.foreign import adopted
 from internvl_rt.inputs.pil_picture import own_picture
 from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.video import VideoLimits, choose_frame_indices
@@ -47,10 +48,10 @@ class CopyLimits:
 def snapshot(given: T, limits: CopyLimits, name: str = "messages") -> T:
     """Returns messages, or a list of pictures, as they are now, whatever the caller changes later.
 
-    Lists, mappings, arrays, tensors (on their device), bytearrays, memoryviews, BytesIO and Pillow pictures are copied;
-    of a video that is given as frames only the chosen ones. A Pillow picture that was not decoded is copied as its
-    encoded bytes, and left as it is if they come from something else than a file of the system or BytesIO. A copied
-    array of pixels cannot be written into. Files are not read.
+    Lists, mappings, arrays (other libraries' become tensors), tensors (on their device), bytearrays, memoryviews,
+    BytesIO and Pillow pictures are copied; of a video that is given as frames only the chosen ones. A Pillow picture
+    that was not decoded is copied as its encoded bytes, and left as it is if they come from something else than a file
+    of the system or BytesIO. A copied array of pixels cannot be written into. Files are not read.
 
     name: key of the given ("image" for a list of pictures). Raises RequestError for more than MAX_ITEMS.
     """
@@ -100,7 +101,7 @@ class _Structure:
             if type(each) is str:  # most are, and this is the fastest question
                 continue
             kind = name if is_list else key
-            own[key] = self.copy(each, kind, depth + 1)
+            own[key] = self.copy(_adopted(each), kind, depth + 1)
             if issubclass(type(own[key]), _WRITABLE):
                 self.places.append((own, key, kind))
         return own
@@ -117,6 +118,13 @@ class _Structure:
             chosen = {index: frames[index] for index in indices}
             part["video"] = [chosen[index] for index in indices]
             del part["num_frames"]
+
+
+def _adopted(value: Any) -> Any:
+    """Returns another library's array as a tensor, to be copied like one. One that cannot be read is refused later."""
+    with suppress(MediaError):
+        return adopted(value)
+    return value
 
 
 def _num_bytes(leaf: Any) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from internvl_rt.errors import MediaError, RequestError, TranslateErrors
+from internvl_rt.inputs.foreign import adopted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.media import MediaSource, is_media_source, open_media
 from internvl_rt.inputs.mp4 import is_mp4
@@ -144,6 +145,7 @@ def count_frames(source: Any, num_segments: int | None) -> int:
 
 def _check_frames(source: Any) -> Any:
     """Returns a video that was given as a list, array or tensor of frames. Raises MediaError for anything else."""
+    source = adopted(source)
     shape = _shape(source)
     is_array = len(shape) == 4 and shape[3] == 3 and str(source.dtype) in ("uint8", "torch.uint8")
     if not is_array and not isinstance(source, list | tuple):
@@ -171,7 +173,8 @@ def _given_frames(
     source: Any, num_segments: int | None, limits: VideoLimits, proceed: Proceed
 ) -> Iterator[ImageSource]:
     """Chooses from frames that were given as a list, array or tensor. Raises MediaError."""
-    num_frames = len(_check_frames(source))
+    source = _check_frames(source)
+    num_frames = len(source)
     chosen = range(num_frames) if num_segments is None else choose_frame_indices(num_frames, 1.0, num_segments)
     if len(chosen) > limits.max_video_frames:
         raise MediaError(
