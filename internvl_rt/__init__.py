@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from internvl_rt.inputs.grammar_source import Tagged as Tagged
     from internvl_rt.inputs.grammar_source import TaggedValue as TaggedValue
     from internvl_rt.inputs.prepare import PromptDescription as PromptDescription
-    from internvl_rt.inputs.prompt import RawPrompt as RawPrompt
+    from internvl_rt.inputs.raw_prompt import RawPrompt as RawPrompt
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
     from internvl_rt.inputs.tiles import TileLayout as TileLayout
     from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
@@ -51,7 +51,7 @@ _NAMES = {
     ),
     "inputs.grammar_source": "Tagged TaggedValue",
     "inputs.prepare": "PromptDescription",
-    "inputs.prompt": "RawPrompt",
+    "inputs.raw_prompt": "RawPrompt",
     "inputs.sampling_params": "SamplingParams",
     "inputs.tiles": "TileLayout",
     "steps.logprobs": "TokenLogprob",

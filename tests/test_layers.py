@@ -49,6 +49,7 @@ MODULES = [
     "inputs.prompt",
     "inputs.position",
     "inputs.picture",
+    "inputs.raw_prompt",
     "inputs.prepare",
     "inputs.__init__",
     "kernels._launch",

@@ -30,7 +30,7 @@ from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, PromptDescription, PromptSource
 from internvl_rt.inputs.proceed import LateError, Proceed
-from internvl_rt.inputs.prompt import RawPrompt
+from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
 from internvl_rt.values import Flag, read
@@ -177,7 +177,7 @@ class AsyncEngine:
         def copy() -> PromptSource:
             self._preparing.check()  # nothing is copied for a call that is refused
             if isinstance(messages, RawPrompt):
-                return messages.fixed(self._engine.max_model_len)
+                return self._engine.preparer.fixed(messages)
             return snapshot(messages, self._copy_limits)
 
         return Given(copy)

@@ -131,7 +131,8 @@ class Engine:
             "image_url": {"url": data URL or path}}`. A picture takes "max_tiles" and OpenAI's "detail" ("low": one
             tile), a video "num_frames" and "bound" ([start, end] in seconds). A last message of the assistant is the
             beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
-            Or a `RawPrompt`, which has no template: the text of the reply then keeps the whitespace around it.
+            Or a `RawPrompt`, ids and tiles of a processor perhaps, which has no template: the text of the reply then
+            keeps the whitespace around it.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass

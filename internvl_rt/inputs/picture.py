@@ -70,7 +70,7 @@ def picture_of_tiles(tiles: object, config: ModelConfig, dtype: torch.dtype, max
     `dtype`, and, before memory is taken, for more than `max_tokens` visual tokens.
     """
     _check_count("pixel_values", count_tiles(tiles, config) * config.tokens_per_tile, max_tokens)
-    own = _own_copy("pixel_values", tiles, dtype)
+    own = own_copy("pixel_values", tiles, dtype)
     return Picture(_tensor_digest("tiles", own), len(own), tiles=own)
 
 
@@ -88,7 +88,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
             f"got {number} {list(shape)}; encode_images makes them"
         )
     _check_count("image_embeds", shape[0], max_tokens)
-    own = _own_copy("image_embeds", visual_XD, dtype)
+    own = own_copy("image_embeds", visual_XD, dtype)
     return Picture(_tensor_digest("visual", own), len(own) // per_tile, visual_XD=own)
 
 
@@ -116,7 +116,7 @@ def _check_count(name: str, num_tokens: int, max_tokens: int) -> None:
         )
 
 
-def _own_copy(name: str, given: object, dtype: torch.dtype) -> Tensor:
+def own_copy(name: str, given: object, dtype: torch.dtype) -> Tensor:
     """Returns a copy of bytes, or of finite numbers in `dtype`; later the caller may change the given ones."""
     if isinstance(given, np.ndarray):
         given = torch.from_numpy(np.array(given, given.dtype.newbyteorder("="), order="C"))

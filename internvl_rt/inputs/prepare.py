@@ -23,13 +23,12 @@ from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, buil
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.inputs.prompt import (
     Prompt,
-    RawPrompt,
     Turn,
     build_prompt,
-    build_raw_prompt,
     check_turns,
     turns_from_messages,
 )
+from internvl_rt.inputs.raw_prompt import RawPrompt, build_raw_prompt, raw_pictures
 from internvl_rt.inputs.tiles import ImageOptions, TileLayout
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
@@ -114,11 +113,13 @@ class Preparer:
         v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
         start_s = time.perf_counter()
         if isinstance(messages, RawPrompt):
-            placed = self._place(self._build_raw(messages), (), v2pe_delta, cache_salt)
+            prompt = self._build_raw(messages)
+            pictures = raw_pictures(messages, prompt, self._config, self._dtype, self._max_model_len)
+            placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
             return replace(placed, start_s=start_s, begun=True, raw=True)
         parsed = parse_messages(messages, self._max_model_len)
         self._check_size(parsed)
-        pictures: list[Picture] = []
+        pictures = []
         frames_per_video: list[int] = []
         media = [part for message in parsed for part in message.parts if isinstance(part, Media)]
         for media_id, each in enumerate(media):
@@ -139,6 +140,10 @@ class Preparer:
             number_images=self._number_images,
         )
         return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
+
+    def fixed(self, raw: RawPrompt) -> RawPrompt:
+        """Returns a prompt that its caller cannot change. Raises RequestError for one that cannot fit."""
+        return raw.fixed(self._config, self._dtype, self._max_model_len, self._remedy())
 
     def describe(self, messages: PromptSource, proceed: Proceed = go_on) -> PromptDescription:
         """Renders a conversation as `prepare` does, and keeps nothing of its pictures. Raises what `prepare` raises."""

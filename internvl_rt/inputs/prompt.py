@@ -14,7 +14,7 @@ from typing import Final
 from internvl_rt.errors import ContextLengthError, RequestError, check_list, quoted
 from internvl_rt.inputs.messages import ROLE, Media, Message, Role
 from internvl_rt.inputs.tokenizer import SHORTEN, Tokenizer
-from internvl_rt.values import Integer, read
+from internvl_rt.values import read
 
 MARKER = "<image>"  # a picture's place in the text of the official interface; not a token
 
@@ -50,47 +50,6 @@ class Prompt:
     token_ids: tuple[int, ...]
     spans: tuple[VisualSpan, ...]  # one per picture, in order
     text: str  # as the official code renders it, every <IMG_CONTEXT> written out; without <s>
-
-
-@dataclass(frozen=True, slots=True)
-class RawPrompt:
-    """A prompt without any template, for a call that takes messages; the answer is the text that follows it.
-
-    content: a text, in which special tokens are read, or token ids, which are taken as they are. There are no pictures:
-        their placeholder is a token like any other here.
-    """
-
-    content: str | Sequence[int]
-
-    def fixed(self, most: int) -> "RawPrompt":
-        """Returns a prompt that its caller cannot change. One of more than `most` ids is left: it will be refused."""
-        content = self.content
-        if isinstance(content, Sequence) and not isinstance(content, str | bytes | tuple) and len(content) <= most:
-            return RawPrompt(tuple(content))
-        return self
-
-
-def build_raw_prompt(raw: RawPrompt, tokenizer: Tokenizer, *, vocab_size: int, limit: int, remedy: str) -> Prompt:
-    """Encodes a text after the tokenizer's `prefix_ids`, or checks ids.
-
-    vocab_size: rows of the model's embedding. limit and remedy: as for `build_prompt`.
-
-    Raises RequestError for an empty prompt, one that is seen to have more than `limit` tokens, before all of it is
-    read, and ids that are no rows of the embedding.
-    """
-    content = raw.content
-    if isinstance(content, str):
-        prefix = tokenizer.prefix_ids
-        encoded = tokenizer.encode(content, specials=True, limit=limit - len(prefix), remedy=remedy)
-        if not encoded:
-            raise RequestError("the prompt is an empty text, which no answer can follow; send at least a token")
-        return Prompt((*prefix, *encoded), (), content)
-    check_list("the prompt", content, "token ids, or a text")
-    if not 0 < len(content) <= limit:
-        raise RequestError(f"the prompt must have from 1 to {limit:,} token ids, got {len(content):,}; {remedy}")
-    kind = Integer(0, vocab_size - 1, " (the rows of the embedding)")
-    ids = tuple(read(f"token {index} of the prompt", token_id, kind) for index, token_id in enumerate(content))
-    return Prompt(ids, (), tokenizer.decode(ids, skip_specials=False))
 
 
 def check_turns(turns: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from internvl_rt.engine.reply import Choice, Piece, Reply, Usage
-from internvl_rt.inputs.prompt import RawPrompt
+from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.server.answer import LEAST_LOGPROB, Json, new_id, text_of, usage_of
 from internvl_rt.server.body import parse

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from internvl_rt.inputs.prompt import RawPrompt
+from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.server.answer import Json, text_of
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call

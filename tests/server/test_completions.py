@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from internvl_rt.inputs.prompt import RawPrompt
+from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from support.serving import Running, running
 
