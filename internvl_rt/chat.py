@@ -3,17 +3,20 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.terminal import importing, say
 
 if TYPE_CHECKING:
+    from internvl_rt.checkpoint.config import ModelConfig
     from internvl_rt.engine.engine import Engine
     from internvl_rt.engine.reply import Reply
     from internvl_rt.inputs.sampling_params import SamplingParams
+    from internvl_rt.inputs.tiles import TileLayout
 
 INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
           /video FILE  adds a video to the next question
@@ -38,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     start = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.prompt is not None:
         message = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
-        _answer(engine, [*start, message], params, args.timings)
+        _answer(engine, [*start, message], params, args)
         return 0
-    return _converse(engine, start, media, params, args.timings)
+    return _converse(engine, start, media, params, args)
 
 
 def _check_options(args: argparse.Namespace) -> "SamplingParams":
@@ -86,8 +89,43 @@ def _media(kind: Literal["image", "video"], file: str) -> dict[str, str]:
     return {"type": kind, kind: file}
 
 
+def show_tiles(layouts: "Sequence[TileLayout | None]", config: "ModelConfig") -> None:
+    """Prints how pictures and frames are cut, of neighbours that are cut alike the first."""
+    number = 1
+    for layout, group in groupby(layouts):
+        count = len(list(group))
+        what = f"pictures {number} to {number + count - 1}" if count > 1 else f"picture {number}"
+        number += count
+        if layout is not None:
+            say(f"{what}: {draw_tiles(layout, config.vision.image_size, config.tokens_per_tile)}")
+
+
+def draw_tiles(layout: "TileLayout", tile_size: int, tokens_per_tile: int) -> str:
+    """Returns size and cost of a picture, and its grid with the tiles' numbers in the order of the prompt."""
+    num_cut = layout.columns * layout.rows
+    tiles = (
+        "1 tile" if num_cut == 1 else f"{num_cut} tiles and the thumbnail" if layout.thumbnail else f"{num_cut} tiles"
+    )
+    border = "+" + "----+" * layout.columns
+    lines = [
+        f"{layout.width:,} x {layout.height:,} pixels, stretched to {layout.columns * tile_size:,} x "
+        f"{layout.rows * tile_size:,}: {tiles}, {layout.num_tiles * tokens_per_tile:,} tokens"
+    ]
+    for row in range(layout.rows):
+        first = row * layout.columns + 1
+        lines += [border, "|" + "".join(f"{first + column:^4}|" for column in range(layout.columns))]
+    if layout.thumbnail:
+        lines += [border, f"|{num_cut + 1:^4}|  the whole picture"]
+        border = "+----+"
+    return "\n".join([*lines, border])
+
+
 def _converse(
-    engine: "Engine", start: list[dict[str, Any]], media: list[dict[str, str]], params: "SamplingParams", timings: bool
+    engine: "Engine",
+    start: list[dict[str, Any]],
+    media: list[dict[str, str]],
+    params: "SamplingParams",
+    args: argparse.Namespace,
 ) -> int:
     say(INTERACTIVE_HELP)
     messages = list(start)
@@ -108,7 +146,7 @@ def _converse(
                 _check_text("the question", line)
                 question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
                 media = []
-                reply = _answer(engine, [*messages, question], params, timings)
+                reply = _answer(engine, [*messages, question], params, args)
                 messages += [question, {"role": "assistant", "content": reply.text}]
         except InternVLError as error:  # this question fails, the conversation goes on
             say(str(error))
@@ -139,12 +177,16 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _answer(engine: "Engine", messages: list[dict[str, Any]], params: "SamplingParams", timings: bool) -> "Reply":
+def _answer(
+    engine: "Engine", messages: list[dict[str, Any]], params: "SamplingParams", args: argparse.Namespace
+) -> "Reply":
+    if args.show_tiles:
+        show_tiles(engine.describe(messages[-1:]).layouts, engine.config)
     for piece in engine.stream(messages, params):
         print(piece.text, end="", flush=True)
     print()
     assert piece.reply is not None, "a stream ends with its reply"
-    if timings:
+    if args.timings:
         usage = piece.reply.usage
         say(
             f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered\n"

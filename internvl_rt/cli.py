@@ -1,14 +1,16 @@
-"""The command line: `internvl-rt chat | serve | info | doctor | kernels | bench | write-random`."""
+"""The command line: `internvl-rt chat | serve | info | doctor | kernels | bench | completion | write-random`."""
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl_rt.arguments import Parser, add_device_and_dtype
 from internvl_rt.bench.arguments import add_bench
+from internvl_rt.completion import SHELLS
 from internvl_rt.errors import InternVLError, quoted
 from internvl_rt.server import check_libraries
 from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, prepare_streams, say
@@ -73,7 +75,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
+    """of_serve: the parser of what follows `serve`, which otherwise takes anything."""
     parser = Parser(prog="internvl-rt", description="Runs InternVL3 vision-language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('internvl-rt')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         help="positions per visual token: a power of two from 1 to 1/256, or auto (default: 1)",
     )  # fmt: skip
     add_device_and_dtype(chat)
+    chat.add_argument("--show-tiles", action="store_true", help="print how each picture is cut into tiles")
     chat.add_argument("--timings", action="store_true", help="print the memory plan; per answer tokens and seconds")
 
     info = commands.add_parser(
@@ -129,8 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands)
 
     # Its own parser makes its arguments from options whose module needs torch.
-    serve = commands.add_parser("serve", help="serve a model over HTTP: OpenAI's interface and a page", add_help=False)
+    serve = commands.add_parser(
+        "serve", help="serve a model over HTTP: OpenAI's interface and a page", add_help=False, parents=of_serve
+    )
     serve.set_defaults(run=_serve)
+
+    completion = commands.add_parser(
+        "completion",
+        help="completion for a shell",
+        description="Prints a script that makes a shell complete commands, options and files. For bash, in ~/.bashrc: "
+        'eval "$(internvl-rt completion bash)"; for fish: internvl-rt completion fish | source; for zsh, write it to a '
+        "file _internvl-rt in a folder of $fpath.",
+    )
+    completion.set_defaults(run=_completion)
+    completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
 
     random = commands.add_parser(
         "write-random",
@@ -187,6 +203,13 @@ def _kernels(args: argparse.Namespace) -> int:
     with importing():
         from internvl_rt.kernel_list import run
     return run(args)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    with importing():
+        from internvl_rt.completion import script
+    print(script(args.shell, _parser))
+    return 0
 
 
 def _write_random(args: argparse.Namespace) -> int:

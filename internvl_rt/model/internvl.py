@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
@@ -156,9 +157,18 @@ def fill_weights(weights: ModelWeights, fill: Callable[[str, Tensor], None], ops
 
     A weight is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
     than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
-    stays as it is, and so does an `lm_head` that is the embedding too.
+    stays as it is, and so does an `lm_head` that is the embedding too. If it takes longer than a second, a terminal
+    shows bytes and their rate.
     """
-    filled: ModelWeights = _fill(weights, "", fill, ops, weights.decoder.embedding_VD)
+    num_bytes = sum(parameter.nbytes for parameter in named_parameters(weights).values())
+    shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": None}
+    with tqdm(total=num_bytes, desc="weights", **shown) as bar:
+
+        def fill_and_show(path: str, parameter: Tensor) -> None:
+            fill(path, parameter)
+            bar.update(parameter.nbytes)
+
+        filled: ModelWeights = _fill(weights, "", fill_and_show, ops, weights.decoder.embedding_VD)
     return filled
 
 
@@ -189,5 +199,5 @@ def _prepare(linear: Linear, ops: Ops) -> Linear:
 def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
     """Returns all parameters by path, as `fill_weights` names them."""
     found: dict[str, Tensor] = {}
-    fill_weights(weights, found.__setitem__)
+    _fill(weights, "", found.__setitem__, TORCH, weights.decoder.embedding_VD)
     return found

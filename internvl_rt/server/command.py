@@ -1,16 +1,16 @@
-"""`internvl-rt serve MODEL`: its arguments, made from the options of the server and of the engine."""
+"""`internvl-rt serve MODEL`: checks all that was given, loads the engine, and serves until it is told to stop."""
 
-import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from internvl_rt.arguments import Parser, add_options, options_of
+from internvl_rt.arguments import options_of
 from internvl_rt.engine.async_engine import AsyncEngine
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.host_memory import keep_large_buffers
 from internvl_rt.engine.options import ENGINE_KINDS, EngineOptions
 from internvl_rt.server.app import build_app
+from internvl_rt.server.arguments import build_parser
 from internvl_rt.server.keys import read_keys
 from internvl_rt.server.life import Server, bind, end_at_sigterm
 from internvl_rt.server.log import Log
@@ -18,18 +18,6 @@ from internvl_rt.server.options import SERVER_KINDS, ServerOptions
 from internvl_rt.server.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def build_parser(model_help: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="internvl-rt serve",
-        usage="%(prog)s MODEL [options]",
-        description="Serves a model over HTTP: OpenAI's interface at /v1, a page to try it at /, metrics at /metrics.",
-    )
-    parser.add_argument("model", metavar="MODEL", help=model_help)
-    add_options(parser.add_argument_group("server"), ServerOptions, SERVER_KINDS)
-    add_options(parser.add_argument_group("engine"), EngineOptions, ENGINE_KINDS)
-    return parser
 
 
 def serve(arguments: list[str], model_help: str) -> int:

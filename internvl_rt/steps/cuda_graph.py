@@ -22,7 +22,14 @@ class Replay(NamedTuple):
 
 
 Capture = Callable[[Callable[[], Tensor]], Replay]
-Job = Callable[[], object]
+
+
+class Job(NamedTuple):
+    """A part of what is done before the first request, with a name for who waits for it."""
+
+    name: str
+    run: Callable[[], object]
+
 
 TILE_BUCKETS = (*range(1, 14), 16)  # other numbers of tiles run in the next larger bucket, padded with old tiles
 
@@ -47,12 +54,13 @@ class TileGraphs:
 
     def warm_up(self, encode: Callable[[Tensor], Tensor]) -> list[Job]:
         """Lists runs of `encode`, which needs the same kernels, for every graph: so these kernels are built."""
-        return [partial(encode, self._tiles[:bucket]) for bucket in self._buckets]
+        return [Job(f"kernels for {bucket} tiles", partial(encode, self._tiles[:bucket])) for bucket in self._buckets]
 
     def captures(self, *, everything: bool) -> list[Job]:
         """Lists captures of the graphs of the most tiles and of one, or of all, the largest first."""
         first = self._buckets if everything else {self._buckets[0], self._buckets[-1]}
-        return [partial(self._replay_of, bucket) for bucket in reversed(self._buckets) if bucket in first]
+        buckets = [bucket for bucket in reversed(self._buckets) if bucket in first]
+        return [Job(f"graph of {bucket} tiles", partial(self._replay_of, bucket)) for bucket in buckets]
 
     @property
     def max_tiles(self) -> int:

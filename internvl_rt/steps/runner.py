@@ -118,7 +118,7 @@ class Runner:
         everything: whether all are captured now, instead of a few now and the others when they are first needed. Their
             kernels are built now all the same.
 
-        A terminal shows the progress if it takes longer than a second.
+        A terminal shows the progress, and what is being done, if it takes longer than a second.
         """
         model, drawn_R, capture = self._model, self._drawn_R, capture or cuda_capture()
         limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
@@ -128,15 +128,18 @@ class Runner:
                 model, self._cache, drawn_R, capture, max_tokens_per_step=max_tokens_per_step, **limits
             )
             few_layers = model.cut(2)
-            warm_up: list[Job] = [partial(self._run_the_others, few_layers, max_tokens_per_step)]
+            run_the_others = partial(self._run_the_others, few_layers, max_tokens_per_step)
+            warm_up = [Job("kernels that are in no graph", run_the_others)]
             if not everything:
                 warm_up += self._tile_graphs.warm_up(few_layers.encode_tiles)
                 warm_up += self._step_graphs.warm_up(few_layers)
-            jobs: list[Job] = [*map(torch.inference_mode(), warm_up)]
+            jobs = [Job(name, torch.inference_mode()(run)) for name, run in warm_up]
             for graphs in (self._tile_graphs, self._step_graphs):
                 jobs += graphs.captures(everything=everything)
-            for job in tqdm(jobs, "kernels and CUDA graphs", leave=False, delay=1, disable=None):
-                job()
+            with tqdm(jobs, "kernels and CUDA graphs", leave=False, delay=1, disable=None) as bar:
+                for job in bar:
+                    bar.set_postfix_str(job.name)
+                    job.run()
 
     def _run_the_others(self, model: InternVL, max_tokens_per_step: int) -> None:
         """Runs what is in no graph, so that its kernels are built before the first answer: the largest step, and more.

@@ -112,6 +112,17 @@ class _Stage:
         return self._views
 
 
+def _named(key: _Key) -> str:
+    """Returns what a graph computes, for who waits for it."""
+    match key:
+        case (decodes,):
+            return f"a decode step of {decodes} sequences"
+        case (0, draws):
+            return f"{draws} draws after prompts"
+        case _:
+            return f"prompts of {key[2]} tokens beside {key[0]} decodes"
+
+
 class StepGraphs:
     """Runs steps from graphs that are captured when they are first needed, or before.
 
@@ -162,12 +173,12 @@ class StepGraphs:
         def run(key: _Key) -> None:
             self._computation(key, model)()
 
-        return [partial(run, key) for keys in self._keys() for key in keys]
+        return [Job(f"kernels for {_named(key)}", partial(run, key)) for keys in self._keys() for key in keys]
 
     def captures(self, *, everything: bool) -> list[Job]:
         """Lists captures of the graphs that a single user needs, or of all."""
         return [
-            partial(self._replay_of, key)
+            Job(f"graph of {_named(key)}", partial(self._replay_of, key))
             for keys in self._keys()
             for number, key in enumerate(keys)
             if everything or number == 0 or key in LIKELY

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from internvl_rt.arguments import options_of
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.server.command import build_parser
+from internvl_rt.server.arguments import build_parser
 from internvl_rt.server.metrics import PREFIX, Metrics
 from internvl_rt.server.options import SERVER_KINDS, ServerOptions
 
@@ -221,7 +221,7 @@ def test_the_image_has_the_versions_and_extras_of_the_package() -> None:
     assert yaml.safe_load(read("compose.yaml"))["services"]["server"]["image"] == f"internvl-rt:{project['version']}"
     runs = " ".join(rest for word, rest in made if word == "RUN")
     (extras,) = re.findall(r"\.whl\)\[([\w,]+)\]", runs)
-    assert set(extras.split(",")) == set(project["optional-dependencies"]) - {"bench", "test"}
+    assert set(extras.split(",")) == set(project["optional-dependencies"]) - {"bench", "completion", "test"}
     assert all("--constraint constraints.txt" in each for each in re.findall(r"pip install [^&]+", runs))
 
 

@@ -27,8 +27,8 @@ def encode(tiles: Tensor) -> Tensor:
 def build(buckets=(1, 2, 4), everything=True):
     recorder = Recorder()
     graphs = TileGraphs(encode, SIDE, torch.device("cpu"), recorder, buckets)
-    for capture in graphs.captures(everything=everything):
-        capture()
+    for job in graphs.captures(everything=everything):
+        job.run()
     return graphs, recorder
 
 
@@ -85,8 +85,8 @@ def test_replay_equals_eager_bit_for_bit() -> None:
     stream.adopt([weight])
     with stream.use():
         graphs = TileGraphs(compute, SIDE, device, cuda_capture(), (1, 2, 4))
-        for capture in graphs.captures(everything=False):
-            capture()
+        for job in graphs.captures(everything=False):
+            job.run()
         check_replays(graphs, compute, device)
 
 
