@@ -80,7 +80,7 @@ def render(kernel: Kernel) -> str:
         "  )",
         *(f"  writes {name} in place" for name in kernel.spec.in_place),
         "  dimensions: internvl_rt/kernels/_contract.py has the letters; reference: the same arguments, any device",
-        f"  called by {kernel.used_by}",
+        f"  called by {kernel.used_by or 'no model'}",
         f"  compiled and inspected for {', '.join(kernel.architectures)}",
         "  how far from the reference in float64:",
         *(exact or tolerances),

@@ -94,7 +94,7 @@ class KernelSpec:
     """
 
     name: str
-    used_by: str  # which part of which models calls it, for the catalogue
+    used_by: str  # which part of which models calls it, for the catalogue; "" is none
     reference: Callable[..., Any]
     plan: Callable[..., tuple[Launch, ...]]
     launcher: Callable[..., Any]

@@ -14,6 +14,12 @@ programs alone do not use all of it. Hence two rules:
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from internvl_rt.kernels._launch import target_of
 
 MAX_UNSPLIT_BLOCKS = 4
 
@@ -26,6 +32,25 @@ def num_split_items(num_sequences: int, num_kv_heads: int, num_sms: int) -> int:
     the first. Items that a plan leaves empty cost next to nothing.
     """
     return max(0, num_sequences - 1) + max(1, 2 * num_sms // num_kv_heads)
+
+
+def build_splits(
+    seq_lens: Sequence[int], block_size: int, num_kv_heads: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Plans a call of decode attention for sequences of these lengths: its `split_start_S1` and `split_W3`.
+
+    One plan serves all layers of a step. An engine's plans are filled by its KV cache, into memory that it keeps.
+    """
+    num_items = num_split_items(len(seq_lens), num_kv_heads, target_of(device).num_sms)
+    return split_tensors(plan_splits([-(-length // block_size) for length in seq_lens], num_items), num_items, device)
+
+
+def split_tensors(rows: list[list[list[int]]], num_items: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Puts the items of each row behind each other, and (-1, -1, -1) after the last, up to `num_items`."""
+    starts, items = [0, *accumulate(map(len, rows))], list(chain.from_iterable(rows))
+    items += [[-1, -1, -1]] * (num_items - len(items))
+    split_W3 = torch.tensor(items, dtype=torch.int32, device=device).view(-1, 3)
+    return torch.tensor(starts, dtype=torch.int32, device=device), split_W3
 
 
 def plan_splits(num_blocks: Sequence[int], num_items: int) -> list[list[list[int]]]:

@@ -11,7 +11,7 @@ for, so one CUDA graph serves any lengths.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, req
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
 from internvl_rt.kernels._paged_attention import paged_attention_reference
-from internvl_rt.kernels._split_plan import num_split_items, plan_splits
+from internvl_rt.kernels._split_plan import build_splits as build_splits
+from internvl_rt.kernels._split_plan import num_split_items, plan_splits, split_tensors
 
 HEAD_DIMS = (16, 32, 64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -222,6 +223,7 @@ def decode_attention(
 ) -> Tensor:
     """Computes `decode_attention_reference`, for q with rows at any stride; the integer tensors are int32.
 
+    `build_splits` makes split_start_S1 and split_W3 of the sequences' lengths.
     split_W3 has items for all blocks of every row whose length is not 0: those of a row in order, from split_start[row]
     to split_start[row + 1]; (-1, -1, -1) after the last; and W >= S. Rows without an item give zeros. Table entries
     and slots beyond a length are not used. The same plan gives the same bits, another plan rounds differently.
@@ -321,17 +323,17 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     else:
         split = case["split"]
         rows = [[[row, i, min(i + split, n)] for i in range(0, n, split)] for row, n in enumerate(num_blocks)]
-    starts, items = [0, *accumulate(map(len, rows))], list(chain.from_iterable(rows))
-    spare = max(0, len(seq_lens) - len(items)) + case.sizes.get("spare", 0)
-    items += [[-1, -1, -1]] * (case["room"] - len(items) if "room" in case.sizes else spare)
+    num_items = sum(map(len, rows))
+    spare = max(0, len(seq_lens) - num_items) + case.sizes.get("spare", 0)
+    split_start_S1, split_W3 = split_tensors(rows, case.sizes.get("room", num_items + spare), device)
     return {
         "q_SHC": q[:, : case["H"]],
         "k_cache_BGPC": k,
         "v_cache_BGPC": v,
         "block_table_SN": table_SN,
         "seq_len_S": torch.tensor(seq_lens, dtype=torch.int32).to(device),
-        "split_start_S1": torch.tensor(starts, dtype=torch.int32).to(device),
-        "split_W3": torch.tensor(items, dtype=torch.int32).view(-1, 3).to(device),
+        "split_start_S1": split_start_S1,
+        "split_W3": split_W3,
     }
 
 

@@ -22,6 +22,7 @@ from internvl_rt.bench.attention_baselines import (
     rms_norm,
     same,
 )
+from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
@@ -39,7 +40,7 @@ def alternatives(op: str) -> Iterator[Alternative]:
     if op in ATTENTION:
         yield from attention_alternatives(op)
     else:
-        yield Alternative("cublas + element-wise" if op in PRODUCTS else "torch eager", EAGER[op])
+        yield Alternative("cublas + element-wise" if op in PRODUCTS else "torch eager", _eager(op))
     if op == "gemm_epilogue":
         yield Alternative("cublas alone", _product_alone)
     for package, prepare in LIBRARIES.get(op, {}).items():
@@ -47,6 +48,11 @@ def alternatives(op: str) -> Iterator[Alternative]:
             yield Alternative(package, prepare, slow_start=True)
     if op in COMPILED:
         yield Alternative("torch.compile", partial(_compiled, op), slow_start=True)
+
+
+def _eager(op: str) -> Prepare:
+    """Returns what a user would write; for an operation without an entry of its own that is its reference."""
+    return EAGER[op] if op in EAGER else _plain(discover_specs()[op].reference)
 
 
 def _plain(function: Callable[..., Tensor]) -> Callable[[Inputs], tuple[Run, Callable[[Any], Tensor]]]:

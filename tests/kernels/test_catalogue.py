@@ -27,7 +27,6 @@ def test_every_file_that_is_no_helper_is_an_operation() -> None:
 def test_an_entry_is_complete(kernel: Kernel) -> None:
     assert kernel.formula.endswith(".")
     assert "\n" not in kernel.formula
-    assert kernel.used_by
     assert kernel.launcher.__name__ == kernel.name
     assert kernel.launcher.__doc__, "it says what the types cannot"
     assert set(kernel.dtypes) == set(kernel.spec.tolerances)
@@ -52,7 +51,7 @@ def test_dimensions_are_those_of_the_legend_and_of_the_shapes(kernel: Kernel) ->
                 assert len(letters) <= len(shapes[name]) <= len(dims), name  # [S + 1] is S1, [W, 3] is W3
 
 
-def test_every_operation_is_called_by_a_table_of_operations() -> None:
+def test_an_operation_that_a_model_uses_is_called_by_a_table_of_operations() -> None:
     called = {
         alias.name
         for table in TABLES
@@ -60,7 +59,9 @@ def test_every_operation_is_called_by_a_table_of_operations() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("internvl_rt.kernels.")
         for alias in node.names
     }
-    assert set(KERNELS) <= called
+    used = {name for name, kernel in KERNELS.items() if kernel.used_by}
+    assert used == called & set(KERNELS)
+    assert len(used) >= 18
 
 
 def test_cost_and_tolerance_are_those_of_the_operation() -> None:
