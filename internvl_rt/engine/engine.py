@@ -196,7 +196,9 @@ class Engine:
                 except InternVLError as error:
                     if len(batch) == 1:
                         raise
-                    raise type(error)(f"request {index}: {error}") from error
+                    named = type(error)(f"request {index}: {error}")
+                    named.media_id = error.media_id
+                    raise named from error
 
         return run_batch(self.loop, requests(), len(batch), max_running=self.options.max_num_seqs, progress=progress)
 

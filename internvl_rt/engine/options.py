@@ -173,6 +173,7 @@ class EngineOptions:
 
     @property
     def videos(self) -> VideoLimits:
+        """The limits of videos among these options."""
         return VideoLimits(**{name: getattr(self, name) for name in LIMIT_KINDS})
 
     def images(self, config: ModelConfig) -> ImageOptions:

@@ -12,6 +12,8 @@ from internvl_rt.steps.sequence import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """The tokens that a request took."""
+
     prompt_tokens: int = 0  # visual tokens included
     image_tokens: int = 0
     completion_tokens: int = 0  # of all answers, stop tokens included
@@ -21,6 +23,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
+        """Tokens of the prompt and of all answers."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -103,18 +106,22 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """The first answer's text."""
         return self.choices[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """The first answer's tokens, the one that ended it included."""
         return self.choices[0].token_ids
 
     @property
     def finish_reason(self) -> FinishReason:
+        """Why the first answer ended."""
         return self.choices[0].finish_reason
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The first answer's log-probabilities, if they were asked for."""
         return self.choices[0].logprobs
 
 
@@ -152,6 +159,7 @@ class Score:
 
     @property
     def logprobs(self) -> list[float]:
+        """The log-probabilities of the response's tokens."""
         return [token.logprob for token in self.tokens if token is not None]
 
     @property

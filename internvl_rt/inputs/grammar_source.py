@@ -67,6 +67,7 @@ class TaggedValue:
 
     @property
     def schema(self) -> str:
+        """`json_schema` as text."""
         assert isinstance(self.json_schema, str), "read as text"
         return self.json_schema
 

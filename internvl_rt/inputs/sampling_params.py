@@ -93,11 +93,13 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as texts, however it was given."""
         assert isinstance(self.stop, tuple), "read as one"
         return self.stop
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
+        """`stop_token_ids`, however they were given."""
         assert isinstance(self.stop_token_ids, tuple), "read as one"
         return self.stop_token_ids
 
@@ -109,6 +111,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
+        """Whether a penalty changes the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property

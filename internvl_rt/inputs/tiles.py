@@ -67,6 +67,7 @@ class TileLayout:
 
     @property
     def num_tiles(self) -> int:
+        """Tiles of the picture, the thumbnail included."""
         return self.columns * self.rows + self.thumbnail
 
 
