@@ -127,7 +127,9 @@ def _engine_options(args: argparse.Namespace, config: ModelConfig, device: torch
     if args.part == "prefill":
         lengths = [num for _, num, _ in prefill.prompt_lengths(args.tokens, args.tiles, config.tokens_per_tile)]
         return alone | {"max_model_len": min(window, 1 + max(lengths))}
-    length = decode.longest(_decode_cases(args), args.tokens, EngineOptions().tokens_per_step(device), window)
+    options = EngineOptions()
+    slower = options.double_cost_context(config.decoder, device)
+    length = decode.longest(_decode_cases(args), args.tokens, options.tokens_per_step(device), window, slower)
     return alone | {"max_num_seqs": max(args.batch), "max_model_len": length}
 
 

@@ -4,6 +4,7 @@ It measures from step to step on the host, as a caller who waits for the tokens 
 its own that was really computed, so that no keys and values are shared and none are constant.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -30,29 +31,41 @@ COLUMNS = (
 WARM_STEPS = 4
 
 
-def room_for(batch: int, context: int, num_steps: int, max_tokens_per_step: int) -> int:
+def room_for(
+    batch: int, context: int, num_steps: int, max_tokens_per_step: int, double_cost_context: float = math.inf
+) -> int:
     """Counts the tokens that a sequence may draw before the last step that is timed.
 
     Sequences whose prompts are computed first go on drawing while other prompts are computed: one token a step, and a
-    step of prompts is at least half full.
+    step of prompts is at least half full. double_cost_context: as for the scheduler, which computes fewer tokens in a
+    step the more stand before them.
     """
-    return num_steps + WARM_STEPS + 4 + 2 * -(-batch * context // max_tokens_per_step)
+    cost = batch * context * (1 + context / double_cost_context)  # of the last token's price, the highest, for all
+    return num_steps + WARM_STEPS + 4 + 2 * math.ceil(cost / max_tokens_per_step)
 
 
-def longest(cases: Iterable[tuple[int, int]], num_steps: int, max_tokens_per_step: int, window: int) -> int:
+def longest(
+    cases: Iterable[tuple[int, int]],
+    num_steps: int,
+    max_tokens_per_step: int,
+    window: int,
+    double_cost_context: float = math.inf,
+) -> int:
     """Returns the `max_model_len` that the cases (batch, context) need; a case beyond the window does not count."""
-    lengths = [context + room_for(batch, context, num_steps, max_tokens_per_step) for batch, context in cases]
+    limits = max_tokens_per_step, double_cost_context
+    lengths = [context + room_for(batch, context, num_steps, *limits) for batch, context in cases]
     return max((length for length in lengths if length <= window), default=window)
 
 
 def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]], num_steps: int, seed: int) -> None:
     """cases: batch and context, the tokens of each sequence when the first one is drawn."""
     prompter = Prompter(engine, seed)
+    limits = engine.max_tokens_per_step, engine.options.double_cost_context(engine.config.decoder, engine.device)
     blocks, block_size = engine.cache.blocks.num_blocks, engine.cache.block_size
     blocks -= blocks // WATERMARK  # blocks that admission leaves free
     for batch, context in cases:
         case = f"{batch}x{context}"
-        length = context + room_for(batch, context, num_steps, engine.max_tokens_per_step)
+        length = context + room_for(batch, context, num_steps, *limits)
         if length > engine.max_model_len:
             record.leave_out(case, f"{length} tokens are more than a sequence may have, {engine.max_model_len}")
             continue

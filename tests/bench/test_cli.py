@@ -15,6 +15,7 @@ from internvl_rt import Engine, SamplingParams
 from internvl_rt.bench import vision
 from internvl_rt.bench.arguments import PARTS
 from internvl_rt.bench.decode import room_for, sweep_decode
+from internvl_rt.bench.document import parse_last_line
 from internvl_rt.bench.prompts import Prompter
 from internvl_rt.bench.record import Pace, Record, environment, shares
 from internvl_rt.checkpoint.find import random_config
@@ -62,11 +63,6 @@ def small(tmp_path):
 
 def bench(capsys, *arguments):
     """Returns the lines that a bench printed, and its document, which is valid by bench/results/schema.json."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-    try:
-        from internvl_rt.bench.document import parse_last_line
-    finally:
-        del sys.path[0]
     assert main(["bench", *arguments, "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     return lines, valid(parse_last_line(lines))
@@ -144,6 +140,14 @@ def test_what_prefill_says_fits_together(capsys):
     assert picture["median_us"] > picture["vision_median_us"] > 0
     assert text["tokens_per_s"] == pytest.approx(1e8 / text["median_us"], rel=1e-4)
     assert "do not fit 32768" in rows["40000_tokens"]["left_out"]
+
+
+@pytest.mark.slow
+def test_sequences_have_room_until_the_prompts_behind_long_contexts_are_computed(capsys):
+    """On a CPU the steps of a long prompt become shorter towards its end."""
+    _, document = bench(capsys, "decode", "tiny", "--batch", "8", "--context", "2048", "--tokens", "2")
+    row = rows_by_case(document)["8x2048"]
+    assert (row["batch"], row["num_samples"]) == (8, 2)
 
 
 @pytest.mark.fast("graphs, a step ahead")
