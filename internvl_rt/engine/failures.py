@@ -36,7 +36,7 @@ def errors_of_step(error: BaseException) -> Callable[[], StepError]:
         text = f"the thread that ran a step was interrupted by {what}, and what it ran is lost; send the request again"
     elif is_out_of_memory(error):
         text = (
-            f"memory ran out in a step, by {what}; send fewer or smaller pictures and texts at a time, or load the "
+            f"memory ran out, by {what}; send fewer or smaller pictures and texts at a time, or load the "
             "model with a lower max_num_seqs, max_tokens_per_step, kv_cache_bytes or visual_cache_bytes"
         )
     else:
@@ -56,6 +56,11 @@ def errors_of_picture(error: Exception) -> Callable[[], InternVLError]:
 def fault_errors() -> TranslateErrors:
     """Makes a StepError of any other error than the package's own and interrupts."""
     return TranslateErrors(lambda error: errors_of_step(error)() if isinstance(error, Exception) else None)
+
+
+def memory_faults() -> TranslateErrors:
+    """Makes a StepError of a lack of memory, and lets other errors through."""
+    return TranslateErrors(lambda error: errors_of_step(error)() if is_out_of_memory(error) else None)
 
 
 def dead(cause: BaseException) -> EngineDeadError:

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
+from internvl_rt.engine.failures import memory_faults
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.errors import MediaError, NotFiniteError, not_finite
 from internvl_rt.inputs.image import ImageSource
@@ -28,7 +29,7 @@ class PictureLoader:
         self._cache, self._visual_cache, self._uploads = cache, visual_cache, uploads
 
     def load(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
-        """Decodes and uploads the pictures of a prompt, once. Raises MediaError, or what `proceed` raises.
+        """Decodes and uploads the pictures of a prompt, once. Raises MediaError, StepError, or what `proceed` raises.
 
         Skips an image whose visual tokens are kept, which then stay as long as this picture, or whose keys and values
         are in the KV cache; if they leave it before the request runs, its step decodes the picture.
@@ -40,7 +41,8 @@ class PictureLoader:
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (self._visual_cache.hold(picture, prepared.salt) or is_cached):
                 try:
-                    self._uploads.load(picture)
+                    with memory_faults():
+                        self._uploads.load(picture)
                 except MediaError as error:
                     error.media_id = picture.media_id
                     raise
@@ -55,7 +57,8 @@ class PictureLoader:
         visual = []
         for picture in self._preparer.open_images(images):
             proceed()
-            self._uploads.load(picture)  # decodes it before the loop of steps is locked
+            with memory_faults():
+                self._uploads.load(picture)  # decodes it before the loop of steps is locked
             # The caller may write into its visual tokens, which are also kept for pictures that come again.
             visual.append(self._loop.encode(picture, cache_salt).clone())
         for index, visual_XD in enumerate(visual):

@@ -8,6 +8,7 @@ import torch
 
 from internvl_rt import EngineDeadError, MediaError, SamplingParams, StepError
 from internvl_rt.inputs.image import OpenImage
+from internvl_rt.steps.uploads import Uploads
 from support.calls import ask, attempt, check_idle, finish, load, outcomes, submit
 
 SAMPLE = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
@@ -30,7 +31,7 @@ def test_each_request_of_a_failed_step_gets_an_error_of_its_own_without_the_text
     assert len(set(map(id, errors))) == 3
     for error in errors:
         assert type(error) is StepError
-        assert "memory ran out in a step, by OutOfMemoryError('CUDA out of memory" in str(error)
+        assert "memory ran out, by OutOfMemoryError('CUDA out of memory" in str(error)
         assert "lower max_num_seqs, max_tokens_per_step" in str(error)
         assert str(error).isprintable()
         assert type(error.__cause__) is torch.OutOfMemoryError
@@ -147,3 +148,23 @@ def test_visual_tokens_that_a_request_found_are_there_when_it_runs(monkeypatch):
         del stream
         assert engine.stats()["encoded_tiles"] == num_encoded_tiles
         assert not engine.visual_cache._held, "they go with their request"
+
+
+def test_a_picture_for_which_there_is_no_memory_fails_its_own_call_alone(monkeypatch):
+    picture = np.zeros((60, 60, 3), np.uint8)
+    with load() as engine:
+        expected = engine.chat(ask("What?", picture), PARAMS).token_ids
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Uploads, "_send", fail)
+            for call in (
+                lambda: engine.chat(ask("What?", 255 - picture), PARAMS),
+                lambda: engine.encode_images([picture]),
+            ):
+                with pytest.raises(StepError, match="memory ran out, by OutOfMemoryError"):
+                    call()
+        assert engine.chat(ask("What?", picture), PARAMS).token_ids == expected
+        check_idle(engine)
