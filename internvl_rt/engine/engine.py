@@ -12,6 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from internvl_rt.engine.batch import run_batch
+from internvl_rt.engine.failures import numbered
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
@@ -196,9 +197,7 @@ class Engine:
                 except InternVLError as error:
                     if len(batch) == 1:
                         raise
-                    named = type(error)(f"request {index}: {error}")
-                    named.media_id = error.media_id
-                    raise named from error
+                    raise numbered(index, error) from error  # without a name here, whose frame would keep the engine
 
         return run_batch(self.loop, requests(), len(batch), max_running=self.options.max_num_seqs, progress=progress)
 

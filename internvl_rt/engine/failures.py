@@ -58,6 +58,13 @@ def fault_errors() -> TranslateErrors:
     return TranslateErrors(lambda error: errors_of_step(error)() if isinstance(error, Exception) else None)
 
 
+def numbered(index: int, error: InternVLError) -> InternVLError:
+    """Returns the error of one of many conversations, with the index of that one."""
+    named = type(error)(f"request {index}: {error}")
+    named.media_id = error.media_id
+    return named
+
+
 def memory_faults() -> TranslateErrors:
     """Makes a StepError of a lack of memory, and lets other errors through."""
     return TranslateErrors(lambda error: errors_of_step(error)() if is_out_of_memory(error) else None)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def test_a_request_over_http_asks_what_is_asked_in_process():
 
 @pytest.mark.parametrize("over_http", [False, True], ids=["engine", "http"])
 def test_requests_that_are_not_answered_in_time_or_refused_are_counted_on_both_sides(over_http):
-    arrivals = [*islice(draw_arrivals(MIX, 0, 400.0), 40)]
+    long = 20_000  # tokens of an answer, so that those that run are not answered in time on any machine
+    arrivals = [replace(each, max_tokens=long) for each in islice(draw_arrivals(MIX, 0, 400.0), 40)]
 
     async def overload():
         core = Engine.from_pretrained("tiny", device="cpu", max_num_seqs=2, max_waiting=2)

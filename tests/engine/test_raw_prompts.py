@@ -72,6 +72,21 @@ def test_an_asynchronous_engine_takes_raw_prompts_and_copies_their_ids_at_once(e
     run(main())
 
 
+def test_a_fixed_raw_prompt_does_not_change_with_what_its_caller_gave(engine):
+    ids = [1, 2, 3]
+    fixed = engine.preparer.fixed(RawPrompt(ids))
+    ids.append(4)
+    assert fixed.content == (1, 2, 3)
+    assert engine.preparer.fixed(RawPrompt("Hi")).content == "Hi"
+    for content, message in (
+        (range(40_000), "from 1 to 32,768 token ids, got 40,000"),
+        (b"Hi", "got bytes"),
+        (7, "int"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.preparer.fixed(RawPrompt(content))
+
+
 def test_the_answer_to_a_raw_prompt_keeps_its_whitespace_at_both_ends(engine):
     space, letter = (engine.tokenizer.encode(text)[0] for text in (" ", "7"))
     params = SamplingParams(max_tokens=4, logit_bias={space: 100}, ignore_eos=True)

@@ -10,15 +10,14 @@ from internvl_rt.errors import RequestError
 from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.prompt import (
     IMAGE,
-    RawPrompt,
     Turn,
     VisualSpan,
     build_prompt,
-    build_raw_prompt,
     tiles_per_image,
     turns_from_messages,
     turns_from_question,
 )
+from internvl_rt.inputs.raw_prompt import RawPrompt, build_raw_prompt
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"
@@ -279,12 +278,3 @@ def test_raw_ids_are_taken_as_they_are():
 def test_raw_prompts_that_no_model_can_read_are_refused(content, message):
     with pytest.raises(RequestError, match=message):
         raw(content)
-
-
-def test_a_fixed_raw_prompt_does_not_change_with_its_callers_list():
-    ids = [1, 2, 3]
-    fixed = RawPrompt(ids).fixed(3)
-    ids.append(4)
-    assert fixed.content == (1, 2, 3)
-    for content in (ids, "Hi", b"Hi", 7, (1, 2)):
-        assert RawPrompt(content).fixed(3).content is content, "too long, or nothing that could change"
