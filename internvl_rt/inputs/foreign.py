@@ -1,5 +1,6 @@
 """Takes arrays of other libraries, such as CuPy and JAX, without a copy: by DLPack or the CUDA array interface."""
 
+import sys
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,7 +22,8 @@ ForeignArray: TypeAlias = SupportsDLPack | SupportsCudaArrayInterface
 
 def is_foreign(kind: type) -> bool:
     """Says whether objects of this type hand out their memory; NumPy's and torch's own are known without that."""
-    if issubclass(kind, np.ndarray) or kind.__module__.partition(".")[0] == "torch":
+    torch = sys.modules.get("torch")  # only a program that has imported it has tensors
+    if issubclass(kind, np.ndarray) or (torch is not None and issubclass(kind, torch.Tensor)):
         return False
     return hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__")
 

@@ -73,8 +73,14 @@ def test_memory_is_shared_and_outlives_its_owner() -> None:
     assert tensor.tolist() == [9, 1, 2, 3, 4, 5]
 
 
+class Subclass(torch.Tensor):
+    """A tensor with more to it, as programs make for themselves."""
+
+
 @pytest.mark.parametrize(
-    "given", [PIXELS, torch.ones(2), "page.png", b"", None, [1]], ids=lambda given: str(type(given))
+    "given",
+    [PIXELS, torch.ones(2), torch.ones(2).as_subclass(Subclass), "page.png", b"", None, [1]],
+    ids=lambda given: str(type(given)),
 )
 def test_what_is_not_foreign_is_left_alone(given: Any) -> None:
     assert adopted(given) is given
