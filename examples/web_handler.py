@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from internvl_rt import AsyncEngine, MediaError, QueueFullError, RequestError
+from internvl_rt import AsyncEngine, InternVLError, QueueFullError
 
 
 def build_app(model: str = "tiny", limit: int = 20_000_000) -> Starlette:  # limit: bytes of a picture
@@ -21,8 +21,8 @@ def build_app(model: str = "tiny", limit: int = 20_000_000) -> Starlette:  # lim
         pieces = engine.stream([{"role": "user", "content": content}], timeout_s=60)
         try:
             first = await anext(pieces)  # before the status is sent, so that an error can have its own
-        except (MediaError, RequestError) as error:
-            return PlainTextResponse(str(error), 503 if isinstance(error, QueueFullError) else 400)
+        except InternVLError as error:
+            return PlainTextResponse(str(error), 503 if isinstance(error, QueueFullError | RuntimeError) else 400)
 
         async def texts():
             yield first.text

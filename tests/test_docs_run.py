@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shlex
 import socket
@@ -45,7 +46,7 @@ def check_requirements(run: PageRun, command: Block) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     words = words_of(command)
     for word in words[words.index("install") + 1 :]:
-        if word.startswith(("-", "dist/")) or word == ".":
+        if word.startswith(("-", "dist/", "$")) or word == ".":
             continue
         try:
             requirement = Requirement(re.sub(r"^\.(?=\[|$)", project["name"], word))
@@ -57,9 +58,9 @@ def check_requirements(run: PageRun, command: Block) -> None:
 
 
 def check_target(run: PageRun, command: Block) -> None:
-    done = subprocess.run(
-        ["make", "-n", "MAKE=true", *words_of(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    command_line = ["make", "-n", "MAKE=true", *words_of(command)[1:]]
+    done = subprocess.run(command_line, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
     if done.returncode:
         raise command.fault(f"{command.text}: {done.stderr}")
 
