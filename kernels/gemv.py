@@ -15,7 +15,8 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._gemv_body import gemv_kernel
-from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, GemvWorkspace, build_gemv_workspace, choose_gemv_plan
+from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, GemvWorkspace, choose_gemv_plan
+from internvl_rt.kernels._gemv_plan import build_gemv_workspace as build_gemv_workspace
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.swiglu import swiglu_reference

@@ -21,7 +21,7 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._decode_attention_body import probability
 from internvl_rt.kernels._launch import run, target_of
-from internvl_rt.kernels._split_plan import num_split_items, plan_splits
+from internvl_rt.kernels._split_plan import build_splits, num_split_items, plan_splits
 from internvl_rt.kernels.decode_attention import (
     MODEL_HEADS,
     SPEC,
@@ -359,6 +359,12 @@ def test_keys_and_values_that_are_prefetched_are_never_stale() -> None:
         for name in ("k_cache_BGPC", "v_cache_BGPC"):
             inputs[name][newest[0], :, newest[1]] = torch.randn(4, 4, 128, dtype=torch.float16, device=DEVICE)
         assert torch.equal(decode_attention(**inputs, prefetch_keys=True), decode_attention(**inputs))
+
+
+def test_splits_have_one_shape_whatever_the_lengths_so_that_a_graph_takes_them() -> None:
+    for sequences in (1, 7, 300):
+        lengths = ([1] * sequences, [32_768] + [0] * (sequences - 1), list(range(900, 900 + sequences)))
+        assert len({build_splits(each, 64, 2, DEVICE)[1].shape for each in lengths}) == 1
 
 
 @pytest.mark.gpu
