@@ -53,7 +53,7 @@ def open_picture(source: ImageSource, options: ImageOptions) -> Picture:
 def count_tiles(tiles: object, config: ModelConfig) -> int:
     """Checks kind, dtype and shape of tiles as `picture_of_tiles` takes them. Raises RequestError."""
     size = config.vision.image_size
-    number, shape = _describe("pixel_values", tiles)
+    number, shape = describe_array("pixel_values", tiles)
     one = (size, size, 3) if number == "uint8" else (3, size, size)
     if number not in ("uint8", *_FLOATS) or len(shape) != 4 or shape[1:] != one or not shape[0]:
         raise RequestError(
@@ -81,7 +81,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
     """
     visual_XD = adopted(visual_XD)
     width, per_tile = config.decoder.hidden_size, config.tokens_per_tile
-    number, shape = _describe("image_embeds", visual_XD)
+    number, shape = describe_array("image_embeds", visual_XD)
     if number not in _FLOATS or len(shape) != 2 or shape[1] != width or not shape[0] or shape[0] % per_tile:
         raise RequestError(
             f"image_embeds: expected floating-point numbers [tokens, {width}] with a multiple of {per_tile} tokens, "
@@ -92,7 +92,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
     return Picture(_tensor_digest("visual", own), len(own) // per_tile, visual_XD=own)
 
 
-def _describe(name: str, given: object) -> tuple[str, tuple[int, ...]]:
+def describe_array(name: str, given: object) -> tuple[str, tuple[int, ...]]:
     """Returns the name of the dtype, and the shape, of a tensor or array whose memory can be read."""
     if isinstance(given, np.ndarray):
         foreign = given.dtype.isbuiltin == 2  # such as the bfloat16 of another package, which torch cannot read

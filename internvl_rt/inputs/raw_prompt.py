@@ -13,7 +13,7 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.errors import RequestError, check_list
 from internvl_rt.inputs.foreign import ForeignArray, adopted
-from internvl_rt.inputs.picture import Picture, count_tiles, own_copy, picture_of_tiles
+from internvl_rt.inputs.picture import Picture, count_tiles, describe_array, own_copy, picture_of_tiles
 from internvl_rt.inputs.prompt import Prompt, VisualSpan
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.values import Integer, read
@@ -92,7 +92,9 @@ def raw_pictures(
 
 def _token_ids(content: Any, limit: int, remedy: str) -> Sequence[int]:
     """Returns ids that were given as a list, array or tensor. Raises RequestError for others, and for too many."""
-    shape = content.shape if isinstance(content, np.ndarray | Tensor) else None
+    shape = None
+    if isinstance(content, np.ndarray | Tensor):
+        shape = describe_array("the prompt", content)[1]
     if shape is None:
         check_list("the prompt", content, "token ids, or a text")
     elif len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):

@@ -106,11 +106,16 @@ def test_an_asynchronous_engine_copies_tiles_at_once(engine) -> None:
         (lambda raw: RawPrompt(raw.content, "page.png"), "pixel_values: expected a tensor or an array, got str"),
         (lambda raw: RawPrompt(raw.content, raw.pixel_values * torch.nan), "pixel_values: numbers are not finite"),
         (lambda raw: RawPrompt(torch.ones(2, 3, dtype=torch.int64)), r"expected ids \[n\] or \[1, n\], got \[2, 3\]"),
+        (
+            lambda raw: RawPrompt(torch.ones(3, device="meta")),
+            "the prompt: expected a dense tensor on the CPU or a CUDA",
+        ),
+        (lambda raw: RawPrompt(torch.ones(3).to_sparse()), "the prompt: expected a dense tensor on the CPU or a CUDA"),
         (lambda raw: RawPrompt(torch.ones(3)), "token 0 of the prompt must be an integer"),
         (lambda raw: RawPrompt(np.zeros((1, 0), np.int64)), "must have from 1 to 32,768 token ids, got 0"),
         (lambda raw: RawPrompt(np.broadcast_to(np.int64(1), (10**9,))), "got 1,000,000,000"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_does_not_fit_together_is_refused(engine, change, message) -> None:
     with pytest.raises(RequestError, match=message):
