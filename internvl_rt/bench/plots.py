@@ -116,6 +116,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[Row]], field: str, xlabel: 
     """Draws medians in milliseconds, with the 10th and 90th percentile if they are known."""
     ticks: set[float] = set()
     heights: list[float] = []
+    tops: list[float] = []  # of the bars, which may be far above the medians
     for index, (label, unsorted) in enumerate(sorted(lines.items())):
         rows = sorted(unsorted, key=lambda row: row[field])
         x = [row[field] for row in rows]
@@ -132,6 +133,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[Row]], field: str, xlabel: 
         )
         ticks.update(x)
         heights += y
+        tops += bounds[1]
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xscale("log", base=2)
     if max(heights) > NARROW * min(heights):
@@ -139,7 +141,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, list[Row]], field: str, xlabel: 
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(0, 1.15 * max(heights))
+        axes.set_ylim(0, 1.15 * max(tops))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xticks(_apart(sorted(ticks)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

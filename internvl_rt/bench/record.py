@@ -204,11 +204,11 @@ def print_document(
     rows of the roof. more: other fields of the document.
     """
     document = result_document(part, rows, device) | more
-    if plots is not None:
-        draw(plots, document, result_document("roofline", roofline, device))
+    _say(json.dumps(document, allow_nan=False))  # first, so that a full disk loses nothing of it
     if file is not None:
         file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _say(json.dumps(document, allow_nan=False))
+    if plots is not None:
+        draw(plots, document, result_document("roofline", roofline, device))
 
 
 def check_plots(plots: Path | None) -> None:
