@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from internvl_rt.kernels._contract import KernelSpec
 from internvl_rt.kernels._launch import is_interpreted
@@ -25,7 +25,6 @@ NAMESPACE = "internvl_rt"
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
 
 
-@cache
 def register_operators() -> tuple[str, ...]:
     """Makes each operation `torch.ops.internvl_rt.<name>`; returns the names. A second call does nothing.
 
@@ -33,18 +32,20 @@ def register_operators() -> tuple[str, ...]:
     Triton's interpreter runs it (TRITON_INTERPRET=1). It raises ValueError for arguments that the launcher refuses, and
     has no gradient. `internvl-rt kernels NAME` says what the arguments are.
     """
-    library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
-    specs = discover_specs()
-    for name, spec in specs.items():
-        library.define(f"{name}{schema_of(spec)}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, spec.launcher, "CUDA")
-        library.impl(name, spec.launcher if is_interpreted() else partial(_by_reference, spec), "CPU")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", partial(_without_values, spec), lib=library)
-    _KEPT.append(library)  # its operators are gone once it is
-    return tuple(specs)
+    _registered()
+    return tuple(discover_specs())
 
 
-_KEPT: list[Any] = []
+@cache
+def _registered() -> Any:
+    """Returns what holds the operators, which are gone once it is: the cache keeps it."""
+    held: Any = library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+    for name, spec in discover_specs().items():
+        held.define(f"{name}{schema_of(spec)}", tags=(torch.Tag.pt2_compliant_tag,))
+        held.impl(name, spec.launcher, "CUDA")
+        held.impl(name, spec.launcher if is_interpreted() else partial(_by_reference, spec), "CPU")
+        library.register_fake(f"{NAMESPACE}::{name}", partial(_without_values, spec), lib=held)
+    return held
 
 
 def schema_of(spec: KernelSpec) -> str:

@@ -6,11 +6,14 @@ t is the query at index p of its sequence. The last `query_len` of a sequence's 
 queries; their keys and values are in the cache already. Slots beyond a sequence's length are never read.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from internvl_rt.kernels._contract import Case
 
 
 def attend_by_torch(q_HLC: Tensor, k_GSC: Tensor, v_GSC: Tensor) -> Tensor:
@@ -52,3 +55,47 @@ def paged_attention_reference(
         )
         out_THC[first:last] = attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC)
     return out_THC
+
+
+def make_paged_cache(
+    case: Case, seq_lens: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes keys, values and the table: blocks in any order, NaN in slots without a token, -1 after each row's blocks.
+
+    `shared`: how many leading blocks all rows share with the first. `fill` chooses the kind of keys. `padding`: how
+    many channels, which hold NaN, lie between one slot and the next.
+    """
+    block_size, channels = case["P"], case["C"]
+    counts = [-(-length // block_size) for length in seq_lens]
+    num_blocks, table_shape = sum(counts) + 2, (len(seq_lens), max(counts, default=0) + 1)
+    shape = (num_blocks, case["G"], block_size, channels + case.sizes.get("padding", 0))
+    if device.type == "meta":
+        k, v = (torch.empty(shape, dtype=dtype, device=device)[..., :channels] for _ in range(2))
+        return k, v, torch.empty(table_shape, dtype=torch.int32, device=device)
+
+    free = torch.randperm(num_blocks)
+    table_SN = torch.full(table_shape, -1, dtype=torch.int32)
+    written = torch.zeros(num_blocks * block_size, dtype=torch.bool)
+    for row, length in enumerate(seq_lens):
+        blocks, free = free[: counts[row]], free[counts[row] :]
+        shared = min(case.sizes.get("shared", 0), counts[row], counts[0]) if row else 0
+        blocks[:shared] = table_SN[0, :shared]
+        table_SN[row, : counts[row]] = blocks
+        written[(blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:length]] = True
+    unused = ~written.view(num_blocks, 1, block_size, 1).to(device)
+
+    k, v = (torch.randn(shape, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    fill = case.sizes.get("fill", "normal")
+    # A score has a relative error of 1e-7, and a probability's relative error is its score's absolute one: in 16 bits
+    # that is less than a rounding even for scores of 1000, in float32 the largest error of all for scores of 10 to 50.
+    huge = 1000.0 if dtype.itemsize == 2 else 10.0
+    if fill == "equal":  # all scores are equal
+        k.fill_(0.5)
+    elif fill == "one_huge":  # one slot of each block has a huge score
+        k[:, :, 3 % block_size] *= min(500.0, huge)
+    elif fill == "huge":
+        k *= huge
+    for cache in (k, v):
+        cache.masked_fill_(unused, math.nan)
+        cache[..., channels:] = math.nan
+    return k[..., :channels], v[..., :channels], table_SN.to(device)

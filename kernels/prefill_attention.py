@@ -16,7 +16,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
-from internvl_rt.kernels._paged_attention import paged_attention_reference
+from internvl_rt.kernels._paged_attention import make_paged_cache, paged_attention_reference
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
 from internvl_rt.kernels._prefill_plan import (
     MAX_FLAT_ROWS,
@@ -35,7 +35,6 @@ from internvl_rt.kernels.decode_attention import (
     HEAD_DIMS,
     MODEL_HEADS,
     check_queries_and_cache,
-    make_paged_cache,
     require_index,
 )
 

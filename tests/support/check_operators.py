@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import library
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from internvl_rt.kernels.catalogue import discover_specs
@@ -25,7 +26,7 @@ def main() -> int:
         inputs = spec.make_inputs(smallest_test_case(spec, dtype), dtype, torch.device("cpu"))
         known = {argument.name for argument in operator._schema.arguments}
         try:
-            torch.library.opcheck(operator, (), {key: value for key, value in inputs.items() if key in known})
+            library.opcheck(operator, (), {key: value for key, value in inputs.items() if key in known})
         except Exception as error:  # of several kinds
             refused[name] = str(error)
     for name, why in refused.items():
