@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.preparing import Given, Preparing, has_media
 from internvl_rt.engine.reply import Piece, Reply, Score, unprepared_reply
 from internvl_rt.engine.request import Request
-from internvl_rt.engine.scoring import SCORING, build_score, read_responses
+from internvl_rt.engine.scoring import build_score, read_responses
 from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
 from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
@@ -35,7 +35,9 @@ from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
 from internvl_rt.values import Flag, read
 
-ROOM_S = 0.05  # pause between two attempts to find room for the next response of a call of `score`
+T = TypeVar("T")
+
+ROOM_S = 0.05  # pause between two attempts to find room for the next responses of a call of `score`
 
 
 class AsyncEngine:
@@ -229,31 +231,24 @@ class AsyncEngine:
         prepare = partial(self._engine.prepare, messages, v2pe_delta, cache_salt)
         prompt = await self._preparing.run(prepare, media=has_media(messages))
         del prepare, messages
-        running: deque[_Call] = deque()
         scores: list[Score] = []
-        try:
-            for text in responses:
-                make = partial(self._make_scoring, prompt, text, include_end)
-                while True:
-                    if len(running) < self._engine.options.max_num_seqs:
-                        try:
-                            running.append(await self._start(make))
-                            break
-                        except QueueFullError:
-                            if not (running or scores):
-                                raise
-                    if running:
-                        scores.append(build_score(await running[0].reply()))
-                        running.popleft()
-                    else:
-                        await asyncio.sleep(ROOM_S)
-            while running:
-                scores.append(build_score(await running[0].reply()))
-                running.popleft()
-        finally:
-            for call in running:
+        size = self._engine.max_answers  # responses that are computed together; the next ones follow them
+        for first in range(0, len(responses), size):
+            prompts: list[Prepared] = []
+            for text in responses[first : first + size]:  # each by itself, so that no other call waits for all of them
+                make = partial(self._engine.preparer.prepare_score, prompt, text, include_end=include_end)
+                begun = bool(scores or prompts)
+                prompts.append(await _when_there_is_room(partial(self._prepare_text, make), wait=begun))
+            start = partial(self._start, partial(self._make_scoring, prompts))
+            call = await _when_there_is_room(start, wait=bool(scores))
+            try:
+                scores += map(build_score, (await call.reply()).scored)
+            finally:
                 call.cancel()
         return scores
+
+    async def _prepare_text(self, make: Callable[[], Prepared]) -> Prepared:
+        return await self._preparing.run(lambda _: make(), media=False)
 
     async def _describe(self, given: Given[PromptSource]) -> PromptDescription:
         messages = given.take()
@@ -273,9 +268,8 @@ class AsyncEngine:
         except BaseException as error:
             self._closed.set_exception(error)
 
-    def _make_scoring(self, prompt: Prepared, response: str, include_end: bool, _: Proceed) -> Request:
-        prepared = self._engine.preparer.prepare_score(prompt, response, include_end=include_end)
-        return self._engine.new_request(prepared, SCORING)
+    def _make_scoring(self, prompts: Items[Prepared], _: Proceed) -> Request:
+        return self._engine.new_scoring(prompts)
 
     async def _begin(
         self,
@@ -318,6 +312,17 @@ class AsyncEngine:
             return call
 
         return await self._preparing.run(start, media=media, undo=_Call.cancel, deadline_s=deadline_s)
+
+
+async def _when_there_is_room(begin: Callable[[], Awaitable[T]], *, wait: bool) -> T:
+    """Returns what `begin` returns. wait: whether it is tried again, as long as it raises QueueFullError."""
+    while True:
+        try:
+            return await begin()
+        except QueueFullError:
+            if not wait:
+                raise
+        await asyncio.sleep(ROOM_S)
 
 
 class _Call:

@@ -17,7 +17,7 @@ from internvl_rt.engine.trace import Trace
 from internvl_rt.errors import NotFiniteError, RequestError, not_finite
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.model.work import Tally
-from internvl_rt.steps.logprobs import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob, TokenScores
 from internvl_rt.steps.runner import LaunchedStep, StepResult
 from internvl_rt.steps.scheduler import Scheduler
 from internvl_rt.steps.sequence import FinishReason, Sequence
@@ -64,9 +64,12 @@ class InFlight:
         if notify is not None:
             self._notifies[request] = notify
         self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
-        for answer in request.answers:
-            self._answers[answer.sequence.seq_id] = request, answer
-        self._scheduler.add(request.answers[0].sequence)
+        for part in request.parts:
+            self._answers[part.sequence.seq_id] = request, part
+        later = {sibling.seq_id for part in request.parts for sibling in part.sequence.siblings}
+        for part in request.parts:
+            if part.sequence.seq_id not in later:
+                self._scheduler.add(part.sequence)
 
     def fail(self, request: Request, error: BaseException, outcome: str) -> None:
         """Ends a request without a reply and returns its blocks."""
@@ -91,7 +94,7 @@ class InFlight:
 
     def start_over(self, error: Callable[[], BaseException]) -> None:
         """Fails every request and empties the scheduler, which an error may have left in any state, as this object."""
-        self._scheduler.clear([answer.sequence for request in self._requests for answer in request.answers])
+        self._scheduler.clear([part.sequence for request in self._requests for part in request.parts])
         self.abandon(error)
 
     def abandon(self, error: Callable[[], BaseException]) -> None:
@@ -156,6 +159,8 @@ class InFlight:
         touched = self._charge(computed, launched, result)
         if step.scored:
             self._accept_scores(step, result.scores)
+        for _, chunk in computed:
+            self._end_prompt(chunk)
         rejected: set[int] = set()
         confirming: set[int] = set()
         if any(chunk.drafts for _, chunk in computed):
@@ -219,19 +224,30 @@ class InFlight:
             sequence.num_tokens += num_right
         return confirming, rejected
 
-    def _accept_scores(self, step: Step, scores: list[list[TokenLogprob]]) -> None:
-        """Keeps log-probabilities of prompt tokens; a request that wants nothing else ends with its prompt."""
-        for span, logprobs in zip(step.scored, scores, strict=True):
-            owned = self._answers.get(span.sequence.seq_id)
+    def _accept_scores(self, step: Step, scores: list[list[TokenScores]]) -> None:
+        """Keeps the scores of places in prompts, or fails the request of those that are not finite."""
+        for scored, found in zip(step.scored, scores, strict=True):
+            owned = self._answers.get(scored.sequence.seq_id)
             if owned is None:
                 continue
-            broken = next((i for i, each in enumerate(logprobs) if not math.isfinite(each.logprob)), None)
+            broken = next((place for place, each in enumerate(found, scored.first) if not each.is_finite), None)
             if broken is not None:
-                self._fail_broken(*owned, f"token {span.first + broken + 1} of the prompt")
+                self._fail_broken(*owned, f"token {scored.places.index_P[broken] + 2} of the prompt")
                 continue
-            owned[0].scores |= zip(range(span.first, span.last + 1), logprobs, strict=True)
-            if span.sequence.max_tokens == 0 and span.last == span.sequence.num_prompt - 1:
-                self._finish(*owned, "length")
+            owned[1].scores |= enumerate(found, scored.first)
+
+    def _end_prompt(self, chunk: Chunk) -> None:
+        """Ends a sequence that draws no token, if its prompt is computed."""
+        sequence = chunk.sequence
+        if sequence.max_tokens > 0 or chunk.stop < sequence.num_prompt:
+            return
+        owned = self._answers.get(sequence.seq_id)
+        if owned is None:
+            return
+        if owned[1] is owned[0].beginning:
+            self._release(owned[1])
+        else:
+            self._finish(*owned, "length")
 
     def _charge(
         self, computed: list[tuple[Request, Chunk]], launched: LaunchedStep, result: StepResult
@@ -319,8 +335,8 @@ class InFlight:
     def _forget(self, request: Request, outcome: str) -> None:
         if request not in self._requests:
             return
-        for answer in request.answers:
-            self._release(answer)
+        for part in request.parts:
+            self._release(part)
         self._charge_together()
         if self._together is not None:
             self._together.requests.pop(request, None)

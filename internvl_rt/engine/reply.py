@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
 from internvl_rt.model.work import NO_WORK, Roof, Work
-from internvl_rt.steps.logprobs import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob, TokenScores
 from internvl_rt.steps.sequence import FinishReason
 
 
@@ -101,8 +101,10 @@ class Reply:
     choices: tuple[Choice, ...]
     usage: Usage
     timings: Timings
-    # One for each token of the prompt, None for the first; or, where a response is scored, one for each of its tokens.
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = (
+        None  # if requested: of each prompt token, None for the first
+    )
+    scored: "tuple[Scored, ...]" = ()  # of each prompt, in a request that scores prompts and draws nothing
 
     @property
     def text(self) -> str:
@@ -151,16 +153,24 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of the places of one prompt, in order."""
+
+    places: tuple[TokenScores, ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Says how likely each token of a response is."""
 
-    tokens: tuple[TokenLogprob | None, ...]
+    tokens: tuple[TokenLogprob, ...]
     usage: Usage = Usage()  # of computing it; the response counts as a part of the prompt
 
     @property
     def logprobs(self) -> list[float]:
         """The log-probabilities of the response's tokens."""
-        return [token.logprob for token in self.tokens if token is not None]
+        return [token.logprob for token in self.tokens]
 
     @property
     def total(self) -> float:

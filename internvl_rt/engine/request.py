@@ -4,11 +4,11 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 
-from internvl_rt.engine.reply import AnswerText, Choice, Piece, Reply, Timings, Usage
+from internvl_rt.engine.reply import AnswerText, Choice, Piece, Reply, Scored, Timings, Usage
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.model.work import Tally
-from internvl_rt.steps.logprobs import TokenLogprob
+from internvl_rt.steps.logprobs import TokenLogprob, TokenScores
 from internvl_rt.steps.sequence import Sequence
 
 
@@ -24,6 +24,7 @@ class Answer:
     num_drafts: int = 0  # draft tokens that steps have checked
     num_accepted: int = 0  # those of them that are tokens of the answer
     num_taken: int = 0  # log-probabilities that the caller has taken
+    scores: dict[int, TokenScores] = field(default_factory=dict)  # by number of the place in `sequence.places`
 
     def take(self, index: int) -> Piece | None:
         """Returns what is new since the last call, for the answer of this index; None if there is nothing."""
@@ -41,7 +42,7 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The answers to one prompt, and the reply or error that the caller waits for.
+    """The answers to one prompt, or several prompts to be scored, and the reply or error that the caller waits for.
 
     Nothing that it holds refers to it, so it is freed when its caller forgets it. An error refers to it by the frames
     that it was raised in, so it is raised once and kept no longer.
@@ -51,7 +52,7 @@ class Request:
     deadline_s: float = math.inf  # by perf_counter
     request_id: str | None = None  # the caller's own name for it, in logs and traces
     answers: list[Answer] = field(default_factory=list)
-    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # prompt token index -> its log-probability
+    beginning: Answer | None = None  # that the answers' prompts have in common; it draws nothing
     submitted_s: float = 0.0
     started_s: float = 0.0
     vision: Tally = field(default_factory=Tally)
@@ -76,12 +77,17 @@ class Request:
             pieces.append(replace(last, reply=self.reply))
         return pieces
 
+    @property
+    def parts(self) -> list[Answer]:
+        """What steps compute for this request: the answers, after the beginning if they have one in common."""
+        return self.answers if self.beginning is None else [self.beginning, *self.answers]
+
     def end(self) -> None:
         """Follows the reply or the error; pictures are not needed any more."""
         self.done = True
         self.prepared = replace(self.prepared, pictures=())
-        for answer in self.answers:
-            answer.sequence.pictures = ()
+        for part in self.parts:
+            part.sequence.pictures = ()
 
 
 def build_reply(request: Request) -> Reply:
@@ -90,8 +96,9 @@ def build_reply(request: Request) -> Reply:
     longest = max(len(answer.sequence.generated_ids) for answer in request.answers)
     prompt_logprobs = None
     if first.params.prompt_logprobs is not None:
-        start = prepared.score_from or 0
-        prompt_logprobs = tuple(request.scores.get(index) for index in range(start, first.num_prompt))
+        scores = request.answers[0].scores
+        known = (scores[index].of_first() if index in scores else None for index in range(first.num_prompt - 1))
+        prompt_logprobs = None, *known
     return Reply(
         choices=tuple(
             Choice(
@@ -125,7 +132,22 @@ def build_reply(request: Request) -> Reply:
             decode_work=request.decode.work,
         ),
         prompt_logprobs=prompt_logprobs,
+        scored=tuple(_build_scored(request, answer) for answer in request.answers if prepared.places is not None),
     )
+
+
+def _build_scored(request: Request, answer: Answer) -> Scored:
+    """Returns the scores of one prompt. What prompts have in common counts as computed for the first of them."""
+    sequence = answer.sequence
+    num_cached = sequence.num_cached
+    if request.beginning is not None and answer is request.answers[0]:
+        num_cached = min(num_cached, request.beginning.sequence.num_cached)
+    usage = Usage(
+        prompt_tokens=sequence.num_prompt,
+        image_tokens=sum(picture.span.num_tokens for picture in sequence.pictures),
+        cached_tokens=num_cached,
+    )
+    return Scored(tuple(answer.scores[place] for place in range(len(answer.scores))), usage)
 
 
 def figures_of(request: Request, outcome: str) -> dict[str, object]:

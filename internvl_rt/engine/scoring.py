@@ -1,14 +1,20 @@
-"""Scores of given responses: each response is a request, whose prompt ends with it and which draws no token."""
+"""Scores of given responses and tokens: prompts that draw nothing, of which some places are read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from internvl_rt.engine.reply import Reply, Score
+import numpy as np
+
+from internvl_rt.engine.reply import Score, Scored
 from internvl_rt.errors import RequestError, check_list, quoted
-from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.places import Places
+from internvl_rt.inputs.prepare import PromptSource
+from internvl_rt.inputs.tokenizer import Tokenizer
+from internvl_rt.values import Integer, read
 
-SCORING = SamplingParams(max_tokens=1, prompt_logprobs=0)
 MAX_RESPONSES = 10_000  # of one call
 MAX_CHARACTERS = 1 << 26  # of all responses of one call
+MAX_CANDIDATES = 1024
+MAX_PLACES = 1 << 16
 
 
 def read_responses(responses: Sequence[str]) -> tuple[str, ...]:
@@ -30,7 +36,54 @@ def read_responses(responses: Sequence[str]) -> tuple[str, ...]:
     return texts
 
 
-def build_score(reply: Reply) -> Score:
-    """Reads the score from the reply to a request that was run with SCORING."""
-    assert reply.prompt_logprobs is not None, "run with SCORING"
-    return Score(reply.prompt_logprobs, reply.usage)
+def read_batch(batch: Sequence[tuple[PromptSource, Sequence[str]]]) -> list[tuple[PromptSource, tuple[str, ...]]]:
+    """Returns the conversations and responses of a call of `score_batch`. Raises RequestError, as `read_responses`."""
+    check_list("batch", batch, "pairs of a conversation and its responses")
+    for index, pair in enumerate(batch):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise RequestError(f"batch[{index}]: expected (messages, responses), got {quoted(pair)}; give both")
+    return [(messages, read_responses(responses)) for messages, responses in batch]
+
+
+def read_candidates(candidates: Sequence[str | int], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Returns the token ids of candidates, of which each is an id, or a text that is one token. Raises RequestError."""
+    check_list("candidates", candidates, "tokens, each an id or a text")
+    if not 1 <= len(candidates) <= MAX_CANDIDATES:
+        raise RequestError(
+            f"candidates: expected from 1 to {MAX_CANDIDATES:,} tokens, got {len(candidates):,}; give so many"
+        )
+    kind = Integer(0, vocab_size - 1, " (the vocabulary)")
+    found = []
+    for index, candidate in enumerate(candidates):
+        if not isinstance(candidate, str):
+            found.append(read(f"candidates[{index}]", candidate, kind))
+            continue
+        ids = tokenizer.encode(candidate, specials=True)
+        if len(ids) != 1:
+            raise RequestError(
+                f"candidates[{index}]: expected a text that is one token, got {quoted(candidate)} of {len(ids)}; "
+                "give an id, or score whole texts with `score`"
+            )
+        found += ids
+    return found
+
+
+def read_positions(positions: Iterable[int], num_tokens: int) -> list[int]:
+    """Returns indices of a prompt's tokens, of which negative ones count from its end. Raises RequestError."""
+    check_list("positions", positions, "indices of the prompt's tokens")
+    given = list(positions)
+    if not 1 <= len(given) <= MAX_PLACES:
+        raise RequestError(f"positions: expected from 1 to {MAX_PLACES:,} indices, got {len(given):,}; give so many")
+    kind = Integer(-num_tokens, num_tokens - 1, f" (the prompt has {num_tokens:,} tokens)")
+    return [read(f"positions[{index}]", each, kind) % num_tokens for index, each in enumerate(given)]
+
+
+def places_of(positions: Sequence[int], candidates: Sequence[int]) -> Places:
+    """Returns the places of the same candidate tokens after some of a prompt's tokens; each is read once."""
+    index_P = np.unique(np.array(positions, np.int64))
+    return Places(index_P, np.tile(np.array(candidates, np.int64), (len(index_P), 1)))
+
+
+def build_score(scored: Scored) -> Score:
+    """Reads the score of a response whose tokens are the candidates of the places."""
+    return Score(tuple(place.of_first() for place in scored.places), scored.usage)

@@ -2,6 +2,9 @@
 
 import itertools
 import secrets
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +13,15 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.grammar import GrammarCompiler, Matcher
+from internvl_rt.inputs.places import Places, places_of_tokens
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.steps.sampler import derive_seed
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.speculation import PromptLookup
+
+_UNDRAWN = SamplingParams(max_tokens=1)
 
 
 class SequenceFactory:
@@ -43,10 +49,11 @@ class SequenceFactory:
             if token_ids and (largest := max(token_ids)) >= self._vocab_size:
                 raise RequestError(f"{name}: {largest} is not in the vocabulary of {self._vocab_size:,} tokens")
 
-    def make(self, prepared: Prepared, params: SamplingParams) -> list[Sequence]:
+    def make(self, prepared: Prepared, params: SamplingParams, *, greedy_first: bool = False) -> list[Sequence]:
         """Makes a sequence for each answer: the first computes the prompt, its siblings wait for that.
 
-        `max_tokens` is cut to the room left in the context window. Raises RequestError.
+        `max_tokens` is cut to the room left in the context window. greedy_first: whether the first answer is drawn
+        greedily, whatever the temperature. Raises RequestError.
         """
         self.check(params)
         number = next(self._prompt_numbers)
@@ -63,9 +70,9 @@ class SequenceFactory:
                 begun=prepared.begun,
             )
         speculates = self._options.num_draft_tokens > 0 and grammar is None and not params.has_penalties
-        score_from = prepared.score_from
-        if score_from is None and params.prompt_logprobs is not None:
-            score_from = 1
+        places, ids = None, prepared.prompt.token_ids
+        if params.prompt_logprobs is not None and len(ids) > 1:
+            places = places_of_tokens(0, ids[1:], params.prompt_logprobs)
         eos = (self._turn_end,) if grammar else () if params.ignore_eos else self._end_ids  # a grammar ends by its own
         made = [
             Sequence(
@@ -74,15 +81,15 @@ class SequenceFactory:
                 position_T=prepared.position_T,
                 next_position=prepared.next_position,
                 pictures=prepared.pictures,
-                params=params,
-                max_tokens=min(params.max_tokens, room) if prepared.score_from is None else 0,
+                params=replace(params, temperature=0.0) if greedy_first and index == 0 else params,
+                max_tokens=min(params.max_tokens, room),
                 stop_ids=frozenset((*eos, *params.stop_ids)),
                 seed=derive_seed(seed, index) if index else seed,
                 identity=prepared.identity,
                 salt=prepared.salt,
                 matcher=(matcher := grammar.start()) if grammar else None,
                 mask_W=self._first_mask(matcher) if grammar else None,
-                score_from=score_from if index == 0 else None,
+                places=places if index == 0 else None,
                 drafter=PromptLookup(self._options.num_draft_tokens) if speculates else None,
             )
             for index in range(params.n)
@@ -90,7 +97,55 @@ class SequenceFactory:
         made[0].siblings = made[1:]
         return made
 
+    def make_scored(self, prompts: Items[Prepared]) -> tuple[Sequence | None, list[Sequence]]:
+        """Makes a sequence for each prompt that scores its places and draws nothing.
+
+        What several prompts begin with alike, pictures included, is a sequence of its own, which they fork off from
+        when it is computed; it is the first result, or None.
+        """
+        made = [self._undrawing(prompt, prompt.prompt.token_ids, prompt.places) for prompt in prompts]
+        if len(made) == 1 or not (length := _common_length(made)):
+            return None, made
+        beginning = self._undrawing(prompts[0], prompts[0].prompt.token_ids[:length], None)
+        beginning.siblings = list(made)
+        return beginning, made
+
+    def _undrawing(self, prepared: Prepared, token_ids: Items[int], places: Places | None) -> Sequence:
+        return Sequence(
+            seq_id=next(self._seq_ids),
+            token_ids=list(token_ids),
+            position_T=prepared.position_T,
+            next_position=prepared.next_position,
+            pictures=prepared.pictures,
+            params=_UNDRAWN,
+            max_tokens=0,
+            stop_ids=frozenset(),
+            seed=0,
+            identity=prepared.identity,
+            salt=prepared.salt,
+            places=places,
+        )
+
     def _first_mask(self, matcher: Matcher) -> NDArray[np.int32]:
         mask_W = np.empty(-(-self._vocab_size // 32), np.int32)
         matcher.fill_mask(mask_W)
         return mask_W
+
+
+def _common_length(sequences: Items[Sequence]) -> int:
+    """Counts the tokens before any scored place that prompts begin with alike; 0 unless all pictures are among them."""
+    first, *others = sequences
+    ids, length = np.array(first.token_ids), min(each.max_cached or 0 for each in sequences)
+    for other in others:
+        length = min(length, _num_equal(ids, np.array(other.token_ids)), _num_equal(first.position_T, other.position_T))
+        if other.identity != first.identity or [p.digest for p in other.pictures] != [p.digest for p in first.pictures]:
+            return 0
+    ends = [picture.span.start + picture.span.num_tokens for picture in first.pictures]
+    return length if length >= max(ends, default=0) else 0
+
+
+def _num_equal(a_N: NDArray[Any], b_N: NDArray[Any]) -> int:
+    """Counts the leading numbers that two arrays have in common."""
+    most = min(len(a_N), len(b_N))
+    differs = a_N[:most] != b_N[:most]
+    return int(differs.argmax()) if differs.any() else most

@@ -19,6 +19,7 @@ from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, check_image_source, open_image
 from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, picture_of_visual_tokens
+from internvl_rt.inputs.places import Places, places_of_tokens
 from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.inputs.prompt import (
@@ -57,7 +58,7 @@ class Prepared:
     tile_s: float = 0.0
     begun: bool = False  # the prompt ends with the beginning of the answer
     raw: bool = False  # it has no template, and the answer's text keeps the whitespace around it
-    score_from: int | None = None  # not None: draw no token, return log-probabilities from this token on
+    places: Places | None = None  # not None: draw no token, but return scores of these places
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class Preparer:
             prompt=Prompt((*prompt.token_ids, *added), prompt.spans, prompt.text + response),
             position_T=np.concatenate((prepared.position_T, added_position_T)),
             next_position=next_position,
-            score_from=num_prompt,
+            places=places_of_tokens(num_prompt - 1, added),
         )
 
     def open_images(self, images: Items[ImageSource]) -> Iterator[Picture]:

@@ -77,7 +77,7 @@ class KVCache:
             _spans(sequence.pictures),
             sequence.identity,
             num_reserved=len(sequence.token_ids),
-            max_cached=None if sequence.score_from is None else sequence.score_from - 1,
+            max_cached=sequence.max_cached,
         )
 
     def append(self, seq_ids: ArrayLike, num_tokens: ArrayLike) -> bool:

@@ -25,7 +25,7 @@ from internvl_rt.steps.cpu_threads import CpuThreads
 from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.logprobs import Logprobs, TokenLogprob, read_drawn, read_scores
+from internvl_rt.steps.logprobs import Scores, TokenLogprob, TokenScores, read_drawn, read_scores, targets_of
 from internvl_rt.steps.sampler import Sampler, add_biases, forbid, listing_sampling
 from internvl_rt.steps.step import Chunk, Step, StepShape, build_step, empty_step
 from internvl_rt.steps.step_graph import NUM_STAGES, Computed, StepGraphs
@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
 
     token_ids: list[int]  # one for each draw of the step; -1 where the logits are not finite
     logprobs: list[TokenLogprob | None]  # of the drawn tokens, if requested
-    scores: list[list[TokenLogprob]]  # one list for each scored span of a prompt
+    scores: list[list[TokenScores]]  # one list for each entry of the step's `scored`
     vision_s: float
     decoder_s: float  # decoder and sampling
     num_tiles: int  # encoded tiles
@@ -60,8 +60,8 @@ class LaunchedStep:
     done: Moment
     num_tiles: int
     token_id_R: NDArray[np.int64]
-    drawn: Logprobs | None
-    scored: list[Logprobs]
+    drawn: Scores | None
+    scored: list[Scores]
 
 
 class Runner:
@@ -253,17 +253,16 @@ class Runner:
         return Computed(x_TD[n:], self._model.logits(x_RD))
 
     @torch.inference_mode()
-    def _score(self, step: Step, x_TD: Tensor) -> list[Logprobs]:
-        """Computes the log-probabilities of the scored tokens from the last layer's output for the chunks' tokens."""
-        token_ids = [i for span in step.scored for i in span.sequence.token_ids[span.first : span.last + 1]]
-        num_top = max(span.sequence.params.prompt_logprobs or 0 for span in step.scored)
-        rows = list(step.logit_rows[len(step.draw_rows) :])
-        both = to_device(torch.tensor([rows, token_ids]), self._device)
-        parts = torch.split(both, SCORED_PER_PASS, dim=1)
-        return [Logprobs(self._model.logits(x_TD[row_R]), target_R, num_top) for row_R, target_R in parts]
+    def _score(self, step: Step, x_TD: Tensor) -> list[Scores]:
+        """Computes scores of the scored places from the last layer's output for the chunks' tokens."""
+        num_top = max(scored.places.num_top for scored in step.scored)
+        rows = np.array(step.logit_rows[len(step.draw_rows) :], np.int64)[:, None]
+        both = to_device(torch.from_numpy(np.concatenate((rows, targets_of(step)), axis=1)), self._device)
+        parts = torch.split(both, SCORED_PER_PASS)
+        return [Scores(self._model.logits(x_TD[part[:, 0]]), part[:, 1:], num_top) for part in parts]
 
     @torch.inference_mode()
-    def _draw(self, step: Step, logits_RV: Tensor) -> tuple[NDArray[np.int64], Logprobs | None]:
+    def _draw(self, step: Step, logits_RV: Tensor) -> tuple[NDArray[np.int64], Scores | None]:
         """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities."""
         draws, token_id_R = step.draws, self._drawn_R[: step.num_draws]
         if not draws:
@@ -284,7 +283,7 @@ class Runner:
         drawn = None
         if wanted:
             num_top = max(draw.sequence.params.logprobs or 0 for draw in draws)
-            drawn = Logprobs(raw_RV, self._rows(token_id_R, wanted), num_top)
+            drawn = Scores(raw_RV, self._rows(token_id_R, wanted)[:, None], num_top)
         return to_host(token_id_R).numpy(), drawn
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:

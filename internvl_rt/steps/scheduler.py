@@ -56,6 +56,11 @@ class Scheduler:
         self.num_preemptions = 0
 
     @property
+    def max_answers(self) -> int:
+        """How many answers to one prompt may run at once."""
+        return 1 + self._max_further
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -66,12 +71,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, with its siblings, that can fit the empty cache."""
         num_cached = self._cache.match(sequence.token_ids, sequence.pictures, sequence.identity)
-        if sequence.score_from is not None:
-            num_cached = min(num_cached, sequence.score_from - 1)
+        if sequence.max_cached is not None:
+            num_cached = min(num_cached, sequence.max_cached)
         sequence.num_expected = sequence.num_tokens - num_cached
         for sibling in sequence.siblings:
             sibling.first_id = sequence.seq_id
-            sibling.num_expected = sequence.num_tokens if sequence.identity is None else 1
+            num_left = max(1, sibling.num_tokens - sequence.num_tokens)
+            sibling.num_expected = sibling.num_tokens if sequence.identity is None else num_left
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -116,6 +122,7 @@ class Scheduler:
                 return None
             self._preempt(self._running[-1])
             preempted = True
+        prefilling = self._make_room_for_forks(prefilling)
         budget = self._max_tokens_per_step - len(decodes) - sum([chunk.stop - chunk.start for chunk in drafted])
         if self._waiting and not preempted and budget > 0 and len(self._running) < self._max_num_seqs:
             self._admit_waiting(budget, prefilling)
@@ -161,9 +168,31 @@ class Scheduler:
         self._cache.blocks.fork(sequence.seq_id, sibling.seq_id)
         sibling.num_computed, sibling.num_told = sequence.num_computed, sequence.num_told
         sibling.num_published_blocks = sequence.num_published_blocks
-        sibling.num_cached, sibling.was_admitted = sequence.num_cached, True
+        sibling.has_room = sibling.num_prompt == sequence.num_prompt
+        sibling.num_cached = sequence.num_cached if sibling.has_room else sequence.num_computed
+        sibling.was_admitted = True
         self._running.append(sibling)
         self._last = None
+
+    def _make_room_for_forks(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """Takes blocks for the prompts of forks that go on behind a common beginning; those that find none wait again.
+
+        Returns the others. What a rollback takes back stays reserved, and a step follows, as the copies need.
+        """
+        without: list[Sequence] = []
+        for sequence in prefilling:
+            if sequence.has_room:
+                continue
+            if self._cache.append([sequence.seq_id], [sequence.num_uncomputed]):
+                self._cache.blocks.rollback(sequence.seq_id, sequence.num_uncomputed)
+                sequence.has_room = True
+            else:
+                without.append(sequence)
+        for sequence in without:
+            self._leave(sequence)
+            sequence.num_computed = 0
+        self._waiting.extendleft(reversed(without))
+        return [sequence for sequence in prefilling if sequence not in without] if without else prefilling
 
     def publish(self, sequences: Items[Sequence]) -> None:
         """Lets other sequences reuse what steps have computed of the given ones, as far as their ids are known."""
@@ -330,6 +359,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Ends the run of a sequence, and returns its blocks."""
         self._running.remove(sequence)
+        sequence.has_room = True
         self._last = None
         self._cache.blocks.release(sequence.seq_id)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from internvl_rt.inputs.grammar import Matcher
 from internvl_rt.inputs.picture import Picture
+from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.steps.speculation import PromptLookup
 
@@ -43,8 +44,9 @@ class Sequence:
     salt: str | None = None  # only requests of equal salt share visual tokens
     matcher: Matcher | None = None  # the place in the grammar that the answer has reached
     mask_W: NDArray[np.int32] | None = None  # one bit for each token: whether the grammar allows it next
-    score_from: int | None = None  # log-probabilities are requested from this prompt token on
-    siblings: list["Sequence"] = field(default_factory=list)  # sequences that fork off when the prompt is computed
+    places: Places | None = None  # where in the prompt scores are requested
+    # Sequences that fork off when this one's prompt is computed: answers to it, or prompts that go on where it ends.
+    siblings: list["Sequence"] = field(default_factory=list)
     drafter: PromptLookup | None = None  # guesses draft tokens, which a step then checks
     first_id: int = field(init=False)  # seq_id of the first answer to the same prompt
     num_prompt: int = field(init=False)
@@ -63,6 +65,9 @@ class Sequence:
     num_expected: int = 0  # tokens that a step must compute after admission, as they are not cached; an estimate
     num_overtaken: int = 0  # how often later sequences were admitted before this one
     was_admitted: bool = False
+    has_room: bool = (
+        True  # whether the KV cache has blocks for all of its tokens; a fork of a shorter sequence asks for them
+    )
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed
 
@@ -87,6 +92,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def max_cached(self) -> int | None:
+        """How many leading tokens may come from the cache, if scores need the output for the one after them."""
+        return None if self.places is None else int(self.places.index_P[0])
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """float32 rotary positions of tokens [start, stop)."""

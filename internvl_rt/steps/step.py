@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from internvl_rt.inputs.places import Places
 from internvl_rt.model.ops import FIRST_VISUAL_ID
 from internvl_rt.model.step_inputs import Batch, StepInputs
 from internvl_rt.steps.decodes import Decodes
@@ -41,16 +42,17 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredSpan:
-    """Tokens [first, last] of a prompt whose log-probabilities are requested; their logits are rows of the step."""
+class ScoredPlaces:
+    """Places [first, stop) of a sequence's prompt whose scores are requested; their logits are rows of the step."""
 
+    places: Places
     sequence: Sequence
     first: int
-    last: int
+    stop: int
 
     @property
-    def num_tokens(self) -> int:
-        return self.last - self.first + 1
+    def num_places(self) -> int:
+        return self.stop - self.first
 
 
 class Step(NamedTuple):
@@ -65,8 +67,8 @@ class Step(NamedTuple):
     counts: tuple[int, ...]  # tokens of each chunk
     num_tokens: int  # of the chunks
     chunk_draws: tuple[Draw, ...]
-    scored: tuple[ScoredSpan, ...]
-    # Indices into the chunks' tokens of those whose logits are needed: for their draws, then for the scored spans.
+    scored: tuple[ScoredPlaces, ...]
+    # Indices into the chunks' tokens of those whose logits are needed: for their draws, then for the scored places.
     logit_rows: tuple[int, ...]
     num_draws: int  # of the decodes and of the chunks
     num_draw_rows: int  # rows of logits that they are drawn from
@@ -100,7 +102,7 @@ def plan_step(decodes: Decodes, chunks: Items[Chunk] = ()) -> Step:
     if not chunks:
         return Step(decodes, (), (), 0, (), (), (), num_decodes, num_decodes, False, decodes.is_plain)
     draws: list[Draw] = []
-    scored: list[ScoredSpan] = []
+    scored: list[ScoredPlaces] = []
     draw_rows: list[int] = []
     scored_rows: list[int] = []
     counts: list[int] = []
@@ -109,11 +111,11 @@ def plan_step(decodes: Decodes, chunks: Items[Chunk] = ()) -> Step:
     for sequence, start, stop, drafts in chunks:
         if start < sequence.num_prompt:
             has_prompts = True
-        if sequence.score_from is not None and start < sequence.num_prompt:
-            first, last = max(sequence.score_from, start + 1), min(stop, sequence.num_prompt - 1)
-            if first <= last:
-                scored.append(ScoredSpan(sequence, first, last))
-                scored_rows += range(first_row + first - 1 - start, first_row + last - start)
+        if (places := sequence.places) is not None and start < sequence.num_prompt:
+            first, behind = np.searchsorted(places.index_P, (start, stop)).tolist()
+            if first < behind:
+                scored.append(ScoredPlaces(places, sequence, first, behind))
+                scored_rows += (places.index_P[first:behind] + (first_row - start)).tolist()
         counts.append(stop - start)
         first_row += stop - start
         if stop != sequence.num_tokens + len(drafts) or sequence.max_tokens == 0:

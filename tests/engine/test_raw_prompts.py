@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from internvl_rt import AsyncEngine, RawPrompt, RequestError, SamplingParams
-from internvl_rt.engine import engine as engine_module
+from internvl_rt.inputs.tokenizer import Tokenizer
 from support.calls import ask, check_idle, collect, load, run
 
 SAMPLE = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples" / "4719.png"
@@ -99,13 +99,13 @@ def test_the_answer_to_a_raw_prompt_keeps_its_whitespace_at_both_ends(engine):
 
 def test_the_text_after_a_raw_prompt_is_decoded_as_its_continuation(engine, monkeypatch):
     """A tokenizer of sentencepiece drops the first space of a text, but not of what continues one."""
-    begun, stream = [], engine_module.Tokenizer.stream
+    begun, stream = [], Tokenizer.stream
 
     def watched(self, **options):
         begun.append(options["begun"])
         return stream(self, **options)
 
-    monkeypatch.setattr(engine_module.Tokenizer, "stream", watched)
+    monkeypatch.setattr(Tokenizer, "stream", watched)
     engine.chat(RawPrompt("one"), GREEDY)
     engine.chat(ask("one"), GREEDY)
     assert begun == [True, False]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from internvl_rt.inputs.places import places_of_tokens
 from internvl_rt.steps.scheduler import MAX_OVERTAKEN
 from internvl_rt.steps.speculation import PromptLookup
 from support.scheduling import Bench, make
@@ -111,8 +112,8 @@ def test_a_long_prompt_that_waits_reuses_what_those_before_it_compute():
     assert [each.num_cached for each in longs] == [0, 0, 496, 496, 496, 496]
 
 
-@pytest.mark.parametrize("score_from", [None, 1])
-def test_a_long_prompt_that_is_cached_is_a_short_one(score_from):
+@pytest.mark.parametrize("places", [None, places_of_tokens(0, [0])])
+def test_a_long_prompt_that_is_cached_is_a_short_one(places):
     known = make(500, max_tokens=1, identity=b"model")
     bench = Bench(known, num_blocks=4000)
     bench.steps_to_end([known])
@@ -120,9 +121,9 @@ def test_a_long_prompt_that_is_cached_is_a_short_one(score_from):
         bench.add(make(1000))
     bench.step()
     assert bench.scheduler.num_running == 2
-    bench.add(make(500, max_tokens=1, identity=b"model", score_from=score_from))
+    bench.add(make(500, max_tokens=1, identity=b"model", places=places))
     bench.step()
-    assert bench.scheduler.num_running == (3 if score_from is None else 2), "scores need what is not cached"
+    assert bench.scheduler.num_running == (3 if places is None else 2), "scores need what is not cached"
 
 
 def test_a_step_without_tokens_for_a_second_prompt_admits_none():

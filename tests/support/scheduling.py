@@ -22,7 +22,7 @@ BLOCK = 16
 ids = itertools.count()
 
 
-def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None, identity=None, score_from=None):
+def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None, identity=None, places=None):
     pictures = tuple(
         Picture(bytes(32), num_tiles, tiles=torch.zeros(1, 3, 2, 2), span=VisualSpan(start, size))
         for start, size in spans
@@ -39,7 +39,7 @@ def make(num_prompt, *, spans=(), max_tokens=4, n=1, num_tiles=1, drafter=None, 
             stop_ids=frozenset(),
             seed=0,
             identity=identity,
-            score_from=score_from,
+            places=places,
             drafter=drafter,
         )
         for _ in range(n)
