@@ -21,11 +21,12 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.find import find_config_file, resolve_model
 from internvl_rt.checkpoint.json_section import read_json
+from internvl_rt.critic.official import RewardMethods
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource, open_image
 from internvl_rt.inputs.picture import count_tiles
-from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.prepare import Conversation, Prepared
 from internvl_rt.inputs.prompt import Turn, tiles_per_image, turns_from_question
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tiles import ImageOptions
@@ -147,7 +148,7 @@ class AutoModel:
         )
 
 
-class ChatModel:
+class ChatModel(RewardMethods):
     """Gives an engine the official method names. `system_message` may be set, as the model cards do."""
 
     conv_template = SimpleNamespace(name="internvl2_5", sep="<|im_end|>\n")  # the cards' streaming code reads `sep`
@@ -220,6 +221,13 @@ class ChatModel:
             turns, _ = self._turns(question, None, len(own))
             prepared.append(self.engine.prepare_turns(turns, own))
         return [reply.text for reply in self.engine.generate_prepared(iter(prepared), [params] * len(prepared))]
+
+    def conversation(
+        self, question: str, pixel_values: Tensor | None, num_patches_list: list[int] | None
+    ) -> Conversation:
+        tiles = self._split(pixel_values, num_patches_list)
+        turns, _ = self._turns(question, None, len(tiles))
+        return self.engine.preparer.read_turns(turns, tiles)
 
     def _turns(self, question: str, history: History | None, num_images: int) -> tuple[tuple[Turn, ...], str]:
         _check_text("question", question)

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from itertools import islice
 from typing import Self
 
 from torch import Tensor
 
-from internvl_rt.engine.batch import run_batch
+from internvl_rt.engine.batch import as_completed, run_batch
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, REQUEST_ID, TIMEOUT, EngineOptions
@@ -129,7 +130,7 @@ class EngineCore:
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Makes a prompt as `prepare` does, from rendered turns and the tiles of each picture. Raises RequestError."""
         self.loop.check()
-        prepared = self.preparer.prepare_turns(turns, tiles)
+        prepared = self.preparer.render(self.preparer.read_turns(turns, tiles))
         self.pictures.load(prepared)
         return prepared
 
@@ -183,11 +184,11 @@ class EngineCore:
         request.answers += (self._answer(*pair) for pair in zip(sequences, prompts, strict=True))
         return request
 
-    def run_scoring(self, prompts: Items[Prepared]) -> list[Scored]:
-        """Scores the places of prompts that begin alike, of which any number may be given. Raises RequestError."""
-        size = self.max_answers
-        requests = (self.new_scoring(prompts[first : first + size]) for first in range(0, len(prompts), size))
-        return [scored for reply in run_batch(self.loop, requests, 0, max_running=1) for scored in reply.scored]
+    def run_scoring(self, prompts: Iterator[Prepared]) -> list[Scored]:
+        """Scores the places of prompts that begin alike, a part of them after the other. Raises RequestError."""
+        parts = iter(lambda: list(islice(prompts, self.max_answers)), [])
+        replies = as_completed(self.loop, map(self.new_scoring, parts), max_running=1)
+        return [scored for _, reply in replies for scored in reply.scored]
 
     def _answer(self, sequence: Sequence, prepared: Prepared) -> Answer:
         params, begun = sequence.params, prepared.begun

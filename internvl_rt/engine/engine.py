@@ -5,22 +5,29 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
 
 from internvl_rt.engine.batch import as_completed, run_batch
+from internvl_rt.engine.best_of import (
+    OFFICIAL,
+    Critic,
+    Ranking,
+    check_ranking,
+    rank_answers,
+    unprepared_ranking,
+)
 from internvl_rt.engine.core import EngineCore
 from internvl_rt.engine.failures import numbered
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Piece, Reply, Score, unprepared_reply
 from internvl_rt.engine.request import Request
-from internvl_rt.engine.scoring import build_score, places_of, read_batch, read_candidates, read_positions
+from internvl_rt.engine.scoring import score_conversations, score_places
 from internvl_rt.engine.trace import Trace
+from internvl_rt.engine.voting import MajorityVote
 from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.position import Delta
@@ -168,28 +175,10 @@ class Engine(EngineCore):
 
         The first invalid conversation raises, naming its index, and cancels the rest. progress: shows a bar on stderr.
         """
-        asked = read_batch(batch)
-        include_end, progress = read("include_end", include_end, Flag()), read("progress", progress, Flag())
-        size = min(self.max_answers, max((len(texts) for _, texts in asked), default=1) or 1)
-
-        def requests() -> Iterator[Request]:
-            for index, (messages, texts) in enumerate(asked):
-                try:
-                    prompt = self.prepare(messages, v2pe_delta, cache_salt)
-                    for first in range(0, len(texts), size):
-                        part = texts[first : first + size]
-                        prepare = partial(self.preparer.prepare_score, prompt, include_end=include_end)
-                        yield self.new_scoring([prepare(text) for text in part])
-                except InternVLError as error:
-                    if len(asked) == 1:
-                        raise
-                    raise numbered(index, error) from error
-
-        num_requests = sum(-(-len(texts) // size) for _, texts in asked)
-        most = max(1, self.options.max_num_seqs // (size + 1))  # requests, whose responses begin alike, at a time
-        replies = run_batch(self.loop, requests(), num_requests, max_running=most, progress=progress)
-        scores = iter([build_score(scored) for reply in replies for scored in reply.scored])
-        return [list(islice(scores, len(texts))) for _, texts in asked]
+        read("include_end", include_end, Flag())
+        read("progress", progress, Flag())
+        make = partial(self.prepare, v2pe_delta=v2pe_delta, cache_salt=cache_salt)
+        return score_conversations(self, batch, make, include_end=include_end, progress=progress)
 
     def score_tokens(
         self,
@@ -205,13 +194,46 @@ class Engine(EngineCore):
         candidates: at most 1,024 token ids, or texts that are one token each. positions: indices of the prompt's
         tokens, which `describe` shows; -1, the last one, is where the answer begins. Raises RequestError or MediaError.
         """
-        token_ids = read_candidates(candidates, self.tokenizer, self.config.decoder.vocab_size)
-        prompt = self.prepare(messages, v2pe_delta, cache_salt)
-        wanted = read_positions(positions, len(prompt.prompt.token_ids))
-        places = places_of(wanted, token_ids)
-        (scored,) = self.run_scoring([replace(prompt, places=places)])
-        found = dict(zip(places.index_P.tolist(), scored.places, strict=True))
-        return [found[position] for position in wanted]
+        make = partial(self.prepare, messages, v2pe_delta, cache_salt)
+        return score_places(self, candidates, positions, make)
+
+    def best_of(
+        self,
+        messages: PromptSource,
+        n: int = 8,
+        *,
+        critic: Critic | MajorityVote,
+        params: SamplingParams | None = None,
+        greedy_first: bool = False,
+        stop_score: float | None = None,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Ranking:
+        """Draws `n` answers to one prompt and returns them the best first.
+
+        critic: `internvl_rt.critic.VisualPRM` or `Judge`, or any function of messages and an answer's text that returns
+            a number, or something that has a `score`. It is called in a thread of its own, with one answer after the
+            other, each as soon as it has ended. An answer without text, or which the critic raises an InternVLError
+            for, has no score; if no answer has one, that error is raised. Or a `MajorityVote`.
+        params: of all answers; None draws as in the official evaluation, at temperature 0.6 and top_p 0.95, and up to
+            4,096 tokens.
+        greedy_first: whether the first answer is greedy, as it is in the official evaluation by default.
+        stop_score: ends the drawing as soon as an answer has this score. The best is then that of the answers that had
+            ended by then, so it depends on how fast the critic is, and another run may return another one.
+        timeout_s: as for `chat`; an answer that it ends has no score.
+
+        Raises what `chat` raises.
+        """
+        start_s = time.perf_counter()
+        checked = check_ranking(n, critic, self.check_call(params or OFFICIAL, timeout_s), greedy_first, stop_score)
+        self.check_call(checked, timeout_s)  # whether this engine can draw so many
+        try:
+            prepared = self.prepare(messages, v2pe_delta, cache_salt, until(start_s + (timeout_s or math.inf)))
+            request = self.new_request(prepared, checked, timeout_s, greedy_first=greedy_first)
+        except LateError:
+            return unprepared_ranking(checked, start_s)
+        return rank_answers(self.loop, request, messages, critic, stop_score=stop_score)
 
     def describe(self, messages: PromptSource) -> PromptDescription:
         """Returns the prompt's tokens, and the size and grid of each picture; makes no request.

@@ -42,11 +42,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     ops = _choose_ops(options, target, chosen)
-    shapes = named_parameters(build_weights(config, dtype=chosen, device="meta")).values()
-    plan = partial(
-        plan_memory, config, chosen, target, options,
-        weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
-    )  # fmt: skip
+    plan = _planning(config, chosen, target, ops, options)
     plan(weights_are_loaded=False)  # raises before memory is taken
     _loaded_in = os.getpid()
     on_host = target.type == "cpu"
@@ -63,6 +59,24 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         how |= {"instructions": instructions()} if on_host else {}
         LOG.info(json.dumps({"loaded": str(model), **how}))
         return InternVL(config, weights, ops), tokenizer, cache, memory
+
+
+def plan_parts(model: str | Path, options: EngineOptions) -> MemoryPlan:
+    """Plans what `load_parts` will take, and takes nothing. Raises the same errors."""
+    target = choose_device(options.device)
+    config, _, _ = _open(model, options.revision, 0)
+    chosen = choose_dtype(options.dtype, config, target)
+    return _planning(config, chosen, target, _choose_ops(options, target, chosen), options)(weights_are_loaded=False)
+
+
+def _planning(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops, options: EngineOptions
+) -> Callable[..., MemoryPlan]:
+    shapes = named_parameters(build_weights(config, dtype=dtype, device="meta")).values()
+    return partial(
+        plan_memory, config, dtype, device, options,
+        weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
+    )  # fmt: skip
 
 
 def _open(

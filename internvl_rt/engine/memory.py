@@ -44,6 +44,12 @@ class MemoryPlan:
     def cache_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache. On the CPU, visual tokens come out of what is kept free."""
+        workspaces = self.vision_bytes + self.step_bytes + self.graph_bytes + self.cublas_bytes
+        return self.weight_bytes + workspaces + (self.visual_cache_bytes if self.total_bytes is not None else 0)
+
     def render(self) -> str:
         """Formats the plan as a table for people."""
         num_tokens = self.num_blocks * self.block_size
@@ -135,6 +141,29 @@ def plan_memory(
         num_blocks=num_blocks,
         block_bytes=block_bytes,
     )
+
+
+def split_cache(first: MemoryPlan, second: MemoryPlan, device: torch.device) -> tuple[int, int]:
+    """Splits what two models leave of one device into two KV caches, of as many tokens each, in bytes.
+
+    first, second: what each would take alone, before either is loaded; neither gets a larger cache than that.
+
+    Raises RequestError if both models do not fit with a block each.
+    """
+    free_bytes = _free_bytes(device)[0] if device.type == "cuda" else free_host_bytes()
+    if free_bytes is None:
+        return first.cache_bytes, second.cache_bytes
+    left = int(free_bytes * (1 - RESERVE)) - first.fixed_bytes - second.fixed_bytes
+    per_token = [plan.block_bytes / plan.block_size for plan in (first, second)]
+    num_tokens = left / sum(per_token)
+    if num_tokens < max(first.block_size, second.block_size):
+        raise RequestError(
+            f"the two models need {format_bytes(first.fixed_bytes)} and {format_bytes(second.fixed_bytes)} besides "
+            f"their KV caches, but {device} has {format_bytes(free_bytes)} free; put each on a device of its own, or "
+            "choose smaller ones, or lower max_num_seqs, max_tokens_per_step and visual_cache_bytes"
+        )
+    one, other = (int(num_tokens * each) for each in per_token)
+    return min(one, first.cache_bytes), min(other, second.cache_bytes)
 
 
 def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, workspace_bytes: int, room: int) -> str:

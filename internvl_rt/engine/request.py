@@ -90,6 +90,29 @@ class Request:
             part.sequence.pictures = ()
 
 
+def choice_of(answer: Answer) -> Choice:
+    """Returns an answer that has ended."""
+    return Choice(
+        text=answer.text.text,
+        token_ids=answer.sequence.generated_ids,
+        finish_reason=answer.sequence.finish_reason or "stop",
+        logprobs=None if answer.sequence.params.logprobs is None else tuple(answer.logprobs),
+    )
+
+
+def usage_of(request: Request) -> Usage:
+    """Counts the tokens of a request so far."""
+    first = request.answers[0].sequence
+    return Usage(
+        prompt_tokens=first.num_prompt,
+        image_tokens=sum(picture.span.num_tokens for picture in first.pictures),
+        completion_tokens=sum(len(answer.sequence.generated_ids) for answer in request.answers),
+        cached_tokens=first.num_cached,
+        accepted_draft_tokens=sum(answer.num_accepted for answer in request.answers),
+        rejected_draft_tokens=sum(answer.num_drafts - answer.num_accepted for answer in request.answers),
+    )
+
+
 def build_reply(request: Request) -> Reply:
     """Builds the reply to a request whose answers have ended."""
     prepared, first = request.prepared, request.answers[0].sequence
@@ -100,23 +123,8 @@ def build_reply(request: Request) -> Reply:
         known = (scores[index].of_first() if index in scores else None for index in range(first.num_prompt - 1))
         prompt_logprobs = None, *known
     return Reply(
-        choices=tuple(
-            Choice(
-                text=answer.text.text,
-                token_ids=answer.sequence.generated_ids,
-                finish_reason=answer.sequence.finish_reason or "stop",
-                logprobs=None if answer.sequence.params.logprobs is None else tuple(answer.logprobs),
-            )
-            for answer in request.answers
-        ),
-        usage=Usage(
-            prompt_tokens=first.num_prompt,
-            image_tokens=sum(picture.span.num_tokens for picture in first.pictures),
-            completion_tokens=sum(len(answer.sequence.generated_ids) for answer in request.answers),
-            cached_tokens=first.num_cached,
-            accepted_draft_tokens=sum(answer.num_accepted for answer in request.answers),
-            rejected_draft_tokens=sum(answer.num_drafts - answer.num_accepted for answer in request.answers),
-        ),
+        choices=tuple(map(choice_of, request.answers)),
+        usage=usage_of(request),
         timings=Timings(
             media_s=prepared.media_s,
             tile_s=prepared.tile_s,

@@ -1,14 +1,22 @@
 """Scores of given responses and tokens: prompts that draw nothing, of which some places are read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
+from internvl_rt.engine.batch import run_batch
+from internvl_rt.engine.core import EngineCore
+from internvl_rt.engine.failures import numbered
 from internvl_rt.engine.reply import Score, Scored
-from internvl_rt.errors import RequestError, check_list, quoted
+from internvl_rt.engine.request import Request
+from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.places import Places
-from internvl_rt.inputs.prepare import PromptSource
+from internvl_rt.inputs.prepare import Prepared, PromptSource
 from internvl_rt.inputs.tokenizer import Tokenizer
+from internvl_rt.steps.logprobs import TokenScores
 from internvl_rt.values import Integer, read
 
 MAX_RESPONSES = 10_000  # of one call
@@ -87,3 +95,50 @@ def places_of(positions: Sequence[int], candidates: Sequence[int]) -> Places:
 def build_score(scored: Scored) -> Score:
     """Reads the score of a response whose tokens are the candidates of the places."""
     return Score(tuple(place.of_first() for place in scored.places), scored.usage)
+
+
+def score_conversations(
+    engine: EngineCore,
+    batch: Sequence[tuple[PromptSource, Sequence[str]]],
+    prepare: Callable[[PromptSource], Prepared],
+    *,
+    include_end: bool,
+    progress: bool,
+) -> list[list[Score]]:
+    """Scores the responses to each conversation of a batch; the responses to one are computed together."""
+    asked = read_batch(batch)
+    size = min(engine.max_answers, max([1, *(len(texts) for _, texts in asked)]))
+
+    def requests() -> Iterator[Request]:
+        for index, (messages, texts) in enumerate(asked):
+            try:
+                prompt = prepare(messages)
+                for first in range(0, len(texts), size):
+                    make = partial(engine.preparer.prepare_score, prompt, include_end=include_end)
+                    yield engine.new_scoring([make(text) for text in texts[first : first + size]])
+            except InternVLError as error:
+                if len(asked) == 1:
+                    raise
+                raise numbered(index, error) from error
+
+    num_requests = sum(-(-len(texts) // size) for _, texts in asked)
+    most = max(1, engine.options.max_num_seqs // (size + 1))  # requests at a time, each with what it begins with
+    replies = run_batch(engine.loop, requests(), num_requests, max_running=most, progress=progress)
+    scores = iter([build_score(scored) for reply in replies for scored in reply.scored])
+    return [list(islice(scores, len(texts))) for _, texts in asked]
+
+
+def score_places(
+    engine: EngineCore,
+    candidates: Sequence[str | int],
+    positions: Sequence[int],
+    prepare: Callable[[], Prepared],
+) -> list[TokenScores]:
+    """Scores the same candidates in several places of one prompt."""
+    token_ids = read_candidates(candidates, engine.tokenizer, engine.config.decoder.vocab_size)
+    prompt = prepare()
+    wanted = read_positions(positions, len(prompt.prompt.token_ids))
+    places = places_of(wanted, token_ids)
+    (scored,) = engine.run_scoring(iter([replace(prompt, places=places)]))
+    found = dict(zip(places.index_P.tolist(), scored.places, strict=True))
+    return [found[position] for position in wanted]

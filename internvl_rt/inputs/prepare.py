@@ -62,11 +62,26 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns whose media are read, and which are not rendered yet."""
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[Picture, ...]  # in the order of the turns' places for pictures
+    start_s: float  # by perf_counter, when the call began
+    media_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class PromptDescription:
     """What a prompt is made of, for a caller who asks without a request."""
 
     prompt: Prompt  # its ids hold a placeholder for each visual token, its spans say where
     layouts: tuple[TileLayout | None, ...]  # of each picture or frame, in order; None for given visual tokens
+
+
+def check_sharing(v2pe_delta: Delta | None, cache_salt: str | None) -> tuple[Delta | None, str | None]:
+    """Checks what a call says of its positions, and of whom it shares cached tokens with. Raises RequestError."""
+    return read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
 
 
 class Preparer:
@@ -111,16 +126,21 @@ class Preparer:
         proceed: called before each picture is opened, and before each frame of a video is decoded; it may raise.
         Raises RequestError or MediaError.
         """
-        v2pe_delta, cache_salt = read("v2pe_delta", v2pe_delta, OrNone(DELTA)), read("cache_salt", cache_salt, SALT)
+        v2pe_delta, cache_salt = check_sharing(v2pe_delta, cache_salt)
+        if not isinstance(messages, RawPrompt):
+            return self.render(self.read(messages, proceed), v2pe_delta, cache_salt)
         start_s = time.perf_counter()
-        if isinstance(messages, RawPrompt):
-            prompt = self._build_raw(messages)
-            pictures = raw_pictures(messages, prompt, self._config, self._dtype, self._max_model_len)
-            placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
-            return replace(placed, start_s=start_s, begun=True, raw=True)
+        prompt = self._build_raw(messages)
+        pictures = raw_pictures(messages, prompt, self._config, self._dtype, self._max_model_len)
+        placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
+        return replace(placed, start_s=start_s, begun=True, raw=True)
+
+    def read(self, messages: Messages, proceed: Proceed = go_on) -> Conversation:
+        """Reads the media of a conversation, and leaves it to be rendered, perhaps changed. Raises as `prepare`."""
+        start_s = time.perf_counter()
         parsed = parse_messages(messages, self._max_model_len)
         self._check_size(parsed)
-        pictures = []
+        pictures: list[Picture] = []
         frames_per_video: list[int] = []
         media = [part for message in parsed for part in message.parts if isinstance(part, Media)]
         for media_id, each in enumerate(media):
@@ -140,7 +160,28 @@ class Preparer:
             system=self._config.system_message,
             number_images=self._number_images,
         )
-        return replace(self._prepare(turns, pictures, v2pe_delta, cache_salt), start_s=start_s, media_s=media_s)
+        return Conversation(turns, tuple(pictures), start_s, media_s)
+
+    def render(
+        self, conversation: Conversation, v2pe_delta: Delta | None = None, cache_salt: str | None = None
+    ) -> Prepared:
+        """Renders a conversation that `read` or `read_turns` has returned, its turns changed perhaps.
+
+        v2pe_delta and cache_salt: as `check_sharing` returns them. Raises RequestError.
+        """
+        turns, pictures = conversation.turns, conversation.pictures
+        counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
+        prompt = build_prompt(
+            turns,
+            self._tokenizer,
+            counts,
+            ends_empty=self._ends_empty,
+            limit=self._max_model_len,
+            remedy=self._remedy(pictures),
+        )
+        placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
+        begun = turns[-1].open and any(turns[-1].parts)
+        return replace(placed, begun=begun, start_s=conversation.start_s, media_s=conversation.media_s)
 
     def fixed(self, raw: RawPrompt) -> RawPrompt:
         """Returns a prompt that its caller cannot change. Raises RequestError for one that cannot fit."""
@@ -151,11 +192,12 @@ class Preparer:
         prepared = self.prepare(messages, proceed=proceed)
         return PromptDescription(prepared.prompt, tuple(picture.layout for picture in prepared.pictures))
 
-    def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
-        """Prepares rendered turns and one tensor or array of tiles for each picture. Raises RequestError.
+    def read_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Conversation:
+        """Takes rendered turns and one tensor or array of tiles for each picture. Raises RequestError.
 
         tiles: uint8 [I, S, S, 3], or normalised floating point [I, 3, S, S]
         """
+        start_s = time.perf_counter()
         check_turns(turns)
         check_list("tiles", tiles, "tensors or arrays of tiles, one for each picture")
         self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
@@ -164,7 +206,7 @@ class Preparer:
         for each in tiles:
             pictures.append(picture_of_tiles(each, self._config, self._dtype, left))
             left -= pictures[-1].num_tiles * self._config.tokens_per_tile
-        return self._prepare(turns, pictures, v2pe_delta=None)
+        return Conversation(tuple(turns), tuple(pictures), start_s)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
         """Appends a response, which is not empty, to a prompt; its tokens' log-probabilities will be returned."""
@@ -196,21 +238,6 @@ class Preparer:
         for image in images:
             check_image_source(image, self._images)
         return (open_picture(image, self._images) for image in images)
-
-    def _prepare(
-        self, turns: Items[Turn], pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None = None
-    ) -> Prepared:
-        counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
-        prompt = build_prompt(
-            turns,
-            self._tokenizer,
-            counts,
-            ends_empty=self._ends_empty,
-            limit=self._max_model_len,
-            remedy=self._remedy(pictures),
-        )
-        placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
-        return replace(placed, begun=turns[-1].open and any(turns[-1].parts))
 
     def _build_raw(self, raw: RawPrompt) -> Prompt:
         if isinstance(raw.content, str):

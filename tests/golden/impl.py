@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.compat import ChatModel
+from internvl_rt.critic.preference import Shift, mpo_loss
 from internvl_rt.inputs.image import open_image
 from internvl_rt.inputs.position import build_positions
 from internvl_rt.inputs.prepare import Prepared
@@ -163,3 +164,26 @@ def v2pe_positions(segments: Items[tuple[str, int]], strides: Items[int], tokens
         else:
             num_tokens += amount
     return build_positions(num_tokens, spans, strides)[0]
+
+
+def visualprm(
+    ckpt_dir: Folder,
+    question: str,
+    response: str,
+    pixel_values: Floats | None,
+    num_patches_list: list[int],
+    max_steps: int | None,
+) -> list[float]:
+    pixels = None if pixel_values is None else torch.from_numpy(pixel_values)
+    model, counts = ChatModel(engine(ckpt_dir)), num_patches_list if pixels is not None else None
+    steps = model.generate_steps_with_soft_score(
+        tokenizer(ckpt_dir), question, response, pixels, num_patches_list=counts, max_steps=max_steps
+    )
+    return [step["score"] for step in steps]
+
+
+def mpo(step: dict[str, Any], state: tuple[float, int]) -> tuple[float, tuple[float, int]]:
+    names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "nll")
+    given = (torch.tensor(step[name], dtype=torch.float64) for name in names)
+    loss = mpo_loss(*given, shift=Shift(*state))
+    return loss.total.item(), (loss.shift.mean, loss.shift.count)

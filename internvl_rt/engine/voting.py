@@ -1,0 +1,83 @@
+"""A vote among answers: which final answer do most of them come to?"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from internvl_rt.errors import RequestError, quoted
+
+_FINAL = re.compile(r"(?:final answer|the answer is|答案)\s*(?:is\b)?\s*[:\uff1a]?\s*(.+)", re.IGNORECASE)
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class MajorityVote:
+    """Ranks answers by how many come to the same final answer; of equal ones, the earlier answer comes first.
+
+    final_answer: returns what an answer comes to, written in one way, or None for an answer that does not count.
+    stop_decided: whether no more is drawn as soon as no other final answer can win. The best answer's final answer is
+        then the same; what is missing are the answers that had not ended.
+    """
+
+    final_answer: "Callable[[str], str | None] | None" = None  # None: `read_final_answer`
+    stop_decided: bool = False
+
+    def key(self, text: str) -> str | None:
+        """Returns what an answer comes to. Raises RequestError unless that is a text or None."""
+        found = (self.final_answer or read_final_answer)(text)
+        if not isinstance(found, str | None):
+            raise RequestError(
+                f"final_answer: expected a function that returns a text or None, got {quoted(found)} of it"
+            )
+        return found or None
+
+    def count(self, texts: dict[int, str]) -> dict[int, float]:
+        """Returns the share of each answer's votes, by the answers' numbers."""
+        keys = {number: self.key(text) for number, text in texts.items()}
+        votes = Counter(key for key in keys.values() if key is not None)
+        return {number: votes[key] / len(texts) if key is not None else 0.0 for number, key in keys.items()}
+
+    def is_decided(self, texts: dict[int, str], num_left: int) -> bool:
+        """Says whether none of the answers that have not ended can change which final answer wins."""
+        if not self.stop_decided:
+            return False
+        counts = [0, 0, *Counter(key for key in map(self.key, texts.values()) if key is not None).values()]
+        second, first = sorted(counts)[-2:]
+        return first > second + num_left
+
+
+def read_final_answer(text: str) -> str | None:
+    r"""Returns what an answer comes to, so that answers that say the same compare as equal; None if it says nothing.
+
+    That is what its last \boxed{} holds, or else what follows the last "Final answer:" or "the answer is", or else its
+    last line; in lower case, without punctuation around it, and numbers without commas and zeros at the end.
+    """
+    boxed = unboxed(text)
+    if boxed is None:
+        found = _FINAL.findall(text)
+        lines = text.strip().splitlines()
+        boxed = found[-1] if found else lines[-1] if lines else ""
+    plain = " ".join(boxed.lower().split()).strip(" .。,;:!*$`'\"()[]{}")
+    plain = _THOUSANDS.sub("", plain)
+    if _NUMBER.fullmatch(plain):
+        sign = "-" if plain.startswith("-") else ""
+        digits = plain.lstrip("+-").lstrip("0") or "0"
+        digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+        plain = "0" if digits in ("", "0") else sign + (f"0{digits}" if digits.startswith(".") else digits)
+    return plain or None
+
+
+def unboxed(text: str) -> str | None:
+    r"""Returns what the last \boxed{...} of a text holds; None if there is none whose braces are closed."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if not depth:
+            return text[start:end]
+    return None
