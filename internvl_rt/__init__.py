@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from internvl_rt.engine.async_engine import AsyncEngine as AsyncEngine
+    from internvl_rt.engine.best_of import RankedAnswer as RankedAnswer
+    from internvl_rt.engine.best_of import Ranking as Ranking
     from internvl_rt.engine.engine import Engine as Engine
     from internvl_rt.engine.options import EngineOptions as EngineOptions
     from internvl_rt.engine.reply import Choice as Choice
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from internvl_rt.engine.reply import Score as Score
     from internvl_rt.engine.reply import Timings as Timings
     from internvl_rt.engine.reply import Usage as Usage
+    from internvl_rt.engine.voting import MajorityVote as MajorityVote
     from internvl_rt.errors import CheckpointError as CheckpointError
     from internvl_rt.errors import ConfigError as ConfigError
     from internvl_rt.errors import ContextLengthError as ContextLengthError
@@ -39,12 +42,15 @@ if TYPE_CHECKING:
     from internvl_rt.inputs.sampling_params import SamplingParams as SamplingParams
     from internvl_rt.inputs.tiles import TileLayout as TileLayout
     from internvl_rt.steps.logprobs import TokenLogprob as TokenLogprob
+    from internvl_rt.steps.logprobs import TokenScores as TokenScores
 
 _NAMES = {
     "engine.async_engine": "AsyncEngine",
+    "engine.best_of": "RankedAnswer Ranking",
     "engine.engine": "Engine",
     "engine.options": "EngineOptions",
     "engine.reply": "Choice Piece Reply Score Timings Usage",
+    "engine.voting": "MajorityVote",
     "errors": (
         "CheckpointError ConfigError ContextLengthError EngineDeadError InternVLError MediaError NotFiniteError "
         "QueueFullError RequestError StepError"
@@ -54,7 +60,7 @@ _NAMES = {
     "inputs.raw_prompt": "RawPrompt",
     "inputs.sampling_params": "SamplingParams",
     "inputs.tiles": "TileLayout",
-    "steps.logprobs": "TokenLogprob",
+    "steps.logprobs": "TokenLogprob TokenScores",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)  # the names above, which are for type checkers, are the same

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     devices = "cpu, cuda, cuda:1 ... (default: cuda where there is one)"
-    parser.add_argument("--device", type=_device, default="auto", help=devices)
+    parser.add_argument("--device", type=device_name, default="auto", help=devices)
 
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,8 @@ def _fraction(text: str) -> float:
     return float(above) / float(below)
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """The type of an argument that names a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"device must be auto, cpu, cuda or cuda:N, got {quoted(text)}")
     return text

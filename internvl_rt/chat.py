@@ -26,8 +26,9 @@ INTERACTIVE_HELP = """commands: /image FILE  adds a picture to the next question
 
 def run(args: argparse.Namespace) -> int:
     """Takes the arguments of `chat`; all are checked before torch is imported. Raises InternVLError."""
-    params = _check_options(args)
-    media = [*(_media("image", file) for file in args.image), *(_media("video", file) for file in args.video)]
+    if args.prompt is None and sys.stdin is None:
+        raise RequestError("stdin is closed, so no question can be read from it; give a PROMPT")
+    params, media = check_question(args, ignore_eos=args.ignore_eos)
     with importing():
         from internvl_rt.checkpoint.find import find_model
     model = find_model(args.model)
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.timings:
         say(engine.memory.render())
-    start = [] if args.system is None else [{"role": "system", "content": args.system}]
+    start = system_part(args)
     if args.prompt is not None:
         message = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
         _answer(engine, [*start, message], params, args)
@@ -46,13 +47,15 @@ def run(args: argparse.Namespace) -> int:
     return _converse(engine, start, media, params, args)
 
 
-def _check_options(args: argparse.Namespace) -> "SamplingParams":
+def check_question(args: argparse.Namespace, **others: Any) -> "tuple[SamplingParams, list[dict[str, str]]]":
+    """Returns how answers are drawn, and the parts of pictures and videos, of arguments that ask a question.
+
+    others: of the sampling parameters. Raises InternVLError before torch is imported.
+    """
     with importing():
         from internvl_rt.inputs.sampling_params import SamplingParams
     for name, text in (("PROMPT", args.prompt), ("--system", args.system)):
-        _check_text(name, text or "")
-    if args.prompt is None and sys.stdin is None:
-        raise RequestError("stdin is closed, so no question can be read from it; give a PROMPT")
+        check_text(name, text or "")
     if args.max_tiles is not None:
         with importing():
             from internvl_rt.inputs.tiles import ImageOptions
@@ -61,17 +64,18 @@ def _check_options(args: argparse.Namespace) -> "SamplingParams":
         with importing():
             from internvl_rt.inputs.position import parse_delta
         parse_delta(args.v2pe_delta)
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-    )
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    params = SamplingParams(**{name: getattr(args, name) for name in names}, **others)
+    media = [*(media_part("image", file) for file in args.image), *(media_part("video", file) for file in args.video)]
+    return params, media
 
 
-def _check_text(name: str, text: str) -> None:
+def system_part(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the beginning of a conversation with the system message that the arguments name."""
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def check_text(name: str, text: str) -> None:
     """Raises RequestError for lone surrogates: Python makes them of bytes that are no text of the locale's encoding."""
     try:
         text.encode()
@@ -80,7 +84,7 @@ def _check_text(name: str, text: str) -> None:
         raise RequestError(f"{name} is not valid {sys.getfilesystemencoding()} at {around}; type it again") from error
 
 
-def _media(kind: Literal["image", "video"], file: str) -> dict[str, str]:
+def media_part(kind: Literal["image", "video"], file: str) -> dict[str, str]:
     """Returns the part of a message. Raises MediaError for what cannot be opened, before a model is loaded for it."""
     with importing():
         from internvl_rt.inputs.media import open_media
@@ -139,11 +143,11 @@ def _converse(
             elif command in ("/image", "/video"):
                 if not rest:
                     raise RequestError(f"{command} needs the name of a file: {command} FILE")
-                media.append(_media("image" if command == "/image" else "video", rest.strip()))
+                media.append(media_part("image" if command == "/image" else "video", rest.strip()))
             elif command.startswith("/"):
                 say(f"no command {InternVLError(command)!s}\n{INTERACTIVE_HELP}")
             else:
-                _check_text("the question", line)
+                check_text("the question", line)
                 question = {"role": "user", "content": [*media, {"type": "text", "text": line}]}
                 media = []
                 reply = _answer(engine, [*messages, question], params, args)

@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat | serve | info | doctor | kernels | bench | completion | write-random`."""
+"""The command line: `internvl-rt COMMAND`, whose commands `internvl-rt --help` lists."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_rt.arguments import Parser, add_device_and_dtype
+from internvl_rt.arguments import Parser, add_device_and_dtype, device_name
 from internvl_rt.bench.arguments import add_bench
 from internvl_rt.completion import SHELLS
 from internvl_rt.errors import InternVLError, quoted
@@ -87,23 +87,43 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without one the chat is interactive")
-    chat.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; may be repeated")
-    chat.add_argument("--video", metavar="FILE", action="append", default=[], help="a video; may be repeated")
-    chat.add_argument("--system", metavar="TEXT", help="the system message, instead of the model's own")
-    chat.add_argument("--max-tokens", metavar="N", type=int, default=1024, help="longest answer (default: %(default)s)")
-    chat.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    chat.add_argument("--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
-    chat.add_argument("--top-k", metavar="K", type=int, default=0, help="0 keeps all tokens (default: %(default)s)")
+    _add_question(chat, max_tokens=1024, temperature=0.0, top_p=1.0)
     chat.add_argument("--ignore-eos", action="store_true", help="answer on to --max-tokens, for measurements")
-    chat.add_argument("--seed", metavar="N", type=int, help="makes sampling reproducible")
-    chat.add_argument("--max-tiles", metavar="N", type=int, help="tiles per picture, without the thumbnail")
-    chat.add_argument(
-        "--v2pe-delta", metavar="D", type=_delta, default=1.0,
-        help="positions per visual token: a power of two from 1 to 1/256, or auto (default: 1)",
-    )  # fmt: skip
     add_device_and_dtype(chat)
     chat.add_argument("--show-tiles", action="store_true", help="print how each picture is cut into tiles")
     chat.add_argument("--timings", action="store_true", help="print the memory plan; per answer tokens and seconds")
+
+    best = commands.add_parser(
+        "best-of",
+        help="the best of several answers, by a critic or a vote",
+        description="Draws several answers to a question and prints the best one: that of the highest score by a "
+        "critic, or the one that most answers agree on. The defaults are those of the official evaluation.",
+    )
+    best.set_defaults(run=_best_of)
+    best.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    best.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question")
+    chosen = best.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--critic", metavar="CRITIC", help="a VisualPRM, as MODEL: a folder or a hub id")
+    chosen.add_argument("--judge", action="store_true", help="MODEL itself says whether each answer is correct")
+    chosen.add_argument("--vote", action="store_true", help="by the final answer that most answers come to")
+    best.add_argument("-n", metavar="N", type=int, default=8, help="number of answers (default: %(default)s)")
+    _add_question(best, max_tokens=4096, temperature=0.6, top_p=0.95)
+    best.add_argument("--greedy-first", action="store_true", help="the first answer is greedy")
+    best.add_argument(
+        "--max-steps", metavar="N", type=int, default=12,
+        help="of an answer that a critic scores; neighbours are joined (default: %(default)s)",
+    )  # fmt: skip
+    best.add_argument(
+        "--stop-score", metavar="X", type=float,
+        help="draw no more once an answer has this score; the best is then that of the answers that have ended",
+    )  # fmt: skip
+    best.add_argument("--all", action="store_true", help="print all answers, each behind its score")
+    best.add_argument("--json", action="store_true", help="one JSON document with all answers and scores")
+    add_device_and_dtype(best)
+    best.add_argument(
+        "--critic-device", metavar="DEVICE", type=device_name, default="auto",
+        help="default: a second GPU if there are two, else that of MODEL, whose memory both share",
+    )  # fmt: skip
 
     info = commands.add_parser(
         "info", help="a model's static card", description="Parameters, bytes and limits, from config.json alone."
@@ -160,6 +180,26 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_question(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float) -> None:
+    """Adds what is asked about, and how answers are drawn."""
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; may be repeated")
+    parser.add_argument("--video", metavar="FILE", action="append", default=[], help="a video; may be repeated")
+    parser.add_argument("--system", metavar="TEXT", help="the system message, instead of the model's own")
+    for name, letter, kind, default, about in (
+        ("--max-tokens", "N", int, max_tokens, "longest answer"),
+        ("--temperature", "T", float, temperature, "0 is greedy"),
+        ("--top-p", "P", float, top_p, "nucleus sampling"),
+        ("--top-k", "K", int, 0, "0 keeps all tokens"),
+    ):
+        parser.add_argument(name, metavar=letter, type=kind, default=default, help=f"{about} (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, help="makes sampling reproducible")
+    parser.add_argument("--max-tiles", metavar="N", type=int, help="tiles per picture, without the thumbnail")
+    parser.add_argument(
+        "--v2pe-delta", metavar="D", type=_delta, default=1.0,
+        help="positions per visual token: a power of two from 1 to 1/256, or auto (default: 1)",
+    )  # fmt: skip
+
+
 def _serve(args: argparse.Namespace) -> int:
     check_libraries("serving")
     with importing():
@@ -178,6 +218,12 @@ def _delta(text: str) -> "Delta":
 
 def _chat(args: argparse.Namespace) -> int:
     from internvl_rt.chat import run
+
+    return run(args)
+
+
+def _best_of(args: argparse.Namespace) -> int:
+    from internvl_rt.best_of import run
 
     return run(args)
 

@@ -225,6 +225,7 @@ MODULES = [
     "kernel_list",
     "completion",
     "chat",
+    "best_of",
     "cli",
     "__init__",
     "__main__",

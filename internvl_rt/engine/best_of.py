@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.reply import Choice, Usage, unprepared_reply
@@ -68,48 +68,58 @@ class Ranking:
         return self.best.text
 
 
+class _Opinion(NamedTuple):
+    """What a critic says of a text."""
+
+    score: float | None
+    judgement: Any = None
+    error: InternVLError | None = None
+
+
 class _Scoring:
-    """Scores answers in a thread of its own, one after the other, while others are drawn."""
+    """Scores answers in a thread of its own, one after the other, while others are drawn; of equal texts the first."""
 
     def __init__(self, critic: Critic, messages: PromptSource, stop_score: float | None) -> None:
         self._critic, self._messages, self._stop_score = critic, messages, stop_score
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="internvl_rt critic")
-        self._scored: dict[int, Future[RankedAnswer]] = {}
+        self._opinions: dict[str, Future[_Opinion]] = {}  # by text
+        self._choices: dict[int, Choice] = {}
 
     def add(self, index: int, choice: Choice) -> None:
-        self._scored[index] = self._thread.submit(self._score, index, choice)
+        self._choices[index] = choice
+        if choice.text not in self._opinions:
+            self._opinions[choice.text] = self._thread.submit(self._score, choice.text)
 
     def is_decided(self, num_left: int) -> bool:
         """Says whether an answer is good enough to stop."""
         if self._stop_score is None:
             return False
-        scores = [each.result().score for each in self._scored.values() if each.done()]
+        scores = [each.result().score for each in self._opinions.values() if each.done()]
         return any(score is not None and score >= self._stop_score for score in scores)
 
     def results(self) -> list[RankedAnswer]:
-        """Waits for the scores, those that are still wanted. Raises the first error if no answer has a score."""
-        found = [future.result() for future in self._scored.values() if future.done() or not self.is_decided(0)]
-        errors = [each.error for each in found if each.error is not None]
-        if errors and all(each.score is None for each in found):
+        """Waits for the scores that are still wanted. Raises the first error if no answer has a score."""
+        known = {text: each.result() for text, each in self._opinions.items() if each.done() or not self.is_decided(0)}
+        errors = [each.error for each in known.values() if each.error is not None]
+        if errors and all(each.score is None for each in known.values()):
             raise errors[0]
-        return found
+        choices = [(index, choice) for index, choice in self._choices.items() if choice.text in known]
+        return [RankedAnswer(choice, index, *known[choice.text]) for index, choice in choices]
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _score(self, index: int, choice: Choice) -> RankedAnswer:
+    def _score(self, text: str) -> _Opinion:
         try:
-            if not choice.text.strip():
+            if not text.strip():
                 raise RequestError("the answer has no text to be scored")
-            found = self._critic(self._messages, choice.text)
-            score = _NUMBER.read(getattr(found, "score", found))
-            return RankedAnswer(choice, index, score, found)
+            found = self._critic(self._messages, text)
+            return _Opinion(_NUMBER.read(getattr(found, "score", found)), found)
         except UnfitError:
             what = "critic: expected a function that returns a finite number, or something with a score that is one"
-            error = RequestError(f"{what}, got {quoted(found)} for answer {index}; correct it")
-            return RankedAnswer(choice, index, error=error)
+            return _Opinion(None, found, RequestError(f"{what}, got {quoted(found)} for {quoted(text)}; correct it"))
         except InternVLError as error:
-            return RankedAnswer(choice, index, error=error)
+            return _Opinion(None, error=error)
 
 
 class _Counting:

@@ -213,9 +213,10 @@ class Engine(EngineCore):
         """Draws `n` answers to one prompt and returns them the best first.
 
         critic: `internvl_rt.critic.VisualPRM` or `Judge`, or any function of messages and an answer's text that returns
-            a number, or something that has a `score`. It is called in a thread of its own, with one answer after the
-            other, each as soon as it has ended. An answer without text, or which the critic raises an InternVLError
-            for, has no score; if no answer has one, that error is raised. Or a `MajorityVote`.
+            a number, or something that has a `score`. It is called in a thread of its own, for one answer after the
+            other, each as soon as it has ended; of answers of the same text, for the first. An answer without text, or
+            which the critic raises an InternVLError for, has no score; if no answer has one, that error is raised. Or a
+            `MajorityVote`.
         params: of all answers; None draws as in the official evaluation, at temperature 0.6 and top_p 0.95, and up to
             4,096 tokens.
         greedy_first: whether the first answer is greedy, as it is in the official evaluation by default.

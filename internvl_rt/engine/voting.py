@@ -59,7 +59,7 @@ def read_final_answer(text: str) -> str | None:
         found = _FINAL.findall(text)
         lines = text.strip().splitlines()
         boxed = found[-1] if found else lines[-1] if lines else ""
-    plain = " ".join(boxed.lower().split()).strip(" .。,;:!*$`'\"()[]{}")
+    plain = " ".join(boxed.lower().split()).strip(" .。,;:!*$`'\"()")
     plain = _THOUSANDS.sub("", plain)
     if _NUMBER.fullmatch(plain):
         sign = "-" if plain.startswith("-") else ""

@@ -96,12 +96,12 @@ def test_prompts_that_differ_before_a_picture_or_in_their_positions_share_nothin
         ]
         places = Places(np.array([len(prompts[0].prompt.token_ids) - 1]), np.array([[5, 6]]))
         scored = [replace(prompt, places=places) for prompt in prompts]
-        together = engine.run_scoring([scored[0], scored[2]])
+        together = engine.run_scoring(iter([scored[0], scored[2]]))
         assert engine.new_scoring([scored[0], scored[2]]).beginning is None
         beginning = engine.new_scoring([scored[0], scored[1]]).beginning
         assert beginning is not None
         assert beginning.sequence.num_prompt > max(p.span.start + p.span.num_tokens for p in prompts[0].pictures)
-        alone = [engine.run_scoring([each])[0] for each in (scored[0], scored[2])]
+        alone = [engine.run_scoring(iter([each]))[0] for each in (scored[0], scored[2])]
         assert [each.places[0].logits for each in together] == [pytest.approx(each.places[0].logits) for each in alone]
         before = [RawPrompt([index, *range(40, 60)]) for index in (1, 2)]
         early = [replace(engine.prepare(each), places=Places(np.array([20]), np.array([[5]]))) for each in before]
@@ -186,8 +186,14 @@ REFUSED = {
     "an id outside": (lambda e: e.score_tokens(QUESTION, [10**6]), "candidates\\[0\\] must be an integer from 0 to"),
     "a text as list": (lambda e: e.score_tokens(QUESTION, "7"), "candidates: expected a list of tokens"),
     "no place": (lambda e: e.score_tokens(QUESTION, [5], []), "positions: expected from 1"),
-    "a place behind": (lambda e: e.score_tokens(QUESTION, [5], [10**6]), "positions\\[0\\] must be an integer from -51 to 50"),
-    "a place before": (lambda e: e.score_tokens(QUESTION, [5], [-(10**6)]), "positions\\[0\\] must be an integer from -51 to 50"),
+    "a place behind": (
+        lambda e: e.score_tokens(QUESTION, [5], [10**6]),
+        "positions.0. must be an integer from -51 to 50",
+    ),
+    "a place before": (
+        lambda e: e.score_tokens(QUESTION, [5], [-(10**6)]),
+        "positions.0. must be an integer from -51 to 50",
+    ),
     "one conversation": (lambda e: e.score_batch(QUESTION), "batch\\[0\\]: expected \\(messages, responses\\)"),
     "no text": (lambda e: e.score_batch([(QUESTION, ["7"]), (QUESTION, [""])]), "expected texts that are not empty"),
     "a wrong one": (lambda e: e.score_batch([(QUESTION, ["7"]), ([], ["7"])]), "request 1: messages: expected"),
