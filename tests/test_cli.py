@@ -160,3 +160,44 @@ def test_interrupt_ends_with_exit_code_130():
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_best_of_prints_the_best_answer_and_tells_the_scores(capsys):
+    ask = ["best-of", "tiny", "--image", str(SAMPLE), "Read the digits.", "-n", "3", "--seed", "1"]
+    assert main([*ask, "--vote"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("4719\n", "scores: 1.000 1.000 1.000\n")
+    assert main([*ask, "--judge", "--all"]) == 0
+    printed = capsys.readouterr()
+    assert [line.partition("] ")[2] for line in printed.out.splitlines()] == ["4719"] * 3
+    assert main([*ask, "--critic", "tiny", "--json", "--system", "Read.", "--temperature", "4", "--max-tokens", "9"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    scores = [answer["score"] for answer in document["answers"]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(answer["score"] == pytest.approx(answer["steps"][0]["score"]) for answer in document["answers"])
+    assert {answer["index"] for answer in document["answers"]} == {0, 1, 2}
+
+
+BAD_BEST_OF = {
+    "no way to choose": (["a"], "one of the arguments --critic --judge --vote is required"),
+    "two ways": (["a", "--vote", "--judge"], "not allowed with argument"),
+    "no prompt": (["--vote"], "expected a PROMPT, got none"),
+    "no answers": (["a", "--vote", "-n", "0"], "n must be an integer from 1"),
+    "no steps": (["a", "--critic", "tiny", "--max-steps", "0"], "--max-steps: expected at least 1"),
+    "a threshold of a vote": (["a", "--vote", "--stop-score", "0.5"], "--stop-score: a vote has no scores"),
+    "no critic there": (["a", "--critic", "missing"], "'missing': no such folder"),
+    "a broken picture": (["a", "--vote", "--image", __file__], "is not a readable JPEG"),
+    "a wrong device": (["a", "--critic", "tiny", "--critic-device", "gpu"], "device must be auto, cpu"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_BEST_OF)
+def test_a_mistake_in_best_of_is_one_line(capsys, wrong):
+    given, message = BAD_BEST_OF[wrong]
+    try:
+        code = main(["best-of", "tiny", *given])
+    except SystemExit as exit_:
+        code = exit_.code
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (2, "")
+    assert message in printed.err.splitlines()[-1]

@@ -66,7 +66,7 @@ def same_answer(result: str, truth: str) -> bool:
     """Returns whether two results are the same text, the same option, or numbers within a thousandth of the truth.
 
     Case and a few units do not count; "B.", "B. seven" and "(B)" are option B. These are the official rules that need
-    no other package, but that "3.7" is not option 3 here. Give `judge` a function for those that parse formulas.
+    no other package, but that "3.7" is not option 3 here. Give `check_rollouts` a function for those that parse formulas.
     """
     if result.lower() == truth.lower():
         return True
@@ -90,7 +90,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def judge(
+def check_rollouts(
     responses: Items[str], truth: str, *, form: Form = "final", is_same: Callable[[str, str], bool] = same_answer
 ) -> list[Rollout]:
     """Reads the result of each answer that a model has drawn, and compares it with the right one.

@@ -9,10 +9,10 @@ from internvl_rt.critic import rollouts as module
 from internvl_rt.critic.pair_file import PairRecord
 from internvl_rt.critic.rollouts import (
     Rollout,
+    check_rollouts,
     continuation_pairs,
     correctness_pairs,
     extract_answer,
-    judge,
     same_answer,
 )
 from support.calls import check_idle, load
@@ -81,13 +81,13 @@ def test_results_are_the_same_as_texts_as_options_or_as_numbers(result, truth, s
 
 def test_answers_are_judged_by_their_results():
     responses = [FINAL, FINAL.replace("4", "5"), "4"]
-    assert judge(responses, "4") == [
+    assert check_rollouts(responses, "4") == [
         Rollout(FINAL, True, "4"),
         Rollout(responses[1], False, "5"),
         Rollout("4", False, None),
     ]
     asked = []
-    judged = judge(responses, "four", is_same=lambda *pair: asked.append(pair) or pair[0] == "5")
+    judged = check_rollouts(responses, "four", is_same=lambda *pair: asked.append(pair) or pair[0] == "5")
     assert asked == [("4", "four"), ("5", "four")]
     assert [each.is_correct for each in judged] == [False, True, False]
 

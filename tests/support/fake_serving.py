@@ -134,6 +134,8 @@ def ask(engine: Engine, rng: random.Random) -> None:
     next(begun)
     with torch.cuda.stream(torch.cuda.Stream()):  # a step that was launched from the other stream is still under way
         engine.chat(message(), params[0])
+    engine.score(message(picture), ["a b", "c " * rng.randint(1, 200), "d", "e"])  # the prompt forks, and forks wait
+    engine.best_of(message(noise()), 3, critic=lambda *_: 0.5, params=SamplingParams(**some, temperature=1.0))
     for _ in begun:
         pass
     with suppress(RequestError):  # nothing is computed, so each draw gives the same token, which breaks the grammar
