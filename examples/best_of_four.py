@@ -1,32 +1,26 @@
-"""Draws four answers, and chooses the one whose tokens have the highest mean log-probability.
+"""Draws four answers and prints them, the best first: by a critic's scores, or without a critic by a vote.
 
 python examples/best_of_four.py
-python examples/best_of_four.py OpenGVLab/InternVL3-1B page.png "What is the total?" 0.7
+python examples/best_of_four.py OpenGVLab/InternVL3-8B page.png "What is the total?" OpenGVLab/VisualPRM-8B-v1_1
 """
 
 import sys
 from importlib.resources import files
-from statistics import mean
 
-from internvl_rt import Choice, Engine, InternVLError, SamplingParams
+from internvl_rt import Engine, InternVLError, MajorityVote, SamplingParams
+from internvl_rt.critic import load_with_critic
 
 SAMPLE = str(files("internvl_rt") / "tiny/samples/4719.png")
 
 
-def mean_logprob(choice: Choice) -> float:
-    return mean(token.logprob for token in choice.logprobs)
-
-
-def main(
-    model: str = "tiny", picture: str = SAMPLE, question: str = "Read the digits.", temperature: str = "2.0"
-) -> None:
-    engine = Engine.from_pretrained(model)
+def main(model: str = "tiny", picture: str = SAMPLE, question: str = "Read the digits.", critic: str = "") -> None:
+    engine, chooser = load_with_critic(model, critic) if critic else (Engine.from_pretrained(model), MajorityVote())
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    params = SamplingParams(max_tokens=16, n=4, temperature=float(temperature), seed=0, logprobs=0)
-    reply = engine.chat([{"role": "user", "content": content}], params)
-    for choice in reply.choices:
-        print(f"{mean_logprob(choice):8.4f}  {choice.text!r}")
-    print("best:", max(reply.choices, key=mean_logprob).text)
+    params = SamplingParams(max_tokens=256, temperature=2.0 if model == "tiny" else 0.6, seed=0)
+    ranking = engine.best_of([{"role": "user", "content": content}], 4, critic=chooser, params=params)
+    for answer in ranking.answers:
+        print("no score" if answer.score is None else f"{answer.score:8.4f}", repr(answer.text))
+    print("best:", ranking.text)
 
 
 if __name__ == "__main__":

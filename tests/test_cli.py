@@ -170,7 +170,8 @@ def test_best_of_prints_the_best_answer_and_tells_the_scores(capsys):
     assert main([*ask, "--judge", "--all"]) == 0
     printed = capsys.readouterr()
     assert [line.partition("] ")[2] for line in printed.out.splitlines()] == ["4719"] * 3
-    assert main([*ask, "--critic", "tiny", "--json", "--system", "Read.", "--temperature", "4", "--max-tokens", "9"]) == 0
+    wild = ["--temperature", "4", "--max-tokens", "9"]
+    assert main([*ask, "--critic", "tiny", "--json", "--system", "Read.", *wild]) == 0
     document = json.loads(capsys.readouterr().out)
     scores = [answer["score"] for answer in document["answers"]]
     assert scores == sorted(scores, reverse=True)

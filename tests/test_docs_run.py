@@ -153,6 +153,7 @@ RULES = (
     Rule(rf"{VARIABLES}internvl-rt (chat|doctor|info) ", as_it_stands, "other blocks do not need it", is_slow=True),
     Rule(r"TRITON_INTERPRET=1 ", as_it_stands, "the interpreter takes a minute", is_slow=True),
     Rule(r"internvl-rt write-random InternVL3-", small_checkpoint, "a small model's config.json: not gigabytes"),
+    Rule(r"python3? -m (lmms_eval|internvl_rt\.harness)", leave_out, "harness/test_real_lmms_eval.py runs the first"),
     Rule(rf"{VARIABLES}python3? (bench|tests)/", script_help, "measures for minutes; options must exist", is_slow=True),
     Rule(rf"{VARIABLES}(internvl-rt|hf|python3?|curl|printf|echo|cat) ", as_it_stands),
     Rule(r"", refuse),

@@ -159,13 +159,27 @@ def test_json_from_picture_takes_another_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_best_of_four_chooses_the_likeliest_of_different_answers(tmp_path: Path) -> None:
-    (*drawn, best), _ = run("best_of_four", cwd=tmp_path)
-    scores = [(float(line.split()[0]), line.split(maxsplit=1)[1]) for line in drawn]
-    assert len(scores) == 4
-    assert len(set(scores)) > 1
-    assert max(scores)[1] == "'4719'"
-    assert best == "best: 4719"
+def test_best_of_four_prints_the_best_first_by_a_vote_or_a_critic(tmp_path: Path) -> None:
+    for given in ((), ("tiny", SAMPLES / "4719.png", "Read the digits.", "tiny")):
+        (*drawn, best), _ = run("best_of_four", *given, cwd=tmp_path)
+        scores = [(float(line.split()[0]), line.split(maxsplit=1)[1]) for line in drawn]
+        assert len(scores) == 4
+        assert len(set(scores)) > 1
+        assert [score for score, _ in scores] == sorted((score for score, _ in scores), reverse=True)
+        assert repr(best.removeprefix("best: ")) == scores[0][1]
+        assert given or best == "best: 4719"
+
+
+@pytest.mark.slow
+def test_preference_pairs_writes_pairs_and_the_right_answer_is_likelier(tmp_path: Path) -> None:
+    lines, _ = run("preference_pairs", "pairs.jsonl", cwd=tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(lines) == len(written) > 1
+    for line, pair in zip(lines, written, strict=True):
+        chosen, rejected = re.findall(r"(-[\d.]+) '", line)
+        assert float(chosen) > float(rejected)
+        assert (pair["chosen"], pair["answer_gt"], pair["image"]) == ("4719", "4719", "4719.png")
+        assert pair["rejected"] != "4719"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import internvl_rt
+from internvl_rt import critic
 from support import typed_program
 
 ROOT = Path(__file__).parents[1]
@@ -48,13 +49,16 @@ def test_the_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "4719" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", internvl_rt.__all__)
+CRITIC = [name for name, value in vars(critic).items() if getattr(value, "__module__", "").startswith(critic.__name__)]
+
+
+@pytest.mark.parametrize("name", [*internvl_rt.__all__, *CRITIC])
 def test_help_says_what_a_name_and_each_of_its_members_is_for(name: str) -> None:
-    named = getattr(internvl_rt, name)
+    named = getattr(internvl_rt, name, None) or getattr(critic, name)
     assert named.__doc__
     assert "(" not in named.__doc__.partition("\n")[0][: len(name) + 1], "it is not the signature that dataclasses make"
     assert name in pydoc.render_doc(named)
-    for member, value in vars(named).items():
+    for member, value in vars(named).items() if inspect.isclass(named) else ():
         is_method = inspect.isroutine(value) or isinstance(value, property | classmethod | staticmethod)
         if is_method and not member.startswith("_"):
             assert inspect.getdoc(getattr(named, member)), f"{name}.{member}"

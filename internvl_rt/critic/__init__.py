@@ -21,3 +21,5 @@ from internvl_rt.critic.rollouts import correctness_pairs as correctness_pairs
 from internvl_rt.critic.visual_prm import StepScores as StepScores
 from internvl_rt.critic.visual_prm import VisualPRM as VisualPRM
 from internvl_rt.critic.visual_prm import split_steps as split_steps
+from internvl_rt.engine.best_of import Critic as Critic
+from internvl_rt.engine.best_of import Judgement as Judgement

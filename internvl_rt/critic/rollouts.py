@@ -66,7 +66,7 @@ def same_answer(result: str, truth: str) -> bool:
     """Returns whether two results are the same text, the same option, or numbers within a thousandth of the truth.
 
     Case and a few units do not count; "B.", "B. seven" and "(B)" are option B. These are the official rules that need
-    no other package, but that "3.7" is not option 3 here. Give `check_rollouts` a function for those that parse formulas.
+    no other package, but that "3.7" is not option 3 here. For formulas give `check_rollouts` a function of your own.
     """
     if result.lower() == truth.lower():
         return True

@@ -23,7 +23,7 @@ from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.preparing import Given, Preparing, has_media
 from internvl_rt.engine.reply import Piece, Reply, Score, unprepared_reply
 from internvl_rt.engine.request import Request
-from internvl_rt.engine.scoring import build_score, read_responses
+from internvl_rt.engine.scoring import build_score, read_responses, read_score_options
 from internvl_rt.engine.worker import WakeUps, run_steps, stop_worker
 from internvl_rt.errors import QueueFullError, check_list
 from internvl_rt.inputs.image import ImageSource
@@ -33,7 +33,6 @@ from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
-from internvl_rt.values import Flag, read
 
 T = TypeVar("T")
 
@@ -126,6 +125,7 @@ class AsyncEngine:
         responses: Items[str],
         *,
         include_end: bool = False,
+        num_top: int = 0,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> Coroutine[Any, Any, list[Score]]:
@@ -134,7 +134,7 @@ class AsyncEngine:
         A full engine refuses the first response, and then nothing is computed; further ones wait until there is room.
         """
         texts = Given(partial(read_responses, responses))
-        return self._score(self._copy(messages), texts, include_end, v2pe_delta, cache_salt)
+        return self._score(self._copy(messages), texts, (include_end, num_top), v2pe_delta, cache_salt)
 
     def describe(self, messages: PromptSource) -> Coroutine[Any, Any, PromptDescription]:
         """Describes a prompt as `Engine.describe` does. Raises what `stream` raises."""
@@ -223,11 +223,11 @@ class AsyncEngine:
         self,
         given: Given[PromptSource],
         texts: Given[tuple[str, ...]],
-        include_end: bool,
+        options: tuple[bool, int],
         v2pe_delta: Delta | None,
         cache_salt: str | None,
     ) -> list[Score]:
-        messages, responses, include_end = given.take(), texts.take(), read("include_end", include_end, Flag())
+        messages, responses, given_options = given.take(), texts.take(), read_score_options(*options)
         prepare = partial(self._engine.prepare, messages, v2pe_delta, cache_salt)
         prompt = await self._preparing.run(prepare, media=has_media(messages))
         del prepare, messages
@@ -236,7 +236,7 @@ class AsyncEngine:
         for first in range(0, len(responses), size):
             prompts: list[Prepared] = []
             for text in responses[first : first + size]:  # each by itself, so that no other call waits for all of them
-                make = partial(self._engine.preparer.prepare_score, prompt, text, include_end=include_end)
+                make = partial(self._engine.preparer.prepare_score, prompt, text, **given_options)
                 begun = bool(scores or prompts)
                 prompts.append(await _when_there_is_room(partial(self._prepare_text, make), wait=begun))
             start = partial(self._start, partial(self._make_scoring, prompts))

@@ -150,23 +150,26 @@ class Engine(EngineCore):
         responses: Items[str],
         *,
         include_end: bool = False,
+        num_top: int = 0,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[Score]:
         """Computes how likely the model finds each response to a conversation, token by token.
 
         The conversation is computed once for all. responses: at most 10,000 texts that are not empty, of 67 million
-        characters together. include_end: whether the end token counts as part of a response. Raises RequestError or
-        MediaError.
+        characters together. include_end: whether the end token counts as part of a response. num_top: how many of the
+        likeliest tokens come with each token, up to 20. Raises RequestError or MediaError.
         """
+        make = partial(self.prepare, v2pe_delta=v2pe_delta, cache_salt=cache_salt)
         batch = [(messages, responses)]
-        return self.score_batch(batch, include_end=include_end, v2pe_delta=v2pe_delta, cache_salt=cache_salt)[0]
+        return score_conversations(self, batch, make, include_end=include_end, num_top=num_top, progress=False)[0]
 
     def score_batch(
         self,
         batch: Items[tuple[PromptSource, Items[str]]],
         *,
         include_end: bool = False,
+        num_top: int = 0,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         progress: bool = False,
@@ -175,10 +178,8 @@ class Engine(EngineCore):
 
         The first invalid conversation raises, naming its index, and cancels the rest. progress: shows a bar on stderr.
         """
-        read("include_end", include_end, Flag())
-        read("progress", progress, Flag())
         make = partial(self.prepare, v2pe_delta=v2pe_delta, cache_salt=cache_salt)
-        return score_conversations(self, batch, make, include_end=include_end, progress=progress)
+        return score_conversations(self, batch, make, include_end=include_end, num_top=num_top, progress=progress)
 
     def score_tokens(
         self,
@@ -279,8 +280,6 @@ class Engine(EngineCore):
     ) -> Iterator[Request | Reply]:
         """Checks a batch, and returns an iterator that prepares its requests one by one."""
         check_list("batch", batch, "conversations, each a list of messages")
-        if any(isinstance(messages, Mapping) for messages in batch):
-            raise RequestError("batch: expected a list of conversations, got one of messages; wrap it: [messages]")
         if isinstance(params, Items):
             each = [self.check_call(one, timeout_s) for one in params]
         else:
@@ -289,7 +288,9 @@ class Engine(EngineCore):
             raise RequestError(f"params must be one for all or one for each of {len(batch)} requests, got {len(each)}")
 
         def requests() -> Iterator[Request | Reply]:
-            for index, (messages, one) in enumerate(zip(batch, each, strict=True)):
+            for index, (messages, one) in enumerate(zip(batch, each, strict=True)):  # the batch may make them now
+                if isinstance(messages, Mapping):
+                    raise RequestError("batch: expected conversations, got a message; wrap a conversation: [messages]")
                 try:
                     yield self._request((messages, v2pe_delta, cache_salt), one, timeout_s)
                 except InternVLError as error:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import TypedDict
 
 import numpy as np
 
@@ -15,14 +16,22 @@ from internvl_rt.engine.request import Request
 from internvl_rt.errors import InternVLError, RequestError, check_list, quoted
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.prepare import Prepared, PromptSource
+from internvl_rt.inputs.sampling_params import MAX_LOGPROBS
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.steps.logprobs import TokenScores
-from internvl_rt.values import Integer, read
+from internvl_rt.values import Flag, Integer, read
 
 MAX_RESPONSES = 10_000  # of one call
 MAX_CHARACTERS = 1 << 26  # of all responses of one call
 MAX_CANDIDATES = 1024
 MAX_PLACES = 1 << 16
+
+
+class ScoreOptions(TypedDict):
+    """What `Preparer.prepare_score` takes besides prompt and response."""
+
+    include_end: bool
+    num_top: int
 
 
 def read_responses(responses: Sequence[str]) -> tuple[str, ...]:
@@ -51,6 +60,12 @@ def read_batch(batch: Sequence[tuple[PromptSource, Sequence[str]]]) -> list[tupl
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise RequestError(f"batch[{index}]: expected (messages, responses), got {quoted(pair)}; give both")
     return [(messages, read_responses(responses)) for messages, responses in batch]
+
+
+def read_score_options(include_end: bool, num_top: int) -> ScoreOptions:
+    """Returns what a call of `score` says besides. Raises RequestError."""
+    include_end = read("include_end", include_end, Flag())
+    return {"include_end": include_end, "num_top": read("num_top", num_top, Integer(0, MAX_LOGPROBS))}
 
 
 def read_candidates(candidates: Sequence[str | int], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -103,10 +118,12 @@ def score_conversations(
     prepare: Callable[[PromptSource], Prepared],
     *,
     include_end: bool,
+    num_top: int,
     progress: bool,
 ) -> list[list[Score]]:
     """Scores the responses to each conversation of a batch; the responses to one are computed together."""
-    asked = read_batch(batch)
+    asked, options = read_batch(batch), read_score_options(include_end, num_top)
+    read("progress", progress, Flag())
     size = min(engine.max_answers, max([1, *(len(texts) for _, texts in asked)]))
 
     def requests() -> Iterator[Request]:
@@ -114,7 +131,7 @@ def score_conversations(
             try:
                 prompt = prepare(messages)
                 for first in range(0, len(texts), size):
-                    make = partial(engine.preparer.prepare_score, prompt, include_end=include_end)
+                    make = partial(engine.preparer.prepare_score, prompt, **options)
                     yield engine.new_scoring([make(text) for text in texts[first : first + size]])
             except InternVLError as error:
                 if len(asked) == 1:

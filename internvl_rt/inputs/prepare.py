@@ -208,8 +208,11 @@ class Preparer:
             left -= pictures[-1].num_tiles * self._config.tokens_per_tile
         return Conversation(tuple(turns), tuple(pictures), start_s)
 
-    def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool) -> Prepared:
-        """Appends a response, which is not empty, to a prompt; its tokens' log-probabilities will be returned."""
+    def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool, num_top: int = 0) -> Prepared:
+        """Appends a response, which is not empty, to a prompt; its tokens' log-probabilities will be returned.
+
+        num_top: of how many of the likeliest tokens besides, in the place of each.
+        """
         self._check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
         ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
@@ -226,7 +229,7 @@ class Preparer:
             prompt=Prompt((*prompt.token_ids, *added), prompt.spans, prompt.text + response),
             position_T=np.concatenate((prepared.position_T, added_position_T)),
             next_position=next_position,
-            places=places_of_tokens(num_prompt - 1, added),
+            places=places_of_tokens(num_prompt - 1, added, num_top),
         )
 
     def open_images(self, images: Items[ImageSource]) -> Iterator[Picture]:

@@ -6,19 +6,18 @@ It needs a transformers of its time, which is installed in an environment of its
 import json
 import os
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 from internvl_rt.critic.preference import IGNORED, MpoWeights, Shift, mpo_loss, response_logprobs
+from support.environments import make_environment
 
 pytestmark = pytest.mark.slow
 
-# constraints.txt pins another transformers, so it cannot be used here.
-PACKAGES = ("trl==0.10.1", "transformers==4.45.2", "accelerate==1.15.0", "datasets==5.0.1")
+PACKAGES = ("trl==0.10.1", "transformers==4.45.2", "accelerate", "datasets")
+OTHERS = ("transformers", "tokenizers", "huggingface_hub")  # the development environment has newer ones
 TOLERANCE = 1e-6
 
 # Adds up the losses as `get_batch_loss_metrics` of InternVL's trainer_dpo.py does, with trl's own functions.
@@ -62,14 +61,8 @@ print(json.dumps({"steps": results, "logps": logps.tolist(), "nll": nll.item()})
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with trl, which finds what it lacks, torch above all, in the one that runs the tests."""
-    folder = tmp_path_factory.mktemp("trl")
-    run([sys.executable, "-m", "venv", str(folder)])
-    found = folder / "bin" / "python"
-    purelib = run([str(found), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
-    Path(purelib, "outer.pth").write_text(sysconfig.get_path("purelib"))
-    run([str(found), "-m", "pip", "--disable-pip-version-check", "--quiet", "install", *PACKAGES])
-    return found
+    """An environment with trl."""
+    return make_environment(tmp_path_factory.mktemp("trl") / "environment", PACKAGES, others=OTHERS)
 
 
 def run(command: list[str], given: str = "") -> str:

@@ -52,7 +52,7 @@ CALLS = {
 }
 SYNCHRONOUS_CALLS = {
     "a prompt": (lambda e: e.generate("Hello"), "batch: expected a list of conversations, .*, got 'Hello'"),
-    "one conversation": (lambda e: e.generate(ask()), r"batch: .*, got one of messages; wrap it: \[messages\]"),
+    "one conversation": (lambda e: e.generate(ask()), r"batch: .*, got a message; wrap a conversation: \[messages\]"),
     "one message": (lambda e: e.generate(ask()[0]), "batch: expected a list of conversations, .*, got dict"),
     "a generator": (lambda e: e.generate(ask() for _ in range(2)), "batch: .*, got generator"),
     "texts": (lambda e: e.generate(["Hello", "Bye"]), "request 0: messages: expected a list"),

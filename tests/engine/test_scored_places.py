@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_rt import NotFiniteError, RawPrompt, RequestError
+from internvl_rt import AsyncEngine, NotFiniteError, RawPrompt, RequestError
 from internvl_rt.inputs.places import Places
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
-from support.calls import ENDLESS, SHORT, advance, ask, check_idle, finish, load, submit
+from support.calls import ENDLESS, SHORT, advance, ask, check_idle, finish, load, run, submit
 from support.forward import all_logits
 
 SAMPLES = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples"
@@ -209,3 +209,26 @@ def test_what_cannot_be_scored_is_refused(wrong):
             call(engine)
         engine.loop.cancel(running)
         check_idle(engine)
+
+
+def test_scores_come_with_the_likeliest_tokens_if_asked():
+    with load() as engine:
+        right, wrong = engine.score(QUESTION, ["862053", "4719"], include_end=True, num_top=2)
+        for token in right.tokens:
+            assert token.top[0][0] == token.token_id, "tiny reads its samples"
+            assert token.top[0][1] == pytest.approx(token.logprob, abs=1e-5)
+            assert len(token.top) == 2
+        assert wrong.tokens[0].top == pytest.approx(right.tokens[0].top)
+        assert wrong.tokens[0].top[0][0] != wrong.tokens[0].token_id
+        assert engine.score(QUESTION, ["7"])[0].tokens[0].top == ()
+
+        async def main():
+            async with AsyncEngine(engine) as e:
+                (score,) = await e.score(QUESTION, ["862053"], include_end=True, num_top=2)
+                assert [t.logprob for t in score.tokens] == pytest.approx([t.logprob for t in right.tokens], abs=1e-5)
+                with pytest.raises(RequestError, match="num_top must be an integer from 0 to 20"):
+                    await e.score(QUESTION, ["7"], num_top=21)
+
+        with pytest.raises(RequestError, match="num_top must be an integer from 0 to 20"):
+            engine.score(QUESTION, ["7"], num_top=-1)
+        run(main())

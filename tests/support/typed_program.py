@@ -13,6 +13,19 @@ from PIL import Image
 
 import internvl_rt
 from internvl_rt import AsyncEngine, Engine, EngineOptions, RawPrompt, SamplingParams
+from internvl_rt.critic import (
+    Critic,
+    Judge,
+    MpoLoss,
+    MpoWeights,
+    Pair,
+    PairScores,
+    Shift,
+    StepScores,
+    VisualPRM,
+    mpo_loss,
+    score_pairs,
+)
 from internvl_rt.kernels.catalogue import Kernel, catalogue
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.operators import register_operators
@@ -69,6 +82,29 @@ def use_all(engine: Engine, picture: Picture) -> None:
     print(replies, total, layout, visual[0].shape, engine.chat(raw, params).finish_reason, stats["running"])
 
 
+def choose(engine: Engine, picture: Picture) -> str:
+    asked = messages_of(picture)
+    critic = VisualPRM(engine)
+    ranking: internvl_rt.Ranking = engine.best_of(asked, 2, critic=critic, params=SamplingParams(max_tokens=4))
+    best: internvl_rt.RankedAnswer = ranking.best
+    score: float | None = best.score
+    choosers: list[Critic | internvl_rt.MajorityVote] = [Judge(engine), lambda messages, text: len(text)]
+    for chooser in [*choosers, internvl_rt.MajorityVote(stop_decided=True)]:
+        print(engine.best_of(asked, 2, critic=chooser, greedy_first=True).text)
+    steps: StepScores = critic.score_steps(asked, "4719", max_steps=None)
+    ranked: list[StepScores] = critic.select_best(asked, ["4719", "7"])
+    places: list[internvl_rt.TokenScores] = engine.score_tokens(asked, ["7", 3], [0, -1])
+    share: tuple[float, ...] = places[0].probabilities
+    for index, reply in engine.generate_as_completed([asked, asked], SamplingParams(max_tokens=4)):
+        print(index, reply.text)
+    batches: list[list[internvl_rt.Score]] = engine.score_batch([(asked, ["4719"])], progress=False)
+    scores: PairScores = score_pairs(None, engine, [Pair(asked, "4719", "7")])
+    chosen, rejected = scores.reference_chosen_B, scores.reference_rejected_B
+    loss: MpoLoss = mpo_loss(chosen, rejected, chosen, rejected, torch.tensor(1.0), shift=Shift(), weights=MpoWeights())
+    print(score, steps.score, ranked[0].index, share, batches[0][0].total, loss.total.item(), loss.shift.count)
+    return ranking.text
+
+
 async def serve(engine: AsyncEngine, picture: Picture) -> str:
     text = ""
     try:
@@ -89,6 +125,7 @@ def main(picture: Picture) -> None:
     with Engine.from_pretrained("tiny", device="cpu", max_num_seqs=options.max_num_seqs, exif="apply") as engine:
         print(ask(engine, picture))
         use_all(engine, picture)
+        print(choose(engine, picture))
 
     async def run() -> str:
         async with AsyncEngine.from_pretrained("tiny", device="cpu") as shared:
