@@ -16,8 +16,8 @@ from support.environments import make_environment
 
 pytestmark = pytest.mark.slow
 
-PACKAGES = ("trl==0.10.1", "transformers==4.45.2", "accelerate", "datasets")
-OTHERS = ("transformers", "tokenizers", "huggingface_hub")  # the development environment has newer ones
+PACKAGES = ("trl==0.10.1", "transformers==4.45.2", "accelerate", "datasets==5.0.1")
+OTHERS = ("datasets", "huggingface_hub", "tokenizers", "transformers")  # of the time of that trl
 TOLERANCE = 1e-6
 
 # Adds up the losses as `get_batch_loss_metrics` of InternVL's trainer_dpo.py does, with trl's own functions.
