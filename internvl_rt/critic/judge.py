@@ -1,5 +1,6 @@
 """A model as the critic of answers, its own perhaps: it is asked whether an answer is right."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from internvl_rt.engine.scoring import read_responses
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import PromptSource, check_sharing
+from internvl_rt.inputs.prepare import Prepared, PromptSource, check_sharing
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.values import Text, read
@@ -69,13 +70,15 @@ class Judge:
         conversation = preparer.read(messages, self.engine.loop.check)
         if conversation.turns[-1].role != "user":
             raise RequestError("messages: expected a question as the last message, got the beginning of an answer")
-        prompts = []
-        for text in texts:
-            turns = (*conversation.turns, Turn("assistant", (text,)), Turn("user", (self._question,)))
-            prompt = preparer.render(replace(conversation, turns=turns), *sharing)
-            last = np.array([len(prompt.prompt.token_ids) - 1])
-            prompts.append(replace(prompt, places=Places(last, np.array([self._candidates]))))
-        scored = self.engine.run_scoring(iter(prompts))
+
+        def prompts() -> Iterator[Prepared]:
+            for text in texts:
+                turns = (*conversation.turns, Turn("assistant", (text,)), Turn("user", (self._question,)))
+                prompt = preparer.render(replace(conversation, turns=turns), *sharing)
+                last = np.array([len(prompt.prompt.token_ids) - 1])
+                yield replace(prompt, places=Places(last, np.array([self._candidates])))
+
+        scored = self.engine.run_scoring(prompts())
         return [
             Verdict(text, each.places[0].probabilities[0], each.usage) for text, each in zip(texts, scored, strict=True)
         ]

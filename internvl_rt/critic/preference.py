@@ -236,6 +236,11 @@ def score_pairs(engine: Engine | None, reference: Engine, pairs: Items[Pair], *,
     for index, pair in enumerate(pairs):
         if not isinstance(pair, Pair):
             raise RequestError(f"pairs[{index}]: expected a Pair, got {quoted(pair)}; make one of it")
+    if engine is not None and engine.tokenizer.token_bytes != reference.tokenizer.token_bytes:
+        raise RequestError(
+            "engine and reference: expected models of one tokenizer, since log-probabilities of other tokens do not "
+            "compare; take the model that training began with as the reference"
+        )
     batch = [(pair.messages, (pair.chosen, pair.rejected)) for pair in pairs]
     judged = None if engine is None else engine.score_batch(batch, include_end=True, progress=progress)
     scores = reference.score_batch(batch, include_end=True, progress=progress)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.reply import Choice, Usage, unprepared_reply
 from internvl_rt.engine.request import Request, choice_of, usage_of
-from internvl_rt.engine.voting import MajorityVote
+from internvl_rt.engine.voting import MajorityVote, count_votes
 from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.inputs.prepare import PromptSource
 from internvl_rt.inputs.sampling_params import MAX_ANSWERS, SamplingParams
@@ -128,22 +128,22 @@ class _Counting:
     def __init__(self, vote: MajorityVote) -> None:
         self._vote = vote
         self._choices: dict[int, Choice] = {}
+        self._keys: list[str | None] = []  # what each of these answers comes to
 
     def add(self, index: int, choice: Choice) -> None:
+        self._keys.append(self._vote.key(choice.text))
         self._choices[index] = choice
 
     def is_decided(self, num_left: int) -> bool:
-        return self._vote.is_decided(self._texts(), num_left)
+        return self._vote.is_decided(self._keys, num_left)
 
     def results(self) -> list[RankedAnswer]:
-        shares = self._vote.count(self._texts())
-        return [RankedAnswer(self._choices[index], index, share) for index, share in shares.items()]
+        shares = count_votes(self._keys)
+        pairs = zip(self._choices.items(), shares, strict=True)
+        return [RankedAnswer(choice, index, share) for (index, choice), share in pairs]
 
     def close(self) -> None:
         pass
-
-    def _texts(self) -> dict[int, str]:
-        return {index: choice.text for index, choice in self._choices.items()}
 
 
 def check_ranking(

@@ -228,7 +228,8 @@ class Engine(EngineCore):
         Raises what `chat` raises.
         """
         start_s = time.perf_counter()
-        checked = check_ranking(n, critic, self.check_call(params or OFFICIAL, timeout_s), greedy_first, stop_score)
+        params = self.check_call(OFFICIAL if params is None else params, timeout_s)
+        checked = check_ranking(n, critic, params, greedy_first, stop_score)
         self.check_call(checked, timeout_s)  # whether this engine can draw so many
         try:
             prepared = self.prepare(messages, v2pe_delta, cache_salt, until(start_s + (timeout_s or math.inf)))

@@ -1,6 +1,6 @@
 """Scores of given responses and tokens: prompts that draw nothing, of which some places are read."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from internvl_rt.values import Flag, Integer, read
 MAX_RESPONSES = 10_000  # of one call
 MAX_CHARACTERS = 1 << 26  # of all responses of one call
 MAX_CANDIDATES = 1024
-MAX_PLACES = 1 << 16
+MAX_SCORES = 1 << 20  # candidates in all places of one call
 
 
 class ScoreOptions(TypedDict):
@@ -91,14 +91,12 @@ def read_candidates(candidates: Sequence[str | int], tokenizer: Tokenizer, vocab
     return found
 
 
-def read_positions(positions: Iterable[int], num_tokens: int) -> list[int]:
+def read_positions(positions: Sequence[int], num_tokens: int) -> list[int]:
     """Returns indices of a prompt's tokens, of which negative ones count from its end. Raises RequestError."""
-    check_list("positions", positions, "indices of the prompt's tokens")
-    given = list(positions)
-    if not 1 <= len(given) <= MAX_PLACES:
-        raise RequestError(f"positions: expected from 1 to {MAX_PLACES:,} indices, got {len(given):,}; give so many")
+    if not positions:
+        raise RequestError("positions: expected at least one index, got none; -1 is where the answer begins")
     kind = Integer(-num_tokens, num_tokens - 1, f" (the prompt has {num_tokens:,} tokens)")
-    return [read(f"positions[{index}]", each, kind) % num_tokens for index, each in enumerate(given)]
+    return [read(f"positions[{index}]", each, kind) % num_tokens for index, each in enumerate(positions)]
 
 
 def places_of(positions: Sequence[int], candidates: Sequence[int]) -> Places:
@@ -153,6 +151,12 @@ def score_places(
 ) -> list[TokenScores]:
     """Scores the same candidates in several places of one prompt."""
     token_ids = read_candidates(candidates, engine.tokenizer, engine.config.decoder.vocab_size)
+    check_list("positions", positions, "indices of the prompt's tokens")
+    if len(positions) * len(token_ids) > MAX_SCORES:
+        raise RequestError(
+            f"positions: expected at most {MAX_SCORES // len(token_ids):,} indices with {len(token_ids):,} candidates, "
+            f"got {len(positions):,}; score them in several calls"
+        )
     prompt = prepare()
     wanted = read_positions(positions, len(prompt.prompt.token_ids))
     places = places_of(wanted, token_ids)

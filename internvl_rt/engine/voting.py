@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from internvl_rt.errors import RequestError, quoted
@@ -33,19 +33,18 @@ class MajorityVote:
             )
         return found or None
 
-    def count(self, texts: dict[int, str]) -> dict[int, float]:
-        """Returns the share of each answer's votes, by the answers' numbers."""
-        keys = {number: self.key(text) for number, text in texts.items()}
-        votes = Counter(key for key in keys.values() if key is not None)
-        return {number: votes[key] / len(texts) if key is not None else 0.0 for number, key in keys.items()}
-
-    def is_decided(self, texts: dict[int, str], num_left: int) -> bool:
+    def is_decided(self, keys: Iterable[str | None], num_left: int) -> bool:
         """Says whether none of the answers that have not ended can change which final answer wins."""
         if not self.stop_decided:
             return False
-        counts = [0, 0, *Counter(key for key in map(self.key, texts.values()) if key is not None).values()]
-        second, first = sorted(counts)[-2:]
+        second, first = sorted([0, 0, *Counter(key for key in keys if key is not None).values()])[-2:]
         return first > second + num_left
+
+
+def count_votes(keys: Sequence[str | None]) -> list[float]:
+    """Returns, for each answer, the share of all answers that come to the same; 0 for one that does not count."""
+    votes = Counter(key for key in keys if key is not None)
+    return [votes[key] / len(keys) if key is not None else 0.0 for key in keys]
 
 
 def read_final_answer(text: str) -> str | None:

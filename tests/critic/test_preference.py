@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -359,3 +360,12 @@ if "INTERNVL_RT_GOLDEN" in os.environ:
             loss = mpo_loss(*vectors, nll, shift=Shift())
             assert loss.total.item() == pytest.approx(case["total"], abs=TOLERANCE)
             assert loss.shift.mean == pytest.approx(case["running_mean_used"], abs=1e-9)
+
+
+def test_models_of_two_tokenizers_are_not_compared(monkeypatch):
+    with load(kv_cache_bytes=1 << 22) as engine, load(kv_cache_bytes=1 << 22) as other:
+        spelled = {**other.tokenizer.token_bytes, 5: b"another"}
+        monkeypatch.setattr(other, "tokenizer", replace(other.tokenizer, token_bytes=spelled))
+        monkeypatch.setattr(engine, "score_batch", None)
+        with pytest.raises(RequestError, match="expected models of one tokenizer"):
+            score_pairs(engine, other, PAIRS)

@@ -185,7 +185,11 @@ REFUSED = {
     "a text of no token": (lambda e: e.score_tokens(QUESTION, [""]), "expected a text that is one token"),
     "an id outside": (lambda e: e.score_tokens(QUESTION, [10**6]), "candidates\\[0\\] must be an integer from 0 to"),
     "a text as list": (lambda e: e.score_tokens(QUESTION, "7"), "candidates: expected a list of tokens"),
-    "no place": (lambda e: e.score_tokens(QUESTION, [5], []), "positions: expected from 1"),
+    "no place": (lambda e: e.score_tokens(QUESTION, [5], []), "positions: expected at least one index"),
+    "too many places": (
+        lambda e: e.score_tokens(QUESTION, [5, 6], [0] * (1 << 20)),
+        "at most 524,288 indices with 2",
+    ),
     "a place behind": (
         lambda e: e.score_tokens(QUESTION, [5], [10**6]),
         "positions.0. must be an integer from -51 to 50",

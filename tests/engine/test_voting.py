@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from internvl_rt import MajorityVote, RequestError, SamplingParams
-from internvl_rt.engine.voting import read_final_answer
+from internvl_rt.engine.voting import count_votes, read_final_answer
 from support.calls import ask, check_idle, load
 
 SAMPLES = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples"
@@ -42,13 +42,12 @@ def test_final_answers_that_say_the_same_are_equal(text, answer):
 
 
 def test_the_answer_that_most_come_to_wins_and_the_earliest_of_them_is_shown():
-    vote = MajorityVote()
-    texts = {0: "8", 1: "It is\n7", 2: "", 3: "Final answer: 7.0", 4: "9"}
-    assert vote.count(texts) == {0: 0.2, 1: 0.4, 2: 0.0, 3: 0.4, 4: 0.2}
+    keys = [MajorityVote().key(text) for text in ("8", "It is\n7", "", "Final answer: 7.0", "9")]
+    assert count_votes(keys) == [0.2, 0.4, 0.0, 0.4, 0.2]
 
 
 @pytest.mark.parametrize(
-    ("texts", "num_left", "decided"),
+    ("keys", "num_left", "decided"),
     [
         ([], 8, False),
         (["7", "7"], 2, False),  # the others may come to a tie
@@ -56,13 +55,12 @@ def test_the_answer_that_most_come_to_wins_and_the_earliest_of_them_is_shown():
         (["7", "7", "7", "8"], 2, False),
         (["7", "7", "7", "8"], 1, True),
         (["7", "8"], 0, False),  # a tie, which the order of answers decides
-        (["", "", ""], 1, False),
+        ([None, None, None], 1, False),
     ],
 )
-def test_a_vote_is_decided_when_no_answer_to_come_can_change_who_wins(texts, num_left, decided):
-    given = dict(enumerate(texts))
-    assert MajorityVote(stop_decided=True).is_decided(given, num_left) is decided
-    assert MajorityVote().is_decided(given, num_left) is False
+def test_a_vote_is_decided_when_no_answer_to_come_can_change_who_wins(keys, num_left, decided):
+    assert MajorityVote(stop_decided=True).is_decided(keys, num_left) is decided
+    assert MajorityVote().is_decided(keys, num_left) is False
 
 
 @pytest.mark.parametrize("stop", [False, True])
