@@ -105,7 +105,9 @@ def load_config(path: Path) -> ModelConfig:
 def parse_config(top: Section) -> ModelConfig:
     """Reads the content of a config.json, as `load_config` does."""
     original = top.choice("model_type", ("internvl_chat", "internvl")) == "internvl_chat"
-    top.support("architectures", ["InternVLChatModel" if original else "InternVLForConditionalGeneration"])
+    # InternVLRewardModel, VisualPRM's class, has no other weights; its methods score steps by the language model's head.
+    chat = (["InternVLChatModel"], ["InternVLRewardModel"])
+    top.support("architectures", *(chat if original else (["InternVLForConditionalGeneration"],)))
     vision, text = top.section("vision_config"), top.section("llm_config" if original else "text_config")
     for section in (top, vision, text):
         section.support("quantization_config", None, remedy="use the checkpoint with unquantised weights")

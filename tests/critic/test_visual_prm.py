@@ -1,5 +1,6 @@
 """VisualPRM's scores: the same alone, together, in chunks and from the cache; one pass; and what it refuses."""
 
+import json
 import math
 from pathlib import Path
 
@@ -202,6 +203,17 @@ def test_a_score_that_is_not_finite_is_one_error_and_nothing_else_is_disturbed(m
             pass
         assert 0 < critic.score_steps(QUESTION, ANSWERS[1]).score < 1
         check_idle(critic.engine)
+
+
+def test_a_checkpoint_of_the_official_reward_model_s_class_is_a_critic(tmp_path):
+    """It has no other weights than a model that chats."""
+    for file in SAMPLES.parent.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((SAMPLES.parent / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["InternVLRewardModel"]}))
+    with VisualPRM.from_pretrained(tmp_path, device="cpu", dtype="float32") as critic:
+        assert critic.score_steps(ask("Hello"), "4").score > 0
 
 
 def test_a_closed_critic_says_so():
