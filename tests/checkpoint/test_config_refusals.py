@@ -19,7 +19,7 @@ from support.configs import HF, ORIGINAL, changed, parse
 REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("model_type", "internvl_chat_gpt_oss"),
     ("model_type", ["internvl_chat"]),
-    ("architectures", ["InternVLRewardModel"]),
+    ("architectures", ["InternVLValueModel"]),
     ("template", "Hermes-2"),
     ("template", None),
     ("select_layer", -4),
