@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from internvl_rt.engine.failures import without_frames
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.reply import Choice, Usage, unprepared_reply
 from internvl_rt.engine.request import Request, choice_of, usage_of
@@ -119,7 +120,7 @@ class _Scoring:
             what = "critic: expected a function that returns a finite number, or something with a score that is one"
             return _Opinion(None, found, RequestError(f"{what}, got {quoted(found)} for {quoted(text)}; correct it"))
         except InternVLError as error:
-            return _Opinion(None, error=error)
+            return _Opinion(None, error=without_frames(error))
 
 
 class _Counting:

@@ -132,6 +132,7 @@ def test_an_answer_that_the_critic_refuses_has_no_score_and_comes_last(engine):
     refused = [each for each in ranking.answers if each.error is not None]
     assert 0 < len(refused) < 8
     assert ranking.answers[-len(refused) :] == tuple(refused)
+    assert all(each.error.__traceback__ is None for each in refused), "whoever keeps a ranking keeps no critic"
     picky.first = "x" * 100
     with pytest.raises(RequestError, match="too long for this critic"):
         engine.best_of(ASKED, 8, critic=picky, params=WILD)

@@ -12,6 +12,7 @@ import torch
 
 from internvl_rt import AsyncEngine, Engine, InternVLError, MediaError, RequestError, SamplingParams, StepError
 from internvl_rt.compat import ChatModel
+from internvl_rt.critic import VisualPRM
 from support.calls import ENDLESS, PATIENCE_S, SHORT, ask, load, until_idle
 from support.recorder import Recorder
 
@@ -98,6 +99,25 @@ def scores(engine):
     engine.score(ask("What?", picture()), ["one", "two"])
 
 
+def some_of_a_batch(engine):
+    next(engine.generate_as_completed([ask(f"{i}?", picture()) for i in range(3)], SHORT))
+
+
+def the_best_of_three(engine):
+    def picky(messages, text):
+        if not refused:
+            refused.append(text)
+            raise RequestError("the first one is refused")
+        return critic(messages, text)
+
+    critic, refused = VisualPRM(engine), []
+    wild = SamplingParams(max_tokens=5, temperature=4.0, seed=1)
+    ranking = engine.best_of(ask("What?", picture()), 3, critic=picky, params=wild)
+    assert ranking.answers[-1].error is not None
+    with contextlib.suppress(RequestError):
+        critic.score_responses(ask("What?", picture()), ["one", " "])
+
+
 def encoded_pictures(engine):
     engine.encode_images([picture()])
 
@@ -129,6 +149,8 @@ REQUESTS = [
     a_failing_step,
     an_interrupted_step,
     scores,
+    some_of_a_batch,
+    the_best_of_three,
     encoded_pictures,
     the_official_interface,
 ]
