@@ -12,7 +12,7 @@ import ctypes
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -189,40 +189,57 @@ def distort(tiles: Tensor, maps: Tensor) -> Tensor:
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False).to(DTYPE)
 
 
-def measure_loss(
-    model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]], maps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the mean cross entropy of the answers' tokens, and the error of `head` (see measure_seen)."""
-    num_sequences, seq_len = len(batch), max(len(example.token_ids) for example in batch)
-    token_ids = np.zeros((num_sequences, seq_len), np.int64)
-    positions = np.zeros((num_sequences, seq_len), np.float32)
-    answers, visual = [], []
-    for row, (example, stride) in enumerate(zip(batch, strides, strict=True)):
-        length = len(example.token_ids)
-        token_ids[row, :length] = example.token_ids
-        positions[row, :length] = build_positions(length, example.spans, stride)[0]
-        answers += [np.arange(start, stop) + row * seq_len for start, stop in example.answers]
-        visual += [np.arange(span.num_tokens) + span.start + row * seq_len for span in example.spans]
-    token_id_T, answer_rows = torch.from_numpy(token_ids.ravel()), torch.from_numpy(np.concatenate(answers))
-    input_id_T, visual_rows = token_id_T.clone(), torch.from_numpy(np.concatenate(visual))
-    input_id_T[visual_rows] = FIRST_VISUAL_ID + torch.arange(len(visual_rows))
-    tiles = torch.from_numpy(np.concatenate([example.tiles for example in batch]))
-    visible_XK = torch.from_numpy(np.concatenate([example.visible for example in batch]))
-    visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
+def run_padded(
+    model: InternVL,
+    token_ids: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[VisualSpan]],
+    positions: Sequence[np.ndarray],
+    visual_XD: Tensor,
+) -> tuple[Tensor, int]:
+    """Runs the decoder on S prompts, padded to the length L of the longest. Returns x_TD, T = S x L, and L.
+
+    visual_XD: the visual tokens of all prompts, in the dtype of the model
+    """
+    num_sequences, seq_len = len(token_ids), max(map(len, token_ids))
+    id_SL, position_SL = np.zeros((num_sequences, seq_len), np.int64), np.zeros((num_sequences, seq_len), np.float32)
+    visual = []
+    for row, (ids, places, position_T) in enumerate(zip(token_ids, spans, positions, strict=True)):
+        id_SL[row, : len(ids)], position_SL[row, : len(ids)] = ids, position_T
+        visual += [np.arange(span.num_tokens) + span.start + row * seq_len for span in places]
+    token_id_T, visual_rows = torch.from_numpy(id_SL.ravel()), torch.from_numpy(np.concatenate(visual))
+    token_id_T[visual_rows] = FIRST_VISUAL_ID + torch.arange(len(visual_rows))
     unused = torch.empty(0, dtype=torch.int32)
     step = StepInputs(
-        token_id_T=input_id_T,
+        token_id_T=token_id_T,
         drawn_R=torch.zeros(1, dtype=torch.int64),
-        position_T=torch.from_numpy(positions.ravel()),
+        position_T=torch.from_numpy(position_SL.ravel()),
         slot_T=torch.arange(num_sequences * seq_len, dtype=torch.int32),
         batch=Batch(unused, unused, unused, num_decodes=0, max_query_len=seq_len),
         visual_XD=visual_XD,
     )
     c = model.config.decoder
-    empty = torch.zeros(num_sequences, c.num_kv_heads, seq_len, c.head_dim, dtype=DTYPE)
+    empty = torch.zeros(num_sequences, c.num_kv_heads, seq_len, c.head_dim, dtype=visual_XD.dtype)
     caches = tuple(LayerCache(empty.clone(), empty.clone()) for _ in range(c.num_layers))
-    x_RD = model.run_step(step, caches)[answer_rows - 1]
-    answer_loss = F.cross_entropy(model.logits(x_RD).float(), token_id_T[answer_rows])
+    return model.run_step(step, caches), seq_len
+
+
+def measure_loss(
+    model: InternVL, head: Linear, batch: list[Example], strides: list[list[int]], maps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the mean cross entropy of the answers' tokens, and the error of `head` (see measure_seen)."""
+    token_ids, spans = [example.token_ids for example in batch], [example.spans for example in batch]
+    positions = [
+        build_positions(len(example.token_ids), example.spans, stride)[0]
+        for example, stride in zip(batch, strides, strict=True)
+    ]
+    tiles = torch.from_numpy(np.concatenate([example.tiles for example in batch]))
+    visible_XK = torch.from_numpy(np.concatenate([example.visible for example in batch]))
+    visual_XD = model.encode_tiles(distort(tiles, maps)).flatten(0, 1)
+    x_TD, seq_len = run_padded(model, token_ids, spans, positions, visual_XD)
+    rows = [np.arange(start, stop) + row * seq_len for row, each in enumerate(batch) for start, stop in each.answers]
+    targets = [each.token_ids[start:stop] for each in batch for start, stop in each.answers]
+    x_RD = x_TD[torch.from_numpy(np.concatenate(rows)) - 1]
+    answer_loss = F.cross_entropy(model.logits(x_RD).float(), torch.from_numpy(np.concatenate(targets)))
     return answer_loss, measure_seen(visual_XD, head, visible_XK)
 
 
