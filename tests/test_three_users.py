@@ -96,6 +96,16 @@ def test_the_program_of_the_first_user_reads_a_page(user: User) -> None:
     assert (message.returncode, message.stderr.count("\n")) == (1, 1)
 
 
+def test_the_program_of_the_first_user_chooses_among_answers_and_is_evaluated(user: User) -> None:
+    assert user.run("python", user.example("best_of_four")).endswith("best: 4719\n")
+    sample = user.run("python", "-c", SAMPLE).strip()
+    ask = ("internvl-rt", "best-of", "tiny", "--image", sample, "Read the digits.", "-n", "2")
+    document = json.loads(user.run(*ask, "--critic", "tiny", "--json"))
+    assert [answer["steps"][0]["step"] for answer in document["answers"]] == ["4719"] * 2
+    code = "from importlib.metadata import entry_points; print(*entry_points(group='lmms_eval.models'))"
+    assert "internvl_rt.harness:lmms_eval_models" in user.run("python", "-c", code)
+
+
 def test_the_first_user_waits_no_longer_than_promised(user: User) -> None:
     program = (
         "import time; start = time.perf_counter()\nfrom internvl_rt import Engine\n"
