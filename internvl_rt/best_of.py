@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from internvl_rt.chat import check_question, system_part
@@ -18,10 +19,12 @@ def run(args: argparse.Namespace) -> int:
     """Takes the arguments of `best-of`; all are checked before torch is imported. Raises InternVLError."""
     if args.prompt is None:
         raise RequestError("expected a PROMPT, got none; give the question that is to be answered")
-    if args.max_steps < 1:
-        raise RequestError(f"--max-steps: expected at least 1, got {args.max_steps}; leave it out")
-    if args.vote and args.stop_score is not None:
-        raise RequestError("--stop-score: a vote has no scores to stop at; leave it out")
+    if args.max_steps is not None and not (args.critic and 1 <= args.max_steps <= 1 << 20):
+        raise RequestError("--max-steps: expected a number above 0 beside --critic; leave it out")
+    if args.critic_device != "auto" and not args.critic:
+        raise RequestError("--critic-device: there is no --critic; leave it out")
+    if args.stop_score is not None and (args.vote or not math.isfinite(args.stop_score)):
+        raise RequestError("--stop-score: expected a number beside --critic or --judge; leave it out")
     params, media = check_question(args, n=args.n)
     engine, critic = _load(args)
     question = {"role": "user", "content": [*media, {"type": "text", "text": args.prompt}]}
@@ -56,6 +59,7 @@ def _load(args: argparse.Namespace) -> "tuple[Engine, Critic | MajorityVote]":
     with importing():
         from internvl_rt.critic.judge import Judge
         from internvl_rt.critic.pairing import load_with_critic
+        from internvl_rt.critic.visual_prm import MAX_STEPS, VisualPRM
         from internvl_rt.engine.engine import Engine
         from internvl_rt.engine.voting import MajorityVote
     options: dict[str, Any] = {"device": args.device, "dtype": args.dtype}
@@ -64,7 +68,7 @@ def _load(args: argparse.Namespace) -> "tuple[Engine, Critic | MajorityVote]":
         engine, scorer = load_with_critic(
             model, critic, options=options, critic_options=options | {"device": args.critic_device}
         )
-        return engine, lambda messages, text: scorer.score_steps(messages, text, max_steps=args.max_steps)
+        return engine, VisualPRM(scorer.engine, max_steps=args.max_steps or MAX_STEPS)
     engine = Engine.from_pretrained(model, **options)
     return engine, MajorityVote() if args.vote else Judge(engine)
 

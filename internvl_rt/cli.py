@@ -110,8 +110,8 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     _add_question(best, max_tokens=4096, temperature=0.6, top_p=0.95)
     best.add_argument("--greedy-first", action="store_true", help="the first answer is greedy")
     best.add_argument(
-        "--max-steps", metavar="N", type=int, default=12,
-        help="of an answer that a critic scores; neighbours are joined (default: %(default)s)",
+        "--max-steps", metavar="N", type=int,
+        help="of an answer that a critic scores; neighbours are joined (default: 12)",
     )  # fmt: skip
     best.add_argument(
         "--stop-score", metavar="X", type=float,

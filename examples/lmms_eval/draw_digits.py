@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))  # where the pictures that train "tiny" are drawn too
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # where those that train "tiny" are drawn
 
 from support.digits import MAX_DIGITS, Exercise, draw_reading, load_glyphs
 

@@ -105,7 +105,7 @@ def load_config(path: Path) -> ModelConfig:
 def parse_config(top: Section) -> ModelConfig:
     """Reads the content of a config.json, as `load_config` does."""
     original = top.choice("model_type", ("internvl_chat", "internvl")) == "internvl_chat"
-    # InternVLRewardModel, VisualPRM's class, has no other weights; its methods score steps by the language model's head.
+    # VisualPRM's class, InternVLRewardModel, has no other weights: it scores steps by the language model's head.
     chat = (["InternVLChatModel"], ["InternVLRewardModel"])
     top.support("architectures", *(chat if original else (["InternVLForConditionalGeneration"],)))
     vision, text = top.section("vision_config"), top.section("llm_config" if original else "text_config")

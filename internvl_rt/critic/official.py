@@ -63,5 +63,5 @@ class RewardMethods(ABC):
         max_steps: int | None,
     ) -> list[StepScores]:
         conversation = self.conversation(question, pixel_values, num_patches_list)
-        critic = VisualPRM(self.engine, system=self.system_message)
-        return critic.score_conversation(conversation, responses, max_steps=max_steps)
+        critic = VisualPRM(self.engine, system=self.system_message, max_steps=max_steps)
+        return critic.score_conversation(conversation, responses)

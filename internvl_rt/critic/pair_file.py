@@ -89,7 +89,6 @@ def write_pairs(path: str | Path, records: Iterable[PairRecord]) -> None:
     RequestError for a record without a rejected answer, no record at all, and a file that cannot be written.
     """
     path = _path_of("path", path)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
     def translate(error: BaseException) -> RequestError | None:
         if not isinstance(error, OSError | ValueError):
@@ -101,6 +100,7 @@ def write_pairs(path: str | Path, records: Iterable[PairRecord]) -> None:
 
     errors, num_records = TranslateErrors(translate), 0
     with errors:
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         file = draft.open("x", encoding="ascii")
     try:
         for num_records, record in enumerate(records, start=1):

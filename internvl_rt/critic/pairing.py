@@ -32,11 +32,14 @@ def load_with_critic(
         first, second = replace(first, device="cuda:0"), replace(second, device="cuda:1")
     device = choose_device(first.device)
     if _place(device) == _place(choose_device(second.device)):
-        shares = split_cache(plan_parts(model, first), plan_parts(critic, second), device)
+        plans = plan_parts(model, first), plan_parts(critic, second)
+        given = first.kv_cache_bytes is not None, second.kv_cache_bytes is not None
+        shares = split_cache(plans, given, device)
         first, second = (
-            each if each.kv_cache_bytes is not None else replace(each, kv_cache_bytes=share)
-            for each, share in zip((first, second), shares, strict=True)
+            replace(each, kv_cache_bytes=share) for each, share in zip((first, second), shares, strict=True)
         )
+        # Raises here, where nothing is loaded, if a share does not hold a sequence of `max_model_len`.
+        plan_parts(model, first), plan_parts(critic, second)
     engine = Engine(*load_parts(model, first), first)
     try:
         return engine, VisualPRM(Engine(*load_parts(critic, second), second))

@@ -164,7 +164,8 @@ def response_logprobs(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Te
     logits_BTV: floating point; those at a token predict the next one. labels_BT: integers, the ids of the tokens of
     answers, and -100 for all others, those of the prompt and padding. The first column is predicted by nothing.
 
-    Returns logprob_B and the scalar nll, in the type of the logits. Gradients flow. Raises RequestError for shapes that
+    Returns logprob_B and the scalar nll, in the type of the logits, or float32 for 16 bits, in which a sum of a long
+    answer would have three digits. Gradients flow. Raises RequestError for shapes that
     do not match, labels outside of the vocabulary, and where nothing is labelled, so that there is no mean.
     """
     if not isinstance(logits_BTV, Tensor) or logits_BTV.ndim != 3 or not logits_BTV.is_floating_point():
@@ -182,6 +183,7 @@ def response_logprobs(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Te
         )
     if not bool(is_labelled_BT.any()):
         raise RequestError(f"labels_BT: expected a label after the first column, got only {IGNORED}; label the answers")
+    logits_BTV = logits_BTV.float() if logits_BTV.dtype.itemsize < 4 else logits_BTV
     loss_N = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="none", ignore_index=IGNORED)
     loss_BT = loss_N.view(target_BT.shape)
     return -loss_BT.sum(-1), loss_BT.sum() / is_labelled_BT.sum()

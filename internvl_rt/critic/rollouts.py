@@ -24,6 +24,7 @@ CONTINUATION = SamplingParams(max_tokens=2048, temperature=0.7, top_k=50)  # the
 _KEPT_SHARE = 0.5  # of a chosen answer's words, that its rejected continuation begins with
 _TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
 _LEAST_BOXED = 21  # characters of an answer whose result stands in a box: less is no reasoning
+MAX_ROLLOUTS = 2000  # of one question: a million pairs
 _TEXT = Text(0, 1 << 20)
 
 Form = Literal["final", "boxed"]
@@ -126,6 +127,8 @@ def correctness_pairs(
     RequestError.
     """
     check_list("rollouts", rollouts, "rollouts")
+    if len(rollouts) > MAX_ROLLOUTS:
+        raise RequestError(f"rollouts: expected at most {MAX_ROLLOUTS:,}, got {len(rollouts):,}; take a part of them")
     for index, rollout in enumerate(rollouts):
         if not isinstance(rollout, Rollout):
             raise RequestError(f"rollouts[{index}]: expected a Rollout, got {quoted(rollout)}; make one of it")

@@ -7,9 +7,10 @@ the placeholder's place. All steps are scored in one pass. Source: `generate_ste
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -17,17 +18,19 @@ import numpy as np
 
 from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
 from internvl_rt.engine.engine import Engine
+from internvl_rt.engine.failures import named_by_index
 from internvl_rt.engine.loading import load_parts
 from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Usage
 from internvl_rt.engine.scoring import read_responses
-from internvl_rt.errors import CheckpointError, ContextLengthError, InternVLError, RequestError, quoted
+from internvl_rt.errors import CheckpointError, ContextLengthError, RequestError, quoted
+from internvl_rt.inputs.messages import parse_messages
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Conversation, Prepared, PromptSource, check_sharing
+from internvl_rt.inputs.prepare import Conversation, Messages, Prepared, PromptSource, check_sharing
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.raw_prompt import RawPrompt
-from internvl_rt.values import Integer, OrNone, Text, read
+from internvl_rt.values import Integer, OrNone, Text, UnfitError, read
 
 GOOD, BAD = "+", "-"
 BREAK = "\n\n"  # between two steps of an answer
@@ -35,6 +38,18 @@ MAX_STEPS = 12
 LEAST_STEP = 9  # tokens that a step takes at least, with the tokens of its two turns
 
 _MAX_STEPS = OrNone(Integer(1, 1 << 20))
+
+
+class _Engines:
+    expected = "an Engine, from Engine.from_pretrained"
+
+    def read(self, value: object) -> Engine:
+        if not isinstance(value, Engine):
+            raise UnfitError
+        return value
+
+
+ENGINE = _Engines()
 _SYSTEM = OrNone(Text(1, 1 << 16))
 
 
@@ -73,12 +88,17 @@ class VisualPRM:
     takes one.
     """
 
-    def __init__(self, engine: Engine, *, system: str | None = None) -> None:
-        """system: the system message of the dialogues; None is the model's default, as in the official code.
+    def __init__(self, engine: Engine, *, system: str | None = None, max_steps: int | None = MAX_STEPS) -> None:
+        """Makes a critic of an engine.
 
-        Raises CheckpointError if the tokenizer does not make one token of "+" and one of "-" in a reply.
+        system: the system message of the dialogues; None is the model's default, as in the official code.
+        max_steps: neighbouring steps of an answer with more are joined; None: they are not.
+
+        Raises CheckpointError if the tokenizer does not make one token of "+" and one of "-" in a reply, RequestError
+        for wrong arguments.
         """
-        self.engine = engine
+        self.engine: Engine = read("engine", engine, ENGINE)
+        self._max_steps: int | None = read("max_steps", max_steps, _MAX_STEPS)
         self._system = read("system", system, _SYSTEM) or engine.config.system_message or DEFAULT_SYSTEM_MESSAGE
         encode = engine.tokenizer.encode
         role = encode("assistant\n")
@@ -102,14 +122,11 @@ class VisualPRM:
         messages: PromptSource,
         response: str,
         *,
-        max_steps: int | None = MAX_STEPS,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> StepScores:
         """Scores the steps of one answer, as `score_responses` does of several."""
-        return self.score_responses(
-            messages, [response], max_steps=max_steps, v2pe_delta=v2pe_delta, cache_salt=cache_salt
-        )[0]
+        return self.score_responses(messages, [response], v2pe_delta=v2pe_delta, cache_salt=cache_salt)[0]
 
     __call__ = score_steps
 
@@ -118,7 +135,6 @@ class VisualPRM:
         messages: PromptSource,
         responses: Items[str],
         *,
-        max_steps: int | None = MAX_STEPS,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[StepScores]:
@@ -126,37 +142,41 @@ class VisualPRM:
 
         messages: one user message, as `Engine.chat` takes it, with pictures or without. A system message before it is
             not read: a critic has its own.
-        max_steps: neighbouring steps of an answer with more are joined; None: they are not.
         v2pe_delta, cache_salt: as for `Engine.chat`.
 
         Raises RequestError, ContextLengthError for an answer that does not fit, MediaError, NotFiniteError.
         """
-        split = _split_all(responses, max_steps)
-        sharing = check_sharing(v2pe_delta, cache_salt)
-        self.engine.loop.check()
-        if isinstance(messages, RawPrompt):
-            raise RequestError("messages: a critic needs the question itself, got a RawPrompt; send messages")
-        return self._score(self.engine.preparer.read(messages, self.engine.loop.check), split, *sharing)
+        texts, sharing = read_responses(responses), check_sharing(v2pe_delta, cache_salt)
+        question = self._check_question(messages)
+        split = self._split(texts)
+        return self._score(self.engine.preparer.read(question, self.engine.loop.check), split, *sharing)
 
-    def score_conversation(
-        self, conversation: Conversation, responses: Items[str], *, max_steps: int | None = MAX_STEPS
-    ) -> list[StepScores]:
+    def score_conversation(self, conversation: Conversation, responses: Items[str]) -> list[StepScores]:
         """Scores answers to a question of rendered turns, which the engine's `preparer` has read."""
-        return self._score(conversation, _split_all(responses, max_steps), None, None)
+        return self._score(conversation, self._split(read_responses(responses)), None, None)
+
+    def about(
+        self, messages: PromptSource, *, v2pe_delta: Delta | None = None, cache_salt: str | None = None
+    ) -> Callable[[str], StepScores]:
+        """Returns a function that scores answers to one question, which it reads once, when it is called first.
+
+        Raises RequestError for what is no single question.
+        """
+        sharing = check_sharing(v2pe_delta, cache_salt)
+        question = self._check_question(messages)
+        read_once = cache(lambda: self.engine.preparer.read(question, self.engine.loop.check))
+        return lambda response: self._score(read_once(), self._split(read_responses([response])), *sharing)[0]
 
     def select_best(
         self,
         messages: PromptSource,
         responses: Items[str],
         *,
-        max_steps: int | None = MAX_STEPS,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
     ) -> list[StepScores]:
         """Scores answers as `score_responses` does, and returns them the best first; of equal ones the earlier."""
-        scored = self.score_responses(
-            messages, responses, max_steps=max_steps, v2pe_delta=v2pe_delta, cache_salt=cache_salt
-        )
+        scored = self.score_responses(messages, responses, v2pe_delta=v2pe_delta, cache_salt=cache_salt)
         return sorted(scored, key=lambda each: -each.score)
 
     def close(self) -> None:
@@ -169,6 +189,19 @@ class VisualPRM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_question(self, messages: PromptSource) -> Messages:
+        """Returns a single question, refuses anything else before any media are read."""
+        self.engine.loop.check()
+        if isinstance(messages, RawPrompt):
+            raise RequestError("messages: a critic needs the question itself, got a RawPrompt; send messages")
+        _check_turns([message.role for message in parse_messages(messages, self.engine.max_model_len)])
+        return messages
+
+    def _split(self, texts: Items[str]) -> list[tuple[str, tuple[str, ...]]]:
+        """Returns each answer with its steps. Raises RequestError for what has none, or cannot fit."""
+        self.engine.preparer.check_texts("an answer", [max(texts, key=len, default="")])
+        return [(text, split_steps(text, self._max_steps)) for text in texts]
+
     def _score(
         self,
         conversation: Conversation,
@@ -177,22 +210,13 @@ class VisualPRM:
         salt: str | None,
     ) -> list[StepScores]:
         """Scores answers, each given with its steps."""
-        turns = [turn for turn in conversation.turns if turn.role != "system"]
-        if len(turns) != 1:
-            raise RequestError(
-                f"messages: a critic judges answers to one question, and expects one user message, got {len(turns)} "
-                "messages; send the question alone"
-            )
-        question = replace(conversation, turns=tuple(turns))
+        _check_turns([turn.role for turn in conversation.turns])
+        question = replace(conversation, turns=conversation.turns[-1:])
 
         def prompts() -> Iterator[Prepared]:
             for index, (_, steps) in enumerate(split):
-                try:
+                with named_by_index("responses", index, len(split)):
                     yield self._prompt(question, steps, delta, salt)
-                except InternVLError as error:
-                    if len(split) == 1:
-                        raise
-                    raise type(error)(f"responses[{index}]: {error}") from error
 
         scored = self.engine.run_scoring(prompts())
         return [
@@ -224,7 +248,9 @@ class VisualPRM:
         return replace(rendered, places=Places(index_P, np.tile(self._candidates, (len(index_P), 1))))
 
 
-def _split_all(responses: Items[str], max_steps: int | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Returns each answer of a call with its steps. Raises RequestError before anything else is done."""
-    max_steps = read("max_steps", max_steps, _MAX_STEPS)
-    return [(text, split_steps(text, max_steps)) for text in read_responses(responses)]
+def _check_turns(roles: Items[str]) -> None:
+    if list(roles) not in (["user"], ["system", "user"]):
+        raise RequestError(
+            f"messages: a critic judges answers to one question, and expects one user message, got {', '.join(roles)}; "
+            "send the question alone"
+        )

@@ -4,14 +4,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from internvl_rt.engine.failures import without_frames
 from internvl_rt.engine.loop import StepLoop
+from internvl_rt.engine.options import PARAMS
 from internvl_rt.engine.reply import Choice, Usage, unprepared_reply
 from internvl_rt.engine.request import Request, choice_of, usage_of
 from internvl_rt.engine.voting import MajorityVote, count_votes
 from internvl_rt.errors import InternVLError, RequestError, quoted
+from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import PromptSource
 from internvl_rt.inputs.sampling_params import MAX_ANSWERS, SamplingParams
 from internvl_rt.values import Flag, Integer, Number, OrNone, UnfitError, read
@@ -29,6 +32,8 @@ class Judgement(Protocol):
         """How good the answer is; more is better."""
 
 
+# One with a method `about(messages, v2pe_delta=..., cache_salt=...)`, which returns a function of an answer's text, is
+# called by that, so that it reads the conversation once, and refuses it before anything is drawn.
 Critic = Callable[[PromptSource, str], "float | Judgement"]
 
 
@@ -72,7 +77,7 @@ class Ranking:
 class _Opinion(NamedTuple):
     """What a critic says of a text."""
 
-    score: float | None
+    score: float | None = None
     judgement: Any = None
     error: InternVLError | None = None
 
@@ -80,11 +85,13 @@ class _Opinion(NamedTuple):
 class _Scoring:
     """Scores answers in a thread of its own, one after the other, while others are drawn; of equal texts the first."""
 
-    def __init__(self, critic: Critic, messages: PromptSource, stop_score: float | None) -> None:
-        self._critic, self._messages, self._stop_score = critic, messages, stop_score
+    def __init__(self, judge: Callable[[str], "float | Judgement"], stop_score: float | None) -> None:
+        self._judge, self._stop_score = judge, stop_score
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="internvl_rt critic")
         self._opinions: dict[str, Future[_Opinion]] = {}  # by text
         self._choices: dict[int, Choice] = {}
+        self._error: BaseException | None = None  # a mistake of the critic, to be raised
+        self._has_ended = False  # an answer is good enough, or the critic has made a mistake: nothing more is scored
 
     def add(self, index: int, choice: Choice) -> None:
         self._choices[index] = choice
@@ -92,35 +99,55 @@ class _Scoring:
             self._opinions[choice.text] = self._thread.submit(self._score, choice.text)
 
     def is_decided(self, num_left: int) -> bool:
-        """Says whether an answer is good enough to stop."""
-        if self._stop_score is None:
-            return False
-        scores = [each.result().score for each in self._opinions.values() if each.done()]
-        return any(score is not None and score >= self._stop_score for score in scores)
+        """Says whether no more answers are wanted."""
+        return self._has_ended
 
     def results(self) -> list[RankedAnswer]:
         """Waits for the scores that are still wanted. Raises the first error if no answer has a score."""
-        known = {text: each.result() for text, each in self._opinions.items() if each.done() or not self.is_decided(0)}
-        errors = [each.error for each in known.values() if each.error is not None]
-        if errors and all(each.score is None for each in known.values()):
-            raise errors[0]
-        choices = [(index, choice) for index, choice in self._choices.items() if choice.text in known]
-        return [RankedAnswer(choice, index, *known[choice.text]) for index, choice in choices]
+        ranked = [
+            RankedAnswer(choice, index, *self._opinions[choice.text].result())
+            for index, choice in self._choices.items()
+        ]
+        if self._error is None and all(each.score is None for each in ranked):
+            self._error = next((each.error for each in ranked if each.error is not None), None)
+        if self._error is not None:
+            ranked.clear()  # the error's frames are this one's, which would keep it
+            raise self._take_error()
+        return ranked
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._opinions.clear()
+
+    def _take_error(self) -> BaseException:
+        assert self._error is not None
+        error, self._error = self._error, None
+        self._opinions.clear()
+        return error
 
     def _score(self, text: str) -> _Opinion:
+        if self._has_ended:
+            return _Opinion()
+        try:
+            opinion = self._opinion_of(text)
+        except BaseException as error:
+            self._error, self._has_ended = error, True
+            return _Opinion()
+        if self._stop_score is not None and opinion.score is not None and opinion.score >= self._stop_score:
+            self._has_ended = True
+        return opinion
+
+    def _opinion_of(self, text: str) -> _Opinion:
         try:
             if not text.strip():
                 raise RequestError("the answer has no text to be scored")
-            found = self._critic(self._messages, text)
+            found = self._judge(text)
             return _Opinion(_NUMBER.read(getattr(found, "score", found)), found)
         except UnfitError:
             what = "critic: expected a function that returns a finite number, or something with a score that is one"
             return _Opinion(None, found, RequestError(f"{what}, got {quoted(found)} for {quoted(text)}; correct it"))
         except InternVLError as error:
-            return _Opinion(None, error=without_frames(error))
+            return _Opinion(error=without_frames(error))
 
 
 class _Counting:
@@ -148,12 +175,13 @@ class _Counting:
 
 
 def check_ranking(
-    n: int, critic: Critic | MajorityVote, params: SamplingParams, greedy_first: bool, stop_score: float | None
+    n: int, critic: Critic | MajorityVote, params: SamplingParams | None, greedy_first: bool, stop_score: float | None
 ) -> SamplingParams:
     """Returns the parameters of `n` answers. Raises RequestError for what `Engine.best_of` does not take."""
+    params = OFFICIAL if params is None else read("params", params, PARAMS)
     if read("n", n, Integer(1, MAX_ANSWERS)) != params.n != 1:
         raise RequestError(f"n is {n}, but the n of params is {params.n}; leave out one of them")
-    if not isinstance(critic, MajorityVote) and not callable(critic):
+    if isinstance(critic, type) or not (isinstance(critic, MajorityVote) or callable(critic)):
         raise RequestError(f"critic: expected a critic, a function or a MajorityVote, got {quoted(critic)}; give one")
     read("greedy_first", greedy_first, Flag())
     if read("stop_score", stop_score, STOP_SCORE) is not None and isinstance(critic, MajorityVote):
@@ -161,16 +189,24 @@ def check_ranking(
     return replace(params, n=n)
 
 
-def rank_answers(
-    loop: StepLoop,
-    request: Request,
-    messages: PromptSource,
+def begin_judging(
     critic: Critic | MajorityVote,
-    *,
+    messages: PromptSource,
+    v2pe_delta: Delta | None,
+    cache_salt: str | None,
     stop_score: float | None,
-) -> Ranking:
+) -> _Scoring | _Counting:
+    """Returns what ranks the answers to a conversation. Raises RequestError for one that the critic does not judge."""
+    if isinstance(critic, MajorityVote):
+        return _Counting(critic)
+    about = getattr(critic, "about", None)
+    if about is None:
+        return _Scoring(partial(critic, messages), stop_score)
+    return _Scoring(about(messages, v2pe_delta=v2pe_delta, cache_salt=cache_salt), stop_score)
+
+
+def rank_answers(loop: StepLoop, request: Request, judge: _Scoring | _Counting) -> Ranking:
     """Runs a request, and ranks its answers. An answer that its deadline ends has no score."""
-    judge = _Counting(critic) if isinstance(critic, MajorityVote) else _Scoring(critic, messages, stop_score)
     ended: dict[int, Choice] = {}
     num_answers, start_s = len(request.answers), request.prepared.start_s
 
@@ -189,7 +225,8 @@ def rank_answers(
         if request.done:  # perhaps in another thread that ran the last step
             loop.poll(request)  # raises the request's error
             take_ended()
-        usage, drawing_s = usage_of(request), time.perf_counter() - start_s
+        usage = usage_of(request) if request.reply is None else request.reply.usage
+        drawing_s = time.perf_counter() - start_s
         loop.cancel(request)
         scored = {each.index: each for each in judge.results()}
     finally:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from internvl_rt.engine.batch import as_completed, run_batch
 from internvl_rt.engine.best_of import (
-    OFFICIAL,
     Critic,
     Ranking,
+    begin_judging,
     check_ranking,
     rank_answers,
     unprepared_ranking,
@@ -223,20 +223,20 @@ class Engine(EngineCore):
         greedy_first: whether the first answer is greedy, as it is in the official evaluation by default.
         stop_score: ends the drawing as soon as an answer has this score. The best is then that of the answers that had
             ended by then, so it depends on how fast the critic is, and another run may return another one.
-        timeout_s: as for `chat`; an answer that it ends has no score.
+        v2pe_delta, cache_salt: as for `chat`; a VisualPRM and a Judge get them too.
+        timeout_s: as for `chat`, of the drawing; an answer that it ends has no score.
 
         Raises what `chat` raises.
         """
         start_s = time.perf_counter()
-        params = self.check_call(OFFICIAL if params is None else params, timeout_s)
-        checked = check_ranking(n, critic, params, greedy_first, stop_score)
-        self.check_call(checked, timeout_s)  # whether this engine can draw so many
+        checked = self.check_call(check_ranking(n, critic, params, greedy_first, stop_score), timeout_s)
+        judge = begin_judging(critic, messages, v2pe_delta, cache_salt, stop_score)
         try:
             prepared = self.prepare(messages, v2pe_delta, cache_salt, until(start_s + (timeout_s or math.inf)))
             request = self.new_request(prepared, checked, timeout_s, greedy_first=greedy_first)
         except LateError:
             return unprepared_ranking(checked, start_s)
-        return rank_answers(self.loop, request, messages, critic, stop_score=stop_score)
+        return rank_answers(self.loop, request, judge)
 
     def describe(self, messages: PromptSource) -> PromptDescription:
         """Returns the prompt's tokens, and the size and grid of each picture; makes no request.

@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from errno import ENOMEM
 from typing import TypeVar
 
@@ -63,6 +64,17 @@ def numbered(index: int, error: InternVLError) -> InternVLError:
     named = type(error)(f"request {index}: {error}")
     named.media_id = error.media_id
     return named
+
+
+@contextmanager
+def named_by_index(what: str, index: int, number: int) -> Iterator[None]:
+    """Makes the error of one of several texts name its index."""
+    try:
+        yield
+    except InternVLError as error:
+        if number == 1:
+            raise
+        raise type(error)(f"{what}[{index}]: {error}") from error
 
 
 def memory_faults() -> TranslateErrors:

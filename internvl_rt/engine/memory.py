@@ -143,27 +143,36 @@ def plan_memory(
     )
 
 
-def split_cache(first: MemoryPlan, second: MemoryPlan, device: torch.device) -> tuple[int, int]:
+def split_cache(plans: tuple[MemoryPlan, MemoryPlan], given: tuple[bool, bool], device: torch.device) -> list[int]:
     """Splits what two models leave of one device into two KV caches, of as many tokens each, in bytes.
 
-    first, second: what each would take alone, before either is loaded; neither gets a larger cache than that.
+    plans: what each would take alone, before either is loaded; neither gets a larger cache than that. given: whether
+    the size of each cache is not to be chosen.
 
-    Raises RequestError if both models do not fit with a block each.
+    Raises RequestError if the models do not fit with the caches that were given, or a block.
     """
     free_bytes = _free_bytes(device)[0] if device.type == "cuda" else free_host_bytes()
+    sizes = [plan.cache_bytes for plan in plans]
     if free_bytes is None:
-        return first.cache_bytes, second.cache_bytes
-    left = int(free_bytes * (1 - RESERVE)) - first.fixed_bytes - second.fixed_bytes
-    per_token = [plan.block_bytes / plan.block_size for plan in (first, second)]
-    num_tokens = left / sum(per_token)
-    if num_tokens < max(first.block_size, second.block_size):
+        return sizes
+    weight_bytes = sum(plan.weight_bytes for plan in plans)
+    left = int((free_bytes - weight_bytes) * (1 - RESERVE)) - sum(plan.fixed_bytes for plan in plans) + weight_bytes
+    left -= sum(size for size, is_given in zip(sizes, given, strict=True) if is_given)
+    chosen = [index for index in (0, 1) if not given[index]]
+    per_token = {index: plans[index].block_bytes / plans[index].block_size for index in chosen}
+    # The one that needs fewer tokens is first; the other one gets what that leaves.
+    for index in sorted(chosen, key=lambda index: sizes[index] / per_token[index]):
+        num_tokens = left / sum(per_token.values())
+        sizes[index] = min(sizes[index], int(num_tokens * per_token.pop(index)))
+        left -= sizes[index]
+    if left < 0 or any(sizes[index] < plans[index].block_bytes for index in chosen):
+        needs = " and ".join(format_bytes(plan.fixed_bytes) for plan in plans)
         raise RequestError(
-            f"the two models need {format_bytes(first.fixed_bytes)} and {format_bytes(second.fixed_bytes)} besides "
-            f"their KV caches, but {device} has {format_bytes(free_bytes)} free; put each on a device of its own, or "
-            "choose smaller ones, or lower max_num_seqs, max_tokens_per_step and visual_cache_bytes"
+            f"the two models need {needs} besides their KV caches, but {device} has {format_bytes(free_bytes)} free; "
+            "put each on a device of its own, choose smaller ones, or lower kv_cache_bytes, max_num_seqs, "
+            "max_tokens_per_step and visual_cache_bytes"
         )
-    one, other = (int(num_tokens * each) for each in per_token)
-    return min(one, first.cache_bytes), min(other, second.cache_bytes)
+    return sizes
 
 
 def _too_large(dtype: torch.dtype, device: torch.device, weight_bytes: int, workspace_bytes: int, room: int) -> str:

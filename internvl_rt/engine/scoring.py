@@ -76,16 +76,17 @@ def read_candidates(candidates: Sequence[str | int], tokenizer: Tokenizer, vocab
             f"candidates: expected from 1 to {MAX_CANDIDATES:,} tokens, got {len(candidates):,}; give so many"
         )
     kind = Integer(0, vocab_size - 1, " (the vocabulary)")
+    longest = max(map(len, tokenizer.token_bytes.values()))
     found = []
     for index, candidate in enumerate(candidates):
         if not isinstance(candidate, str):
             found.append(read(f"candidates[{index}]", candidate, kind))
             continue
-        ids = tokenizer.encode(candidate, specials=True)
+        ids = tokenizer.encode(candidate, specials=True) if len(candidate) <= longest else []
         if len(ids) != 1:
             raise RequestError(
-                f"candidates[{index}]: expected a text that is one token, got {quoted(candidate)} of {len(ids)}; "
-                "give an id, or score whole texts with `score`"
+                f"candidates[{index}]: expected a text that is one token, got {quoted(candidate)}, which is not; give "
+                "an id, or score whole texts with `score`"
             )
         found += ids
     return found

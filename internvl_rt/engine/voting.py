@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from internvl_rt.errors import RequestError, quoted
+from internvl_rt.values import Flag, read
 
-_FINAL = re.compile(r"(?:final answer|the answer is|答案)\s*(?:is\b)?\s*[:\uff1a]?\s*(.+)", re.IGNORECASE)
+_FINAL = re.compile(r"(?:final answer|the answer is|答案)[ *]*(?:is\b)?[ *]*[:\uff1a]?(.+)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_BOX = r"\boxed{"
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
@@ -23,6 +25,11 @@ class MajorityVote:
 
     final_answer: "Callable[[str], str | None] | None" = None  # None: `read_final_answer`
     stop_decided: bool = False
+
+    def __post_init__(self) -> None:
+        if self.final_answer is not None and not callable(self.final_answer):
+            raise RequestError(f"final_answer: expected a function or None, got {quoted(self.final_answer)}; give one")
+        read("stop_decided", self.stop_decided, Flag())
 
     def key(self, text: str) -> str | None:
         """Returns what an answer comes to. Raises RequestError unless that is a text or None."""
@@ -53,12 +60,14 @@ def read_final_answer(text: str) -> str | None:
     That is what its last \boxed{} holds, or else what follows the last "Final answer:" or "the answer is", or else its
     last line; in lower case, without punctuation around it, and numbers without commas and zeros at the end.
     """
-    boxed = unboxed(text)
-    if boxed is None:
-        found = _FINAL.findall(text)
-        lines = text.strip().splitlines()
-        boxed = found[-1] if found else lines[-1] if lines else ""
-    plain = " ".join(boxed.lower().split()).strip(" .。,;:!*$`'\"()")
+    result = unboxed(text)
+    if result is None:
+        found, lines = _FINAL.findall(text), text.split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        result = found[-1] if found else last
+    plain = " ".join(result.lower().split()).strip(" .。,;:!*$`'\"")
+    if plain.startswith("(") and plain.find(")") == len(plain) - 1:
+        plain = plain[1:-1].strip()
     plain = _THOUSANDS.sub("", plain)
     if _NUMBER.fullmatch(plain):
         sign = "-" if plain.startswith("-") else ""
@@ -70,13 +79,12 @@ def read_final_answer(text: str) -> str | None:
 
 def unboxed(text: str) -> str | None:
     r"""Returns what the last \boxed{...} of a text holds; None if there is none whose braces are closed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if not depth:
-            return text[start:end]
+    end = len(text)
+    while (start := text.rfind(_BOX, 0, end)) >= 0:
+        depth = 1
+        for place in range(start + len(_BOX), end):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if not depth:
+                return text[start + len(_BOX) : place]
+        end = start
     return None

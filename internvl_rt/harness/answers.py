@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from internvl_rt.errors import RequestError, quoted
 
 LINE_START = b'{"key": '
@@ -33,9 +36,12 @@ class AnswerFile:
                 if not (LINE_START.startswith(rest) or rest.startswith(LINE_START)):
                     raise self._foreign(len(lines) + 1)
                 file.truncate(len(content) - len(rest))
-        except OSError as error:
+        except RequestError:
+            raise
+        except (OSError, ValueError) as error:  # a name may have a null byte
+            why = getattr(error, "strerror", None) or error
             raise RequestError(
-                f"resume: {quoted(str(path))} cannot be read and written: {error.strerror}; name another file"
+                f"resume: {quoted(str(path))} cannot be read and written: {why}; name another file"
             ) from error
 
     def add(self, key: str, answer: str) -> None:
@@ -47,7 +53,10 @@ class AnswerFile:
     def _read(self, number: int, line: bytes) -> None:
         try:
             entry = json.loads(line)
-            self.answers[str(entry["key"])] = str(entry["answer"])
+            key, answer = entry["key"], entry["answer"]
+            if not isinstance(key, str) or not isinstance(answer, str):
+                raise TypeError
+            self.answers[key] = answer
         except (ValueError, TypeError, KeyError) as error:
             raise self._foreign(number) from error
 
@@ -58,7 +67,7 @@ class AnswerFile:
 
 
 def digest_of(*values: Any) -> str:
-    """Returns the SHA-256 of nested values: texts, numbers, bytes, lists, mappings, Pillow pictures and arrays.
+    """Returns the SHA-256 of nested values: texts, numbers, bytes, lists, mappings, pictures, arrays and tensors.
 
     Pictures and arrays count by their pixels, and the path of a file by its name and size, not by its content.
     """
@@ -80,11 +89,16 @@ def digest_of(*values: Any) -> str:
             )
         elif isinstance(value, list | tuple):
             add_items("list", value)
+        elif isinstance(value, Tensor):
+            add_value(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            add("tensor", repr((value.dtype, value.shape)).encode())
         elif hasattr(value, "tobytes"):
             form = [getattr(value, name, None) for name in ("mode", "size", "dtype", "shape")]
             add("pixels", repr(form).encode(), value.tobytes())
-        else:
+        elif value is None or isinstance(value, bool | int | float):
             add("value", repr(value).encode())
+        else:
+            raise RequestError(f"resume: an answer cannot be kept under a {type(value).__name__}; leave resume out")
 
     def add_items(kind: str, values: Iterable[Any]) -> None:
         items = list(values)

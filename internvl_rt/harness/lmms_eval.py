@@ -7,6 +7,7 @@ pictures between its sentences; lmms-eval prefers it. `SimpleModel`, for `--forc
 before it, and is the only one that gets tasks of multiple choice by likelihood.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -23,10 +24,12 @@ from internvl_rt.critic.pairing import load_with_critic
 from internvl_rt.engine.best_of import OFFICIAL
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.options import ENGINE_KINDS
-from internvl_rt.errors import RequestError, quoted
+from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.harness.answers import AnswerFile, digest_of
 from internvl_rt.inputs.sampling_params import MAX_ANSWERS, SamplingParams
 from internvl_rt.values import Integer, OrNone, read
+
+LOG = logging.getLogger("internvl_rt")
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -85,7 +88,7 @@ class ChatModel(lmms):  # type: ignore[misc]  # lmms-eval ships no types
         if critic is None:
             self.engine = Engine.from_pretrained(pretrained, **options)
         else:
-            shared = ("device", "dtype", "max_tiles")
+            shared = ("device", "dtype", "max_tiles", "v2pe_delta")
             of_both = {name: value for name, value in options.items() if name in shared}
             self.engine, self._critic = load_with_critic(pretrained, critic, options=options, critic_options=of_both)
         self.device = self.engine.device
@@ -103,6 +106,10 @@ class ChatModel(lmms):  # type: ignore[misc]  # lmms-eval ships no types
         """
         if self.is_simple:
             raise RequestError("tasks of several rounds are asked in messages; leave --force_simple out")
+        if self._critic is not None:
+            raise RequestError(
+                "a critic judges answers to one question, not those of several rounds; leave best_of out"
+            )
         answers: list[list[str]] = [[] for _ in requests]
         ask_next = [request.args[1] for request in requests]
         infos: list[Any] = [None] * len(requests)
@@ -180,15 +187,19 @@ class ChatModel(lmms):  # type: ignore[misc]  # lmms-eval ships no types
                 threads.shutdown(cancel_futures=True)
 
     def _best(self, prompts: Items[list[Message]], params: Items[SamplingParams], place: int) -> str:
-        """Returns the best of several answers to a prompt."""
+        """Returns the best of several answers to a prompt, or a single one where the critic takes none of them."""
         assert self._critic is not None
         given, is_greedy = params[place], params[place].temperature == 0
         if is_greedy:
             given = replace(given, temperature=OFFICIAL.temperature, top_p=OFFICIAL.top_p)
-        found = self.engine.best_of(
-            prompts[place], self._best_of, critic=self._critic, params=given, greedy_first=is_greedy
-        )
-        return found.text
+        messages = prompts[place]
+        try:
+            return self.engine.best_of(
+                messages, self._best_of, critic=self._critic, params=given, greedy_first=is_greedy
+            ).text
+        except InternVLError as error:  # one question of many must not end the run
+            LOG.warning("no answer to question %d could be scored: %s", place, error)
+            return self.engine.chat(messages, params[place]).text  # raises what is wrong with the question itself
 
     def _progress(self, num_requests: int, num_known: int = 0) -> tqdm:
         """Shows a bar in the process that lmms-eval reports from."""

@@ -200,7 +200,7 @@ class Preparer:
         start_s = time.perf_counter()
         check_turns(turns)
         check_list("tiles", tiles, "tensors or arrays of tiles, one for each picture")
-        self._check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
+        self.check_texts("the conversation", [part for turn in turns for part in turn.parts if isinstance(part, str)])
         pictures: list[Picture] = []
         left = self._max_model_len
         for each in tiles:
@@ -213,7 +213,7 @@ class Preparer:
 
         num_top: of how many of the likeliest tokens besides, in the place of each.
         """
-        self._check_texts("a response", [response])
+        self.check_texts("a response", [response])
         prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
         ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
         added = [*ids, *([self._stop_id] if include_end else [])]
@@ -244,7 +244,7 @@ class Preparer:
 
     def _build_raw(self, raw: RawPrompt) -> Prompt:
         if isinstance(raw.content, str):
-            self._check_texts("the prompt", [raw.content])
+            self.check_texts("the prompt", [raw.content])
         return build_raw_prompt(
             raw,
             self._tokenizer,
@@ -323,9 +323,9 @@ class Preparer:
                 f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
                 f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
             )
-        self._check_texts("the conversation", [part for part in parts if isinstance(part, str)])
+        self.check_texts("the conversation", [part for part in parts if isinstance(part, str)])
 
-    def _check_texts(self, what: str, texts: Items[str]) -> None:
+    def check_texts(self, what: str, texts: Items[str]) -> None:
         """Refuses texts that cannot fit, whatever is in them, before any of them is encoded."""
         most = self._max_model_len * self._bytes_per_token
         num_characters = sum(map(len, texts))  # no more than there are bytes, and known at once

@@ -39,8 +39,10 @@ class TokenScores:
     @property
     def probabilities(self) -> tuple[float, ...]:
         """The probability of each candidate among the candidates alone."""
-        weights = [math.exp(logit - max(self.logits)) for logit in self.logits]
-        return tuple(weight / sum(weights) for weight in weights)
+        largest = max(self.logits)
+        weights = [math.exp(logit - largest) for logit in self.logits]
+        total = sum(weights)
+        return tuple(weight / total for weight in weights)
 
     @property
     def is_finite(self) -> bool:

@@ -160,6 +160,8 @@ class Scheduler:
         free = max(0, min(self._max_num_seqs - len(self._running), self._max_further - num_further))
         for sequence, _, stop, _ in chunks:
             if sequence.siblings and stop >= sequence.num_prompt:
+                if sequence.max_tokens == 0 and len(self._running) + free < self._max_num_seqs:
+                    free += 1  # it leaves when this step has ended, so one of them is the one that is like any other
                 self._waiting.extendleft(reversed(sequence.siblings[free:]))
                 del sequence.siblings[free:]
                 free -= len(sequence.siblings)
@@ -190,7 +192,7 @@ class Scheduler:
                 without.append(sequence)
         for sequence in without:
             self._leave(sequence)
-            sequence.num_computed = 0
+            sequence.num_computed, sequence.was_admitted = 0, False
         self._waiting.extendleft(reversed(without))
         return [sequence for sequence in prefilling if sequence not in without] if without else prefilling
 

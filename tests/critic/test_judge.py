@@ -52,7 +52,10 @@ def test_a_model_may_judge_its_own_answers(engine):
 
 
 REFUSED = {
-    "words that begin alike": (lambda e: Judge(e, yes="no", no="no"), "begin alike; choose other words"),
+    "words that begin alike": (
+        lambda e: Judge(e, yes="no", no="no"),
+        "that begin with tokens of their own",
+    ),
     "no question": (lambda e: Judge(e, ""), "question must be"),
     "no answer": (lambda e: Judge(e)(ASKED, ""), "expected texts that are not empty"),
     "an answer begun": (

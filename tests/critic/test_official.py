@@ -32,7 +32,7 @@ def test_steps_come_with_their_scores(model, tokenizer):
     pixels, asked = tiles(model, "4719"), ask("Read the digits.", SAMPLES / "4719.png")
     for answer in ANSWERS:
         steps = model.generate_steps_with_soft_score(tokenizer, "Read the digits.", answer, pixels)
-        expected = VisualPRM(model.engine).score_steps(asked, answer, max_steps=None)
+        expected = VisualPRM(model.engine, max_steps=None).score_steps(asked, answer)
         assert [each["step"] for each in steps] == list(expected.steps)
         assert [each["score"] for each in steps] == pytest.approx(expected.scores, abs=1e-5)
     (joined,) = model.generate_steps_with_soft_score(tokenizer, "Read the digits.", ANSWERS[2], pixels, max_steps=1)

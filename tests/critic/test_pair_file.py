@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_whole_leaves_the_old_one_alone(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize("path", ["missing/pairs.jsonl", "a\0b", 7, ""])
+@pytest.mark.parametrize("path", ["missing/pairs.jsonl", "a\0b", 7, "", "/", "."])
 def test_a_file_that_cannot_be_made_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=r"could not be written|must be a string or a Path"):

@@ -18,6 +18,12 @@ SAMPLES = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples"
 CPU, GIB = torch.device("cpu"), 1 << 30
 
 
+def bytes_that_leave(left, *plans):
+    """Returns how many bytes must be free, so that so many are left for caches beside the models of these plans."""
+    weight_bytes = sum(plan.weight_bytes for plan in plans)
+    return weight_bytes + (sum(plan.fixed_bytes for plan in plans) - weight_bytes + left) / (1 - RESERVE)
+
+
 @pytest.fixture
 def free(monkeypatch):
     return lambda num_bytes: monkeypatch.setattr(memory_module, "free_host_bytes", lambda: int(num_bytes))
@@ -26,27 +32,40 @@ def free(monkeypatch):
 def test_both_caches_hold_as_many_tokens_in_what_the_models_leave(free):
     small = plan_parts("tiny", EngineOptions(device="cpu", dtype="float32"))
     large = replace(small, block_bytes=4 * small.block_bytes, weight_bytes=3 * small.weight_bytes)
-    num_bytes = (small.fixed_bytes + large.fixed_bytes + 6_000_000) / (1 - RESERVE)
-    free(num_bytes)
-    one, other = split_cache(small, large, CPU)
+    free(bytes_that_leave(6_000_000, small, large))
+    one, other = split_cache((small, large), (False, False), CPU)
     assert other == pytest.approx(4 * one, abs=8)
     assert 5_900_000 < one + other <= 6_000_000
     free(1 << 60)
-    assert split_cache(small, large, CPU) == (small.cache_bytes, large.cache_bytes), "neither needs more than alone"
+    both = [small.cache_bytes, large.cache_bytes]
+    assert split_cache((small, large), (False, False), CPU) == both, "neither needs more than alone"
+
+
+def test_what_one_cache_does_not_need_is_the_other_one_s(free):
+    plan = plan_parts("tiny", EngineOptions(device="cpu"))
+    few = replace(plan, num_blocks=4)
+    free(bytes_that_leave(40_000_000, few, plan))
+    assert split_cache((few, plan), (False, False), CPU)[0] == few.cache_bytes
+    assert sum(split_cache((few, plan), (False, False), CPU)) == pytest.approx(40_000_000, abs=8)
+    given = replace(plan, num_blocks=100)
+    assert split_cache((given, plan), (True, False), CPU)[0] == given.cache_bytes
+    assert sum(split_cache((given, plan), (True, False), CPU)) == pytest.approx(40_000_000, abs=8)
+    with pytest.raises(RequestError, match="or lower kv_cache_bytes"):
+        split_cache((replace(plan, num_blocks=10_000), plan), (True, False), CPU)
 
 
 def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(free, monkeypatch):
     plan = plan_parts("tiny", EngineOptions(device="cpu"))
     free(plan.fixed_bytes * 1.9)
     monkeypatch.setattr(pairing, "load_parts", None)
-    with pytest.raises(RequestError, match="put each on a device of its own, or choose smaller ones"):
+    with pytest.raises(RequestError, match="put each on a device of its own, choose smaller ones"):
         load_with_critic("tiny", "tiny", options={"device": "cpu"}, critic_options={"device": "cpu"})
 
 
 def test_a_pair_on_one_device_runs_in_its_shares(free):
     options = {"device": "cpu", "max_num_seqs": 8}
     plan = plan_parts("tiny", EngineOptions(**options))
-    free((2 * plan.fixed_bytes + 4_000_000) / (1 - RESERVE))
+    free(bytes_that_leave(4_000_000, plan, plan))
     engine, critic = load_with_critic("tiny", "tiny", options=options, critic_options=options)
     with engine, critic:
         caches = engine.memory.cache_bytes, critic.engine.memory.cache_bytes
@@ -55,6 +74,14 @@ def test_a_pair_on_one_device_runs_in_its_shares(free):
         ranking = engine.best_of(asked, 4, critic=critic)
         assert ranking.text == "4719"
         assert ranking.best.judgement.steps == ("4719",)
+
+
+def test_a_share_that_holds_no_whole_sequence_is_refused_before_a_model_is_loaded(free, monkeypatch):
+    options = {"device": "cpu"}, {"device": "cpu", "max_model_len": 4096}
+    free(bytes_that_leave(1_000_000, *(plan_parts("tiny", EngineOptions(**each)) for each in options)))
+    monkeypatch.setattr(pairing, "load_parts", None)
+    with pytest.raises(RequestError, match="one sequence needs"):
+        load_with_critic("tiny", "tiny", options=options[0], critic_options=options[1])
 
 
 def test_a_cache_that_is_given_is_kept(free):
@@ -87,7 +114,6 @@ def test_the_critic_takes_a_second_gpu_if_nobody_says_otherwise(
         planned.append(given.device)
         if len(planned) == 2:
             raise Chosen
-        return None
 
     def load(_, given):
         raise Chosen(given.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl_rt import ContextLengthError, NotFiniteError, RawPrompt, RequestError
+from internvl_rt import ContextLengthError, NotFiniteError, RawPrompt, RequestError, SamplingParams
 from internvl_rt.critic import VisualPRM, split_steps
 from internvl_rt.errors import CheckpointError
 from support.calls import SHORT, advance, ask, check_idle, load, submit
@@ -108,7 +108,7 @@ def test_eight_answers_take_no_longer_than_one_dialogue_of_all_of_them():
 
     with VisualPRM(load(dtype="float32", prefix_cache=False, visual_cache_bytes=0)) as critic:
         together = partial(critic.score_responses, QUESTION, answers)
-        one = partial(critic.score_steps, QUESTION, "\n\n".join(answers), max_steps=None)
+        one = partial(VisualPRM(critic.engine, max_steps=None).score_steps, QUESTION, "\n\n".join(answers))
         times = [(seconds(together), seconds(one)) for _ in range(12)]
         assert min(first for first, _ in times) < 1.3 * min(second for _, second in times)
 
@@ -164,7 +164,7 @@ def test_an_answer_without_steps_is_refused_before_anything_is_read(critic, monk
 @pytest.mark.parametrize("max_steps", [0, -1, True, "12", 1.5])
 def test_a_wrong_number_of_steps_is_refused(critic, max_steps):
     with pytest.raises(RequestError, match="max_steps must be an integer"):
-        critic.score_steps(QUESTION, "4719", max_steps=max_steps)
+        VisualPRM(critic.engine, max_steps=max_steps)
 
 
 CONVERSATIONS = {
@@ -183,16 +183,40 @@ def test_more_than_one_question_is_refused(critic, given):
 def test_more_steps_than_fit_are_refused_at_once_and_nothing_else_is_disturbed():
     with VisualPRM(load(max_model_len=400)) as critic:
         running = submit(critic.engine, ask("Hello"), SHORT)
-        with pytest.raises(ContextLengthError, match="the answer has 100,000 steps, which cannot fit 400 tokens"):
-            critic.score_steps(QUESTION, "\n\n".join("a" * 100_000), max_steps=None)
+        every = VisualPRM(critic.engine, max_steps=None)
+        with pytest.raises(ContextLengthError, match="the answer has 1,000 steps, which cannot fit 400 tokens"):
+            every.score_steps(QUESTION, "\n\n".join("a" * 1000))
+        with pytest.raises(ContextLengthError, match="an answer has 2,999,998 characters, which cannot fit 400 tokens"):
+            every.score_steps(QUESTION, "\n\n".join("a" * 1_000_000))
         with pytest.raises(ContextLengthError, match="tokens"):
-            critic.score_steps(QUESTION, "\n\n".join("a" * 40), max_steps=None)
+            every.score_steps(QUESTION, "\n\n".join("a" * 40))
         with pytest.raises(ContextLengthError, match=r"responses\[1\]: .*tokens"):
             critic.score_responses(QUESTION, ["4719", "7 " * 1000, "4719"])
         assert len(critic.score_steps(QUESTION, "\n\n".join("a" * 40)).steps) == 10, "40 in groups of 4"
         while advance(critic.engine, running) is None:
             pass
         check_idle(critic.engine)
+
+
+@pytest.mark.parametrize("given", CONVERSATIONS)
+def test_what_a_critic_cannot_judge_is_refused_before_anything_is_drawn(critic, given, monkeypatch):
+    monkeypatch.setattr(critic.engine, "new_request", None)
+    with pytest.raises(RequestError, match="messages: a critic"):
+        critic.engine.best_of(CONVERSATIONS[given], 2, critic=critic)
+
+
+def test_a_critic_takes_delta_and_salt_of_the_call_that_draws():
+    """Else a tenant's prompt would be found by requests without its salt."""
+    params = SamplingParams(max_tokens=3, temperature=1.0)
+    with load(block_size=16) as engine:
+        engine.best_of(QUESTION, 2, critic=VisualPRM(engine), params=params, cache_salt="tenant", v2pe_delta=1 / 4)
+        scored = VisualPRM(engine).score_steps(QUESTION, "4719")
+        assert scored.usage.cached_tokens == 0
+        assert VisualPRM(engine).score_steps(QUESTION, "4719").usage.cached_tokens > 0
+        delta = VisualPRM(engine).score_steps(QUESTION, "4719", v2pe_delta=1 / 4)
+        assert delta.scores != pytest.approx(scored.scores, abs=1e-6)
+        with VisualPRM(load(v2pe_delta=1 / 4)) as other:
+            assert other.score_steps(QUESTION, "4719").scores == pytest.approx(delta.scores, abs=1e-5)
 
 
 def test_a_model_whose_tokenizer_has_no_marks_is_no_critic(monkeypatch):

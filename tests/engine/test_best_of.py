@@ -156,6 +156,36 @@ def test_a_mistake_of_the_critic_is_raised_and_leaves_nothing(engine):
     assert not threads()
 
 
+def test_a_mistake_of_the_critic_ends_the_drawing_at_once():
+    with load(dtype="float32") as engine:
+        long = SamplingParams(regex="(1|2{400})", temperature=5.0, max_tokens=400, seed=3)
+        with pytest.raises(ZeroDivisionError):
+            engine.best_of(ASKED, 6, critic=lambda *_: 1 / 0, params=long)
+        assert engine.stats()["generated_tokens"] < 400
+        check_idle(engine)
+
+
+def test_after_an_early_stop_no_other_answer_is_scored():
+    """A call that has begun is waited for, and what it says is not lost."""
+    calls = []
+
+    def slow(messages, text):
+        calls.append(text)
+        time.sleep(0.2)
+        return 1.0
+
+    with load(dtype="float32") as engine:
+        ranking = engine.best_of(ASKED, 8, critic=slow, params=WILD, stop_score=0.5)
+        assert calls == [ranking.text]
+        assert [each.score for each in ranking.answers[:1]] == [1.0]
+        assert all(each.score is None and each.error is None for each in ranking.answers if each.text != calls[0])
+
+
+def test_the_usage_counts_the_picture(engine):
+    usage = engine.best_of(ASKED, 2, critic=longest, params=WILD).usage
+    assert usage.image_tokens == engine.chat(ASKED, WILD).usage.image_tokens > 0
+
+
 def test_an_interrupt_ends_drawing_and_scoring(engine, monkeypatch):
     advance_once, calls = engine.loop.advance, []
 
@@ -185,6 +215,7 @@ def test_answers_that_their_deadline_ends_have_no_score(engine, timeout_s):
 
 REFUSED = {
     "no critic": ({"critic": None}, "critic: expected a critic, a function or a MajorityVote"),
+    "a class": ({"critic": MajorityVote}, "critic: expected a critic, a function or a MajorityVote"),
     "no answers": ({"n": 0}, "n must be an integer from 1"),
     "too many answers": ({"n": 100}, "n is 100, but at most max_num_seqs = 64"),
     "two numbers of answers": ({"n": 4, "params": SamplingParams(n=3)}, "n is 4, but the n of params is 3"),

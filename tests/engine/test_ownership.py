@@ -118,6 +118,15 @@ def the_best_of_three(engine):
         critic.score_responses(ask("What?", picture()), ["one", " "])
 
 
+def a_critic_that_fails(engine):
+    def refuse(messages, text):
+        raise RequestError("refused")
+
+    for critic in (refuse, len):
+        with contextlib.suppress(RequestError, TypeError):
+            engine.best_of(ask("What?", picture()), 3, critic=critic, params=SHORT)
+
+
 def encoded_pictures(engine):
     engine.encode_images([picture()])
 
@@ -151,6 +160,7 @@ REQUESTS = [
     scores,
     some_of_a_batch,
     the_best_of_three,
+    a_critic_that_fails,
     encoded_pictures,
     the_official_interface,
 ]

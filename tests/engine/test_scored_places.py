@@ -89,6 +89,15 @@ def test_what_responses_have_in_common_is_computed_once(prefix_cache):
         assert blocks["num_copies"] == len(ANSWERS) - 1, "the last one may write the block itself"
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("max_num_seqs", [4, 5, 8])
+def test_as_many_responses_as_run_together_compute_the_prompt_once(max_num_seqs, prefix_cache):
+    with load(max_num_seqs=max_num_seqs, prefix_cache=prefix_cache) as engine:
+        scores = engine.score(QUESTION, ["7", "8", "9", "6", "5", "4"][: engine.max_answers])
+        computed = [score.usage.prompt_tokens - score.usage.cached_tokens for score in scores]
+        assert computed[1:] == [2] * (engine.max_answers - 1)
+
+
 def test_prompts_that_differ_before_a_picture_or_in_their_positions_share_nothing():
     with load() as engine:
         prompts = [

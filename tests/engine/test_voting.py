@@ -31,6 +31,10 @@ ASKED = ask("Read the digits.", SAMPLES / "862053.png")
         (r"Thus \boxed{\frac{1}{2}} holds.", r"\frac{1}{2}"),
         (r"\boxed{1} or \boxed{2}", "2"),
         (r"\boxed{open", r"\boxed{open"),
+        (r"\boxed{1} and \boxed{open", "1"),
+        (r"\boxed{f(x)}", "f(x)"),
+        ("(1,234)", "1234"),
+        ("final answer" + "\n" * 5000 + "7", "7"),
         ("I think it is\nA  red Cat!", "a red cat"),
         ("", None),
         (" \n ", None),
@@ -86,3 +90,13 @@ def test_final_answers_may_be_read_by_a_function_of_the_caller():
         with pytest.raises(RequestError, match="final_answer: expected a function that returns a text or None, got 7"):
             engine.best_of(ASKED, 8, critic=MajorityVote(final_answer=lambda _: 7), params=params)
         check_idle(engine)
+
+
+@pytest.mark.parametrize("given", [{"final_answer": "abc"}, {"stop_decided": 1}])
+def test_a_vote_of_wrong_arguments_is_refused(given):
+    with pytest.raises(RequestError, match=next(iter(given))):
+        MajorityVote(**given)
+
+
+def test_a_text_of_many_boxes_is_read_fast():
+    assert read_final_answer(r"\boxed{" * 100_000) == (r"\boxed{" * 100_000).lower()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from internvl_rt import RequestError
@@ -34,6 +35,28 @@ def test_another_kind_of_file_is_refused_and_left_as_it_is(content, tmp_path):
     with pytest.raises(RequestError, match=r"resume: line 1 of '.*config.yaml' is no answer of an evaluation"):
         AnswerFile(path)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("line", ['{"key": "a", "answer": null}\n', '{"key": 1, "answer": "b"}\n'])
+def test_a_line_of_other_types_is_no_answer(line, tmp_path):
+    (tmp_path / "answers.jsonl").write_text(line)
+    with pytest.raises(RequestError, match=r"line 1 of .* is no answer of an evaluation"):
+        AnswerFile(tmp_path / "answers.jsonl")
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    with pytest.raises(RequestError, match="cannot be read and written"):
+        AnswerFile("a\0b")
+
+
+def test_tensors_count_by_their_numbers_and_what_cannot_be_told_apart_is_refused():
+    zeros = torch.zeros(2000)
+    one = zeros.clone()
+    one[1000] = 1
+    assert digest_of(zeros) == digest_of(torch.zeros(2000)) != digest_of(one)
+    assert digest_of(zeros.bfloat16()) != digest_of(zeros.half()) != digest_of(zeros.view(2, 1000).half())
+    with pytest.raises(RequestError, match="cannot be kept under a object; leave resume out"):
+        digest_of(object())
 
 
 def test_a_folder_is_refused(tmp_path):

@@ -310,3 +310,20 @@ def test_the_items_of_a_lazy_sequence_are_made_when_they_are_asked_for(harness):
     assert (len(lazy), len(lazy[1:]), made) == (3, 2, [])
     assert (lazy[1], lazy[-1], list(lazy[1:])) == (4, 6, [4, 6])
     assert made == [2, 3, 2, 3]
+
+
+def test_a_question_whose_answers_the_critic_refuses_gets_one_answer_and_the_run_goes_on(harness, monkeypatch):
+    model = build(harness, best_of=2, critic="tiny")
+
+    def about(messages, **_):
+        def judge(text):
+            if text == NUMBERS[1]:
+                raise RequestError("too long for this critic")
+            return 0.5
+
+        return judge
+
+    monkeypatch.setattr(type(model._critic), "about", staticmethod(about))
+    assert model.generate_until(chat_requests()) == list(NUMBERS)
+    with pytest.raises(RequestError, match="a critic judges answers to one question, not those of several rounds"):
+        model.generate_until_multi_round(chat_requests())

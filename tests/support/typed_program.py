@@ -91,7 +91,7 @@ def choose(engine: Engine, picture: Picture) -> str:
     choosers: list[Critic | internvl_rt.MajorityVote] = [Judge(engine), lambda messages, text: len(text)]
     for chooser in [*choosers, internvl_rt.MajorityVote(stop_decided=True)]:
         print(engine.best_of(asked, 2, critic=chooser, greedy_first=True).text)
-    steps: StepScores = critic.score_steps(asked, "4719", max_steps=None)
+    steps: StepScores = VisualPRM(engine, max_steps=None).score_steps(asked, "4719")
     ranked: list[StepScores] = critic.select_best(asked, ["4719", "7"])
     places: list[internvl_rt.TokenScores] = engine.score_tokens(asked, ["7", 3], [0, -1])
     share: tuple[float, ...] = places[0].probabilities
