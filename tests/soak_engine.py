@@ -50,7 +50,7 @@ def run_round(name: str, kinds: list[Kind], expected: list[Any], block_bytes: in
     options = draw_options(rng, block_bytes)
     num_threads = threading.active_count()
     faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
-    with Engine.from_pretrained("tiny", device="cpu", **options) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **options) as engine:
         engine.loop.run_ahead = rng.random() < 0.5
         with faults(engine) as arm_fault:
             seed = rng.randrange(1 << 30)

@@ -55,7 +55,7 @@ def build_kinds(number: int, seed: int, *, sampled: bool = True) -> list[Kind]:
             options |= {"repetition_penalty": 1.3, "min_tokens": 1}
         if rng.random() < 0.2:
             options |= {"logprobs": 2}
-        responses = ("4719", "The digits are 4719.", "7 " * (index + 1)) if index % 8 == 7 else ()
+        responses = ("4719", "The digits are 4719.", "7 " * (index % 9 + 1)) if index % 8 == 7 else ()
         kinds.append(Kind(messages, SamplingParams(**options), responses=responses))
     return kinds
 
@@ -106,7 +106,7 @@ def open_stream(engine: Engine, kind: Kind) -> Iterator[Piece]:
 
 def expected_answers(kinds: list[Kind]) -> list[list[tuple[list[int], str]]]:
     """Returns the answers that each request gets when no other request runs and nothing is reused."""
-    with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE) as engine:
         return [[] if kind.broken else answers_of(last_reply(open_stream(engine, kind))) for kind in kinds]
 
 
@@ -227,7 +227,7 @@ def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
 
 def tiny_pool_bytes(num_blocks: int, block_size: int = 16) -> int:
     """Returns the bytes of a KV cache with that many blocks for the tiny checkpoint."""
-    with Engine.from_pretrained("tiny", device="cpu", **ALONE) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE) as engine:
         return num_blocks * block_size * (engine.memory.block_bytes // engine.memory.block_size)
 
 
