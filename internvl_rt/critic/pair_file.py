@@ -100,6 +100,8 @@ def write_pairs(path: str | Path, records: Iterable[PairRecord]) -> None:
 
     errors, num_records = TranslateErrors(translate), 0
     with errors:
+        if path.exists() and not path.is_file():  # a folder, a device or a pipe, which a rename would replace
+            raise RequestError(f"{quoted(str(path))} is no file that can be replaced; give the name of a file")
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         file = draft.open("x", encoding="ascii")
     try:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -76,9 +77,18 @@ def test_a_file_that_cannot_be_whole_leaves_the_old_one_alone(tmp_path, monkeypa
 @pytest.mark.parametrize("path", ["missing/pairs.jsonl", "a\0b", 7, "", "/", "."])
 def test_a_file_that_cannot_be_made_is_refused(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=r"could not be written|must be a string or a Path"):
+    with pytest.raises(RequestError, match=r"could not be written|is no file that|must be a string or a Path"):
         write_pairs(path, RECORDS)
     assert not os.listdir(tmp_path)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(RequestError, match="is no file that can be replaced"):
+            write_pairs(place, RECORDS)
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def picture(path, size=56):
