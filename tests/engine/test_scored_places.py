@@ -169,6 +169,8 @@ def test_one_response_without_finite_scores_fails_the_call_and_nothing_else(monk
         monkeypatch.setattr(engine.model, "logits", planted)
         with pytest.raises(NotFiniteError, match="the logits of token"):
             engine.score(QUESTION, ["86", "4719", "7"])
+        with pytest.raises(NotFiniteError, match="the logits of the token after the prompt are"):
+            engine.score_tokens(QUESTION, [broken])
         monkeypatch.undo()
         while advance(engine, other) is None:
             pass
