@@ -233,8 +233,8 @@ class InFlight:
             broken = next((place for place, each in enumerate(found, scored.first) if not each.is_finite), None)
             if broken is not None:
                 number = int(scored.places.index_P[broken]) + 2
-                is_within = number <= scored.sequence.num_prompt
-                self._fail_broken(*owned, f"token {number} of the prompt" if is_within else "the token after the prompt")
+                behind = number > scored.sequence.num_prompt
+                self._fail_broken(*owned, "the token after the prompt" if behind else f"token {number} of the prompt")
                 continue
             owned[1].scores |= enumerate(found, scored.first)
 
