@@ -65,9 +65,7 @@ class Sequence:
     num_expected: int = 0  # tokens that a step must compute after admission, as they are not cached; an estimate
     num_overtaken: int = 0  # how often later sequences were admitted before this one
     was_admitted: bool = False
-    has_room: bool = (
-        True  # whether the KV cache has blocks for all of its tokens; a fork of a shorter sequence asks for them
-    )
+    has_room: bool = True  # False: a fork of a shorter sequence, whose further tokens have no blocks yet
     finish_reason: FinishReason | None = None
     visual: dict[int, Tensor] = field(default_factory=dict)  # picture index -> its visual tokens, while needed
 
