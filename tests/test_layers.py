@@ -150,6 +150,7 @@ MODULES = [
     "engine.engine",
     "engine.async_engine",
     "engine.__init__",
+    "critic.engine_critic",
     "critic.visual_prm",
     "critic.judge",
     "critic.pairing",

@@ -3,22 +3,18 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 
-from internvl_rt.critic.visual_prm import ENGINE
+from internvl_rt.critic.engine_critic import EngineCritic
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.failures import named_by_index
 from internvl_rt.engine.reply import Usage
-from internvl_rt.engine.scoring import read_responses
 from internvl_rt.errors import RequestError, quoted
-from internvl_rt.inputs.messages import parse_messages
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Conversation, Messages, Prepared, PromptSource, check_sharing
+from internvl_rt.inputs.prepare import Conversation, Prepared
 from internvl_rt.inputs.prompt import Turn
-from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.values import Text, read
 
 QUESTION = "Is this answer correct? Answer with Yes or No alone."
@@ -34,12 +30,11 @@ class Verdict:
     usage: Usage
 
 
-class Judge:
+class Judge(EngineCritic[Verdict]):
     """Asks a model after each answer whether that is right; the score is the probability of yes against no.
 
-    Where these are more than one token each, as they are for no model of the family, their first tokens count. Any
-    thread may call any method. A judge is also a function of a conversation and an answer, as `Engine.best_of` takes
-    one.
+    Where these are more than one token each, as they are for no model of the family, their first tokens count. The
+    conversation that it judges ends with a question.
     """
 
     def __init__(self, engine: Engine, question: str = QUESTION, *, yes: str = "Yes", no: str = "No") -> None:
@@ -47,7 +42,7 @@ class Judge:
 
         Raises RequestError for wrong arguments, and if yes and no begin with the same token.
         """
-        self.engine: Engine = read("engine", engine, ENGINE)
+        super().__init__(engine)
         self._question: str = read("question", question, _TEXT)
         words, role = (read("yes", yes, _TEXT), read("no", no, _TEXT)), engine.tokenizer.encode("assistant\n")
         ids = [engine.tokenizer.encode(f"assistant\n{word}") for word in words]
@@ -59,52 +54,20 @@ class Judge:
             )
         self._candidates = firsts
 
-    def __call__(self, messages: PromptSource, response: str) -> Verdict:
-        """Judges one answer, as `score_responses` does several."""
-        return self.score_responses(messages, [response])[0]
-
-    def score_responses(
-        self,
-        messages: PromptSource,
-        responses: Items[str],
-        *,
-        v2pe_delta: Delta | None = None,
-        cache_salt: str | None = None,
-    ) -> list[Verdict]:
-        """Judges several answers to a conversation, which is computed once. Raises RequestError or MediaError."""
-        texts, sharing = read_responses(responses), check_sharing(v2pe_delta, cache_salt)
-        question = self._check_question(messages)
-        return self._judge(self.engine.preparer.read(question, self.engine.loop.check), texts, *sharing)
-
-    def about(
-        self, messages: PromptSource, *, v2pe_delta: Delta | None = None, cache_salt: str | None = None
-    ) -> Callable[[str], Verdict]:
-        """Returns a function that judges answers to one conversation, which it reads once, when it is called first.
-
-        Raises RequestError for what ends with no question.
-        """
-        sharing = check_sharing(v2pe_delta, cache_salt)
-        question = self._check_question(messages)
-        read_once = cache(lambda: self.engine.preparer.read(question, self.engine.loop.check))
-        return lambda response: self._judge(read_once(), read_responses([response]), *sharing)[0]
-
-    def _check_question(self, messages: PromptSource) -> Messages:
-        """Returns a conversation that ends with a question, refuses another before any media are read."""
-        self.engine.loop.check()
-        if isinstance(messages, RawPrompt):
-            raise RequestError("messages: a judge needs the conversation itself, got a RawPrompt; send messages")
-        if parse_messages(messages, self.engine.max_model_len)[-1].role != "user":
+    def _check_roles(self, roles: Items[str]) -> None:
+        if roles[-1] != "user":
             raise RequestError("messages: expected a question as the last message, got the beginning of an answer")
-        return messages
 
-    def _judge(
-        self, conversation: Conversation, texts: Items[str], delta: Delta | None, salt: str | None
+    def _score(
+        self, conversation: Callable[[], Conversation], texts: Items[str], delta: Delta | None, salt: str | None
     ) -> list[Verdict]:
+        asked = conversation()
+
         def prompts() -> Iterator[Prepared]:
             for index, text in enumerate(texts):
-                turns = (*conversation.turns, Turn("assistant", (text,)), Turn("user", (self._question,)))
+                turns = (*asked.turns, Turn("assistant", (text,)), Turn("user", (self._question,)))
                 with named_by_index("responses", index, len(texts)):
-                    prompt = self.engine.preparer.render(replace(conversation, turns=turns), delta, salt)
+                    prompt = self.engine.preparer.render(replace(asked, turns=turns), delta, salt)
                     last = np.array([len(prompt.prompt.token_ids) - 1])
                     yield replace(prompt, places=Places(last, np.array([self._candidates])))
 

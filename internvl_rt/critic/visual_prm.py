@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from internvl_rt.checkpoint.config import DEFAULT_SYSTEM_MESSAGE
+from internvl_rt.critic.engine_critic import EngineCritic
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.failures import named_by_index
 from internvl_rt.engine.loading import load_parts
@@ -24,13 +24,11 @@ from internvl_rt.engine.options import EngineOptions, takes_options
 from internvl_rt.engine.reply import Usage
 from internvl_rt.engine.scoring import read_responses
 from internvl_rt.errors import CheckpointError, ContextLengthError, RequestError, quoted
-from internvl_rt.inputs.messages import parse_messages
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.position import Delta
-from internvl_rt.inputs.prepare import Conversation, Messages, Prepared, PromptSource, check_sharing
+from internvl_rt.inputs.prepare import Conversation, Prepared, PromptSource
 from internvl_rt.inputs.prompt import Turn
-from internvl_rt.inputs.raw_prompt import RawPrompt
-from internvl_rt.values import Integer, OrNone, Text, UnfitError, read
+from internvl_rt.values import Integer, OrNone, Text, read
 
 GOOD, BAD = "+", "-"
 BREAK = "\n\n"  # between two steps of an answer
@@ -38,18 +36,6 @@ MAX_STEPS = 12
 LEAST_STEP = 9  # tokens that a step takes at least, with the tokens of its two turns
 
 _MAX_STEPS = OrNone(Integer(1, 1 << 20))
-
-
-class _Engines:
-    expected = "an Engine, from Engine.from_pretrained"
-
-    def read(self, value: object) -> Engine:
-        if not isinstance(value, Engine):
-            raise UnfitError
-        return value
-
-
-ENGINE = _Engines()
 _SYSTEM = OrNone(Text(1, 1 << 16))
 
 
@@ -81,11 +67,10 @@ def split_steps(response: str, max_steps: int | None = MAX_STEPS) -> tuple[str, 
     return tuple(BREAK.join(steps[first : first + size]) for first in range(0, len(steps), size))
 
 
-class VisualPRM:
+class VisualPRM(EngineCritic[StepScores]):
     """A critic that scores the steps of answers. Build one with `from_pretrained`, or from an engine of such a model.
 
-    Any thread may call any method. A critic is also a function of a conversation and an answer, as `Engine.best_of`
-    takes one.
+    It takes one user message, with pictures or without. A system message before it is not read: a critic has its own.
     """
 
     def __init__(self, engine: Engine, *, system: str | None = None, max_steps: int | None = MAX_STEPS) -> None:
@@ -97,7 +82,7 @@ class VisualPRM:
         Raises CheckpointError if the tokenizer does not make one token of "+" and one of "-" in a reply, RequestError
         for wrong arguments.
         """
-        self.engine: Engine = read("engine", engine, ENGINE)
+        super().__init__(engine)
         self._max_steps: int | None = read("max_steps", max_steps, _MAX_STEPS)
         self._system = read("system", system, _SYSTEM) or engine.config.system_message or DEFAULT_SYSTEM_MESSAGE
         encode = engine.tokenizer.encode
@@ -126,46 +111,11 @@ class VisualPRM:
         cache_salt: str | None = None,
     ) -> StepScores:
         """Scores the steps of one answer, as `score_responses` does of several."""
-        return self.score_responses(messages, [response], v2pe_delta=v2pe_delta, cache_salt=cache_salt)[0]
-
-    __call__ = score_steps
-
-    def score_responses(
-        self,
-        messages: PromptSource,
-        responses: Items[str],
-        *,
-        v2pe_delta: Delta | None = None,
-        cache_salt: str | None = None,
-    ) -> list[StepScores]:
-        """Scores the steps of several answers to one question, whose pictures are encoded once.
-
-        messages: one user message, as `Engine.chat` takes it, with pictures or without. A system message before it is
-            not read: a critic has its own.
-        v2pe_delta, cache_salt: as for `Engine.chat`.
-
-        Raises RequestError, ContextLengthError for an answer that does not fit, MediaError, NotFiniteError.
-        """
-        texts, sharing = read_responses(responses), check_sharing(v2pe_delta, cache_salt)
-        question = self._check_question(messages)
-        split = self._split(texts)
-        return self._score(self.engine.preparer.read(question, self.engine.loop.check), split, *sharing)
+        return self(messages, response, v2pe_delta=v2pe_delta, cache_salt=cache_salt)
 
     def score_conversation(self, conversation: Conversation, responses: Items[str]) -> list[StepScores]:
         """Scores answers to a question of rendered turns, which the engine's `preparer` has read."""
-        return self._score(conversation, self._split(read_responses(responses)), None, None)
-
-    def about(
-        self, messages: PromptSource, *, v2pe_delta: Delta | None = None, cache_salt: str | None = None
-    ) -> Callable[[str], StepScores]:
-        """Returns a function that scores answers to one question, which it reads once, when it is called first.
-
-        Raises RequestError for what is no single question.
-        """
-        sharing = check_sharing(v2pe_delta, cache_salt)
-        question = self._check_question(messages)
-        read_once = cache(lambda: self.engine.preparer.read(question, self.engine.loop.check))
-        return lambda response: self._score(read_once(), self._split(read_responses([response])), *sharing)[0]
+        return self._score(lambda: conversation, read_responses(responses), None, None)
 
     def select_best(
         self,
@@ -189,39 +139,31 @@ class VisualPRM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_question(self, messages: PromptSource) -> Messages:
-        """Returns a single question, refuses anything else before any media are read."""
-        self.engine.loop.check()
-        if isinstance(messages, RawPrompt):
-            raise RequestError("messages: a critic needs the question itself, got a RawPrompt; send messages")
-        _check_turns([message.role for message in parse_messages(messages, self.engine.max_model_len)])
-        return messages
-
-    def _split(self, texts: Items[str]) -> list[tuple[str, tuple[str, ...]]]:
-        """Returns each answer with its steps. Raises RequestError for what has none, or cannot fit."""
-        self.engine.preparer.check_texts("an answer", [max(texts, key=len, default="")])
-        return [(text, split_steps(text, self._max_steps)) for text in texts]
+    def _check_roles(self, roles: Items[str]) -> None:
+        if list(roles) not in (["user"], ["system", "user"]):
+            raise RequestError(
+                "messages: a critic judges answers to one question, and expects one user message, got "
+                f"{', '.join(roles)}; send the question alone"
+            )
 
     def _score(
-        self,
-        conversation: Conversation,
-        split: list[tuple[str, tuple[str, ...]]],
-        delta: Delta | None,
-        salt: str | None,
+        self, conversation: Callable[[], Conversation], texts: Items[str], delta: Delta | None, salt: str | None
     ) -> list[StepScores]:
-        """Scores answers, each given with its steps."""
-        _check_turns([turn.role for turn in conversation.turns])
-        question = replace(conversation, turns=conversation.turns[-1:])
+        self.engine.preparer.check_texts("an answer", [max(texts, key=len, default="")])
+        answers = [split_steps(text, self._max_steps) for text in texts]
+        asked = conversation()
+        self._check_roles([turn.role for turn in asked.turns])
+        question = replace(asked, turns=asked.turns[-1:])
 
         def prompts() -> Iterator[Prepared]:
-            for index, (_, steps) in enumerate(split):
-                with named_by_index("responses", index, len(split)):
+            for index, steps in enumerate(answers):
+                with named_by_index("responses", index, len(answers)):
                     yield self._prompt(question, steps, delta, salt)
 
         scored = self.engine.run_scoring(prompts())
         return [
             StepScores(text, index, steps, tuple(place.probabilities[0] for place in each.places), each.usage)
-            for index, ((text, steps), each) in enumerate(zip(split, scored, strict=True))
+            for index, (text, steps, each) in enumerate(zip(texts, answers, scored, strict=True))
         ]
 
     def _prompt(
@@ -246,11 +188,3 @@ class VisualPRM:
         index_P = starts[is_reply] + len(self._role_start) - 1
         assert len(index_P) == len(steps), "each step is followed by a reply"
         return replace(rendered, places=Places(index_P, np.tile(self._candidates, (len(index_P), 1))))
-
-
-def _check_turns(roles: Items[str]) -> None:
-    if list(roles) not in (["user"], ["system", "user"]):
-        raise RequestError(
-            f"messages: a critic judges answers to one question, and expects one user message, got {', '.join(roles)}; "
-            "send the question alone"
-        )

@@ -62,7 +62,7 @@ REFUSED = {
         lambda e: Judge(e)([*ASKED, {"role": "assistant", "content": "4"}], "4719"),
         "as the last message",
     ),
-    "a raw prompt": (lambda e: Judge(e)(RawPrompt("Read"), "4719"), "a judge needs the conversation itself"),
+    "a raw prompt": (lambda e: Judge(e)(RawPrompt("Read"), "4719"), "a critic needs the conversation itself"),
 }
 
 
