@@ -40,8 +40,9 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS, ModelConfig, load_config
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.inputs.prompt import IMAGE, Turn, build_prompt
 from internvl_rt.inputs.tokenizer import load_tokenizer
+from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.random_checkpoint import write_random_checkpoint
-from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
+from internvl_rt.model.weights import load_weights, save_weights
 
 SIDES = ("ours", "theirs")
 TURNS = (Turn("user", (IMAGE, "\nPlease describe the picture in detail.")),)

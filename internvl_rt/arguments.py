@@ -32,10 +32,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_name, default="auto", help=devices)
 
 
-def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+def add_device_and_numbers(parser: argparse.ArgumentParser) -> None:
+    """Adds where a model is computed, and in which numbers. `device_and_numbers` returns the engine's options."""
     add_device(parser)
     dtypes = "float32, bfloat16 or float16 (default: by device)"
     parser.add_argument("--dtype", type=_dtype, default="auto", help=dtypes)
+    parser.add_argument(
+        "--quantization", choices=("fp8", "int8"), help="round the language model's weights while they are loaded"
+    )
+
+
+def device_and_numbers(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("device", "dtype", "quantization")}
 
 
 def above_zero(kind: type[int] | type[float], most: int) -> Callable[[str], Any]:

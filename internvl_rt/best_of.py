@@ -5,6 +5,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from internvl_rt.arguments import device_and_numbers
 from internvl_rt.chat import check_question, system_part
 from internvl_rt.errors import RequestError
 from internvl_rt.terminal import importing, say
@@ -62,8 +63,7 @@ def _load(args: argparse.Namespace) -> "tuple[Engine, Critic | MajorityVote]":
         from internvl_rt.critic.visual_prm import MAX_STEPS, VisualPRM
         from internvl_rt.engine.engine import Engine
         from internvl_rt.engine.voting import MajorityVote
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype}
-    options |= {"v2pe_delta": args.v2pe_delta, "max_tiles": args.max_tiles}
+    options = {**device_and_numbers(args), "v2pe_delta": args.v2pe_delta, "max_tiles": args.max_tiles}
     if critic:
         engine, scorer = load_with_critic(
             model, critic, options=options, critic_options=options | {"device": args.critic_device}

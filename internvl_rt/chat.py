@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
+from internvl_rt.arguments import device_and_numbers
 from internvl_rt.errors import InternVLError, RequestError, quoted
 from internvl_rt.terminal import importing, say
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from internvl_rt.engine.engine import Engine
     engine = Engine.from_pretrained(
-        model, device=args.device, dtype=args.dtype, v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
+        model, **device_and_numbers(args), v2pe_delta=args.v2pe_delta, max_tiles=args.max_tiles
     )
     if args.timings:
         say(engine.memory.render())

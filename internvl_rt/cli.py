@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_rt.arguments import Parser, add_device_and_dtype, device_name
+from internvl_rt.arguments import Parser, add_device_and_numbers, device_name
 from internvl_rt.bench.arguments import add_bench
 from internvl_rt.completion import SHELLS
 from internvl_rt.errors import InternVLError, quoted
@@ -89,7 +89,7 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without one the chat is interactive")
     _add_question(chat, max_tokens=1024, temperature=0.0, top_p=1.0)
     chat.add_argument("--ignore-eos", action="store_true", help="answer on to --max-tokens, for measurements")
-    add_device_and_dtype(chat)
+    add_device_and_numbers(chat)
     chat.add_argument("--show-tiles", action="store_true", help="print how each picture is cut into tiles")
     chat.add_argument("--timings", action="store_true", help="print the memory plan; per answer tokens and seconds")
 
@@ -119,7 +119,7 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     )  # fmt: skip
     best.add_argument("--all", action="store_true", help="print all answers, each behind its score")
     best.add_argument("--json", action="store_true", help="one JSON document with all answers and scores")
-    add_device_and_dtype(best)
+    add_device_and_numbers(best)
     best.add_argument(
         "--critic-device", metavar="DEVICE", type=device_name, default="auto",
         help="default: a second GPU if there are two, else that of MODEL, whose memory both share",

@@ -33,11 +33,12 @@ from internvl_rt.inputs.prompt import VisualSpan, build_prompt, turns_from_messa
 from internvl_rt.inputs.tiles import ImageOptions, tile_image
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.kernels.patch_embed import normalise_tiles_reference
+from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import FIRST_VISUAL_ID, TORCH, Ops
 from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
-from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
+from internvl_rt.model.weights import load_weights, save_weights
 from support.digits import (
     MAX_DIGITS,
     SIZES,

@@ -26,10 +26,11 @@ from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.critic import VisualPRM
 from internvl_rt.inputs.places import Places
 from internvl_rt.inputs.prepare import Conversation, Prepared
+from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
 from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH
-from internvl_rt.model.weights import DIALECTS, load_weights, save_weights
+from internvl_rt.model.weights import load_weights, save_weights
 from support.digits import MAX_DIGITS, Exercise, build_messages, draw_reading, load_glyphs
 from support.optimiser import Trainer
 from support.tiny_files import write_files

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from internvl_rt.arguments import Parser, above_zero, add_device, add_device_and_dtype, list_of, seed
+from internvl_rt.arguments import Parser, above_zero, add_device, add_device_and_numbers, list_of, seed
 from internvl_rt.errors import RequestError
 from internvl_rt.server import check_libraries
 from internvl_rt.terminal import importing
@@ -74,7 +74,7 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         if part == "serve":
             _add_sides(parser)
         parser.add_argument("--seed", metavar="N", type=seed, default=0, help="default: %(default)s")
-        add_device_and_dtype(parser)
+        add_device_and_numbers(parser)
         parser.add_argument(
             "--budget-s",
             metavar="S",

@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
+from internvl_rt.arguments import device_and_numbers
 from internvl_rt.bench import decode, prefill, serve, vision
 from internvl_rt.bench.record import Column, Pace, Record, check_plots, peak, table
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import RANDOM_PREFIX
+from internvl_rt.checkpoint.quantization import Quantization
 from internvl_rt.engine.engine import Engine
-from internvl_rt.engine.loading import choose_device, choose_dtype
+from internvl_rt.engine.loading import choose_device, choose_dtype, choose_quantization
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError
 from internvl_rt.model.card import model_card, render_card
+from internvl_rt.model.internvl import layer_bytes
+from internvl_rt.model.weights import find_schemes, shape_weights
 from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
 from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 
@@ -40,9 +44,10 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     check_plots(plots)
     dtype = choose_dtype(args.dtype, config, device)
     kind = str(dtype).removeprefix("torch.")
-    card = model_card(config, name)
-    print(render_card(card), flush=True)
-    print_floors(args.part, config, dtype, device)
+    if args.quantization:
+        kind += f"-{args.quantization}"  # rows are named after it
+    print(render_card(model_card(config, name)), flush=True)
+    print_floors(args.part, config, dtype, device, choose_quantization(config, args.quantization))
     prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
     columns, on = COLUMNS[args.part], tuple(dict.fromkeys(args.experiments))
     if args.part == "serve" and args.http:
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
         start_s = time.perf_counter()
         options = _engine_options(args, config, device)
         with Engine.from_pretrained(
-            model, device=args.device, dtype=args.dtype, seed=args.seed, experiments=on, **args.switches, **options
+            model, **device_and_numbers(args), seed=args.seed, experiments=on, **args.switches, **options
         ) as engine:
             load_s = time.perf_counter() - start_s
             table({"loaded in": f"{load_s:.1f} s"})
@@ -73,20 +78,26 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     return 0
 
 
-def print_floors(part: str, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Prints the least time that the work of some passes takes: computed, not measured."""
+def print_floors(
+    part: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+) -> None:
+    """Prints the least time that the work of some passes takes: computed, not measured.
+
+    Products with quantised weights are counted at the rate of dense ones, as if they were multiplied out.
+    """
     roof = roof_of(device, dtype) or data_sheet_roof(SHEET, dtype)
     assert roof is not None, "its data sheet is known"
     decoder = config.decoder
+    of_vision, of_decoder = layer_bytes(shape_weights(config, dtype, find_schemes(config, quantization)))
 
     def decode_ms(batch: int, context: int) -> float:
-        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [1] * batch, [context] * batch, batch))
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [1] * batch, [context] * batch, batch, of_decoder))
 
     def prefill_ms(num_tokens: int) -> float:
-        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [num_tokens], [num_tokens], 1))
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [num_tokens], [num_tokens], 1, of_decoder))
 
     found = {
-        "vision": [(f"{n} tiles", 1e3 * roof.floor_s(vision_work(config, dtype, n))) for n in (1, 7, 13)],
+        "vision": [(f"{n} tiles", 1e3 * roof.floor_s(vision_work(config, dtype, n, of_vision))) for n in (1, 7, 13)],
         "prefill": [(f"{n:,} tokens", prefill_ms(n)) for n in (128, 2048, 8192)],
         "decode": [(f"batch {n}, {c:,} tokens", decode_ms(n, c)) for n, c in ((1, 2048), (64, 2048), (1, 32000))],
     }

@@ -130,7 +130,9 @@ def _time_steps(
         for request in requests:
             loop.cancel(request)
     lens = [num + num_steps // 2 for num in before]
-    work = decoder_work(engine.config.decoder, engine.model.dtype, [1] * batch, lens, batch)
+    model = engine.model
+    held_in = model.decoder_layer_bytes, engine.cache.dtype
+    work = decoder_work(engine.config.decoder, model.dtype, [1] * batch, lens, batch, *held_in)
     return [end - start for start, end in pairwise(times)], work
 
 

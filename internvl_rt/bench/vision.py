@@ -36,7 +36,7 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
         reset_peak(engine.device)
         encode = partial(engine.runner.encode, prompter.picture(num_tiles), None)
         seconds = _time_passes(encode, engine.runner.stream, pace)
-        work = vision_work(engine.config, engine.model.dtype, num_tiles)
+        work = vision_work(engine.config, engine.model.dtype, num_tiles, engine.model.vision_layer_bytes)
         median_s = float(np.median(seconds))
         record.add(
             case,

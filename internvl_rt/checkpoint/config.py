@@ -11,11 +11,12 @@ a value that the runtime would not honour is refused with key, value and file.
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section, read_json
+from internvl_rt.checkpoint.quantization import Quantization, read_quantization
 
 LOG = logging.getLogger("internvl_rt")
 MAX_TILES = 128  # of a picture, the thumbnail not counted
@@ -86,6 +87,7 @@ class ModelConfig:
     system_message: str | None  # of a conversation without its own; None: no system turn
     dtype: Literal["bfloat16", "float16", "float32"]  # of the checkpoint, as config.json says
     end_token_ids: tuple[int, ...] = ()  # an answer ends with any of them; (): with the template's <|im_end|>
+    quantization: Quantization | None = None  # of the stored weights
 
     @property
     def tokens_per_tile(self) -> int:
@@ -109,9 +111,9 @@ def parse_config(top: Section) -> ModelConfig:
     chat = (["InternVLChatModel"], ["InternVLRewardModel"])
     top.support("architectures", *(chat if original else (["InternVLForConditionalGeneration"],)))
     vision, text = top.section("vision_config"), top.section("llm_config" if original else "text_config")
-    for section in (top, vision, text):
-        section.support("quantization_config", None, remedy="use the checkpoint with unquantised weights")
-    return _read_original(top, vision, text) if original else _read_hf(top, vision, text)
+    config = _read_original(top, vision, text) if original else _read_hf(top, vision, text)
+    vision.support("quantization_config", None)
+    return replace(config, quantization=read_quantization(top, text))
 
 
 _MAX_COUNT = 1 << 10  # of layers and of end tokens

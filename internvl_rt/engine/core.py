@@ -78,7 +78,7 @@ class EngineCore:
         run_ahead = model.device.type == "cuda"
         self.loop = StepLoop(scheduler, self.runner, max_requests=max_requests, run_ahead=run_ahead)
         identity: dict[str, str | int] = {"model": repr(model.config), "dtype": str(model.dtype)}
-        identity["block_size"] = cache.block_size
+        identity |= {"block_size": cache.block_size, "kv_cache_dtype": str(cache.dtype)}
         self.preparer = Preparer(
             model.config,
             tokenizer,
@@ -199,7 +199,8 @@ class EngineCore:
         """Refuses a prompt that is for another engine, or too long for it with the tokens that are drawn at least."""
         if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
             raise RequestError(
-                "the prompt is for another model, dtype, block_size or prefix_cache; prepare it with this engine"
+                "the prompt is for another model, dtype, kv_cache_dtype, block_size or prefix_cache; prepare it with this "
+                "engine"
             )
         assert (prepared.places is None) == (num_drawn > 0), "a prompt is scored or answered"
         num_tokens = len(prepared.prompt.token_ids) + num_drawn

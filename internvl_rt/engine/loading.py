@@ -7,25 +7,27 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig, load_config
 from internvl_rt.checkpoint.find import RANDOM_PREFIX, is_random, random_config, resolve_model
 from internvl_rt.checkpoint.folder import open_checkpoint
+from internvl_rt.checkpoint.quantization import Quantization, cast
 from internvl_rt.engine.host_memory import give_back_large_buffers, keep_large_buffers
 from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.model.internvl import InternVL, ModelWeights, build_weights, named_parameters
-from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
+from internvl_rt.model.ops import KV_FORMATS, TORCH, Ops
 from internvl_rt.model.ops_cpu import cpu_ops
 from internvl_rt.model.ops_invariant import invariant_ops
 from internvl_rt.model.ops_triton import Switches, triton_ops
 from internvl_rt.model.processor import default_dtype, instructions
 from internvl_rt.model.random_checkpoint import random_weights, write_random_tokenizer
-from internvl_rt.model.weights import load_weights
+from internvl_rt.model.weights import find_schemes, load_weights, shape_weights
 from internvl_rt.steps.kv_cache import KVCache
 
 LOG = logging.getLogger("internvl_rt")
@@ -42,6 +44,8 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     config, tokenizer, load = _open(model, options.revision, options.seed or 0)
     chosen = choose_dtype(options.dtype, config, target)
     ops = _choose_ops(options, target, chosen)
+    quantization = choose_quantization(config, options.quantization, vision=options.quantize_vision)
+    kv_dtype = _choose_kv_dtype(options, config, chosen)
     plan = _planning(config, chosen, target, ops, options)
     plan(weights_are_loaded=False)  # raises before memory is taken
     _loaded_in = os.getpid()
@@ -49,14 +53,26 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     with memory_errors(target):
         if on_host:
             give_back_large_buffers()
-        weights = load(chosen, target, ops)
+        weights = load(chosen, target, ops, quantization)
         if on_host:
             keep_large_buffers()
         memory = plan()
-        sizes = {"num_blocks": memory.num_blocks, "block_size": options.block_size}
-        cache = KVCache(config.decoder, **sizes, dtype=chosen, device=target, ops=ops)
+        cache = KVCache(
+            config.decoder,
+            num_blocks=memory.num_blocks,
+            block_size=options.block_size,
+            dtype=kv_dtype,
+            device=target,
+            ops=ops,
+            static_scale_L2=weights.decoder.kv_scale_L2 if options.kv_cache_dtype == "auto" else None,
+        )
         how = {"device": str(target), "dtype": str(chosen).removeprefix("torch."), "backend": ops.name}
+        how |= {"kv_cache_dtype": str(kv_dtype).removeprefix("torch.")} if kv_dtype != chosen else {}
         how |= {"instructions": instructions()} if on_host else {}
+        if quantization:
+            how["quantization"] = quantization.method
+            if on_host and any(scheme.is_float for _, scheme in quantization.groups):
+                LOG.warning("a CPU converts FP8 weights for each product, which is slow; quantization='int8' is faster")
         LOG.info(json.dumps({"loaded": str(model), **how}))
         return InternVL(config, weights, ops), tokenizer, cache, memory
 
@@ -72,16 +88,19 @@ def plan_parts(model: str | Path, options: EngineOptions) -> MemoryPlan:
 def _planning(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops, options: EngineOptions
 ) -> Callable[..., MemoryPlan]:
-    shapes = named_parameters(build_weights(config, dtype=dtype, device="meta")).values()
+    quantization = choose_quantization(config, options.quantization, vision=options.quantize_vision)
+    schemes, kv_dtype = find_schemes(config, quantization), _choose_kv_dtype(options, config, dtype)
+    ops.check_cache(kv_dtype, device)
+    shapes = named_parameters(shape_weights(config, dtype, schemes)).values()
     return partial(
-        plan_memory, config, dtype, device, options,
+        plan_memory, config, dtype, device, options, kv_dtype=kv_dtype,
         weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
     )  # fmt: skip
 
 
 def _open(
     model: str | Path, revision: str | None, seed: int
-) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device, Ops], ModelWeights]]:
+) -> tuple[ModelConfig, Tokenizer, Callable[[torch.dtype, torch.device, Ops, Quantization | None], ModelWeights]]:
     """Returns configuration, tokenizer and a function that loads the weights. seed: for random weights."""
     if is_random(model):
         if revision is not None:
@@ -91,8 +110,8 @@ def _open(
             write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
             tokenizer = load_tokenizer(Path(scratch))
 
-        def make(dtype: torch.dtype, device: torch.device, ops: Ops) -> ModelWeights:
-            return random_weights(config, dtype=dtype, device=device, seed=seed, ops=ops)
+        def make(dtype: torch.dtype, device: torch.device, ops: Ops, quantization: Quantization | None) -> ModelWeights:
+            return random_weights(config, dtype=dtype, device=device, seed=seed, ops=ops, quantization=quantization)
 
         return config, tokenizer, make
     folder = resolve_model(model, revision=revision)
@@ -104,10 +123,26 @@ def _open(
         )
     checkpoint = open_checkpoint(folder)
 
-    def load(dtype: torch.dtype, device: torch.device, ops: Ops) -> ModelWeights:
-        return load_weights(checkpoint, config, dtype=dtype, device=device, ops=ops)
+    def load(dtype: torch.dtype, device: torch.device, ops: Ops, quantization: Quantization | None) -> ModelWeights:
+        return load_weights(checkpoint, config, dtype=dtype, device=device, ops=ops, quantization=quantization)
 
     return config, tokenizer, load
+
+
+def choose_quantization(
+    config: ModelConfig, to: Literal["fp8", "int8"] | None, *, vision: bool = False
+) -> Quantization | None:
+    """Returns how weights are held: as the checkpoint says, or as the options do. Raises RequestError if both do."""
+    if to is None:
+        if vision:
+            raise RequestError("quantize_vision needs quantization='fp8' or 'int8'; give it, or leave both out")
+        return config.quantization
+    if config.quantization is not None:
+        raise RequestError(
+            f"quantization={to!r} is for dense checkpoints, but this one is quantised ({config.quantization.method}); "
+            "leave it out"
+        )
+    return cast(to, vision=vision)
 
 
 def choose_device(device: str) -> torch.device:
@@ -135,6 +170,15 @@ def _choose_ops(options: EngineOptions, device: torch.device, dtype: torch.dtype
         return invariant_ops(device)
     experiments = dict.fromkeys(options.experiments, True)
     return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch, **experiments))
+
+
+def _choose_kv_dtype(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """Takes for "auto" what a quantised checkpoint has scales for, or the model's dtype."""
+    chosen = options.kv_cache_dtype
+    if chosen == "auto":
+        stored = None if config.quantization is None else config.quantization.kv_cache
+        return dtype if stored is None else KV_FORMATS[stored]
+    return KV_FORMATS[chosen]
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

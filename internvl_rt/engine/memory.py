@@ -77,19 +77,22 @@ def plan_memory(
     weight_bytes: int,
     graphs: bool,
     weights_are_loaded: bool = True,
+    kv_dtype: torch.dtype | None = None,
 ) -> MemoryPlan:
     """Plans the memory: the KV cache gets `kv_cache_bytes`, or what is left, which on the CPU is at most 4 GiB of it.
 
+    kv_dtype: of keys and values in the cache; None: `dtype`.
     graphs: whether CUDA graphs will be captured. weights_are_loaded: if not, what is free must hold them as well.
 
     Raises RequestError unless all fits into what is free, with one sequence of `max_model_len`.
     """
     max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
+    kv_dtype = kv_dtype or dtype
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
     if options.uses_torch(device):
         seq_len = options.max_model_len or config.decoder.max_position
-        step_bytes += torch_attention_bytes(config.decoder, dtype, device, max_num_tokens, seq_len)
+        step_bytes += torch_attention_bytes(config.decoder, dtype, device, max_num_tokens, seq_len, kv_dtype)
     free_bytes: int | None
     total_bytes, graph_bytes, cublas_bytes = None, 0, 0
     if device.type == "cuda":
@@ -101,7 +104,7 @@ def plan_memory(
         free_bytes = free_host_bytes()
     workspace_bytes = vision_bytes + step_bytes + graph_bytes + cublas_bytes
     fixed_bytes = workspace_bytes + (0 if weights_are_loaded else weight_bytes)
-    block_bytes = kv_bytes_per_token(config.decoder, dtype) * options.block_size
+    block_bytes = kv_bytes_per_token(config.decoder, kv_dtype) * options.block_size
     left = DEFAULT_CPU_CACHE_BYTES
     if free_bytes is not None:
         room = int(free_bytes * (1 - RESERVE))
@@ -117,7 +120,7 @@ def plan_memory(
             raise RequestError(_no_room_for_cache(dtype, device, options, least, max(most, 0)))
     num_blocks = plan_num_blocks(
         config.decoder,
-        dtype,
+        kv_dtype,
         block_size=options.block_size,
         cache_bytes=left if options.kv_cache_bytes is None else options.kv_cache_bytes,
         max_num_seqs=max_num_seqs,
@@ -271,15 +274,21 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
 
 
 def torch_attention_bytes(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device, num_tokens: int, seq_len: int
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_tokens: int,
+    seq_len: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> int:
     """Counts the most that torch's attention holds besides its output, for new tokens at the end of a sequence.
 
-    It gathers keys and values and makes a mask, as bools and as numbers. On a GPU it also repeats keys and values for
+    It gathers keys and values, first in 8 bits if that is their `kv_dtype`, and makes a mask, as bools and numbers. On a GPU it also repeats keys and values for
     each head, and holds all scores twice (`scaled_dot_product_attention` has no fused kernel for masks with GQA).
     """
     num_tokens = min(num_tokens, seq_len)
     numbers = 2 * config.num_kv_heads * config.head_dim * seq_len + num_tokens * seq_len
     if device.type != "cpu":
         numbers += 2 * config.num_heads * (config.head_dim + num_tokens) * seq_len
-    return num_tokens * seq_len + dtype.itemsize * numbers
+    in_8_bits = 0 if kv_dtype in (None, dtype) else 2 * config.num_kv_heads * config.head_dim * seq_len
+    return num_tokens * seq_len + in_8_bits + dtype.itemsize * numbers

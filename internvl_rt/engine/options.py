@@ -43,8 +43,15 @@ class EngineOptions:
     device: "cpu", "cuda" or "cuda:N"; "auto" is CUDA if there is a GPU.
     dtype: of weights and KV cache; "auto" is the checkpoint's on CUDA. On the CPU it is bfloat16 where the processor
         has instructions to multiply it (AMX or AVX512-BF16), and float32 elsewhere.
+    quantization: to what the weights of a dense checkpoint's language model are rounded while they are loaded: "fp8" or
+        "int8", with one scale for each output; None leaves a checkpoint as it is, dense or quantised. Embeddings and
+        the output layer stay as they are.
+    quantize_vision: whether `quantization` rounds the weights of the vision tower's layers as well.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
+    kv_cache_dtype: "fp8" or "int8": keys and values as numbers in 8 bits with a scale for each token and head, so that
+        the cache has room for nearly twice as many tokens of 16 bits, and attention reads half as much; "fp8" needs
+        compute capability 8.9 with the kernels. "auto" is `dtype`, or what a quantised checkpoint has scales for.
     kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
@@ -101,8 +108,11 @@ class EngineOptions:
 
     device: str = "auto"
     dtype: str | torch.dtype = "auto"
+    quantization: Literal["fp8", "int8"] | None = None
+    quantize_vision: bool = False
     revision: str | None = None
     max_model_len: int | None = None
+    kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
     kv_cache_bytes: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64
@@ -206,8 +216,11 @@ _MOST_BYTES = 1 << 50
 ENGINE_KINDS: dict[str, Kind] = {
     "device": _Device(),
     "dtype": OneOf(("auto", *_FLOAT_NAMES, *_FLOATS), f"auto, {', '.join(_FLOAT_NAMES)} or the same torch dtype"),
+    "quantization": OrNone(OneOf(("fp8", "int8"), "fp8 or int8")),
+    "quantize_vision": Flag(),
     "revision": OrNone(Text(1, 256)),
     "max_model_len": OrNone(Integer(1, 1 << 24)),
+    "kv_cache_dtype": OneOf(("auto", "fp8", "int8"), "auto, fp8 or int8"),
     "kv_cache_bytes": OrNone(Integer(1, _MOST_BYTES)),
     "block_size": OneOf(BLOCK_SIZES),
     "max_num_seqs": Integer(1, 4096),

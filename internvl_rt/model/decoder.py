@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Norm
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 
@@ -14,21 +14,22 @@ from internvl_rt.model.step_inputs import LayerCache, StepInputs
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     norm1: Norm
-    qkv: Linear  # rows: all q heads, all k heads, all v heads
+    qkv: AnyLinear  # rows: all q heads, all k heads, all v heads
     q_norm: Norm | None
     k_norm: Norm | None
-    o: Linear
+    o: AnyLinear
     norm2: Norm
-    gate_up: Linear  # rows: gate, up
-    down: Linear
+    gate_up: AnyLinear  # rows: gate, up
+    down: AnyLinear
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     embedding_VD: Tensor
-    lm_head: Linear  # the largest weight is before the layers, so that they are not there yet while it is there twice
+    lm_head: AnyLinear  # the largest one is before the layers, so that they are not there yet while it is there twice
     layers: tuple[DecoderLayer, ...]
     norm: Norm
+    kv_scale_L2: Tensor | None = None  # float32: static scales of an 8-bit cache's keys and values, if there are any
 
 
 def rotary_frequencies(config: DecoderConfig, device: torch.device) -> Tensor:

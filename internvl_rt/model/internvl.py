@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
 from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Linear, Norm, tensors_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
@@ -30,12 +30,14 @@ class InternVL:
     """A model ready to run: frozen weights and a table of operations.
 
     buffers: tensors on the device that are no weights
+    vision_layer_bytes, decoder_layer_bytes: of the weights of each tower's layers
     """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
         self.buffers = (self._inv_freq_C,)
+        self.vision_layer_bytes, self.decoder_layer_bytes = layer_bytes(weights)
 
     def cut(self, num_layers: int) -> "InternVL":
         """Returns this model with the first layers of each tower alone: it runs the same kernels, in less time."""
@@ -150,54 +152,149 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
     )
 
 
-def fill_weights(weights: ModelWeights, fill: Callable[[str, Tensor], None], ops: Ops = TORCH) -> ModelWeights:
+Fill = Callable[[str, Tensor], None]
+Make = Callable[[str, AnyLinear, Callable[[], Linear]], AnyLinear]
+
+
+def fill_weights(
+    weights: ModelWeights,
+    fill: Fill,
+    ops: Ops = TORCH,
+    *,
+    device: torch.device | str | None = None,
+    make: Make | None = None,
+) -> ModelWeights:
     """Fills every parameter, and returns the weights as a table of operations multiplies them fastest.
 
+    weights: parameters to fill. Those on the device "meta" are allocated on `device` when it is their turn.
     fill: gets a dotted path, such as `decoder.layers.3.qkv.weight_NK`, and its parameter; a tied one only once
+    make: makes a quantised linear without its bias, for its path and shapes; it may use the dense one that the function
+        it gets fills
 
-    A weight is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
+    A linear is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
     than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
     stays as it is, and so does an `lm_head` that is the embedding too. If it takes longer than a second, a terminal
     shows bytes and their rate.
     """
+    embedding_VD = weights.decoder.embedding_VD
     num_bytes = sum(parameter.nbytes for parameter in named_parameters(weights).values())
     shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": None}
     with tqdm(total=num_bytes, desc="weights", **shown) as bar:
+        filled_embedding_VD = embedding_VD
 
-        def fill_and_show(path: str, parameter: Tensor) -> None:
-            fill(path, parameter)
-            bar.update(parameter.nbytes)
+        def fill_tensor(path: str, tensor: Tensor) -> Tensor:
+            nonlocal filled_embedding_VD
+            if tensor.is_meta and device is not None:
+                tensor = torch.empty_like(tensor, device=device)
+            fill(path, tensor)
+            if path == "decoder.embedding_VD":
+                filled_embedding_VD = tensor
+            return tensor
 
-        filled: ModelWeights = _fill(weights, "", fill_and_show, ops, weights.decoder.embedding_VD)
-    return filled
+        def fill_linear(path: str, linear: AnyLinear) -> AnyLinear:
+            if isinstance(linear, Linear) and linear.weight_NK is embedding_VD:
+                return replace(linear, weight_NK=filled_embedding_VD)
+            if isinstance(linear, Linear):
+                filled: AnyLinear = fill_dense(path, linear.weight_NK, linear.bias_N)
+            else:
+                assert make is not None, "quantised linears are made"
+                shape = linear.num_outputs, linear.num_inputs
+                weight_NK = torch.empty(shape, dtype=embedding_VD.dtype, device="meta")
+                filled = make(path, linear, lambda: fill_dense(path, weight_NK, None))
+                if linear.bias_N is not None:
+                    filled = replace(filled, bias_N=fill_tensor(f"{path}.bias_N", linear.bias_N))
+            bar.update(sum(tensor.nbytes for tensor in tensors_of(filled).values()))
+            return filled if path == "vision.patch" else _prepare(filled, ops)
+
+        def fill_dense(path: str, weight_NK: Tensor, bias_N: Tensor | None) -> Linear:
+            weight_NK = fill_tensor(f"{path}.weight_NK", weight_NK)
+            return Linear(weight_NK, None if bias_N is None else fill_tensor(f"{path}.bias_N", bias_N))
+
+        def fill_and_show(path: str, tensor: Tensor) -> Tensor:
+            filled = fill_tensor(path, tensor)
+            bar.update(filled.nbytes)
+            return filled
+
+        return map_weights(weights, fill_and_show, fill_linear)
 
 
-def _fill(value: Any, path: str, fill: Callable[[str, Tensor], None], ops: Ops, embedding_VD: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        if value is not embedding_VD or path == "decoder.embedding_VD":
-            fill(path, value)
-        return value
-    if isinstance(value, tuple):
-        return tuple(_fill(item, f"{path}.{index}", fill, ops, embedding_VD) for index, item in enumerate(value))
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    below = f"{path}." if path else ""
-    parts = {field.name: getattr(value, field.name) for field in fields(value)}
-    filled = type(value)(**{name: _fill(part, below + name, fill, ops, embedding_VD) for name, part in parts.items()})
-    if isinstance(filled, Linear) and filled.weight_NK is not embedding_VD and path != "vision.patch":
-        return _prepare(filled, ops)
-    return filled
-
-
-def _prepare(linear: Linear, ops: Ops) -> Linear:
+def _prepare(linear: AnyLinear, ops: Ops) -> AnyLinear:
     prepared = ops.prepare_linear(linear)
-    if prepared.weight_NK is not linear.weight_NK:
-        linear.weight_NK.data = torch.empty(0)  # frees the memory that it had
+    kept = {id(tensor) for tensor in tensors_of(prepared).values()}
+    for tensor in tensors_of(linear).values():
+        if id(tensor) not in kept:
+            tensor.data = torch.empty(0, dtype=tensor.dtype)  # frees the memory that it had
     return prepared
 
 
-def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
-    """Returns all parameters by path, as `fill_weights` names them."""
-    found: dict[str, Tensor] = {}
-    _fill(weights, "", found.__setitem__, TORCH, weights.decoder.embedding_VD)
+def map_weights(
+    weights: ModelWeights,
+    on_tensor: Callable[[str, Tensor], Tensor],
+    on_linear: Callable[[str, AnyLinear], AnyLinear],
+) -> ModelWeights:
+    """Returns weights with each linear, and each tensor that is not of a linear, replaced; in order, given by path."""
+
+    def visit(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            return on_tensor(path, value)
+        if isinstance(value, AnyLinear):
+            return on_linear(path, value)
+        if isinstance(value, tuple):
+            return tuple(visit(item, f"{path}.{index}") for index, item in enumerate(value))
+        if not is_dataclass(value) or isinstance(value, type):
+            return value
+        below = f"{path}." if path else ""
+        return type(value)(**{one.name: visit(getattr(value, one.name), below + one.name) for one in fields(value)})
+
+    mapped: ModelWeights = visit(weights, "")
+    return mapped
+
+
+def map_linears(weights: ModelWeights, on_linear: Callable[[str, AnyLinear], AnyLinear]) -> ModelWeights:
+    """Returns weights with each of `named_linears` replaced."""
+    linears = named_linears(weights)
+    return map_weights(
+        weights, lambda _, tensor: tensor, lambda path, linear: on_linear(path, linear) if path in linears else linear
+    )
+
+
+def named_linears(weights: ModelWeights) -> dict[str, AnyLinear]:
+    """Returns the linears by path, but the patch embedding, and but an lm_head that is the embedding too."""
+    found: dict[str, AnyLinear] = {}
+
+    def note(path: str, linear: AnyLinear) -> AnyLinear:
+        tied = isinstance(linear, Linear) and linear.weight_NK is weights.decoder.embedding_VD
+        if not tied and path != "vision.patch":
+            found[path] = linear
+        return linear
+
+    map_weights(weights, lambda _, tensor: tensor, note)
     return found
+
+
+def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
+    """Returns all parameters by path, as `fill_weights` names them; a tied one only once."""
+    found: dict[str, Tensor] = {}
+
+    def note(path: str, tensor: Tensor) -> Tensor:
+        if tensor is not weights.decoder.embedding_VD or path == "decoder.embedding_VD":
+            found[path] = tensor
+        return tensor
+
+    def note_linear(path: str, linear: AnyLinear) -> AnyLinear:
+        for name, tensor in tensors_of(linear).items():
+            note(f"{path}.{name}", tensor)
+        return linear
+
+    map_weights(weights, note, note_linear)
+    return found
+
+
+def layer_bytes(weights: ModelWeights) -> tuple[int, int]:
+    """Counts the bytes of the weights of all layers of the vision tower, and of the decoder."""
+    found = named_parameters(weights).items()
+    vision, decoder = (
+        sum(tensor.nbytes for path, tensor in found if path.startswith(f"{tower}.layers."))
+        for tower in ("vision", "decoder")
+    )
+    return vision, decoder

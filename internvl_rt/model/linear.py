@@ -1,18 +1,27 @@
 """The weights of a layer as small frozen values. Only the tables of operations unpack them.
 
-`Linear` is the only kind of weight so far. Another kind is another class, and a case wherever a table unpacks
-`weight_NK`: `linear`, `embed_tiles` and `merge_patches` of `Ops`; `linear`, `norm_qkv_rope_kv` and `paged_attention` of
-`TritonOps`.
+A linear computes y = x W^T + b. Its kind says how W is held: as it is (`Linear`), in 8 bits (`Linear8`) or in 4 bits
+(`Linear4`). A kind knows what it multiplies out to (`dense`) and how its rows and columns are cut (`take_rows`,
+`take_columns`: a shard is of the same kind); its bytes are those of its tensors. `model/stored_linear.py` knows its
+tensors in a file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+from internvl_rt.kernels.dequantise import dequantise_reference
+
+E4M3_MAX, INT8_MAX = 448.0, 127.0
+BLOCK = 128  # columns that share a scale of an 8-bit weight, where a row has more than one
+Inputs = Literal["full", "token", "static"]
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """The dense kind: y = x W^T + b."""
+    """The dense kind."""
 
     weight_NK: Tensor
     bias_N: Tensor | None
@@ -20,6 +29,153 @@ class Linear:
     @property
     def num_outputs(self) -> int:
         return self.weight_NK.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.weight_NK.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Returns W [N, K] in `dtype`."""
+        return self.weight_NK.to(dtype)
+
+    def take_rows(self, rows: slice) -> "Linear":
+        return Linear(self.weight_NK[rows], None if self.bias_N is None else self.bias_N[rows])
+
+    def take_columns(self, columns: slice) -> "Linear":
+        """Returns a shard of K, without a bias, which is added once."""
+        return Linear(self.weight_NK[:, columns], None)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear8:
+    """8-bit numbers with scales: W[n, k] = weight[n, k] * scale[n, k // 128], or scale[n, 0] if a row has one scale.
+
+    inputs: how a product may round its inputs to 8 bits: not at all, by the largest of each row, or by `input_scale_1`.
+    """
+
+    weight_NK: Tensor  # float8_e4m3fn or int8
+    scale_NG: Tensor  # float32
+    bias_N: Tensor | None
+    inputs: Inputs = "full"
+    input_scale_1: Tensor | None = None  # float32
+
+    @property
+    def num_outputs(self) -> int:
+        return self.weight_NK.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.weight_NK.shape[1]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Returns W [N, K] in `dtype`: numbers times scales in float32, rounded once."""
+        return dequantise_reference(self.weight_NK, self.scale_NG, None, self.weight_NK.shape[1], dtype=dtype)
+
+    def take_rows(self, rows: slice) -> "Linear8":
+        bias_N = None if self.bias_N is None else self.bias_N[rows]
+        return replace(self, weight_NK=self.weight_NK[rows], scale_NG=self.scale_NG[rows], bias_N=bias_N)
+
+    def take_columns(self, columns: slice) -> "Linear8":
+        """Returns a shard of K, without a bias. Raises ValueError unless it begins and ends between blocks."""
+        scale_NG = self.scale_NG
+        if scale_NG.shape[1] > 1:
+            scale_NG = scale_NG[:, _groups(columns, self.weight_NK.shape[1], BLOCK)]
+        return replace(self, weight_NK=self.weight_NK[:, columns], scale_NG=scale_NG, bias_N=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear4:
+    """4-bit numbers with scales: W[n, k] = (number[n, k] - zero[n, k // group]) * scale[n, k // group].
+
+    `kernels/_int4.py` says how the numbers, 0 ... 15, lie in the words.
+    """
+
+    words_NW: Tensor  # int32
+    scale_NG: Tensor  # a floating-point dtype, as it is stored
+    zero_NG: Tensor | None  # uint8; None: 8 everywhere
+    bias_N: Tensor | None
+    num_inputs: int
+    group: int  # columns that share a scale: 32, 64 or 128
+
+    @property
+    def num_outputs(self) -> int:
+        return self.words_NW.shape[0]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Returns W [N, K] in `dtype`: numbers times scales in float32, rounded once."""
+        numbers = self.words_NW, self.scale_NG, self.zero_NG, self.num_inputs
+        return dequantise_reference(*numbers, group=self.group, dtype=dtype)
+
+    def take_rows(self, rows: slice) -> "Linear4":
+        zero_NG, bias_N = (None if each is None else each[rows] for each in (self.zero_NG, self.bias_N))
+        return replace(self, words_NW=self.words_NW[rows], scale_NG=self.scale_NG[rows], zero_NG=zero_NG, bias_N=bias_N)
+
+    def take_columns(self, columns: slice) -> "Linear4":
+        """Returns a shard of K, without a bias. Raises ValueError unless it begins and ends between chunks of 128."""
+        chunks = _groups(columns, self.num_inputs, BLOCK)
+        words = slice(16 * chunks.start, 16 * chunks.stop)
+        groups = slice(chunks.start * BLOCK // self.group, chunks.stop * BLOCK // self.group)
+        return Linear4(
+            words_NW=self.words_NW[:, words],
+            scale_NG=self.scale_NG[:, groups],
+            zero_NG=None if self.zero_NG is None else self.zero_NG[:, groups],
+            bias_N=None,
+            num_inputs=len(range(self.num_inputs)[columns]),
+            group=self.group,
+        )
+
+
+def _groups(columns: slice, num_columns: int, group: int) -> slice:
+    start, stop, _ = columns.indices(num_columns)
+    if start % group or (stop % group and stop < num_columns):
+        raise ValueError(f"columns: expected borders at multiples of {group}, got {start} and {stop}")
+    return slice(start // group, -(-stop // group))
+
+
+AnyLinear = Linear | Linear8 | Linear4
+QuantisedLinear = Linear8 | Linear4
+
+
+def tensors_of(linear: AnyLinear) -> dict[str, Tensor]:
+    """Returns the tensors of a linear by the name of their field, without those that it does not have."""
+    found = {field.name: getattr(linear, field.name) for field in fields(linear)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def quantise_to_8_bits(linear: Linear, numbers: torch.dtype, inputs: Inputs = "full") -> Linear8:
+    """Rounds a dense weight to float8_e4m3fn or int8, with one scale a row: the largest number becomes 448 or 127.
+
+    It works in parts of rows, so that little more memory is taken than the result. A row of zeros has scale 0.
+    """
+    weight_NK, (n, k) = linear.weight_NK, linear.weight_NK.shape
+    largest = E4M3_MAX if numbers.is_floating_point else INT8_MAX
+    made_NK = torch.empty((n, k), dtype=numbers, device=weight_NK.device)
+    scale_N1 = torch.empty((n, 1), dtype=torch.float32, device=weight_NK.device)
+    size = max(1, _PART // k)
+    for start in range(0, n, size):
+        part = weight_NK[start : start + size].float()
+        scale = part.abs().amax(1, keepdim=True) / largest
+        part = (part / scale).nan_to_num_(0.0).clamp_(-largest, largest)
+        made_NK[start : start + size] = part if numbers.is_floating_point else part.round_()
+        scale_N1[start : start + size] = scale
+    return Linear8(made_NK, scale_N1, linear.bias_N, inputs)
+
+
+_PART = 1 << 24  # numbers that are rounded at once
+_TINY = 1e-30  # a row of zeros is divided by this
+
+
+def round_inputs(x: Tensor, linear: Linear8) -> Tensor:
+    """Returns x [..., K] rounded to FP8 as the linear's `inputs` says, in x's dtype."""
+    if linear.inputs == "full" or linear.weight_NK.dtype != torch.float8_e4m3fn:
+        return x
+    wide = x.float()
+    scale = linear.input_scale_1
+    if linear.inputs == "token":
+        scale = wide.abs().amax(-1, keepdim=True).clamp_(min=_TINY) / E4M3_MAX
+    assert scale is not None, "a static scale is given"
+    rounded = (wide / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (rounded.float() * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +187,9 @@ class Norm:
     eps: float
 
 
-def bias_of(part: Linear | Norm) -> Tensor:
+def bias_of(part: AnyLinear | Norm) -> Tensor:
     """Returns the bias of a part that always has one: the patch embedding, or the projector's norm or first product."""
-    bias = part.bias_N if isinstance(part, Linear) else part.bias_D
+    bias = part.bias_D if isinstance(part, Norm) else part.bias_N
     assert bias is not None, "this part of every InternVL has a bias"
     return bias
 

@@ -21,8 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._kv_numbers import KV_FORMATS as KV_FORMATS
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.kernels.dequantise import dequantise_reference
 from internvl_rt.kernels.embed_tokens import FIRST_VISUAL_ID as FIRST_VISUAL_ID
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue_reference
@@ -35,7 +37,7 @@ from internvl_rt.kernels.sample import sample_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
-from internvl_rt.model.linear import Linear, Norm, bias_of, qk_weights
+from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm, bias_of, qk_weights, round_inputs
 from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
 Activation = Literal["none", "gelu", "swiglu"]
@@ -75,12 +77,31 @@ class Ops:
     vit_attention: Callable[[Tensor, int, int, Tensor | None, Tensor | None, float], Tensor]
     unshuffle_project: Callable[..., Tensor]
     embed_tokens: Callable[..., Tensor]
-    qkv_rope_kv: Callable[[Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    qkv_rope_kv: Callable[..., Tensor]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+    dequantise: Callable[..., Tensor]
 
-    def prepare_linear(self, linear: Linear) -> Linear:
+    def prepare_linear(self, linear: AnyLinear) -> AnyLinear:
         """Returns a weight, once it is loaded, as this table multiplies it fastest: itself or another."""
         return linear
+
+    def dense(self, linear: AnyLinear, dtype: torch.dtype) -> Tensor:
+        """Returns W [N, K] of a linear of any kind; that of a dense one is in `dtype` already."""
+        match linear:
+            case Linear():
+                return linear.weight_NK
+            case Linear8():
+                return self.dequantise(linear.weight_NK, linear.scale_NG, None, linear.num_inputs, dtype=dtype)
+            case Linear4():
+                numbers = linear.words_NW, linear.scale_NG, linear.zero_NG, linear.num_inputs
+                return self.dequantise(*numbers, group=linear.group, dtype=dtype)
+
+    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
+        """Returns the inputs of a product as the linear's kind rounds them; a table may leave them as they are."""
+        return round_inputs(x, linear) if isinstance(linear, Linear8) else x
+
+    def check_cache(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises RequestError if this table cannot use a KV cache of this type, which torch's operations always can."""
 
     def embed_tiles(self, tiles: Tensor, patch: Linear, class_E: Tensor, position_UE: Tensor) -> Tensor:
         """Returns x_RE, patches first, of uint8 tiles [I, S, S, 3] or normalised floating-point tiles [I, 3, S, S]."""
@@ -94,7 +115,7 @@ class Ops:
     def linear(
         self,
         x: Tensor,
-        linear: Linear,
+        linear: AnyLinear,
         *,
         norm: Norm | None = None,
         bias: bool = True,
@@ -114,8 +135,8 @@ class Ops:
             x = self.norm(x, norm)  # `x` is the only name, so that each result is freed once the next one is computed
         is_gated = activation == "swiglu"
         x = self.gemm_epilogue(
-            x,
-            linear.weight_NK,
+            self.round_inputs(x, linear),
+            self.dense(linear, x.dtype),
             linear.bias_N if bias else None,
             activation="none" if is_gated else activation,
             residual=residual,
@@ -127,7 +148,7 @@ class Ops:
         return x if out is None or x is out else out.copy_(x)
 
     def linear_residual_norm(
-        self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
+        self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
         """Computes x = residual + scale * (y W^T + b), and norm(x). Without a norm both results are x."""
         x = self.linear(y, linear, residual=residual, scale_N=scale_N)
@@ -137,7 +158,7 @@ class Ops:
         self,
         x_TD: Tensor,
         norm: Norm,
-        qkv: Linear,
+        qkv: AnyLinear,
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
@@ -147,7 +168,8 @@ class Ops:
     ) -> Tensor:
         """Returns the rotated q_THC. Writes rotated keys and values of the tokens to their slots in the cache."""
         where = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
-        return self.qkv_rope_kv(self.linear(self.norm(x_TD, norm), qkv), *qk_weights(q_norm, k_norm), *where)
+        scales = cache.scale_BGP2, cache.static_scale_2
+        return self.qkv_rope_kv(self.linear(x_TD, qkv, norm=norm), *qk_weights(q_norm, k_norm), *where, *scales)
 
     def attend_tiles(
         self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
@@ -156,7 +178,7 @@ class Ops:
         return self.vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
     ) -> Tensor:
         """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence.
 
@@ -165,13 +187,13 @@ class Ops:
         """
         decodes = torch.arange(batch.num_decodes, dtype=torch.int32, device=q_THC.device)
         where = batch.block_table_SN, torch.cat((decodes, batch.query_start_R1)), batch.seq_len_S
-        return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where)
+        return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, cache.scale_BGP2)
 
     def merge_patches(
-        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
+        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: AnyLinear, factor: int, version: Literal["v1", "v2"]
     ) -> Tensor:
         """Computes y_IMN = GELU(norm(z) W^T + b), where a row of z is factor * factor patches of the ViT."""
-        weights = norm.weight_D, bias_of(norm), norm.eps, linear.weight_NK, bias_of(linear)
+        weights = norm.weight_D, bias_of(norm), norm.eps, self.dense(linear, x_RE.dtype), bias_of(linear)
         return self.unshuffle_project(x_RE, num_tiles, *weights, factor, version)
 
     def sample(
@@ -204,4 +226,5 @@ TORCH = Ops(
     embed_tokens=embed_tokens_reference,
     qkv_rope_kv=qkv_rope_kv_reference,
     copy_blocks=copy_blocks_reference,
+    dequantise=dequantise_reference,
 )

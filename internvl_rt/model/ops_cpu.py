@@ -1,6 +1,8 @@
 """A table for CPUs: the references, but with what torch has for CPUs where that is faster. No kernel of it is ours.
 
 * Products are oneDNN's where that is faster than MKL, with weights laid out anew for it (`products_cpu.py`).
+* Quantised weights are multiplied as they are, by torch's kernels, or in dense parts (`products_cpu_quantised.py`).
+  Inputs are not rounded.
 * What all layers of a step need is computed once: the rotation of its positions, its places in the cache, and which
   blocks the sequences that decode read.
 * Attention does not copy the blocks of sequences that decode (`attention_cpu.py`).
@@ -16,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.errors import RequestError
+from internvl_rt.kernels._kv_numbers import write_heads
 from internvl_rt.kernels._paged_attention import attend_by_torch, paged_attention_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import tile_tokens
 from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads, products_are_faster
-from internvl_rt.model.linear import Linear, Norm, bias_of
+from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm, bias_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.processor import runs_onednn
 from internvl_rt.model.products_cpu import Product, pack, packs, product_of
+from internvl_rt.model.products_cpu_quantised import pack_quantised, quantised_product
 from internvl_rt.model.step_inputs import Batch, LayerCache
 
 FEW_SCORES = 1 << 13  # of a head, which torch's attention has computed before oneDNN's products have begun
@@ -44,24 +48,33 @@ class CpuOps(Ops):
 
     A table keeps what belongs to one step, so every engine has its own.
 
-    packs: whether weights are laid out anew when they are loaded
+    dtype: what is computed in
+    packs: whether dense weights are laid out anew when they are loaded
     attends_by_products: whether patches and prompts attend by products, which write scores, not by torch's attention
     """
 
+    dtype: torch.dtype
     packs: bool
     attends_by_products: bool
     _of_step: dict[str, tuple[object, Any]] = field(default_factory=dict)  # see _once_a_step
 
-    def prepare_linear(self, linear: Linear) -> Linear:
-        if not self.packs:
-            return linear
-        return Linear(pack(linear.weight_NK), linear.bias_N)
+    def prepare_linear(self, linear: AnyLinear) -> AnyLinear:
+        if not isinstance(linear, Linear):
+            return pack_quantised(linear, self.dtype)
+        return Linear(pack(linear.weight_NK), linear.bias_N) if self.packs else linear
+
+    def dense(self, linear: AnyLinear, dtype: torch.dtype) -> Any:
+        """Returns what `cpu_gemm_epilogue` multiplies by: W, but a quantised linear as it is."""
+        return linear.weight_NK if isinstance(linear, Linear) else linear
+
+    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
+        return x
 
     def norm_qkv_rope_kv(
         self,
         x_TD: Tensor,
         norm: Norm,
-        qkv: Linear,
+        qkv: AnyLinear,
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
@@ -80,9 +93,14 @@ class CpuOps(Ops):
         else:
             turned = rotate(heads[:, : num_heads + num_kv_heads], rotation)
             q_THC, k_TGC, v_TGC = turned[:, :num_heads], turned[:, num_heads:], heads[:, num_heads + num_kv_heads :]
-        cache.k_cache_BGPC[block_T, :, place_T] = k_TGC
-        cache.v_cache_BGPC[block_T, :, place_T] = v_TGC
-        return q_THC
+        if cache.scale_BGP2 is None:
+            cache.k_cache_BGPC[block_T, :, place_T] = k_TGC.to(x_TD.dtype)
+            cache.v_cache_BGPC[block_T, :, place_T] = v_TGC
+        else:
+            static = (None, None) if cache.static_scale_2 is None else cache.static_scale_2
+            write_heads(cache.k_cache_BGPC, cache.scale_BGP2[..., 0], slot_T.long(), k_TGC, static[0])
+            write_heads(cache.v_cache_BGPC, cache.scale_BGP2[..., 1], slot_T.long(), v_TGC, static[1])
+        return q_THC.to(x_TD.dtype)
 
     def attend_tiles(
         self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
@@ -100,7 +118,7 @@ class CpuOps(Ops):
         return torch.cat((y_IUE[:, :-1].flatten(0, 1), y_IUE[:, -1]))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
     ) -> Tensor:
         n, num_seqs = batch.num_decodes, len(batch.seq_len_S)
         decoded_SHC = None
@@ -113,13 +131,14 @@ class CpuOps(Ops):
                 return decoded_SHC
         where = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
         attend = attend_prompt if self.attends_by_products else attend_by_torch
-        y_THC = paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, attend=attend)
+        caches = cache.k_cache_BGPC, cache.v_cache_BGPC
+        y_THC = paged_attention_reference(q_THC, *caches, *where, cache.scale_BGP2, attend=attend)
         if decoded_SHC is not None:
             y_THC[:n] = decoded_SHC
         return y_THC
 
     def merge_patches(
-        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: Linear, factor: int, version: Literal["v1", "v2"]
+        self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: AnyLinear, factor: int, version: Literal["v1", "v2"]
     ) -> Tensor:
         weights = norm.weight_D, bias_of(norm), norm.eps
         x_IMK = unshuffle_norm_reference(x_RE, num_tiles, *weights, factor, version)
@@ -148,15 +167,15 @@ def rotation_of(position_T: Tensor, inv_freq_C: Tensor) -> Rotation:
 
 
 def rotate(x_THC: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates as `kernels/qkv_rope_kv.py` does, to the bit."""
+    """Rotates as `kernels/qkv_rope_kv.py` does, to the bit, and returns the heads in float32."""
     x = x_THC.float()
     turned = x.roll(x.shape[-1] // 2, -1).mul_(rotation.sin_T1C)
-    return (x * rotation.cos_T1C).add_(turned).to(x_THC.dtype)
+    return (x * rotation.cos_T1C).add_(turned)
 
 
 def cpu_gemm_epilogue(
     x: Tensor,
-    weight_NK: Tensor,
+    weight: Tensor | Linear8 | Linear4,
     bias_N: Tensor | None,
     *,
     product: Product,
@@ -165,7 +184,7 @@ def cpu_gemm_epilogue(
     scale_N: Tensor | None = None,
     out: Tensor | None = None,  # does not change the result, which is new
 ) -> Tensor:
-    y = product(x, weight_NK, bias_N)
+    y = product(x, weight, bias_N) if isinstance(weight, Tensor) else quantised_product(x, weight, bias_N)
     if residual is not None:
         return y.add_(residual) if scale_N is None else torch.addcmul(residual, y, scale_N, out=y)
     return torch.ops.aten.gelu_(y) if activation == "gelu" else y
@@ -194,4 +213,5 @@ def cpu_ops(device: torch.device, dtype: torch.dtype) -> CpuOps:
         "swiglu": cpu_swiglu,
     }
     as_in_torch = {one.name: getattr(TORCH, one.name) for one in fields(Ops)}
-    return CpuOps(**(as_in_torch | own), packs=packs(dtype), attends_by_products=products_are_faster(dtype))
+    how = {"dtype": dtype, "packs": packs(dtype), "attends_by_products": products_are_faster(dtype)}
+    return CpuOps(**(as_in_torch | own | how))

@@ -25,7 +25,7 @@ from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.linear import Linear
+from internvl_rt.model.linear import AnyLinear
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.ops_triton import TritonOps, triton_ops
 from internvl_rt.model.step_inputs import Batch, LayerCache
@@ -46,17 +46,17 @@ class InvariantOps(TritonOps):
     norm_qkv_rope_kv = Ops.norm_qkv_rope_kv
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
     ) -> Tensor:
         """Computes `Ops.paged_attention`. A sequence that decodes is a prompt of one token."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
             rows = batch.block_table_SN[:n], self._query_starts(n, q_THC.device), batch.seq_len_S[:n]
-            prefill_attention(q_THC, *caches, *rows, 1, NOT_SPLIT, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, 1, NOT_SPLIT, cache.scale_BGP2, out=y_THC)
         if n < len(batch.seq_len_S):
             rows = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, NOT_SPLIT, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, NOT_SPLIT, cache.scale_BGP2, out=y_THC)
         return y_THC
 
     def _query_starts(self, num_decodes: int, device: torch.device) -> Tensor:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from internvl_rt.errors import RequestError
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, build_gemv_workspace
+from internvl_rt.kernels._kv_numbers import MIN_CAPABILITY
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels._prefill_plan import PrefillWorkspace, build_prefill_workspace
 from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
+from internvl_rt.kernels.dequantise import dequantise_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.gemv import gemv
@@ -29,7 +31,7 @@ from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Linear, Norm
 from internvl_rt.model.ops import Activation, Ops
 from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
@@ -75,10 +77,19 @@ class TritonOps(Ops):
     _counters: dict[torch.device, Tensor] = field(default_factory=dict)  # see _zero_counters
     _prefill: dict[torch.device, PrefillWorkspace] = field(default_factory=dict)  # see _prefill_workspace
 
+    def check_cache(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises RequestError for FP8 on a GPU without its conversions."""
+        has, least = target_of(device).capability, MIN_CAPABILITY["fp8"]
+        if dtype == torch.float8_e4m3fn and has < least:
+            raise RequestError(
+                f"a KV cache in FP8 needs compute capability {least / 10}, but {device} has {has / 10}; choose "
+                "kv_cache_dtype 'int8', which takes as little memory"
+            )
+
     def linear(
         self,
         x: Tensor,
-        linear: Linear,
+        linear: AnyLinear,
         *,
         norm: Norm | None = None,
         bias: bool = True,
@@ -94,7 +105,7 @@ class TritonOps(Ops):
         """
         out = residual if out is None else out
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
-        if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= MAX_ROWS):
+        if not (isinstance(linear, Linear) and is_decoder and bias and activation != "gelu" and 0 < len(x) <= MAX_ROWS):
             rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out}
             return Ops.linear(self, x, linear, norm=norm, bias=bias, activation=activation, **rest)
         norm_weight_K, eps = (None, 0.0) if norm is None else (norm.weight_D, norm.eps)
@@ -103,7 +114,7 @@ class TritonOps(Ops):
         return gemv(*operands, activation=activation, residual_RN=residual, out=out, **shared)
 
     def linear_residual_norm(
-        self, y: Tensor, linear: Linear, residual: Tensor, scale_N: Tensor, norm: Norm | None
+        self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:
         """Computes `Ops.linear_residual_norm`. Everything but the product is one pass over the rows."""
         if norm is None:
@@ -116,7 +127,7 @@ class TritonOps(Ops):
         self,
         x_TD: Tensor,
         norm: Norm,
-        qkv: Linear,
+        qkv: AnyLinear,
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
@@ -124,8 +135,11 @@ class TritonOps(Ops):
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """Computes `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows and no norms on q and k."""
-        if q_norm is not None or norm.bias_D is not None or not 0 < len(x_TD) <= MAX_ROWS:
+        """Computes `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows, no norms on q and k, and a cache in
+        the model's type.
+        """
+        is_fused = q_norm is None and norm.bias_D is None and cache.scale_BGP2 is None
+        if not (isinstance(qkv, Linear) and is_fused and 0 < len(x_TD) <= MAX_ROWS):
             where = position_T, inv_freq_C, cache, slot_T
             return Ops.norm_qkv_rope_kv(self, x_TD, norm, qkv, q_norm, k_norm, *where)
         _, num_kv_heads, _, head_dim = cache.k_cache_BGPC.shape
@@ -135,7 +149,7 @@ class TritonOps(Ops):
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
     ) -> Tensor:
         """Computes `Ops.paged_attention`. Sequences that decode have their own kernel, whose work is split.
 
@@ -147,11 +161,11 @@ class TritonOps(Ops):
             assert batch.split_start_S1 is not None, "a cache for these kernels plans the splits"
             assert batch.split_W3 is not None, "a cache for these kernels plans the splits"
             decodes = batch.block_table_SN[:n], batch.seq_len_S[:n], batch.split_start_S1[: n + 1], batch.split_W3
-            operands = (q_THC[:n], *caches, *decodes, self._zero_counters(q_THC.device, n, caches[0].shape[1]))
+            counters_SG = self._zero_counters(q_THC.device, n, caches[0].shape[1])
             prefetches = switches.prefetch_weights and len(q_THC) <= MAX_ROWS
             decode_attention(
-                *operands,
-                upcoming=[linear.weight_NK for linear in upcoming] if prefetches else (),
+                *(q_THC[:n], *caches, *decodes, counters_SG, cache.scale_BGP2),
+                upcoming=[linear.weight_NK for linear in upcoming if isinstance(linear, Linear)] if prefetches else (),
                 programmatic_launch=switches.programmatic_launch,
                 prefetch_keys=switches.prefetch_keys,
                 early_trigger=switches.early_trigger,
@@ -159,8 +173,8 @@ class TritonOps(Ops):
             )
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            workspace = self._prefill_workspace(q_THC.device)
-            prefill_attention(q_THC, *caches, *chunks, batch.max_query_len, workspace=workspace, out=y_THC)
+            operands = (q_THC, *caches, *chunks, batch.max_query_len, None, cache.scale_BGP2)
+            prefill_attention(*operands, workspace=self._prefill_workspace(q_THC.device), out=y_THC)
         return y_THC
 
     def sample(
@@ -221,5 +235,6 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         embed_tokens=embed_tokens,
         qkv_rope_kv=qkv_rope_kv,
         copy_blocks=copy_blocks,
+        dequantise=dequantise_reference,
         switches=switches,
     )

@@ -5,15 +5,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Norm
 from internvl_rt.model.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectorWeights:
     norm: Norm
-    fc1: Linear
-    fc2: Linear
+    fc1: AnyLinear
+    fc2: AnyLinear
 
 
 def project_tiles(

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import read_original
 from internvl_rt.checkpoint.folder import write_tensors
+from internvl_rt.checkpoint.quantization import Quantization
 from internvl_rt.errors import CheckpointError, ConfigError
-from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights
+from internvl_rt.model.dialects import DIALECTS
+from internvl_rt.model.internvl import ModelWeights, fill_weights
+from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.weights import DIALECTS, FLOATS, plan_tensors
+from internvl_rt.model.stored_linear import FLOATS, cast_linear
+from internvl_rt.model.weights import find_schemes, plan_tensors, shape_weights
 
 _ADDED_FROM = 151643  # the official id of the first added token
 _QWEN_SPECIAL = [
@@ -80,17 +84,27 @@ def write_random_checkpoint(
 
 
 def random_weights(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0, ops: Ops = TORCH
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+    ops: Ops = TORCH,
+    quantization: Quantization | None = None,
 ) -> ModelWeights:
     """Makes random weights on `device`, without a file or a copy, distributed as `write_random_checkpoint` says.
 
-    What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
+    quantization: one of `cast`. What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
     """
 
     def fill(path: str, parameter: Tensor) -> None:
         _fill(parameter, path, f"{seed} {path}")
 
-    return fill_weights(build_weights(config, dtype=dtype, device=device), fill, ops)
+    def make(path: str, _: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
+        return cast_linear(fill_dense(), schemes[path])
+
+    schemes = find_schemes(config, quantization)
+    return fill_weights(shape_weights(config, dtype, schemes), fill, ops, device=device, make=make)
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:

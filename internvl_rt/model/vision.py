@@ -6,21 +6,21 @@ from itertools import zip_longest
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import VisionConfig
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Linear, Norm
 from internvl_rt.model.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
 class VisionLayer:
     norm1: Norm
-    qkv: Linear  # rows: all of q, all of k, all of v
+    qkv: AnyLinear  # rows: all of q, all of k, all of v
     q_norm: Norm | None
     k_norm: Norm | None
-    proj: Linear
+    proj: AnyLinear
     scale1_E: Tensor  # LayerScale
     norm2: Norm
-    fc1: Linear
-    fc2: Linear
+    fc1: AnyLinear
+    fc2: AnyLinear
     scale2_E: Tensor
 
 

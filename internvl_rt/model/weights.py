@@ -6,8 +6,8 @@ tensor is there. Loading copies along the plan, saving goes the other way.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -18,87 +18,36 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
 from internvl_rt.checkpoint.find import MERGE_LORA
 from internvl_rt.checkpoint.folder import Checkpoint, some_of, write_tensors
-from internvl_rt.errors import CheckpointError, not_finite
-from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights, named_parameters
+from internvl_rt.checkpoint.quantization import Quantization, Scheme
+from internvl_rt.errors import CheckpointError, ConfigError, not_finite
+from internvl_rt.model.dialects import DIALECTS, GROUPED, Dialect, find_names, name_modules
+from internvl_rt.model.internvl import (
+    ModelWeights,
+    build_weights,
+    fill_weights,
+    map_linears,
+    named_linears,
+    named_parameters,
+)
+from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
-
-# Each `#` is the next index on the parameter's path, such as the layer's number. `{a,b}` are several tensors that fill
-# the parameter's rows in this order. A path that ends at a linear or a norm stands for its weight and its bias.
-# fmt: off
-_VISION = (  # parameters      original name                   -hf name
-    ("class_E",                "embeddings.class_embedding",   "embeddings.cls_token"),
-    ("position_UE",            "embeddings.position_embedding", "embeddings.position_embeddings"),
-    ("patch",                  "embeddings.patch_embedding",   "embeddings.patch_embeddings.projection"),
-    ("layers.#.norm1",         "encoder.layers.#.norm1",       "encoder.layer.#.layernorm_before"),
-    ("layers.#.qkv",           "encoder.layers.#.attn.qkv",    "encoder.layer.#.attention.{q,k,v}_proj"),
-    ("layers.#.q_norm",        "encoder.layers.#.attn.q_norm", "encoder.layer.#.attention.q_norm"),
-    ("layers.#.k_norm",        "encoder.layers.#.attn.k_norm", "encoder.layer.#.attention.k_norm"),
-    ("layers.#.proj",          "encoder.layers.#.attn.proj",   "encoder.layer.#.attention.projection_layer"),
-    ("layers.#.scale1_E",      "encoder.layers.#.ls1",         "encoder.layer.#.lambda_1"),
-    ("layers.#.norm2",         "encoder.layers.#.norm2",       "encoder.layer.#.layernorm_after"),
-    ("layers.#.fc1",           "encoder.layers.#.mlp.fc1",     "encoder.layer.#.mlp.fc1"),
-    ("layers.#.fc2",           "encoder.layers.#.mlp.fc2",     "encoder.layer.#.mlp.fc2"),
-    ("layers.#.scale2_E",      "encoder.layers.#.ls2",         "encoder.layer.#.lambda_2"),
+from internvl_rt.model.stored_linear import (
+    FLOATS,
+    LAST_NAMES,
+    Part,
+    StoredTensor,
+    cast_linear,
+    check_module,
+    check_scales,
+    fits,
+    join_parts,
+    not_finite_numbers,
+    quantise_shapes,
+    read_number,
+    read_part,
+    stored_tensors,
 )
-_PROJECTOR = (
-    ("norm", "mlp1.0", "layer_norm"),
-    ("fc1",  "mlp1.1", "linear_1"),
-    ("fc2",  "mlp1.3", "linear_2"),
-)
-_DECODER = (  # parameters     Qwen2, Qwen3, Llama                 InternLM2
-    ("embedding_VD",           "embed_tokens.weight",              "tok_embeddings.weight"),
-    ("layers.#.norm1",         "layers.#.input_layernorm",         "layers.#.attention_norm"),
-    ("layers.#.qkv",           "layers.#.self_attn.{q,k,v}_proj",  "layers.#.attention.wqkv"),
-    ("layers.#.q_norm",        "layers.#.self_attn.q_norm",        ""),
-    ("layers.#.k_norm",        "layers.#.self_attn.k_norm",        ""),
-    ("layers.#.o",             "layers.#.self_attn.o_proj",        "layers.#.attention.wo"),
-    ("layers.#.norm2",         "layers.#.post_attention_layernorm", "layers.#.ffn_norm"),
-    ("layers.#.gate_up",       "layers.#.mlp.{gate,up}_proj",      "layers.#.feed_forward.{w1,w3}"),
-    ("layers.#.down",          "layers.#.mlp.down_proj",           "layers.#.feed_forward.w2"),
-    ("norm",                   "norm",                             "norm"),
-)
-# fmt: on
 
-
-# This tensor holds one group of rows for each key/value head: its query heads, its key, its value.
-_GROUPED = "layers.#.attention.wqkv"
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """One way to name the tensors: which columns of the tables it uses, and what stands before their names."""
-
-    vision_prefix: str
-    vision_column: int
-    projector_prefix: str
-    decoder_prefix: str
-    decoder_column: int
-    lm_head: str
-
-    def table(self) -> dict[str, str]:
-        """Returns the tensors' names by the parameter's path, both with `#` for indices."""
-        rows = [(f"vision.{row[0]}", self.vision_prefix + row[self.vision_column]) for row in _VISION]
-        rows += [(f"projector.{row[0]}", self.projector_prefix + row[self.vision_column]) for row in _PROJECTOR]
-        rows += [(f"decoder.{row[0]}", self.decoder_prefix + row[self.decoder_column]) for row in _DECODER]
-        return {**dict(rows), "decoder.lm_head": self.lm_head}
-
-    def telltales(self) -> set[str]:
-        """Returns a few tensors of every checkpoint in this dialect, which together none has in another one."""
-        table = self.table()
-        norms = {f"{table[path].replace('#', '0')}.weight" for path in ("decoder.layers.#.norm1", "projector.norm")}
-        return norms | {table["vision.class_E"], table["decoder.embedding_VD"]}
-
-
-DIALECTS: Mapping[str, Dialect] = {
-    "original": Dialect("vision_model.", 1, "", "language_model.model.", 1, "language_model.lm_head"),
-    "internlm2": Dialect("vision_model.", 1, "", "language_model.model.", 2, "language_model.output"),
-    # transformers names the same tensors in two ways: in the files on the hub, and in memory and some newer files.
-    "hf": Dialect("vision_tower.", 2, "multi_modal_projector.", "language_model.model.", 1, "language_model.lm_head"),
-    "hf-nested": Dialect(
-        "model.vision_tower.", 2, "model.multi_modal_projector.", "model.language_model.", 1, "lm_head"
-    ),
-}
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _LORA = re.compile(r"\blora_|\.base_layer\.")  # as PEFT names an adapter's tensors, and what they adapt
 # Buffers that some versions of transformers wrote, and a training-time token that the class declares but does not use.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
@@ -136,7 +85,7 @@ def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTens
     for path, parameter in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
         num_rows = len(parameter)
         pattern, names = find_names(table, path)
-        if pattern.endswith(_GROUPED):
+        if pattern.endswith(GROUPED):
             (name,) = names
             plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(path, d))
             continue
@@ -150,21 +99,6 @@ def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTens
     return plan
 
 
-def find_names(table: Mapping[str, str], path: str) -> tuple[str, list[str]]:
-    """Returns the pattern of the tensors that fill a parameter, and their names in the order of its rows."""
-    parts = path.split(".")
-    indices = [part for part in parts if part.isdigit()]
-    fields = ["#" if part.isdigit() else part for part in parts]
-    pattern, suffix = table.get(".".join(fields)), ""
-    if pattern is None:  # the weight or the bias of a linear or a norm
-        pattern, suffix = table[".".join(fields[:-1])], f".{fields[-1].partition('_')[0]}"
-    before, *between = pattern.split("#")
-    name = before + "".join(f"{index}{part}" for index, part in zip(indices, between, strict=True))
-    before, _, rest = name.partition("{")
-    inside, _, after = rest.partition("}")
-    return pattern, [before + part + after + suffix for part in inside.split(",")]
-
-
 def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
     """Says where rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
     placements, stored = [], 0
@@ -176,6 +110,88 @@ def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
     return tuple(placements)
 
 
+class Module(NamedTuple):
+    """A module of a checkpoint, which holds a quantised linear, or rows of one.
+
+    shape: [N, K] of its weight. placements: where the rows belong.
+    """
+
+    name: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    placements: tuple[Placement, ...]
+
+
+class FilePlan(NamedTuple):
+    """What a checkpoint must hold.
+
+    tensors: by name, those that are read into parameters, and those that modules consist of
+    dense: where the values of the former belong
+    modules: by the path of their linear
+    kv_scales: names of the static scales of keys and of values, of each layer; empty: there are none
+    """
+
+    tensors: dict[str, StoredTensor]
+    dense: dict[str, PlannedTensor]
+    modules: dict[str, list[Module]]
+    kv_scales: list[tuple[str, str]]
+
+
+def find_schemes(
+    config: ModelConfig, quantization: Quantization | None, dialect: Dialect = DIALECTS["original"]
+) -> dict[str, Scheme]:
+    """Returns how each quantised linear is stored, by path. Raises ConfigError where its parts differ."""
+    if quantization is None:
+        return {}
+    found = {}
+    for path in named_linears(build_weights(config, dtype=torch.bfloat16, device="meta")):
+        modules = name_modules(dialect, path)
+        schemes = {name: quantization.scheme_of(path, names) for name, names in modules}
+        if len(set(schemes.values())) > 1:
+            differ = ", ".join(f"{name} ({scheme or 'dense'})" for name, scheme in schemes.items())
+            raise ConfigError(
+                f"quantization_config: {differ} are one product here, so they must be quantised alike; use a "
+                "checkpoint in which they are"
+            )
+        if scheme := schemes[modules[0][0]]:
+            found[path] = scheme
+    return found
+
+
+def shape_weights(config: ModelConfig, dtype: torch.dtype, schemes: Mapping[str, Scheme]) -> ModelWeights:
+    """Returns weights on the device "meta", of which those that `schemes` names are quantised. It takes no memory."""
+
+    def quantise(path: str, linear: AnyLinear) -> AnyLinear:
+        assert isinstance(linear, Linear)
+        return quantise_shapes(linear, schemes[path]) if path in schemes else linear
+
+    return map_linears(build_weights(config, dtype=dtype, device="meta"), quantise)
+
+
+def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization | None) -> FilePlan:
+    """Lists what a checkpoint in this dialect must hold. Raises ConfigError for shapes that cannot be quantised so."""
+    schemes = find_schemes(config, quantization, dialect)
+    dense, modules = plan_tensors(config, dialect), {path: list[Module]() for path in schemes}
+    tensors = {name: StoredTensor((planned.shape,), FLOATS) for name, planned in dense.items()}
+    for name, planned in list(dense.items()):
+        path, _, field = planned.placements[0].parameter.rpartition(".")
+        if field != "weight_NK" or path not in schemes or schemes[path].layout == "cast":
+            continue
+        module, scheme, (n, k) = name.removesuffix(".weight"), schemes[path], planned.shape
+        if not fits(scheme, n, k):
+            raise ConfigError(f"quantization_config: {module} of {n} x {k} cannot be stored as {scheme}")
+        modules[path].append(Module(module, scheme, (n, k), planned.placements))
+        del dense[name], tensors[name]
+        tensors |= {f"{module}.{last}": stored for last, stored in stored_tensors(scheme, n, k).items()}
+    kv_scales = []
+    if quantization is not None and quantization.kv_cache is not None:
+        for index in range(config.decoder.num_layers):
+            attention = name_modules(dialect, f"decoder.layers.{index}.o")[0][0].rpartition(".")[0]
+            kv_scales.append((f"{attention}.k_scale", f"{attention}.v_scale"))
+            tensors |= dict.fromkeys(kv_scales[-1], StoredTensor(((1,), ()), FLOATS))
+    return FilePlan(tensors, dense, modules, kv_scales)
+
+
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -183,19 +199,23 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     ops: Ops = TORCH,
+    quantization: Quantization | None = None,
 ) -> ModelWeights:
-    """Loads the checkpoint's weights in `dtype` on `device`, as `ops` multiplies them fastest.
+    """Loads the checkpoint's weights on `device`, as `ops` multiplies them fastest; all that is dense in `dtype`.
 
-    Host memory never exceeds the weights that stay on the host plus the largest stored tensor. Raises CheckpointError,
-    before memory is taken, if tensors are missing, left over, misshapen, or not stored as floating-point numbers; and
-    after all are read, if a number in one is not finite in `dtype`.
+    quantization: how the checkpoint is quantised, or is to be.
+
+    Memory never exceeds the weights that stay plus the largest linear, and that of the host no more than this where it
+    holds them, else the largest stored tensor. Raises CheckpointError, before memory is taken, if tensors are missing,
+    left over, misshapen, of the wrong dtype, or if scales are not finite; and after all are read, if another number is
+    not finite in `dtype`.
     """
     dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
     config = _settle_tying(checkpoint, config, dialect)
-    plan = plan_tensors(config, dialect)
+    plan = plan_file(config, dialect, quantization)
     _check(checkpoint, config, dialect, plan)
     parts: dict[str, list[tuple[str, Placement]]] = {}  # of each parameter
-    for name, planned in plan.items():
+    for name, planned in plan.dense.items():
         for place in planned.placements:
             parts.setdefault(place.parameter, []).append((name, place))
     extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
@@ -206,7 +226,20 @@ def load_weights(
             checkpoint.read_into(name, rows, place.rows, place.columns)
             extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
 
-    weights = fill_weights(build_weights(config, dtype=dtype, device=device), fill, ops)
+    def make(path: str, linear: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
+        if schemes[path].layout == "cast":
+            return cast_linear(fill_dense(), schemes[path])
+        return join_parts(linear, (read(module) for module in plan.modules[path]))
+
+    def read(module: Module) -> tuple[Part, list[tuple[slice, slice]]]:
+        part = read_part(checkpoint, module.name, module.scheme, *module.shape, torch.device(device))
+        pair = torch.zeros(2, dtype=dtype, device=device)
+        extremes.append((module.name, pair.masked_fill_(not_finite_numbers(part), torch.nan)))
+        return part, [(slice(place.start, place.stop), place.rows) for place in module.placements]
+
+    schemes = find_schemes(config, quantization, dialect)
+    shapes = shape_weights(config, dtype, schemes)
+    weights = fill_weights(shapes, fill, ops, device=device, make=make)
     is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
     broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
     if broken:
@@ -214,6 +247,9 @@ def load_weights(
         raise CheckpointError(
             f"{checkpoint.folder}: {names}: numbers are {not_finite(dtype, 'download the weights again')}"
         )
+    if plan.kv_scales:
+        scales = [[read_number(checkpoint, name) for name in names] for names in plan.kv_scales]
+        weights = replace(weights, decoder=replace(weights.decoder, kv_scale_L2=torch.tensor(scales, device=device)))
     return weights
 
 
@@ -256,23 +292,27 @@ def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect)
     return replace(config, decoder=replace(config.decoder, tie_embeddings=False))
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: Mapping[str, PlannedTensor]) -> None:
+def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: FilePlan) -> None:
     entries, head = checkpoint.entries, f"{dialect.lm_head}.weight"
-    missing = [name for name in plan if name not in entries]
-    extra = [name for name in entries if name not in plan and not _IGNORED.fullmatch(name)]
+    missing = [name for name, stored in plan.tensors.items() if name not in entries and not stored.is_optional]
+    extra = [name for name in entries if name not in plan.tensors and not _IGNORED.fullmatch(name)]
     merge_lora = f"a LoRA adapter is not merged; {MERGE_LORA}" if any(map(_LORA.search, extra)) else ""
-    if len(missing) == len(plan):
+    if len(missing) == len(plan.tensors):
         raise CheckpointError(
             f"{checkpoint.folder}: none of its {len(entries)} tensors is one of an InternVL model "
             f"({some_of(list(entries))}); {merge_lora or 'give an InternVL checkpoint'}"
         )
     if config.decoder.tie_embeddings and head in extra:
         extra.remove(head)
-    both = [(name, planned.shape, entries[name]) for name, planned in plan.items() if name in entries]
+    both = [(name, stored, entries[name]) for name, stored in plan.tensors.items() if name in entries]
     shapes = [
-        f"{name} is {list(entry.shape)}, expected {list(shape)}" for name, shape, entry in both if entry.shape != shape
+        f"{name} is {list(entry.shape)}, expected {list(stored.shapes[0])}"
+        for name, stored, entry in both
+        if entry.shape not in stored.shapes
     ]
-    dtypes = [f"{name} is {entry.dtype}" for name, _, entry in both if entry.dtype not in FLOATS]
+    wrong = [(name, stored, entry.dtype) for name, stored, entry in both if entry.dtype not in stored.dtypes]
+    dtypes = [f"{name} is {dtype}" for name, stored, dtype in wrong if stored.dtypes == FLOATS]
+    others = [f"{name} is {dtype}, expected {one.dtypes[0]}" for name, one, dtype in wrong if one.dtypes != FLOATS]
     problems = [
         f"{len(found)} {what}: {some_of(found)}"
         for found, what in (
@@ -280,16 +320,25 @@ def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: 
             (extra, "left over"),
             (shapes, "of the wrong shape"),
             (dtypes, "not stored as 16-bit or 32-bit floating point"),
+            (others, "of the wrong dtype"),
         )
         if found
     ]
     if not problems:
+        modules = [module for linear in plan.modules.values() for module in linear]
+        found = (check_module(checkpoint, module.name, module.scheme, *module.shape) for module in modules)
+        problem = next(filter(None, found), None) or check_scales(checkpoint, sum(plan.kv_scales, ()))
+        if problem:
+            raise CheckpointError(f"{checkpoint.folder}: {problem}; download the weights again")
         return
     remedy = merge_lora or "download config.json and the weights of one model"
+    quantised = dtypes or any(name.rpartition(".")[2] in LAST_NAMES for name in extra)
     if missing == [head]:
         remedy = _remedy_without_head(config, head, dialect.table()["decoder.embedding_VD"])
-    elif dtypes and not (missing or extra or shapes):
-        remedy = "use the checkpoint with unquantised weights"
+    elif quantised and not plan.modules:
+        remedy = "the quantization_config that goes with quantised weights is missing; download config.json again"
+    elif quantised:
+        remedy = "its quantization_config must say which linears are quantised, and how; download config.json again"
     raise CheckpointError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(problems)}; {remedy}")
 
 

@@ -49,12 +49,16 @@ class Tally:
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Counts the bytes of one token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    """Counts the bytes of one token's keys and values in all layers. Those in 8 bits have a scale in 16 bits a head."""
+    head_bytes = config.head_dim * dtype.itemsize + 2 * (dtype.itemsize == 1)
+    return 2 * config.num_layers * config.num_kv_heads * head_bytes
 
 
-def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
-    """Counts the work of one pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none."""
+def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int, layer_bytes: int | None = None) -> Work:
+    """Counts the work of one pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none.
+
+    layer_bytes: of the weights of the tower's layers; None: they are dense
+    """
     if num_tiles == 0:
         return NO_WORK
     vision, width = config.vision, config.vision.hidden_size
@@ -68,22 +72,31 @@ def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work
     norm = 2 if vision.norm == "layer_norm" else 1
     vectors = (2 * norm + 2 + 2 + 2 * vision.qk_norm) * width  # norms, scales, biases of proj and fc2, norms of q and k
     vectors += vision.intermediate_size + 3 * vision.qkv_bias * width
-    weights = patch + (2 + rows) * width + vision.num_layers * (layer + vectors)
-    weights += projector + 2 * merged + 2 * visual
-    return Work(num_tiles * flops, dtype.itemsize * weights)
+    weights = patch + (2 + rows) * width + projector + 2 * merged + 2 * visual
+    if layer_bytes is None:
+        layer_bytes = dtype.itemsize * vision.num_layers * (layer + vectors)
+    return Work(num_tiles * flops, dtype.itemsize * weights + layer_bytes)
 
 
 def decoder_work(
-    config: DecoderConfig, dtype: torch.dtype, chunk_lens: Items[int], seq_lens: Items[int], num_logit_rows: int
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    chunk_lens: Items[int],
+    seq_lens: Items[int],
+    num_logit_rows: int,
+    layer_bytes: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Work:
     """Counts the work of one step of the decoder, logits included.
 
     chunk_lens: how many tokens of each sequence are computed; their keys and values are written
     seq_lens: how many tokens each sequence has with these; their keys and values are read, once for each sequence, even
         where sequences share them
+    layer_bytes: of the weights of all layers; None: they are dense
+    kv_dtype: of keys and values in the cache; None: `dtype`
     """
-    num_pairs = count_pairs(chunk_lens, seq_lens)
-    return DecoderCost(config, dtype).work(sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
+    num_pairs, cost = count_pairs(chunk_lens, seq_lens), DecoderCost(config, dtype, layer_bytes, kv_dtype)
+    return cost.work(sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
 
 
 def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
@@ -97,7 +110,14 @@ def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
 class DecoderCost:
     """What the decoder's steps cost: the numbers that do not change from step to step."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        layer_bytes: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """layer_bytes: of the weights of all layers; None: they are dense. kv_dtype: of the cache; None: `dtype`."""
         width, layers = config.hidden_size, config.num_layers
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
@@ -105,8 +125,11 @@ class DecoderCost:
         vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
         size = dtype.itemsize
         self._flops = 2 * layers * matrices, 4 * layers * q, 2 * head  # of a token, a pair, a row of logits
-        self._bytes = size * layers * (matrices + vectors), size * (head + width)  # of all layers, of the head
-        self._token_bytes, self._seen_bytes = size * (width + 2 * layers * kv), size * 2 * layers * kv
+        if layer_bytes is None:
+            layer_bytes = size * layers * (matrices + vectors)
+        self._bytes = layer_bytes, size * (head + width)  # of all layers, of the head
+        self._seen_bytes = kv_bytes_per_token(config, kv_dtype or dtype)
+        self._token_bytes = size * width + self._seen_bytes
 
     def work(self, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int) -> Work:
         """Counts `decoder_work` from sums: new tokens, tokens of all sequences, pairs as `count_pairs` counts them."""

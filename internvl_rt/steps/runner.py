@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.internvl import InternVL, named_parameters
-from internvl_rt.model.work import NO_WORK, DecoderCost, Work, count_pairs, vision_work
+from internvl_rt.model.work import DecoderCost, Work, count_pairs, vision_work
 from internvl_rt.steps.cpu_threads import CpuThreads
 from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
 from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
@@ -83,7 +83,7 @@ class Runner:
         """
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
         self._device = model.device
-        self._decoder_cost = DecoderCost(model.config.decoder, model.dtype)
+        self._decoder_cost = DecoderCost(model.config.decoder, model.dtype, model.decoder_layer_bytes, cache.dtype)
         self.stream = DeviceStream(model.device)
         self._threads = CpuThreads(num_threads) if model.device.type == "cpu" else None
         self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
@@ -217,7 +217,7 @@ class Runner:
             vision_s=launched.start.seconds_until(launched.encoded),
             decoder_s=launched.encoded.seconds_until(launched.done),
             num_tiles=launched.num_tiles,
-            vision_work=vision_work(config, dtype, launched.num_tiles) if launched.num_tiles else NO_WORK,
+            vision_work=vision_work(config, dtype, launched.num_tiles, self._model.vision_layer_bytes),
             decoder_work=self._work_of(step),
         )
 

@@ -230,10 +230,10 @@ def test_ctrl_c_ends_with_130_and_what_was_measured(part, first, options):
 
 
 def test_a_bench_that_fails_keeps_what_it_has(capsys, monkeypatch):
-    def fail_at_three(config, dtype, num_tiles):
+    def fail_at_three(config, dtype, num_tiles, layer_bytes):
         if num_tiles == 3:
             raise RuntimeError("CUDA error: an illegal memory access\nand more")
-        return vision_work(config, dtype, num_tiles)
+        return vision_work(config, dtype, num_tiles, layer_bytes)
 
     monkeypatch.setattr(vision, "vision_work", fail_at_three)
     with pytest.raises(RuntimeError, match="illegal memory access"):

@@ -52,9 +52,12 @@ def test_an_unknown_argument_is_named():
 
 WRONG = {
     "device": [3, None, "gpu", "cuda:-1", "cuda:999", "cuda:x", "cpu\n", b"cpu", True],
+    "quantization": ["int4", "awq", 8, "FP8"],
+    "quantize_vision": [1, "yes", None],
     "dtype": [5, None, "int8", torch.int8, "FLOAT32", float],
     "revision": [7, "", "x" * 1000, b"main"],
     "max_model_len": [0, -1, 1.5, "4096", True, 1 << 40, math.nan],
+    "kv_cache_dtype": ["bfloat16", "fp4", None, torch.int8, 8],
     "kv_cache_bytes": [-1, 0, "4GB", 1e9, True, 1 << 80],
     "block_size": [True, 48, 64.0, "64", None, [64]],
     "max_num_seqs": [0, 1e9, 2.5, True, None, "8", 10**9],

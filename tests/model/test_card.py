@@ -38,11 +38,24 @@ def test_the_card_of_the_1b_is_right_number_by_number():
 
 def test_a_gpu_holds_the_weights_and_as_many_tokens_as_the_rest_is_worth():
     card = card_of("InternVL3-38B")
-    weights, per_token = card["weight_bytes"]["bfloat16"], card["kv_bytes_per_token"]
-    assert [fit["gib"] for fit in card["fits"] if fit["weights_fit"]] == [80, 141]
-    for fit in card["fits"]:
-        left = (fit["gib"] << 30) - weights
-        assert fit["kv_tokens"] == (left // per_token if left > 0 else 0)
+    dense, in_8_bits, in_4_bits = card["held"]
+    assert dense["weight_bytes"] == card["weight_bytes"]["bfloat16"]
+    for held, sizes in ((dense, [80, 141]), (in_8_bits, [48, 80, 141]), (in_4_bits, [48, 80, 141])):
+        assert [fit["gib"] for fit in held["fits"] if fit["weights_fit"]] == sizes
+        for fit in held["fits"]:
+            left = (fit["gib"] << 30) - held["weight_bytes"]
+            assert fit["kv_tokens"] == (left // card["kv_bytes_per_token"] if left > 0 else 0)
+
+
+def test_the_78b_needs_two_cards_in_16_bits_and_one_in_4():
+    dense, in_8_bits, in_4_bits = card_of("InternVL3-78B")["held"]
+    width, mlp, qkv = 8192, 29568, 8192 + 2 * 1024
+    numbers, rows = 80 * (width * (qkv + width) + 3 * width * mlp), 80 * (qkv + 2 * width + 2 * mlp)
+    assert dense["weight_bytes"] - in_8_bits["weight_bytes"] == numbers - 4 * rows  # a scale of 4 bytes a row
+    assert dense["weight_bytes"] - in_4_bits["weight_bytes"] == 2 * numbers - numbers // 2 - numbers // 128 * 2
+    assert [fit["weights_fit"] for fit in dense["fits"]] == [False, False, False, False]
+    assert [fit["weights_fit"] for fit in in_4_bits["fits"]] == [False, False, True, True]
+    assert 25 < dense["decode_ms_at_least"] < 31 > 2 * in_8_bits["decode_ms_at_least"] - 1
 
 
 def test_a_model_without_tiling_has_one_tile_and_no_thumbnail():
