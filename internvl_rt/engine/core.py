@@ -199,8 +199,8 @@ class EngineCore:
         """Refuses a prompt that is for another engine, or too long for it with the tokens that are drawn at least."""
         if not isinstance(prepared, Prepared) or prepared.made_for != self.preparer.made_for:
             raise RequestError(
-                "the prompt is for another model, dtype, kv_cache_dtype, block_size or prefix_cache; prepare it with this "
-                "engine"
+                "the prompt is for another model, dtype, kv_cache_dtype, block_size or prefix_cache; prepare it with "
+                "this engine"
             )
         assert (prepared.places is None) == (num_drawn > 0), "a prompt is scored or answered"
         num_tokens = len(prepared.prompt.token_ids) + num_drawn

@@ -20,7 +20,8 @@ from internvl_rt.engine.memory import MemoryPlan, memory_errors, plan_memory
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError, forked, quoted
 from internvl_rt.inputs.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.model.internvl import InternVL, ModelWeights, named_parameters
+from internvl_rt.model.internvl import InternVL, ModelWeights, named_linears, named_parameters
+from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import KV_FORMATS, TORCH, Ops
 from internvl_rt.model.ops_cpu import cpu_ops
 from internvl_rt.model.ops_invariant import invariant_ops
@@ -91,10 +92,13 @@ def _planning(
     quantization = choose_quantization(config, options.quantization, vision=options.quantize_vision)
     schemes, kv_dtype = find_schemes(config, quantization), _choose_kv_dtype(options, config, dtype)
     ops.check_cache(kv_dtype, device)
-    shapes = named_parameters(shape_weights(config, dtype, schemes)).values()
+    shaped = shape_weights(config, dtype, schemes)
+    shapes, linears = named_parameters(shaped).values(), named_linears(shaped).values()
+    quantised = (each.num_outputs * each.num_inputs for each in linears if not isinstance(each, Linear))
     return partial(
         plan_memory, config, dtype, device, options, kv_dtype=kv_dtype,
-        weight_bytes=sum(tensor.nbytes for tensor in shapes), graphs=options.cuda_graphs and ops.captures_graphs,
+        weight_bytes=sum(tensor.nbytes for tensor in shapes), dense_bytes=max(quantised, default=0) * dtype.itemsize,
+        graphs=options.cuda_graphs and ops.captures_graphs,
     )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ def plan_memory(
     options: EngineOptions,
     *,
     weight_bytes: int,
+    dense_bytes: int = 0,
     graphs: bool,
     weights_are_loaded: bool = True,
     kv_dtype: torch.dtype | None = None,
@@ -82,14 +83,16 @@ def plan_memory(
     """Plans the memory: the KV cache gets `kv_cache_bytes`, or what is left, which on the CPU is at most 4 GiB of it.
 
     kv_dtype: of keys and values in the cache; None: `dtype`.
-    graphs: whether CUDA graphs will be captured. weights_are_loaded: if not, what is free must hold them as well.
+    dense_bytes: of the largest quantised weight, as it is multiplied out for a product of many rows
+    graphs: whether CUDA graphs will be captured
+    weights_are_loaded: if not, what is free must hold them as well
 
     Raises RequestError unless all fits into what is free, with one sequence of `max_model_len`.
     """
     max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
     kv_dtype = kv_dtype or dtype
     vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
-    step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs)
+    step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs) + dense_bytes
     if options.uses_torch(device):
         seq_len = options.max_model_len or config.decoder.max_position
         step_bytes += torch_attention_bytes(config.decoder, dtype, device, max_num_tokens, seq_len, kv_dtype)
@@ -98,7 +101,7 @@ def plan_memory(
     if device.type == "cuda":
         cublas_bytes = CUBLAS_BYTES
         if graphs:
-            graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs)
+            graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs) + dense_bytes
         free_bytes, total_bytes = _free_bytes(device)
     else:
         free_bytes = free_host_bytes()

@@ -52,6 +52,5 @@ def run_layers(
         q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, inv_freq_C, cache, step.slot_T)
         y_THC = ops.paged_attention(q_THC, cache, step.batch, upcoming=(layer.o, layer.gate_up))
         x_TD = ops.linear(y_THC.flatten(1), layer.o, residual=x_TD)
-        y_TF = ops.linear(x_TD, layer.gate_up, norm=layer.norm2, activation="swiglu")
-        x_TD = ops.linear(y_TF, layer.down, residual=x_TD)
+        x_TD = ops.gated_mlp(x_TD, layer.norm2, layer.gate_up, layer.down)
     return x_TD

@@ -8,8 +8,9 @@ A layer of either tower is five moves:
   decoder: norm + linear + rotary + KV write, attention, linear + residual, norm + linear + SwiGLU, linear + residual
   ViT: linear, attention, linear + residual + norm, linear + GELU, linear + residual + norm
 
-In a decode step each move of the decoder is one kernel, which has the norm in front. The ViT always has a thousand rows
-or more; its norms come last, so that residual, LayerScale and norm are one pass over the rows.
+In a decode step each move of the decoder is one kernel, which has the norm in front; `gated_mlp` is the last two of them.
+A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the weight out first. The
+ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one pass over the rows.
 
 `kernels/_contract.py` explains the dimension letters.
 """
@@ -146,6 +147,11 @@ class Ops:
         if is_gated:
             x = self.swiglu(x)
         return x if out is None or x is out else out.copy_(x)
+
+    def gated_mlp(self, x_TD: Tensor, norm: Norm, gate_up: AnyLinear, down: AnyLinear) -> Tensor:
+        """Computes the decoder's last two moves, x + SwiGLU(norm(x) W_gate_up^T) W_down^T."""
+        y_TF = self.linear(x_TD, gate_up, norm=norm, activation="swiglu")
+        return self.linear(y_TF, down, residual=x_TD)
 
     def linear_residual_norm(
         self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
