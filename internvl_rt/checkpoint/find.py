@@ -20,6 +20,7 @@ _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_FILES = ("*config.json", "chat_template.*")
 _ALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+_TORCH_FILES = ("pytorch_model*.bin",)  # the weights of a repository that has no safetensors
 
 
 def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
@@ -116,7 +117,10 @@ def _resolve(model: str | Path, revision: str | None, patterns: tuple[str, ...])
         raise CheckpointError(
             f"{quoted(str(model))}: no such folder; give an existing one, 'tiny', or a hub id such as {hub_id}"
         )
-    return _download(model, revision, patterns)
+    folder = _download(model, revision, patterns)
+    if patterns is _ALL_FILES and not any(folder.glob("*.safetensors")):
+        folder = _download(model, revision, _TORCH_FILES)
+    return folder
 
 
 def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

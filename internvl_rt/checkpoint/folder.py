@@ -1,7 +1,7 @@
 """The tensors of a checkpoint folder, read and written one at a time.
 
-Nothing in a folder is trusted: every file's header is checked in full before any tensor is read, no other weights than
-safetensors are read, and no code that lies beside them is looked at.
+Nothing in a folder is trusted: every file's header is checked in full before any tensor is read, nothing is unpickled,
+and no code that lies beside the weights is looked at.
 """
 
 import json
@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from internvl_rt.checkpoint import torch_file
 from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.checkpoint.tensor_file import TensorEntry, read_chunks, read_header, read_tensor, write_file
 from internvl_rt.errors import CheckpointError, quoted
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ReadHeader = Callable[[Path], dict[str, TensorEntry]]
+_READERS: dict[str, _ReadHeader] = {_SINGLE: read_header, "pytorch_model.bin": torch_file.read_header}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +46,28 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads and checks the headers of model.safetensors, or of all shards in model.safetensors.index.json.
 
-    Raises CheckpointError for missing, truncated, inconsistent or malformed files, before any tensor is read.
+    In a folder with neither, those of pytorch_model.bin, or of the shards in pytorch_model.bin.index.json. Raises
+    CheckpointError for missing, truncated, inconsistent or malformed files, before any tensor is read.
     """
-    if os.path.lexists(folder / _SINGLE):
-        return Checkpoint(folder, read_header(folder / _SINGLE))
-    if os.path.lexists(folder / _INDEX):
-        return Checkpoint(folder, _read_shards(folder, folder / _INDEX))
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    found = f"; {some_of(others)} cannot be read safely, convert to safetensors" if others else "; download it again"
-    raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}{found}")
+    for single, read in _READERS.items():
+        if os.path.lexists(folder / single):
+            return Checkpoint(folder, read(folder / single))
+        if os.path.lexists(index := folder / f"{single}.index.json"):
+            return Checkpoint(folder, _read_shards(folder, index, read, Path(single).suffix))
+    others = sorted(
+        file.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)
+    )
+    found = f", but {some_of(others)}" if others else ""
+    names = [f"{single}{ending}" for single in _READERS for ending in ("", ".index.json")]
+    raise CheckpointError(f"{folder} holds none of {', '.join(names)}{found}; download it again")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
+def _read_shards(folder: Path, index: Path, read: _ReadHeader, suffix: str) -> dict[str, TensorEntry]:
     weight_map = parse_object(index, read_file(index, CheckpointError), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard == Path(shard).name and shard.endswith(".safetensors")
-        for shard in weight_map.values()
+        isinstance(shard, str) and shard == Path(shard).name and shard.endswith(suffix) for shard in weight_map.values()
     ):
-        raise CheckpointError(
-            f"{index}: expected a weight_map of tensor names to .safetensors files; download it again"
-        )
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names to {suffix} files; download it again")
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not os.path.lexists(folder / shard)]:
         raise CheckpointError(
@@ -76,7 +81,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
 
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
-        header = read_header(folder / shard)
+        header = read(folder / shard)
         if twice := sorted(header.keys() & entries.keys()):
             raise CheckpointError(
                 f"{folder}: {quoted(twice[0])} is in both {entries[twice[0]].file.name} and {shard}; download both "

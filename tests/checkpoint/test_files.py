@@ -23,7 +23,10 @@ READERS = {  # of each file, a function of the folder that reads it
     "special_tokens_map.json": load_tokenizer,
     "model.safetensors": open_checkpoint,
     "model.safetensors.index.json": open_checkpoint,
+    "pytorch_model.bin": open_checkpoint,
+    "pytorch_model.bin.index.json": open_checkpoint,
 }
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of which only the header is read
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting_for_it(folder, name,
     assert PROBLEMS[kind] in message
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name != "model.safetensors"])
+@pytest.mark.parametrize("name", [name for name in READERS if name not in WEIGHTS])
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(folder, name):
     most = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_FILE_BYTES
     (folder / name).touch()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -108,15 +109,37 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path, monkeypatch):
     def download(hub_id, *, revision, allow_patterns):
         calls.append((hub_id, revision, allow_patterns))
         (tmp_path / "config.json").write_text(KNOWN_MODELS["InternVL3-1B"].read_text())
+        if "*.safetensors" in allow_patterns:
+            (tmp_path / "model-00001-of-00002.safetensors").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_config("org/name")[1] == "org/name"
+    assert resolve_model("org/name", revision="abc") == tmp_path
+    assert calls == [
+        ("org/name", None, ["*config.json", "chat_template.*"]),
+        ("org/name", "abc", ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]),
+    ]
+
+
+def test_torch_files_are_downloaded_from_a_repository_without_safetensors(tmp_path, monkeypatch):
+    repository = (
+        "config.json", "vit/model.safetensors", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin",
+        "inputs_stats.pth", "training_args.bin", "modeling_internvl_chat.py",
+    )  # fmt: skip
+
+    def download(hub_id, *, revision, allow_patterns):
+        assert (hub_id, revision) == ("org/name", "abc")
+        for name in repository:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("org/name", revision="abc") == tmp_path
-    assert find_config("org/name")[1] == "org/name"
-    assert calls == [
-        ("org/name", "abc", ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]),
-        ("org/name", None, ["*config.json", "chat_template.*"]),
-    ]
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == set(repository[:4])
 
 
 def hub_error(kind):

@@ -129,10 +129,45 @@ def test_a_damaged_shard_is_named(tmp_path):
     assert "2.safetensors is damaged" in refusal(tmp_path)
 
 
-def test_other_formats_are_refused_by_name(tmp_path):
-    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
-    assert "pytorch_model-00001-of-00002.bin cannot be read safely" in refusal(tmp_path)
+def test_torch_files_are_read_in_one_file_or_in_shards(tmp_path):
+    torch.save({**ONE, **TWO}, tmp_path / "pytorch_model.bin")
+    assert open_checkpoint(tmp_path).entries.keys() == {"x", "y", "z"}
+    (tmp_path / "pytorch_model.bin").unlink()
+    for number, tensors in enumerate((ONE, TWO), 1):
+        torch.save(tensors, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{1 if name in ONE else 2}-of-00002.bin" for name in "xyz"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in (ONE | TWO).items():
+        read = torch.empty_like(tensor)
+        checkpoint.read_into(name, read)
+        assert torch.equal(read, tensor)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    assert "1 of 2 files are missing: pytorch_model-00002-of-00002.bin" in refusal(tmp_path)
+
+
+def test_torch_files_beside_safetensors_are_not_looked_at(tmp_path):
+    save_file(ONE, tmp_path / "model.safetensors")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (tmp_path / name).write_bytes(b"\x80damaged")
+    assert open_checkpoint(tmp_path).entries.keys() == ONE.keys()
+    (tmp_path / "model.safetensors").unlink()
+    write_shards(tmp_path, {"1.safetensors": ONE, "2.safetensors": TWO})
+    assert open_checkpoint(tmp_path).entries.keys() == {"x", "y", "z"}
+
+
+def test_an_index_names_files_of_its_own_kind(tmp_path):
+    save_file(ONE, tmp_path / "1.safetensors")
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "1.safetensors"}}')
+    assert "expected a weight_map of tensor names to .bin files" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "1.safetensors", "consolidated.00.pth", "x.pt"])
+def test_files_that_no_index_names_are_named(tmp_path, name):
+    (tmp_path / name).touch()
+    assert f"pytorch_model.bin.index.json, but {name}; download it again" in refusal(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(tmp_path)
+    names = "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
+    assert f"holds none of {names}; download it again" in refusal(tmp_path)

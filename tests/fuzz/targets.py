@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -186,6 +187,41 @@ def _use_checkpoint(content: bytes, folder: Path) -> None:
 
 
 @cache
+def _torch_entries() -> list[dict[str, bytes]]:
+    """The entries of files of `torch.save`: of every kind of tensor, of a module, and one that would run a command."""
+    made = []
+    kinds = {str(dtype): torch.zeros(2, 3).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2)}
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).half()
+    for value, protocol in ((kinds, 2), (kinds, 4), (module.state_dict(), 2), (dict(module.named_parameters()), 2)):
+        file = io.BytesIO()
+        torch.save(value, file, pickle_protocol=protocol)
+        with zipfile.ZipFile(file) as archive:
+            made.append({name: archive.read(name) for name in archive.namelist()})
+    command = b"\x80\x02cposix\n_exit\nK\1\x85R."
+    return [*made, {**made[0], "archive/data.pkl": command}]
+
+
+def _make_torch_file(random: Random) -> bytes:
+    entries = dict(random.choice(_torch_entries()))
+    if random.random() < 0.7:
+        others = [one["archive/data.pkl"] for one in _torch_entries()]
+        entries["archive/data.pkl"] = damage_bytes(entries["archive/data.pkl"], others, random)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    whole = file.getvalue()
+    return damage_bytes(whole, [whole], random) if random.random() < 0.5 else whole
+
+
+def _use_torch_file(content: bytes, folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(content)
+    checkpoint = open_checkpoint(folder)
+    for name, entry in checkpoint.entries.items():
+        checkpoint.read_into(name, torch.empty(entry.shape, dtype=entry.dtype))
+
+
+@cache
 def _engine() -> Engine:
     return Engine.from_pretrained("tiny", device="cpu", kv_cache_bytes=8 << 20, max_model_len=2048)
 
@@ -241,6 +277,7 @@ TARGETS = {
     "config": Target(_make_config, _use_config),
     "tokenizer": Target(_make_tokenizer, _use_tokenizer),
     "checkpoint": Target(_make_checkpoint, _use_checkpoint),
+    "torch_file": Target(_make_torch_file, _use_torch_file),
     "conversation": Target(_make_conversation, _use_conversation),
     "options": Target(_make_options, _use_options),
 }

@@ -24,7 +24,7 @@ def test_damaged_input_raises_nothing_but_errors_of_the_package(target: str) -> 
 
 
 def test_an_input_can_be_made_again() -> None:
-    for name in ("picture", "config", "checkpoint"):
+    for name in ("picture", "config", "checkpoint", "torch_file"):
         assert TARGETS[name].make(Random(f"{name} 7")) == TARGETS[name].make(Random(f"{name} 7")), name
 
 
