@@ -276,7 +276,10 @@ def _check_arguments(call: str, model: object, revision: object, official: Mappi
         raise RequestError(f"{call}: revision must be a text or None, got {quoted(revision)}")
     for name in _QUANTISED:
         if official.get(name):
-            raise RequestError(f"{call}: {name} is not supported, since weights stay in their dtype; leave it out")
+            raise RequestError(
+                f"{call}: {name} is not supported; leave it out, or load the model by "
+                "Engine.from_pretrained(..., quantization='int8')"
+            )
     unknown = sorted(official.keys() - _NO_EFFECT - set(_QUANTISED))
     if unknown:
         raise RequestError(
