@@ -12,6 +12,7 @@ from internvl_rt.arguments import Parser, add_device_and_numbers, device_name
 from internvl_rt.bench.arguments import add_bench
 from internvl_rt.completion import SHELLS
 from internvl_rt.errors import InternVLError, quoted
+from internvl_rt.quantize.command import add_arguments as add_quantise
 from internvl_rt.server import check_libraries
 from internvl_rt.terminal import EXIT_INTERRUPT, flush_or_discard, importing, prepare_streams, say
 
@@ -150,6 +151,15 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     kernels.add_argument("patterns", metavar="NAME", nargs="*", help="operations, with * and ? perhaps")
     kernels.add_argument("--json", action="store_true", help="one JSON document, for programs")
 
+    quantise = commands.add_parser(
+        "quantize",
+        help="write a checkpoint in FP8 or 4 bits",
+        description="Rounds the language model of a dense checkpoint and writes a folder that this runtime, vLLM and "
+        "transformers load. Called again after an interruption, it goes on where it was.",
+    )
+    quantise.set_defaults(run=_quantise)
+    add_quantise(quantise, MODEL_HELP)
+
     add_bench(commands)
 
     # Its own parser makes its arguments from options whose module needs torch.
@@ -248,6 +258,12 @@ def _doctor(args: argparse.Namespace) -> int:
 def _kernels(args: argparse.Namespace) -> int:
     with importing():
         from internvl_rt.kernel_list import run
+    return run(args)
+
+
+def _quantise(args: argparse.Namespace) -> int:
+    from internvl_rt.quantize.command import run
+
     return run(args)
 
 

@@ -67,14 +67,15 @@ def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.d
     inputs = spec.make_inputs(case, dtype, device)
     expected_inputs = {name: wide(value) for name, value in inputs.items()}
     expected = spec.reference(**expected_inputs)
-    results = [(inputs[name], expected_inputs[name]) for name in spec.in_place]
+    results = [(inputs[name], expected_inputs[name]) for name in spec.written(inputs)]
     if expected is None:
         spec.launcher(**inputs)
     else:
         floating = expected.dtype.is_floating_point
-        fill, out_dtype = (math.nan, dtype) if floating else (POISON, expected.dtype)
+        fill = math.nan if floating else POISON
+        out_dtype = dtype if floating and expected.itemsize > 1 else expected.dtype
         out = torch.full(expected.shape, fill, dtype=out_dtype, device=device)
         spec.launcher(**inputs, out=out)
         results.append((out, expected))
-    found = [deviation(y, y_expected, spec.tolerances[dtype]) for y, y_expected in results]
+    found = [deviation(y, y_expected, spec.tolerance_of(y, dtype)) for y, y_expected in results]
     return max(found, key=lambda each: each.share)

@@ -28,7 +28,7 @@ tile has 1024 patch rows, and the blocks of a matrix product divide them without
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -83,6 +83,12 @@ class Case:
     def __getitem__(self, size: str) -> Any:
         return self.sizes[size]
 
+    @property
+    def min_capability(self) -> int:
+        """The first compute capability, as 89 for 8.9, that the case can run on, where that is not the kernels' own."""
+        least: int = self.sizes.get("min_capability", 0)
+        return least
+
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
@@ -103,8 +109,23 @@ class KernelSpec:
     test_cases: tuple[Case, ...]  # small and adversarial: Triton's interpreter runs them
     model_cases: tuple[Case, ...]  # sizes of real models: built for every target, and benchmarked
     tolerances: Mapping[torch.dtype, Tolerance]
-    in_place: tuple[str, ...] = ()  # arguments that the operation writes; if it returns nothing it takes no `out`
+    in_place: tuple[str, ...] = ()  # arguments that it writes, if given; if it returns nothing it takes no `out`
     exact: bool = False  # whether the result must equal the reference bit for bit
+    stored: Mapping[torch.dtype, Tolerance] = field(default_factory=dict)  # of results in another dtype than a case's
+
+    @property
+    def min_capability(self) -> int:
+        """The first compute capability that a case of a real model can run on, where that is not the kernels' own."""
+        return min(case.min_capability for case in self.model_cases)
+
+    def tolerance_of(self, result: torch.Tensor, dtype: torch.dtype) -> Tolerance:
+        """Returns how far a result of a case in `dtype` may be off."""
+        tolerance = self.tolerances[dtype]
+        return tolerance if result.dtype == dtype else self.stored.get(result.dtype, tolerance)
+
+    def written(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the arguments that a call with these writes."""
+        return tuple(name for name in self.in_place if inputs[name] is not None)
 
 
 def require(condition: bool, name: str, expected: object, given: object) -> None:

@@ -10,6 +10,7 @@ though an item may be as short as four blocks.
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._kv_numbers import load_scales, numbers_of, scaled_queries, word_rows
 from internvl_rt.kernels._softmax import probability
 from internvl_rt.kernels._split_combine import combine_parts
 
@@ -37,6 +38,35 @@ def _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP: tl.constexpr,
         shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         total = total * shrink[:, None] + p
+    return new_top, total, acc
+
+
+@triton.jit
+def _attend_numbers(
+    q_RC, k, v, scales, inside, top, total, acc, scale_log2, SWAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Returns the state after one more piece of keys and values in 8 bits. `scales` are of `load_scales`.
+
+    The maximum is that of a probability times the power of 2 in its value's scale, so that the largest weight is from 1
+    to 2 in float16, whatever the scales are.
+    """
+    k_scale, v_exponent, v_inverse, v_rest = scales
+    if SWAP:
+        score = tl.dot(k, q_RC.T, input_precision=PRECISION) * k_scale[:, None]
+        score = tl.where(inside[:, None], score * scale_log2[None, :] + v_exponent[:, None], float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=0))
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[None, :])
+        of_values = (weight * v_rest[:, None]).to(v.dtype)
+        acc = tl.dot(v.T, of_values, acc * shrink[None, :], input_precision=PRECISION)
+        total = total * shrink[None, :] + weight * v_inverse[:, None]
+    else:
+        score = tl.dot(q_RC, k.T, input_precision=PRECISION) * k_scale[None, :]
+        score = tl.where(inside[None, :], score * scale_log2[:, None] + v_exponent[None, :], float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        shrink, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[:, None])
+        of_values = (weight * v_rest[None, :]).to(v.dtype)
+        acc = tl.dot(of_values, v, acc * shrink[:, None], input_precision=PRECISION)
+        total = total * shrink[:, None] + weight * v_inverse[None, :]
     return new_top, total, acc
 
 
@@ -121,9 +151,9 @@ INDICES = ["block_table", "seq_len", "split_start", "split_items", "counters", "
 def decode_attention_kernel(
     q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
     next_weight, later_weight, q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows,
-    next_bytes, later_bytes, scale_log2,
+    next_bytes, later_bytes, scale_log2, scale, scale_block_stride, scale_head_stride,
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    PREFETCH_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    PREFETCH_KEYS: tl.constexpr, PRECISION: tl.constexpr, INLINE: tl.constexpr,
 ):  # fmt: skip
     """Computes attention for one item of the split plan.
 
@@ -134,6 +164,7 @@ def decode_attention_kernel(
     EARLY: the kernel after this one may start once all programs of this one have; _gemv_body.py says why it may.
     SWAP: S^T = K q^T and O^T = V^T P^T. Then the tall side of both products is the keys or the channels, and 16 query
     rows are enough for matrix units that work on at least 64 rows (sm_90, sm_100).
+    scale: of caches in 8 bits; its strides count words of two scales. INLINE: inline assembly may be used.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -188,6 +219,10 @@ def decode_attention_kernel(
 
     if row >= 0:
         q_RC = tl.load(q + row.to(tl.int64) * q_stride + offset_RC, mask=real, other=0.0)
+        if scale is not None:
+            scale_words = scale.to(tl.pointer_type(tl.int32)) + head.to(tl.int64) * scale_head_stride
+            q_RC, power = scaled_queries(q_RC)
+            row_log2 = scale_log2 * power
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK, ROWS] if SWAP else [ROWS, BLOCK], tl.float32)
@@ -196,10 +231,20 @@ def decode_attention_kernel(
             inside = start + tl.arange(0, BLOCK) < stop
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK)
             v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK)
-            k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
-            v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
-            blocks = table_blocks(table, start + BLOCK, stop, P, BLOCK)  # ahead, so that no copy waits for it
-            top, total, acc = _attend(q_RC, k, v, inside, top, total, acc, scale_log2, SWAP, PRECISION)
+            state = top, total, acc
+            if scale is not None:
+                k = tl.load(word_rows(k_rows, C), mask=inside[:, None], other=0)
+                v = tl.load(word_rows(v_rows, C), mask=inside[:, None], other=0)
+                k = numbers_of(k, k_cache.dtype.element_ty, q_RC.dtype, C, INLINE)
+                v = numbers_of(v, v_cache.dtype.element_ty, q_RC.dtype, C, INLINE)
+                scales = load_scales(slot_rows(scale_words, blocks, start, scale_block_stride, 1, P, BLOCK), inside)
+                blocks = table_blocks(table, start + BLOCK, stop, P, BLOCK)
+                top, total, acc = _attend_numbers(q_RC, k, v, scales, inside, *state, row_log2, SWAP, PRECISION)
+            else:
+                k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+                v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+                blocks = table_blocks(table, start + BLOCK, stop, P, BLOCK)  # ahead, so that no copy waits for it
+                top, total, acc = _attend(q_RC, k, v, inside, *state, scale_log2, SWAP, PRECISION)
 
         acc_RC = acc.T if SWAP else acc
         total = tl.sum(total, axis=0 if SWAP else 1)

@@ -1,4 +1,6 @@
-"""The jitted bodies of gemv and gemv_qkv: products of a few rows with a weight that is read once, from device memory.
+"""The jitted body of gemv and gemv_8bit, and the parts that gemv_qkv and gemv_4bit share with it.
+
+Products of a few rows with a weight that is read once, from device memory.
 
 A program computes the products of BLOCK_N rows of the weight with all rows of x, over all of K or over one split of it.
 It takes chunks of BLOCK_K. On matrix units the next chunk is loaded to registers while the present one is multiplied;
@@ -13,13 +15,16 @@ so it ends only after its predecessor has ended, and so do all kernels of the st
 
 RMSNorm is y = rstd * ((x * w_norm) W^T): the same loop adds up the squares of a row, and the sums are multiplied by
 rstd at the end. So x is read once, and a split computes only its own part of the squares.
+
+KIND, ASM, LIFT and LOWER say what 8-bit numbers become (_numbers_8bit.py); KIND None: the weight is dense. BLOCKS: a
+row has a scale for every 128 columns, which multiplies their sums, and not one scale, which multiplies the whole sum.
 """
 
 import triton
 import triton.language as tl
 
 from internvl_rt.kernels._gemv_pipelined import pipelined_sums, prefetch_weight, rounded_to_tf32
-from internvl_rt.kernels._rope import rotate, sin_cos
+from internvl_rt.kernels._numbers_8bit import lifted, operand_of, operands_of_words
 
 
 @triton.jit
@@ -36,11 +41,14 @@ def _paired_rows(first, distance, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: tl.constexpr):
-    """Loads a chunk of the weight, zero from `end` on; no other program reads it. `inside` None: every row exists."""
-    inner = k + tl.arange(0, BLOCK_K)
+def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: tl.constexpr, WORD: tl.constexpr):
+    """Loads a chunk of the weight, zero from `end` on; no other program reads it. `inside` None: every row exists.
+
+    WORD: how many columns lie in an element of it, 4 with words of 8-bit numbers.
+    """
+    inner = k // WORD + tl.arange(0, BLOCK_K // WORD)
     at = weight + weight_row[:, None] * weight_stride + inner[None, :]
-    mask = (k < end) & (inner < K)[None, :]
+    mask = (k < end) & (inner < K // WORD)[None, :]
     if inside is not None:
         mask &= inside[:, None]
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -48,28 +56,64 @@ def _load_weight(weight, weight_row, inside, k, end, K, weight_stride, BLOCK_K: 
 
 @triton.jit
 def _load_ahead(
-    weight, weight_row, inside, begin, end, K, weight_stride, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr
+    weight, weight_row, inside, begin, end, K, weight_stride, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    WORD: tl.constexpr = 1,
 ):  # fmt: skip
     """Loads the first AHEAD chunks of the weight."""
     chunks = ()
     for i in tl.static_range(AHEAD):
-        chunk = _load_weight(weight, weight_row, inside, begin + i * BLOCK_K, end, K, weight_stride, BLOCK_K)
+        chunk = _load_weight(weight, weight_row, inside, begin + i * BLOCK_K, end, K, weight_stride, BLOCK_K, WORD)
         chunks += (chunk,)  # type: ignore[assignment]
     return chunks
 
 
 @triton.jit
-def _load_rows(x, last_row, k, end, K, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    inner = k + tl.arange(0, BLOCK_K)
-    row = tl.arange(0, ROWS)[:, None]
-    at = x + row.to(tl.int64) * x_stride + inner[None, :]
-    return tl.load(at, mask=(row <= last_row) & (k < end) & (inner < K)[None, :], other=0.0)
+def _load_rows(
+    x, last_row, k, end, K, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr = 1
+):  # fmt: skip
+    """Loads a chunk of x [ROWS, BLOCK_K].
+
+    With PIECES it is [ROWS, PIECES, BLOCK_K / PIECES], for a weight of which a load brings a thread 16 columns: the
+    thread gets the same columns of x, and a piece has what one load brings of them.
+    """
+    if PIECES == 1:
+        inner = k + tl.arange(0, BLOCK_K)
+        row = tl.arange(0, ROWS)[:, None]
+        at = x + row.to(tl.int64) * x_stride + inner[None, :]
+        return tl.load(at, mask=(row <= last_row) & (k < end) & (inner < K)[None, :], other=0.0)
+    else:
+        WIDTH: tl.constexpr = 16 // PIECES
+        place = tl.arange(0, BLOCK_K // PIECES)
+        inner = k + (WIDTH * tl.arange(0, PIECES))[:, None] + (place // WIDTH * 16 + place % WIDTH)[None, :]
+        row = tl.arange(0, ROWS)[:, None, None]
+        at = x + row.to(tl.int64) * x_stride + inner[None, :, :]
+        return tl.load(at, mask=(row <= last_row) & (k < end) & (inner < K)[None, :, :], other=0.0)
 
 
 @triton.jit
-def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr = 1):
     """Loads the chunk once for each row of x: L1 does that faster than threads hand the values to each other."""
-    return _load_rows(norm_weight, ROWS - 1, k, end, K, 0, ROWS, BLOCK_K)
+    return _load_rows(norm_weight, ROWS - 1, k, end, K, 0, ROWS, BLOCK_K, PIECES)
+
+
+@triton.jit
+def _load_scales(
+    scale, weight_row, inside, k, end, K, scale_stride, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr
+):  # fmt: skip
+    """Loads the scales of the parts of a chunk that `_add_chunk` adds up: of every warp, or of every 16 columns.
+
+    Returns None if `scale` is None.
+    """
+    if scale is None:
+        return None
+    elif MATRIX:
+        inner = k + BLOCK_K // WARPS * tl.arange(0, WARPS)[:, None, None]
+        at = scale + weight_row[None, None, :] * scale_stride + inner // 128
+        return tl.load(at, mask=inside[None, None, :] & (inner < tl.minimum(end, K)), other=0.0)
+    else:
+        inner = k + 16 * tl.arange(0, BLOCK_K // 16)[None, None, :]
+        at = scale + weight_row[None, :, None] * scale_stride + inner // 128
+        return tl.load(at, mask=inside[None, :, None] & (inner < tl.minimum(end, K)), other=0.0)
 
 
 @triton.jit
@@ -84,12 +128,13 @@ def _part_of_k(split_len, K, SPLIT: tl.constexpr):
 
 @triton.jit
 def _add_chunk(
-    w, v, n, sums, squares, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+    w, v, n, s, sums, squares, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, ASM: tl.constexpr, LIFT: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of a chunk to `sums` and, where there is a norm, x's squares to `squares`; see `_row_sums`."""
     ROWS: tl.constexpr = v.shape[0]
-    BLOCK_K: tl.constexpr = v.shape[1]
-    GROUP: tl.constexpr = 128 // w.dtype.primitive_bitwidth  # elements that one load brings a thread
+    BLOCK_K: tl.constexpr = w.shape[1] * WORD
+    GROUP: tl.constexpr = 128 // v.dtype.primitive_bitwidth  # elements that one load brings a thread
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     a = v
     if n is not None:
@@ -97,13 +142,28 @@ def _add_chunk(
         squares += tl.sum(tl.reshape(a * a, (ROWS, GROUPS, GROUP)), axis=2)
         a *= n.to(tl.float32)
     b = w
+    if KIND is not None:
+        TYPE: tl.constexpr = v.dtype if MATRIX and not WIDE else tl.float32
+        b = operand_of(w, KIND, TYPE) if WORD == 1 else operands_of_words(w, KIND, ASM, TYPE)
+        if not MATRIX:
+            a = a.to(tl.float32)
+        a = lifted(a, LIFT)
     if MATRIX:
         if WIDE:
             a = rounded_to_tf32(a)
             b = b.to(tl.float32)
         a = tl.permute(tl.reshape(a.to(b.dtype), (ROWS, WARPS, BLOCK_K // WARPS)), (1, 0, 2))
         b = tl.permute(tl.reshape(b, (b.shape[0], WARPS, BLOCK_K // WARPS)), (1, 2, 0))
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        if s is not None:
+            sums += tl.dot(a, b, input_precision=PRECISION) * s
+        else:
+            sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    elif KIND is not None:
+        PIECES: tl.constexpr = 16 // GROUP
+        a = tl.reshape(a, (ROWS, 1, PIECES, BLOCK_K // 16, GROUP))
+        b = tl.permute(tl.reshape(b, (1, b.shape[0], BLOCK_K // 16, PIECES, GROUP)), (0, 1, 3, 2, 4))
+        products = tl.sum(tl.sum(a * b, axis=4), axis=2)
+        sums += products if s is None else products * s
     else:
         a = tl.reshape(a.to(tl.float32), (ROWS, 1, GROUPS, GROUP))
         b = tl.reshape(b.to(tl.float32), (1, b.shape[0], GROUPS, GROUP))
@@ -113,37 +173,44 @@ def _add_chunk(
 
 @triton.jit
 def _row_sums(
-    x, norm_weight, weight, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride, weight_stride,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    x, norm_weight, weight, scale, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride, weight_stride,
+    scale_stride, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+    LIFT: tl.constexpr, WORD: tl.constexpr = 1,
 ):  # fmt: skip
     """Computes (x * w_norm) W^T and x's squares, both yet to be added across threads.
 
     `ws` are the weight's first AHEAD chunks, `n` is the norm's first one; the others are loaded one chunk ahead.
     With MATRIX each warp takes a part of a chunk's K and all rows, so that no two warps read the same operand.
     Otherwise each thread has 16 bytes of every row of the chunk and keeps its sums in registers.
+    `scale`: of every 128 columns, or None.
     """
     BLOCK_N: tl.constexpr = weight_row.shape[0]
-    GROUPS: tl.constexpr = BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // 128
+    GROUPS: tl.constexpr = BLOCK_K * weight.dtype.element_ty.primitive_bitwidth // WORD // 128
+    NORM_GROUPS: tl.constexpr = BLOCK_K * x.dtype.element_ty.primitive_bitwidth // 128
+    PIECES: tl.constexpr = 1 if MATRIX or KIND is None else NORM_GROUPS // GROUPS
     w = ws[0]
-    v = _load_rows(x, last_row, begin, end, K, x_stride, ROWS, BLOCK_K)
+    v = _load_rows(x, last_row, begin, end, K, x_stride, ROWS, BLOCK_K, PIECES)
     sums = tl.zeros((WARPS, ROWS, BLOCK_N) if MATRIX else (ROWS, BLOCK_N, GROUPS), tl.float32)
-    squares = tl.zeros((ROWS, GROUPS) if norm_weight is not None else (ROWS, 1), tl.float32)
+    squares = tl.zeros((ROWS, NORM_GROUPS) if norm_weight is not None else (ROWS, 1), tl.float32)
     for i in tl.static_range(1, AHEAD):
-        next_v = _load_rows(x, last_row, begin + i * BLOCK_K, end, K, x_stride, ROWS, BLOCK_K)
+        next_v = _load_rows(x, last_row, begin + i * BLOCK_K, end, K, x_stride, ROWS, BLOCK_K, PIECES)
         if norm_weight is not None:
-            next_n = _load_norm(norm_weight, begin + i * BLOCK_K, end, K, ROWS, BLOCK_K)
-        sums, squares = _add_chunk(w, v, n, sums, squares, WARPS, MATRIX, WIDE, PRECISION)
+            next_n = _load_norm(norm_weight, begin + i * BLOCK_K, end, K, ROWS, BLOCK_K, PIECES)
+        at = begin + (i - 1) * BLOCK_K
+        s_i = _load_scales(scale, weight_row, weight_inside, at, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
+        sums, squares = _add_chunk(w, v, n, s_i, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
         w = ws[i]
         v = next_v
         if norm_weight is not None:
             n = next_n
     for k in range(begin + (AHEAD - 1) * BLOCK_K, end, BLOCK_K):
-        next_w = _load_weight(weight, weight_row, weight_inside, k + BLOCK_K, end, K, weight_stride, BLOCK_K)
-        next_v = _load_rows(x, last_row, k + BLOCK_K, end, K, x_stride, ROWS, BLOCK_K)
+        next_w = _load_weight(weight, weight_row, weight_inside, k + BLOCK_K, end, K, weight_stride, BLOCK_K, WORD)
+        next_v = _load_rows(x, last_row, k + BLOCK_K, end, K, x_stride, ROWS, BLOCK_K, PIECES)
         if norm_weight is not None:
-            next_n = _load_norm(norm_weight, k + BLOCK_K, end, K, ROWS, BLOCK_K)
-        sums, squares = _add_chunk(w, v, n, sums, squares, WARPS, MATRIX, WIDE, PRECISION)
+            next_n = _load_norm(norm_weight, k + BLOCK_K, end, K, ROWS, BLOCK_K, PIECES)
+        s = _load_scales(scale, weight_row, weight_inside, k, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
+        sums, squares = _add_chunk(w, v, n, s, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
         w = next_w
         v = next_v
         if norm_weight is not None:
@@ -198,11 +265,12 @@ def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: t
 
 @triton.jit(do_not_specialize=["last_row"])  # one kernel for every batch
 def gemv_kernel(
-    x, norm_weight, weight, bias, residual, out, partial, arrived, last_row, N, K, split_len, eps,
-    x_stride, weight_stride, residual_stride, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, norm_weight, weight, scale, bias, residual, out, partial, arrived, last_row, N, K, split_len, eps,
+    x_stride, weight_stride, scale_stride, residual_stride, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
+    BLOCKS: tl.constexpr, LIFT: tl.constexpr, LOWER: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Computes N outputs a row. With SWIGLU each output comes from two rows of the weight, which lie N rows apart."""
     if EARLY:
@@ -222,27 +290,33 @@ def gemv_kernel(
         if PREFETCH:
             prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
     else:
-        ws = _load_ahead(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K, AHEAD)
+        ws = _load_ahead(weight, weight_row, weight_inside, begin, end, K, weight_stride, BLOCK_K, AHEAD, WORD)
         n = None
         if norm_weight is not None:
-            n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
+            WIDTH_8: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+            PIECES: tl.constexpr = 1 if MATRIX or KIND is None else 16 // WIDTH_8
+            n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K, PIECES)
     if bias is not None:
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
             bias_up = tl.load(bias + N + column, mask=column < N, other=0.0)
+    if KIND is not None and not BLOCKS:
+        row_scale = tl.load(scale + weight_row * scale_stride, mask=weight_inside, other=0.0)
+    block_scale = scale if BLOCKS else None
     if PDL:  # only the wait makes other kernels' writes visible
         tl.extra.cuda.gdc_wait()
         if not EARLY:
             tl.extra.cuda.gdc_launch_dependents()
     if STAGES:
         sums, squares = pipelined_sums(
-            x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
-            WIDE, PRECISION,
+            x, norm_weight, weight, block_scale, weight_row, last_row, begin, end, K, x_stride, weight_stride,
+            scale_stride, ROWS, BLOCK_K, WIDE, PRECISION, KIND, LIFT,
         )  # fmt: skip
     else:
         sums, squares = _row_sums(
-            x, norm_weight, weight, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride, weight_stride,
-            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION, AHEAD,
+            x, norm_weight, weight, block_scale, weight_row, weight_inside, ws, n, last_row, begin, end, K, x_stride,
+            weight_stride, scale_stride, ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION, AHEAD, KIND, ASM, LIFT,
+            WORD,
         )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
@@ -256,6 +330,10 @@ def gemv_kernel(
     if is_last:
         if SPLIT:
             sums, squares = _add_partial_sums(partial, arrived, last_row, ROWS, BLOCK_N)
+        if KIND is not None:
+            if not BLOCKS:
+                sums *= row_scale[None, :]
+            sums *= LOWER
         if norm_weight is not None:
             sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
         if SWIGLU:
@@ -271,92 +349,3 @@ def gemv_kernel(
         if residual is not None:
             y += r.to(tl.float32)
         tl.store(out + row * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_halves(base, offset, inside, channel, first, second, HALF: tl.constexpr):
-    at = base + offset[:, None] + channel[None, :]
-    tl.store(at, first.to(base.dtype.element_ty), mask=inside[:, None])
-    tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
-
-
-# Not specialised: one kernel serves every batch and cache, and index tensors that begin at any address.
-@triton.jit(do_not_specialize=["last_row", "k_head", "v_head", "num_slots", "position", "slot"])
-def gemv_qkv_kernel(
-    x, norm_weight, weight, bias, position, inv_freq, k_cache, v_cache, slot, q, partial, arrived, last_row,
-    k_head, v_head, num_slots, K, split_len, eps, x_stride, weight_stride, q_stride, q_head_stride, block_stride,
-    group_stride, place_stride, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Computes BLOCK_N / 2 channels of the first half of one head, and their partners in the second half.
-
-    The first heads are queries, those from `k_head` on are keys, and those from `v_head` on are values.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-    HALF: tl.constexpr = C // 2
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    head = tl.program_id(0) // (HALF // PAIRS)
-    first_channel = tl.program_id(0) % (HALF // PAIRS) * PAIRS
-    channel = first_channel + tl.arange(0, PAIRS)
-    weight_row = _paired_rows(0, HALF, BLOCK_N)
-    weight += (head * C + first_channel).to(tl.int64) * weight_stride
-    begin, end = _part_of_k(split_len, K, SPLIT)
-    if STAGES:
-        if PREFETCH:
-            prefetch_weight(weight, weight_row, begin, end, weight_stride, PREFETCH)
-    else:
-        ws = _load_ahead(weight, weight_row, None, begin, end, K, weight_stride, BLOCK_K, AHEAD)
-        n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K)
-    if bias is not None:
-        bias_first = tl.load(bias + head * C + channel)
-        bias_second = tl.load(bias + head * C + HALF + channel)
-    if PDL:  # as in gemv_kernel
-        tl.extra.cuda.gdc_wait()
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-    if STAGES:
-        sums, squares = pipelined_sums(
-            x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS, BLOCK_K,
-            WIDE, PRECISION,
-        )  # fmt: skip
-    else:
-        sums, squares = _row_sums(
-            x, norm_weight, weight, weight_row, None, ws, n, last_row, begin, end, K, x_stride, weight_stride,
-            ROWS, BLOCK_K, WARPS, MATRIX, WIDE, PRECISION, AHEAD,
-        )  # fmt: skip
-    row = tl.arange(0, ROWS)
-    inside = row <= last_row
-    r_slot = tl.load(slot + row, mask=inside, other=-1)
-    angle = tl.load(position + row, mask=inside, other=0.0)[:, None] * tl.load(inv_freq + channel)[None, :]
-    if not STAGES:
-        sums, squares = _across_threads(sums, squares, MATRIX)
-    is_last = True
-    if SPLIT:
-        is_last = _leave_partial_sums(sums, squares, partial, arrived, last_row)
-    if is_last:
-        if SPLIT:
-            sums, squares = _add_partial_sums(partial, arrived, last_row, ROWS, BLOCK_N)
-        first, second = _pairs_of(sums * (1.0 / tl.sqrt_rn(squares / K + eps))[:, None])
-        if bias is not None:
-            first += bias_first.to(tl.float32)[None, :]
-            second += bias_second.to(tl.float32)[None, :]
-        if head < v_head:  # only queries and keys are rotated
-            sin, cos = sin_cos(angle)
-            first, second = rotate(first, second, sin, cos)
-        has_slot = (r_slot >= 0) & (r_slot < num_slots)
-        place = r_slot.to(tl.int64)
-        in_cache = place // P * block_stride + place % P * place_stride
-        if head < k_head:
-            first = tl.where(has_slot[:, None], first, 0.0)
-            second = tl.where(has_slot[:, None], second, 0.0)
-            in_q = row.to(tl.int64) * q_stride + head.to(tl.int64) * q_head_stride
-            _store_halves(q, in_q, inside, channel, first, second, HALF)
-        elif head < v_head:
-            keys = k_cache + (head - k_head).to(tl.int64) * group_stride
-            _store_halves(keys, in_cache, has_slot, channel, first, second, HALF)
-        else:
-            values = v_cache + (head - v_head).to(tl.int64) * group_stride
-            _store_halves(values, in_cache, has_slot, channel, first, second, HALF)

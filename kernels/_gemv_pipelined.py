@@ -11,6 +11,8 @@ written to shared memory again.
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._numbers_8bit import lifted, operand_of
+
 
 @triton.jit
 def prefetch_weight(weight, weight_row, begin, end, weight_stride, LENGTH: tl.constexpr):
@@ -42,11 +44,15 @@ def _load_norm(norm_weight, k, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def pipelined_sums(
-    x, norm_weight, weight, weight_row, last_row, begin, end, K, x_stride, weight_stride, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, norm_weight, weight, scale, weight_row, last_row, begin, end, K, x_stride, weight_stride, scale_stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+    LIFT: tl.constexpr,
 ):  # fmt: skip
-    """Computes (x * w_norm) W^T [ROWS, BLOCK_N] and the sum of x's squares [ROWS]; all of `weight_row` must exist."""
-    GROUP: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
+    """Computes (x * w_norm) W^T [ROWS, BLOCK_N] and the sum of x's squares [ROWS]; all of `weight_row` must exist.
+
+    KIND and LIFT as in _numbers_8bit.py; `scale`: of every 128 columns, or None.
+    """
+    GROUP: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # elements that one load brings a thread
     row = tl.arange(0, ROWS)
     weight_at = weight + weight_row[:, None] * weight_stride
     x_at = x + row[:, None].to(tl.int64) * x_stride
@@ -62,12 +68,18 @@ def pipelined_sums(
         if norm_weight is not None:
             a = v.to(tl.float32)
             squares += tl.sum(tl.reshape(a * a, (ROWS, BLOCK_K // GROUP, GROUP)), axis=2)
-            a *= n.to(tl.float32)
-            if WIDE:
-                v = rounded_to_tf32(a)
-                w = w.to(tl.float32)
-            else:
-                v = a.to(w.dtype)
+            a = lifted(a * n.to(tl.float32), LIFT)
+            v = rounded_to_tf32(a) if WIDE else a.to(x.dtype.element_ty)
             n = _load_norm(norm_weight, k + BLOCK_K, K, ROWS, BLOCK_K)  # one chunk ahead; it takes no shared memory
-        sums = tl.dot(w, tl.trans(v), sums, input_precision=PRECISION)
+        else:
+            v = lifted(v, LIFT)
+        if KIND is not None:
+            w = operand_of(w, KIND, v.dtype)
+        elif WIDE:
+            w = w.to(tl.float32)
+        if scale is not None:
+            s = tl.load(scale + weight_row * scale_stride + k // 128)
+            sums += tl.dot(w, tl.trans(v), input_precision=PRECISION) * s[:, None]
+        else:
+            sums = tl.dot(w, tl.trans(v), sums, input_precision=PRECISION)
     return tl.trans(sums), tl.sum(squares, axis=1)

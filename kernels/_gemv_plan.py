@@ -116,24 +116,46 @@ def choose_gemv_plan(
         few = target.capability == 90 or in_flight < BYTES_IN_FLIGHT * target.num_sms
         num_warps = 8 if few and k > 4 * 32 * load else 4
         return GemvPlan(block_n, 32 * num_warps * load, num_warps)
-    # float16 with a norm multiplies in tf32, whose operands cannot both be read from shared memory.
-    can_be_staged = target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16)
-    if can_be_staged and n * k * dtype.itemsize > SMALL_WEIGHT:
-        return _staged_plan(n, k, dtype, target)
-    return _matrix_plan(n, k, dtype, target)
+    if _can_be_staged(dtype, target, normed) and n * k * dtype.itemsize > SMALL_WEIGHT:
+        return _staged_plan(n, k, dtype.itemsize, dtype, target)
+    return _matrix_plan(n, k, dtype.itemsize, target)
 
 
-def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
+def _can_be_staged(dtype: torch.dtype, target: Target, normed: bool) -> bool:
+    """float16 with a norm multiplies in tf32, whose operands cannot both be read from shared memory."""
+    return target.capability == 90 and dtype.itemsize == 2 and not (normed and dtype == torch.float16)
+
+
+@lru_cache(1024)
+def choose_8bit_plan(
+    rows: int, n: int, k: int, dtype: torch.dtype, target: Target, *, normed: bool = False
+) -> GemvPlan:
+    """Returns the plan for x [rows, k] in `dtype` and a weight [n, k] of 8-bit numbers; `normed`: with RMSNorm.
+
+    It follows `choose_gemv_plan`, for half the bytes. On the CUDA cores a number takes about four instructions, so as
+    many warps share K as find work for three quarters of their threads. Not measured.
+    """
+    if rows <= 2:
+        block_n = 8 if n >= 8 * 4 * target.num_sms else 4
+        per_warp = 32 * 16  # columns of one load of each thread
+        num_warps = next((w for w in (8, 4) if k >= 0.75 * cdiv(k, w * per_warp) * w * per_warp), 2)
+        return GemvPlan(block_n, num_warps * per_warp, num_warps)
+    if _can_be_staged(dtype, target, normed) and n * k > SMALL_WEIGHT:
+        return _staged_plan(n, k, 1, dtype, target)
+    return _matrix_plan(n, k, 1, target)
+
+
+def _matrix_plan(n: int, k: int, itemsize: int, target: Target) -> GemvPlan:
     """Makes a plan in which a program reads 16 rows of x beside its rows of the weight, both through registers.
 
     A large weight is limited by device memory; there a program takes 64 rows of it, so that x is read less often. K is
     split into the number of parts with which the last program ends first: the programs that run at once should fill
     the chip, and a last round of a few programs would leave most of it idle.
     """
-    if n * k * dtype.itemsize >= LARGE_WEIGHT:
-        block_n, block_k, num_warps = 64, 128, 8
+    if n * k * itemsize >= LARGE_WEIGHT:
+        block_n, block_k, num_warps = 64, 256 // min(itemsize, 2), 8
     else:
-        block_n, block_k, num_warps = 16, 64 * (16 // dtype.itemsize), 8
+        block_n, block_k, num_warps = 16, 64 * (16 // itemsize), 8
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
 
     def chunks_in_turn(splits: int) -> int:
@@ -145,10 +167,10 @@ def _matrix_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan
     return GemvPlan(block_n, block_k, num_warps, cdiv(chunks, per_split), matrix=True)
 
 
-def _staged_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan:
+def _staged_plan(n: int, k: int, itemsize: int, dtype: torch.dtype, target: Target) -> GemvPlan:
     """Makes a plan in which the weight is the matrix units' tall operand and passes through shared memory.
 
-    It has the fewest splits that keep most multiprocessors loading: an exchange of partial sums takes time, and
+    `itemsize` is that of the weight, `dtype` that of x. It has the fewest splits that keep most multiprocessors loading: an exchange of partial sums takes time, and
     programs that run at once share device memory evenly whether they fill the chip or not. Few programs on a
     multiprocessor have deep pipelines; many leave no gap where one ends and the next begins. So up to three are
     resident, and fewer where three would leave a short last round, which would wait for its own short pipelines.
@@ -159,8 +181,8 @@ def _staged_plan(n: int, k: int, dtype: torch.dtype, target: Target) -> GemvPlan
     per_split = cdiv(chunks, wanted)
     splits = cdiv(chunks, per_split)
     programs = tiles * splits
-    stage_bytes = (block_n + MAX_ROWS) * block_k * dtype.itemsize
-    saturating = BYTES_IN_FLIGHT * target.num_sms / (block_n * block_k * dtype.itemsize)  # chunks on their way
+    stage_bytes = (block_n * itemsize + MAX_ROWS * dtype.itemsize) * block_k
+    saturating = BYTES_IN_FLIGHT * target.num_sms / (block_n * block_k * itemsize)  # chunks on their way
 
     def stages(resident: int) -> int:
         return max(2, min(6, per_split + 1, STAGED_BYTES // resident // stage_bytes))

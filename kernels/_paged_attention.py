@@ -3,7 +3,8 @@
     o[t, h] = softmax(q[t, h] . k[: p + 1, g] / sqrt(C)) v[: p + 1, g]      g = h // (H / G)
 
 t is the query at index p of its sequence. The last `query_len` of a sequence's `seq_len` tokens are this step's
-queries; their keys and values are in the cache already. Slots beyond a sequence's length are never read.
+queries; their keys and values are in the cache already. Slots beyond a sequence's length are never read. Keys and
+values in 8 bits are numbers times scales (_kv_numbers.py).
 """
 
 import math
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case
+from internvl_rt.kernels._kv_numbers import KV_FORMATS, dequantise_heads, quantise_heads
+
+NAN_FP8 = 0x7F  # the bits of a NaN in float8_e4m3fn
 
 
 def attend_by_torch(q_HLC: Tensor, k_GSC: Tensor, v_GSC: Tensor) -> Tensor:
@@ -34,11 +38,13 @@ def paged_attention_reference(
     block_table_SN: Tensor,
     query_start_S1: Tensor,
     seq_len_S: Tensor,
+    scale_BGP2: Tensor | None = None,
     *,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend_by_torch,
 ) -> Tensor:
     """Computes attention [T, H, C]. The integers are int32; a row of the table is read up to its sequence's length.
 
+    scale_BGP2: the scales of caches in 8 bits
     attend: computes what `attend_by_torch` does
     """
     block_size = k_cache_BGPC.shape[2]
@@ -49,29 +55,37 @@ def paged_attention_reference(
         if first == last or seq_len == 0:  # a row that pads the batch
             continue
         blocks = block_table_SN[row, : -(-seq_len // block_size)].long()
-        k_GLC, v_GLC = (
-            cache_BGPC.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :seq_len]
-            for cache_BGPC in (k_cache_BGPC, v_cache_BGPC)
-        )
+        k_GLC, v_GLC = (_tokens(cache_BGPC, blocks, seq_len) for cache_BGPC in (k_cache_BGPC, v_cache_BGPC))
+        if scale_BGP2 is not None:
+            scale_2GL = _tokens(scale_BGP2, blocks, seq_len).unbind(-1)
+            k_GLC, v_GLC = map(dequantise_heads, (k_GLC, v_GLC), scale_2GL, (q_THC.dtype, q_THC.dtype))
         out_THC[first:last] = attend(q_THC[first:last].transpose(0, 1), k_GLC, v_GLC)
     return out_THC
 
 
+def _tokens(cache_BGPx: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
+    """Returns [G, tokens, x] of the first tokens in these blocks."""
+    return cache_BGPx.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :num_tokens]
+
+
 def make_paged_cache(
     case: Case, seq_lens: list[int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor | None]:
     """Makes keys, values and the table: blocks in any order, NaN in slots without a token, -1 after each row's blocks.
 
     `shared`: how many leading blocks all rows share with the first. `fill` chooses the kind of keys. `padding`: how
-    many channels, which hold NaN, lie between one slot and the next.
+    many channels, which hold NaN, lie between one slot and the next. `cache` is the format of one in 8 bits; there
+    scales without a token are NaN, and integers, which cannot be that, are 101.
     """
+    numbers = KV_FORMATS[case["cache"]] if "cache" in case.sizes else None
     block_size, channels = case["P"], case["C"]
     counts = [-(-length // block_size) for length in seq_lens]
     num_blocks, table_shape = sum(counts) + 2, (len(seq_lens), max(counts, default=0) + 1)
     shape = (num_blocks, case["G"], block_size, channels + case.sizes.get("padding", 0))
     if device.type == "meta":
-        k, v = (torch.empty(shape, dtype=dtype, device=device)[..., :channels] for _ in range(2))
-        return k, v, torch.empty(table_shape, dtype=torch.int32, device=device)
+        k, v = (torch.empty(shape, dtype=numbers or dtype, device=device)[..., :channels] for _ in range(2))
+        scale = torch.empty((*shape[:3], 2), dtype=torch.bfloat16, device=device) if numbers else None
+        return _named(k, v, torch.empty(table_shape, dtype=torch.int32, device=device), scale)
 
     free = torch.randperm(num_blocks)
     table_SN = torch.full(table_shape, -1, dtype=torch.int32)
@@ -95,7 +109,24 @@ def make_paged_cache(
         k[:, :, 3 % block_size] *= min(500.0, huge)
     elif fill == "huge":
         k *= huge
+    scale = None
+    if numbers is not None:
+        (k, k_scale), (v, v_scale) = _quantised(k, numbers, channels), _quantised(v, numbers, channels)
+        scale = torch.stack((k_scale, v_scale), dim=-1).masked_fill_(unused, math.nan)
+    junk = math.nan if numbers is None else NAN_FP8 if numbers.is_floating_point else 101
     for cache in (k, v):
-        cache.masked_fill_(unused, math.nan)
-        cache[..., channels:] = math.nan
-    return k[..., :channels], v[..., :channels], table_SN.to(device)
+        elements = cache if numbers is None else cache.view(torch.uint8)
+        elements.masked_fill_(unused, junk)
+        elements[..., channels:] = junk
+    return _named(k[..., :channels], v[..., :channels], table_SN.to(device), scale)
+
+
+def _quantised(x: Tensor, numbers: torch.dtype, channels: int) -> tuple[Tensor, Tensor]:
+    of_heads, scale = quantise_heads(x[..., :channels], numbers)
+    padded = torch.empty(x.shape, dtype=numbers, device=x.device)
+    padded[..., :channels] = of_heads
+    return padded, scale
+
+
+def _named(k: Tensor, v: Tensor, table_SN: Tensor, scale: Tensor | None) -> dict[str, Tensor | None]:
+    return {"k_cache_BGPC": k, "v_cache_BGPC": v, "block_table_SN": table_SN, "scale_BGP2": scale}

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from internvl_rt.kernels._decode_attention_body import slot_rows, table_blocks
+from internvl_rt.kernels._kv_numbers import load_scales, numbers_of, scaled_queries, word_rows
 from internvl_rt.kernels._prefill_plan import MAX_SPLITS
 from internvl_rt.kernels._softmax import probability
 from internvl_rt.kernels._split_combine import combine_parts
@@ -29,6 +30,24 @@ def _attend(q, k, v, visible, top, total, acc, scale_log2, PRECISION: tl.constex
     shrink, p = tl.exp2(top - new_top), probability(score * scale_log2 - new_top[:, None], v.dtype)
     total = total * shrink + tl.sum(p, axis=1)
     return new_top, total, tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+
+@triton.jit
+def _attend_numbers(q, k, v, scales, visible, top, total, acc, scale_log2, PRECISION: tl.constexpr):
+    """Returns the state after one more block of keys and values in 8 bits. `scales` are of `load_scales`.
+
+    As in decode attention, the maximum is that of a probability times the power of 2 in its value's scale.
+    """
+    k_scale, v_exponent, v_inverse, v_rest = scales
+    score = tl.dot(q, k.T, input_precision=PRECISION) * k_scale[None, :]
+    score = score * scale_log2[:, None] + v_exponent[None, :]
+    if visible is not None:
+        score = tl.where(visible, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1))
+    shrink, weight = tl.exp2(top - new_top), tl.exp2(score - new_top[:, None])
+    total = total * shrink + tl.sum(weight * v_inverse[None, :], axis=1)
+    of_values = (weight * v_rest[None, :]).to(v.dtype)
+    return new_top, total, tl.dot(of_values, v, acc * shrink[:, None], input_precision=PRECISION)
 
 
 @triton.jit
@@ -113,8 +132,9 @@ INDICES += ["num_rows", "num_splits", "min_keys"]
 def prefill_attention_kernel(
     q, k_cache, v_cache, y, block_table, query_start, seq_len, q_stride, block_stride, head_stride, slot_stride,
     table_stride, group, num_lines, scale_log2, partial_acc, partial_stats, arrived, num_rows, num_splits, min_keys,
+    scale, scale_block_stride, scale_head_stride,
     P: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
-    PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT: tl.constexpr, SUM_PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr, FLAT: tl.constexpr, SPLIT: tl.constexpr, SUM_PAIRS: tl.constexpr, INLINE: tl.constexpr,
 ):  # fmt: skip
     """Computes one block of queries. Programs take the last queries first: these see the most keys, and the programs
     that start last should be short. Neighbouring programs share a kv head, whose keys and values stay in the L2 cache.
@@ -126,6 +146,7 @@ def prefill_attention_kernel(
     SPLIT: computes one split of a block, of a batch with up to SPLIT rows. Each split begins with a key that all
     queries see, so no query has a maximum of -inf. The last split goes on to the last key that any query sees. The last
     program of a block to finish adds up the splits, SUM_PAIRS pairs at once.
+    scale: of caches in 8 bits; its strides count words of two scales. INLINE: inline assembly may be used.
     """
     head = tl.program_id(1)
     if SPLIT:
@@ -167,9 +188,19 @@ def prefill_attention_kernel(
         pair_channel = ((head * group + pair % group) * C)[:, None] + channel[None, :]
         q_rows = q + block_row * q_stride + (pair // group).to(tl.int64) * q_stride
         q_block = tl.load(q_rows[:, None] + pair_channel, mask=real[:, None], other=0.0)
+        if scale is not None:
+            scale_words = scale.to(tl.pointer_type(tl.int32)) + head.to(tl.int64) * scale_head_stride
+            q_block, power = scaled_queries(q_block)
+            row_log2 = scale_log2 * power
         if USE_TMA:  # each cache is read as a tensor [B * G * P, C]
-            k_lines = tl.make_tensor_descriptor(k_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
-            v_lines = tl.make_tensor_descriptor(v_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
+            if scale is not None:  # of words of four numbers
+                WORDS: tl.constexpr = C // 4
+                k_words, v_words = k_cache.to(tl.pointer_type(tl.int32)), v_cache.to(tl.pointer_type(tl.int32))
+                k_lines = tl.make_tensor_descriptor(k_words, [num_lines, WORDS], [WORDS, 1], [BLOCK_N, WORDS])
+                v_lines = tl.make_tensor_descriptor(v_words, [num_lines, WORDS], [WORDS, 1], [BLOCK_N, WORDS])
+            else:
+                k_lines = tl.make_tensor_descriptor(k_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
+                v_lines = tl.make_tensor_descriptor(v_cache, [num_lines, C], [C, 1], [BLOCK_N, C])
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -185,22 +216,44 @@ def prefill_attention_kernel(
             else:
                 k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
                 v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
-                k = tl.load(k_rows[:, None] + channel[None, :])
-                v = tl.load(v_rows[:, None] + channel[None, :])
-            # The table's entries are loaded one turn ahead, so that no copy waits for the table.
-            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
-            top, total, acc = _attend(q_block, k, v, None, top, total, acc, scale_log2, PRECISION)
+                if scale is not None:
+                    k, v = tl.load(word_rows(k_rows, C)), tl.load(word_rows(v_rows, C))
+                else:
+                    k = tl.load(k_rows[:, None] + channel[None, :])
+                    v = tl.load(v_rows[:, None] + channel[None, :])
+            state = top, total, acc
+            if scale is not None:
+                k = numbers_of(k, k_cache.dtype.element_ty, q_block.dtype, C, INLINE)
+                v = numbers_of(v, v_cache.dtype.element_ty, q_block.dtype, C, INLINE)
+                scales = load_scales(slot_rows(scale_words, blocks, start, scale_block_stride, 1, P, BLOCK_N), None)
+                blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
+                top, total, acc = _attend_numbers(q_block, k, v, scales, None, *state, row_log2, PRECISION)
+            else:
+                # The table's entries are loaded one turn ahead, so that no copy waits for the table.
+                blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
+                top, total, acc = _attend(q_block, k, v, None, *state, scale_log2, PRECISION)
         for offset in range(whole_end - masked_begin, end - masked_begin, BLOCK_N):
             start = masked_begin + offset
             key = start + tl.arange(0, BLOCK_N)
             inside = key < end  # beyond `end` memory may not be read; `visible` is narrower
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
             v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK_N)
-            k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
-            v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
-            blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
-            visible = key[None, :] <= position[:, None]
-            top, total, acc = _attend(q_block, k, v, visible, top, total, acc, scale_log2, PRECISION)
+            state = top, total, acc
+            if scale is not None:
+                k = tl.load(word_rows(k_rows, C), mask=inside[:, None], other=0)
+                v = tl.load(word_rows(v_rows, C), mask=inside[:, None], other=0)
+                k = numbers_of(k, k_cache.dtype.element_ty, q_block.dtype, C, INLINE)
+                v = numbers_of(v, v_cache.dtype.element_ty, q_block.dtype, C, INLINE)
+                scales = load_scales(slot_rows(scale_words, blocks, start, scale_block_stride, 1, P, BLOCK_N), inside)
+                blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
+                visible = key[None, :] <= position[:, None]
+                top, total, acc = _attend_numbers(q_block, k, v, scales, visible, *state, row_log2, PRECISION)
+            else:
+                k = tl.load(k_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+                v = tl.load(v_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+                blocks = table_blocks(table, start + BLOCK_N, end, P, BLOCK_N)
+                visible = key[None, :] <= position[:, None]
+                top, total, acc = _attend(q_block, k, v, visible, *state, scale_log2, PRECISION)
         y_stride = tl.num_programs(1) * group * C
         if SPLIT:
             if splits > 1:

@@ -97,9 +97,10 @@ def choose_tiling(
     group: int,
     rule: SplitRule,
     target: Target,
+    dtype: torch.dtype,
 ) -> Tiling:
     """Decides from what is known when a graph is captured: the queries of all rows and of the longest, and the most
-    keys that the block table has room for.
+    keys that the block table has room for. dtype: of the queries
     """
     _, num_kv_heads, block_size, head_dim = cache_BGPC.shape
     num_rows, most_keys = table_SN.shape[0], table_SN.shape[1] * block_size
@@ -116,7 +117,7 @@ def choose_tiling(
         pays = num_rows <= MAX_FLAT_ROWS and most_splits > 1 and 2 * blocks <= resident
         return min(blocks * most_splits, resident) if pays else 0
 
-    if cache_BGPC.dtype == torch.float32:  # float32 is for tests only: no matrix units
+    if dtype == torch.float32:  # float32 is for tests only: no matrix units
         return Tiling(32, 32, 4, 1, num_items(32))
     wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32

@@ -104,7 +104,7 @@ def _describe(spec: KernelSpec) -> Kernel:
         signature=signature,
         dims={name: match[1] if (match := re.search(r"_([A-Z][A-Z0-9]*)$", name)) else None for name in tensors},
         dtypes=tuple(spec.tolerances),
-        architectures=tuple(f"sm_{capability}" for capability in sorted(TARGETS)),
+        architectures=tuple(f"sm_{capability}" for capability in sorted(TARGETS) if spec.min_capability <= capability),
         used_by=spec.used_by,
         spec=spec,
     )

@@ -10,7 +10,7 @@ for, so one CUDA graph serves any lengths.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
+from internvl_rt.kernels._kv_numbers import KV_FORMATS, check_scales, in_8_bits
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
 from internvl_rt.kernels._paged_attention import make_paged_cache, paged_attention_reference
 from internvl_rt.kernels._split_plan import build_splits as build_splits
@@ -38,6 +39,7 @@ LINE_BYTES = 128
 # Of a thread, for the parts that are added at once. Without a limit the compiler aims at three or four programs on a
 # multiprocessor, and spills a little where that is just missed.
 REGISTERS = 184
+FILLS = ("equal", "one_huge", "huge")  # kinds of keys in test cases, see make_paged_cache
 MAX_GROUP = ROWS.value  # the most query heads that may share a kv head
 MODEL_HEADS = {  # query heads, kv heads, channels
     "1b": (14, 2, 64),
@@ -59,15 +61,19 @@ def decode_attention_reference(
     split_start_S1: Tensor,
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
+    scale_BGP2: Tensor | None = None,
 ) -> Tensor:
-    """Computes attention [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect."""
+    """Computes attention [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect.
+
+    scale_BGP2: the scales of caches in 8 bits
+    """
     out_SHC = torch.zeros_like(q_SHC)
     if q_SHC.is_meta:  # a meta tensor has no lengths
         return out_SHC
     used = seq_len_S.nonzero().flatten()
     query_start = torch.arange(len(used) + 1, dtype=torch.int32, device=q_SHC.device)
     out_SHC[used] = paged_attention_reference(
-        q_SHC[used], k_cache_BGPC, v_cache_BGPC, block_table_SN[used], query_start, seq_len_S[used]
+        q_SHC[used], k_cache_BGPC, v_cache_BGPC, block_table_SN[used], query_start, seq_len_S[used], scale_BGP2
     )
     return out_SHC
 
@@ -81,6 +87,7 @@ def plan_decode_attention(
     split_start_S1: Tensor,
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
+    scale_BGP2: Tensor | None = None,
     *,
     upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
@@ -100,7 +107,8 @@ def plan_decode_attention(
     pdl = programmatic_launch and target.has_programmatic_launch
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
-    weights = plan_prefetch(upcoming, target)
+    optional: dict[str, Tensor | int | None] = {"scale": scale_BGP2, **scale_strides(scale_BGP2)}
+    optional |= plan_prefetch(upcoming, target)
     return (
         Launch(
             decode_attention_kernel,
@@ -125,10 +133,10 @@ def plan_decode_attention(
                 "group": num_heads // num_kv_heads,
                 "num_rows": num_rows,
                 "scale_log2": math.log2(math.e) / math.sqrt(head_dim),
-                **{name: value for name, value in weights.items() if value is not None},
+                **{name: value for name, value in optional.items() if value is not None},
             },
             {
-                **{name: None for name, value in weights.items() if value is None},
+                **{name: None for name, value in optional.items() if value is None},
                 "P": block_size,
                 "C": head_dim,
                 "BLOCK": block,
@@ -137,6 +145,7 @@ def plan_decode_attention(
                 "EARLY": pdl and early_trigger,
                 "PREFETCH_KEYS": pdl and prefetch_keys,
                 "PRECISION": "ieee" if single else None,
+                "INLINE": not target.interpreted,
             },
             num_stages=stages,
             max_registers=REGISTERS,
@@ -164,6 +173,13 @@ def plan_prefetch(upcoming: Sequence[Tensor], target: Target) -> dict[str, Tenso
     return arguments
 
 
+def scale_strides(scale_BGP2: Tensor | None) -> dict[str, int | None]:
+    """Returns the strides of blocks and heads in words of two scales."""
+    if scale_BGP2 is None:
+        return {"scale_block_stride": None, "scale_head_stride": None}
+    return {"scale_block_stride": scale_BGP2.stride(0) // 2, "scale_head_stride": scale_BGP2.stride(1) // 2}
+
+
 def check_queries_and_cache(
     name: str,
     q: Tensor,
@@ -171,6 +187,7 @@ def check_queries_and_cache(
     v_cache_BGPC: Tensor,
     block_table_SN: Tensor,
     seq_len_S: Tensor,
+    scale_BGP2: Tensor | None,
     num_rows: int | None = None,
 ) -> None:
     """Checks the arguments that decode and prefill have in common; raises ValueError naming the one that does not fit.
@@ -189,11 +206,16 @@ def check_queries_and_cache(
     require(fits, "k_cache_BGPC", f"a kv head for each 1 to {MAX_GROUP} of {num_heads} heads", num_kv_heads)
     require(block_size in BLOCK_SIZES, "k_cache_BGPC", f"slots of a block one of {BLOCK_SIZES}", block_size)
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    require_tensor("k_cache_BGPC", k_cache_BGPC, shape, q.dtype, q.device)
-    require_tensor("v_cache_BGPC", v_cache_BGPC, shape, q.dtype, q.device)
+    dtype = check_scales(k_cache_BGPC, scale_BGP2, None, q.dtype, q.device)
+    require_tensor("k_cache_BGPC", k_cache_BGPC, shape, dtype, q.device)
+    require_tensor("v_cache_BGPC", v_cache_BGPC, shape, dtype, q.device)
     strides = k_cache_BGPC.stride()
     require(strides[2] < 2**24, "k_cache_BGPC", "slots fewer than 2**24 elements apart", strides[2])
     require(v_cache_BGPC.stride() == strides, "v_cache_BGPC", f"strides {strides} of k", v_cache_BGPC.stride())
+    if dtype != q.dtype:  # numbers in 8 bits are read in words of four
+        for cache_name, cache in (("k_cache_BGPC", k_cache_BGPC), ("v_cache_BGPC", v_cache_BGPC)):
+            words = cache.data_ptr() % 4 == 0 and all(stride % 4 == 0 for stride in strides[:3])
+            require(words, cache_name, "addresses of slots that 4 divides", f"strides {strides}")
     rows = q.shape[0] if num_rows is None else num_rows
     require(block_table_SN.ndim == 2, "block_table_SN", "two dimensions", block_table_SN.ndim)
     require_tensor("block_table_SN", block_table_SN, (rows, block_table_SN.shape[1]), torch.int32, q.device)
@@ -214,6 +236,7 @@ def decode_attention(
     split_start_S1: Tensor,
     split_W3: Tensor,
     counters_SG: Tensor | None = None,
+    scale_BGP2: Tensor | None = None,
     *,
     upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
@@ -227,6 +250,7 @@ def decode_attention(
     split_W3 has items for all blocks of every row whose length is not 0: those of a row in order, from split_start[row]
     to split_start[row + 1]; (-1, -1, -1) after the last; and W >= S. Rows without an item give zeros. Table entries
     and slots beyond a length are not used. The same plan gives the same bits, another plan rounds differently.
+    Caches in 8 bits are float8_e4m3fn (from compute capability 8.9 on) or int8, and have `scale_BGP2`, bfloat16.
     counters_SG, int32 zeros, counts the parts that have arrived. The call leaves it as zeros, so that one tensor serves
     all calls that follow each other on a stream; None: every call makes one, which takes one more launch.
     From sm_90 on, table, lengths and items are read while the previous kernel still runs, so that kernel must not write
@@ -237,7 +261,7 @@ def decode_attention(
     all programs of this one have.
     Raises ValueError naming the argument that does not fit.
     """
-    check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S)
+    check_queries_and_cache("q_SHC", q_SHC, k_cache_BGPC, v_cache_BGPC, block_table_SN, seq_len_S, scale_BGP2)
     (num_rows, num_heads, head_dim), device = q_SHC.shape, q_SHC.device
     require_index("split_start_S1", split_start_S1, (num_rows + 1,), device)
     require(split_W3.ndim == 2, "split_W3", "two dimensions", split_W3.ndim)
@@ -249,7 +273,7 @@ def decode_attention(
         out = torch.empty(num_rows, num_heads, head_dim, dtype=q_SHC.dtype, device=device)
     require_tensor("out", out, (num_rows, num_heads, head_dim), q_SHC.dtype, device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
-    plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG)
+    plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG, scale_BGP2)
     operands = (q_SHC, k_cache_BGPC, v_cache_BGPC, *plan)
     launches = plan_decode_attention(
         *operands,
@@ -264,7 +288,7 @@ def decode_attention(
     return out
 
 
-def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """Makes the inputs of a case. `room`: the plan is the engine's, with room for so many items. Otherwise an item has
     `split` blocks, and `spare` items more are left empty.
     """
@@ -272,7 +296,6 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     heads_wide = case["H"] + case.sizes.get("beside", 0)  # q is cut from wider rows, with NaN beside it
     q = torch.full((len(seq_lens), heads_wide, case["C"]), math.nan, dtype=dtype, device=device)
     q[:, : case["H"]] = torch.randn(len(seq_lens), case["H"], case["C"], dtype=torch.float32, device=device).to(dtype)
-    k, v, table_SN = make_paged_cache(case, seq_lens, dtype, device)
     num_blocks = [-(-length // block_size) for length in seq_lens]
     if "room" in case.sizes:
         rows = plan_splits(num_blocks, case["room"])
@@ -284,9 +307,7 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     split_start_S1, split_W3 = split_tensors(rows, case.sizes.get("room", num_items + spare), device)
     return {
         "q_SHC": q[:, : case["H"]],
-        "k_cache_BGPC": k,
-        "v_cache_BGPC": v,
-        "block_table_SN": table_SN,
+        **make_paged_cache(case, seq_lens, dtype, device),
         "seq_len_S": torch.tensor(seq_lens, dtype=torch.int32).to(device),
         "split_start_S1": split_start_S1,
         "split_W3": split_W3,
@@ -295,8 +316,10 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
     tokens, rows = sum(case["seq_lens"]), len(case["seq_lens"])
-    elements = 2 * tokens * case["G"] * case["C"] + 2 * rows * case["H"] * case["C"]
-    return Cost(bytes=dtype.itemsize * elements, flops=4 * tokens * case["H"] * case["C"])
+    read = 2 * tokens * case["G"] * (case["C"] + 2 if "cache" in case.sizes else dtype.itemsize * case["C"])
+    return Cost(
+        bytes=read + dtype.itemsize * 2 * rows * case["H"] * case["C"], flops=4 * tokens * case["H"] * case["C"]
+    )
 
 
 def _case(
@@ -306,10 +329,26 @@ def _case(
     return Case(name, sizes | more)
 
 
-def _model_case(name: str, batch: int, context: int) -> Case:
+def _model_case(name: str, batch: int, context: int, cache: str | None = None) -> Case:
     heads, kv_heads, channels = MODEL_HEADS[name]
     room = num_split_items(batch, kv_heads, num_sms=132)
-    return _case(f"{name}_{batch}_x_{context}", [context] * batch, heads, kv_heads, channels, room=room)
+    suffix, more = (f"_{cache}", in_8_bits(cache)) if cache else ("", {})
+    return _case(f"{name}_{batch}_x_{context}{suffix}", [context] * batch, heads, kv_heads, channels, room=room, **more)
+
+
+def _cases_of(cache: str) -> Iterator[Case]:
+    """Returns the test cases of caches in 8 bits."""
+    how = in_8_bits(cache)
+    yield _case(f"{cache}_lengths", [1, 2, 15, 16, 17, 63, 64, 65], split=2, spare=3, **how)
+    for size in BLOCK_SIZES:
+        yield _case(f"{cache}_blocks_of_{size}", [1, size, size + 1, 150], P=size, split=2, **how)
+    yield from (_case(f"{cache}_channels_{channels}", [193], 2, 1, channels, split=2, **how) for channels in HEAD_DIMS)
+    yield _case(f"{cache}_group_7", [70], 14, 2, 32, **how)
+    yield _case(f"{cache}_many_splits", [1170], 7, 1, 64, split=1, **how)
+    yield _case(f"{cache}_empty_rows", [0, 5, 0, 0, 129, 0], 4, 2, 32, spare=2, **how)
+    yield _case(f"{cache}_strided", [150, 3], 4, 2, 32, beside=3, padding=16, **how)
+    yield _case(f"{cache}_unaligned", [150, 3], 4, 2, 32, padding=4, **how)
+    yield from (_case(f"{cache}_{fill}", [150, 3], 4, 2, 32, fill=fill, split=2, **how) for fill in FILLS)
 
 
 SPEC = KernelSpec(
@@ -335,10 +374,23 @@ SPEC = KernelSpec(
         _case("shared_prefix", [150, 200, 128], 4, 2, 32, shared=2),
         _case("strided", [150, 3], 4, 2, 32, beside=3, padding=8),
         _case("unaligned", [150, 3], 4, 2, 32, padding=3),
-        *(_case(fill, [150, 3], 4, 2, 32, fill=fill, split=2) for fill in ("equal", "one_huge", "huge")),
+        *(_case(fill, [150, 3], 4, 2, 32, fill=fill, split=2) for fill in FILLS),
+        *(case for cache in KV_FORMATS for case in _cases_of(cache)),
     ),
-    model_cases=tuple(
-        _model_case(name, batch, context) for name in MODEL_HEADS for context in (2048, 32768) for batch in (1, 8, 64)
+    model_cases=(
+        *(
+            _model_case(name, batch, context)
+            for name in MODEL_HEADS
+            for context in (2048, 32768)
+            for batch in (1, 8, 64)
+        ),
+        *(
+            _model_case(name, batch, context, cache)
+            for cache in KV_FORMATS
+            for name in ("1b", "8b")
+            for context in (8192, 32768)
+            for batch in (1, 64)
+        ),
     ),
     tolerances={
         torch.float32: Tolerance(2e-5, 2e-5, 4e-6, "scores of up to 50 are right to 4e-6, and so are probabilities"),

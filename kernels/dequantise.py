@@ -80,12 +80,13 @@ def _dequantise_kernel(
     else:
         column = (chunk * 128)[:, None] + tl.arange(0, 128)[None, :]
         mask = inside[:, None] & (column < K)
-        bits = tl.load(numbers + (row * numbers_stride)[:, None] + column, mask=mask, other=0).to(tl.int32)
+        bits = tl.load(numbers + (row * numbers_stride)[:, None] + column, mask=mask, other=0)
         s = tl.load(scale + tl.minimum(chunk, G - 1), mask=inside, other=0.0)  # G may be 1
         if KIND == "int8":
-            value = ((bits ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128 + n
+            bits = (bits ^ 0x80).to(tl.int32) | 0x4B000000
+            value = bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128 + n in float32, minus 2^23 + 128
         else:
-            bits = (bits & 0x80) << 24 | (bits & 0x7F) << 20
+            bits = (bits.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # the sign's copies, but one, go
             value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120, as the exponents' biases differ
         y = (value * s[:, None]).to(out.dtype.element_ty)
         tl.store(out + (row * out_stride)[:, None] + column, y, mask=mask)
@@ -161,8 +162,8 @@ def dequantise(
     if out is None:
         out = torch.empty(n, num_columns, dtype=dtype, device=device)
     require_tensor("out", out, (n, num_columns), dtype, device)
-    how = {"group": group, "dtype": dtype, "out": out, "target": target_of(device)}
-    run(plan_dequantise(numbers, scale_NG, zero_NG, num_columns, **how))
+    target = target_of(device)
+    run(plan_dequantise(numbers, scale_NG, zero_NG, num_columns, group=group, dtype=dtype, out=out, target=target))
     return out
 
 

@@ -18,6 +18,7 @@ from internvl_rt.kernels._gemv_body import gemv_kernel
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, GemvWorkspace, choose_gemv_plan
 from internvl_rt.kernels._gemv_plan import build_gemv_workspace as build_gemv_workspace
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
+from internvl_rt.kernels._numbers_8bit import DENSE
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.kernels.swiglu import swiglu_reference
 
@@ -103,9 +104,12 @@ def plan_product(
     }
 
 
-def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | None) -> tuple[torch.Size, torch.Size]:
+def require_operands(
+    operands: Mapping[str, Tensor | None], plan: GemvPlan | None, *, numbers: torch.dtype | None = None
+) -> tuple[torch.Size, torch.Size]:
     """Checks `operands`, which are x, weight, bias and norm by name in this order; returns the shapes of x and weight.
 
+    numbers: the weight's dtype, if it is not that of x.
     Raises ValueError naming the operand that does not fit.
     """
     (x_name, x), (weight_name, weight), (bias_name, bias), (norm_name, norm) = operands.items()
@@ -118,7 +122,7 @@ def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | Non
     require(weight.ndim == 2 and min(weight.shape) > 0, weight_name, "two dimensions, none 0", tuple(weight.shape))
     n, k = weight.shape
     require_tensor(x_name, x, (len(x), k), dtype, device)
-    require_tensor(weight_name, weight, (n, k), dtype, device)
+    require_tensor(weight_name, weight, (n, k), numbers or dtype, device)
     if bias is not None:
         require_tensor(bias_name, bias, (n,), dtype, device)
     if norm is not None:
@@ -126,6 +130,23 @@ def require_operands(operands: Mapping[str, Tensor | None], plan: GemvPlan | Non
     if plan is not None and not plan.matrix:
         require(len(x) <= 2, "plan", "matrix units for more than 2 rows", plan)
     return x.shape, weight.shape
+
+
+def result_of(x_RK: Tensor, n: int, activation: Activation, residual_RN: Tensor | None, out: Tensor | None) -> Tensor:
+    """Returns `out`, or memory for the product of x and a weight of n rows. Raises ValueError if one does not fit."""
+    require(activation in ("none", "swiglu"), "activation", "'none' or 'swiglu'", repr(activation))
+    if activation == "swiglu":
+        require(n % 2 == 0, "weight_NK", "an even number of rows with 'swiglu'", n)
+    shape = (len(x_RK), n // 2 if activation == "swiglu" else n)
+    if residual_RN is not None:
+        require_tensor("residual_RN", residual_RN, shape, x_RK.dtype, x_RK.device)
+    if out is None:
+        out = torch.empty(shape, dtype=x_RK.dtype, device=x_RK.device)
+    require_tensor("out", out, shape, x_RK.dtype, x_RK.device)
+    require(out.numel() == 0 or out.data_ptr() != x_RK.data_ptr(), "out", "memory of its own", "x_RK")
+    if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
+        require(out.stride() == residual_RN.stride(), "out", "all of the residual or memory of its own", "a part of it")
+    return out
 
 
 def gemv_reference(
@@ -178,7 +199,8 @@ def plan_gemv(
         "out_stride": out.stride(0),
     }
     common["constexprs"] |= {name: None for name, tensor in optional.items() if tensor is None}
-    common["constexprs"]["SWIGLU"] = activation == "swiglu"
+    common["constexprs"] |= {"SWIGLU": activation == "swiglu", "scale": None, "scale_stride": None}
+    common["constexprs"] |= {**DENSE, "BLOCKS": False, "WORD": 1}
     return (Launch(gemv_kernel, **common),)
 
 
@@ -207,21 +229,10 @@ def gemv(
     is loaded before the wait.
     Raises ValueError naming the argument that does not fit.
     """
-    (rows, _), (n, _) = require_operands(
+    _, (n, _) = require_operands(
         {"x_RK": x_RK, "weight_NK": weight_NK, "bias_N": bias_N, "norm_weight_K": norm_weight_K}, plan
     )
-    require(activation in ("none", "swiglu"), "activation", "'none' or 'swiglu'", repr(activation))
-    if activation == "swiglu":
-        require(n % 2 == 0, "weight_NK", "an even number of rows with 'swiglu'", n)
-    shape = (rows, n // 2 if activation == "swiglu" else n)
-    if residual_RN is not None:
-        require_tensor("residual_RN", residual_RN, shape, x_RK.dtype, x_RK.device)
-    if out is None:
-        out = torch.empty(shape, dtype=x_RK.dtype, device=x_RK.device)
-    require_tensor("out", out, shape, x_RK.dtype, x_RK.device)
-    require(out.numel() == 0 or out.data_ptr() != x_RK.data_ptr(), "out", "memory of its own", "x_RK")
-    if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
-        require(out.stride() == residual_RN.stride(), "out", "all of the residual or memory of its own", "a part of it")
+    out = result_of(x_RK, n, activation, residual_RN, out)
     target = target_of(x_RK.device)
     run(
         plan_gemv(

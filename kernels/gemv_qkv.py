@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._gemv_body import gemv_qkv_kernel
 from internvl_rt.kernels._gemv_plan import GemvPlan, GemvWorkspace, choose_gemv_plan
+from internvl_rt.kernels._gemv_qkv_body import gemv_qkv_kernel
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.gemv import MODELS, TEST_PLANS, plan_product, require_operands
 from internvl_rt.kernels.qkv_rope_kv import HEAD_DIMS, qkv_rope_kv_reference

@@ -90,7 +90,7 @@ def test_a_part_that_is_missing_leads_to_the_doctor(capsys, monkeypatch):
     assert "internvl-rt doctor says what is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["doctor"], ["write-random"]])
+@pytest.mark.parametrize("command", [[], ["chat"], ["info"], ["doctor"], ["quantize"], ["write-random"]])
 def test_help_explains_and_does_not_load_torch(command):
     program = "import sys; from internvl_rt.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     arguments = [sys.executable, "-c", program, *command, "--help"]

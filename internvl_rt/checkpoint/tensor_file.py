@@ -123,18 +123,22 @@ def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
 
 
 def write_file(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor], dtype: torch.dtype
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[str], Tensor],
+    dtypes: torch.dtype | Mapping[str, torch.dtype],
 ) -> None:
-    """Writes tensors of one dtype; `make(name)` is called once for each, in order, and its result dropped.
+    """Writes tensors of one dtype, or of one each; `make(name)` is called once for each, in order, and dropped.
 
     The library would need all tensors in memory at once.
     """
-    dtype_name = {known: name for name, known in _DTYPES.items()}[dtype]
+    names = {known: name for name, known in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
+        dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
         begin, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": dtype_name, "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:

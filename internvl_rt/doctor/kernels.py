@@ -66,7 +66,8 @@ def chosen_cases(spec: KernelSpec, dtype: torch.dtype, target: Target) -> list[C
 
     What a case launches is found from shapes alone.
     """
-    by_size = sorted(spec.test_cases, key=lambda case: spec.cost(case, dtype).bytes, reverse=True)
+    possible = [case for case in spec.test_cases if case.min_capability <= target.capability]
+    by_size = sorted(possible, key=lambda case: spec.cost(case, dtype).bytes, reverse=True)
     launches = {case.name: launches_of(spec, case, dtype, target) for case in by_size}
     chosen: list[Case] = []
     for what in (_kernel, _variant):

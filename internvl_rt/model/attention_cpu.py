@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internvl_rt.kernels._kv_numbers import dequantise_heads
 from internvl_rt.model.processor import has_amx, has_avx512, multiplies
 from internvl_rt.model.products_cpu import onednn_product
 from internvl_rt.model.step_inputs import Batch, LayerCache
@@ -67,16 +68,18 @@ def plan_reads(batch: Batch, block_size: int, dtype: torch.dtype) -> BlockReads:
 
 def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor:
     """Computes attention [S, H, C] of one new token of each sequence: of each block first, then of all together."""
-    caches = cache.k_cache_BGPC, cache.v_cache_BGPC
-    q_SGhC = q_SHC.view(len(q_SHC), caches[0].shape[1], -1, q_SHC.shape[2])
-    last = (cache_BGPC[reads.last_S].masked_fill_(reads.is_behind_S1P1, 0) for cache_BGPC in caches)
+    dtype, blocks_E = q_SHC.dtype, reads.blocks
+    q_SGhC = q_SHC.view(len(q_SHC), cache.k_cache_BGPC.shape[1], -1, q_SHC.shape[2])
+    last = (x_SGPC.masked_fill_(reads.is_behind_S1P1, 0) for x_SGPC in _read(cache, reads.last_S, dtype))
     found = [_attend(q_SGhC, *last, attn_mask=reads.bias_S11P.expand(-1, 1, q_SGhC.shape[2], -1))]
-    if isinstance(reads.blocks, slice):
-        found.append(_attend(q_SGhC[reads.sequence_E], *(cache_BGPC[reads.blocks] for cache_BGPC in caches)))
-    elif len(reads.blocks):
-        size = max(1, AT_ONCE // caches[0][0].numel())
-        for blocks, rows in zip(torch.split(reads.blocks, size), torch.split(reads.sequence_E, size), strict=True):
-            found.append(_attend(q_SGhC[rows], *(cache_BGPC[blocks] for cache_BGPC in caches)))
+    if isinstance(blocks_E, slice) and cache.scale_BGP2 is not None:
+        blocks_E = torch.arange(blocks_E.start, blocks_E.stop)  # because numbers in 8 bits are copied in any case
+    if isinstance(blocks_E, slice):
+        found.append(_attend(q_SGhC[reads.sequence_E], *_read(cache, blocks_E, dtype)))
+    elif len(blocks_E):
+        size = max(1, AT_ONCE // cache.k_cache_BGPC[0].numel())
+        for blocks, rows in zip(torch.split(blocks_E, size), torch.split(reads.sequence_E, size), strict=True):
+            found.append(_attend(q_SGhC[rows], *_read(cache, blocks, dtype)))
     if len(found) == 1:
         ((y_SGhC, _),) = found
         y_SHC: Tensor = y_SGhC.flatten(1, 2)
@@ -85,6 +88,15 @@ def attend_blocks(q_SHC: Tensor, cache: LayerCache, reads: BlockReads) -> Tensor
     weights = F.pad(logsums, (0, 0, 0, 0, 0, 1), value=-torch.inf)[reads.part_SN].softmax(1)
     parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 0, 1))[reads.part_SN]
     return (weights[..., None] * parts).sum(1).flatten(1, 2).to(q_SHC.dtype)
+
+
+def _read(cache: LayerCache, blocks: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns keys and values of blocks in the type of the model."""
+    k, v = cache.k_cache_BGPC[blocks], cache.v_cache_BGPC[blocks]
+    if cache.scale_BGP2 is None:
+        return k, v
+    k_scale, v_scale = cache.scale_BGP2[blocks].unbind(-1)
+    return dequantise_heads(k, k_scale, dtype), dequantise_heads(v, v_scale, dtype)
 
 
 # Returns attention and the logarithm of the sum of its weights; `scaled_dot_product_attention` returns the first alone.

@@ -16,10 +16,12 @@ from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.add_norm import add_norm
 from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
-from internvl_rt.kernels.dequantise import dequantise_reference
+from internvl_rt.kernels.dequantise import dequantise
 from internvl_rt.kernels.embed_tokens import embed_tokens
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.gemv import gemv
+from internvl_rt.kernels.gemv_4bit import gemv_4bit
+from internvl_rt.kernels.gemv_8bit import gemv_8bit
 from internvl_rt.kernels.gemv_qkv import gemv_qkv
 from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
@@ -31,10 +33,12 @@ from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.linear import AnyLinear, Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm
 from internvl_rt.model.ops import Activation, Ops
 from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
+# Of products with 4-bit weights by `gemv_4bit`, in pieces: four of these read as much as one product of 16 bits.
+MAX_ROWS_OF_4_BITS = 4 * MAX_ROWS
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
 
@@ -86,6 +90,10 @@ class TritonOps(Ops):
                 "kv_cache_dtype 'int8', which takes as little memory"
             )
 
+    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
+        """Returns the inputs as they are: products with a weight that is multiplied out are no faster with others."""
+        return x
+
     def linear(
         self,
         x: Tensor,
@@ -105,13 +113,26 @@ class TritonOps(Ops):
         """
         out = residual if out is None else out
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
-        if not (isinstance(linear, Linear) and is_decoder and bias and activation != "gelu" and 0 < len(x) <= MAX_ROWS):
+        most_rows = MAX_ROWS_OF_4_BITS if isinstance(linear, Linear4) else MAX_ROWS
+        if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= most_rows):
             rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out}
             return Ops.linear(self, x, linear, norm=norm, bias=bias, activation=activation, **rest)
-        norm_weight_K, eps = (None, 0.0) if norm is None else (norm.weight_D, norm.eps)
-        operands = x, linear.weight_NK, linear.bias_N, norm_weight_K, eps
-        shared = self._shared_arguments(x.device)
-        return gemv(*operands, activation=activation, residual_RN=residual, out=out, **shared)
+        after = linear.bias_N, *((None, 0.0) if norm is None else (norm.weight_D, norm.eps))
+        how: dict[str, Any] = {"activation": activation, **self._shared_arguments(x.device)}
+        match linear:
+            case Linear():
+                return gemv(x, linear.weight_NK, *after, residual_RN=residual, out=out, **how)
+            case Linear8():
+                return gemv_8bit(x, linear.weight_NK, linear.scale_NG, *after, residual_RN=residual, out=out, **how)
+            case Linear4():
+                weight = linear.words_NW, linear.scale_NG, linear.zero_NG
+                if out is None:
+                    out = x.new_empty(len(x), linear.num_outputs // (2 if activation == "swiglu" else 1))
+                for start in range(0, len(x), MAX_ROWS):
+                    rows = slice(start, start + MAX_ROWS)
+                    of_rows = None if residual is None else residual[rows]
+                    gemv_4bit(x[rows], *weight, *after, group=linear.group, residual_RN=of_rows, out=out[rows], **how)
+                return out
 
     def linear_residual_norm(
         self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
@@ -135,8 +156,8 @@ class TritonOps(Ops):
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
-        """Computes `Ops.norm_qkv_rope_kv`. It is one kernel when there are few rows, no norms on q and k, and a cache in
-        the model's type.
+        """Computes `Ops.norm_qkv_rope_kv`. It is one kernel for few rows without norms on q and k, unless the cache is
+        in 8 bits.
         """
         is_fused = q_norm is None and norm.bias_D is None and cache.scale_BGP2 is None
         if not (isinstance(qkv, Linear) and is_fused and 0 < len(x_TD) <= MAX_ROWS):
@@ -235,6 +256,6 @@ def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonO
         embed_tokens=embed_tokens,
         qkv_rope_kv=qkv_rope_kv,
         copy_blocks=copy_blocks,
-        dequantise=dequantise_reference,
+        dequantise=dequantise,
         switches=switches,
     )

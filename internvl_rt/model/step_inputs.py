@@ -42,10 +42,16 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys (rotated) and values of one decoder layer, by block, head, place in the block and channel."""
+    """Keys (rotated) and values of one decoder layer, by block, head, place in the block and channel.
+
+    scale_BGP2: bfloat16, where they are numbers in 8 bits: the scales of a token's key and value (_kv_numbers.py)
+    static_scale_2: float32, a checkpoint's scales for all keys and for all values, in place of those of each token
+    """
 
     k_cache_BGPC: Tensor
     v_cache_BGPC: Tensor
+    scale_BGP2: Tensor | None = None
+    static_scale_2: Tensor | None = None
 
 
 class Sampling(NamedTuple):

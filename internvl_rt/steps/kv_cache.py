@@ -41,19 +41,33 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         ops: Ops,
+        static_scale_L2: Tensor | None = None,
     ) -> None:
         """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
 
+        dtype: of keys and values: the model's, or float8_e4m3fn or int8, numbers with a scale for each token and head.
         ops: copies blocks on the device, and says how attention is split.
         block_size: one of BLOCK_SIZES. Raises ValueError for no blocks at all.
+        static_scale_L2: float32, each layer's scales of all keys and of all values in 8 bits, if a checkpoint has any.
         """
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
+        self.dtype = dtype
         self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=num_blocks // WATERMARK)
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
-        self._device_pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
-        self.layers = tuple(LayerCache(layer[0], layer[1]) for layer in self._device_pool)
-        self.buffers = (self._device_pool,)  # the tensors that `layers` are views of
+        pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
+        self._pools: tuple[Tensor, ...] = (pool,)
+        scale_L: Items[Tensor | None] = [None] * config.num_layers
+        static_L: Items[Tensor | None] = scale_L if static_scale_L2 is None else static_scale_L2.unbind()
+        if dtype.itemsize == 1:
+            scales = _zeros((config.num_layers, 1, num_blocks, *block_shape[:2], 2), torch.bfloat16, device)
+            self._pools, scale_L = (pool, scales), scales[:, 0].unbind()
+        self.layers = tuple(
+            LayerCache(k_cache_BGPC, v_cache_BGPC, scale_BGP2, static_scale_2)
+            for (k_cache_BGPC, v_cache_BGPC), scale_BGP2, static_scale_2 in zip(pool, scale_L, static_L, strict=True)
+        )
+        # The tensors that `layers` are views of.
+        self.buffers = self._pools if static_scale_L2 is None else (*self._pools, static_scale_L2)
 
     def num_split_items(self, num_rows: int) -> int:
         """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan."""
@@ -126,12 +140,13 @@ class KVCache:
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """Copies blocks from (source, destination) pairs [number, 2], as `take_copies` lists them.
 
-        One operation copies all layers, and the host does not wait for it.
+        One operation copies all layers (another one their scales), and the host does not wait for it.
         """
         if len(copies):
             pairs = torch.from_numpy(np.ascontiguousarray(copies.T, np.int64))
-            source, destination = to_device(pairs, self._device_pool.device)
-            self._ops.copy_blocks(self._device_pool, source, destination)
+            source, destination = to_device(pairs, self._pools[0].device)
+            for pool in self._pools:
+                self._ops.copy_blocks(pool, source, destination)
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
@@ -154,6 +169,7 @@ def plan_num_blocks(
 ) -> int:
     """Counts blocks for `max_num_seqs` sequences of `max_model_len` tokens, at most those that fit `cache_bytes`.
 
+    dtype: of keys and values.
     Without a `max_model_len` the trained window is planned for. Raises RequestError if the cache cannot hold
     `least_num_blocks`.
     """

@@ -162,7 +162,7 @@ def test_a_prompt_of_another_engine_is_refused_unless_that_has_the_same_model(en
     messages = ask(("image", SAMPLE))
     with load(dtype="bfloat16", kv_cache_bytes=1 << 24) as other:
         prepared = other.prepare(messages)
-    with pytest.raises(RequestError, match="the prompt is for another model, dtype, block_size or prefix_cache"):
+    with pytest.raises(RequestError, match="the prompt is for another model, dtype, kv_cache_dtype, block_size or pre"):
         engine.generate_prepared(iter([prepared]), [ANSWER])
     with pytest.raises(RequestError, match="the prompt is for another"):
         engine.generate_prepared(iter([messages]), [ANSWER])

@@ -39,7 +39,8 @@ def test_the_smallest_case_of_every_operation_is_built_for_sm_90_and_breaks_no_r
 @pytest.mark.slow
 def test_every_operation_is_built_for_every_target(kernels: Rows) -> None:
     assert not [f"{label(k)}: {k['error']}" for k in kernels if "error" in k]
-    assert {(k["operation"], k["target"]) for k in kernels} == {(op, cc) for op in discover_specs() for cc in TARGETS}
+    expected = {(op, cc) for op, spec in discover_specs().items() for cc in TARGETS if spec.min_capability <= cc}
+    assert {(k["operation"], k["target"]) for k in kernels} == expected
     print(render_table(kernels))
 
 

@@ -44,6 +44,6 @@ def test_emulation_equals_the_kernel(spec: KernelSpec, case: Case, dtype: torch.
         written = ~expected.isnan()
         different = (ours != actual) & written
         assert different.count_nonzero() <= 1 + actual.numel() // 20
-        kernel, emulation = (deviation(each, expected, spec.tolerances[dtype]) for each in (actual, ours))
+        kernel, emulation = (deviation(each, expected, spec.tolerance_of(each, dtype)) for each in (actual, ours))
         assert emulation.element == pytest.approx(kernel.element, abs=0.1)
         assert emulation.rms == pytest.approx(kernel.rms, abs=0.05)

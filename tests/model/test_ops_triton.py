@@ -1,6 +1,8 @@
 """The whole model on the Triton kernels equals the references, with both kinds of ViT and every decoder layout."""
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from internvl_rt.checkpoint.config import DecoderConfig, VisionConfig
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.model.internvl import InternVL
-from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.ops import KV_FORMATS, TORCH, Ops
 from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
+from support.hardware_arithmetic import hardware_arithmetic
 from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 
@@ -73,6 +76,24 @@ def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderCo
     expected = all_logits(model, token_ids, tiles, context_id=47)
     actual = all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens, after=other)
     assert_near(actual, expected[16:])  # the first 16 tokens are a block of the cache
+
+
+@pytest.mark.fast("fp8-qwen2")
+@torch.inference_mode()
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("cache", KV_FORMATS)
+def test_decoder_with_a_cache_in_8_bits_equals_the_references(cache: str, decoder: DecoderConfig) -> None:
+    """Prompts of more than 16 rows and of fewer, decodes, and a prefix that another sequence has written."""
+    model, kv_dtype = build_model(decoder=decoder), KV_FORMATS[cache]
+    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    how: dict[str, Any] = {"context_id": 47, "kv_dtype": kv_dtype}
+    expected = all_logits(model, token_ids, tiles, **how)
+    assert (expected - all_logits(model, token_ids, tiles, context_id=47)).norm() > 1e-3 * expected.norm()
+    with nullcontext() if DEVICE.type == "cuda" else hardware_arithmetic():  # the interpreter rounds to FP8 otherwise
+        assert_near(all_logits(on_triton(model), token_ids, tiles, **how, chunk_lens=[20, 1, 1, 2]), expected)
+        how["after"] = [*token_ids[:-2], 1, 2]
+        assert_near(all_logits(on_triton(model), token_ids, tiles, **how, chunk_lens=[5, 1, 2]), expected[16:])
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -200,6 +202,8 @@ def jobs(only: str | None, smallest: bool) -> Iterator[Job]:
         dtype = preferred_dtype(spec)
         cases = [smallest_model_case(spec)[0]] if smallest else spec.model_cases
         for case, target, experiments in product(cases, targets, ((), EXPERIMENTS)):
+            if case.min_capability > target.capability:
+                continue
             for index, launch in enumerate(launches_of(spec, case, dtype, target, experiments)):
                 key = f"{source_of(launch).hash()} {options_of(launch)} {target.capability}"
                 if key not in seen:

@@ -57,7 +57,7 @@ def expected_results(spec: KernelSpec, inputs: Mapping[str, Any], dtype: torch.d
     """Returns what the reference writes, in float64: the `in_place` arguments, then the result if there is one."""
     inputs = upcast(inputs, dtype)
     result = spec.reference(**inputs)
-    return [inputs[name] for name in spec.in_place] + ([] if result is None else [result])
+    return [inputs[name] for name in spec.written(inputs)] + ([] if result is None else [result])
 
 
 def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -66,12 +66,14 @@ def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> li
     Fails when the launcher writes an argument that is not `in_place`, or memory around its output.
     """
     expected, before = expected_results(spec, inputs, dtype), clone(inputs)
-    actual = [inputs[name] for name in spec.in_place]
+    actual = [inputs[name] for name in spec.written(inputs)]
     if len(expected) == len(actual):
         spec.launcher(**inputs)
     else:
         like = expected[-1]
-        out, buffer = poisoned(like.shape, dtype if like.dtype.is_floating_point else like.dtype, like.device)
+        # A result in 8 bits keeps its type; others have become float64 in the reference.
+        stored = dtype if like.dtype.is_floating_point and like.itemsize > 1 else like.dtype
+        out, buffer = poisoned(like.shape, stored, like.device)
         guard = buffer.clone()
         returned = spec.launcher(**inputs, out=out)
         assert returned.data_ptr() == out.data_ptr()

@@ -14,10 +14,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from internvl_rt.kernels._gemv_plan import choose_gemv_plan
+from internvl_rt.kernels._fp8_rows import quantise
+from internvl_rt.kernels._gemv_plan import choose_8bit_plan, choose_gemv_plan
+from internvl_rt.kernels._int4 import unpack_int4
+from internvl_rt.kernels._kv_numbers import write_heads
 from internvl_rt.kernels._launch import Target
+from internvl_rt.kernels.gemv_4bit import choose_gemv_4bit_plan
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from internvl_rt.kernels.rms_norm import rms_norm_reference
@@ -45,6 +50,21 @@ def _swiglu(gate_up_T2F: Tensor) -> list[Tensor]:
     gate, up = gate_up_T2F.float().chunk(2, dim=-1)
     silu = gate / (1 + (-gate).exp())
     return [(rounded(silu, gate_up_T2F.dtype) * up).to(gate_up_T2F.dtype)]
+
+
+def _in_fp8(y: Tensor, scale_R: Tensor, static_scale_1: Tensor | None) -> list[Tensor]:
+    numbers, scale = quantise(y, static_scale_1)
+    return [scale_R.copy_(scale), numbers]
+
+
+def _rms_norm_fp8(
+    x_RD: Tensor, weight_D: Tensor, eps: float, scale_R: Tensor, static_scale_1: Tensor | None
+) -> list[Tensor]:
+    return _in_fp8(*_rms_norm(x_RD, weight_D, eps), scale_R, static_scale_1)
+
+
+def _swiglu_fp8(gate_up_T2F: Tensor, scale_T: Tensor, static_scale_1: Tensor | None) -> list[Tensor]:
+    return _in_fp8(*_swiglu(gate_up_T2F), scale_T, static_scale_1)
 
 
 def _add_norm(
@@ -187,6 +207,12 @@ def _gemv(
     early_trigger: bool = False,  # changes no bit
 ) -> list[Tensor]:
     y = _few_rows(x_RK, weight_NK, norm_weight_K, eps, plan)
+    return _gemv_epilogue(y, bias_N, activation, residual_RN, x_RK.dtype)
+
+
+def _gemv_epilogue(
+    y: Tensor, bias_N: Tensor | None, activation: str, residual_RN: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     if bias_N is not None:
         y = y + bias_N.float()
     if activation == "swiglu":
@@ -194,7 +220,79 @@ def _gemv(
         y = gate / (1 + (-gate).exp()) * up
     if residual_RN is not None:
         y = y + residual_RN.float()
-    return [y.to(x_RK.dtype)]
+    return [y.to(dtype)]
+
+
+def _gemv_8bit(
+    x_RK: Tensor,
+    weight_NK: Tensor,
+    scale_NG: Tensor,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    activation: str,
+    residual_RN: Tensor | None,
+    plan: Any,
+    early_trigger: bool = False,  # changes no bit
+) -> list[Tensor]:
+    """Multiplies each sum, or the sums of 128 columns each, by a scale."""
+    dtype, (rows, k), normed = x_RK.dtype, x_RK.shape, norm_weight_K is not None
+    plan = plan or choose_8bit_plan(rows, *weight_NK.shape, dtype, TARGET, normed=normed)
+    x = x_RK.float()
+    a = x * norm_weight_K.float() if norm_weight_K is not None else x
+    if normed and plan.matrix and dtype != torch.float32:
+        a = rounded_to_tf32(a) if dtype == torch.float16 else rounded(a, dtype)
+    numbers, width = weight_NK.float(), k if scale_NG.shape[1] == 1 else 128
+    y = torch.zeros(rows, len(numbers))
+    for scale, start in zip(scale_NG.T, range(0, k, width), strict=True):
+        part = slice(start, start + width)
+        y = y + product(a[:, part], numbers[:, part], dtype) * scale
+    if normed:
+        y = y * (1 / (x.square().sum(-1, keepdim=True) / k + eps).sqrt())
+    return _gemv_epilogue(y, bias_N, activation, residual_RN, dtype)
+
+
+def _gemv_4bit(
+    x_RK: Tensor,
+    words_NW: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bias_N: Tensor | None,
+    norm_weight_K: Tensor | None,
+    eps: float,
+    group: int,
+    activation: str,
+    residual_RN: Tensor | None,
+    plan: Any,
+    early_trigger: bool = False,  # changes no bit
+) -> list[Tensor]:
+    """Takes the offset of 128 off after the sum on the CUDA cores, and off each number on matrix units."""
+    dtype, (rows, k), (n, groups) = x_RK.dtype, x_RK.shape, scale_NG.shape
+    normed = norm_weight_K is not None
+    plan = plan or choose_gemv_4bit_plan(rows, n, k, dtype, TARGET, normed=normed)
+    x, left = x_RK.float(), groups * group - k
+    a = x * norm_weight_K.float() if norm_weight_K is not None else x
+    if normed and plan.matrix and dtype != torch.float32:
+        a = rounded_to_tf32(a) if dtype == torch.float16 else rounded(a, dtype)
+    a_RGC = F.pad(a, (0, left)).view(rows, groups, group)
+    numbers_NGC = F.pad(unpack_int4(words_NW, k).float(), (0, left)).view(n, groups, group)
+    zero_NG = torch.full_like(scale_NG, 8).float() if zero_NG is None else zero_NG.float()
+    if plan.matrix:
+        weight_NGC = numbers_NGC - zero_NG[..., None]
+        sums_GRN = product(a_RGC.transpose(0, 1), weight_NGC.transpose(0, 1), dtype)
+        y = (sums_GRN * scale_NG.float().mT[:, None]).sum(0)
+    else:
+        products, total = torch.zeros(rows, n, groups, 16), torch.zeros(rows, 1, groups, 16)
+        for first in range(0, group, 16):
+            a_plane = a_RGC[:, None, :, first : first + 16]
+            products = fused_multiply_add(a_plane, numbers_NGC[None, :, :, first : first + 16] + 128, products)
+            total = total + a_plane
+        four, total = (each.unflatten(-1, (4, 4)).sum(-1) for each in (products, total))
+        four = fused_multiply_add(-(128 + zero_NG)[None, ..., None], total, four)
+        y = (four * scale_NG.float()[None, ..., None]).sum((2, 3))
+    if normed:
+        y = y * (1 / (x.square().sum(-1, keepdim=True) / k + eps).sqrt())
+    return _gemv_epilogue(y, bias_N, activation, residual_RN, dtype)
 
 
 def _turned(x_RHC: Tensor, position_T: Tensor, inv_freq_C: Tensor) -> Tensor:
@@ -252,6 +350,8 @@ def _qkv_rope_kv(
     k_cache_BGPC: Tensor,
     v_cache_BGPC: Tensor,
     slot_T: Tensor,
+    scale_BGP2: Tensor | None,
+    static_scale_2: Tensor | None,
 ) -> list[Tensor]:
     _, groups, _, channels = k_cache_BGPC.shape
     heads = qkv_TK.unflatten(1, (-1, channels))
@@ -260,7 +360,14 @@ def _qkv_rope_kv(
     if q_norm_C is not None and k_norm_C is not None:
         q, k = rms_norm_reference(q, q_norm_C, eps), rms_norm_reference(k, k_norm_C, eps)
     caches = (k_cache_BGPC, v_cache_BGPC)
-    return _rotated_and_written(q.float(), k.float(), v, position_T, inv_freq_C, caches, slot_T)
+    if scale_BGP2 is None:
+        return _rotated_and_written(q.float(), k.float(), v, position_T, inv_freq_C, caches, slot_T)
+    q, k = _turned(q.float(), position_T, inv_freq_C), _turned(k.float(), position_T, inv_freq_C)
+    used = slot_T >= 0
+    static = (None, None) if static_scale_2 is None else static_scale_2
+    for index, (cache, x) in enumerate(zip(caches, (k, v), strict=True)):
+        write_heads(cache, scale_BGP2[..., index], slot_T[used].long(), x[used], static[index])
+    return [*caches, scale_BGP2, q.masked_fill(~used[:, None, None], 0).to(qkv_TK.dtype)]
 
 
 EMULATED: dict[str, Callable[..., list[Tensor]]] = {
@@ -268,13 +375,17 @@ EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "decode_attention": decode_attention,
     "gemm_epilogue": _gemm_epilogue,
     "gemv": _gemv,
+    "gemv_4bit": _gemv_4bit,
+    "gemv_8bit": _gemv_8bit,
     "gemv_qkv": _gemv_qkv,
     "layer_norm": _layer_norm,
     "patch_embed": _patch_embed,
     "prefill_attention": prefill_attention,
     "qkv_rope_kv": _qkv_rope_kv,
     "rms_norm": _rms_norm,
+    "rms_norm_fp8": _rms_norm_fp8,
     "swiglu": _swiglu,
+    "swiglu_fp8": _swiglu_fp8,
     "unshuffle_norm": _unshuffle_norm,
     "unshuffle_project": _unshuffle_project,
     "vit_attention": vit_attention,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._kv_numbers import LEAST_SCALE
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels._plans import AttentionPlan
 from internvl_rt.kernels._prefill_plan import SplitRule, block_splits, choose_tiling, split_lens, split_rule
@@ -23,14 +24,31 @@ def online_softmax(
     blocks: Sequence[tuple[int, int]],
     dtype: torch.dtype,
     k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     state: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns each query's maximum, sum and weighted values: q [..., M, C], keys [..., N, C], weights in `dtype`."""
     top, total, acc = state or (
         torch.full(q.shape[:-1], -math.inf), torch.zeros(q.shape[:-1]), torch.zeros(*q.shape[:-1], v.shape[-1])
     )  # fmt: skip
+    if v_scale is not None:  # numbers in 8 bits; as scaled_queries in kernels/_kv_numbers.py
+        power = q.abs().amax(-1, keepdim=True).clamp_min(LEAST_SCALE.value).log2().floor().exp2()
+        dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        q = rounded(q.float() / power, dtype)
     for begin, end in blocks:
         score = product(q, k[..., begin:end, :], dtype)
+        if v_scale is not None:
+            of_values = v_scale[..., None, begin:end]
+            exponent = of_values.log2().floor()
+            score = score * k_scale[..., None, begin:end] * (scale_log2 * power) + exponent
+            score = score if visible is None else score.masked_fill(~visible[..., begin:end], -math.inf)
+            new_top = torch.maximum(top, score.amax(-1))
+            shrink, weight = (top - new_top).exp2(), (score - new_top[..., None]).exp2()
+            total = total * shrink + (weight * (-exponent).exp2()).sum(-1)
+            weight = weight * (of_values * (-exponent).exp2())
+            acc = product(rounded(weight, dtype), v[..., begin:end, :].mT, dtype, acc * shrink[..., None])
+            top = new_top
+            continue
         if k_scale is not None:
             score = score * k_scale[..., None, begin:end]
         if visible is not None:
@@ -77,7 +95,7 @@ def vit_attention(
     num_patches = q.shape[2] - 1
     block_n = plan.block_n if plan is not None else 16 if dtype == torch.float32 else 64
     blocks = _blocks(0, num_patches, block_n)
-    _, total, acc = online_softmax(q, k, v, None, scale_log2, blocks, dtype, k_scale, state)
+    _, total, acc = online_softmax(q, k, v, None, scale_log2, blocks, dtype, k_scale, None, state)
     score = class_q @ k.mT * (scale_log2 * math.log(2))
     class_y = (score if k_scale is None else score * k_scale[:, :, None]).softmax(-1) @ v
     y = torch.cat(((acc * (1 / total)[..., None])[:, :, :-1], class_y), dim=2).transpose(1, 2).flatten(2)
@@ -87,7 +105,19 @@ def vit_attention(
 def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int) -> Tensor:
     """Returns a row's keys or values, [H, seq_len, C]; each kv head is repeated for all query heads that use it."""
     blocks = table_N[: -(-seq_len // cache_BGPC.shape[2])].long()
-    return cache_BGPC[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len].repeat_interleave(group, dim=0).float()
+    tokens = cache_BGPC[blocks].float().transpose(0, 1).flatten(1, 2)[:, :seq_len]
+    return tokens.repeat_interleave(group, dim=0)
+
+
+def _read_row(
+    caches: tuple[Tensor, Tensor], scale_BGP2: Tensor | None, table_N: Tensor, seq_len: int, group: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns a row's keys and values, and their scales [H, seq_len] where they are in 8 bits."""
+    k, v = (_keys_of_row(cache, table_N, seq_len, group) for cache in caches)
+    if scale_BGP2 is None:
+        return k, v, None, None
+    k_scale, v_scale = _keys_of_row(scale_BGP2, table_N, seq_len, group).unbind(-1)
+    return k, v, k_scale, v_scale
 
 
 def prefill_attention(
@@ -99,13 +129,15 @@ def prefill_attention(
     seq_len_S: Tensor,
     max_query_len: int,
     splits: SplitRule | None = None,
+    scale_BGP2: Tensor | None = None,
 ) -> list[Tensor]:
     dtype, (num_tokens, heads, channels) = q_THC.dtype, q_THC.shape
     out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
     starts, seq_lens, rule = query_start_S1.tolist(), seq_len_S.tolist(), splits or split_rule(channels)
     query_lens = [stop - start for start, stop in itertools.pairwise(starts)]
     sizes = num_tokens, max_query_len, block_table_SN, k_cache_BGPC, group, rule
-    tiling = choose_tiling(*sizes, target_of(q_THC.device))
+    tiling = choose_tiling(*sizes, target_of(q_THC.device), dtype)
+    caches = k_cache_BGPC, v_cache_BGPC
     scale, queries = math.log2(math.e) / math.sqrt(channels), tiling.block_m // group
     keys_of_split = list(seq_lens)
     if tiling.num_items:
@@ -113,13 +145,13 @@ def prefill_attention(
     for row, (new, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         if new == 0:
             continue
-        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
+        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group)
         visible = torch.ones(new, seq_len, dtype=torch.bool).tril(seq_len - new)
         for first in range(0, new, queries):
             stop, position = min(first + queries, new), seq_len - new + first
             q = q_THC[starts[row] + first : starts[row] + stop].transpose(0, 1)
             parts = [
-                online_softmax(q, k, v, visible[first:stop], scale, _blocks(*keys, tiling.block_n), dtype)
+                online_softmax(q, k, v, visible[first:stop], scale, _blocks(*keys, tiling.block_n), dtype, *scales)
                 for keys in block_splits(position, seq_len - new + stop, keys_of_split[row])
             ]
             out[starts[row] + first : starts[row] + stop] = _sum_of_parts(parts).transpose(0, 1).to(dtype)
@@ -141,18 +173,19 @@ def decode_attention(
     seq_len_S: Tensor,
     split_start_S1: Tensor,
     split_W3: Tensor,
+    scale_BGP2: Tensor | None = None,
 ) -> list[Tensor]:
     dtype, (_, heads, channels) = q_SHC.dtype, q_SHC.shape
     out, group = torch.zeros_like(q_SHC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
-    starts, block_size = split_start_S1.tolist(), k_cache_BGPC.shape[2]
+    starts, block_size, caches = split_start_S1.tolist(), k_cache_BGPC.shape[2], (k_cache_BGPC, v_cache_BGPC)
     scale = math.log2(math.e) / math.sqrt(channels)
     for row, seq_len in enumerate(seq_len_S.tolist()):
         if seq_len == 0:
             continue
-        k, v = (_keys_of_row(cache, block_table_SN[row], seq_len, group) for cache in (k_cache_BGPC, v_cache_BGPC))
+        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group)
         parts = []
         for _, first, end in split_W3[starts[row] : starts[row + 1]].tolist():
             blocks = _blocks(first * block_size, min(end * block_size, seq_len), 32 if dtype == torch.float32 else 64)
-            parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype))
+            parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype, *scales))
         out[row] = _sum_of_parts(parts)[:, 0].to(dtype)
     return [out]

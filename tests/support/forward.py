@@ -41,6 +41,7 @@ def all_logits(
     chunk_lens: Items[int] | None = None,
     block_size: int = 16,
     after: Items[int] = (),
+    kv_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Computes the logits [T, V] of one sequence, in chunks of `chunk_lens` tokens (by default all at once).
 
@@ -48,12 +49,13 @@ def all_logits(
     position_T: the float32 rotary positions, 0, 1, 2, ... by default.
     after: a sequence with the same pictures that is computed in the same cache first. The prefix that both share is
     read from the cache, and its tokens have no logits.
+    kv_dtype: of keys and values in the cache, by default the model's.
     """
     cache = KVCache(
         model.config.decoder,
         num_blocks=(len(after) + len(token_ids)) // block_size + 2,
         block_size=block_size,
-        dtype=model.dtype,
+        dtype=kv_dtype or model.dtype,
         device=model.device,
         ops=_of_few_items(model.ops),
     )

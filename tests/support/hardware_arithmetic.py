@@ -6,7 +6,8 @@ rounded to the nearest bfloat16, ties to even. Three more things are as on a GPU
 
 - a product of float32 in tf32 uses the upper 19 bits of its operands; the lower 13 are dropped, not rounded;
 - a product of float32 in "ieee" is one chain of fused multiply-adds over K, which is how Triton builds it;
-- a fused multiply-add rounds once.
+- a fused multiply-add rounds once;
+- conversions to and from FP8 (e4m3) round to nearest, ties to even, and what is too large becomes the largest number.
 
 What stays different: the matrix units add a few products at a time and cut the last bits of the sum (about 2^-24 of the
 largest product), and exponentials, divisions and square roots of a GPU may be off by two units in the last place of
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
@@ -37,6 +39,19 @@ def to_bfloat16(values: Array) -> Array:
     bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(NAN), rounded)
+
+
+def of_fp8(bits: Array) -> Array:
+    """Returns the float32 values of e4m3 bits."""
+    values: Array = torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+    return values
+
+
+def to_fp8(values: Array) -> Array:
+    """Returns the bits of the e4m3 number nearest to each value."""
+    limited = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448.0, 448.0)
+    bits: Array = limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return bits
 
 
 def cut_to_tf32(values: Array) -> Array:
@@ -69,6 +84,8 @@ def _is_bfloat16(*handles: TensorHandle) -> bool:
 
 
 def _values(handle: TensorHandle) -> Array:
+    if handle.dtype.scalar == tl.float8e4nv:
+        return of_fp8(handle.data)
     return to_float32(handle.data) if _is_bfloat16(handle) else handle.data
 
 
@@ -81,6 +98,8 @@ def _handle(values: Array, dtype: tl.dtype) -> TensorHandle:
 
 def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, *_: object) -> TensorHandle:
     values = _values(src)
+    if dst_type.scalar == tl.float8e4nv:
+        return TensorHandle(to_fp8(values), dst_type.scalar)
     if dst_type.scalar != tl.bfloat16:
         with np.errstate(over="ignore", invalid="ignore"):  # values too large for float16 become infinity, as on a GPU
             values = values.astype(interpreter._get_np_dtype(dst_type.scalar))

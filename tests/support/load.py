@@ -104,9 +104,9 @@ def open_stream(engine: Engine, kind: Kind) -> Iterator[Piece]:
     return engine._stream(engine.new_scoring(prompts))
 
 
-def expected_answers(kinds: list[Kind]) -> list[list[tuple[list[int], str]]]:
+def expected_answers(kinds: list[Kind], **options: Any) -> list[list[tuple[list[int], str]]]:
     """Returns the answers that each request gets when no other request runs and nothing is reused."""
-    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE, **options) as engine:
         return [[] if kind.broken else answers_of(last_reply(open_stream(engine, kind))) for kind in kinds]
 
 
@@ -225,9 +225,9 @@ def faults(engine: Engine) -> Iterator[Callable[[random.Random], None]]:
             delattr(model, name)
 
 
-def tiny_pool_bytes(num_blocks: int, block_size: int = 16) -> int:
+def tiny_pool_bytes(num_blocks: int, block_size: int = 16, **options: Any) -> int:
     """Returns the bytes of a KV cache with that many blocks for the tiny checkpoint."""
-    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE) as engine:
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32", **ALONE, **options) as engine:
         return num_blocks * block_size * (engine.memory.block_bytes // engine.memory.block_size)
 
 

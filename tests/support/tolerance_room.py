@@ -61,7 +61,7 @@ HEADER = f"{'operation':28} {'element':>9} {'case, seed':32} {'rms':>9} {'case, 
 
 
 def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, interpreter: bool) -> Room:
-    spec, tolerance = SPECS[operation], SPECS[operation].tolerances[dtype]
+    spec = SPECS[operation]
     element = rms = Used(0.0, "")
     failures = 0
     for seed in seeds:
@@ -72,7 +72,7 @@ def room_of_case(operation: str, case: Case, dtype: torch.dtype, seeds: range, i
         else:
             expected = expected_results(spec, inputs, dtype)
             pairs = list(zip(EMULATED[operation](**clone(inputs)), expected, strict=True))
-        shares = [deviation(actual, wanted, tolerance) for actual, wanted in pairs]
+        shares = [deviation(actual, wanted, spec.tolerance_of(actual, dtype)) for actual, wanted in pairs]
         place = f"{case.name}, {seed}"
         element = max(element, *(Used(each.element, place) for each in shares), key=lambda used: used.share)
         rms = max(rms, *(Used(each.rms, place) for each in shares), key=lambda used: used.share)
