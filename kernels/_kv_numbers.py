@@ -118,6 +118,14 @@ def check_scales(
     return k_cache_BGPC.dtype
 
 
+def scale_arguments(scale_BGP2: Tensor | None) -> dict[str, Tensor | int | None]:
+    """Returns the arguments of attention's kernels about scales; the strides count words of two scales."""
+    if scale_BGP2 is None:
+        return dict.fromkeys(("scale", "scale_block_stride", "scale_head_stride"))
+    block_stride, head_stride = (stride // 2 for stride in scale_BGP2.stride()[:2])
+    return {"scale": scale_BGP2, "scale_block_stride": block_stride, "scale_head_stride": head_stride}
+
+
 def in_8_bits(cache: str) -> dict[str, Any]:
     """Returns the sizes of a case with a cache of this format."""
     return {"cache": cache, "min_capability": MIN_CAPABILITY[cache]}
@@ -141,8 +149,9 @@ def head_scale(first, second, static_scale, index: tl.constexpr, LARGEST: tl.con
 
 @triton.jit
 def to_numbers(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """Returns the numbers of float32 values; NaN becomes any number."""
-    x = tl.minimum(tl.maximum(tl.div_rn(x, scale), -LARGEST), LARGEST)
+    """Returns the numbers of float32 values, zeros where the scale is NaN."""
+    x = tl.where(scale == scale, tl.div_rn(x, scale), 0.0)
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     if dtype == tl.int8:
         x = (x + ROUNDER) - ROUNDER
     return x.to(dtype)

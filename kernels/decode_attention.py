@@ -18,7 +18,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._decode_attention_body import ROWS, decode_attention_kernel
-from internvl_rt.kernels._kv_numbers import KV_FORMATS, check_scales, in_8_bits
+from internvl_rt.kernels._kv_numbers import KV_FORMATS, check_scales, in_8_bits, scale_arguments
 from internvl_rt.kernels._launch import Launch, Target, run, target_of
 from internvl_rt.kernels._paged_attention import make_paged_cache, paged_attention_reference
 from internvl_rt.kernels._split_plan import build_splits as build_splits
@@ -107,8 +107,7 @@ def plan_decode_attention(
     pdl = programmatic_launch and target.has_programmatic_launch
     if counters_SG is None:
         counters_SG = torch.zeros(num_rows, num_kv_heads, dtype=torch.int32, device=device)
-    optional: dict[str, Tensor | int | None] = {"scale": scale_BGP2, **scale_strides(scale_BGP2)}
-    optional |= plan_prefetch(upcoming, target)
+    optional = scale_arguments(scale_BGP2) | plan_prefetch(upcoming, target)
     return (
         Launch(
             decode_attention_kernel,
@@ -171,13 +170,6 @@ def plan_prefetch(upcoming: Sequence[Tensor], target: Target) -> dict[str, Tenso
             arguments |= zip(names.pop(0), (weight, num_bytes), strict=True)
             room -= num_bytes
     return arguments
-
-
-def scale_strides(scale_BGP2: Tensor | None) -> dict[str, int | None]:
-    """Returns the strides of blocks and heads in words of two scales."""
-    if scale_BGP2 is None:
-        return {"scale_block_stride": None, "scale_head_stride": None}
-    return {"scale_block_stride": scale_BGP2.stride(0) // 2, "scale_head_stride": scale_BGP2.stride(1) // 2}
 
 
 def check_queries_and_cache(

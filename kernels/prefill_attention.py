@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_tensor
-from internvl_rt.kernels._kv_numbers import KV_FORMATS, in_8_bits
+from internvl_rt.kernels._kv_numbers import KV_FORMATS, in_8_bits, scale_arguments
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels._paged_attention import make_paged_cache, paged_attention_reference
 from internvl_rt.kernels._prefill_attention_body import prefill_attention_kernel
@@ -39,7 +39,6 @@ from internvl_rt.kernels.decode_attention import (
     MODEL_HEADS,
     check_queries_and_cache,
     require_index,
-    scale_strides,
 )
 
 
@@ -121,7 +120,7 @@ def plan_prefill_attention(
         "SPLIT": padded_rows(num_rows) if num_items else 0,
         "SUM_PAIRS": sum_pairs(block_m, head_dim, target) if num_items else 0,
     }
-    of_scales = {"scale": scale_BGP2, **scale_strides(scale_BGP2)}
+    of_scales = scale_arguments(scale_BGP2)
     args |= {name: value for name, value in of_scales.items() if value is not None}
     constexprs |= {name: None for name, value in of_scales.items() if value is None}
     if num_items:

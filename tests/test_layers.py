@@ -89,6 +89,8 @@ MODULES = [
     "kernels._gemv_4bit_body",
     "kernels.gemv_4bit",
     "kernels.gemv_8bit",
+    "kernels._gemm_fp8_body",
+    "kernels.gemm_fp8",
     "kernels.gemv_qkv",
     "kernels.copy_blocks",
     "kernels._sample_numbers",

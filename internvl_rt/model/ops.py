@@ -8,16 +8,17 @@ A layer of either tower is five moves:
   decoder: norm + linear + rotary + KV write, attention, linear + residual, norm + linear + SwiGLU, linear + residual
   ViT: linear, attention, linear + residual + norm, linear + GELU, linear + residual + norm
 
-In a decode step each move of the decoder is one kernel, which has the norm in front; `gated_mlp` is the last two of them.
-A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the weight out first. The
-ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one pass over the rows.
+In a decode step each move of the decoder is one kernel, which has the norm in front; `gated_mlp` is the last two of
+them. The ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one pass
+over the rows. A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the weight
+out first.
 
 `kernels/_contract.py` explains the dimension letters.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -97,9 +98,14 @@ class Ops:
                 numbers = linear.words_NW, linear.scale_NG, linear.zero_NG, linear.num_inputs
                 return self.dequantise(*numbers, group=linear.group, dtype=dtype)
 
-    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
-        """Returns the inputs of a product as the linear's kind rounds them; a table may leave them as they are."""
-        return round_inputs(x, linear) if isinstance(linear, Linear8) else x
+    def product(self, x: Tensor, linear: AnyLinear, bias_N: Tensor | None, **after: Any) -> Tensor:
+        """Computes x W^T + b, and what else `gemm_epilogue` does, for a linear of any kind.
+
+        The references round the inputs as the kind says. Other tables may leave them as they are.
+        """
+        if isinstance(linear, Linear8):
+            x = round_inputs(x, linear)
+        return self.gemm_epilogue(x, self.dense(linear, x.dtype), bias_N, **after)
 
     def check_cache(self, dtype: torch.dtype, device: torch.device) -> None:
         """Raises RequestError if this table cannot use a KV cache of this type, which torch's operations always can."""
@@ -135,9 +141,9 @@ class Ops:
         if norm is not None:
             x = self.norm(x, norm)  # `x` is the only name, so that each result is freed once the next one is computed
         is_gated = activation == "swiglu"
-        x = self.gemm_epilogue(
-            self.round_inputs(x, linear),
-            self.dense(linear, x.dtype),
+        x = self.product(
+            x,
+            linear,
             linear.bias_N if bias else None,
             activation="none" if is_gated else activation,
             residual=residual,

@@ -23,7 +23,7 @@ from internvl_rt.kernels._paged_attention import attend_by_torch, paged_attentio
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.vit_attention import tile_tokens
 from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads, products_are_faster
-from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm, bias_of
+from internvl_rt.model.linear import AnyLinear, Linear, Norm, bias_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.processor import runs_onednn
 from internvl_rt.model.products_cpu import Product, pack, packs, product_of
@@ -63,12 +63,10 @@ class CpuOps(Ops):
             return pack_quantised(linear, self.dtype)
         return Linear(pack(linear.weight_NK), linear.bias_N) if self.packs else linear
 
-    def dense(self, linear: AnyLinear, dtype: torch.dtype) -> Any:
-        """Returns what `cpu_gemm_epilogue` multiplies by: W, but a quantised linear as it is."""
-        return linear.weight_NK if isinstance(linear, Linear) else linear
-
-    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
-        return x
+    def product(self, x: Tensor, linear: AnyLinear, bias_N: Tensor | None, **after: Any) -> Tensor:
+        if isinstance(linear, Linear):
+            return self.gemm_epilogue(x, linear.weight_NK, bias_N, **after)
+        return finish_product(quantised_product(x, linear, bias_N), **after)
 
     def norm_qkv_rope_kv(
         self,
@@ -173,18 +171,19 @@ def rotate(x_THC: Tensor, rotation: Rotation) -> Tensor:
     return (x * rotation.cos_T1C).add_(turned)
 
 
-def cpu_gemm_epilogue(
-    x: Tensor,
-    weight: Tensor | Linear8 | Linear4,
-    bias_N: Tensor | None,
+def cpu_gemm_epilogue(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, *, product: Product, **after: Any) -> Tensor:
+    return finish_product(product(x, weight_NK, bias_N), **after)
+
+
+def finish_product(
+    y: Tensor,
     *,
-    product: Product,
     activation: Literal["none", "gelu"] = "none",
     residual: Tensor | None = None,
     scale_N: Tensor | None = None,
     out: Tensor | None = None,  # does not change the result, which is new
 ) -> Tensor:
-    y = product(x, weight, bias_N) if isinstance(weight, Tensor) else quantised_product(x, weight, bias_N)
+    """Computes what `gemm_epilogue` does after a product, whose memory it may use."""
     if residual is not None:
         return y.add_(residual) if scale_N is None else torch.addcmul(residual, y, scale_N, out=y)
     return torch.ops.aten.gelu_(y) if activation == "gelu" else y

@@ -42,6 +42,7 @@ class InvariantOps(TritonOps):
     _starts: dict[torch.device, Tensor] = field(default_factory=dict)  # 0, 1, 2, ...: where each decode's query is
 
     linear = Ops.linear
+    gated_mlp = Ops.gated_mlp
     linear_residual_norm = Ops.linear_residual_norm
     norm_qkv_rope_kv = Ops.norm_qkv_rope_kv
 

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.errors import RequestError
+from internvl_rt.kernels._fp8_rows import MAX_WIDTH
+from internvl_rt.kernels._fp8_rows import MIN_CAPABILITY as FP8_CAPABILITY
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, build_gemv_workspace
 from internvl_rt.kernels._kv_numbers import MIN_CAPABILITY
 from internvl_rt.kernels._launch import target_of
@@ -19,6 +22,7 @@ from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.dequantise import dequantise
 from internvl_rt.kernels.embed_tokens import embed_tokens
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
+from internvl_rt.kernels.gemm_fp8 import gemm_fp8
 from internvl_rt.kernels.gemv import gemv
 from internvl_rt.kernels.gemv_4bit import gemv_4bit
 from internvl_rt.kernels.gemv_8bit import gemv_8bit
@@ -27,10 +31,13 @@ from internvl_rt.kernels.layer_norm import layer_norm
 from internvl_rt.kernels.patch_embed import patch_embed
 from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv
+from internvl_rt.kernels.quantise_rows import quantise_rows
 from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
+from internvl_rt.kernels.rms_norm_fp8 import rms_norm_fp8
 from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
+from internvl_rt.kernels.swiglu_fp8 import swiglu_fp8
 from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
 from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm
@@ -90,10 +97,6 @@ class TritonOps(Ops):
                 "kv_cache_dtype 'int8', which takes as little memory"
             )
 
-    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
-        """Returns the inputs as they are: products with a weight that is multiplied out are no faster with others."""
-        return x
-
     def linear(
         self,
         x: Tensor,
@@ -115,8 +118,10 @@ class TritonOps(Ops):
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
         most_rows = MAX_ROWS_OF_4_BITS if isinstance(linear, Linear4) else MAX_ROWS
         if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= most_rows):
-            rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out}
-            return Ops.linear(self, x, linear, norm=norm, bias=bias, activation=activation, **rest)
+            rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out, "activation": activation}
+            if is_fp8_product(linear, x):
+                return self._fp8_product(self._round(x, norm, linear), linear, x.dtype, bias=bias, **rest)
+            return Ops.linear(self, x, linear, norm=norm, bias=bias, **rest)
         after = linear.bias_N, *((None, 0.0) if norm is None else (norm.weight_D, norm.eps))
         how: dict[str, Any] = {"activation": activation, **self._shared_arguments(x.device)}
         match linear:
@@ -133,6 +138,52 @@ class TritonOps(Ops):
                     of_rows = None if residual is None else residual[rows]
                     gemv_4bit(x[rows], *weight, *after, group=linear.group, residual_RN=of_rows, out=out[rows], **how)
                 return out
+
+    def product(self, x: Tensor, linear: AnyLinear, bias_N: Tensor | None, **after: Any) -> Tensor:
+        """Computes `Ops.product`. With a weight that is multiplied out, rounded inputs would gain nothing."""
+        return self.gemm_epilogue(x, self.dense(linear, x.dtype), bias_N, **after)
+
+    def gated_mlp(self, x_TD: Tensor, norm: Norm, gate_up: AnyLinear, down: AnyLinear) -> Tensor:
+        """Computes `Ops.gated_mlp`. Between two FP8 products of many rows, SwiGLU rounds its result itself."""
+        if not (len(x_TD) > MAX_ROWS and is_fp8_product(gate_up, x_TD) and is_fp8_product(down, x_TD)):
+            return Ops.gated_mlp(self, x_TD, norm, gate_up, down)
+        gate_up_T2F = self._fp8_product(self._round(x_TD, norm, gate_up), gate_up, x_TD.dtype)
+        scale_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        rounded = RoundedRows(swiglu_fp8(gate_up_T2F, scale_T, down.input_scale_1), scale_T)
+        return self._fp8_product(rounded, down, x_TD.dtype, residual=x_TD, out=x_TD)
+
+    def _round(self, x_RK: Tensor, norm: Norm | None, linear: Linear8) -> "RoundedRows":
+        """Rounds rows, or their norm, to FP8, each by its largest value or all by the linear's static scale."""
+        scale_R = x_RK.new_empty(len(x_RK), dtype=torch.float32)
+        if norm is not None and norm.bias_D is None:
+            numbers_RK = rms_norm_fp8(x_RK, norm.weight_D, norm.eps, scale_R, linear.input_scale_1)
+        else:
+            x_RK = x_RK if norm is None else self.norm(x_RK, norm)
+            numbers_RK = quantise_rows(x_RK, scale_R, linear.input_scale_1)
+        return RoundedRows(numbers_RK, scale_R)
+
+    def _fp8_product(
+        self,
+        rows: "RoundedRows",
+        linear: Linear8,
+        dtype: torch.dtype,
+        *,
+        bias: bool = True,
+        activation: Activation = "none",
+        residual: Tensor | None = None,
+        scale_N: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Computes `linear` of rows in FP8."""
+        is_last = activation == "none" and scale_N is None
+        added: dict[str, Any] = {"residual_RN": residual, "out": out} if is_last else {}
+        bias_N = linear.bias_N if bias else None
+        y = gemm_fp8(*rows, linear.weight_NK, linear.scale_NG, bias_N, dtype=dtype, **added)
+        if scale_N is not None:
+            assert residual is not None, "only a product with a residual has LayerScale"
+            return torch.addcmul(residual, y, scale_N, out=out)
+        y = self.swiglu(y) if activation == "swiglu" else F.gelu(y) if activation == "gelu" else y
+        return y if out is None or is_last else out.copy_(y)
 
     def linear_residual_norm(
         self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
@@ -230,6 +281,21 @@ class TritonOps(Ops):
         if device not in self._prefill:
             self._prefill[device] = build_prefill_workspace(device)
         return self._prefill[device]
+
+
+class RoundedRows(NamedTuple):
+    """Rows in FP8: x[r] = numbers[r] * scale[r], about."""
+
+    numbers_RK: Tensor
+    scale_R: Tensor
+
+
+def is_fp8_product(linear: AnyLinear, x: Tensor) -> TypeGuard[Linear8]:
+    """Says whether a product of many rows is one of FP8 numbers: the linear's file allows it, and the GPU has them."""
+    if not isinstance(linear, Linear8) or linear.inputs == "full" or linear.weight_NK.dtype != torch.float8_e4m3fn:
+        return False
+    fits = x.ndim == 2 and linear.num_inputs <= MAX_WIDTH
+    return fits and target_of(x.device).capability >= FP8_CAPABILITY
 
 
 def triton_ops(device: torch.device, switches: Switches = Switches()) -> TritonOps:

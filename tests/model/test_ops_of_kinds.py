@@ -1,5 +1,6 @@
 """Every table multiplies every kind of linear as the references do, whatever the number of rows."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,32 @@ def test_rows_of_a_product_in_4_bits_do_not_depend_on_how_many_there_are(num_row
     half = linear.take_rows(slice(24))
     expected = TORCH.linear(x, half, residual=residual)
     assert_near(ops.linear(x, half, residual=residual), expected)  # in the residual's memory
+
+
+@pytest.mark.fast("token-qwen2")
+@torch.inference_mode()
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("inputs", ["token", "static"])
+@pytest.mark.usefixtures("one_order_of_sums")  # without it the interpreter cuts bits off instead of rounding to FP8
+def test_prompts_round_the_inputs_of_fp8_products_as_the_references_do(inputs: Any, decoder: Any) -> None:
+    """A sum in another order may round an input to the next FP8 number, so results are only about equal."""
+
+    def quantise(path: str, linear: AnyLinear) -> AnyLinear:
+        assert isinstance(linear, Linear)
+        if not path.startswith("decoder.layers."):
+            return linear
+        made = quantise_to_8_bits(linear, torch.float8_e4m3fn, inputs)
+        return made if inputs == "token" else replace(made, input_scale_1=torch.full((1,), 2.0**-5, device=DEVICE))
+
+    model = build_model(decoder=decoder)
+    weights = map_linears(model.weights, quantise)
+    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8, device=DEVICE)
+    expected = all_logits(InternVL(model.config, weights, TORCH), TOKENS, tiles, context_id=47)
+    actual = all_logits(InternVL(model.config, weights, triton_ops(DEVICE)), TOKENS, tiles, context_id=47)
+    dense = map_linears(weights, lambda _, linear: Linear(linear.dense(torch.float32), linear.bias_N))
+    exact = all_logits(InternVL(model.config, dense, TORCH), TOKENS, tiles, context_id=47)
+    assert (actual - expected).norm() < 0.005 * expected.norm()
+    assert (exact - expected).norm() > 0.01 * expected.norm()
 
 
 @torch.inference_mode()

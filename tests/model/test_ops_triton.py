@@ -78,7 +78,7 @@ def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderCo
     assert_near(actual, expected[16:])  # the first 16 tokens are a block of the cache
 
 
-@pytest.mark.fast("fp8-qwen2")
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("cache", KV_FORMATS)

@@ -162,6 +162,27 @@ def _gemm_epilogue(
     return [y.to(dtype)]
 
 
+def _gemm_fp8(
+    numbers_RK: Tensor,
+    scale_R: Tensor,
+    weight_NK: Tensor,
+    scale_NG: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+    residual_RN: Tensor | None,
+    plan: Any,
+) -> list[Tensor]:
+    x, weight, k = numbers_RK.float(), weight_NK.float(), weight_NK.shape[1]
+    y, width = torch.zeros(len(x), len(weight)), k if scale_NG.shape[1] == 1 else 128
+    for scale, start in zip(scale_NG.T, range(0, k, width), strict=True):
+        part = slice(start, start + width)
+        y = y + x[:, part] @ weight[:, part].T * scale
+    y = y * scale_R[:, None]
+    for added in (bias_N, residual_RN):
+        y = y if added is None else y + added.float()
+    return [y.to(dtype)]
+
+
 def _patch_embed(
     tiles: Tensor, weight_EK: Tensor, bias_E: Tensor, class_E: Tensor, position_UE: Tensor
 ) -> list[Tensor]:
@@ -374,6 +395,7 @@ EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "add_norm": _add_norm,
     "decode_attention": decode_attention,
     "gemm_epilogue": _gemm_epilogue,
+    "gemm_fp8": _gemm_fp8,
     "gemv": _gemv,
     "gemv_4bit": _gemv_4bit,
     "gemv_8bit": _gemv_8bit,

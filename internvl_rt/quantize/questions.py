@@ -1,0 +1,81 @@
+"""The questions of a calibration: a folder of pictures with `questions.jsonl`, or with a text beside each picture."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internvl_rt.checkpoint.files import read_file
+from internvl_rt.checkpoint.json_section import parse_object
+from internvl_rt.errors import RequestError, quoted
+
+SAMPLES = Path(__file__).parents[1] / "tiny" / "samples"
+MAX_QUESTIONS = 10_000
+_FILE = "questions.jsonl"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_DEFAULT, _SAMPLES = "Describe this picture.", "Read the digits."
+_REMEDY = "docs/quantisation.md says how it looks"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about pictures, and perhaps the answer, whose tokens then take part in the calibration."""
+
+    pictures: tuple[Path, ...]
+    text: str
+    answer: str = ""
+
+    def messages(self) -> list[dict[str, Any]]:
+        pictures = [{"type": "image", "image": picture} for picture in self.pictures]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": self.text}]}]
+
+
+def read_questions(folder: Path | None) -> list[Question]:
+    """Returns the questions of a folder; None: of the sample pictures in the package.
+
+    Raises RequestError if there are none, or none with a picture.
+    """
+    if folder is None:
+        return [Question((file,), _SAMPLES, file.stem) for file in sorted(SAMPLES.glob("*.png"))]
+    if not folder.is_dir():
+        raise RequestError(f"calibration: {quoted(str(folder))} is no folder; give a folder of pictures")
+    file = folder / _FILE
+    questions = list(_read_lines(file)) if file.exists() else list(_beside_pictures(folder))
+    if not any(question.pictures for question in questions):
+        where = f"{file}: no question names a picture" if file.exists() else f"{folder} holds no picture"
+        raise RequestError(f"calibration: {where}; expected at least one ({', '.join(_SUFFIXES)}), {_REMEDY}")
+    return questions
+
+
+def _beside_pictures(folder: Path) -> Iterator[Question]:
+    """Takes every picture in a folder, with the question in the .txt of the same name if there is one."""
+    for picture in sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES):
+        text = picture.with_suffix(".txt")
+        yield Question((picture,), (_text(text, read_file(text, RequestError)) if text.exists() else "") or _DEFAULT)
+
+
+def _read_lines(file: Path) -> Iterator[Question]:
+    lines = [line for line in _text(file, read_file(file, RequestError)).splitlines() if line.strip()]
+    if len(lines) > MAX_QUESTIONS:
+        raise RequestError(f"{file} has {len(lines):,} questions, expected at most {MAX_QUESTIONS:,}; leave some out")
+    for number, line in enumerate(lines, 1):
+        where = Path(f"{file} line {number}")
+        values = parse_object(where, line.encode(), RequestError)
+        given = values.get("image", [])
+        names = [given] if isinstance(given, str) else given
+        text, answer = values.get("question", _DEFAULT), values.get("answer", "")
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        unknown = values.keys() - {"image", "question", "answer"}
+        if unknown or not (is_list and isinstance(text, str) and text.strip() and isinstance(answer, str)):
+            raise RequestError(
+                f'{where} is {quoted(values)}, expected {{"image": a name or a list of names, "question": a text, '
+                f'"answer": a text, if it is known}}; {_REMEDY}'
+            )
+        yield Question(tuple(file.parent / name for name in names), text, answer)
+
+
+def _text(file: Path, content: bytes) -> str:
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file}: expected UTF-8 text; save it so") from error
