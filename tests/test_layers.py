@@ -294,24 +294,12 @@ HOMES = {
     "uvicorn": ["server.connection", "server.life", "server.receiving"],
     "triton": [*(name for name in MODULES if name.startswith("kernels.")), "doctor.machine"],
 }
-# What quantised weights are, the tables of operations, torch's operators, the catalogue, the checks, and the benches of single kernels.
+# What quantised weights are, the tables of operations, torch's operators, the catalogue, the checks, the benches.
 CALLERS_OF_KERNELS = {
-    "model.linear",
-    "model.stored_linear",
-    "model.ops",
-    "model.attention_cpu",
-    "model.products_cpu_quantised",
-    "model.ops_cpu",
-    "model.ops_triton",
-    "model.ops_invariant",
-    "doctor.kernels",
-    "operators",
-    "kernel_list",
-    "bench.roofline",
-    "bench.kernel_cases",
-    "bench.attention_baselines",
-    "bench.kernel_baselines",
-    "bench.kernels",
+    *(f"model.{name}" for name in ("linear", "stored_linear", "attention_cpu", "products_cpu_quantised")),
+    *(f"model.ops{name}" for name in ("", "_cpu", "_triton", "_invariant")),
+    *("doctor.kernels", "operators", "kernel_list"),
+    *(f"bench.{name}" for name in ("roofline", "kernel_cases", "attention_baselines", "kernel_baselines", "kernels")),
 }
 JUNK_DRAWERS = {"base", "common", "helper", "helpers", "misc", "util", "utils"}
 MAX_LINES = 400

@@ -105,13 +105,13 @@ def awq(group: int) -> Callable[..., Written]:
 
 
 def gptq(group: int, first: int) -> Callable[..., Written]:
-    """first: what is subtracted from zeros in the file: 1 in version 1, 0 in version 2."""
+    """first: 1 in version 1, in which 0x11111111 is subtracted from each word of zeros; 0 in version 2."""
 
     def write(n: int, k: int) -> Written:
-        q, zero = torch.randint(0, 16, (n, k)), torch.randint(first, 16, (n, k // group))
+        q, zero = torch.randint(0, 16, (n, k)), torch.randint(0, 16, (n, k // group))
         scale = _scales(n, k // group, torch.float16)
         order = torch.arange(k, dtype=torch.int32) // group
-        stored = pack_rows((zero - first).t())
+        stored = pack_rows(zero.t()) - 0x11111111 * first  # it wraps around
         tensors = {"qweight": pack_columns(q.t()), "qzeros": stored, "scales": scale.t().contiguous(), "g_idx": order}
         return Written(tensors, (q - _spread(zero, group, k)) * _spread(scale, group, k))
 
