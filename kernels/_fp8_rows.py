@@ -15,16 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from internvl_rt.kernels._contract import Tolerance, require, require_tensor
-from internvl_rt.kernels._launch import target_of
+from internvl_rt.kernels._launch import next_power_of_2, target_of
 
 FP8 = torch.float8_e4m3fn
 MIN_CAPABILITY = 89
 IN_FP8: dict[str, Any] = {"min_capability": MIN_CAPABILITY}  # of every case
 LARGEST: tl.constexpr = tl.constexpr(448.0)
 TINY: tl.constexpr = tl.constexpr(1e-30)
-MAX_WIDTH = 32768  # one program holds a row in registers
+MAX_WIDTH = 32768
 STORED_TOLERANCES = {  # of numbers and scales of a row that was rounded to 16 bits before
-    FP8: Tolerance(0.126, 2**-8, 0.03, "the row's rounding moves a number to the next one"),
+    FP8: Tolerance(0.16, 2**-8, 0.04, "the row's rounding moves a number to the next one, by up to an eighth"),
     torch.float32: Tolerance(1.6e-2, 1e-30, 1e-2, "the largest value is rounded twice to 8 bits"),
 }
 
@@ -69,21 +69,42 @@ def room_for(out: Tensor | None, shape: tuple[int, ...], device: torch.device) -
 
 def warps_of_row(width: int) -> int:
     """Counts the warps that hold a row of values in registers: a thread has 16 to 64 of them."""
-    return min(16, max(1, width // 512))
+    return min(16, max(1, next_power_of_2(width) // 512))
 
 
 @triton.jit
-def write_row(values, numbers, scale, static_scale, row, numbers_stride, column, inside):
-    """Writes the numbers and the scale of a row of float32 values, which are 0 where they are not `inside`."""
+def largest_size(values):
+    """Returns the largest size of values [BLOCK]; infinity if one is NaN, which a maximum may drop."""
     size = tl.abs(values)
     infinity = float("inf")
-    largest = tl.max(tl.where(size < infinity, size, infinity), axis=0)  # a maximum may drop NaN
-    s = tl.load(static_scale) if static_scale is not None else tl.div_rn(tl.maximum(largest, TINY), LARGEST)
+    return tl.max(tl.where(size < infinity, size, infinity), axis=0)
+
+
+@triton.jit
+def scale_of(largest, static_scale):
+    return tl.load(static_scale) if static_scale is not None else tl.div_rn(tl.maximum(largest, TINY), LARGEST)
+
+
+@triton.jit
+def write_numbers(values, s, largest, at, inside):
+    """Writes the numbers of float32 values with the scale s; zeros if the `largest` of their row is not finite."""
     # The quotient is corrected by its rest: as exact as a division, and half as long.
     inverse = tl.div_rn(1.0, s)
     y = values * inverse
     y = tl.fma(tl.fma(-y, tl.zeros_like(y) + s, values), tl.zeros_like(y) + inverse, y)
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
-    y = tl.where(largest < infinity, y, 0.0)
-    tl.store(numbers + row * numbers_stride + column, y.to(numbers.dtype.element_ty), mask=inside)
-    tl.store(scale + row, tl.where(largest < infinity, s, float("nan")))
+    tl.store(at, tl.where(largest < float("inf"), y, 0.0).to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_scale(scale, row, s, largest):
+    tl.store(scale + row, tl.where(largest < float("inf"), s, float("nan")))
+
+
+@triton.jit
+def write_row(values, numbers, scale, static_scale, row, numbers_stride, column, inside):
+    """Writes the numbers and the scale of a row of float32 values, which are 0 where they are not `inside`."""
+    largest = largest_size(values)
+    s = scale_of(largest, static_scale)
+    write_numbers(values, s, largest, numbers + row * numbers_stride + column, inside)
+    write_scale(scale, row, s, largest)

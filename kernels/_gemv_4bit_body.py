@@ -11,7 +11,8 @@ taken off two numbers at a time, which is exact, and the products of a group are
 
 With MATRIX each warp has a chunk of 128 columns of its own, and a thread loads the words and the columns of x that it
 also feeds to the matrix units. For that the shapes of the loaded tensors say where the threads are: 4 times 4 words (or
-columns) along the last dimension, 8 rows along the one before, the warps along the one before that.
+columns) along the last dimension, 8 rows along one of the others, the warps along the second. Loads that are arranged
+otherwise are right, too, but what they bring passes through shared memory.
 """
 
 import triton
@@ -25,6 +26,9 @@ from internvl_rt.kernels._gemv_body import (
     _part_of_k,
 )
 from internvl_rt.kernels._gemv_pipelined import rounded_to_tf32
+
+# Among dimensions without contiguous elements Triton gives threads to the last one first; before 3.7 to the first one.
+FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 @triton.constexpr_function
@@ -91,9 +95,18 @@ def _plane(words, zero, x, i: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexp
 @triton.jit
 def _repeated(y, WIDTH: tl.constexpr):
     """Widens the last dimension from 4 to 8 or 16: each of four threads has its value for all of its columns."""
-    y = tl.reshape(y, (y.shape[0], y.shape[1], 8, 4, 1))
-    y = tl.broadcast_to(y, (y.shape[0], y.shape[1], 8, 4, WIDTH // 4))
-    return tl.reshape(y, (y.shape[0], y.shape[1], 8, WIDTH))
+    y = tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2], 4, 1))
+    y = tl.broadcast_to(y, (y.shape[0], y.shape[1], y.shape[2], 4, WIDTH // 4))
+    return tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2], WIDTH))
+
+
+@triton.jit
+def _rows_of_warps(y):
+    """Turns [8 n] to [n, 1, 8, 1], or to [8, 1, n, 1] with FIRST, in which threads get the 8."""
+    y = tl.reshape(y, (y.shape[0] // 8, 8))
+    if FIRST:
+        y = tl.trans(y)
+    return y[:, None, :, None]
 
 
 @triton.jit
@@ -102,91 +115,117 @@ def _as_operand(y):
     that it has in an operand of the matrix units, 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. x's columns change their places
     in the same way, so the products are the same. Of 8 columns a thread has 2 t and 2 t + 1.
     """
-    y = tl.reshape(y, (y.shape[0], y.shape[1], 8, 4, y.shape[3] // 8, 2))
-    return tl.reshape(tl.permute(y, (1, 0, 2, 4, 3, 5)), (y.shape[1], y.shape[0] * 8, y.shape[4] * 8))
+    ROWS: tl.constexpr = y.shape[0] * y.shape[2]
+    y = tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2], 4, y.shape[3] // 8, 2))
+    y = tl.permute(y, (1, 2, 0, 4, 3, 5)) if FIRST else tl.permute(y, (1, 0, 2, 4, 3, 5))
+    return tl.reshape(y, (y.shape[0], ROWS, y.shape[3] * 8))
 
 
 @triton.jit
 def _places(weight_row, weight_stride, G, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, MATRIX: tl.constexpr):
-    """Returns where a thread's words and groups are in a chunk's, from the first row and column on."""
-    BLOCK_N: tl.constexpr = weight_row.shape[0]
-    chunk = tl.arange(0, BLOCK_K // 128)
-    row = tl.reshape(weight_row, (BLOCK_N // 8, 1, 8, 1)) if MATRIX else weight_row[:, None, None]
-    chunk = chunk[None, :, None, None] if MATRIX else chunk[None, :, None]
-    # Each of the four threads that have a row of a chunk loads its scales. Without the hint that nothing is contiguous
-    # it would load others' too.
-    group = chunk * (128 // GROUP) + tl.zeros((4,), tl.int32)
-    group = tl.max_contiguous(row * G + group, [1, 1, 1, 1] if MATRIX else [1, 1, 1])
-    return row * weight_stride + chunk * 16 + tl.arange(0, 16), group, chunk * 128
+    """Returns where a thread's words and groups are in a chunk's, from the first row and column on, and their columns.
+
+    Each of the four threads that have a row of a chunk loads its scales.
+    """
+    if MATRIX:
+        row = _rows_of_warps(weight_row)
+        chunk = tl.arange(0, BLOCK_K // 128)[None, :, None, None]
+        word_at = row * weight_stride + chunk * 16 + tl.arange(0, 16)
+        group_at = row * G + chunk * (128 // GROUP) + tl.zeros((4,), tl.int32)
+        return word_at, group_at, chunk * 128, chunk * 128
+    else:
+        word = tl.arange(0, BLOCK_K // 8)[None, :]
+        chunk = tl.arange(0, BLOCK_K // 32)[None, :] // 4
+        group_at = weight_row[:, None] * G + chunk * (128 // GROUP)
+        return weight_row[:, None] * weight_stride + word, group_at, word // 16 * 128, chunk * 128
+
+
+@triton.jit
+def _in_threads(y):
+    """Brings the last dimension, the one that threads shall get first, to where they do."""
+    if FIRST:
+        y = tl.permute(y, (3, 0, 1, 2)) if len(y.shape) == 4 else tl.trans(y)
+    return y
 
 
 @triton.jit
 def _load_groups(base, group_at, inside, column, end, GROUP: tl.constexpr):
     """Loads scales or zeros of the groups of each chunk."""
     loaded = ()
+    # Without the hint that nothing is contiguous a thread would also load what others need.
+    at = tl.max_contiguous(_in_threads(group_at), [1, 1, 1, 1] if len(group_at.shape) == 4 else [1, 1])
     for g in tl.static_range(128 // GROUP):
-        mask = inside & (column + g * GROUP < end)
-        loaded += (tl.load(base + g + group_at, mask=mask, other=0),)  # type: ignore[assignment]
+        mask = tl.broadcast_to(inside & (column + g * GROUP < end), group_at.shape)
+        y = tl.load(base + g + at, mask=_in_threads(mask), other=0)
+        if FIRST:
+            y = tl.permute(y, (1, 2, 3, 0)) if len(y.shape) == 4 else tl.trans(y)
+        loaded += (y,)  # type: ignore[assignment]
     return loaded
 
 
 @triton.jit
-def _load_chunk(weight, scale, zero, word_at, group_at, inside, column, k, end, GROUP: tl.constexpr):
+def _load_chunk(
+    weight, scale, zero, word_at, group_at, inside, word_column, group_column, k, end, GROUP: tl.constexpr
+):  # fmt: skip
     """Loads a chunk of the words, its scales and its zeros, all 0 from `end` on; no other program reads them."""
-    mask = inside & (column < end - k)
-    words = tl.load(weight + tl.multiple_of(k // 8, 16) + word_at, mask=mask, other=0, eviction_policy="evict_first")
-    scales = _load_groups(scale + k // GROUP, group_at, inside, column, end - k, GROUP)
+    at = weight + tl.multiple_of(k // 8, 16) + word_at
+    words = tl.load(at, mask=inside & (word_column < end - k), other=0, eviction_policy="evict_first")
+    scales = _load_groups(scale + k // GROUP, group_at, inside, group_column, end - k, GROUP)
     zeros = scales  # not read where there are none
     if zero is not None:
-        zeros = _load_groups(zero + k // GROUP, group_at, inside, column, end - k, GROUP)
+        zeros = _load_groups(zero + k // GROUP, group_at, inside, group_column, end - k, GROUP)
     return words, scales, zeros
 
 
 @triton.jit
 def _plane_places(x, x_stride, ROWS: tl.constexpr, CHUNKS: tl.constexpr, MATRIX: tl.constexpr):
     """Returns pointers to the 16 columns of each chunk that belong to nibble 0 of its words, and the pointers' rows and
-    columns. ROWS 1: of the norm's weight, with MATRIX once for each of 8 rows.
+    columns. With a stride of 0 they are of the norm's weight, which is loaded once for each row of threads.
     """
-    column = 128 * tl.arange(0, CHUNKS)
     if MATRIX:
-        EIGHTS: tl.constexpr = ROWS // 8
-        row = (8 * tl.arange(0, EIGHTS)[:, None] + tl.arange(0, 8)[None, :])[:, None, :, None]
-        column = column[None, :, None, None] + tl.arange(0, 16)
-        at = tl.max_contiguous(row.to(tl.int64) * x_stride + column, [1, 1, 1, 4])
+        row = _rows_of_warps(tl.arange(0, ROWS))
+        column = 128 * tl.arange(0, CHUNKS)[None, :, None, None] + tl.arange(0, 16)
+        at = tl.max_contiguous(row.to(tl.int64) * x_stride + column, [1, 1, 1, 4])  # as many as of the words
     else:
-        row = tl.arange(0, ROWS)[:, None, None]
-        column = column[None, :, None] + tl.arange(0, 16)
-        at = tl.max_contiguous(row.to(tl.int64) * x_stride + column, [1, 1, 4])
+        row = tl.arange(0, ROWS)[:, None]
+        word = tl.arange(0, 16 * CHUNKS)[None, :]
+        column = word // 16 * 128 + word % 16
+        at = tl.max_contiguous(row.to(tl.int64) * x_stride + column, [1, 4])
     return x + at, row, column
 
 
 @triton.jit
 def _sum_of_fours(y):
-    """Adds each four neighbours in the last dimension of 16; a thread has them."""
+    """Adds each four neighbours in the last dimension; a thread has them."""
     if len(y.shape) == 4:
-        return tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2], 4, 4)), axis=4)
+        return tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2], y.shape[3] // 4, 4)), axis=4)
+    elif len(y.shape) == 3:
+        return tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 4, 4)), axis=3)
     else:
-        return tl.sum(tl.reshape(y, (y.shape[0], y.shape[1], 4, 4)), axis=3)
+        return tl.sum(tl.reshape(y, (y.shape[0], y.shape[1] // 4, 4)), axis=2)
 
 
 @triton.jit
 def _add_rows(
-    x_at, n_at, inside, column, zero, words, scales, zeros, sums, squares, left, ROWS: tl.constexpr,
+    x_at, n_at, inside, column, zero, words, scales, zeros, sums, squares, k, end, ROWS: tl.constexpr,
     GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of a chunk on the CUDA cores to `sums` [ROWS, BLOCK_N, CHUNKS, 4]."""
+    """Adds the products of a chunk on the CUDA cores to `sums` [ROWS, BLOCK_N, BLOCK_K / 32]."""
     BLOCK_N: tl.constexpr = words.shape[0]
-    CHUNKS: tl.constexpr = words.shape[1]
+    WORDS: tl.constexpr = words.shape[1]
     PLANES: tl.constexpr = GROUP // 16
+    x_at += k
+    if n_at is not None:
+        n_at += k
     for g in tl.static_range(128 // GROUP):
         for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-            a = tl.load(x_at + 16 * i, mask=inside & (column < left - 16 * i), other=0.0).to(tl.float32)
+            a = tl.load(x_at + 16 * i, mask=inside & (column < end - k - 16 * i), other=0.0).to(tl.float32)
             if n_at is not None:
-                n = tl.load(n_at + 16 * i, mask=column < left - 16 * i, other=0.0)
+                n = tl.load(n_at + 16 * i, mask=column < end - k - 16 * i, other=0.0)
                 squares += a * a
                 a *= n.to(tl.float32)
-            b = tl.reshape(_offset_plane(words, i, ASM), (1, BLOCK_N, CHUNKS, 16))
-            product = tl.reshape(a, (ROWS, 1, CHUNKS, 16)) * b
+            b = tl.reshape(_offset_plane(words, i, ASM), (1, BLOCK_N, WORDS))
+            product = tl.reshape(a, (ROWS, 1, WORDS)) * b
             if i == g * PLANES:
                 products = product
                 total = a
@@ -195,20 +234,23 @@ def _add_rows(
                 total += a
         offset = 136.0
         if zero is not None:
-            offset = 128.0 + tl.reshape(zeros[g], (1, BLOCK_N, CHUNKS, 4)).to(tl.float32)
-        total = tl.reshape(_sum_of_fours(total), (ROWS, 1, CHUNKS, 4))
-        s = tl.reshape(scales[g], (1, BLOCK_N, CHUNKS, 4)).to(tl.float32)
+            offset = 128.0 + tl.reshape(zeros[g], (1, BLOCK_N, WORDS // 4)).to(tl.float32)
+        total = tl.reshape(_sum_of_fours(total), (ROWS, 1, WORDS // 4))
+        s = tl.reshape(scales[g], (1, BLOCK_N, WORDS // 4)).to(tl.float32)
         sums += s * (_sum_of_fours(products) - offset * total)
     return sums, squares
 
 
 @triton.jit
 def _add_matrix(
-    x_at, n_at, inside, column, zero, words, scales, zeros, sums, squares, left, GROUP: tl.constexpr,
+    x_at, n_at, inside, column, zero, words, scales, zeros, sums, squares, k, end, GROUP: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of a chunk on matrix units to `sums` [WARPS, BLOCK_N, ROWS]."""
     PLANES: tl.constexpr = GROUP // 16
+    x_at += k
+    if n_at is not None:
+        n_at += k
     PACKED: tl.constexpr = ASM and not WIDE and x_at.dtype.element_ty.primitive_bitwidth == 16
     if PACKED:
         words = _halves_of_pairs(words)
@@ -218,9 +260,9 @@ def _add_matrix(
             z = _repeated(zeros[g], 16)
         products = tl.zeros_like(sums)
         for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-            a = tl.load(x_at + 16 * i, mask=inside & (column < left - 16 * i), other=0.0)
+            a = tl.load(x_at + 16 * i, mask=inside & (column < end - k - 16 * i), other=0.0)
             if n_at is not None:
-                n = tl.load(n_at + 16 * i, mask=column < left - 16 * i, other=0.0)
+                n = tl.load(n_at + 16 * i, mask=column < end - k - 16 * i, other=0.0)
                 a = a.to(tl.float32)
                 squares += _sum_of_fours(a * a)
                 a *= n.to(tl.float32)
@@ -254,11 +296,11 @@ def gemv_4bit_kernel(
     else:
         weight_row = column
         weight_inside = column < N
-    weight_inside = tl.reshape(weight_inside, (BLOCK_N // 8, 1, 8, 1)) if MATRIX else weight_inside[:, None, None]
+    weight_inside = _rows_of_warps(weight_inside) if MATRIX else weight_inside[:, None]
     begin, end = _part_of_k(split_len, K, SPLIT)
-    word_at, group_at, first_column = _places(weight_row, weight_stride, G, BLOCK_K, GROUP, MATRIX)
+    word_at, group_at, word_column, group_column = _places(weight_row, weight_stride, G, BLOCK_K, GROUP, MATRIX)
     words, scales, zeros = _load_chunk(
-        weight, scale, zero, word_at, group_at, weight_inside, first_column, begin, end, GROUP
+        weight, scale, zero, word_at, group_at, weight_inside, word_column, group_column, begin, end, GROUP
     )  # fmt: skip
     if bias is not None:
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
@@ -275,25 +317,23 @@ def gemv_4bit_kernel(
         n_at, _, _ = _plane_places(norm_weight, 0, 8 if MATRIX else 1, CHUNKS, MATRIX)
     if MATRIX:
         sums = tl.zeros((WARPS, BLOCK_N, ROWS), tl.float32)
-        squares = tl.zeros((ROWS // 8, WARPS, 8, 4), tl.float32)
+        squares = tl.zeros((8, WARPS, ROWS // 8, 4) if FIRST else (ROWS // 8, WARPS, 8, 4), tl.float32)
     else:
-        sums = tl.zeros((ROWS, BLOCK_N, CHUNKS, 4), tl.float32)
-        squares = tl.zeros((ROWS, CHUNKS, 16), tl.float32)
+        sums = tl.zeros((ROWS, BLOCK_N, BLOCK_K // 32), tl.float32)
+        squares = tl.zeros((ROWS, BLOCK_K // 8), tl.float32)
     for k in range(begin, end, BLOCK_K):
         next_words, next_scales, next_zeros = _load_chunk(
-            weight, scale, zero, word_at, group_at, weight_inside, first_column, k + BLOCK_K, end, GROUP
+            weight, scale, zero, word_at, group_at, weight_inside, word_column, group_column, k + BLOCK_K, end,
+            GROUP,
         )  # fmt: skip
-        n_k = None
-        if norm_weight is not None:
-            n_k = n_at + k
         if MATRIX:
             sums, squares = _add_matrix(
-                x_at + k, n_k, x_inside, x_column, zero, words, scales, zeros, sums, squares, end - k, GROUP, WIDE,
+                x_at, n_at, x_inside, x_column, zero, words, scales, zeros, sums, squares, k, end, GROUP, WIDE,
                 PRECISION, ASM,
             )  # fmt: skip
         else:
             sums, squares = _add_rows(
-                x_at + k, n_k, x_inside, x_column, zero, words, scales, zeros, sums, squares, end - k, ROWS, GROUP,
+                x_at, n_at, x_inside, x_column, zero, words, scales, zeros, sums, squares, k, end, ROWS, GROUP,
                 ASM,
             )  # fmt: skip
         words = next_words
@@ -305,10 +345,11 @@ def gemv_4bit_kernel(
         r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
     if MATRIX:
         sums = tl.trans(tl.sum(sums, axis=0))
-        squares = tl.reshape(tl.sum(tl.sum(squares, axis=3), axis=1), (ROWS,))
+        squares = tl.sum(tl.sum(squares, axis=3), axis=1)
+        squares = tl.reshape(tl.trans(squares) if FIRST else squares, (ROWS,))
     else:
-        sums = tl.sum(tl.sum(sums, axis=3), axis=2)
-        squares = tl.sum(tl.sum(squares, axis=2), axis=1)
+        sums = tl.sum(sums, axis=2)
+        squares = tl.sum(squares, axis=1)
     is_last = True
     if SPLIT:
         is_last = _leave_partial_sums(sums, squares, partial, arrived, last_row)

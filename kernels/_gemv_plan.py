@@ -170,10 +170,11 @@ def _matrix_plan(n: int, k: int, itemsize: int, target: Target) -> GemvPlan:
 def _staged_plan(n: int, k: int, itemsize: int, dtype: torch.dtype, target: Target) -> GemvPlan:
     """Makes a plan in which the weight is the matrix units' tall operand and passes through shared memory.
 
-    `itemsize` is that of the weight, `dtype` that of x. It has the fewest splits that keep most multiprocessors loading: an exchange of partial sums takes time, and
-    programs that run at once share device memory evenly whether they fill the chip or not. Few programs on a
-    multiprocessor have deep pipelines; many leave no gap where one ends and the next begins. So up to three are
-    resident, and fewer where three would leave a short last round, which would wait for its own short pipelines.
+    `itemsize` is that of the weight, `dtype` that of x. It has the fewest splits that keep most multiprocessors
+    loading: an exchange of partial sums takes time, and programs that run at once share device memory evenly whether
+    they fill the chip or not. Few programs on a multiprocessor have deep pipelines; many leave no gap where one ends
+    and the next begins. So up to three are resident, and fewer where three would leave a short last round, which would
+    wait for its own short pipelines.
     """
     block_n, block_k = 64, 128
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)

@@ -60,8 +60,8 @@ def decode_attention_reference(
     seq_len_S: Tensor,
     split_start_S1: Tensor,
     split_W3: Tensor,
-    counters_SG: Tensor | None = None,
     scale_BGP2: Tensor | None = None,
+    counters_SG: Tensor | None = None,
 ) -> Tensor:
     """Computes attention [S, H, C]; zeros for rows of length 0, which pad a batch. The split plan has no effect.
 
@@ -86,8 +86,8 @@ def plan_decode_attention(
     seq_len_S: Tensor,
     split_start_S1: Tensor,
     split_W3: Tensor,
-    counters_SG: Tensor | None = None,
     scale_BGP2: Tensor | None = None,
+    counters_SG: Tensor | None = None,
     *,
     upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
@@ -227,8 +227,8 @@ def decode_attention(
     seq_len_S: Tensor,
     split_start_S1: Tensor,
     split_W3: Tensor,
-    counters_SG: Tensor | None = None,
     scale_BGP2: Tensor | None = None,
+    counters_SG: Tensor | None = None,
     *,
     upcoming: Sequence[Tensor] = (),
     programmatic_launch: bool = True,
@@ -265,7 +265,7 @@ def decode_attention(
         out = torch.empty(num_rows, num_heads, head_dim, dtype=q_SHC.dtype, device=device)
     require_tensor("out", out, (num_rows, num_heads, head_dim), q_SHC.dtype, device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
-    plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, counters_SG, scale_BGP2)
+    plan = (block_table_SN, seq_len_S, split_start_S1, split_W3, scale_BGP2, counters_SG)
     operands = (q_SHC, k_cache_BGPC, v_cache_BGPC, *plan)
     launches = plan_decode_attention(
         *operands,

@@ -47,9 +47,9 @@ def default_plan(num_rows: int, target: Target) -> GemmPlan:
     """Returns the blocks of the kernel; not measured."""
     if num_rows <= 64:
         return GemmPlan("fused", 64, 64, BLOCK, group_m=8, num_warps=4, num_stages=4)
-    if target.shared_bytes > 128 * 1024:
+    if target.capability == 90:
         return GemmPlan("fused", 128, 128, BLOCK, group_m=8, num_warps=8, num_stages=4)
-    return GemmPlan("fused", 128, 128, BLOCK, group_m=8, num_warps=8, num_stages=2)
+    return GemmPlan("fused", 128, 64, BLOCK, group_m=8, num_warps=8, num_stages=3)  # with 128 columns some spill
 
 
 def torch_can(x: Tensor, weight_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> bool:
@@ -251,7 +251,9 @@ SPEC = KernelSpec(
     model_cases=tuple(_model_cases()),
     tolerances={
         torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 300 products in another order"),
-        torch.float16: Tolerance(1e-3, 1e-5, 5e-4, "the result is rounded to 11 bits"),
-        torch.bfloat16: Tolerance(8e-3, 1e-5, 4e-3, "the result is rounded to 8 bits; with torch's product twice"),
+        torch.float16: Tolerance(1.25e-3, 1e-5, 5e-4, "another order of the sum rounds to the next number of 11 bits"),
+        torch.bfloat16: Tolerance(
+            1e-2, 1e-5, 4e-3, "to the next number of 8 bits; torch's product and residual round twice"
+        ),
     },
 )

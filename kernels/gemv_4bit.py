@@ -25,10 +25,10 @@ from internvl_rt.kernels._gemv_plan import (
 from internvl_rt.kernels._int4 import CHUNK, PLANE
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.dequantise import GROUPS, dequantise_reference
-from internvl_rt.kernels.gemv import MODELS, Activation, gemv_reference, plan_product
+from internvl_rt.kernels.gemv import MODELS, Activation, gemv_reference, plan_product, result_of
 
 TOLERANCES = {
-    torch.float32: Tolerance(5e-5, 5e-5, 1e-5, "sums with an offset of 128, which costs 5 of 24 bits"),
+    torch.float32: Tolerance(5e-5, 1e-4, 1e-5, "sums with an offset of 128, which costs 5 of 24 bits"),
     # As of gemv. The weight is not rounded here, which the float64 reference does not do either.
     torch.float16: Tolerance(1e-3, 4e-3, 6.5e-4, "operands and result are each rounded to 11 bits"),
     torch.bfloat16: Tolerance(8e-3, 3.2e-2, 5.5e-3, "operands and result are each rounded to 8 bits"),
@@ -198,9 +198,6 @@ def gemv_4bit(
         require_tensor("bias_N", bias_N, (n,), dtype, device)
     if norm_weight_K is not None:
         require_tensor("norm_weight_K", norm_weight_K, (k,), dtype, device)
-    require(activation in ("none", "swiglu"), "activation", "'none' or 'swiglu'", repr(activation))
-    if activation == "swiglu":
-        require(n % 2 == 0, "words_NW", "an even number of rows with 'swiglu'", n)
     if plan is not None:
         if plan.matrix:
             fits = plan.num_stages == 0 and plan.block_n >= 16 and plan.block_k == CHUNK * plan.num_warps
@@ -208,15 +205,7 @@ def gemv_4bit(
         else:
             require(plan.block_k >= CHUNK, "plan", f"block_k from {CHUNK} on", plan)
             require(rows <= 2, "plan", "matrix units for more than 2 rows", plan)
-    shape = (rows, n // 2 if activation == "swiglu" else n)
-    if residual_RN is not None:
-        require_tensor("residual_RN", residual_RN, shape, dtype, device)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=device)
-    require_tensor("out", out, shape, dtype, device)
-    require(out.numel() == 0 or out.data_ptr() != x_RK.data_ptr(), "out", "memory of its own", "x_RK")
-    if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
-        require(out.stride() == residual_RN.stride(), "out", "all of the residual or memory of its own", "a part of it")
+    out = result_of(x_RK, n, activation, residual_RN, out)
     run(
         plan_gemv_4bit(
             x_RK,
@@ -300,9 +289,9 @@ def _test_cases() -> Iterator[Case]:
         return Case(name, {"R": rows, "N": n, "K": k, **more})
 
     for rows in (0, 1, 2, 3, 5, 16):
-        yield case(f"rows_{rows}", rows, 40, 96, bias=True, group=32, zero=True, **_NORM)
-        yield case(f"swiglu_{rows}", rows, 48, 128, **_SWIGLU)
-        yield case(f"residual_{rows}", rows, 24, 160, group=64, **_RESIDUAL)
+        yield case(f"int4_rows_{rows}", rows, 40, 96, bias=True, group=32, zero=True, **_NORM)
+        yield case(f"int4_swiglu_{rows}", rows, 48, 128, **_SWIGLU)
+        yield case(f"int4_residual_{rows}", rows, 24, 160, group=64, **_RESIDUAL)
     for plan, rows in (("rows", 1), ("rows", 2), ("split_rows", 2), ("matrix", 3), ("matrix", 16), ("split", 5)):
         for group in GROUPS:
             yield case(f"{plan}_{rows}_group_{group}", rows, 33, 300, plan=plan, group=group)

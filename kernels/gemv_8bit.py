@@ -72,7 +72,8 @@ def plan_gemv_8bit(
     if scale_NG.shape[1] > 1 and plan.matrix:
         columns = plan.block_k // (1 if plan.num_stages else plan.num_warps)
         require(columns <= BLOCK, "plan", f"at most {BLOCK} columns in a part of a chunk, with a scale each", columns)
-    in_words = not plan.num_stages and not (weight_NK.shape[1] | weight_NK.stride(0) | weight_NK.storage_offset()) % 4
+    places = weight_NK.shape[1], weight_NK.stride(0), weight_NK.storage_offset()
+    in_words = not plan.num_stages and all(place % 4 == 0 for place in places)
     bits_NK = weight_NK.view(torch.int32 if in_words else torch.int8)
     (launch,) = plan_gemv(
         *(x_RK, bits_NK, bias_N, norm_weight_K, eps),

@@ -50,8 +50,8 @@ def prefill_attention_reference(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
-    splits: SplitRule | None = None,
     scale_BGP2: Tensor | None = None,
+    splits: SplitRule | None = None,
 ) -> Tensor:
     """Computes attention [T, H, C]; row s has queries query_start[s] to query_start[s + 1], max_query_len at most.
 
@@ -71,8 +71,8 @@ def plan_prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
-    splits: SplitRule | None = None,
     scale_BGP2: Tensor | None = None,
+    splits: SplitRule | None = None,
     *,
     workspace: PrefillWorkspace | None = None,
     out: Tensor,
@@ -163,8 +163,8 @@ def prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
-    splits: SplitRule | None = None,
     scale_BGP2: Tensor | None = None,
+    splits: SplitRule | None = None,
     *,
     workspace: PrefillWorkspace | None = None,
     out: Tensor | None = None,
@@ -193,7 +193,7 @@ def prefill_attention(
     require_tensor("out", out, tuple(q_THC.shape), q_THC.dtype, device)
     require(out.is_contiguous(), "out", "a contiguous tensor", f"strides {out.stride()}")
     rows = (block_table_SN, query_start_S1, seq_len_S, max_query_len)
-    operands = (q_THC, *caches, *rows, splits, scale_BGP2)
+    operands = (q_THC, *caches, *rows, scale_BGP2, splits)
     run(plan_prefill_attention(*operands, workspace=workspace, out=out, target=target_of(device)))
     return out
 

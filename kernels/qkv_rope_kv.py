@@ -85,7 +85,7 @@ def qkv_rope_kv_reference(
 
 
 # Not specialised: one kernel serves all models with this head dim, and index tensors at any address.
-@triton.jit(do_not_specialize=["H", "G", "num_slots", "position", "slot"])
+@triton.jit(do_not_specialize=["H", "G", "num_slots", "position", "slot", "static_scale"])
 def _qkv_rope_kv_kernel(
     qkv, q_norm, k_norm, position, inv_freq, k_cache, v_cache, slot, q, H, G, num_slots, eps,
     qkv_stride, q_stride, q_head_stride, block_stride, group_stride, place_stride,

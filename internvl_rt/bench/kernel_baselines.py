@@ -24,6 +24,7 @@ from internvl_rt.bench.attention_baselines import (
 )
 from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.kernels.copy_blocks import copy_blocks_reference
+from internvl_rt.kernels.dequantise import dequantise_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
@@ -32,7 +33,7 @@ from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 
 COMPILED = ("layer_norm", "rms_norm", "add_norm", "unshuffle_norm", "swiglu", "qkv_rope_kv")
-PRODUCTS = ("gemm_epilogue", "gemv", "gemv_qkv")
+PRODUCTS = ("gemm_epilogue", "gemm_fp8", "gemv", "gemv_4bit", "gemv_8bit", "gemv_qkv")
 
 
 def alternatives(op: str) -> Iterator[Alternative]:
@@ -174,6 +175,32 @@ def _gemv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     return run, same
 
 
+def _gemv_4bit(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
+    """A dense weight, which shows what 4 bits save."""
+    numbers = i["words_NW"], i["scale_NG"], i["zero_NG"], i["x_RK"].shape[1]
+    return _gemv({**i, "weight_NK": dequantise_reference(*numbers, group=i["group"], dtype=i["x_RK"].dtype)})
+
+
+def _gemv_8bit(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
+    """A dense weight, which shows what 8 bits save."""
+    numbers_NK = i["weight_NK"]
+    dense_NK = dequantise_reference(numbers_NK, i["scale_NG"], None, numbers_NK.shape[1], dtype=i["x_RK"].dtype)
+    return _gemv({**i, "weight_NK": dense_NK})
+
+
+def _gemm_fp8(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
+    """Dense operands, which show what FP8 saves."""
+    numbers_NK = i["weight_NK"]
+    dense_NK = dequantise_reference(numbers_NK, i["scale_NG"], None, numbers_NK.shape[1], dtype=i["dtype"])
+    x_RK = (i["numbers_RK"].float() * i["scale_R"][:, None]).to(i["dtype"])
+
+    def run() -> Any:
+        y = F.linear(x_RK, dense_NK, i["bias_N"])
+        return y if i["residual_RN"] is None else i["residual_RN"] + y
+
+    return run, same
+
+
 def _gemv_qkv(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     where = _where(i)
 
@@ -285,7 +312,10 @@ EAGER: dict[str, Prepare] = {
     "swiglu": _plain(swiglu_reference),
     "qkv_rope_kv": _qkv_rope_kv,
     "gemm_epilogue": _gemm_epilogue,
+    "gemm_fp8": _gemm_fp8,
     "gemv": _gemv,
+    "gemv_4bit": _gemv_4bit,
+    "gemv_8bit": _gemv_8bit,
     "gemv_qkv": _gemv_qkv,
     "embed_tokens": _embed_tokens,
     "copy_blocks": _copy_blocks,

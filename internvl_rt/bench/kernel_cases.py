@@ -173,7 +173,7 @@ def given_by_engine(spec: KernelSpec, inputs: dict[str, Any], device: torch.devi
     """The arguments that the engine keeps between launches; without them the launcher would make them every time."""
     if device.type != "cuda":
         return {}
-    if spec.name in ("gemv", "gemv_qkv"):
+    if spec.name in ("gemv", "gemv_4bit", "gemv_8bit", "gemv_qkv"):
         return {"workspace": _gemv_workspace(device)}
     if spec.name == "decode_attention":
         shape = len(inputs["q_SHC"]), inputs["k_cache_BGPC"].shape[1]
@@ -205,7 +205,8 @@ def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, di
 def poisoned_like(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor for a kernel's result, in which elements that the kernel does not write show."""
     if expected.dtype.is_floating_point:
-        return torch.full(expected.shape, math.nan, dtype=dtype, device=expected.device)
+        stored = dtype if expected.itemsize > 1 else expected.dtype
+        return torch.full(expected.shape, math.nan, dtype=stored, device=expected.device)
     return torch.full(expected.shape, POISON, dtype=expected.dtype, device=expected.device)
 
 
@@ -247,7 +248,7 @@ def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tu
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The relative root mean square error of two tensors of any dtypes."""
-    wide = expected.dtype if expected.dtype.is_floating_point else torch.float32
+    wide = expected.dtype if expected.dtype.is_floating_point and expected.itemsize > 1 else torch.float32
     return float((actual.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
 
 

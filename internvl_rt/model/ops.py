@@ -9,9 +9,9 @@ A layer of either tower is five moves:
   ViT: linear, attention, linear + residual + norm, linear + GELU, linear + residual + norm
 
 In a decode step each move of the decoder is one kernel, which has the norm in front; `gated_mlp` is the last two of
-them. The ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one pass
-over the rows. A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the weight
-out first.
+them. The ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one
+pass over the rows. A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the
+weight out first.
 
 `kernels/_contract.py` explains the dimension letters.
 """

@@ -54,10 +54,10 @@ class InvariantOps(TritonOps):
         caches = cache.k_cache_BGPC, cache.v_cache_BGPC
         if n > 0:
             rows = batch.block_table_SN[:n], self._query_starts(n, q_THC.device), batch.seq_len_S[:n]
-            prefill_attention(q_THC, *caches, *rows, 1, NOT_SPLIT, cache.scale_BGP2, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, 1, cache.scale_BGP2, NOT_SPLIT, out=y_THC)
         if n < len(batch.seq_len_S):
             rows = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, NOT_SPLIT, cache.scale_BGP2, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, cache.scale_BGP2, NOT_SPLIT, out=y_THC)
         return y_THC
 
     def _query_starts(self, num_decodes: int, device: torch.device) -> Tensor:

@@ -236,7 +236,7 @@ class TritonOps(Ops):
             counters_SG = self._zero_counters(q_THC.device, n, caches[0].shape[1])
             prefetches = switches.prefetch_weights and len(q_THC) <= MAX_ROWS
             decode_attention(
-                *(q_THC[:n], *caches, *decodes, counters_SG, cache.scale_BGP2),
+                *(q_THC[:n], *caches, *decodes, cache.scale_BGP2, counters_SG),
                 upcoming=[linear.weight_NK for linear in upcoming if isinstance(linear, Linear)] if prefetches else (),
                 programmatic_launch=switches.programmatic_launch,
                 prefetch_keys=switches.prefetch_keys,
@@ -245,7 +245,7 @@ class TritonOps(Ops):
             )
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            operands = (q_THC, *caches, *chunks, batch.max_query_len, None, cache.scale_BGP2)
+            operands = (q_THC, *caches, *chunks, batch.max_query_len, cache.scale_BGP2)
             prefill_attention(*operands, workspace=self._prefill_workspace(q_THC.device), out=y_THC)
         return y_THC
 

@@ -161,8 +161,8 @@ def read_part(
     if scheme.layout in ("gptq", "gptq_v2"):
         q_NK = _nibbles(read("qweight")).transpose(1, 2).reshape(k, n).t()
         # Version 1 stores one less, subtracted from the whole word: a zero of 0 borrows from the next one.
-        zeros = read("qzeros") + (0x11111111 if scheme.layout == "gptq" else 0)
-        zero_NG = _nibbles(zeros).reshape(-1, n).t()
+        words = read("qzeros") + (0x11111111 if scheme.layout == "gptq" else 0)
+        zero_NG = _nibbles(words).reshape(-1, n).t()
         return _part_of_4_bits(q_NK, read("scales").t(), zero_NG, scheme)
     scale = read(scheme.scale_name)
     if scheme.bits == 4:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ class RecordingOps(Ops):
 
     record: Callable[[AnyLinear, Tensor], None]
 
-    def round_inputs(self, x: Tensor, linear: AnyLinear) -> Tensor:
+    def product(self, x: Tensor, linear: AnyLinear, bias_N: Tensor | None, **after: Any) -> Tensor:
         self.record(linear, x)
-        return x
+        return super().product(x, linear, bias_N, **after)
 
 
 def run_and_record(

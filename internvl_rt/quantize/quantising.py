@@ -142,10 +142,9 @@ class _Job:
         self.source, self.options, self.device, self.prompts = source, options, device, prompts
         self._section = section
         config = source.config
-        self._towers = ([("vision", config.vision.num_layers)] if options.vision else []) + [
-            ("decoder", config.decoder.num_layers)
-        ]
-        self._layers = [f"{tower}.layers.{index}." for tower, count in self._towers for index in range(count)]
+        towers = {"vision": config.vision.num_layers} if options.vision else {}
+        towers["decoder"] = config.decoder.num_layers
+        self._layers = [f"{tower}.layers.{index}." for tower, count in towers.items() for index in range(count)]
         if options.scheme == "w4a16":
             self._check_widths()
         self._plan = plan_file(config, source.dialect, parse_section(section))
@@ -201,8 +200,8 @@ class _Job:
                     tensors, report = self._round_vision_layer(prefix), {"layer": prefix}
                 else:
                     tensors, report, states = self._round_decoder_layer(prefix, runner, states)
+                    self._keep_states(unfinished, states, len(unfinished.done) + 1)
                 unfinished.write_tensors(file, tensors)
-                self._keep_states(unfinished, states, len(unfinished.done) + 1)
                 unfinished.finish_layer(report)
                 if "nearest" in report:
                     error = report["nearest"] if report["searched"] is None else report["searched"]

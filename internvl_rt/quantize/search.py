@@ -18,7 +18,7 @@ from internvl_rt.quantize.rounding import Rounded, round_int4, row_parts
 
 NUM_ALPHAS = 21  # from 0, which leaves the weight as it is, to 1
 RATIOS = (16 / 15, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65)  # of a group's range; the first one holds it all
-_LEAST = 1e-4  # of the mean of a channel
+_LEAST = 0.01  # of a channel's mean, relative to that of all: one that is silent here may not be so elsewhere
 
 Round = Callable[[Tensor], Rounded]
 

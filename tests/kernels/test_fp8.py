@@ -1,6 +1,7 @@
-"""Tests the kernels in FP8 beyond their contracts: refusals, GPUs without FP8, rows that are not finite, literal values."""
+"""Tests the kernels in FP8 beyond their contracts: refusals, GPUs without FP8, rows that are not finite, values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from internvl_rt.kernels.gemm_fp8 import gemm_fp8, torch_can
 from internvl_rt.kernels.quantise_rows import quantise_rows
 from internvl_rt.kernels.rms_norm_fp8 import rms_norm_fp8
 from internvl_rt.kernels.swiglu_fp8 import swiglu_fp8
+from support.hardware_arithmetic import hardware_arithmetic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FP8 = torch.float8_e4m3fn
@@ -23,8 +25,10 @@ NAMES = ("quantise_rows", "rms_norm_fp8", "swiglu_fp8", "gemm_fp8")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def arithmetic() -> Iterator[None]:
     torch.manual_seed(0)
+    with hardware_arithmetic() if DEVICE.type == "cpu" else nullcontext():
+        yield
 
 
 def inputs_of(name: str) -> tuple[KernelSpec, dict[str, Any]]:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from internvl_rt import EngineOptions
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
-from internvl_rt.model.ops import TORCH
+from internvl_rt.model.ops import KV_FORMATS, TORCH
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.kv_cache import BLOCK_SIZES, KVCache, plan_num_blocks
 from support.small_models import QWEN2
@@ -33,6 +34,40 @@ def test_every_layer_has_its_own_zeroed_keys_and_values(dtype: torch.dtype) -> N
     assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3], [4]]
     assert sum(tensor.nbytes for tensor in tensors) == 3 * 16 * kv_bytes_per_token(decoder(), dtype)
     assert (cache.blocks.num_blocks, cache.blocks.block_size) == (3, 16)
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS.values())
+def test_keys_and_values_in_8_bits_have_zeroed_scales_of_their_own_in_every_layer(dtype: torch.dtype) -> None:
+    static_scale_L2 = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    sizes = {"num_blocks": 3, "block_size": 16}
+    how = {"dtype": dtype, "device": torch.device("cpu"), "ops": TORCH}
+    cache = KVCache(decoder(), **sizes, **how, static_scale_L2=static_scale_L2)
+    for number, layer in enumerate(cache.layers):
+        assert layer.k_cache_BGPC.dtype == layer.v_cache_BGPC.dtype == dtype
+        assert (layer.scale_BGP2.shape, layer.scale_BGP2.dtype) == ((3, 2, 16, 2), torch.bfloat16)
+        assert not layer.scale_BGP2.any()
+        assert not layer.k_cache_BGPC.float().any()
+        assert torch.equal(layer.static_scale_2, static_scale_L2[number])
+        layer.scale_BGP2.fill_(number + 1)
+    assert [layer.scale_BGP2.unique().tolist() for layer in cache.layers] == [[1], [2]]
+    pools = cache.buffers[:2]
+    assert sum(pool.nbytes for pool in pools) == 3 * 16 * kv_bytes_per_token(decoder(), dtype)
+    assert cache.buffers[2] is static_scale_L2
+    plain = KVCache(decoder(), **sizes, **how)
+    assert all(layer.static_scale_2 is None for layer in plain.layers)
+
+
+@pytest.mark.parametrize("dtype", KV_FORMATS.values())
+def test_a_block_that_is_copied_takes_its_scales_along(dtype: torch.dtype) -> None:
+    how = {"dtype": dtype, "device": torch.device("cpu"), "ops": TORCH}
+    cache = KVCache(decoder(), num_blocks=4, block_size=16, **how)
+    generator = torch.Generator().manual_seed(0)
+    for pool in cache.buffers:
+        pool.view(torch.uint8).random_(generator=generator)
+    before = [pool.view(torch.uint8).clone() for pool in cache.buffers]
+    cache.copy_blocks(np.array([[2, 0], [3, 1]], np.int32))
+    for pool, old in zip(cache.buffers, before, strict=True):
+        assert torch.equal(pool.view(torch.uint8), old[:, :, [2, 3, 2, 3]])
 
 
 def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
@@ -62,7 +97,11 @@ def test_a_block_size_the_kernels_do_not_know_is_refused() -> None:
 def test_bytes_per_token_match_the_published_shapes(
     num_layers: int, num_kv_heads: int, head_dim: int, expected: int
 ) -> None:
-    assert kv_bytes_per_token(decoder(num_layers, num_kv_heads, head_dim), torch.bfloat16) == expected
+    config = decoder(num_layers, num_kv_heads, head_dim)
+    assert kv_bytes_per_token(config, torch.bfloat16) == expected
+    scales = num_layers * num_kv_heads * 2 * 2  # of a key and a value, in 16 bits
+    assert kv_bytes_per_token(config, torch.int8) == kv_bytes_per_token(config, torch.float8_e4m3fn)
+    assert kv_bytes_per_token(config, torch.int8) == expected // 2 + scales
 
 
 @pytest.mark.parametrize(

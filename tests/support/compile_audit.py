@@ -51,9 +51,9 @@ POINTERS = {
     torch.int64: "*i64",
 }
 INSTRUCTIONS = {  # column -> SASS mnemonic
-    "hgmma": r"HGMMA\.",
-    "hmma": r"HMMA\.",
-    "imma": r"[IQ]MMA\.",
+    "hgmma": r"[HQ]GMMA\.",  # Q: of FP8
+    "hmma": r"[HQ]MMA\.",
+    "imma": r"IMMA\.",
     "tcgen05": r"UTC[A-Z]*MMA",
     "tma_load": r"UTMALDG|UBLKCP",
     "load_128": r"(LDG|LDGSTS)\S*\.128",

@@ -128,8 +128,8 @@ def prefill_attention(
     query_start_S1: Tensor,
     seq_len_S: Tensor,
     max_query_len: int,
-    splits: SplitRule | None = None,
     scale_BGP2: Tensor | None = None,
+    splits: SplitRule | None = None,
 ) -> list[Tensor]:
     dtype, (num_tokens, heads, channels) = q_THC.dtype, q_THC.shape
     out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
