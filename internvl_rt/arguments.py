@@ -40,10 +40,13 @@ def add_device_and_numbers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", choices=("fp8", "int8"), help="round the language model's weights while they are loaded"
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8", "int8"), default="auto", help="keep keys and values in 8 bits"
+    )
 
 
 def device_and_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("device", "dtype", "quantization")}
+    return {name: getattr(args, name) for name in ("device", "dtype", "quantization", "kv_cache_dtype")}
 
 
 def above_zero(kind: type[int] | type[float], most: int) -> Callable[[str], Any]:

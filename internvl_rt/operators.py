@@ -22,7 +22,7 @@ from internvl_rt.kernels._launch import is_interpreted
 from internvl_rt.kernels.catalogue import discover_specs
 
 NAMESPACE = "internvl_rt"
-_TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
+_TYPES = {torch.dtype: "ScalarType", Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
 
 
 def register_operators() -> tuple[str, ...]:

@@ -125,19 +125,21 @@ def _as_operand(y):
 def _places(weight_row, weight_stride, G, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, MATRIX: tl.constexpr):
     """Returns where a thread's words and groups are in a chunk's, from the first row and column on, and their columns.
 
-    Each of the four threads that have a row of a chunk loads its scales.
+    Each of the four threads that have a row of a chunk loads its scales. Without the hint that nothing of them is
+    contiguous it would load others' too.
     """
     if MATRIX:
         row = _rows_of_warps(weight_row)
         chunk = tl.arange(0, BLOCK_K // 128)[None, :, None, None]
-        word_at = row * weight_stride + chunk * 16 + tl.arange(0, 16)
-        group_at = row * G + chunk * (128 // GROUP) + tl.zeros((4,), tl.int32)
-        return word_at, group_at, chunk * 128, chunk * 128
+        word_at = row * weight_stride + (chunk * 16 + tl.arange(0, 16))
+        group = chunk * (128 // GROUP) + tl.zeros((4,), tl.int32)
+        return word_at, tl.max_contiguous(row * G + group, [1, 1, 1, 1]), chunk * 128, chunk * 128
     else:
+        row = weight_row[:, None]
         word = tl.arange(0, BLOCK_K // 8)[None, :]
         chunk = tl.arange(0, BLOCK_K // 32)[None, :] // 4
-        group_at = weight_row[:, None] * G + chunk * (128 // GROUP)
-        return weight_row[:, None] * weight_stride + word, group_at, word // 16 * 128, chunk * 128
+        group_at = tl.max_contiguous(row * G + chunk * (128 // GROUP), [1, 1])
+        return row * weight_stride + word, group_at, word // 16 * 128, chunk * 128
 
 
 @triton.jit
@@ -152,8 +154,7 @@ def _in_threads(y):
 def _load_groups(base, group_at, inside, column, end, GROUP: tl.constexpr):
     """Loads scales or zeros of the groups of each chunk."""
     loaded = ()
-    # Without the hint that nothing is contiguous a thread would also load what others need.
-    at = tl.max_contiguous(_in_threads(group_at), [1, 1, 1, 1] if len(group_at.shape) == 4 else [1, 1])
+    at = _in_threads(group_at)
     for g in tl.static_range(128 // GROUP):
         mask = tl.broadcast_to(inside & (column + g * GROUP < end), group_at.shape)
         y = tl.load(base + g + at, mask=_in_threads(mask), other=0)

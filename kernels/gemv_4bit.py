@@ -137,12 +137,13 @@ def plan_gemv_4bit(
 
 
 def _max_registers(constexprs: dict[str, Any], dtype: torch.dtype) -> int | None:
-    """Returns the most of a thread with which nothing spills and RESIDENT programs run at once, or 3 of 16 rows with a
-    norm. None: what the compiler takes, where it would not do with as few.
+    """Returns the most of a thread with which nothing spills and RESIDENT programs run at once, or 3 with 16 rows.
+
+    None: what the compiler takes, where it would not do with as few.
     """
     if dtype == torch.float32 or constexprs["WIDE"] or not constexprs["MATRIX"] or constexprs["GROUP"] == 32:
         return None
-    return 168 if constexprs["ROWS"] == 16 and "norm_weight" not in constexprs else 128
+    return 168 if constexprs["ROWS"] == 16 else 128
 
 
 def gemv_4bit(

@@ -14,7 +14,7 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import RANDOM_PREFIX
 from internvl_rt.checkpoint.quantization import Quantization
 from internvl_rt.engine.engine import Engine
-from internvl_rt.engine.loading import choose_device, choose_dtype, choose_quantization
+from internvl_rt.engine.loading import choose_device, choose_dtype, choose_kv_dtype, choose_quantization
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError
 from internvl_rt.model.card import model_card, render_card
@@ -46,8 +46,11 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
     kind = str(dtype).removeprefix("torch.")
     if args.quantization:
         kind += f"-{args.quantization}"  # rows are named after it
+    if args.kv_cache_dtype != "auto":
+        kind += f"-kv-{args.kv_cache_dtype}"
     print(render_card(model_card(config, name)), flush=True)
-    print_floors(args.part, config, dtype, device, choose_quantization(config, args.quantization))
+    kv_dtype = choose_kv_dtype(args.kv_cache_dtype, config, dtype)
+    print_floors(args.part, config, dtype, device, choose_quantization(config, args.quantization), kv_dtype)
     prefix = f"{args.part}/{name.removeprefix(RANDOM_PREFIX).rsplit('/', 1)[-1]}"
     columns, on = COLUMNS[args.part], tuple(dict.fromkeys(args.experiments))
     if args.part == "serve" and args.http:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
                     "dtype": kind,
                     "load_s": load_s,
                     "weight_bytes": engine.memory.weight_bytes,
-                    "kv_bytes_per_token": kv_bytes_per_token(config.decoder, dtype),
+                    "kv_bytes_per_token": kv_bytes_per_token(config.decoder, engine.cache.dtype),
                     "kv_cache_bytes": engine.memory.cache_bytes,
                     "tokens_per_tile": config.tokens_per_tile,
                     **peak(device),
@@ -79,7 +82,12 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
 
 
 def print_floors(
-    part: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+    part: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Prints the least time that the work of some passes takes: computed, not measured.
 
@@ -88,13 +96,14 @@ def print_floors(
     roof = roof_of(device, dtype) or data_sheet_roof(SHEET, dtype)
     assert roof is not None, "its data sheet is known"
     decoder = config.decoder
-    of_vision, of_decoder = layer_bytes(shape_weights(config, dtype, find_schemes(config, quantization)))
+    of_vision, of_layers = layer_bytes(shape_weights(config, dtype, find_schemes(config, quantization)))
+    of_decoder = of_layers, kv_dtype
 
     def decode_ms(batch: int, context: int) -> float:
-        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [1] * batch, [context] * batch, batch, of_decoder))
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [1] * batch, [context] * batch, batch, *of_decoder))
 
     def prefill_ms(num_tokens: int) -> float:
-        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [num_tokens], [num_tokens], 1, of_decoder))
+        return 1e3 * roof.floor_s(decoder_work(decoder, dtype, [num_tokens], [num_tokens], 1, *of_decoder))
 
     found = {
         "vision": [(f"{n} tiles", 1e3 * roof.floor_s(vision_work(config, dtype, n, of_vision))) for n in (1, 7, 13)],

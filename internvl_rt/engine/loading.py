@@ -46,7 +46,7 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
     chosen = choose_dtype(options.dtype, config, target)
     ops = _choose_ops(options, target, chosen)
     quantization = choose_quantization(config, options.quantization, vision=options.quantize_vision)
-    kv_dtype = _choose_kv_dtype(options, config, chosen)
+    kv_dtype = choose_kv_dtype(options.kv_cache_dtype, config, chosen)
     plan = _planning(config, chosen, target, ops, options)
     plan(weights_are_loaded=False)  # raises before memory is taken
     _loaded_in = os.getpid()
@@ -90,7 +90,7 @@ def _planning(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, ops: Ops, options: EngineOptions
 ) -> Callable[..., MemoryPlan]:
     quantization = choose_quantization(config, options.quantization, vision=options.quantize_vision)
-    schemes, kv_dtype = find_schemes(config, quantization), _choose_kv_dtype(options, config, dtype)
+    schemes, kv_dtype = find_schemes(config, quantization), choose_kv_dtype(options.kv_cache_dtype, config, dtype)
     ops.check_cache(kv_dtype, device)
     shaped = shape_weights(config, dtype, schemes)
     shapes, linears = named_parameters(shaped).values(), named_linears(shaped).values()
@@ -176,13 +176,12 @@ def _choose_ops(options: EngineOptions, device: torch.device, dtype: torch.dtype
     return triton_ops(device, Switches(programmatic_launch=options.programmatic_launch, **experiments))
 
 
-def _choose_kv_dtype(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+def choose_kv_dtype(kv_cache_dtype: str, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
     """Takes for "auto" what a quantised checkpoint has scales for, or the model's dtype."""
-    chosen = options.kv_cache_dtype
-    if chosen == "auto":
-        stored = None if config.quantization is None else config.quantization.kv_cache
-        return dtype if stored is None else KV_FORMATS[stored]
-    return KV_FORMATS[chosen]
+    if kv_cache_dtype != "auto":
+        return KV_FORMATS[kv_cache_dtype]
+    stored = None if config.quantization is None else config.quantization.kv_cache
+    return dtype if stored is None else KV_FORMATS[stored]
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

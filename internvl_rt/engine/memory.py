@@ -286,8 +286,9 @@ def torch_attention_bytes(
 ) -> int:
     """Counts the most that torch's attention holds besides its output, for new tokens at the end of a sequence.
 
-    It gathers keys and values, first in 8 bits if that is their `kv_dtype`, and makes a mask, as bools and numbers. On a GPU it also repeats keys and values for
-    each head, and holds all scores twice (`scaled_dot_product_attention` has no fused kernel for masks with GQA).
+    It gathers keys and values, first in 8 bits if that is their `kv_dtype`, and makes a mask, as bools and as numbers.
+    On a GPU it also repeats keys and values for each head, and holds all scores twice (`scaled_dot_product_attention`
+    has no fused kernel for masks with GQA).
     """
     num_tokens = min(num_tokens, seq_len)
     numbers = 2 * config.num_kv_heads * config.head_dim * seq_len + num_tokens * seq_len

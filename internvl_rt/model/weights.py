@@ -211,9 +211,9 @@ def load_weights(
     not finite in `dtype`.
     """
     dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
-    config = _settle_tying(checkpoint, config, dialect)
+    config = settle_tying(checkpoint, config, dialect)
     plan = plan_file(config, dialect, quantization)
-    _check(checkpoint, config, dialect, plan)
+    check_tensors(checkpoint, config, dialect, plan)
     parts: dict[str, list[tuple[str, Placement]]] = {}  # of each parameter
     for name, planned in plan.dense.items():
         for place in planned.placements:
@@ -273,7 +273,7 @@ def save_weights(
     write_tensors(folder, shapes, make, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
-def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect) -> ModelConfig:
+def settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect) -> ModelConfig:
     """Returns the configuration, with `tie_embeddings` as this checkpoint means it.
 
     A checkpoint may hold an lm_head although its config ties it to the embedding. One that is equal changes nothing;
@@ -292,7 +292,8 @@ def _settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect)
     return replace(config, decoder=replace(config.decoder, tie_embeddings=False))
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: FilePlan) -> None:
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect, plan: FilePlan) -> None:
+    """Raises CheckpointError unless the tensors are those of the plan, and their scales are finite, as one line."""
     entries, head = checkpoint.entries, f"{dialect.lm_head}.weight"
     missing = [name for name, stored in plan.tensors.items() if name not in entries and not stored.is_optional]
     extra = [name for name in entries if name not in plan.tensors and not _IGNORED.fullmatch(name)]

@@ -21,7 +21,7 @@ from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.model.decoder import DecoderLayer
 from internvl_rt.model.stored_linear import FLOATS
 from internvl_rt.model.vision import VisionLayer
-from internvl_rt.model.weights import _check, plan_file
+from internvl_rt.model.weights import check_tensors, plan_file
 from internvl_rt.quantize.agreement import Agreement, compare_answers
 from internvl_rt.quantize.calibration import (
     CalibrationPrompt,
@@ -281,7 +281,7 @@ class _Job:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         unfinished.write_text(folder / "model.safetensors.index.json", index)
         config = replace(self.source.config, quantization=load_config(folder).quantization)
-        _check(open_checkpoint(folder), config, self.source.dialect, self._plan)
+        check_tensors(open_checkpoint(folder), config, self.source.dialect, self._plan)
 
 
 def _states_file(unfinished: Unfinished, done: int) -> Path:

@@ -15,7 +15,7 @@ from internvl_rt.errors import CheckpointError, RequestError, not_finite
 from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.internvl import ModelWeights, build_weights, map_weights
 from internvl_rt.model.linear import AnyLinear, Linear
-from internvl_rt.model.weights import Placement, _check, _settle_tying, plan_file, plan_tensors
+from internvl_rt.model.weights import Placement, check_tensors, plan_file, plan_tensors, settle_tying
 
 _SHIFTED = 20  # a digest of so many characters
 
@@ -35,8 +35,8 @@ class DenseSource:
         self.checkpoint = open_checkpoint(self.folder)
         entries = self.checkpoint.entries
         self.dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & entries.keys()))
-        self.config: ModelConfig = _settle_tying(self.checkpoint, config, self.dialect)
-        _check(self.checkpoint, self.config, self.dialect, plan_file(self.config, self.dialect, None))
+        self.config: ModelConfig = settle_tying(self.checkpoint, config, self.dialect)
+        check_tensors(self.checkpoint, self.config, self.dialect, plan_file(self.config, self.dialect, None))
         self.plan = {name: one for name, one in plan_tensors(self.config, self.dialect).items() if name in entries}
         self._parts: dict[str, list[tuple[str, Placement]]] = {}
         for name, planned in self.plan.items():

@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from internvl_rt.bench.kernels import Limits, copy_us, measure, measure_all, mea
 from internvl_rt.cli import main
 from internvl_rt.kernels._contract import Case, Cost, Tolerance
 from internvl_rt.kernels.catalogue import discover_specs
-from support.hardware_arithmetic import hardware_arithmetic
 from support.result_schema import valid
 
 ROOT = Path(__file__).parents[2]
@@ -66,13 +64,11 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     "patch_embed": ("patch_14", "patch_4"),
     "prefill_attention": ("channels_64",),
     "qkv_rope_kv": ("channels_64", "heads_14_2", "norms_64"),
-    "quantise_rows": ("width_896",),
+    **dict.fromkeys(("quantise_rows", "rms_norm_fp8", "swiglu_fp8"), ("width_127",)),
     "resize_tiles": ("photo", "half_size"),
     "rms_norm": ("width_896",),
-    "rms_norm_fp8": ("width_896",),
     "sample": ("slices",),
     "swiglu": ("width_1024",),
-    "swiglu_fp8": ("width_1025",),
     "unshuffle_norm": ("v1_factor_2", "v2_factor_2"),
     "unshuffle_project": ("blocks_apart", "v1_factor_2_fused"),
     "vit_attention": ("several_heads_and_tiles", "norms_64"),
@@ -87,13 +83,6 @@ def work_of(op: str, case: str | None = None, **changes: Any) -> Work:
 
 def far_away() -> Limits:
     return Limits(end=time.monotonic() + 600, slow_start_s=0)
-
-
-@pytest.fixture
-def arithmetic() -> Iterator[None]:
-    """Triton's interpreter rounds to FP8 wrong."""
-    with hardware_arithmetic() if DEVICE.type == "cpu" else nullcontext():
-        yield
 
 
 @pytest.fixture
@@ -236,7 +225,7 @@ def test_a_kernel_that_is_right_once_and_wrong_when_replayed_gets_no_time(op: st
     assert len(calls) > 3
 
 
-@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.in_place])
 def test_a_kernel_that_writes_in_place_is_right_when_replayed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing changes the kernel's inputs, so the bench restores them before the replay that it checks."""
@@ -254,7 +243,7 @@ def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, comma
     assert ["problem" in row for row in valid(parse_last_line(output.splitlines()))["rows"]] == [True, False]
 
 
-@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize("op", SPECS)
 def test_a_kernel_that_is_right_passes_and_its_inputs_come_back(op: str) -> None:
     work = work_of(op, SAME[op][0])

@@ -46,7 +46,7 @@ def inputs_of(*seq_lens: int, **sizes: Any) -> dict[str, Tensor]:
 
 
 def assert_near_reference(actual: Tensor, inputs: dict[str, Tensor]) -> None:
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    wide = {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in inputs.items()}
     torch.testing.assert_close(actual.double(), decode_attention_reference(**wide), rtol=2e-3, atol=2e-3)  # float16
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from internvl_rt.kernels import _gemv_4bit_body
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._gemv_plan import (
     MAX_ROWS,
@@ -172,6 +174,25 @@ def test_numbers_become_operands_two_at_a_time_and_without_a_conversion(capabili
         assert "I2F" not in found
         if capability == 90:
             assert sum(name.startswith("LDG") for name in found[: found.index("ACQBULK")]) >= 4
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a compiled kernel keeps its arrangement")
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_threads_may_be_given_dimensions_in_either_order(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 does so from the first one on, which the kernel's loads follow."""
+    inputs = operands(rows, torch.float16, plan=PLANS["matrix"])
+    expected = gemv_4bit(**inputs)
+    monkeypatch.setattr(_gemv_4bit_body, "FIRST", tl.constexpr(not _gemv_4bit_body.FIRST.value))
+    assert torch.equal(gemv_4bit(**inputs), expected)
+    on_cores = operands(1, plan=PLANS["rows"])
+    torch.testing.assert_close(gemv_4bit(**on_cores), gemv_4bit_reference(**on_cores), **TOLERANCE)
+
+
+def test_places_of_words_beyond_32_bits_are_refused() -> None:
+    inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in operands().items()}
+    inputs["words_NW"] = torch.empty_strided((N, 48), (2**26, 1), dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="words_NW: expected places of words that 32 bits can tell"):
+        gemv_4bit(**inputs)
 
 
 def test_a_nan_in_the_norm_shows_in_float16() -> None:

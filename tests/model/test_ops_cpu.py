@@ -12,22 +12,20 @@ from torch import Tensor
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, VisionConfig, load_config
 from internvl_rt.engine.loading import choose_dtype
-from internvl_rt.kernels._kv_numbers import quantise_heads
 from internvl_rt.kernels._paged_attention import attend_by_torch, paged_attention_reference
 from internvl_rt.kernels.qkv_rope_kv import _rotate
 from internvl_rt.kernels.rms_norm import rms_norm_reference
 from internvl_rt.model import processor
 from internvl_rt.model.attention_cpu import attend_blocks, attend_by_products, plan_reads
-from internvl_rt.model.internvl import InternVL, ModelWeights, fill_weights, named_parameters
+from internvl_rt.model.internvl import fill_weights, named_parameters
 from internvl_rt.model.linear import Linear
-from internvl_rt.model.ops import KV_FORMATS, TORCH, Ops
+from internvl_rt.model.ops import TORCH
 from internvl_rt.model.ops_cpu import CpuOps, attend_prompt, cpu_ops, cpu_rms_norm, rotate, rotation_of
 from internvl_rt.model.products_cpu import float_product, half_product, onednn_product, pack
-from internvl_rt.model.step_inputs import Batch, LayerCache
+from support.cpu_tables import CPU, case_of, prepare, prepared, table
 from support.forward import all_logits
 from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not processor.runs_onednn(), reason="oneDNN has no products for this processor")
 
 
@@ -36,23 +34,6 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models below are computed as real ones are."""
     monkeypatch.setattr("internvl_rt.model.products_cpu.SMALL_WEIGHT", 0)
     monkeypatch.setattr("internvl_rt.model.ops_cpu.FEW_SCORES", 0)
-
-
-def table(avx512: bool) -> CpuOps:
-    """Makes the table of processors with AVX512 or without; either runs on this one."""
-    return replace(cpu_ops(CPU, torch.float32), packs=avx512, attends_by_products=avx512, _of_step={})
-
-
-def prepared(model: InternVL, avx512: bool) -> InternVL:
-    """Returns a model of the same weights with a table for CPUs. It is built anew, because packing frees weights."""
-    ops = table(avx512)
-    copy = build_model(model.config.vision, model.config.decoder, model.config.unshuffle)
-    return InternVL(copy.config, prepare(ops, copy.weights), ops)
-
-
-def prepare(ops: Ops, weights: ModelWeights) -> ModelWeights:
-    """Returns weights, which are filled already, as a table multiplies them."""
-    return fill_weights(weights, lambda path, parameter: None, ops)
 
 
 def assert_near(actual: Tensor, expected: Tensor, most: float = 1e-5) -> None:
@@ -83,30 +64,6 @@ def test_decoder_equals_the_references(decoder: DecoderConfig, chunk_lens: list[
     assert_near(actual, expected)
 
 
-def case_of(layout: str, lens: list[int], dtype: torch.dtype) -> tuple[Tensor, LayerCache, Batch]:
-    """Makes queries of sequences that decode; blocks lie in a row, among others, in any order, or have two readers."""
-    block, counts = 16, [-(-seq_len // 16) for seq_len in lens]
-    generator = torch.Generator().manual_seed(0)
-    total = sum(counts)
-    pool = 4 * total + 8
-    cache = LayerCache(*(torch.randn(pool, 2, block, 32, generator=generator).to(dtype) for _ in range(2)))
-    among = 3 + torch.randperm(total + total // 2, generator=generator)
-    order = {
-        "row": torch.arange(3, 3 + total),
-        "holes": among[:total],
-        "scattered": torch.randperm(pool, generator=generator)[:total],
-        "shared": torch.arange(3, 3 + total),
-    }[layout]
-    table_SN = torch.full((len(lens), max(counts)), -1, dtype=torch.int32)
-    for row, blocks in enumerate(order.split(counts)):
-        table_SN[row, : counts[row]] = blocks.int()
-    if layout == "shared":
-        table_SN[:, 0] = table_SN[0, 0]
-    q_SHC = torch.randn(len(lens), 14, 32, generator=generator).to(dtype)
-    lens_S = torch.tensor(lens, dtype=torch.int32)
-    return q_SHC, cache, Batch(lens_S, table_SN, torch.zeros(1, dtype=torch.int32), len(lens), 1)
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("lens", [[1], [16], [17, 1, 300, 64], [5] * 9], ids=["one", "block", "many", "short"])
@@ -126,52 +83,6 @@ def test_attention_of_decodes_equals_the_reference(
     assert actual.dtype == dtype
     # bfloat16: probabilities and each block's part are rounded, 2^-9 each
     assert_near(actual.float(), expected, 1e-6 if dtype == torch.float32 else 2**-7)
-
-
-def in_8_bits(cache: LayerCache, numbers: torch.dtype) -> LayerCache:
-    (k, k_scale), (v, v_scale) = (quantise_heads(x, numbers) for x in (cache.k_cache_BGPC, cache.v_cache_BGPC))
-    return LayerCache(k, v, torch.stack((k_scale, v_scale), dim=-1))
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("numbers", KV_FORMATS.values(), ids=KV_FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["row", "holes", "scattered", "shared"])
-def test_attention_of_decodes_to_numbers_in_8_bits_equals_the_reference(
-    layout: str, dtype: torch.dtype, numbers: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("internvl_rt.model.attention_cpu.AT_ONCE", 5 * 2 * 16 * 32)  # five blocks are copied at once
-    lens = [17, 1, 300, 64]
-    q_SHC, cache, batch = case_of(layout, lens, dtype)
-    cache = in_8_bits(cache, numbers)
-    where = batch.block_table_SN, torch.arange(len(lens) + 1, dtype=torch.int32), batch.seq_len_S
-    caches = cache.k_cache_BGPC, cache.v_cache_BGPC
-    expected = paged_attention_reference(q_SHC.float(), *caches, *where, cache.scale_BGP2)
-    if layout != "shared":  # behind a sequence and in blocks of nobody may be anything
-        cache.scale_BGP2[[*{*range(len(caches[0]))} - {*batch.block_table_SN.flatten().tolist()}]] = torch.nan
-        for row, seq_len in enumerate(lens):
-            cache.scale_BGP2[batch.block_table_SN[row, (seq_len - 1) // 16], :, (seq_len - 1) % 16 + 1 :] = torch.nan
-    actual = attend_blocks(q_SHC, cache, plan_reads(batch, 16, dtype))
-    assert actual.dtype == dtype
-    # bfloat16: keys, values, probabilities and each block's part are rounded, 2^-9 each
-    assert_near(actual.float(), expected, 1e-6 if dtype == torch.float32 else 2**-6)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
-@pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])
-@pytest.mark.parametrize("numbers", KV_FORMATS.values(), ids=KV_FORMATS)
-@pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
-def test_decoder_with_a_cache_in_8_bits_equals_the_references(
-    decoder: DecoderConfig, numbers: torch.dtype, chunk_lens: list[int], avx512: bool
-) -> None:
-    model = build_model(decoder=decoder)
-    token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
-    tiles = torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8)
-    how = {"context_id": 47, "kv_dtype": numbers}
-    expected = all_logits(model, token_ids, tiles, **how)
-    # In another order of sums a number may be the next one, which is up to 12 % away.
-    assert_near(all_logits(prepared(model, avx512), token_ids, tiles, **how, chunk_lens=chunk_lens), expected, 2e-3)
 
 
 @torch.inference_mode()

@@ -79,6 +79,7 @@ def test_an_interrupted_run_says_where_it_goes_on(error, tmp_path, capsys, monke
     assert main([*W4, str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_looks_complete_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "internvl_rt", *W4, "--no-compare", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -16,6 +16,8 @@ from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.operators import register_operators
 from support.specs import smallest_test_case
 
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
 
 def main() -> int:
     refused, specs = {}, discover_specs()
@@ -25,8 +27,11 @@ def main() -> int:
         torch.manual_seed(0)
         inputs = spec.make_inputs(smallest_test_case(spec, dtype), dtype, torch.device("cpu"))
         known = {argument.name for argument in operator._schema.arguments}
+        given = {key: value for key, value in inputs.items() if key in known}
+        # torch's check of what an operator writes compares its inputs, which torch cannot do in FP8.
+        in_fp8 = torch.float8_e4m3fn in [value.dtype for value in given.values() if isinstance(value, torch.Tensor)]
         try:
-            library.opcheck(operator, (), {key: value for key, value in inputs.items() if key in known})
+            library.opcheck(operator, (), given, test_utils=CHECKS[in_fp8:])
         except Exception as error:  # of several kinds
             refused[name] = str(error)
     for name, why in refused.items():

@@ -32,14 +32,15 @@ def online_softmax(
         torch.full(q.shape[:-1], -math.inf), torch.zeros(q.shape[:-1]), torch.zeros(*q.shape[:-1], v.shape[-1])
     )  # fmt: skip
     if v_scale is not None:  # numbers in 8 bits; as scaled_queries in kernels/_kv_numbers.py
-        power = q.abs().amax(-1, keepdim=True).clamp_min(LEAST_SCALE.value).log2().floor().exp2()
+        power = torch.frexp(q.float().abs().amax(-1, keepdim=True).clamp_min(LEAST_SCALE.value)).exponent
+        power = (power - 1).float().exp2()
         dtype = torch.float32 if dtype == torch.float32 else torch.float16
         q = rounded(q.float() / power, dtype)
     for begin, end in blocks:
         score = product(q, k[..., begin:end, :], dtype)
         if v_scale is not None:
             of_values = v_scale[..., None, begin:end]
-            exponent = of_values.log2().floor()
+            exponent = torch.frexp(of_values).exponent.float() - 1
             score = score * k_scale[..., None, begin:end] * (scale_log2 * power) + exponent
             score = score if visible is None else score.masked_fill(~visible[..., begin:end], -math.inf)
             new_top = torch.maximum(top, score.amax(-1))
