@@ -233,21 +233,27 @@ def map_weights(
     on_linear: Callable[[str, AnyLinear], AnyLinear],
 ) -> ModelWeights:
     """Returns weights with each linear, and each tensor that is not of a linear, replaced; in order, given by path."""
-
-    def visit(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            return on_tensor(path, value)
-        if isinstance(value, AnyLinear):
-            return on_linear(path, value)
-        if isinstance(value, tuple):
-            return tuple(visit(item, f"{path}.{index}") for index, item in enumerate(value))
-        if not is_dataclass(value) or isinstance(value, type):
-            return value
-        below = f"{path}." if path else ""
-        return type(value)(**{one.name: visit(getattr(value, one.name), below + one.name) for one in fields(value)})
-
-    mapped: ModelWeights = visit(weights, "")
+    mapped: ModelWeights = _map(weights, "", on_tensor, on_linear)
     return mapped
+
+
+def _map(
+    value: Any,
+    path: str,
+    on_tensor: Callable[[str, Tensor], Tensor],
+    on_linear: Callable[[str, AnyLinear], AnyLinear],
+) -> Any:
+    if isinstance(value, Tensor):
+        return on_tensor(path, value)
+    if isinstance(value, AnyLinear):
+        return on_linear(path, value)
+    if isinstance(value, tuple):
+        return tuple(_map(item, f"{path}.{index}", on_tensor, on_linear) for index, item in enumerate(value))
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    below = f"{path}." if path else ""
+    parts = {one.name: getattr(value, one.name) for one in fields(value)}
+    return type(value)(**{name: _map(part, below + name, on_tensor, on_linear) for name, part in parts.items()})
 
 
 def map_linears(weights: ModelWeights, on_linear: Callable[[str, AnyLinear], AnyLinear]) -> ModelWeights:
