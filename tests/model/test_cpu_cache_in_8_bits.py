@@ -9,9 +9,9 @@ from internvl_rt.kernels._kv_numbers import quantise_heads
 from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.model import processor
 from internvl_rt.model.attention_cpu import attend_blocks, plan_reads
-from internvl_rt.model.ops import KV_FORMATS
+from internvl_rt.model.ops import KV_FORMATS, TORCH
 from internvl_rt.model.step_inputs import LayerCache
-from support.cpu_tables import case_of, prepared
+from support.cpu_tables import case_of, prepared, table
 from support.forward import all_logits
 from support.small_models import QWEN2, QWEN3, build_model
 
@@ -67,3 +67,24 @@ def test_decoder_with_a_cache_in_8_bits_equals_the_references(
     expected = all_logits(model, token_ids, tiles, **how)
     # In another order of sums a number may be the next one, which is up to 12 % away.
     assert_near(all_logits(prepared(model, avx512), token_ids, tiles, **how, chunk_lens=chunk_lens), expected, 2e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("numbers", KV_FORMATS.values(), ids=KV_FORMATS)
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_checkpoints_scales_are_written_as_the_references_write_them(
+    decoder: DecoderConfig, numbers: torch.dtype
+) -> None:
+    model, x_TD = build_model(decoder=decoder), torch.randn(5, decoder.hidden_size)
+    layer, written = model.weights.decoder.layers[0], []
+    projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
+    where = torch.arange(5.0), 1e6 ** -(torch.arange(decoder.head_dim // 2) / decoder.head_dim)
+    for ops in (TORCH, table(avx512=False)):
+        shape = 2, decoder.num_kv_heads, 16
+        caches = [torch.zeros(*shape, decoder.head_dim, dtype=numbers) for _ in "kv"]
+        cache = LayerCache(*caches, torch.zeros(*shape, 2, dtype=torch.bfloat16), torch.tensor([0.011, 0.003]))
+        ops.norm_qkv_rope_kv(x_TD, *projection, *where, cache, torch.arange(14, 19, dtype=torch.int32))
+        written.append([*(each.float() for each in caches), cache.scale_BGP2])
+    assert written[0][2][0, :, 14:].flatten(0, 1).unique(dim=0).shape == (1, 2)
+    for one, other in zip(*written, strict=True):
+        assert (one != other).float().mean() < 0.01  # in another order of sums a number may be the next one
