@@ -44,6 +44,7 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
         "parameters": {**counts, "total": total},
         "weight_bytes": {"bfloat16": 2 * total, "float16": 2 * total, "float32": 4 * total},
         "kv_bytes_per_token": kv_bytes,
+        "kv_bytes_per_token_in_8_bits": kv_bytes_per_token(config.decoder, torch.int8),
         "context_window": config.decoder.max_position,
         "tile_side_pixels": config.vision.image_size,
         "tokens_per_tile": config.tokens_per_tile,
@@ -84,11 +85,12 @@ def render_card(card: dict[str, Any]) -> str:
     parameters, weights = card["parameters"], card["weight_bytes"]
     small, large = (format_bytes(weights[dtype]) for dtype in ("bfloat16", "float32"))
     parts = ", ".join(f"{part} {_millions(parameters[part])}" for part in ("vision", "projector", "decoder"))
+    kv, kv_in_8_bits = card["kv_bytes_per_token"], card["kv_bytes_per_token_in_8_bits"]
     rows = [
         ("model", f"{card['name']} ({card['format']} format)"),
         ("parameters", f"{_millions(parameters['total'])}: {parts}"),
         ("weights", f"{small} in bfloat16 or float16, {large} in float32"),
-        ("KV cache", f"{card['kv_bytes_per_token'] / 1024:.0f} KiB per token in bfloat16"),
+        ("KV cache", f"{kv / 1024:.0f} KiB per token in bfloat16, {kv_in_8_bits / 1024:.1f} in FP8 or int8"),
         ("context window", f"{card['context_window']:,} tokens"),
         ("tile", f"{card['tile_side_pixels']} pixels a side, {card['tokens_per_tile']} tokens"),
         ("picture", f"at most {card['max_tiles_per_picture']} tiles, {card['max_tokens_per_picture']:,} tokens"),
