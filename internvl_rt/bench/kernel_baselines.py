@@ -128,7 +128,7 @@ def _where(i: Inputs) -> tuple[Tensor, ...]:
     slot, block_size = i["slot_T"].long(), i["k_cache_BGPC"].shape[2]
     if bool((slot < 0).any()):
         raise ValueError("rows without a slot")
-    if i["scale_BGP2"] is not None:
+    if i.get("scale_BGP2") is not None:
         raise ValueError("a cache in 8 bits")
     caches = i["k_cache_BGPC"], i["v_cache_BGPC"]
     return (i["position_T"], i["inv_freq_C"], *caches, slot // block_size, slot % block_size)

@@ -75,11 +75,12 @@ def test_a_product_is_that_of_the_dense_weight(kind: str, n: int, k: int, dtype:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("float8", "blocks")]
+)  # oneDNN multiplies those
 def test_a_row_of_a_few_depends_on_no_other(kind: str) -> None:
     packed = pack_quantised(linear_of(kind, 128, 896), torch.bfloat16)
-    if not is_fast(packed):
-        pytest.skip("multiplied by oneDNN")
+    assert is_fast(packed)
     x = torch.randn(products.ROWS_4 if isinstance(packed, Linear4) else products.ROWS_8, 896).bfloat16()
     together = quantised_product(x, packed, None)
     for start in range(len(x)):
