@@ -41,7 +41,10 @@ def add_device_and_numbers(parser: argparse.ArgumentParser) -> None:
         "--quantization", choices=("fp8", "int8"), help="round the language model's weights while they are loaded"
     )
     parser.add_argument(
-        "--kv-cache-dtype", choices=("auto", "fp8", "int8"), default="auto", help="keep keys and values in 8 bits"
+        "--kv-cache-dtype",
+        choices=("auto", "model", "fp8", "int8"),
+        default="auto",
+        help="fp8 and int8: keep keys and values in 8 bits",
     )
 
 

@@ -178,6 +178,8 @@ def _choose_ops(options: EngineOptions, device: torch.device, dtype: torch.dtype
 
 def choose_kv_dtype(kv_cache_dtype: str, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
     """Takes for "auto" what a quantised checkpoint has scales for, or the model's dtype."""
+    if kv_cache_dtype == "model":
+        return dtype
     if kv_cache_dtype != "auto":
         return KV_FORMATS[kv_cache_dtype]
     stored = None if config.quantization is None else config.quantization.kv_cache

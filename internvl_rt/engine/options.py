@@ -51,7 +51,8 @@ class EngineOptions:
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
     kv_cache_dtype: "fp8" or "int8": keys and values as numbers in 8 bits with a scale for each token and head, so that
         the cache has room for nearly twice as many tokens of 16 bits, and attention reads half as much; "fp8" needs
-        compute capability 8.9 with the kernels. "auto" is `dtype`, or what a quantised checkpoint has scales for.
+        compute capability 8.9 with the kernels. "model" is `dtype`; "auto" too, or what a quantised checkpoint has
+        scales for.
     kv_cache_bytes: size of the KV cache; None is what weights and workspaces leave, on the CPU at most 4 GiB
         (`Engine.memory` has the plan). The cache is never larger than `max_num_seqs` sequences can use.
     block_size: tokens of a block of the KV cache: 16, 32, 64 or 128.
@@ -112,7 +113,7 @@ class EngineOptions:
     quantize_vision: bool = False
     revision: str | None = None
     max_model_len: int | None = None
-    kv_cache_dtype: Literal["auto", "fp8", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "model", "fp8", "int8"] = "auto"
     kv_cache_bytes: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64
@@ -220,7 +221,7 @@ ENGINE_KINDS: dict[str, Kind] = {
     "quantize_vision": Flag(),
     "revision": OrNone(Text(1, 256)),
     "max_model_len": OrNone(Integer(1, 1 << 24)),
-    "kv_cache_dtype": OneOf(("auto", "fp8", "int8"), "auto, fp8 or int8"),
+    "kv_cache_dtype": OneOf(("auto", "model", "fp8", "int8"), "auto, model, fp8 or int8"),
     "kv_cache_bytes": OrNone(Integer(1, _MOST_BYTES)),
     "block_size": OneOf(BLOCK_SIZES),
     "max_num_seqs": Integer(1, 4096),

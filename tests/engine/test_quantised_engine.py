@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import internvl_rt
 from internvl_rt import Engine, SamplingParams
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.model.internvl import named_linears, named_parameters
 from internvl_rt.model.linear import Linear8
+from internvl_rt.quantize import quantise
 from support.digits import MAX_DIGITS, draw_reading, load_glyphs, measure_accuracy
-from support.quantised_files import LAYOUTS
+from support.quantised_files import LAYOUTS, STATIC
 
 TINY = Path(internvl_rt.__file__).parent / "tiny"
 PICTURE = TINY / "samples" / "4719.png"
@@ -76,6 +79,32 @@ def test_a_quantised_checkpoint_is_not_cast_again(tmp_path):
         Engine.from_pretrained(tmp_path / "model", device="cpu", quantization="fp8")
     with pytest.raises(RequestError, match="quantize_vision needs quantization="):
         load(quantize_vision=True)
+
+
+def test_static_scales_of_a_file_are_used_unless_the_options_say_otherwise(tmp_path):
+    folder = quantise("tiny", tmp_path / "model", "fp8", compare=False).folder
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = STATIC
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [f"language_model.model.layers.{index}.self_attn.{part}_scale" for index in range(4) for part in "kv"]
+    scales = {name: torch.tensor([0.02 + number / 1000]) for number, name in enumerate(names)}
+    save_file(scales, folder / "scales.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(names, "scales.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for kv_cache_dtype in ("auto", "fp8", "model"):
+        with Engine.from_pretrained(folder, device="cpu", kv_cache_dtype=kv_cache_dtype, max_num_seqs=1) as engine:
+            assert engine.chat(QUESTION, SamplingParams(max_tokens=8)).text == "4719"
+            layer = engine.cache.layers[3]
+            assert layer.k_cache_BGPC.dtype == (torch.float32 if kv_cache_dtype == "model" else torch.float8_e4m3fn)
+            if kv_cache_dtype == "auto":
+                assert torch.allclose(layer.static_scale_2, torch.tensor([0.026, 0.027]))
+            else:
+                assert layer.static_scale_2 is None
+    scales[names[0]] = torch.tensor([torch.nan])
+    save_file(scales, folder / "scales.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_scale is nan, expected a positive number"):
+        Engine.from_pretrained(folder, device="cpu")
 
 
 def test_fp8_on_a_cpu_says_that_it_is_slow(caplog):
