@@ -71,7 +71,7 @@ def wanted(what: Sequence[str], only: Sequence[str], target: Target) -> Iterator
     """Yields all cases of the kinds in `what`, each with index 0; if `only` names operations, only theirs."""
     specs = {name: spec for name, spec in discover_specs().items() if not only or name in only}
     for spec in specs.values() if "models" in what else ():
-        yield from (_of("models", work) for work in real_work(spec))
+        yield from (_of("models", work) for work in real_work(spec, target.capability))
     for name, tuned in TUNED.items() if "tune" in what else ():
         for work in tuned.works() if name in specs else ():
             yield from (_of("tune", work, plan) for plan in tuned.plans(work, target).values())

@@ -61,7 +61,11 @@ def plan_work(device: torch.device, patterns: Sequence[str] = (), *, quick: bool
     than the one case of each operation.
     """
     specs, real = discover_specs(), device.type == "cuda"
-    works = [work for spec in specs.values() for work in (real_work(spec) if real else small_work(spec))]
+    if real:
+        capability = target_of(device).capability
+        works = [work for spec in specs.values() for work in real_work(spec, capability)]
+    else:
+        works = [work for spec in specs.values() for work in small_work(spec)]
     works = [work for work in works if not patterns or any(matches(work, pattern) for pattern in patterns)]
     works.sort(key=importance if real else lambda work: work.spec.name)  # the sort is stable
     best = (lambda work: -importance(work)) if real else (lambda work: work.spec.cost(work.case, work.dtype).bytes)
@@ -77,10 +81,14 @@ def matches(work: Work, pattern: str) -> bool:
     return fnmatchcase(work.name, pattern) if set(pattern) & {"*", "?"} else pattern in work.name
 
 
-def real_work(spec: KernelSpec) -> list[Work]:
+def real_work(spec: KernelSpec, capability: int | None = None) -> list[Work]:
+    """The cases of real models that a GPU of a compute capability, such as 90, can run; None: all."""
     cases = (*spec.model_cases, *engine_products()) if spec.name == "gemm_epilogue" else spec.model_cases
-    has = target_of(torch.device("cuda")).capability
-    return [Work(spec, case, preferred_dtype(spec)) for case in cases if case.min_capability <= has]
+    return [
+        Work(spec, case, preferred_dtype(spec))
+        for case in cases
+        if capability is None or case.min_capability <= capability
+    ]
 
 
 def small_work(spec: KernelSpec) -> list[Work]:

@@ -158,6 +158,9 @@ def test_each_operation_is_checked_on_something(target: Any) -> None:
     for spec in discover_specs().values():
         dtype = next(iter(spec.tolerances))
         cases = kernels.chosen_cases(spec, dtype, target)
+        if spec.min_capability > target.capability:
+            assert cases == []
+            continue
         assert 1 <= len(cases) <= kernels.MAX_CASES
         assert all(spec.cost(case, dtype).bytes > 0 for case in cases)
         checked, launched = (
