@@ -37,6 +37,7 @@ def test_the_smallest_case_of_every_operation_is_built_for_sm_90_and_breaks_no_r
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # the first one of these tests builds some 1,300 kernels
 def test_every_operation_is_built_for_every_target(kernels: Rows) -> None:
     assert not [f"{label(k)}: {k['error']}" for k in kernels if "error" in k]
     expected = {(op, cc) for op, spec in discover_specs().items() for cc in TARGETS if spec.min_capability <= cc}
@@ -45,6 +46,7 @@ def test_every_operation_is_built_for_every_target(kernels: Rows) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rule", RULES)
 def test_of_every_kernel_it_holds_that(rule: str, kernels: Rows) -> None:
     assert not [label(k) for k in kernels if "error" not in k and not RULES[rule](k)]
