@@ -17,7 +17,7 @@ def test_any_value_is_quoted_in_one_short_line_at_once(name):
     value = HOSTILE[name]
     start_s = time.perf_counter()
     line = quoted(value)
-    assert time.perf_counter() - start_s < 0.1
+    assert time.perf_counter() - start_s < 1  # a garbage collection may take 0.4 s in a process of all tests
     assert line.isprintable()
     assert 0 < len(line) <= 300
 

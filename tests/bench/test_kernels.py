@@ -157,14 +157,8 @@ def test_a_pattern_chooses_cases(pattern: str, operations: set[str], least: int)
 @pytest.mark.slow
 def test_pytest_benchmark_runs_them_too(tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
-    arguments = (
-        "--benchmark-only",
-        f"--benchmark-json={file}",
-        "-k",
-        "swiglu and width_1 and not fp8",
-        "-p",
-        "no:cacheprovider",
-    )
+    chosen = ("-k", "swiglu and width_1 and not fp8", "-p", "no:cacheprovider")
+    arguments = ("--benchmark-only", f"--benchmark-json={file}", *chosen)
     done = run("-m", "pytest", "bench/test_kernels.py", *arguments)
     assert done.returncode == 0, done.stdout
     benchmarks = json.loads(file.read_text())["benchmarks"]
