@@ -22,8 +22,8 @@ from internvl_rt.kernels._gemv_body import (
     _add_partial_sums,
     _leave_partial_sums,
     _paired_rows,
-    _pairs_of,
     _part_of_k,
+    _store_outputs,
 )
 from internvl_rt.kernels._gemv_pipelined import rounded_to_tf32
 
@@ -303,6 +303,8 @@ def gemv_4bit_kernel(
     words, scales, zeros = _load_chunk(
         weight, scale, zero, word_at, group_at, weight_inside, word_column, group_column, begin, end, GROUP
     )  # fmt: skip
+    bias_N = None
+    bias_up = None
     if bias is not None:
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
@@ -342,6 +344,7 @@ def gemv_4bit_kernel(
         zeros = next_zeros
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
+    r = None
     if residual is not None:  # loaded while threads add their sums; during the loop it would take registers
         r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
     if MATRIX:
@@ -357,18 +360,6 @@ def gemv_4bit_kernel(
     if is_last:
         if SPLIT:
             sums, squares = _add_partial_sums(partial, arrived, last_row, ROWS, BLOCK_N)
-        if norm_weight is not None:
-            sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
-        if SWIGLU:
-            gate, up = _pairs_of(sums)
-            if bias is not None:
-                gate += bias_N.to(tl.float32)[None, :]
-                up += bias_up.to(tl.float32)[None, :]
-            y = gate / (1.0 + tl.exp(-gate)) * up
-        else:
-            y = sums
-            if bias is not None:
-                y += bias_N.to(tl.float32)[None, :]
-        if residual is not None:
-            y += r.to(tl.float32)
-        tl.store(out + row * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+        _store_outputs(
+            out, sums, squares, norm_weight, bias_N, bias_up, r, row, column, inside, K, eps, out_stride, SWIGLU
+        )  # fmt: skip

@@ -263,6 +263,28 @@ def _add_partial_sums(partial, arrived, last_row, ROWS: tl.constexpr, BLOCK_N: t
     return sums, squares
 
 
+@triton.jit
+def _store_outputs(
+    out, sums, squares, norm_weight, bias_N, bias_up, r, row, column, inside, K, eps, out_stride, SWIGLU: tl.constexpr
+):  # fmt: skip
+    """Makes outputs of complete sums and stores them: the norm's rstd, the bias, SwiGLU, and the residual `r`."""
+    if norm_weight is not None:
+        sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
+    if SWIGLU:
+        gate, up = _pairs_of(sums)
+        if bias_N is not None:
+            gate += bias_N.to(tl.float32)[None, :]
+            up += bias_up.to(tl.float32)[None, :]
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        y = sums
+        if bias_N is not None:
+            y += bias_N.to(tl.float32)[None, :]
+    if r is not None:
+        y += r.to(tl.float32)
+    tl.store(out + row * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["last_row"])  # one kernel for every batch
 def gemv_kernel(
     x, norm_weight, weight, scale, bias, residual, out, partial, arrived, last_row, N, K, split_len, eps,
@@ -296,6 +318,8 @@ def gemv_kernel(
             WIDTH_8: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
             PIECES: tl.constexpr = 1 if MATRIX or KIND is None else 16 // WIDTH_8
             n = _load_norm(norm_weight, begin, end, K, ROWS, BLOCK_K, PIECES)
+    bias_N = None
+    bias_up = None
     if bias is not None:
         bias_N = tl.load(bias + column, mask=column < N, other=0.0)
         if SWIGLU:
@@ -320,6 +344,7 @@ def gemv_kernel(
         )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     inside = (row <= last_row) & (column < N)[None, :]
+    r = None
     if residual is not None:  # loaded while threads add their sums; during the loop it would take registers
         r = tl.load(residual + row * residual_stride + column[None, :], mask=inside, other=0.0)
     if not STAGES:
@@ -334,18 +359,6 @@ def gemv_kernel(
             if not BLOCKS:
                 sums *= row_scale[None, :]
             sums *= LOWER
-        if norm_weight is not None:
-            sums *= (1.0 / tl.sqrt_rn(squares / K + eps))[:, None]
-        if SWIGLU:
-            gate, up = _pairs_of(sums)
-            if bias is not None:
-                gate += bias_N.to(tl.float32)[None, :]
-                up += bias_up.to(tl.float32)[None, :]
-            y = gate / (1.0 + tl.exp(-gate)) * up
-        else:
-            y = sums
-            if bias is not None:
-                y += bias_N.to(tl.float32)[None, :]
-        if residual is not None:
-            y += r.to(tl.float32)
-        tl.store(out + row * out_stride + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+        _store_outputs(
+            out, sums, squares, norm_weight, bias_N, bias_up, r, row, column, inside, K, eps, out_stride, SWIGLU
+        )  # fmt: skip

@@ -104,6 +104,39 @@ def plan_product(
     }
 
 
+def plan_outputs(
+    common: dict[str, Any], bias_N: Tensor | None, activation: Activation, residual_RN: Tensor | None, out: Tensor
+) -> None:
+    """Adds to `plan_product`'s result what comes behind the product in gemv and gemv_4bit."""
+    for name, tensor in (("bias", bias_N), ("residual", residual_RN)):
+        common["args" if tensor is not None else "constexprs"][name] = tensor
+    common["args"] |= {
+        "out": out,
+        "N": out.shape[1],
+        "residual_stride": 0 if residual_RN is None else residual_RN.stride(0),
+        "out_stride": out.stride(0),
+    }
+    common["constexprs"]["SWIGLU"] = activation == "swiglu"
+
+
+def require_rows(name: str, x: Tensor, plan: GemvPlan | None) -> None:
+    """Checks the dtype of x and its number of rows, also for `plan`. Raises ValueError naming what does not fit."""
+    require_one_of(name, x.dtype, TOLERANCES)
+    require(x.ndim == 2, name, "two dimensions", tuple(x.shape))
+    require(len(x) <= MAX_ROWS, name, f"at most {MAX_ROWS} rows", len(x))
+    if plan is not None and not plan.matrix:
+        require(len(x) <= 2, "plan", "matrix units for more than 2 rows", plan)
+
+
+def require_vectors(
+    x: Tensor, bias: tuple[str, Tensor | None], n: int, norm: tuple[str, Tensor | None], k: int
+) -> None:
+    """Checks the bias [n] and the norm's weight [k], each with its name. Raises ValueError naming what does not fit."""
+    for (name, vector), length in ((bias, n), (norm, k)):
+        if vector is not None:
+            require_tensor(name, vector, (length,), x.dtype, x.device)
+
+
 def require_operands(
     operands: Mapping[str, Tensor | None], plan: GemvPlan | None, *, numbers: torch.dtype | None = None
 ) -> tuple[torch.Size, torch.Size]:
@@ -112,23 +145,15 @@ def require_operands(
     numbers: the weight's dtype, if it is not that of x.
     Raises ValueError naming the operand that does not fit.
     """
-    (x_name, x), (weight_name, weight), (bias_name, bias), (norm_name, norm) = operands.items()
+    (x_name, x), (weight_name, weight), bias, norm = operands.items()
     assert x is not None
     assert weight is not None
-    dtype, device = x.dtype, x.device
-    require_one_of(x_name, dtype, TOLERANCES)
-    require(x.ndim == 2, x_name, "two dimensions", tuple(x.shape))
-    require(len(x) <= MAX_ROWS, x_name, f"at most {MAX_ROWS} rows", len(x))
+    require_rows(x_name, x, plan)
     require(weight.ndim == 2 and min(weight.shape) > 0, weight_name, "two dimensions, none 0", tuple(weight.shape))
     n, k = weight.shape
-    require_tensor(x_name, x, (len(x), k), dtype, device)
-    require_tensor(weight_name, weight, (n, k), numbers or dtype, device)
-    if bias is not None:
-        require_tensor(bias_name, bias, (n,), dtype, device)
-    if norm is not None:
-        require_tensor(norm_name, norm, (k,), dtype, device)
-    if plan is not None and not plan.matrix:
-        require(len(x) <= 2, "plan", "matrix units for more than 2 rows", plan)
+    require_tensor(x_name, x, (len(x), k), x.dtype, x.device)
+    require_tensor(weight_name, weight, (n, k), numbers or x.dtype, x.device)
+    require_vectors(x, bias, n, norm, k)
     return x.shape, weight.shape
 
 
@@ -190,17 +215,8 @@ def plan_gemv(
     num_tiles = cdiv(n, plan.block_n)
     how = (num_tiles, plan, workspace, programmatic_launch, early_trigger, target)
     common = plan_product(x_RK, weight_NK, norm_weight_K, eps, *how)
-    optional = {"bias": bias_N, "residual": residual_RN}
-    common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    common["args"] |= {
-        "out": out,
-        "N": out.shape[1],
-        "residual_stride": 0 if residual_RN is None else residual_RN.stride(0),
-        "out_stride": out.stride(0),
-    }
-    common["constexprs"] |= {name: None for name, tensor in optional.items() if tensor is None}
-    common["constexprs"] |= {"SWIGLU": activation == "swiglu", "scale": None, "scale_stride": None}
-    common["constexprs"] |= {**DENSE, "BLOCKS": False, "WORD": 1}
+    plan_outputs(common, bias_N, activation, residual_RN, out)
+    common["constexprs"] |= {**DENSE, "scale": None, "scale_stride": None, "BLOCKS": False, "WORD": 1}
     return (Launch(gemv_kernel, **common),)
 
 

@@ -6,6 +6,7 @@ All is as in gemv, but the weight is read as it is stored, in words (`_int4.py`)
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,6 @@ from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, req
 from internvl_rt.kernels._gemv_4bit_body import gemv_4bit_kernel
 from internvl_rt.kernels._gemv_plan import (
     EXCHANGE_CHUNKS,
-    MAX_ROWS,
     MAX_SPLIT_PROGRAMS,
     MAX_SPLITS,
     GemvPlan,
@@ -25,7 +25,17 @@ from internvl_rt.kernels._gemv_plan import (
 from internvl_rt.kernels._int4 import CHUNK, PLANE
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 from internvl_rt.kernels.dequantise import GROUPS, dequantise_reference
-from internvl_rt.kernels.gemv import MODELS, Activation, gemv_reference, plan_product, result_of
+from internvl_rt.kernels.gemv import (
+    MODELS,
+    Activation,
+    gemv_reference,
+    plan_outputs,
+    plan_product,
+    require_rows,
+    require_vectors,
+    result_of,
+)
+from internvl_rt.kernels.gemv import SPEC as GEMV
 
 TOLERANCES = {
     torch.float32: Tolerance(5e-5, 1e-4, 1e-5, "sums with an offset of 128, which costs 5 of 24 bits"),
@@ -115,19 +125,10 @@ def plan_gemv_4bit(
     common = plan_product(x_RK, words_NW, norm_weight_K, eps, *how)
     for name in ("STAGES", "PREFETCH", "AHEAD"):
         del common["constexprs"][name]
-    optional = {"zero": zero_NG, "bias": bias_N, "residual": residual_RN}
-    common["args"] |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    common["args"] |= {
-        "scale": scale_NG,
-        "out": out,
-        "N": out.shape[1],
-        "G": scale_NG.shape[1],
-        "residual_stride": 0 if residual_RN is None else residual_RN.stride(0),
-        "out_stride": out.stride(0),
-    }
-    common["constexprs"] |= {name: None for name, tensor in optional.items() if tensor is None}
+    plan_outputs(common, bias_N, activation, residual_RN, out)
+    common["args" if zero_NG is not None else "constexprs"]["zero"] = zero_NG
+    common["args"] |= {"scale": scale_NG, "G": scale_NG.shape[1]}
     common["constexprs"] |= {
-        "SWIGLU": activation == "swiglu",
         "GROUP": group,
         # The interpreter has no inline assembly; its plain operations give the same numbers.
         "ROWS": rows if not plan.matrix else 8 if rows <= 8 else 16,
@@ -173,10 +174,9 @@ def gemv_4bit(
     Raises ValueError naming the argument that does not fit.
     """
     dtype, device = x_RK.dtype, x_RK.device
-    require_one_of("x_RK", dtype, TOLERANCES)
-    require(x_RK.ndim == 2 and x_RK.shape[1] > 0, "x_RK", "two dimensions, the last not 0", tuple(x_RK.shape))
+    require_rows("x_RK", x_RK, plan)
     rows, k = x_RK.shape
-    require(rows <= MAX_ROWS, "x_RK", f"at most {MAX_ROWS} rows", rows)
+    require(k > 0, "x_RK", "at least 1 column", k)
     require_tensor("x_RK", x_RK, (rows, k), dtype, device)
     require(words_NW.ndim == 2 and len(words_NW) > 0, "words_NW", "two dimensions, none 0", tuple(words_NW.shape))
     n = len(words_NW)
@@ -195,17 +195,12 @@ def gemv_4bit(
     if zero_NG is not None:
         require_tensor("zero_NG", zero_NG, tuple(scale_NG.shape), torch.uint8, device)
         require(zero_NG.is_contiguous(), "zero_NG", "a contiguous tensor", f"strides {zero_NG.stride()}")
-    if bias_N is not None:
-        require_tensor("bias_N", bias_N, (n,), dtype, device)
-    if norm_weight_K is not None:
-        require_tensor("norm_weight_K", norm_weight_K, (k,), dtype, device)
-    if plan is not None:
-        if plan.matrix:
-            fits = plan.num_stages == 0 and plan.block_n >= 16 and plan.block_k == CHUNK * plan.num_warps
-            require(fits, "plan", f"no stages, block_n from 16 on, block_k {CHUNK} a warp", plan)
-        else:
-            require(plan.block_k >= CHUNK, "plan", f"block_k from {CHUNK} on", plan)
-            require(rows <= 2, "plan", "matrix units for more than 2 rows", plan)
+    require_vectors(x_RK, ("bias_N", bias_N), n, ("norm_weight_K", norm_weight_K), k)
+    if plan is not None and plan.matrix:
+        fits = plan.num_stages == 0 and plan.block_n >= 16 and plan.block_k == CHUNK * plan.num_warps
+        require(fits, "plan", f"no stages, block_n from 16 on, block_k {CHUNK} a warp", plan)
+    elif plan is not None:
+        require(plan.block_k >= CHUNK, "plan", f"block_k from {CHUNK} on", plan)
     out = result_of(x_RK, n, activation, residual_RN, out)
     run(
         plan_gemv_4bit(
@@ -231,37 +226,21 @@ def gemv_4bit(
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Draws all words there are, cuts x and residual from tensors with `padding` more columns of NaN, and scales so
-    that weights are about K^-1/2; `factor`: of x; `scale`: the scales' dtype; `plan`: a name in TEST_PLANS.
+    """Draws what gemv is tested with, and in the place of its weight all words there are, with scales of any dtype
+    (`scale`) such that elements are about K^-1/2.
     """
-    rows, n, k, group = case["R"], case["N"], case["K"], case.sizes.get("group", 128)
-    padding, swiglu = case.sizes.get("padding", 0), case.sizes.get("activation") == "swiglu"
-    groups = cdiv(k, group)
-
-    def matrix(height: int, width: int, factor: float = 1.0) -> Tensor:
-        values = torch.full((height, width + padding), torch.nan, dtype=dtype, device=device)
-        values[:, :width] = factor * torch.randn(height, width, dtype=torch.float32, device=device)
-        return values[:, :width]
-
-    def vector(width: int) -> Tensor:
-        return torch.randn(width, dtype=torch.float32, device=device).to(dtype)
-
-    words = torch.randint(-(2**31), 2**31, (n, PLANE * cdiv(k, CHUNK)), device=device).to(torch.int32)
-    scale = (torch.rand(n, groups, device=device) + 0.5) * (k**-0.5 / 7)
-    zero = torch.randint(0, 16, (n, groups), device=device).to(torch.uint8) if case.sizes.get("zero") else None
+    inputs = GEMV.make_inputs(case, dtype, device)
+    n, k, group = case["N"], case["K"], case.sizes.get("group", 128)
+    del inputs["weight_NK"]
+    shape = n, cdiv(k, group)
+    scale = (torch.rand(shape, device=device) + 0.5) * (k**-0.5 / 7)
     return {
-        "x_RK": matrix(rows, k, case.sizes.get("factor", 1.0)),
-        "words_NW": words,
+        **inputs,
+        "words_NW": torch.randint(-(2**31), 2**31, (n, PLANE * cdiv(k, CHUNK)), device=device).to(torch.int32),
         "scale_NG": scale.to(case.sizes.get("scale", dtype)),
-        "zero_NG": zero,
-        "bias_N": vector(n) if case.sizes.get("bias") else None,
-        "norm_weight_K": vector(k) if case.sizes.get("norm") else None,
-        "eps": 1e-6,
+        "zero_NG": torch.randint(0, 16, shape, device=device).to(torch.uint8) if case.sizes.get("zero") else None,
         "group": group,
-        "activation": "swiglu" if swiglu else "none",
-        "residual_RN": matrix(rows, n // 2 if swiglu else n) if case.sizes.get("residual") else None,
         "plan": TEST_PLANS.get(case.sizes.get("plan", "")),
-        **({"early_trigger": True} if case.sizes.get("early") else {}),
     }
 
 
@@ -277,12 +256,11 @@ _RESIDUAL: dict[str, Any] = {"residual": True}
 
 
 def _cost(case: Case, dtype: torch.dtype) -> Cost:
-    rows, n, k = case["R"], case["N"], case["K"]
-    outputs = n // 2 if case.sizes.get("activation") == "swiglu" else n
+    dense, n, k = GEMV.cost(case, dtype), case["N"], case["K"]
     groups = n * cdiv(k, case.sizes.get("group", 128))
     scales = groups * (case.sizes.get("scale", dtype).itemsize + bool(case.sizes.get("zero")))
-    elements = rows * (k + outputs * (1 + bool(case.sizes.get("residual"))))
-    return Cost(bytes=n * PLANE * cdiv(k, CHUNK) * 4 + scales + dtype.itemsize * elements, flops=2 * rows * n * k)
+    words = 4 * PLANE * cdiv(k, CHUNK) * n
+    return replace(dense, bytes=dense.bytes - dtype.itemsize * n * k + words + scales)
 
 
 def _test_cases() -> Iterator[Case]:

@@ -114,9 +114,9 @@ def quantise(
     unfinished = Unfinished(out, arguments)
     unfinished.find()
     job.check_room(unfinished)
-    unfinished.begin()
-    job.write(unfinished)
-    unfinished.finish()
+    with unfinished.begin():
+        job.write(unfinished)
+        unfinished.finish()
     checkpoint = open_checkpoint(out)
     return Quantised(
         folder=out,

@@ -2,12 +2,15 @@
 
 It is a hidden neighbour of what it will be. `model/` in it becomes the result by one rename when it is whole, so that
 nothing ever looks complete and is not. A file gets its name when it has been written, and `state.json` counts a layer
-after its files, so a run may end between any two operations.
+after its files, so a run may end between any two operations. A run locks the folder; the system unlocks it however the
+run ends.
 """
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.checkpoint.tensor_file import write_file
 from internvl_rt.errors import CheckpointError, RequestError, quoted
 
-_STATE = "state.json"
+_STATE, _LOCK = "state.json", "lock"
 
 
 def folder_of(out: Path) -> Path:
@@ -51,7 +54,7 @@ class Unfinished:
             return
         file = self.folder / _STATE
         if not file.is_file():
-            if any(self.folder.iterdir()) and not self.model.is_dir():
+            if any(file.name != _LOCK for file in self.folder.iterdir()) and not self.model.is_dir():
                 raise RequestError(f"{self.folder} is there and not of this command; remove it")
             return
         state = parse_object(file, read_file(file, CheckpointError), CheckpointError)
@@ -70,9 +73,19 @@ class Unfinished:
         """Counts what an earlier run has written."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
-    def begin(self) -> None:
-        self.model.mkdir(parents=True, exist_ok=True)
-        self._write_state()
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Locks the folder within the context. Raises RequestError if another run is at work there, or as `find`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / _LOCK, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(f"{self.out} is being written by another run; wait, or give a new name") from None
+            self.find()  # again: another run may have gone on, and ended, before the folder was locked
+            self.model.mkdir(exist_ok=True)
+            self._write_state()
+            yield
 
     def finish_layer(self, report: dict[str, Any]) -> None:
         """Counts a layer whose files are written."""

@@ -243,6 +243,22 @@ def test_what_is_wrong_is_told_before_work_starts(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_runs_cannot_write_one_checkpoint(tmp_path, monkeypatch):
+    original, refused = quantising.Unfinished.finish_layer, []
+
+    def run_another(self, report):
+        with pytest.raises(RequestError, match="out is being written by another run; wait, or give") as error:
+            run("tiny", tmp_path / "out", W4, compare=False)
+        refused.append(error)
+        original(self, report)
+
+    monkeypatch.setattr(quantising.Unfinished, "finish_layer", run_another)
+    run("tiny", tmp_path / "out", W4, compare=False)
+    assert len(refused) == load_config(TINY).decoder.num_layers
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    dense_weights(tmp_path / "out")
+
+
 def test_a_width_that_the_group_does_not_divide_is_refused_by_name(tmp_path):
     save_checkpoint(build_reference("llama"), tmp_path / "dense", "hf_hub")
     with pytest.raises(RequestError, match=r"q_proj.weight is 96 x 96, .* the group's 64 columns"):
