@@ -38,6 +38,17 @@ def test_the_cost_of_a_step_is_printed_by_part() -> None:
     assert lines[-1].startswith("a step: median ")
 
 
+def test_products_of_each_kind_of_weight_are_timed() -> None:
+    *table, last = run("quantised_products.py", "--model=tiny", "--rows", "1", "65", "--rounds=2")
+    seconds = json.loads(last)["seconds"]
+    kinds = ["bfloat16", "int8", "fp8", "4 bits (128)", "4 bits (32, zeros)"]
+    assert {rows: list(times) for rows, times in seconds.items()} == {rows: [*kinds, "lm_head"] for rows in ("1", "65")}
+    for index, times in enumerate(seconds.values()):
+        assert min(times.values()) > 0
+        line = next(line for line in table[6 * index :] if "int8" in line)
+        assert line.endswith(f"{(times['int8'] + times['lm_head']) / (times['bfloat16'] + times['lm_head']):.2f}")
+
+
 @pytest.mark.slow
 def test_loading_is_measured_against_its_bound(tmp_path: Path) -> None:
     config = copy.deepcopy(ORIGINAL)
