@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._fp8_rows import quantise
 from internvl_rt.kernels.dequantise import dequantise_reference
 
 E4M3_MAX, INT8_MAX = 448.0, 127.0
@@ -162,20 +163,14 @@ def quantise_to_8_bits(linear: Linear, numbers: torch.dtype, inputs: Inputs = "f
 
 
 _PART = 1 << 24  # numbers that are rounded at once
-_TINY = 1e-30  # a row of zeros is divided by this
 
 
 def round_inputs(x: Tensor, linear: Linear8) -> Tensor:
     """Returns x [..., K] rounded to FP8 as the linear's `inputs` says, in x's dtype."""
     if linear.inputs == "full" or linear.weight_NK.dtype != torch.float8_e4m3fn:
         return x
-    wide = x.float()
-    scale = linear.input_scale_1
-    if linear.inputs == "token":
-        scale = wide.abs().amax(-1, keepdim=True).clamp_(min=_TINY) / E4M3_MAX
-    assert scale is not None, "a static scale is given"
-    rounded = (wide / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (rounded.float() * scale).to(x.dtype)
+    number_RK, scale_R = quantise(x.reshape(-1, x.shape[-1]), linear.input_scale_1)
+    return (number_RK.float() * scale_R[:, None]).to(x.dtype).view(x.shape)
 
 
 @dataclass(frozen=True, slots=True)
