@@ -102,10 +102,10 @@ class Section:
             raise self.refusal(key, "a text")
         return value or ""
 
-    def section(self, key: str) -> "Section":
+    def section(self, key: str, *, remedy: str = _DOWNLOAD) -> "Section":
         value = self.values.get(key)
         if not isinstance(value, dict):
-            raise self.refusal(key, "an object")
+            raise self.refusal(key, "an object", remedy)
         return Section(self.file, f"{self.path}{key}.", value)
 
     def support(self, key: str, *supported: object, remedy: str = UNSUPPORTED) -> None:

@@ -7,6 +7,7 @@ GPTQ, and the fine-grained FP8 of transformers. Whatever else a config asks for 
 
 import math
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,8 +21,10 @@ _BLOCK = 128
 _REMEDY = "use another quantisation of this model, or its unquantised weights"
 _LAYERS = ("decoder.layers.",)
 _PARTS = ("vision.layers.", "projector.", *_LAYERS)
-# Patterns of an untrusted file: so many, and so many ways in which one may be tried on a name, which are microseconds.
-_MAX_PATTERNS, _MAX_WAYS, _NAME_LEN = 16, 300_000, 60
+# Of an untrusted file: how many groups, patterns of a list and parts of names, and in how many ways the patterns of all
+# lists may be tried on a name, so that all names of a large model take a second at most.
+_MAX_GROUPS, _MAX_PATTERNS, _MAX_PARTS, _MAX_WAYS, _NAME_LEN = 16, 64, 4096, 300_000, 60
+_BY_NAME, _BY_PART, _AS_ANY, _NOT_MEANT = range(4)  # how closely a module is meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,9 @@ class Scheme:
     group: columns that share a scale; None: all of a row
     block_rows: rows that share a scale; None: all
     inputs: how a product may round its inputs: see `Linear8`
+    symmetric: whether the zero of 4-bit numbers is 8 everywhere
     scale_name: what the scale is called beside the weight
+    is_reordered: whether columns may be in another order than their groups, so that the file must say of which each is
     """
 
     layout: Layout
@@ -43,6 +48,7 @@ class Scheme:
     symmetric: bool = True
     inputs: Literal["full", "token", "static"] = "full"
     scale_name: str = "weight_scale"
+    is_reordered: bool = False
 
     def __str__(self) -> str:
         name = "FP8" if self.is_float else f"int{self.bits}"
@@ -51,31 +57,36 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names of modules: whole ones, patterns, and parts of names."""
+    """Names of modules: whole ones, patterns, parts of names, or those of all linears."""
 
     whole: frozenset[str] = frozenset()
     patterns: tuple[re.Pattern[str], ...] = ()
     parts: tuple[str, ...] = ()
+    every: bool = False
 
-    def match(self, names: Collection[str]) -> bool:
-        """Says whether one of the names that a module has in the dialects is meant."""
+    def rank(self, names: Collection[str]) -> int:
+        """Returns how closely a module is meant, given its names in the dialects: the less, the closer."""
         if not self.whole.isdisjoint(names):
-            return True
-        return any(pattern.match(name) for pattern in self.patterns for name in names) or any(
-            part in name for part in self.parts for name in names
-        )
+            return _BY_NAME
+        if any(pattern.match(name) for pattern in self.patterns for name in names):
+            return _BY_PART
+        if any(part in name for part in self.parts for name in names):
+            return _BY_PART
+        return _AS_ANY if self.every else _NOT_MEANT
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """Which linears of a checkpoint are quantised, and how.
 
-    groups: targets and their scheme; the first group with a linear among its targets says how it is stored
+    source: who asks for it, for messages
+    groups: targets and their scheme; the group that names a linear most closely says how it is stored, else the first
     where: the parts of the model in which it may be: paths of parameters begin so
     kv_cache: the format of keys and values, if static scales of each layer are stored
     """
 
     method: str
+    source: str
     groups: tuple[tuple[Names, Scheme], ...]
     ignored: Names = Names()
     where: tuple[str, ...] = (*_PARTS, "decoder.lm_head")
@@ -83,12 +94,13 @@ class Quantization:
 
     def scheme_of(self, path: str, names: Collection[str]) -> Scheme | None:
         """Returns how a linear is stored, given its path and its names in all dialects; None: dense."""
-        if not path.startswith(self.where) or self.ignored.match(names):
+        if not path.startswith(self.where) or self.ignored.rank(names) != _NOT_MEANT:
             return None
-        return next((scheme for targets, scheme in self.groups if targets.match(names)), None)
+        targets, scheme = min(self.groups, key=lambda group: group[0].rank(names))
+        return None if targets.rank(names) == _NOT_MEANT else scheme
 
 
-EVERY = Names(parts=("",))  # matches any name
+EVERY = Names(every=True)
 
 
 def cast(to: Literal["fp8", "int8"], *, vision: bool) -> Quantization:
@@ -98,11 +110,13 @@ def cast(to: Literal["fp8", "int8"], *, vision: bool) -> Quantization:
     """
     is_float = to == "fp8"
     scheme = Scheme("cast", 8, is_float, inputs="token" if is_float else "full")
-    return Quantization(to, ((EVERY, scheme),), where=(*_LAYERS, "vision.layers.") if vision else _LAYERS)
+    return Quantization(
+        to, f"quantization={to!r}", ((EVERY, scheme),), where=(*_LAYERS, "vision.layers.") if vision else _LAYERS
+    )
 
 
 # As `internvl-rt quantize --scheme w4a16` writes it.
-FOUR_BITS = Quantization("4 bits", ((EVERY, Scheme("packed", 4, group=_BLOCK)),), where=_LAYERS)
+FOUR_BITS = Quantization("4 bits", "w4a16", ((EVERY, Scheme("packed", 4, group=_BLOCK)),), where=_LAYERS)
 
 
 def read_quantization(*sections: Section) -> Quantization | None:
@@ -119,20 +133,26 @@ def read_quantization(*sections: Section) -> Quantization | None:
             raise other.refusal("quantization_config", f"none beside that of {found[0].path or 'the top level'}")
     readers = {"compressed-tensors": _read_compressed, "awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8}
     method = config.choice("quant_method", tuple(readers), remedy=_REMEDY)
-    return readers[method](config)
+    source = f"{config.file}: {config.path.removesuffix('.')}"
+    quantization = readers[method](config, source)
+    lists = (*(targets for targets, _ in quantization.groups), quantization.ignored)
+    ways = sum(_ways(pattern.pattern) for names in lists for pattern in names.patterns)
+    if ways > _MAX_WAYS or sum(len(names.parts) for names in lists) > _MAX_PARTS:
+        raise ConfigError(f"{source} holds so many patterns and names that they may take long to match; simplify them")
+    return quantization
 
 
-def _read_compressed(config: Section) -> Quantization:
+def _read_compressed(config: Section, source: str) -> Quantization:
     """Reads what compressed-tensors writes (its quantization/quant_config.py, quant_scheme.py, quant_args.py)."""
     config.support("quantization_status", "compressed", None, "frozen", remedy=_REMEDY)
     for key in ("sparsity_config", "transform_config"):
         config.support(key, None, {}, remedy=_REMEDY)
     groups = config.section("config_groups")
-    if not groups.values:
-        raise config.refusal("config_groups", "at least one group")
-    read = [_read_group(groups.section(name), config) for name in groups.values]
+    if not 1 <= len(groups.values) <= _MAX_GROUPS:
+        raise config.refusal("config_groups", f"1 to {_MAX_GROUPS} groups")
+    read = tuple(_read_group(groups.section(name, remedy=_REMEDY), config) for name in groups.values)
     ignored = _read_names(config, "ignore")
-    return Quantization("compressed-tensors", tuple(read), ignored, kv_cache=_read_kv_cache(config))
+    return Quantization("compressed-tensors", source, read, ignored, kv_cache=_read_kv_cache(config))
 
 
 def _read_group(group: Section, config: Section) -> tuple[Names, Scheme]:
@@ -143,7 +163,7 @@ def _read_group(group: Section, config: Section) -> tuple[Names, Scheme]:
     weights = group.section("weights")
     weights.support("dynamic", False, remedy=_REMEDY)
     weights.support("actorder", None, False, "static", "weight", remedy=_REMEDY)
-    is_float = weights.choice("type", ("int", "float"), "int") == "float"
+    is_float = weights.choice("type", ("int", "float"), "int", remedy=_REMEDY) == "float"
     strategies = ("tensor", "channel", "group", "block")
     strategy = weights.choice("strategy", strategies, _default_strategy(weights), remedy=_REMEDY)
     symmetric = weights.flag("symmetric", True)
@@ -176,7 +196,7 @@ def _read_group(group: Section, config: Section) -> tuple[Names, Scheme]:
 def _default_strategy(weights: Section) -> Literal["tensor", "group", "channel"]:
     """Returns what a missing strategy means: it follows from the group's size."""
     size = weights.values.get("group_size")
-    return "tensor" if size is None else "channel" if size == -1 else "group"
+    return "tensor" if size is None else "channel" if type(size) is int and size == -1 else "group"
 
 
 def _read_inputs(group: Section, is_float: bool) -> Literal["full", "token", "static"]:
@@ -188,11 +208,10 @@ def _read_inputs(group: Section, is_float: bool) -> Literal["full", "token", "st
     if is_float:
         inputs.support("type", "float", remedy=_REMEDY)
     inputs.support("actorder", None, remedy=_REMEDY)
-    dynamic = inputs.values.get("dynamic", False)
-    if dynamic not in (True, False, "local"):
-        raise inputs.refusal("dynamic", "true or false", _REMEDY)
-    if dynamic is False:
+    inputs.support("dynamic", False, True, "local", remedy=_REMEDY)
+    if not inputs.values.get("dynamic", False):
         inputs.support("strategy", "tensor", None, remedy=_REMEDY)
+        inputs.support("symmetric", True, remedy=_REMEDY)
         return "static"
     return "token" if is_float else "full"
 
@@ -205,10 +224,10 @@ def _read_kv_cache(config: Section) -> Literal["fp8", "int8"] | None:
     scheme.support("symmetric", True, remedy=_REMEDY)
     scheme.support("dynamic", False, remedy=_REMEDY)
     scheme.support("strategy", "tensor", None, remedy=_REMEDY)
-    return "fp8" if scheme.choice("type", ("float", "int"), "int") == "float" else "int8"
+    return "fp8" if scheme.choice("type", ("float", "int"), "int", remedy=_REMEDY) == "float" else "int8"
 
 
-def _read_awq(config: Section) -> Quantization:
+def _read_awq(config: Section, source: str) -> Quantization:
     """Reads what lmdeploy and AutoAWQ write. They quantise the layers of the language model, whatever else is there."""
     for key in ("bits", "w_bit"):
         if config.has(key):
@@ -216,33 +235,47 @@ def _read_awq(config: Section) -> Quantization:
     config.support("zero_point", True, remedy=_REMEDY)
     config.support("version", "gemm", "GEMM", None, remedy=_REMEDY)
     scheme = Scheme("awq", 4, group=_read_group_size(config, "q_group_size"), symmetric=False)
-    return Quantization("awq", ((EVERY, scheme),), _not_converted(config), _LAYERS)
+    return Quantization("awq", source, ((EVERY, scheme),), _not_converted(config), _LAYERS)
 
 
-def _read_gptq(config: Section) -> Quantization:
+def _read_gptq(config: Section, source: str) -> Quantization:
     config.support("bits", 4, remedy=_REMEDY)
     config.support("lm_head", False, remedy=_REMEDY)
     config.support("dynamic", None, {}, remedy=_REMEDY)
-    form = config.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq", remedy=_REMEDY)
-    layout: Layout = "gptq_v2" if form == "gptq_v2" else "gptq"
-    scheme = Scheme(layout, 4, group=_read_group_size(config, "group_size"), symmetric=False)
-    return Quantization("gptq", ((EVERY, scheme),), _not_converted(config), _LAYERS)
+    config.support("is_marlin_format", False, None, remedy=_REMEDY)
+    keys = [key for key in ("checkpoint_format", "format") if config.has(key)]
+    forms = {config.choice(key, ("gptq", "gptq_v2"), remedy=_REMEDY) for key in keys}
+    if len(forms) > 1:
+        raise config.refusal("format", "what checkpoint_format says", _REMEDY)
+    scheme = Scheme(
+        layout="gptq_v2" if "gptq_v2" in forms else "gptq",
+        bits=4,
+        group=_read_group_size(config, "group_size"),
+        symmetric=config.has("sym") and config.flag("sym", False),
+        is_reordered=config.has("desc_act") and config.flag("desc_act", False),
+    )
+    return Quantization("gptq", source, ((EVERY, scheme),), _not_converted(config), _LAYERS)
 
 
-def _read_fp8(config: Section) -> Quantization:
+def _read_fp8(config: Section, source: str) -> Quantization:
     """Reads the fine-grained FP8 of transformers (DeepSeek's layout): blocks of 128 x 128."""
+    if not config.has("weight_block_size"):
+        raise config.refusal("weight_block_size", f"[{_BLOCK}, {_BLOCK}]", _REMEDY)
     config.support("weight_block_size", [_BLOCK, _BLOCK], remedy=_REMEDY)
     config.support("activation_scheme", "dynamic", remedy=_REMEDY)
     config.support("fmt", "e4m3", None, remedy=_REMEDY)
     scheme = Scheme(
         "compressed", 8, is_float=True, group=_BLOCK, block_rows=_BLOCK, inputs="token", scale_name="weight_scale_inv"
     )
-    return Quantization("fp8", ((EVERY, scheme),), _not_converted(config), _PARTS)
+    return Quantization("fp8", source, ((EVERY, scheme),), _not_converted(config), _PARTS)
 
 
 def _read_group_size(config: Section, other_key: str) -> int | None:
     key = "group_size" if config.has("group_size") else other_key
-    if config.values.get(key) == -1:
+    size = config.values.get(key)
+    if config.has(other_key) and config.values[other_key] != size:
+        raise config.refusal(other_key, f"what {key} says", _REMEDY)
+    if type(size) is int and size == -1:
         return None
     size = config.integer(key, _BLOCK)
     if size not in _GROUPS:
@@ -270,8 +303,8 @@ def _read_names(section: Section, key: str) -> Names:
     if len(patterns) > _MAX_PATTERNS:
         raise section.refusal(key, f"at most {_MAX_PATTERNS} patterns", _REMEDY)
     whole = frozenset(value for value in values if not value.startswith("re:"))
-    parts = ("",) if "Linear" in whole else ()
-    return Names(whole, tuple(_compile(section, key, pattern) for pattern in patterns), parts)
+    compiled = tuple(_compile(section, key, pattern) for pattern in patterns)
+    return Names(whole - {"Linear"}, compiled, every="Linear" in whole)
 
 
 def _compile(section: Section, key: str, pattern: str) -> re.Pattern[str]:
@@ -282,8 +315,9 @@ def _compile(section: Section, key: str, pattern: str) -> re.Pattern[str]:
             "expected few repetitions and alternatives, and no repetition of a group; simplify it"
         )
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings(action="error", category=FutureWarning):  # of what Python will read otherwise
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise section.refusal(key, f"regular expressions after re:, not {quoted(pattern)} ({error})") from error
 
 
@@ -291,7 +325,8 @@ def _ways(pattern: str) -> float:
     """Returns a bound of the ways in which a name can be split among a pattern's repetitions and alternatives."""
     plain = re.sub(r"\\.|\[[^]]*\]", "x", pattern)  # without escapes and classes of characters
     repetitions = re.findall(r"(?<!\()[*+?{]", plain)
-    if len(pattern) > 500 or re.search(r"\)[*+?{]", plain):
+    # With the flag x, or a comment, a repetition of a group may stand anywhere behind it.
+    if len(pattern) > 500 or re.search(r"\)[*+?{]|\(\?([a-zA-Z]*x|#)", plain):
         return math.inf
     ways, bars = float(math.comb(_NAME_LEN + len(repetitions), len(repetitions))), [1]
     for character in plain:

@@ -109,17 +109,25 @@ def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) ->
             part = out[start : start + size]
             memory = _bytes_of(buffer[: len(part)])
             if file.readinto(memory) < len(memory):
-                raise CheckpointError(f"{entry.file} became shorter while it was read; download it again")
+                raise _became_shorter(entry)
             if not straight:
                 part.copy_(buffer[: len(part), columns])
 
 
 def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
-    """Yields a tensor's bytes, in order, in pieces of at most 16 MiB."""
+    """Yields a tensor's bytes, in order, in pieces of at most 16 MiB. Raises CheckpointError as `read_tensor` does."""
     with open_file(entry.file, CheckpointError) as file:
         file.seek(entry.offset_bytes)
         for done in range(0, entry.num_bytes, _CHUNK_BYTES):
-            yield file.read(min(_CHUNK_BYTES, entry.num_bytes - done))
+            size = min(_CHUNK_BYTES, entry.num_bytes - done)
+            chunk = file.read(size)
+            if len(chunk) < size:
+                raise _became_shorter(entry)
+            yield chunk
+
+
+def _became_shorter(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(f"{entry.file} became shorter while it was read; download it again")
 
 
 def write_file(

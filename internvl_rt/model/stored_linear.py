@@ -17,13 +17,24 @@ from internvl_rt.checkpoint.folder import Checkpoint
 from internvl_rt.checkpoint.quantization import Scheme
 from internvl_rt.checkpoint.tensor_file import TensorEntry, read_chunks
 from internvl_rt.kernels._int4 import pack_int4
-from internvl_rt.model.linear import BLOCK, AnyLinear, Linear, Linear4, Linear8, quantise_to_8_bits
+from internvl_rt.model.linear import (
+    BLOCK,
+    E4M3_MAX,
+    INT8_MAX,
+    AnyLinear,
+    Linear,
+    Linear4,
+    Linear8,
+    quantise_to_8_bits,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LAST_NAMES = (  # of tensors that only quantised linears have
     *("weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point", "input_scale"),
+    "input_zero_point",
     *("qweight", "qzeros", "scales", "g_idx", "weight_g_idx", "weight_global_scale", "k_scale", "v_scale"),
 )
+MAX_SCALE = 1e30  # larger ones make weights that are not finite; a smaller static scale makes inputs so
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that is in each nibble of a word, of eight columns
 
 
@@ -49,10 +60,11 @@ def num_groups(scheme: Scheme, num_inputs: int) -> int:
 
 
 def fits(scheme: Scheme, num_outputs: int, num_inputs: int) -> bool:
-    """Says whether a weight of this shape can be stored so: 4-bit groups and words must be whole."""
+    """Says whether a weight of this shape can be stored so: groups and words of 4-bit numbers must be whole."""
     if scheme.bits == 8:
         return scheme.layout != "packed" or num_inputs % 4 == 0
-    return num_inputs % (scheme.group or 8) == 0 and num_inputs % 8 == 0 and num_outputs % 8 == 0
+    packs_rows_alone = scheme.layout == "packed" and scheme.symmetric
+    return num_inputs % (scheme.group or 8) == 0 and num_inputs % 8 == 0 and (packs_rows_alone or num_outputs % 8 == 0)
 
 
 def quantise_shapes(linear: Linear, scheme: Scheme) -> AnyLinear:
@@ -92,7 +104,7 @@ def stored_tensors(scheme: Scheme, num_outputs: int, num_inputs: int) -> dict[st
                 "qweight": StoredTensor(((k // 8, n),), int32),
                 "qzeros": StoredTensor(((groups, n // 8),), int32),
                 "scales": StoredTensor(((groups, n),), FLOATS),
-                "g_idx": StoredTensor(((k,),), int32, is_optional=True),
+                "g_idx": StoredTensor(((k,),), int32, is_optional=not scheme.is_reordered),
             }
     shapes: tuple[tuple[int, ...], ...] = ((n, groups), *([(n,)] if groups == 1 else []))
     if scheme.block_rows is None:
@@ -120,8 +132,14 @@ def check_module(checkpoint: Checkpoint, module: str, scheme: Scheme, num_output
             if problem := check_scales(checkpoint, [name]):
                 return problem
         elif last in (scheme.scale_name, "scales"):
-            if not all(part.isfinite().all() for part in _numbers(checkpoint.entries[name])):
-                return f"{name} holds a number that is not finite"
+            if scheme.block_rows is None and (problem := check_scales(checkpoint, [name])):
+                return problem
+            if not all((part.abs() < MAX_SCALE).all() for part in _numbers(checkpoint.entries[name])):
+                return f"{name} holds a number that is not finite, or beyond {MAX_SCALE:.0e}"
+        elif last == "qzeros" and scheme.symmetric:
+            eights = -0x77777778 if scheme.layout == "gptq_v2" else 0x77777777
+            if not all((part == eights).all() for part in _numbers(checkpoint.entries[name])):
+                return f"{name} holds other zero points than 8, which is what sym and the format in config.json mean"
         elif last == "weight_shape":
             shape = _whole(checkpoint, name, "cpu").tolist()
             if shape != [num_outputs, num_inputs]:
@@ -136,7 +154,7 @@ def check_module(checkpoint: Checkpoint, module: str, scheme: Scheme, num_output
 def check_scales(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     """Returns which of the tensors, of one number each, holds none that a static scale can be."""
     numbers = ((name, read_number(checkpoint, name)) for name in names)
-    bad = next((f"{name} is {number}" for name, number in numbers if not 1e-30 < number < 1e30), None)
+    bad = next((f"{name} is {number}" for name, number in numbers if not 1 / MAX_SCALE < number < MAX_SCALE), None)
     return None if bad is None else f"{bad}, expected a positive number"
 
 
@@ -160,10 +178,11 @@ def read_part(
         return _part_of_4_bits(q_NK, read("scales").t(), zero_NG, scheme)
     if scheme.layout in ("gptq", "gptq_v2"):
         q_NK = _nibbles(read("qweight")).transpose(1, 2).reshape(k, n).t()
+        if scheme.symmetric:
+            return _part_of_4_bits(q_NK, read("scales").t(), None, scheme)
         # Version 1 stores one less, subtracted from the whole word: a zero of 0 borrows from the next one.
         words = read("qzeros") + (0x11111111 if scheme.layout == "gptq" else 0)
-        zero_NG = _nibbles(words).reshape(-1, n).t()
-        return _part_of_4_bits(q_NK, read("scales").t(), zero_NG, scheme)
+        return _part_of_4_bits(q_NK, read("scales").t(), _nibbles(words).reshape(-1, n).t(), scheme)
     scale = read(scheme.scale_name)
     if scheme.bits == 4:
         zeros = None if scheme.symmetric else _nibbles(read("weight_zero_point")).transpose(1, 2).reshape(n, -1)
@@ -180,11 +199,16 @@ def read_part(
     return Part(numbers, scale_NG, input_scale_1=static)
 
 
-def not_finite_numbers(part: Part) -> Tensor:
-    """Returns on the device whether an FP8 number is NaN, which is what their bits have for all that is not finite."""
-    if part.numbers.dtype != torch.float8_e4m3fn:
-        return torch.zeros((), dtype=torch.bool, device=part.numbers.device)
-    return ((part.numbers.view(torch.uint8) & 0x7F) == 0x7F).any()
+def largest_of(part: Part, dtype: torch.dtype) -> Tensor:
+    """Returns on the device the largest weight that a part's scales allow, in `dtype`; NaN if an FP8 number is NaN.
+
+    All FP8 numbers that are not finite are NaN, and have the same bits but for the sign.
+    """
+    is_float, is_int8 = part.numbers.dtype == torch.float8_e4m3fn, part.numbers.dtype == torch.int8
+    largest = part.scale_NG.float().abs().amax() * (E4M3_MAX if is_float else INT8_MAX if is_int8 else 15.0)
+    if is_float:
+        largest.masked_fill_(((part.numbers.view(torch.uint8) & 0x7F) == 0x7F).any(), torch.nan)
+    return largest.to(dtype)
 
 
 def join_parts(linear: AnyLinear, parts: Iterator[tuple[Part, list[tuple[slice, slice]]]]) -> AnyLinear:

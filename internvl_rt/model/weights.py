@@ -41,7 +41,7 @@ from internvl_rt.model.stored_linear import (
     check_scales,
     fits,
     join_parts,
-    not_finite_numbers,
+    largest_of,
     quantise_shapes,
     read_number,
     read_part,
@@ -128,12 +128,14 @@ class FilePlan(NamedTuple):
     tensors: by name, those that are read into parameters, and those that modules consist of
     dense: where the values of the former belong
     modules: by the path of their linear
+    schemes: of the quantised linears, by path
     kv_scales: names of the static scales of keys and of values, of each layer; empty: there are none
     """
 
     tensors: dict[str, StoredTensor]
     dense: dict[str, PlannedTensor]
     modules: dict[str, list[Module]]
+    schemes: dict[str, Scheme]
     kv_scales: list[tuple[str, str]]
 
 
@@ -150,7 +152,7 @@ def find_schemes(
         if len(set(schemes.values())) > 1:
             differ = ", ".join(f"{name} ({scheme or 'dense'})" for name, scheme in schemes.items())
             raise ConfigError(
-                f"quantization_config: {differ} are one product here, so they must be quantised alike; use a "
+                f"{quantization.source}: {differ} are one product here, so they must be quantised alike; use a "
                 "checkpoint in which they are"
             )
         if scheme := schemes[modules[0][0]]:
@@ -171,6 +173,7 @@ def shape_weights(config: ModelConfig, dtype: torch.dtype, schemes: Mapping[str,
 def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization | None) -> FilePlan:
     """Lists what a checkpoint in this dialect must hold. Raises ConfigError for shapes that cannot be quantised so."""
     schemes = find_schemes(config, quantization, dialect)
+    source = "" if quantization is None else quantization.source
     dense, modules = plan_tensors(config, dialect), {path: list[Module]() for path in schemes}
     tensors = {name: StoredTensor((planned.shape,), FLOATS) for name, planned in dense.items()}
     for name, planned in list(dense.items()):
@@ -179,7 +182,7 @@ def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization 
             continue
         module, scheme, (n, k) = name.removesuffix(".weight"), schemes[path], planned.shape
         if not fits(scheme, n, k):
-            raise ConfigError(f"quantization_config: {module} of {n} x {k} cannot be stored as {scheme}")
+            raise ConfigError(f"{source}: {module} of {n} x {k} cannot be stored as {scheme}")
         modules[path].append(Module(module, scheme, (n, k), planned.placements))
         del dense[name], tensors[name]
         tensors |= {f"{module}.{last}": stored for last, stored in stored_tensors(scheme, n, k).items()}
@@ -189,7 +192,7 @@ def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization 
             attention = name_modules(dialect, f"decoder.layers.{index}.o")[0][0].rpartition(".")[0]
             kv_scales.append((f"{attention}.k_scale", f"{attention}.v_scale"))
             tensors |= dict.fromkeys(kv_scales[-1], StoredTensor(((1,), ()), FLOATS))
-    return FilePlan(tensors, dense, modules, kv_scales)
+    return FilePlan(tensors, dense, modules, schemes, kv_scales)
 
 
 def load_weights(
@@ -227,18 +230,16 @@ def load_weights(
             extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
 
     def make(path: str, linear: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
-        if schemes[path].layout == "cast":
-            return cast_linear(fill_dense(), schemes[path])
+        if plan.schemes[path].layout == "cast":
+            return cast_linear(fill_dense(), plan.schemes[path])
         return join_parts(linear, (read(module) for module in plan.modules[path]))
 
     def read(module: Module) -> tuple[Part, list[tuple[slice, slice]]]:
         part = read_part(checkpoint, module.name, module.scheme, *module.shape, torch.device(device))
-        pair = torch.zeros(2, dtype=dtype, device=device)
-        extremes.append((module.name, pair.masked_fill_(not_finite_numbers(part), torch.nan)))
+        extremes.append((module.name, largest_of(part, dtype).expand(2)))
         return part, [(slice(place.start, place.stop), place.rows) for place in module.placements]
 
-    schemes = find_schemes(config, quantization, dialect)
-    shapes = shape_weights(config, dtype, schemes)
+    shapes = shape_weights(config, dtype, plan.schemes)
     weights = fill_weights(shapes, fill, ops, device=device, make=make)
     is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
     broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
@@ -277,17 +278,19 @@ def settle_tying(checkpoint: Checkpoint, config: ModelConfig, dialect: Dialect) 
     """Returns the configuration, with `tie_embeddings` as this checkpoint means it.
 
     A checkpoint may hold an lm_head although its config ties it to the embedding. One that is equal changes nothing;
-    one that differs is used in the -hf format, as transformers does, and refused in the original format.
+    one that differs, as a quantised one does, is used in the -hf format, as transformers does, and refused in the
+    original format.
     """
     head, embedding = f"{dialect.lm_head}.weight", dialect.table()["decoder.embedding_VD"]
-    if not config.decoder.tie_embeddings or not {head, embedding} <= checkpoint.entries.keys():
+    found = [name for name in checkpoint.entries if name.startswith(f"{dialect.lm_head}.")]
+    if not config.decoder.tie_embeddings or not found or embedding not in checkpoint.entries:
         return config
-    if checkpoint.same_bytes(head, embedding):
+    if found == [head] and checkpoint.same_bytes(head, embedding):
         return config
     if config.format == "original":
         raise CheckpointError(
-            f"{checkpoint.folder}: {head} differs from {embedding}, but tie_word_embeddings in config.json says that "
-            "they are one; set it to false if both are meant"
+            f"{checkpoint.folder}: {found[0]} differs from {embedding}, but tie_word_embeddings in config.json says "
+            "that they are one; set it to false if both are meant"
         )
     return replace(config, decoder=replace(config.decoder, tie_embeddings=False))
 

@@ -133,6 +133,8 @@ def test_a_fault_in_any_tensor_is_refused_by_name_before_memory_is_taken(tmp_pat
         ("gptq", "g_idx", torch.arange(64, dtype=torch.int32) % 2, "g_idx orders columns by activation"),
         ("fp8 static", "input_scale", torch.zeros(1), r"input_scale is 0.0, expected a positive number"),
         ("fp8 static", "input_scale", torch.tensor([-1.0]), "input_scale is -1.0, expected a positive number"),
+        ("fp8 tensor", "weight_scale", torch.zeros(1), r"weight_scale is 0.0, expected a positive number"),
+        ("fp8 channel", "weight_scale", torch.full((32, 1), 3e38), r"weight_scale holds a number .* beyond 1e\+30"),
     ],
 )
 def test_a_tensor_that_says_something_else_than_the_config_is_refused(tmp_path, layout, last, content, problem):
@@ -141,6 +143,88 @@ def test_a_tensor_that_says_something_else_than_the_config_is_refused(tmp_path, 
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=problem):
         load(tmp_path, layout)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_symmetric_gptq_has_no_zeros_and_must_hold_those_that_are_meant(tmp_path, layout):
+    stored, _ = write_quantised(tmp_path, config_of(), layout)
+    eights = {"gptq": 0x77777777, "gptq_v2": 0x88888888 - (1 << 32)}
+    for name in [name for name in stored if name.endswith("qzeros")]:
+        stored[name] = torch.full_like(stored[name], eights[layout])
+    save_file(stored, tmp_path / "model.safetensors")
+    loaded = []
+    for sym in (False, True):
+        how = {
+            "dtype": torch.float32,
+            "device": "cpu",
+            "quantization": quantization_of({**LAYOUTS[layout][1], "sym": sym}),
+        }
+        loaded.append(named_linears(load_weights(open_checkpoint(tmp_path), config_of(), **how)))
+    for path in (path for path in loaded[0] if path.startswith("decoder.layers.")):
+        assert loaded[1][path].zero_NG is None
+        assert torch.equal(loaded[0][path].dense(torch.float32), loaded[1][path].dense(torch.float32))
+    other = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[layout]
+    how["quantization"] = quantization_of({**LAYOUTS[other][1], "sym": True})
+    with pytest.raises(CheckpointError, match="qzeros holds other zero points than 8"):
+        load_weights(open_checkpoint(tmp_path), config_of(), **how)
+
+
+def test_reordered_columns_need_to_say_of_which_group_they_are(tmp_path):
+    stored, _ = write_quantised(tmp_path, config_of(), "gptq")
+    how = {"dtype": torch.float32, "device": "cpu"}
+    how["quantization"] = quantization_of(LAYOUTS["gptq"][1] | {"desc_act": True})
+    load_weights(open_checkpoint(tmp_path), config_of(), **how)
+    del stored[f"{MODULE}.g_idx"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 missing: {MODULE}.g_idx"):
+        load_weights(open_checkpoint(tmp_path), config_of(), **how)
+
+
+@pytest.mark.parametrize("layout", ["fp8 channel", "int4 group 32"])
+def test_a_file_that_shrinks_before_its_scales_are_read_is_told(tmp_path, layout):
+    write_quantised(tmp_path, config_of(), layout)
+    checkpoint = open_checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 4)
+    with pytest.raises(CheckpointError, match="became shorter while it was read; download it again"):
+        load_weights(
+            checkpoint, config_of(), dtype=torch.float32, device="cpu", quantization=quantization_of(LAYOUTS[layout][1])
+        )
+
+
+def test_weights_that_float16_cannot_hold_are_told_at_load(tmp_path):
+    stored, _ = write_quantised(tmp_path, config_of(), "fp8 channel")
+    stored[f"{MODULE}.weight_scale"][0] = 1000.0
+    save_file(stored, tmp_path / "model.safetensors")
+    load(tmp_path, "fp8 channel", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=f"{MODULE}: numbers are not finite in float16"):
+        load(tmp_path, "fp8 channel", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dialect", ["hf", "hf-nested", "original"])
+def test_a_quantised_head_of_any_number_of_rows_beside_a_tied_config(tmp_path, dialect):
+    config = config_of(dialect)
+    config = replace(config, decoder=replace(config.decoder, vocab_size=301, tie_embeddings=False))
+    stored, _ = write_quantised(tmp_path, config, "int4 group 32", dialect)
+    head = next(name for name in stored if name.endswith("lm_head.weight"))
+    written = LAYOUTS["int4 group 32"][0](*stored.pop(head).shape)
+    stored |= {f"{head.removesuffix('weight')}{last}": tensor for last, tensor in written.tensors.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    how = {"dtype": torch.float32, "device": "cpu"}
+    how["quantization"] = quantization_of(
+        LAYOUTS["int4 group 32"][1] | {"ignore": ["re:.*vision.*", "re:.*mlp1.*", "re:.*projector.*"]}
+    )
+    tied = replace(config, decoder=replace(config.decoder, tie_embeddings=True))
+    for given in (config, tied):
+        if given is tied and dialect == "original":
+            with pytest.raises(
+                CheckpointError, match=r"lm_head.* differs from .*, but tie_word_embeddings in config.json"
+            ):
+                load_weights(open_checkpoint(tmp_path), given, **how)
+            continue
+        weights = load_weights(open_checkpoint(tmp_path), given, **how)
+        assert torch.equal(weights.decoder.lm_head.dense(torch.float32), written.dense_NK)
 
 
 def test_quantised_numbers_that_the_config_calls_dense_are_refused(tmp_path):
