@@ -50,11 +50,11 @@ def require_fp8(device: torch.device) -> None:
         )
 
 
-def require_scales_of_rows(name: str, scale: Tensor, static_scale_1: Tensor | None, rows: int) -> None:
-    """Raises ValueError unless there is room for a scale of each row, and a static scale, if any, is one number."""
-    require_tensor(name, scale, (rows,), torch.float32, scale.device)
+def require_scales_of_rows(name: str, scale: Tensor, static_scale_1: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError unless there is room for a scale of each row of x, and a static scale is one number."""
+    require_tensor(name, scale, (len(x),), torch.float32, x.device)
     if static_scale_1 is not None:
-        require_tensor("static_scale_1", static_scale_1, (1,), torch.float32, scale.device)
+        require_tensor("static_scale_1", static_scale_1, (1,), torch.float32, x.device)
 
 
 def room_for(out: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -91,6 +91,7 @@ def write_numbers(values, s, largest, at, inside):
     # The quotient is corrected by its rest: as exact as a division, and half as long.
     inverse = tl.div_rn(1.0, s)
     y = values * inverse
+    y = tl.minimum(tl.maximum(y, -LARGEST - 1), LARGEST + 1)  # a quotient that is infinite has no rest
     y = tl.fma(tl.fma(-y, tl.zeros_like(y) + s, values), tl.zeros_like(y) + inverse, y)
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     tl.store(at, tl.where(largest < float("inf"), y, 0.0).to(at.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ import triton.language as tl
 from internvl_rt.kernels._gemm_epilogue_body import grouped_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one kernel for every number of rows
 def gemm_fp8_kernel(
     x, x_scale, weight, scale, bias, residual, out, num_rows, N, K, x_stride, weight_stride, scale_stride,
     residual_stride, out_stride, BLOCKS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr,

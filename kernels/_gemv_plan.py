@@ -70,14 +70,16 @@ class GemvPlan:
         """Elements of each row that are brought to L2 while the kernel before this one ends."""
         return (1 << ((self.num_stages - 1).bit_length() - 1)) * self.block_k if self.num_stages else 0
 
-    def chunks_ahead(self, k: int, itemsize: int) -> int:
+    def chunks_ahead(self, k: int, column_bytes: int) -> int:
         """Returns how many chunks can be loaded before the wait: all of a program's if AHEAD_REGISTERS are enough.
+
+        column_bytes: of a weight's row
 
         On matrix units it is one, because chunks of 16 rows of x take registers too: with two, some kernels spill.
         """
         if self.matrix:
             return 1
-        registers = self.block_n * self.block_k * itemsize // (4 * 32 * self.num_warps)
+        registers = self.block_n * self.block_k * column_bytes // (4 * 32 * self.num_warps)
         return max(1, min(cdiv(cdiv(k, self.block_k), self.split_k), AHEAD_REGISTERS // max(registers, 1)))
 
 

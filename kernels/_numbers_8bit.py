@@ -23,9 +23,12 @@ KINDS = {torch.float8_e4m3fn: "float8", torch.int8: "int8"}
 DENSE: dict[str, Any] = {"KIND": None, "ASM": False, "LIFT": 1.0, "LOWER": 1.0}  # for a weight in the dtype of x
 
 
-def operand_constants(numbers: torch.dtype, operand: torch.dtype, target: Target) -> dict[str, Any]:
-    """Returns the constants of a kernel's build for a weight of such numbers, multiplied in the type `operand`."""
-    asm = not target.interpreted  # the interpreter has no inline assembly
+def operand_constants(numbers: torch.dtype, operand: torch.dtype, target: Target, *, in_words: bool) -> dict[str, Any]:
+    """Returns the constants of a kernel's build for a weight of such numbers, multiplied in the type `operand`.
+
+    in_words: whether it is read four numbers at a time, by `operands_of_words`.
+    """
+    asm = in_words and not target.interpreted  # the interpreter has no inline assembly
     if numbers == torch.int8:
         return {**DENSE, "KIND": "int8", "ASM": asm}
     if operand == torch.float16:
@@ -133,6 +136,7 @@ INT8_TO_FLOAT16: tl.constexpr = tl.constexpr("""{
 @triton.jit
 def operand_of(bits, KIND: tl.constexpr, dtype: tl.constexpr):
     """Returns numbers, given as int8 of the same bits, in `dtype`: FP8 as the module says, int8 as they are."""
+    tl.static_assert(KIND == "int8" or KIND == "float8", "only words become operands by instructions")
     if KIND == "int8":
         wide = ((bits.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000  # 2^23 + 128 + n in float32
         return (wide.to(tl.float32, bitcast=True) - 8388736.0).to(dtype)

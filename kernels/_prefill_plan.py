@@ -125,9 +125,12 @@ def choose_tiling(
     if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
         items = num_items(SPLIT_ROWS)
         return Tiling(SPLIT_ROWS, block_n, 4, 3, items, SPLIT_REGISTERS if items and not wide else None)
+    is_in_8_bits = cache_BGPC.itemsize == 1
+    if target.capability == 120 and is_in_8_bits and head_dim == 128 and block_size < 64:  # large blocks would spill
+        return Tiling(SPLIT_ROWS, block_n, 4, 3)
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels, or with numbers in 8 bits and
     # their scales, it would have too few registers.
-    num_warps = 4 if target.capability in (100, 103) and head_dim < 128 and cache_BGPC.itemsize > 1 else 8
+    num_warps = 4 if target.capability in (100, 103) and head_dim < 128 and not is_in_8_bits else 8
     return Tiling(128, block_n, num_warps, 3)
 
 

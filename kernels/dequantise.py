@@ -1,8 +1,8 @@
 """Dequantise: W[n, k] = number[n, k] * scale[n, group of k], of 8-bit numbers, or of 4-bit ones minus a zero.
 
 The product is computed in float32 and rounded once. Numbers are float8_e4m3fn or int8 [N, K], or words of `_int4.py`,
-int32 [N, W]. A GPU below sm_89 has no FP8, so the kernel reads an FP8 number as an integer and moves its bits to where
-a float32 has them; the 4 bits of a small number become the last bits of a large float32, from which that is subtracted.
+int32 [N, W]. A GPU below sm_89 has no FP8, so the kernel reads an FP8 number as an integer (`_numbers_8bit.py`); the
+4 bits of a small number become the last bits of a large float32, from which that is subtracted.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ from torch import Tensor
 from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of, require_tensor
 from internvl_rt.kernels._int4 import CHUNK, PLANE, unpack_int4
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
+from internvl_rt.kernels._numbers_8bit import BLOCK, operand_of
+from internvl_rt.kernels._numbers_8bit import KINDS as KINDS_OF_8_BITS
 
-BLOCK = 128  # columns that share a scale of an 8-bit weight, where a row has more than one
-KINDS = {torch.float8_e4m3fn: "float8", torch.int8: "int8", torch.int32: "int4"}
+KINDS = {**KINDS_OF_8_BITS, torch.int32: "int4"}
 GROUPS = (32, 64, 128)  # columns of 4-bit numbers that share a scale
 # Chunks of 128 columns that a program of 4 warps takes. A thread has 32 bytes of 4-bit numbers or of 8-bit ones, and
 # stores 16 bytes at a time.
@@ -82,12 +83,9 @@ def _dequantise_kernel(
         mask = inside[:, None] & (column < K)
         bits = tl.load(numbers + (row * numbers_stride)[:, None] + column, mask=mask, other=0)
         s = tl.load(scale + tl.minimum(chunk, G - 1), mask=inside, other=0.0)  # G may be 1
-        if KIND == "int8":
-            bits = (bits ^ 0x80).to(tl.int32) | 0x4B000000
-            value = bits.to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128 + n in float32, minus 2^23 + 128
-        else:
-            bits = (bits.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000  # the sign's copies, but one, go
-            value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120, as the exponents' biases differ
+        value = operand_of(bits, KIND, tl.float32)
+        if KIND == "float8":
+            value *= 1.329227995784916e36  # 2^120, as the exponents' biases differ
         y = (value * s[:, None]).to(out.dtype.element_ty)
         tl.store(out + (row * out_stride)[:, None] + column, y, mask=mask)
 
@@ -105,7 +103,7 @@ def plan_dequantise(
 ) -> tuple[Launch, ...]:
     kind, n = KINDS[numbers.dtype], len(numbers)
     args: dict[str, Any] = {
-        "numbers": numbers if kind == "int4" else numbers.view(torch.uint8),
+        "numbers": numbers if kind == "int4" else numbers.view(torch.int8),
         "scale": scale_NG,
         "out": out,
         "N": n,

@@ -3,8 +3,8 @@
     y = (number * scale_R) W^T + b + residual       W[n, k] = number[n, k] * scale[n, k // 128], or times scale[n, 0]
 
 Sums of 128 products are added in float32 (`_gemm_fp8_body.py`). Where a row of the weight has one scale, the result is
-bfloat16 and K and N are multiples of 16, torch's own product, cuBLASLt or CUTLASS, takes the place of the kernel. It
-takes a GPU with FP8: compute capability 8.9 or newer.
+bfloat16, K and N are multiples of 16 and rows lie one after another, torch's own product, cuBLASLt or CUTLASS, takes
+the place of the kernel. It takes a GPU with FP8: compute capability 8.9 or newer.
 """
 
 from collections.abc import Iterator
@@ -53,11 +53,13 @@ def default_plan(num_rows: int, target: Target) -> GemmPlan:
 
 
 def torch_can(x: Tensor, weight_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether `torch._scaled_mm` computes this product: its limits are those of the row-wise scaling."""
+    """Returns whether `torch._scaled_mm` computes this product: its limits are those of the row-wise scaling.
+
+    Operands must have no gaps: on sm_89 torch takes any stride and multiplies as if it were K.
+    """
     n, k = weight_NK.shape
-    strides = x.stride(0) % 16 == 0 and weight_NK.stride(0) % 16 == 0
-    whole = n % 16 == 0 and k % 16 == 0 and scale_NG.shape[1] == 1 and strides and len(x) > 0
-    return x.is_cuda and whole and dtype == torch.bfloat16
+    whole = n % 16 == 0 and k % 16 == 0 and x.is_contiguous() and weight_NK.is_contiguous()
+    return x.is_cuda and len(x) > 0 and whole and scale_NG.shape[1] == 1 and dtype == torch.bfloat16
 
 
 def plan_gemm_fp8(
@@ -140,13 +142,15 @@ def gemm_fp8(
     if residual_RN is not None:
         require_tensor("residual_RN", residual_RN, (rows, n), dtype, device)
     require_fp8(device)
+    if out is not None:
+        require_tensor("out", out, (rows, n), dtype, device)
+        if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
+            whole = out.stride() == residual_RN.stride()
+            require(whole, "out", "all of the residual or memory of its own", "a part of it")
+    if plan is None and torch_can(numbers_RK, weight_NK, scale_NG, dtype):
+        return _torch_product(numbers_RK, scale_R, weight_NK, scale_NG, bias_N, dtype, residual_RN, out)
     if out is None:
         out = torch.empty(rows, n, dtype=dtype, device=device)
-    require_tensor("out", out, (rows, n), dtype, device)
-    if residual_RN is not None and out.data_ptr() == residual_RN.data_ptr():
-        require(out.stride() == residual_RN.stride(), "out", "all of the residual or memory of its own", "a part of it")
-    if plan is None and torch_can(numbers_RK, weight_NK, scale_NG, dtype):
-        return _torch_product(numbers_RK, scale_R, weight_NK, scale_NG, bias_N, residual_RN, out)
     target = target_of(device)
     operands = numbers_RK, scale_R, weight_NK, scale_NG, bias_N
     run(plan_gemm_fp8(*operands, dtype=dtype, residual_RN=residual_RN, plan=plan, out=out, target=target))
@@ -159,8 +163,9 @@ def _torch_product(
     weight_NK: Tensor,
     scale_NG: Tensor,
     bias_N: Tensor | None,
+    dtype: torch.dtype,
     residual_RN: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
     """Multiplies without fast accumulation, which would leave sums on matrix units; then adds the residual."""
     y_RN = torch._scaled_mm(
@@ -169,10 +174,12 @@ def _torch_product(
         scale_a=scale_R[:, None],
         scale_b=scale_NG.contiguous().view(1, -1),
         bias=bias_N,
-        out_dtype=out.dtype,
+        out_dtype=dtype,
         use_fast_accum=False,
     )
-    return out.copy_(y_RN) if residual_RN is None else torch.add(residual_RN, y_RN, out=out)
+    if residual_RN is not None:
+        return torch.add(residual_RN, y_RN, out=y_RN if out is None else out)
+    return y_RN if out is None else out.copy_(y_RN)
 
 
 def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

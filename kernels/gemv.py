@@ -76,7 +76,7 @@ def plan_product(
         "PREFETCH": plan.prefetched if pdl else 0,
         "EARLY": early and pdl,
         # The interpreter, which has no programmatic launch, loads as many chunks ahead as a GPU would.
-        "AHEAD": plan.chunks_ahead(k, weight_NK.itemsize) if early else 1,
+        "AHEAD": plan.chunks_ahead(k, cdiv(weight_NK.shape[1] * weight_NK.itemsize, k)) if early else 1,
     }
     if norm_weight_K is not None:
         args["norm_weight"] = norm_weight_K

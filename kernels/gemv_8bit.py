@@ -89,7 +89,7 @@ def plan_gemv_8bit(
     operand = torch.float32 if launch.constexprs["WIDE"] or not plan.matrix else x_RK.dtype
     constexprs = {name: value for name, value in launch.constexprs.items() if name not in ("scale", "scale_stride")}
     constexprs |= {"WORD": 4 if in_words else 1, "BLOCKS": scale_NG.shape[1] > 1}
-    constexprs |= {**operand_constants(weight_NK.dtype, operand, target)}
+    constexprs |= operand_constants(weight_NK.dtype, operand, target, in_words=in_words)
     args = {**launch.args, "scale": scale_NG, "scale_stride": scale_NG.stride(0)}
     return (replace(launch, args=args, constexprs=constexprs),)
 

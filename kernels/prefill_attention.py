@@ -232,13 +232,16 @@ def _case(
     return Case(name, {"chunks": chunks, "H": heads, "G": kv_heads, "C": channels, "P": 64} | more)
 
 
-def _model_case(name: str, cached: int, new: int, empty_rows: int = 0, cache: str | None = None) -> Case:
+def _model_case(
+    name: str, cached: int, new: int, empty_rows: int = 0, cache: str | None = None, block_size: int = 64
+) -> Case:
     heads, kv_heads, channels = MODEL_HEADS[name]
     chunks = (cached, new), *[(0, 0)] * empty_rows
     among = f"_among_{empty_rows}_empty" if empty_rows else ""
     suffix, more = (f"_{cache}", in_8_bits(cache)) if cache else ("", {})
-    sizes = {"heads": heads, "kv_heads": kv_heads, "channels": channels, **more}
-    return _case(f"{name}_{new}_behind_{cached}{among}{suffix}", *chunks, **sizes)
+    blocks = f"_blocks_of_{block_size}" if block_size != 64 else ""
+    sizes = {"heads": heads, "kv_heads": kv_heads, "channels": channels, "P": block_size, **more}
+    return _case(f"{name}_{new}_behind_{cached}{among}{suffix}{blocks}", *chunks, **sizes)
 
 
 def _several(name: str, *chunks: tuple[int, int]) -> Case:
@@ -324,6 +327,11 @@ SPEC = KernelSpec(
             for cache in KV_FORMATS
             for name in ("1b", "8b")
             for cached, new in ((0, 3392), (3392, 64), (8192, 512))
+        ),
+        *(
+            _model_case("8b", *chunk, cache="int8", block_size=size)
+            for size in (16, 32, 128)
+            for chunk in ((0, 3392), (3392, 64))
         ),
     ),
     tolerances={

@@ -63,7 +63,7 @@ def quantise_rows(
     require_one_of("x_RK", x_RK.dtype, SPEC.tolerances)
     require(x_RK.ndim == 2 and x_RK.shape[1] > 0, "x_RK", "rows [R, K]", tuple(x_RK.shape))
     require_tensor("x_RK", x_RK, tuple(x_RK.shape), x_RK.dtype, x_RK.device)
-    require_scales_of_rows("scale_R", scale_R, static_scale_1, len(x_RK))
+    require_scales_of_rows("scale_R", scale_R, static_scale_1, x_RK)
     out = room_for(out, tuple(x_RK.shape), x_RK.device)
     run(plan_quantise_rows(x_RK, scale_R, static_scale_1, out=out, target=target_of(x_RK.device)))
     return out

@@ -86,7 +86,7 @@ def rms_norm_fp8(
     require(x_RD.ndim == 2 and x_RD.shape[1] > 0, "x_RD", "rows [R, D]", tuple(x_RD.shape))
     require_tensor("x_RD", x_RD, tuple(x_RD.shape), x_RD.dtype, x_RD.device)
     require_tensor("weight_D", weight_D, (x_RD.shape[1],), x_RD.dtype, x_RD.device)
-    require_scales_of_rows("scale_R", scale_R, static_scale_1, len(x_RD))
+    require_scales_of_rows("scale_R", scale_R, static_scale_1, x_RD)
     out = room_for(out, tuple(x_RD.shape), x_RD.device)
     run(plan_rms_norm_fp8(x_RD, weight_D, eps, scale_R, static_scale_1, out=out, target=target_of(x_RD.device)))
     return out

@@ -94,7 +94,7 @@ def swiglu_fp8(
     require(x.ndim == 2, "gate_up_T2F", "rows [T, 2F]", tuple(x.shape))
     require(x.shape[1] > 0 and x.shape[1] % 2 == 0, "gate_up_T2F", "an even width of 2 or more", x.shape[1])
     require_tensor("gate_up_T2F", x, tuple(x.shape), x.dtype, x.device)
-    require_scales_of_rows("scale_T", scale_T, static_scale_1, len(x))
+    require_scales_of_rows("scale_T", scale_T, static_scale_1, x)
     out = room_for(out, (len(x), x.shape[1] // 2), x.device)
     run(plan_swiglu_fp8(x, scale_T, static_scale_1, out=out, target=target_of(x.device)))
     return out

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels._fp8_rows import quantise
+from internvl_rt.kernels._numbers_8bit import BLOCK as BLOCK
 from internvl_rt.kernels.dequantise import dequantise_reference
 
 E4M3_MAX, INT8_MAX = 448.0, 127.0
-BLOCK = 128  # columns that share a scale of an 8-bit weight, where a row has more than one
 Inputs = Literal["full", "token", "static"]
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.errors import RequestError
@@ -44,8 +43,9 @@ from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm
 from internvl_rt.model.ops import Activation, Ops
 from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
 
-# Of products with 4-bit weights by `gemv_4bit`, in pieces: four of these read as much as one product of 16 bits.
-MAX_ROWS_OF_4_BITS = 4 * MAX_ROWS
+# Up to so many rows a weight is multiplied by the kernels for few rows, a quantised one in pieces of MAX_ROWS. Each of
+# them reads it, which takes less time than to write it multiplied out and to read that; by predictions, not measured.
+MOST_ROWS = {Linear: MAX_ROWS, Linear8: 2 * MAX_ROWS, Linear4: 4 * MAX_ROWS}
 MAX_COUNTERS = 1 << 16  # 1024 sequences of 64 kv heads
 
 
@@ -116,28 +116,42 @@ class TritonOps(Ops):
         """
         out = residual if out is None else out
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
-        most_rows = MAX_ROWS_OF_4_BITS if isinstance(linear, Linear4) else MAX_ROWS
+        most_rows = MAX_ROWS if is_fp8_product(linear, x) else MOST_ROWS[type(linear)]
         if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= most_rows):
             rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out, "activation": activation}
             if is_fp8_product(linear, x):
                 return self._fp8_product(self._round(x, norm, linear), linear, x.dtype, bias=bias, **rest)
             return Ops.linear(self, x, linear, norm=norm, bias=bias, **rest)
+        if len(x) <= MAX_ROWS:
+            return self._few_rows(x, linear, norm, activation, residual, out)
+        if out is None:
+            out = x.new_empty(len(x), linear.num_outputs // (2 if activation == "swiglu" else 1))
+        for start in range(0, len(x), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            self._few_rows(x[rows], linear, norm, activation, None if residual is None else residual[rows], out[rows])
+        return out
+
+    def _few_rows(
+        self,
+        x: Tensor,
+        linear: AnyLinear,
+        norm: Norm | None,
+        activation: Activation,
+        residual: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Computes `linear` of at most MAX_ROWS rows by the kernel for its kind."""
         after = linear.bias_N, *((None, 0.0) if norm is None else (norm.weight_D, norm.eps))
-        how: dict[str, Any] = {"activation": activation, **self._shared_arguments(x.device)}
+        how: dict[str, Any] = {"activation": activation, "residual_RN": residual, "out": out}
+        how |= self._shared_arguments(x.device)
         match linear:
             case Linear():
-                return gemv(x, linear.weight_NK, *after, residual_RN=residual, out=out, **how)
+                return gemv(x, linear.weight_NK, *after, **how)
             case Linear8():
-                return gemv_8bit(x, linear.weight_NK, linear.scale_NG, *after, residual_RN=residual, out=out, **how)
+                return gemv_8bit(x, linear.weight_NK, linear.scale_NG, *after, **how)
             case Linear4():
                 weight = linear.words_NW, linear.scale_NG, linear.zero_NG
-                if out is None:
-                    out = x.new_empty(len(x), linear.num_outputs // (2 if activation == "swiglu" else 1))
-                for start in range(0, len(x), MAX_ROWS):
-                    rows = slice(start, start + MAX_ROWS)
-                    of_rows = None if residual is None else residual[rows]
-                    gemv_4bit(x[rows], *weight, *after, group=linear.group, residual_RN=of_rows, out=out[rows], **how)
-                return out
+                return gemv_4bit(x, *weight, *after, group=linear.group, **how)
 
     def product(self, x: Tensor, linear: AnyLinear, bias_N: Tensor | None, **after: Any) -> Tensor:
         """Computes `Ops.product`. With a weight that is multiplied out, rounded inputs would gain nothing."""
@@ -182,7 +196,7 @@ class TritonOps(Ops):
         if scale_N is not None:
             assert residual is not None, "only a product with a residual has LayerScale"
             return torch.addcmul(residual, y, scale_N, out=out)
-        y = self.swiglu(y) if activation == "swiglu" else F.gelu(y) if activation == "gelu" else y
+        y = self.swiglu(y) if activation == "swiglu" else torch.ops.aten.gelu_(y) if activation == "gelu" else y
         return y if out is None or is_last else out.copy_(y)
 
     def linear_residual_norm(

@@ -66,6 +66,12 @@ def test_numbers_are_limited_with_a_given_scale() -> None:
     assert scale.tolist() == [2.0]
 
 
+def test_a_quotient_beyond_float32_is_limited_too() -> None:
+    x, scale = torch.tensor([[3e38, -3e38, 1e-30, 0.0]], device=DEVICE), torch.zeros(1, device=DEVICE)
+    numbers = quantise_rows(x, scale, torch.full((1,), 1e-30, device=DEVICE))
+    assert numbers.float().tolist() == [[448, -448, 1, 0]]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("static", [None, 1.0])
 def test_a_row_that_is_not_finite_gives_nan_and_others_do_not(bad: float, static: float | None) -> None:
@@ -104,19 +110,53 @@ def test_torch_multiplies_where_its_limits_allow() -> None:
     class OnGpu(Tensor):
         is_cuda = True  # type: ignore[assignment]
 
-    def can(k: int = 64, n: int = 32, groups: int = 1, dtype: torch.dtype = torch.bfloat16, rows: int = 17) -> bool:
-        x = torch.zeros(rows, k).to(FP8).as_subclass(OnGpu)
-        return torch_can(x, torch.zeros(n, k).to(FP8), torch.zeros(n, groups), dtype)
+    def can(k: int = 64, n: int = 32, groups: int = 1, rows: int = 17, gaps: tuple[int, int] = (0, 0)) -> bool:
+        x = torch.zeros(rows, k + gaps[0]).to(FP8)[:, :k].as_subclass(OnGpu)
+        weight = torch.zeros(n, k + gaps[1]).to(FP8)[:, :k]
+        return torch_can(x, weight, torch.zeros(n, groups), torch.bfloat16)
 
     assert can()
-    assert not any((can(k=72), can(n=40), can(groups=2), can(dtype=torch.float16), can(rows=0)))
+    assert not any((can(k=72), can(n=40), can(groups=2), can(rows=0), can(gaps=(16, 0)), can(gaps=(0, 16))))
+    x = torch.zeros(17, 64).to(FP8).as_subclass(OnGpu)
+    assert not torch_can(x, torch.zeros(32, 64).to(FP8), torch.zeros(32, 1), torch.float16)
     assert not torch_can(torch.zeros(17, 64).to(FP8), torch.zeros(32, 64).to(FP8), torch.zeros(32, 1), torch.bfloat16)
+
+
+def test_torch_writes_a_product_once_unless_it_must_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+
+    def multiply(x: Tensor, weight_KN: Tensor, *, scale_a: Tensor, scale_b: Tensor, bias: Any, **_: Any) -> Tensor:
+        made.append((x.float() * scale_a) @ (weight_KN.float() * scale_b))
+        made[-1] = (made[-1] if bias is None else made[-1] + bias).to(torch.bfloat16)
+        return made[-1]
+
+    monkeypatch.setattr("internvl_rt.kernels.gemm_fp8.torch_can", lambda *_: True)
+    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    case = next(case for case in discover_specs()["gemm_fp8"].test_cases if case.sizes.get("residual"))
+    spec = discover_specs()["gemm_fp8"]
+    inputs = spec.make_inputs(case, torch.bfloat16, DEVICE) | {"plan": None}
+    expected, residual = spec.reference(**inputs), inputs["residual_RN"]
+    y = gemm_fp8(**inputs)
+    assert y is made[-1]
+    assert (y - expected).float().norm() < 0.01 * expected.float().norm()
+    assert torch.equal(gemm_fp8(**inputs, out=residual), y)
+    assert torch.equal(residual, y)
+    without = inputs | {"residual_RN": None}
+    y, out = gemm_fp8(**without), torch.empty_like(expected)
+    assert y is made[-1]
+    assert gemm_fp8(**without, out=out) is out
+    assert torch.equal(out, y)
 
 
 REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("quantise_rows", "x_RK: expected rows", {"x_RK": torch.zeros(3, device=DEVICE)}),
     ("quantise_rows", "x_RK: expected one of .* got torch.float64", {"x_RK": torch.zeros(3, 15).double()}),
     ("quantise_rows", r"scale_R: expected shape \(3,\), got \(2,\)", {"scale_R": torch.zeros(2, device=DEVICE)}),
+    (
+        "quantise_rows",
+        r"scale_R: expected a tensor on|scale_R: expected .*",
+        {"scale_R": torch.zeros(3, device="meta")},
+    ),
     ("quantise_rows", r"static_scale_1: expected shape \(1,\)", {"static_scale_1": torch.zeros(3, device=DEVICE)}),
     ("quantise_rows", "out: expected torch.float8_e4m3fn", {"out": torch.zeros(3, 15, device=DEVICE)}),
     ("rms_norm_fp8", r"weight_D: expected shape \(15,\)", {"weight_D": torch.zeros(16, device=DEVICE)}),

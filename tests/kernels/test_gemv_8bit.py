@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels import _numbers_8bit
+from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, GemvPlan, build_gemv_workspace, choose_8bit_plan
-from internvl_rt.kernels._launch import TARGETS, Target
+from internvl_rt.kernels._launch import TARGETS, Target, run
 from internvl_rt.kernels._numbers_8bit import operand_constants
 from internvl_rt.kernels.gemv import MODELS, TEST_PLANS
 from internvl_rt.kernels.gemv_8bit import SPEC, gemv_8bit, gemv_8bit_reference, plan_gemv_8bit
@@ -223,8 +224,40 @@ def test_a_workspace_is_large_enough_for_every_plan(rows: int, monkeypatch: pyte
 
 
 def test_only_targets_with_fp8_convert_it() -> None:
-    fp8, wide = torch.float8_e4m3fn, torch.float32
-    assert operand_constants(fp8, wide, TARGETS[80])["KIND"] == "float8"
-    assert operand_constants(fp8, wide, TARGETS[89])["KIND"] == "float8 by float16"
-    interpreted = operand_constants(fp8, wide, replace(TARGETS[90], interpreted=True))
-    assert (interpreted["KIND"], interpreted["ASM"]) == ("float8", False)
+    def constants(target: Target, *, in_words: bool = True) -> tuple[Any, ...]:
+        made = operand_constants(torch.float8_e4m3fn, torch.float32, target, in_words=in_words)
+        return made["KIND"], made["ASM"], made["LIFT"]
+
+    assert constants(TARGETS[80]) == ("float8", True, 2.0**60)
+    assert constants(TARGETS[89]) == ("float8 by float16", True, 1.0)
+    assert constants(TARGETS[89], in_words=False) == ("float8", False, 2.0**60)
+    assert constants(replace(TARGETS[90], interpreted=True)) == ("float8", False, 2.0**60)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the contract's own cases are built for it")
+@pytest.mark.usefixtures("one_order_of_sums")  # without it the interpreter cuts bits off instead of rounding to 16 bits
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("plan", ["rows", "stages"])
+@pytest.mark.parametrize("kind", ["float8", "int8"])
+def test_numbers_that_lie_in_no_words_are_read_as_a_gpu_would(kind: str, plan: str, target: Target) -> None:
+    """The interpreter runs what is planned for a GPU, all but the waits: such a plan has no inline assembly."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        case = Case("unaligned", {"R": 2, "N": 34, "K": 330, "padding": 3, "kind": kind, "plan": plan, "norm": True})
+        inputs = SPEC.make_inputs(case, dtype, DEVICE)
+        expected = SPEC.reference(**inputs)
+        out = torch.empty_like(expected)
+        (launch,) = plan_gemv_8bit(**inputs, programmatic_launch=False, out=out, target=target)
+        assert launch.constexprs["WORD"] == 1
+        run((launch,))
+        assert (out - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+def test_chunks_are_loaded_ahead_by_their_bytes() -> None:
+    case = next(case for case in SPEC.model_cases if case.name == "8b_down_1")
+    inputs = SPEC.make_inputs(case, torch.bfloat16, torch.device("meta"))
+    out = SPEC.reference(**inputs)
+    how = {"early_trigger": True, "out": out, "target": TARGETS[90], "workspace": None}
+    (launch,) = plan_gemv_8bit(**inputs, **how)
+    plan = choose_8bit_plan(1, case["N"], case["K"], torch.bfloat16, TARGETS[90])
+    assert launch.constexprs["WORD"] == 4
+    assert launch.constexprs["AHEAD"] == plan.chunks_ahead(case["K"], 1) > plan.chunks_ahead(case["K"], 4)

@@ -80,11 +80,12 @@ def test_a_quantised_decoder_equals_the_references_in_prompts_and_decodes(table:
     assert_near(all_logits(model, TOKENS, tiles, context_id=47, chunk_lens=[20, 1, 3]), expected)
 
 
-@pytest.mark.fast("17", "64")
+@pytest.mark.fast("17-int8", "64-int4")
 @torch.inference_mode()
-@pytest.mark.parametrize("num_rows", [1, 16, 17, 33, 64, 65])
-def test_rows_of_a_product_in_4_bits_do_not_depend_on_how_many_there_are(num_rows: int) -> None:
-    ops, linear = triton_ops(DEVICE), in_4_bits(Linear(torch.randn(48, 96, device=DEVICE), None), symmetric=True)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 32, 33, 64, 65])
+def test_products_in_pieces_are_those_of_all_rows(num_rows: int, kind: str) -> None:
+    ops, linear = triton_ops(DEVICE), KINDS[kind](Linear(torch.randn(48, 96, device=DEVICE), None))
     x, residual = torch.randn(num_rows, 96, device=DEVICE), torch.randn(num_rows, 24, device=DEVICE)
     norm = Norm(torch.rand(96, device=DEVICE), None, 1e-6)
     for how in ({"norm": norm}, {"norm": norm, "activation": "swiglu"}):
