@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from internvl_rt.kernels.catalogue import discover_specs
+from internvl_rt.quantize import quantise
 from support.fake_driver import fake_environment
 
 Rows = list[dict[str, Any]]
@@ -89,6 +90,29 @@ def test_an_engine_with_graphs_builds_every_kernel_before_the_first_request(envi
     built = launch(environment, "captured")
     assert len({row["kernel"] for row in built}) > 15
     assert not [row for row in built if row["late"]]
+
+
+QUANTISED = {  # options of an engine, and the kernels that multiply few and many rows then
+    "fp8": (("quantization=fp8", "kv_cache_dtype=fp8"), {"gemv_kernel": 12, "gemm_fp8_kernel": 6}),
+    "int8": (("quantization=int8", "kv_cache_dtype=int8"), {"gemv_kernel": 12, "_dequantise_kernel": 1}),
+    "4 bits": ((), {"gemv_kernel": 3, "gemv_4bit_kernel": 6, "_dequantise_kernel": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["engine", "captured"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_engine_builds_each_kernel_before_it_is_late(
+    kind: str, what: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    options, expected = QUANTISED[kind]
+    if kind == "4 bits":
+        quantise("tiny", tmp_path / "model", "w4a16", group_size=32, compare=False, device="cpu")
+        options = (f"model={tmp_path / 'model'}",)
+    built = launch(environment, what, *options)
+    assert not [row for row in built if row["late"]]
+    counts = Counter(row["kernel"] for row in built)
+    assert {name: counts[name] for name in expected} == expected
 
 
 @pytest.mark.fast("swigul-2")

@@ -5,7 +5,7 @@
     python tests/support/fake_launches.py engine            serves requests of every kind, prints the kernels built
     python tests/support/fake_launches.py captured          the same behind graphs, few of which are captured at first
 
-Prints JSON, one object a line. FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
+The last two take options of the engine behind them, such as quantization=fp8. Prints JSON, one object a line. FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
 """
 
 import json
@@ -78,7 +78,7 @@ def capture(compute: Callable[[], torch.Tensor]) -> Replay:
     return Replay(lambda: [compute()].clear(), compute())
 
 
-def serve(*, captured: bool) -> Iterator[dict[str, Any]]:
+def serve(*, captured: bool, model: str = "tiny", **options: Any) -> Iterator[dict[str, Any]]:
     """Yields the name of each kernel that an engine built, and whether it was built late.
 
     captured: an engine with graphs builds all kernels before the first request. Otherwise late is after requests of all
@@ -98,7 +98,8 @@ def serve(*, captured: bool) -> Iterator[dict[str, Any]]:
     zero_new_memory()
     triton.knobs.runtime.jit_post_compile_hook = note
     rng = random.Random(0)
-    engine = Engine.from_pretrained("tiny", device="cpu", dtype="bfloat16", backend="triton", max_model_len=2048)
+    how = {"device": "cpu", "dtype": "bfloat16", "backend": "triton", "max_model_len": 2048, **options}
+    engine = Engine.from_pretrained(model, **how)
     if captured:
         sizes = {"max_num_seqs": 64, "max_model_len": 2048, "max_tokens_per_step": engine.max_tokens_per_step}
         engine.runner.capture(**sizes, everything=False, capture=capture)
@@ -121,11 +122,11 @@ def serve(*, captured: bool) -> Iterator[dict[str, Any]]:
     yield from built
 
 
-def rows(what: str, *numbers: str) -> Iterator[dict[str, Any]]:
+def rows(what: str, *given: str) -> Iterator[dict[str, Any]]:
     if what == "contract":
-        yield from launch_contract(*map(int, numbers))
+        yield from launch_contract(*map(int, given))
     elif what in ("engine", "captured"):
-        yield from serve(captured=what == "captured")
+        yield from serve(captured=what == "captured", **dict(option.split("=", 1) for option in given))
     else:
         for spec in discover_specs().values():
             yield from launch_model_case(spec, Path(os.environ["FAKE_DRIVER_LOG"]))
