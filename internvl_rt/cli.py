@@ -154,8 +154,8 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     quantise = commands.add_parser(
         "quantize",
         help="write a checkpoint in FP8 or 4 bits",
-        description="Rounds the language model of a dense checkpoint and writes a folder that this runtime, vLLM and "
-        "transformers load. Called again after an interruption, it goes on where it was.",
+        description="Rounds the language model of a dense checkpoint and writes a folder in the layout of "
+        "compressed-tensors. Called again after an interruption, it goes on where it was.",
     )
     quantise.set_defaults(run=_quantise)
     add_quantise(quantise, MODEL_HELP)

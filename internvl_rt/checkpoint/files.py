@@ -66,9 +66,15 @@ def open_file(
     return io.BufferedReader(raw)
 
 
-def read_file(file: Path, refusal: type[InternVLError], *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """Returns the content of a regular file of at most `max_bytes`. Raises `refusal`."""
-    with open_file(file, refusal) as stream:
+def read_file(
+    file: Path,
+    refusal: type[InternVLError],
+    *,
+    max_bytes: int = MAX_FILE_BYTES,
+    remedy: str = "download it again",
+) -> bytes:
+    """Returns the content of a regular file of at most `max_bytes`. Raises `refusal`, which asks for the remedy."""
+    with open_file(file, refusal, remedy=remedy) as stream:
         num_bytes = os.fstat(stream.fileno()).st_size
         if num_bytes <= max_bytes:  # else it is not read at all
             content = stream.read(num_bytes + 1)
@@ -76,5 +82,5 @@ def read_file(file: Path, refusal: type[InternVLError], *, max_bytes: int = MAX_
                 content += stream.read(max_bytes + 1 - len(content))
             num_bytes = len(content)
     if num_bytes > max_bytes:
-        raise refusal(f"{file} has {num_bytes:,} bytes or more, expected at most {max_bytes:,}; download it again")
+        raise refusal(f"{file} has {num_bytes:,} bytes or more, expected at most {max_bytes:,}; {remedy}")
     return content

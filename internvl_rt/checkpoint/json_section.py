@@ -18,10 +18,10 @@ _DOWNLOAD = "download the file again"
 UNSUPPORTED = "this kind of model is not supported; choose another of the InternVL family"
 
 
-def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[str, Any]:
+def parse_object(file: Path, text: bytes, refusal: type[InternVLError], *, remedy: str = _DOWNLOAD) -> dict[str, Any]:
     """Parses the JSON object in `text`, the content of `file` or of a part of it.
 
-    Raises `refusal` if there is none, or if any object in it names a key twice.
+    Raises `refusal`, which asks for the remedy, if there is none, or if any object in it names a key twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def parse_object(file: Path, text: bytes, refusal: type[InternVLError]) -> dict[
         values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(";")[0]  # Python goes on with advice about its own limits
-        raise refusal(f"{file} is not JSON: {reason}; {_DOWNLOAD}") from error
+        raise refusal(f"{file} is not JSON: {reason}; {remedy}") from error
     if not isinstance(values, dict):
-        raise refusal(f"{file}: expected a JSON object, got {type(values).__name__}; {_DOWNLOAD}")
+        raise refusal(f"{file}: expected a JSON object, got {type(values).__name__}; {remedy}")
     return values
 
 

@@ -73,7 +73,8 @@ def load_parts(model: str | Path, options: EngineOptions) -> tuple[InternVL, Tok
         if quantization:
             how["quantization"] = quantization.method
             if on_host and any(scheme.is_float for _, scheme in quantization.groups):
-                LOG.warning("a CPU converts FP8 weights for each product, which is slow; quantization='int8' is faster")
+                faster = "quantization='int8'" if options.quantization else "the dense model with quantization='int8'"
+                LOG.warning(f"a CPU converts FP8 weights for each product, which is slow; {faster} is faster")
         LOG.info(json.dumps({"loaded": str(model), **how}))
         return InternVL(config, weights, ops), tokenizer, cache, memory
 
@@ -155,7 +156,10 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise RequestError(
+            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; choose one of them, "
+            "or 'cpu'"
+        )
     return chosen
 
 

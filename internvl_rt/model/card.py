@@ -62,7 +62,9 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
 def _ways_to_hold(config: ModelConfig) -> dict[str, Quantization | None]:
     """Returns how weights can be held, by name: as they are stored, if they are quantised, else in three ways."""
     if config.quantization is not None:
-        return {config.quantization.method: config.quantization}
+        schemes = [scheme for _, scheme in config.quantization.groups]
+        kinds = {"FP8" if one.is_float else "int8" if one.bits == 8 else "4 bits" for one in schemes}
+        return {" and ".join(sorted(kinds)): config.quantization}
     return {"bfloat16": None, "FP8": cast("fp8", vision=False), "4 bits": FOUR_BITS}
 
 

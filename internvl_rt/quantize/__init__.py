@@ -6,9 +6,11 @@ The names below load on first use, so that arguments are checked without torch.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internvl_rt.quantize.agreement import Agreement
+    from internvl_rt.quantize.options import QuantiseOptions
     from internvl_rt.quantize.quantising import LayerError, Quantised, quantise
 
-__all__ = ["LayerError", "Quantised", "quantise"]
+__all__ = ["Agreement", "LayerError", "QuantiseOptions", "Quantised", "quantise"]
 
 
 def __getattr__(name: str) -> Any:

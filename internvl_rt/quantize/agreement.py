@@ -8,7 +8,7 @@ from pathlib import Path
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.loading import plan_parts
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import InternVLError
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.quantize.questions import Question
 
@@ -27,13 +27,18 @@ class Agreement:
 
 
 def compare_answers(model: Path, quantised: Path, questions: Items[Question], device: str) -> Agreement | str:
-    """Compares greedy answers of two folders to the first questions, or returns why a model does not fit."""
-    options = EngineOptions(device=device)
+    """Compares greedy answers of two folders to the first questions, or returns why they cannot be compared."""
     try:
         for folder in (model, quantised):
-            plan_parts(folder, options)
-    except RequestError as error:
+            plan_parts(folder, EngineOptions(device=device))
+        return _compare(model, quantised, questions, device)
+    except InternVLError as error:
         return str(error)
+    except MemoryError:
+        return "the memory is not enough for one of the models"
+
+
+def _compare(model: Path, quantised: Path, questions: Items[Question], device: str) -> Agreement:
     asked = [question.messages() for question in questions[:MAX_QUESTIONS]]
     params = SamplingParams(max_tokens=MAX_TOKENS)
     answers = []

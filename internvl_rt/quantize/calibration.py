@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.engine.options import EngineOptions
-from internvl_rt.errors import RequestError
+from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.inputs.prepare import Prepared, Preparer
 from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.model.decoder import DecoderLayer, rotary_frequencies, run_layers
@@ -55,9 +55,12 @@ def prepare_prompts(source: DenseSource, questions: Items[Question]) -> list[Cal
     )
     prompts, num_tokens = [], 0
     for question in questions:
-        prepared = preparer.prepare(question.messages())
-        if question.answer:
-            prepared = preparer.prepare_score(prepared, question.answer, include_end=True)
+        try:
+            prepared = preparer.prepare(question.messages())
+            if question.answer:
+                prepared = preparer.prepare_score(prepared, question.answer, include_end=True)
+        except InternVLError as error:
+            raise type(error)(f"calibration: {question.where}: {error}") from error
         num_tokens += len(prepared.prompt.token_ids)
         if num_tokens > MAX_TOKENS:
             raise RequestError(

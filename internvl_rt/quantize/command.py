@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl_rt.arguments import Parser, add_device
+from internvl_rt.errors import CheckpointError
 from internvl_rt.terminal import importing, say
 
 if TYPE_CHECKING:
+    from internvl_rt.quantize.agreement import Agreement
     from internvl_rt.quantize.quantising import Quantised
 
 
@@ -25,7 +27,7 @@ def add_arguments(parser: Parser, model_help: str) -> None:
         help="pictures with questions, as docs/quantisation.md says (default: the sample pictures of the package)",
     )  # fmt: skip
     parser.add_argument(
-        "--group-size", metavar="N", type=int, help="columns that share a scale of w4a16: 32, 64 or 128 (default: 128)"
+        "--group-size", type=int, choices=(32, 64, 128), help="columns that share a scale of w4a16 (default: 128)"
     )
     parser.add_argument("--asymmetric", action="store_true", help="w4a16 with a zero point for each group")
     parser.add_argument("--vision", action="store_true", help="the vision tower's layers too, in fp8")
@@ -41,20 +43,30 @@ def run(args: argparse.Namespace) -> int:
     from internvl_rt.quantize.questions import read_questions
 
     given = {name: getattr(args, name) for name in ("group_size", "asymmetric", "vision")}
-    QuantiseOptions(scheme=args.scheme, **given)
+    if QuantiseOptions(scheme=args.scheme, **given).runs_prompts(not args.no_compare, args.calibration):
+        read_questions(args.calibration)
     find_config(args.model)
-    read_questions(args.calibration)
     with importing():
         from internvl_rt.quantize.quantising import quantise
         from internvl_rt.quantize.unfinished import folder_of
     more = {"calibration": args.calibration, "compare": not args.no_compare, "device": args.device}
+    is_written = False
+
+    def show(result: "Quantised") -> None:
+        nonlocal is_written
+        is_written = True
+        if not args.json:
+            print(_render(result), flush=True)
+
     try:
-        result = quantise(args.model, args.out, args.scheme, **given, **more)
-    except (KeyboardInterrupt, OSError, MemoryError):
-        if (folder := folder_of(args.out)).exists():
+        result = quantise(args.model, args.out, args.scheme, **given, **more, on_written=show)
+    except (KeyboardInterrupt, OSError, MemoryError, CheckpointError):
+        if is_written:
+            say(f"\n{args.out} is whole; only the comparison of answers is missing")
+        elif (folder := folder_of(args.out)).exists():
             say(f"\nwhat is written so far stays in {folder}; the same command goes on from there")
         raise
-    print(json.dumps(_document(result), indent=2) if args.json else _render(result))
+    print(json.dumps(_document(result), indent=2) + "\n" if args.json else _render_agreement(result.agreement), end="")
     return 0
 
 
@@ -63,7 +75,7 @@ def _document(result: "Quantised") -> dict[str, object]:
 
 
 def _render(result: "Quantised") -> str:
-    """Formats the errors of the layers and the agreement of answers as a table for people."""
+    """Formats the errors of the layers, and the sizes, as a table for people."""
     from internvl_rt.model.card import format_bytes
 
     lines = []
@@ -73,13 +85,16 @@ def _render(result: "Quantised") -> str:
         for index, layer in enumerate(result.layers):
             errors = (layer.searched, layer.nearest) if is_searched else (layer.nearest,)
             lines.append(f"{index:>5}" + "".join(f"  {error:>5.2%}" for error in errors))
-    agreement = result.agreement
-    if isinstance(agreement, str):
-        lines.append(f"answers were not compared: {agreement}")
-    elif agreement is not None:
-        lines.append(
-            f"greedy answers: {agreement.equal} of {agreement.questions} are those of the dense model; "
-            f"{agreement.leading} of {agreement.tokens} tokens stand before the first that differs"
-        )
     sizes = f"{format_bytes(result.num_bytes)}, dense {format_bytes(result.dense_bytes)}"
     return "\n".join([*lines, f"{result.folder}: {sizes}"])
+
+
+def _render_agreement(agreement: "Agreement | str | None") -> str:
+    if agreement is None:
+        return ""
+    if isinstance(agreement, str):
+        return f"answers were not compared: {agreement}\n"
+    return (
+        f"greedy answers: {agreement.equal} of {agreement.questions} are those of the dense model; "
+        f"{agreement.leading} of {agreement.tokens} tokens stand before the first that differs\n"
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from internvl_rt.errors import RequestError, quoted
-from internvl_rt.values import Flag, Kind, OneOf, OrNone, read_fields
+from internvl_rt.values import Flag, Kind, OneOf, OrNone, read, read_fields
 
 GROUPS = (32, 64, 128)
 
@@ -40,3 +40,10 @@ class QuantiseOptions:
     @property
     def group(self) -> int:
         return self.group_size or GROUPS[-1]
+
+    def runs_prompts(self, compare: object, calibration: object) -> bool:
+        """Says whether prompts run through the model. Raises RequestError for a calibration that none would."""
+        runs = read("compare", compare, Flag()) or self.scheme == "w4a16"
+        if calibration is not None and not runs:
+            raise RequestError("calibration: fp8 without compare runs no prompts; leave one of the two out")
+        return runs

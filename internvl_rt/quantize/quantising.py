@@ -1,8 +1,9 @@
 """`quantise`: writes a compressed-tensors checkpoint of a dense one, layer by layer, and goes on where it was."""
 
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from internvl_rt.checkpoint.folder import Checkpoint, open_checkpoint
 from internvl_rt.checkpoint.json_section import read_json
 from internvl_rt.checkpoint.tensor_file import read_header
 from internvl_rt.engine.loading import choose_device
+from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import CheckpointError, RequestError
 from internvl_rt.model.decoder import DecoderLayer
 from internvl_rt.model.stored_linear import FLOATS
@@ -33,13 +35,13 @@ from internvl_rt.quantize.calibration import (
 )
 from internvl_rt.quantize.layer import relative_error, round_layer, rounded_layer, run_and_record, search_layer
 from internvl_rt.quantize.layer_file import stored_dtype, tensors_of
-from internvl_rt.quantize.options import QuantiseOptions
+from internvl_rt.quantize.options import GROUPS, QuantiseOptions
 from internvl_rt.quantize.questions import read_questions
 from internvl_rt.quantize.rounding import round_fp8
 from internvl_rt.quantize.section import build_section, parse_section
 from internvl_rt.quantize.source import DenseSource
 from internvl_rt.quantize.unfinished import Unfinished
-from internvl_rt.values import Flag, read
+from internvl_rt.terminal import say
 
 _SHARD_BYTES = 5 << 30
 _MAX_SMALL_BYTES = 64 << 20
@@ -84,31 +86,33 @@ def quantise(
     vision: bool = False,
     compare: bool = True,
     device: str = "auto",
+    on_written: Callable[[Quantised], None] | None = None,
 ) -> Quantised:
     """Writes the folder `out`, whole or not at all; called again with the same arguments it goes on where it ended.
 
     model: a folder, a hub id or "tiny": dense weights of either format, whose names the result keeps.
     scheme, group_size, asymmetric, vision: as `QuantiseOptions` explains them.
     calibration: a folder of pictures with questions (docs/quantisation.md); None: the sample pictures of the package.
-    compare: whether the error of each layer, and greedy answers, are compared with the dense model's.
+    compare: whether greedy answers are compared with the dense model's, and with "fp8" the errors of layers.
+    on_written: called with the result, which has no `agreement` yet, before answers are compared.
 
     It takes the memory of one decoder layer in float32, and before of the vision tower; "fp8" without `compare` needs
-    no pictures and less. Raises RequestError, CheckpointError, ConfigError or MediaError before work starts.
+    no pictures and less. Raises RequestError, CheckpointError, ConfigError or MediaError before work starts, and
+    CheckpointError later for numbers that are not finite.
     """
     options = QuantiseOptions(scheme=scheme, group_size=group_size, asymmetric=asymmetric, vision=vision)
-    runs_prompts = read("compare", compare, Flag()) or options.scheme == "w4a16"
-    if calibration is not None and not runs_prompts:
-        raise RequestError("calibration: fp8 without compare runs no prompts; leave one of the two out")
-    target = choose_device(device)
+    runs_prompts = options.runs_prompts(compare, calibration)
+    target = choose_device(EngineOptions(device=device).device)
     questions = read_questions(None if calibration is None else Path(calibration)) if runs_prompts else []
     source = DenseSource(model)
     section = build_section(options, source.dialect)
     job = _Job(source, options, section, target, prepare_prompts(source, questions))
-    out = Path(out).expanduser().absolute()
+    out = Path(os.path.abspath(os.path.expanduser(out)))
     arguments = {
+        **asdict(options),
+        "group_size": options.group if options.scheme == "w4a16" else None,
         "model": str(source.folder.resolve()),
         "weights": source.digest(),
-        **asdict(options),
         "calibration": digest_of(job.prompts),
     }
     unfinished = Unfinished(out, arguments)
@@ -118,13 +122,16 @@ def quantise(
         job.write(unfinished)
         unfinished.finish()
     checkpoint = open_checkpoint(out)
-    return Quantised(
+    written = Quantised(
         folder=out,
         num_bytes=sum(entry.num_bytes for entry in checkpoint.entries.values()),
         dense_bytes=sum(entry.num_bytes for entry in source.checkpoint.entries.values()),
         layers=tuple(LayerError(one["nearest"], one["searched"]) for one in unfinished.done if "nearest" in one),
-        agreement=compare_answers(source.folder, out, questions, device) if compare else None,
+        agreement=None,
     )
+    if on_written is not None:
+        on_written(written)
+    return replace(written, agreement=compare_answers(source.folder, out, questions, device) if compare else None)
 
 
 class _Job:
@@ -155,10 +162,13 @@ class _Job:
     def _check_widths(self) -> None:
         for name in self.source.names_below("decoder.layers."):
             shape, path = self.source.plan[name].shape, self.source.plan[name].placements[0].parameter
-            if path.endswith("weight_NK") and (shape[1] % self.options.group or shape[0] % 8):
+            is_odd = self.options.asymmetric and shape[0] % 8 != 0
+            if path.endswith("weight_NK") and (shape[1] % self.options.group or is_odd):
+                smaller = [group for group in GROUPS if shape[1] % group == 0 and not is_odd]
+                remedy = f"choose group_size {' or '.join(map(str, smaller))}, or 'fp8'" if smaller else "choose 'fp8'"
                 raise RequestError(
-                    f"{name} is {shape[0]} x {shape[1]}, but 4-bit numbers need a multiple of 8 rows, and of the "
-                    f"group's {self.options.group} columns; choose a smaller group_size, or 'fp8'"
+                    f"{name} is {shape[0]} x {shape[1]}, but 4-bit numbers need a multiple of the group's "
+                    f"{self.options.group} columns, and of 8 rows where there are zero points; {remedy}"
                 )
 
     def _split(self, entries: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +192,10 @@ class _Job:
         width = self.source.config.decoder.hidden_size
         num_bytes += 2 * sum(map(len, self.prompts)) * width * 4 + _MAX_SMALL_BYTES
         parent = unfinished.out.parent
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise RequestError(f"{parent} is no folder; give OUT a place in one") from None
         free = shutil.disk_usage(parent).free + unfinished.num_bytes()
         if free < num_bytes:
             raise CheckpointError(f"{parent} has {free:,} bytes free, but this takes {num_bytes:,}; make room")
@@ -203,9 +216,11 @@ class _Job:
                     self._keep_states(unfinished, states, len(unfinished.done) + 1)
                 unfinished.write_tensors(file, tensors)
                 unfinished.finish_layer(report)
-                if "nearest" in report:
-                    error = report["nearest"] if report["searched"] is None else report["searched"]
-                    bar.set_postfix_str(f"error {error:.2%}")
+                error = report.get("nearest") if report.get("searched") is None else report["searched"]
+                text = "" if error is None else f"error {error:.2%}"
+                bar.set_postfix_str(text)
+                if bar.disable:  # stderr is no terminal
+                    say(f"quantise: layer {len(unfinished.done)} of {len(self._layers)} {text}".rstrip())
         for file, entries in zip(files[len(self._layers) :], self._rest, strict=True):
             unfinished.copy_tensors(file, entries, self.source.read_tensor)
         self._write_others(unfinished, files)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -86,13 +87,18 @@ class DenseSource:
         weights = map_weights(self.shapes(dtype), fill, fill_linear)
         broken = [name for name, pair in extremes if not pair.isfinite().all()]
         if broken:
-            problem = not_finite(dtype, "download the weights again")
-            raise CheckpointError(f"{self.folder}: {broken[0]}: numbers are {problem}")
+            self._refuse(broken[0], dtype)
         return weights
 
     def read_tensor(self, name: str) -> Tensor:
-        """Returns a tensor as it is stored."""
+        """Returns a tensor as it is stored. Raises CheckpointError for numbers that are not finite."""
         entry = self.checkpoint.entries[name]
         out = torch.empty(entry.shape, dtype=entry.dtype)
         self.checkpoint.read_into(name, out)
+        if not torch.stack(out.aminmax()).isfinite().all():
+            self._refuse(name, entry.dtype)
         return out
+
+    def _refuse(self, name: str, dtype: torch.dtype) -> NoReturn:
+        problem = not_finite(dtype, "download the weights again")
+        raise CheckpointError(f"{self.folder}: {name}: numbers are {problem}")

@@ -8,6 +8,7 @@ run ends.
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,14 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import parse_object
-from internvl_rt.checkpoint.tensor_file import write_file
+from internvl_rt.checkpoint.tensor_file import read_header, write_file
 from internvl_rt.errors import CheckpointError, RequestError, quoted
 
 _STATE, _LOCK = "state.json", "lock"
+_DIGESTS = {  # arguments that are digests, and what another one means
+    "weights": "other weights, or another config.json",
+    "calibration": "other pictures or questions, or another choice of comparing answers",
+}
 
 
 def folder_of(out: Path) -> Path:
@@ -32,7 +37,11 @@ def folder_of(out: Path) -> Path:
 
 @dataclass(slots=True)
 class Unfinished:
-    """arguments: all that decides what is written. done: what is known of each finished layer, in order."""
+    """What is known of a run.
+
+    arguments: all that decides what is written; what a user knows best comes first
+    done: what is known of each finished layer, in order
+    """
 
     out: Path
     arguments: Mapping[str, Any]
@@ -57,16 +66,24 @@ class Unfinished:
             if any(file.name != _LOCK for file in self.folder.iterdir()) and not self.model.is_dir():
                 raise RequestError(f"{self.folder} is there and not of this command; remove it")
             return
-        state = parse_object(file, read_file(file, CheckpointError), CheckpointError)
+        remedy = f"remove {self.folder}"
+        text = read_file(file, RequestError, remedy=remedy)
+        state = parse_object(file, text, RequestError, remedy=remedy)
         before = state.get("arguments")
         if not isinstance(before, dict) or not isinstance(state.get("done"), list):
-            raise CheckpointError(f"{file} is not of this command; remove {self.folder}")
-        for name in sorted(before.keys() | self.arguments.keys()):
+            raise RequestError(f"{file} is not of this command; {remedy}")
+        for name in {**self.arguments, **before}:
             if before.get(name) != self.arguments.get(name):
+                then, now = quoted(before.get(name)), quoted(self.arguments.get(name))
                 raise RequestError(
-                    f"{self.folder} was begun with {name} {quoted(before.get(name))}, now it is "
-                    f"{quoted(self.arguments.get(name))}; repeat what was asked for then, or remove that folder"
+                    f"{self.folder} was begun with {_DIGESTS.get(name, f'{name} {then}, now it is {now}')}; "
+                    "repeat what was asked for then, or remove that folder"
                 )
+        for written in sorted(self.model.glob("*.safetensors")):
+            try:
+                read_header(written)
+            except CheckpointError as error:
+                raise RequestError(f"{written} of an earlier run is damaged; {remedy}") from error
         self.done = state["done"]
 
     def num_bytes(self) -> int:
@@ -120,4 +137,6 @@ class Unfinished:
     def _write(self, file: Path, write: Callable[[Path], object]) -> None:
         partial = file.with_name(f"{file.name}.partial")
         write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # else a file could be counted that a loss of power empties
         partial.replace(file)

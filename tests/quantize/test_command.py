@@ -24,8 +24,8 @@ def test_a_table_says_what_it_costs_and_the_folder_answers(tmp_path, capsys):
     rows = [line.split() for line in lines[1:5]]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert all(float(row[1].strip("%")) < float(row[2].strip("%")) for row in rows)
-    assert lines[5].startswith("greedy answers: 6 of 6 are those of the dense model; 27 of 27 tokens")
-    assert lines[6] == f"{out}: 1.4 MiB, dense 2.2 MiB"
+    assert lines[5] == f"{out}: 1.4 MiB, dense 2.2 MiB"
+    assert lines[6].startswith("greedy answers: 6 of 6 are those of the dense model; 27 of 27 tokens")
     assert main(["chat", out, "--image", str(SAMPLES / "4719.png"), "Read the digits."]) == 0
     assert capsys.readouterr().out == "4719\n"
 
@@ -43,8 +43,9 @@ def test_json_is_one_document(tmp_path, capsys):
     [
         (["--scheme", "int3"], "invalid choice: 'int3'"),
         ([], "required: --scheme"),
-        (["--scheme", "w4a16", "--group-size", "100"], "group_size must be 32, 64 or 128"),
+        (["--scheme", "w4a16", "--group-size", "100"], "invalid choice: 100 (choose from 32, 64, 128)"),
         (["--scheme", "fp8", "--group-size", "64"], "group_size is of scheme 'w4a16' alone"),
+        (["--scheme", "fp8", "--no-compare", "--calibration", "no-such"], "fp8 without compare runs no prompts"),
         (["--scheme", "w4a16", "--calibration", "no-such"], "'no-such' is no folder"),
         (["--scheme", "w4a16", "--device", "tpu"], "device must be"),
     ],
@@ -77,6 +78,25 @@ def test_an_interrupted_run_says_where_it_goes_on(error, tmp_path, capsys, monke
     assert "Traceback" not in printed
     monkeypatch.undo()
     assert main([*W4, str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_interrupt_of_the_comparison_leaves_the_whole_folder_and_its_table(more, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantising, "compare_answers", stop)
+    assert main([*W4, *more, str(tmp_path / "out")]) == 130
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'out'} is whole; only the comparison of answers is missing" in printed.err
+    assert (f"{tmp_path / 'out'}: 1.4 MiB" in printed.out) == (not more)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_progress_is_told_where_stderr_is_no_terminal(tmp_path, capsys):
+    assert main([*W4, "--no-compare", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("quantise: ")]
+    assert [line.split(" error ")[0] for line in lines] == [f"quantise: layer {n} of 4" for n in (1, 2, 3, 4)]
 
 
 @pytest.mark.slow

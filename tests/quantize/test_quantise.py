@@ -198,12 +198,44 @@ def test_a_run_that_goes_on_computes_no_layer_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(quantising._Job, "_round_decoder_layer", stop_at_2)
     with pytest.raises(Stop):
         run("tiny", tmp_path / "again", W4, compare=False)
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(PICTURE, tmp_path / "pictures")
     for other, name in (
         ({"group_size": 64}, "group_size 32, now it is 64"),
         ({"asymmetric": True}, "asymmetric False"),
+        ({"scheme": "fp8", "group_size": None}, "scheme 'w4a16', now it is 'fp8'"),
+        ({"calibration": tmp_path / "pictures"}, "other pictures or questions, or another choice of comparing"),
     ):
         with pytest.raises(RequestError, match=f"was begun with {name}"):
             run("tiny", tmp_path / "again", {**W4, **other}, compare=False)
+
+
+def test_a_damaged_file_of_an_earlier_run_is_told_before_work_starts(tmp_path, monkeypatch):
+    def stop(self, report):
+        raise Stop
+
+    monkeypatch.setattr(quantising.Unfinished, "finish_layer", stop)
+    with pytest.raises(Stop):
+        run("tiny", tmp_path / "out", W4, compare=False)
+    folder = tmp_path / ".out-unfinished"
+    (file,) = (folder / "model").iterdir()
+    file.write_bytes(file.read_bytes()[:5])
+    with pytest.raises(RequestError, match=f"{file} of an earlier run is damaged; remove {folder}"):
+        run("tiny", tmp_path / "out", W4, compare=False)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(RequestError, match=f"state.json is not JSON: .*; remove {folder}"):
+        run("tiny", tmp_path / "out", W4, compare=False)
+
+
+def test_the_default_group_is_the_one_of_128(tmp_path, monkeypatch):
+    def stop(self, report):
+        raise Stop
+
+    monkeypatch.setattr(quantising.Unfinished, "finish_layer", stop)
+    with pytest.raises(Stop):
+        run("tiny", tmp_path / "out", {"scheme": "w4a16"}, compare=False)
+    monkeypatch.undo()
+    run("tiny", tmp_path / "out", {"scheme": "w4a16", "group_size": 128}, compare=False)
 
 
 def quantised_folder(path):
@@ -232,7 +264,9 @@ def test_what_is_wrong_is_told_before_work_starts(tmp_path, monkeypatch):
         ({**W4, "out": tmp_path / "there"}, RequestError, "there is there already"),
         ({**W4, "model": quantised}, RequestError, "is quantised already .compressed-tensors."),
         ({**W4, "model": tmp_path / "empty"}, CheckpointError, "holds no config.json"),
-        ({**W4, "device": "cuda:7"}, RequestError, "is not there"),
+        ({**W4, "device": "cuda:7"}, RequestError, "is not there: .* choose one of them, or 'cpu'"),
+        ({**W4, "device": "gpu"}, RequestError, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({**W4, "out": PICTURE / "out"}, RequestError, "4719.png is no folder; give OUT a place in one"),
     ]
     monkeypatch.setattr(quantising.Unfinished, "begin", lambda self: pytest.fail("work has begun"))
     for given, error, message in cases:
@@ -261,7 +295,7 @@ def test_two_runs_cannot_write_one_checkpoint(tmp_path, monkeypatch):
 
 def test_a_width_that_the_group_does_not_divide_is_refused_by_name(tmp_path):
     save_checkpoint(build_reference("llama"), tmp_path / "dense", "hf_hub")
-    with pytest.raises(RequestError, match=r"q_proj.weight is 96 x 96, .* the group's 64 columns"):
+    with pytest.raises(RequestError, match=r"q_proj.weight is 96 x 96, .* group's 64 columns.*; choose group_size 32,"):
         run(tmp_path / "dense", tmp_path / "out", {"scheme": "w4a16", "group_size": 64})
 
 
@@ -281,6 +315,34 @@ def test_numbers_that_are_not_finite_are_told_by_name(tmp_path):
     save_file(tensors, dense / "model.safetensors")
     with pytest.raises(CheckpointError, match=name):
         run(dense, tmp_path / "out", {"scheme": "fp8"}, compare=False)
+    tensors[name][3, 4] = 0
+    tensors["language_model.model.norm.weight"][0] = torch.nan  # which is copied
+    save_file(tensors, dense / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"language_model\.model\.norm\.weight: numbers are not finite"):
+        run(dense, tmp_path / "again", {"scheme": "fp8"}, compare=False)
+
+
+def test_a_place_is_normalised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("tiny", "none/../out/", {"scheme": "fp8"}, compare=False).folder == tmp_path / "out"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_comparison_that_fails_loses_no_report(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("internvl_rt.quantize.agreement.Engine.from_pretrained", refuse)
+    result = run("tiny", tmp_path / "out", W4)
+    assert "memory" in result.agreement
+    assert len(result.layers) == 4
+
+
+def test_a_question_that_cannot_be_asked_is_told_with_its_line(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "questions.jsonl").write_text('{"image": "a.png"}\n{"image": "none.png"}\n')
+    with pytest.raises(MediaError, match=r"calibration: .*questions.jsonl line 2: image .*none.png' does not exist"):
+        run("tiny", tmp_path / "out", {**W4, "calibration": tmp_path})
 
 
 def test_a_model_that_does_not_fit_is_written_and_not_compared(tmp_path, monkeypatch):

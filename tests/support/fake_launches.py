@@ -5,7 +5,8 @@
     python tests/support/fake_launches.py engine            serves requests of every kind, prints the kernels built
     python tests/support/fake_launches.py captured          the same behind graphs, few of which are captured at first
 
-The last two take options of the engine behind them, such as quantization=fp8. Prints JSON, one object a line. FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
+The last two take options of the engine behind them, such as quantization=fp8. Prints JSON, one object a line.
+FAKE_DRIVER_LOG names the file in which the stand-in records the launches.
 """
 
 import json
