@@ -100,13 +100,8 @@ def _load_norm(norm_weight, k, end, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 def _load_scales(
     scale, weight_row, inside, k, end, K, scale_stride, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, MATRIX: tl.constexpr
 ):  # fmt: skip
-    """Loads the scales of the parts of a chunk that `_add_chunk` adds up: of every warp, or of every 16 columns.
-
-    Returns None if `scale` is None.
-    """
-    if scale is None:
-        return None
-    elif MATRIX:
+    """Loads the scales of the parts of a chunk that `_add_chunk` adds up: of every warp, or of every 16 columns."""
+    if MATRIX:
         inner = k + BLOCK_K // WARPS * tl.arange(0, WARPS)[:, None, None]
         at = scale + weight_row[None, None, :] * scale_stride + inner // 128
         return tl.load(at, mask=inside[None, None, :] & (inner < tl.minimum(end, K)), other=0.0)
@@ -198,8 +193,10 @@ def _row_sums(
         if norm_weight is not None:
             next_n = _load_norm(norm_weight, begin + i * BLOCK_K, end, K, ROWS, BLOCK_K, PIECES)
         at = begin + (i - 1) * BLOCK_K
-        s_i = _load_scales(scale, weight_row, weight_inside, at, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
-        sums, squares = _add_chunk(w, v, n, s_i, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
+        s = None
+        if scale is not None:
+            s = _load_scales(scale, weight_row, weight_inside, at, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
+        sums, squares = _add_chunk(w, v, n, s, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
         w = ws[i]
         v = next_v
         if norm_weight is not None:
@@ -209,8 +206,10 @@ def _row_sums(
         next_v = _load_rows(x, last_row, k + BLOCK_K, end, K, x_stride, ROWS, BLOCK_K, PIECES)
         if norm_weight is not None:
             next_n = _load_norm(norm_weight, k + BLOCK_K, end, K, ROWS, BLOCK_K, PIECES)
-        s = _load_scales(scale, weight_row, weight_inside, k, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
-        sums, squares = _add_chunk(w, v, n, s, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
+        s_k = None
+        if scale is not None:
+            s_k = _load_scales(scale, weight_row, weight_inside, k, end, K, scale_stride, BLOCK_K, WARPS, MATRIX)
+        sums, squares = _add_chunk(w, v, n, s_k, sums, squares, WARPS, MATRIX, WIDE, PRECISION, KIND, ASM, LIFT, WORD)
         w = next_w
         v = next_v
         if norm_weight is not None:

@@ -130,8 +130,10 @@ def choose_tiling(
         return Tiling(SPLIT_ROWS, block_n, 4, 3)
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels, or with numbers in 8 bits and
     # their scales, it would have too few registers.
-    num_warps = 4 if target.capability in (100, 103) and head_dim < 128 and not is_in_8_bits else 8
-    return Tiling(128, block_n, num_warps, 3)
+    has_tcgen05 = target.capability in (100, 103)
+    num_warps = 4 if has_tcgen05 and head_dim < 128 and not is_in_8_bits else 8
+    num_stages = 2 if has_tcgen05 and head_dim == 128 and is_in_8_bits else 3  # with three, triton 3.6 spills a little
+    return Tiling(128, block_n, num_warps, num_stages)
 
 
 def most_blocks(num_rows: int, num_tokens: int, max_query_len: int, queries: int) -> int:
