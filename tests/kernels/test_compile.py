@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ GOOD = {"operation": "x", "kernel": "_x_kernel", "case": "c", "target": 90, "sta
 GOOD |= {"shared_bytes": 0, "matrix_units": True, "hgmma": 4, "wide_loads": True, "load_128": 1, "constexprs": {}}
 
 
-def audit(folder: Path, *options: str) -> Rows:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def audit(folder: Path, *options: str, **more: str) -> Rows:
+    """more: variables of the environment"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
     subprocess.run([sys.executable, AUDIT, "--out", folder / "kernels.json", *options], env=environment)
     return json.loads((folder / "kernels.json").read_text())["kernels"]
 
@@ -33,6 +35,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 def test_the_smallest_case_of_every_operation_is_built_for_sm_90_and_breaks_no_rule(tmp_path: Path) -> None:
     smallest = audit(tmp_path, "--smallest")
     assert {(k["operation"], k["target"]) for k in smallest} == {(operation, 90) for operation in discover_specs()}
+    assert not breaches(smallest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [0, -1], ids=["oldest", "newest"])
+def test_the_oldest_and_the_newest_triton_build_them_too(end: int, tmp_path: Path) -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    version = re.search(r"^AUDITED \?= (.*)$", makefile, re.MULTILINE)[1].split()[end]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "triton"]
+    subprocess.run([*install, f"triton=={version}"], check=True)
+    smallest = audit(tmp_path, "--smallest", PYTHONPATH=str(tmp_path / "triton"))
+    assert json.loads((tmp_path / "kernels.json").read_text())["triton"] == version
     assert not breaches(smallest)
 
 
