@@ -156,8 +156,8 @@ def _matrix_plan(n: int, k: int, itemsize: int, target: Target) -> GemvPlan:
     """
     if n * k * itemsize >= LARGE_WEIGHT:
         block_n, block_k, num_warps = 64, 256 // min(itemsize, 2), 8
-    else:
-        block_n, block_k, num_warps = 16, 64 * (16 // itemsize), 8
+    else:  # of 8-bit numbers no more columns than of 16 bits: x and the norm's weight take registers for each of them
+        block_n, block_k, num_warps = 16, 64 * (16 // max(itemsize, 2)), 8
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
 
     def chunks_in_turn(splits: int) -> int:

@@ -125,15 +125,16 @@ def choose_tiling(
     if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
         items = num_items(SPLIT_ROWS)
         return Tiling(SPLIT_ROWS, block_n, 4, 3, items, SPLIT_REGISTERS if items and not wide else None)
-    is_in_8_bits = cache_BGPC.itemsize == 1
-    if target.capability == 120 and is_in_8_bits and head_dim == 128 and block_size < 64:  # large blocks would spill
-        return Tiling(SPLIT_ROWS, block_n, 4, 3)
+    is_in_8_bits, has_tcgen05 = cache_BGPC.itemsize == 1, target.capability in (100, 103)
+    if is_in_8_bits and head_dim == 128:  # numbers and scales take registers, so that larger blocks would spill
+        if has_tcgen05:
+            return Tiling(128, 32, 8, 3)
+        if target.capability == 120 and block_size < 64:
+            return Tiling(SPLIT_ROWS, block_n, 4, 3)
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels, or with numbers in 8 bits and
     # their scales, it would have too few registers.
-    has_tcgen05 = target.capability in (100, 103)
     num_warps = 4 if has_tcgen05 and head_dim < 128 and not is_in_8_bits else 8
-    num_stages = 2 if has_tcgen05 and head_dim == 128 and is_in_8_bits else 3  # with three, triton 3.6 spills a little
-    return Tiling(128, block_n, num_warps, num_stages)
+    return Tiling(128, block_n, num_warps, 3)
 
 
 def most_blocks(num_rows: int, num_tokens: int, max_query_len: int, queries: int) -> int:
