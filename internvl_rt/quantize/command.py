@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     find_config(args.model)
     with importing():
         from internvl_rt.quantize.quantising import quantise
-        from internvl_rt.quantize.unfinished import folder_of
+        from internvl_rt.quantize.unfinished import folder_of, place_of
     more = {"calibration": args.calibration, "compare": not args.no_compare, "device": args.device}
-    is_written = False
+    out, is_written = place_of(args.out), False
 
     def show(result: "Quantised") -> None:
         nonlocal is_written
@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
             print(_render(result), flush=True)
 
     try:
-        result = quantise(args.model, args.out, args.scheme, **given, **more, on_written=show)
+        result = quantise(args.model, out, args.scheme, **given, **more, on_written=show)
     except (KeyboardInterrupt, OSError, MemoryError, CheckpointError):
         if is_written:
-            say(f"\n{args.out} is whole; only the comparison of answers is missing")
-        elif (folder := folder_of(args.out)).exists():
+            say(f"\n{out} is whole; only the comparison of answers is missing")
+        elif (folder := folder_of(out)).exists():
             say(f"\nwhat is written so far stays in {folder}; the same command goes on from there")
         raise
     print(json.dumps(_document(result), indent=2) + "\n" if args.json else _render_agreement(result.agreement), end="")

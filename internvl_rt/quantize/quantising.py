@@ -1,7 +1,6 @@
 """`quantise`: writes a compressed-tensors checkpoint of a dense one, layer by layer, and goes on where it was."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
@@ -40,7 +39,7 @@ from internvl_rt.quantize.questions import read_questions
 from internvl_rt.quantize.rounding import round_fp8
 from internvl_rt.quantize.section import build_section, parse_section
 from internvl_rt.quantize.source import DenseSource
-from internvl_rt.quantize.unfinished import Unfinished
+from internvl_rt.quantize.unfinished import Unfinished, place_of
 from internvl_rt.terminal import say
 
 _SHARD_BYTES = 5 << 30
@@ -107,7 +106,7 @@ def quantise(
     source = DenseSource(model)
     section = build_section(options, source.dialect)
     job = _Job(source, options, section, target, prepare_prompts(source, questions))
-    out = Path(os.path.abspath(os.path.expanduser(out)))
+    out = place_of(out)
     arguments = {
         **asdict(options),
         "group_size": options.group if options.scheme == "w4a16" else None,

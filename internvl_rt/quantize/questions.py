@@ -54,7 +54,7 @@ def read_questions(folder: Path | None) -> list[Question]:
 def _beside_pictures(folder: Path) -> Iterator[Question]:
     """Takes every picture in a folder, with the question in the .txt of the same name if there is one.
 
-    The case of suffixes does not matter, and hidden files are nobody's.
+    The case of suffixes does not matter, and hidden files are left out.
     """
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}

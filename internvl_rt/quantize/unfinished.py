@@ -30,6 +30,11 @@ _DIGESTS = {  # arguments that are digests, and what another one means
 }
 
 
+def place_of(out: str | Path) -> Path:
+    """Returns the whole path of a result."""
+    return Path(os.path.abspath(os.path.expanduser(out)))
+
+
 def folder_of(out: Path) -> Path:
     """Returns where a result is while it is not finished."""
     return out.parent / f".{out.name}-unfinished"
