@@ -138,7 +138,7 @@ def choose_8bit_plan(
     many warps share K as find work for three quarters of their threads. Not measured.
     """
     if rows <= 2:
-        block_n = 8 if n >= 8 * 4 * target.num_sms else 4
+        block_n = 8 if n >= 8 * 8 * target.num_sms else 4
         per_warp = 32 * 16  # columns of one load of each thread
         num_warps = next((w for w in (8, 4) if k >= 0.75 * cdiv(k, w * per_warp) * w * per_warp), 2)
         return GemvPlan(block_n, num_warps * per_warp, num_warps)
@@ -154,10 +154,16 @@ def _matrix_plan(n: int, k: int, itemsize: int, target: Target) -> GemvPlan:
     split into the number of parts with which the last program ends first: the programs that run at once should fill
     the chip, and a last round of a few programs would leave most of it idle.
     """
+    num_warps = 8
     if n * k * itemsize >= LARGE_WEIGHT:
-        block_n, block_k, num_warps = 64, 256 // min(itemsize, 2), 8
-    else:  # of 8-bit numbers no more columns than of 16 bits: x and the norm's weight take registers for each of them
-        block_n, block_k, num_warps = 16, 64 * (16 // max(itemsize, 2)), 8
+        block_n, block_k = (
+            64,
+            256 if itemsize == 1 and target.capability >= 100 else 128,
+        )  # faster memory, more on its way
+    elif itemsize == 1:  # x and the norm's weight take registers for each column, so there are more rows instead
+        block_n, block_k = 32, 256
+    else:
+        block_n, block_k = 16, 64 * (16 // itemsize)
     chunks, tiles = cdiv(k, block_k), cdiv(n, block_n)
 
     def chunks_in_turn(splits: int) -> int:

@@ -121,19 +121,21 @@ def choose_tiling(
         return Tiling(32, 32, 4, 1, num_items(32))
     wide = target.capability in (90, 100, 103)  # matrix units read keys from shared memory, not from registers
     block_n = 64 if wide or head_dim < 128 else 32
+    # Numbers in 8 bits and their scales take registers while they become operands, the more so in small cache blocks.
+    is_tight = cache_BGPC.itemsize == 1 and not (wide and block_size >= 64)
     # Blocks are small if large ones would leave multiprocessors without work.
     if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
         items = num_items(SPLIT_ROWS)
-        return Tiling(SPLIT_ROWS, block_n, 4, 3, items, SPLIT_REGISTERS if items and not wide else None)
-    is_in_8_bits, has_tcgen05 = cache_BGPC.itemsize == 1, target.capability in (100, 103)
-    if is_in_8_bits and head_dim == 128:  # numbers and scales take registers, so that larger blocks would spill
-        if has_tcgen05:
-            return Tiling(128, 32, 8, 3)
-        if target.capability == 120 and block_size < 64:
-            return Tiling(SPLIT_ROWS, block_n, 4, 3)
+        max_registers = SPLIT_REGISTERS if items and (is_tight or not wide) else None
+        if is_tight:
+            return Tiling(SPLIT_ROWS, 32, 8 if head_dim == 128 else 4, 3, items, max_registers)
+        return Tiling(SPLIT_ROWS, block_n, 4, 3, items, max_registers)
+    has_tcgen05 = target.capability in (100, 103)
+    if cache_BGPC.itemsize == 1 and head_dim == 128:
+        return Tiling(128, 16 if is_tight else 32 if has_tcgen05 else block_n, 8, 3)
     # tcgen05 gives each thread of four warps a whole row of scores; with 128 channels, or with numbers in 8 bits and
     # their scales, it would have too few registers.
-    num_warps = 4 if has_tcgen05 and head_dim < 128 and not is_in_8_bits else 8
+    num_warps = 4 if has_tcgen05 and head_dim < 128 and cache_BGPC.itemsize > 1 else 8
     return Tiling(128, block_n, num_warps, 3)
 
 

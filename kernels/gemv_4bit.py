@@ -142,9 +142,13 @@ def _max_registers(constexprs: dict[str, Any], dtype: torch.dtype) -> int | None
 
     None: what the compiler takes, where it would not do with as few.
     """
-    if dtype == torch.float32 or constexprs["WIDE"] or not constexprs["MATRIX"] or constexprs["GROUP"] == 32:
+    if dtype == torch.float32 or constexprs["WIDE"] or not constexprs["MATRIX"]:
         return None
-    return 168 if constexprs["ROWS"] == 16 else 128
+    if constexprs["GROUP"] == 32:
+        return 255  # with less the compiler spills a little, to make room for a third program
+    if constexprs["ROWS"] == 16:
+        return 168 if constexprs.get("zero", "") is None else None
+    return 128
 
 
 def gemv_4bit(
