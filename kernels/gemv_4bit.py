@@ -134,10 +134,11 @@ def plan_gemv_4bit(
         "ROWS": rows if not plan.matrix else 8 if rows <= 8 else 16,
         "ASM": not target.interpreted,
     }
-    return (Launch(gemv_4bit_kernel, **common, max_registers=_max_registers(common["constexprs"], x_RK.dtype)),)
+    most = _max_registers(common["constexprs"], x_RK.dtype, target)
+    return (Launch(gemv_4bit_kernel, **common, max_registers=most),)
 
 
-def _max_registers(constexprs: dict[str, Any], dtype: torch.dtype) -> int | None:
+def _max_registers(constexprs: dict[str, Any], dtype: torch.dtype, target: Target) -> int | None:
     """Returns the most of a thread with which nothing spills and RESIDENT programs run at once, or 3 with 16 rows.
 
     None: what the compiler takes, where it would not do with as few.
@@ -147,7 +148,8 @@ def _max_registers(constexprs: dict[str, Any], dtype: torch.dtype) -> int | None
     if constexprs["GROUP"] == 32:
         return 255  # with less the compiler spills a little, to make room for a third program
     if constexprs["ROWS"] == 16:
-        return 168 if constexprs.get("zero", "") is None else None
+        has_zeros = "zero" not in constexprs  # which is None there
+        return None if has_zeros and target.capability in (100, 103) else 168
     return 128
 
 
