@@ -126,7 +126,7 @@ def choose_tiling(
     # Blocks are small if large ones would leave multiprocessors without work.
     if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
         items = num_items(SPLIT_ROWS)
-        max_registers = SPLIT_REGISTERS if items and (is_tight or not wide) else None
+        max_registers = SPLIT_REGISTERS if is_tight or (items and not wide) else None
         if is_tight:
             return Tiling(SPLIT_ROWS, 32, 8 if head_dim == 128 else 4, 3, items, max_registers)
         return Tiling(SPLIT_ROWS, block_n, 4, 3, items, max_registers)
