@@ -50,6 +50,7 @@ def test_the_kernels_that_are_launched_are_those_of_the_audit(launches: Rows) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # some thousand kernels are built
 def test_every_call_of_the_contract_is_built_and_launched(environment: dict[str, str]) -> None:
     """Covers every dtype as on an H200; a run on a GPU makes these calls first and ends if one fails."""
     parts = os.cpu_count() or 1
