@@ -24,9 +24,9 @@ from internvl_rt import Engine, SamplingParams
 from internvl_rt.engine import in_flight, loop
 from internvl_rt.steps import sampler, step
 from internvl_rt.steps.cuda_graph import Replay
+from internvl_rt.steps.graph_steps import GraphSteps
 from internvl_rt.steps.runner import Runner
 from internvl_rt.steps.scheduler import Scheduler
-from internvl_rt.steps.step_graph import StepGraphs
 
 GOALS_US = {1: 60.0, 64: 150.0, 256: 400.0}  # by number of sequences, on a 2-core virtual machine
 WARM_UP = 50
@@ -50,7 +50,7 @@ def build_engine(num_sequences: int, num_steps: int) -> Engine:
 
     limits = {"max_num_seqs": num_sequences, "max_model_len": engine.max_model_len, "max_tokens_per_step": 1}
     engine.runner.capture(**limits, everything=False, capture=capture)
-    engine.runner._drawn_R[:num_sequences] = torch.tensor(token_ids)
+    engine.runner.executor.drawn_R[:num_sequences] = torch.tensor(token_ids)
     engine.loop.run_ahead = True
     return engine
 
@@ -86,7 +86,7 @@ def measure_parts(engine: Engine, num_steps: int) -> dict[str, float]:
     wrap(loop, "plan_step", "plan the step and its draws")
     wrap(step.StepArrays, "fill", "fill the step's arrays")
     wrap(sampler.UnlistedArguments, "fill", "fill the draws' arguments")
-    wrap(StepGraphs, "_tokens_of", "copy the tokens to the host")
+    wrap(GraphSteps, "_tokens_of", "copy the tokens to the host")
     wrap(Scheduler, "launched", "move the sequences on")
     wrap(Runner, "collect", "read what was drawn, close the step")
     wrap(in_flight.InFlight, "collect", "publish full blocks, hand out tokens")

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl_rt.arguments import Parser, add_device_and_numbers, device_name
+from internvl_rt.arguments import Parser, above_zero, add_device_and_numbers, device_name
 from internvl_rt.bench.arguments import add_bench
 from internvl_rt.completion import SHELLS
 from internvl_rt.errors import InternVLError, quoted
@@ -131,6 +131,10 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
     info.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or a known name such as InternVL3-8B")
+    info.add_argument(
+        "--gpus", metavar="N", type=above_zero(int, 1_000), default=1,
+        help="split among so many GPUs, as tensor_parallel_size does (default: %(default)s)",
+    )  # fmt: skip
     info.add_argument("--json", action="store_true", help="one JSON document, for programs")
 
     doctor = commands.add_parser(
@@ -244,7 +248,7 @@ def _info(args: argparse.Namespace) -> int:
     config, name = find_config(args.model)
     with importing():
         from internvl_rt.model.card import model_card, render_card
-    card = model_card(config, name)
+    card = model_card(config, name, args.gpus)
     print(json.dumps(card, indent=2) if args.json else render_card(card))
     return 0
 

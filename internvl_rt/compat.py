@@ -129,8 +129,9 @@ class AutoModel:
 
         torch_dtype, dtype: two names for the `dtype` of `Engine`; None is "auto".
         device: that of `Engine`.
-        device_map: the same in transformers' forms, such as "auto", 0, "cuda:1" or {"": 0}. The model runs on one
-            device, so every entry of a map must name the same one.
+        device_map: the same in transformers' forms, such as "auto", 0, "cuda:1" or {"": 0}. If the entries of a map
+            name several GPUs in a row, as the cards' `split_model` does, every layer is split among all of them
+            (`tensor_parallel_size`), whichever the map says.
         """
         _check_arguments("AutoModel.from_pretrained", model, revision, official)
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
@@ -138,11 +139,13 @@ class AutoModel:
         if device_map is not None and device != "auto":
             raise RequestError(f"device is {quoted(device)} but device_map was given too; give one of them")
         chosen = dtype if torch_dtype is None else torch_dtype
+        first, number = (device, 1) if device_map is None else _devices_of(device_map)
         return ChatModel(
             Engine.from_pretrained(
                 model,
                 dtype="auto" if chosen is None else chosen,
-                device=device if device_map is None else _one_device(device_map),
+                device=first,
+                tensor_parallel_size=number,
                 revision=revision,
             )
         )
@@ -287,8 +290,8 @@ def _check_arguments(call: str, model: object, revision: object, official: Mappi
         )
 
 
-def _one_device(device_map: object) -> str:
-    """Returns the device of a `device_map` as `Engine` takes it."""
+def _devices_of(device_map: object) -> tuple[str, int]:
+    """Returns the first device of a `device_map`, as `Engine` takes it, and how many there are in a row."""
     names = set()
     for place in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
         if isinstance(place, bool) or not isinstance(place, int | str | torch.device):
@@ -296,12 +299,15 @@ def _one_device(device_map: object) -> str:
         name = f"cuda:{place}" if isinstance(place, int) else str(place)
         name = "auto" if name in ("balanced", "balanced_low_0", "sequential") else name
         names.add("cuda:0" if name == "cuda" else name)
-    if len(names) != 1:
+    if len(names) == 1:
+        return names.pop(), 1
+    numbers = sorted(int(name.removeprefix("cuda:")) for name in names if name.removeprefix("cuda:").isdecimal())
+    if not names or len(numbers) < len(names) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise RequestError(
-            f"device_map: expected one device, since the model runs on one, got {quoted(sorted(names))}; leave "
-            "device_map out, or give {'': 0}"
+            f"device_map: expected one device, or GPUs in a row, got {quoted(sorted(names))}; leave device_map out, or "
+            "give {'': 0}"
         )
-    return names.pop()
+    return f"cuda:{numbers[0]}", len(numbers)
 
 
 def _check_text(name: str, value: object) -> None:

@@ -113,6 +113,8 @@ def test_help_explains_and_does_not_load_torch(command):
         (["chat", "tiny", "--v2pe-delta", "1/0", "Hi"], "expected a power of two from 1 to 1/256, or auto, got '1/0'"),
         (["chat", "tiny", "--max-tiles", "0", "Hi"], "max_tiles"),
         (["info", "internvl3-8b"], "a hub id such as OpenGVLab/InternVL3-8B"),
+        (["info", "tiny", "--gpus", "5"], "4 query heads, can be split among at most 4 ranks"),
+        (["info", "tiny", "--gpus", "0"], "expected a number above 0, got '0'"),
         (["write-random", "InternVL3-7B", "out"], "InternVL3-7B"),
     ],
 )
@@ -142,6 +144,9 @@ def test_info_prints_a_card_and_json_for_programs(capsys):
     assert "7,944.4 M" in capsys.readouterr().out
     assert main(["info", "InternVL3-8B", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
+    assert main(["info", "InternVL3-8B", "--gpus", "2", "--json"]) == 0
+    split = json.loads(capsys.readouterr().out)
+    assert (split["parameters"], split["each_gpu"]["num_gpus"]) == (card["parameters"], 2)
     assert round(sum(card["parameters"][part] for part in ("vision", "projector", "decoder")) / 1e9, 3) == 7.944
 
 

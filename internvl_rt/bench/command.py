@@ -21,7 +21,7 @@ from internvl_rt.model.card import model_card, render_card
 from internvl_rt.model.internvl import layer_bytes
 from internvl_rt.model.weights import find_schemes, shape_weights
 from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
-from internvl_rt.steps.runner import MAX_TILES_PER_PASS
+from internvl_rt.steps.tile_encoder import MAX_TILES_PER_PASS
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
 COLUMNS: dict[str, tuple[Column, ...]] = {

@@ -11,7 +11,7 @@ from internvl_rt.bench.record import Column, Pace, Record, peak, reset_peak, sha
 from internvl_rt.engine.engine import Engine
 from internvl_rt.model.work import vision_work
 from internvl_rt.steps.device_stream import DeviceStream, Moment
-from internvl_rt.steps.runner import MAX_TILES_PER_PASS
+from internvl_rt.steps.tile_encoder import MAX_TILES_PER_PASS
 
 COLUMNS = (
     Column("ms", "median_us", 1e-3),
@@ -35,7 +35,7 @@ def sweep_vision(engine: Engine, record: Record, tiles: Sequence[int], pace: Pac
             continue
         reset_peak(engine.device)
         encode = partial(engine.runner.encode, prompter.picture(num_tiles), None)
-        seconds = _time_passes(encode, engine.runner.stream, pace)
+        seconds = _time_passes(encode, engine.runner.executor.stream, pace)
         work = vision_work(engine.config, engine.model.dtype, num_tiles, engine.model.vision_layer_bytes)
         median_s = float(np.median(seconds))
         record.add(

@@ -6,8 +6,10 @@ is read from the file, because the library either maps it, so that it counts as 
 becomes shorter ends the process, or reads a whole tensor for every part of one (fact 33 in bench/FACTS.md).
 """
 
+import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,45 +91,49 @@ def read_tensor(entry: TensorEntry, out: Tensor, rows: slice, columns: slice) ->
 
     rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension.
 
-    The file is read straight into `out` where nothing has to change on the way, and otherwise through a buffer of
-    16 MiB, or of one row. Raises CheckpointError if the file has become shorter.
+    Nothing else of the file is read: it goes straight into `out` where nothing has to change on the way, and otherwise
+    through a buffer of 16 MiB, or of one row. Raises CheckpointError if the file has become shorter.
     """
-    width = entry.shape[-1] if entry.shape else 1
+    width, itemsize = entry.shape[-1] if entry.shape else 1, entry.dtype.itemsize
     first, stop, _ = rows.indices(math.prod(entry.shape[:-1]))
-    num_columns = len(range(width)[columns])
+    taken = range(width)[columns]
     assert out.is_contiguous(), entry
-    assert out.numel() == (stop - first) * num_columns, entry
+    assert out.numel() == (stop - first) * len(taken), entry
     if out.numel() == 0:
         return
-    out = out.view(stop - first, num_columns)
-    straight = out.device.type == "cpu" and out.dtype == entry.dtype and num_columns == width
-    size = len(out) if straight else min(len(out), max(1, _CHUNK_BYTES // (width * entry.dtype.itemsize)))
-    buffer = out if straight else torch.empty((size, width), dtype=entry.dtype)
+    out = out.view(stop - first, len(taken))
+    straight = out.device.type == "cpu" and out.dtype == entry.dtype
+    size = len(out) if straight else min(len(out), max(1, _CHUNK_BYTES // (len(taken) * itemsize)))
+    buffer = out if straight else torch.empty((size, len(taken)), dtype=entry.dtype)
     with open_file(entry.file, CheckpointError) as file:
-        file.seek(entry.offset_bytes + first * width * entry.dtype.itemsize)
         for start in range(0, len(out), size):
             part = out[start : start + size]
-            memory = _bytes_of(buffer[: len(part)])
-            if file.readinto(memory) < len(memory):
-                raise _became_shorter(entry)
+            memory = _bytes_of(part if straight else buffer[: len(part)])
+            offset = entry.offset_bytes + ((first + start) * width + taken.start) * itemsize
+            stretch = len(memory) if len(taken) == width else len(taken) * itemsize  # bytes that lie together
+            for row, begin in enumerate(range(0, len(memory), stretch)):
+                _read_at(entry, file, offset + row * width * itemsize, memory[begin : begin + stretch])
             if not straight:
-                part.copy_(buffer[: len(part), columns])
+                part.copy_(buffer[: len(part)])
 
 
-def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
+def read_chunks(entry: TensorEntry) -> Iterator[bytearray]:
     """Yields a tensor's bytes, in order, in pieces of at most 16 MiB. Raises CheckpointError as `read_tensor` does."""
     with open_file(entry.file, CheckpointError) as file:
-        file.seek(entry.offset_bytes)
         for done in range(0, entry.num_bytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, entry.num_bytes - done)
-            chunk = file.read(size)
-            if len(chunk) < size:
-                raise _became_shorter(entry)
+            chunk = bytearray(min(_CHUNK_BYTES, entry.num_bytes - done))
+            _read_at(entry, file, entry.offset_bytes + done, memoryview(chunk))
             yield chunk
 
 
-def _became_shorter(entry: TensorEntry) -> CheckpointError:
-    return CheckpointError(f"{entry.file} became shorter while it was read; download it again")
+def _read_at(entry: TensorEntry, file: io.BufferedReader, offset: int, memory: memoryview) -> None:
+    """Fills the memory with the bytes of the file that begin at `offset`, and reads no others."""
+    file.raw.seek(offset, os.SEEK_SET)
+    while memory:
+        count = file.raw.readinto(memory)
+        if not count:
+            raise CheckpointError(f"{entry.file} became shorter while it was read; download it again")
+        memory = memory[count:]
 
 
 def write_file(

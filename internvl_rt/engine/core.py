@@ -62,10 +62,9 @@ class EngineCore:
             max_tiles_per_step=min(MAX_TILES_PER_STEP, -(-self.max_tokens_per_step // model.config.tokens_per_tile)),
             double_cost_context=options.double_cost_context(model.config.decoder, model.device),
         )
-        self._uploads = Uploads(model.ops, model.device)
-        max_draws = options.max_num_seqs * (1 + options.num_draft_tokens)
-        caches = cache, self.visual_cache
-        self.runner = Runner(model, *caches, self._uploads, max_draws=max_draws, num_threads=options.num_threads)
+        self._uploads = Uploads(model.ops, model.device, model.shard.tower)
+        caches, num_threads = (cache, self.visual_cache), options.threads_of_rank
+        self.runner = Runner(model, *caches, self._uploads, max_draws=options.max_draws, num_threads=num_threads)
         if memory.graph_bytes:
             self.runner.capture(
                 max_num_seqs=options.max_num_seqs,

@@ -84,6 +84,8 @@ def memory_faults() -> TranslateErrors:
 
 def dead(cause: BaseException) -> EngineDeadError:
     """cause: as `shareable` or `without_frames` returns it"""
+    if isinstance(cause, EngineDeadError):
+        return EngineDeadError(str(cause))
     text = (
         f"the thread that ran the engine's steps was ended by {cause!r}, and what it ran is lost; send the request "
         "again, to a new engine if this one refuses it"

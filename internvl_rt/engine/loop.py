@@ -15,7 +15,7 @@ from internvl_rt.engine.in_flight import InFlight, Notify
 from internvl_rt.engine.reply import Piece
 from internvl_rt.engine.request import Request
 from internvl_rt.engine.trace import Trace
-from internvl_rt.errors import QueueFullError, RequestError, forked
+from internvl_rt.errors import EngineDeadError, QueueFullError, RequestError, forked
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.steps.decodes import Decodes, build_decodes
 from internvl_rt.steps.runner import LaunchedStep, Runner
@@ -78,6 +78,7 @@ class StepLoop:
             raise dead(self._fatal_error)
         if self._closed:
             raise _closed()
+        self._runner.check()
 
     def submit(self, request: Request, notify: Notify | None = None) -> None:
         """notify: a worker thread calls it between steps when there is text, a reply or an error."""
@@ -158,6 +159,8 @@ class StepLoop:
             except BaseException as error:
                 self._start_over(error)
                 raise
+            finally:
+                self._runner.close()
 
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
         """Computes the visual tokens [X, D] of a picture, for use on the calling thread's stream.
@@ -198,6 +201,10 @@ class StepLoop:
     def step(self) -> bool:
         """Runs one step; returns False if there was nothing to do."""
         return self._in_turn(self._step)
+
+    def help(self) -> bool:
+        """Runs one step if there is something to do and no worker thread that does it; says whether it did."""
+        return self._wake_worker is None and len(self._in_flight) > 0 and self.step()
 
     def _in_turn(self, work: Callable[[], T]) -> T:
         """Runs a step, which holds the lock, after all that wait for the lock, and then does what `_locked` does."""
@@ -297,6 +304,8 @@ class StepLoop:
             return
         try:
             launched = self._runner.launch(step)
+        except EngineDeadError:
+            raise
         except Exception as error:  # the cache's content for the sequences is unknown now, so their requests end
             self._collect_down_to(0)
             self._end_step_of(step, error)
@@ -315,6 +324,8 @@ class StepLoop:
         """Waits for a launched step and gives its tokens to their requests."""
         try:
             result = self._runner.collect(launched)
+        except EngineDeadError:
+            raise
         except Exception as error:  # the tokens that the step drew are lost
             self._end_step_of(launched.step, error)
             return
@@ -331,9 +342,13 @@ class StepLoop:
     def _start_over(self, error: BaseException) -> None:
         """Ends every request after an error that came between two changes that belong together, and clears the books.
 
-        So nothing goes on from half a change. An interrupt of a worker thread is left to `fail_worker`.
+        So nothing goes on from half a change. An interrupt of a worker thread is left to `fail_worker`. Without its
+        other ranks the engine is dead.
         """
         if self._wake_worker is not None and not isinstance(error, Exception):
+            return
+        if isinstance(error, EngineDeadError):
+            self._die(without_frames(error))
             return
         try:
             self._launched.clear()

@@ -14,8 +14,8 @@ from internvl_rt.model.card import format_bytes
 from internvl_rt.model.work import kv_bytes_per_token
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
 from internvl_rt.steps.kv_cache import least_num_blocks, plan_num_blocks
-from internvl_rt.steps.runner import MAX_TILES_PER_PASS
 from internvl_rt.steps.step_graph import head_buckets, layer_buckets
+from internvl_rt.steps.tile_encoder import MAX_TILES_PER_PASS
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30  # the system commits memory only as it is used
 RESERVE = 0.05  # part of the free memory, left for fragmentation, sampling and the driver
@@ -79,19 +79,21 @@ def plan_memory(
     graphs: bool,
     weights_are_loaded: bool = True,
     kv_dtype: torch.dtype | None = None,
+    vision: bool = True,
 ) -> MemoryPlan:
     """Plans the memory: the KV cache gets `kv_cache_bytes`, or what is left, which on the CPU is at most 4 GiB of it.
 
     kv_dtype: of keys and values in the cache; None: `dtype`.
     dense_bytes: of the largest quantised weight, as it is multiplied out for a product of many rows
     graphs: whether CUDA graphs will be captured
+    vision: whether the vision tower runs here
     weights_are_loaded: if not, what is free must hold them as well
 
     Raises RequestError unless all fits into what is free, with one sequence of `max_model_len`.
     """
     max_num_tokens, max_num_seqs = options.tokens_per_step(device), options.max_num_seqs
     kv_dtype = kv_dtype or dtype
-    vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
+    vision_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS) if vision else 0
     step_bytes = step_workspace_bytes(config.decoder, dtype, max_num_tokens, max_num_seqs) + dense_bytes
     if options.uses_torch(device):
         seq_len = options.max_model_len or config.decoder.max_position
@@ -101,10 +103,12 @@ def plan_memory(
     if device.type == "cuda":
         cublas_bytes = CUBLAS_BYTES
         if graphs:
-            graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs) + dense_bytes
+            graph_bytes = graphs_bytes(config, dtype, max_num_tokens, max_num_seqs, vision=vision) + dense_bytes
         free_bytes, total_bytes = _free_bytes(device)
     else:
         free_bytes = free_host_bytes()
+        if free_bytes is not None:
+            free_bytes //= options.num_processes  # all take theirs from the same memory
     workspace_bytes = vision_bytes + step_bytes + graph_bytes + cublas_bytes
     fixed_bytes = workspace_bytes + (0 if weights_are_loaded else weight_bytes)
     block_bytes = kv_bytes_per_token(config.decoder, kv_dtype) * options.block_size
@@ -147,6 +151,15 @@ def plan_memory(
         num_blocks=num_blocks,
         block_bytes=block_bytes,
     )
+
+
+def check_tower_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> None:
+    """Raises RequestError unless the vision tower and its workspace fit into what is free."""
+    free_bytes = _free_bytes(device)[0] if device.type == "cuda" else free_host_bytes()
+    workspace_bytes = vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS)
+    room = None if free_bytes is None else int(free_bytes * (1 - RESERVE))
+    if room is not None and weight_bytes + workspace_bytes > room:
+        raise RequestError(_too_large(dtype, device, weight_bytes, workspace_bytes, room))
 
 
 def split_cache(plans: tuple[MemoryPlan, MemoryPlan], given: tuple[bool, bool], device: torch.device) -> list[int]:
@@ -236,22 +249,24 @@ def _free_bytes(device: torch.device) -> tuple[int, int]:
     return free_bytes + kept - stats.get("inactive_split_bytes.all.current", 0), total_bytes
 
 
-def graphs_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int) -> int:
+def graphs_bytes(
+    config: ModelConfig, dtype: torch.dtype, max_tokens_per_step: int, max_num_seqs: int, *, vision: bool = True
+) -> int:
     """Adds up what all CUDA graphs keep: a common workspace, and inputs and results at fixed addresses.
 
     Each graph of tiles has its own result. Those of steps share logits, visual tokens, and what the layers compute.
     """
-    decoder, vision = config.decoder, config.vision
+    decoder = config.decoder
     sizes = layer_buckets(decoder, max_num_seqs, max_tokens_per_step)
     num_tokens = max((decodes + tokens for decodes, _, tokens in sizes), default=0)
     num_logits = max([max_num_seqs, *head_buckets(sizes, max_draws=1 << 30)])
-    workspace = max(
-        vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS),
-        step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs),
-    )
-    tiles = max(TILE_BUCKETS) * 3 * vision.image_size**2
+    workspace = step_workspace_bytes(decoder, dtype, num_tokens, max_num_seqs)
+    tiles, visual = 0, 0
+    if vision:
+        workspace = max(workspace, vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS))
+        tiles = max(TILE_BUCKETS) * 3 * config.vision.image_size**2
+        visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
     tokens = 2 * num_tokens * decoder.hidden_size
-    visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
     logits = num_logits * decoder.vocab_size
     return int(workspace + tiles + dtype.itemsize * (tokens + visual + logits))
 

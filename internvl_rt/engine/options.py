@@ -4,10 +4,10 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import update_wrapper
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -18,12 +18,15 @@ from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
 from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
 from internvl_rt.model.ops_triton import EXPERIMENTS
 from internvl_rt.model.processor import runs_onednn
+from internvl_rt.model.shard import MAX_RANKS
+from internvl_rt.steps.cpu_threads import count_cores
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read_fields
 
 DEFAULT_VISUAL_CACHE_BYTES = 256 << 20  # about ten pictures of 13 tiles on the 8B
 TOKENS_PER_STEP = 8192
 TOKENS_PER_TORCH_STEP = 512
+ONE_SHOT = "one_shot_sums"  # an experiment, beside those of the kernels
 MAX_DRAFT_TOKENS = 15  # 16 rows with the token before them: the limit of matrix products for few rows
 
 _IMAGES, _VIDEOS = ImageOptions(), VideoLimits()
@@ -47,6 +50,13 @@ class EngineOptions:
         "int8", with one scale for each output; None leaves a checkpoint as it is, dense or quantised. Embeddings and
         the output layer stay as they are.
     quantize_vision: whether `quantization` rounds the weights of the vision tower's layers as well.
+    tensor_parallel_size: how many processes on this machine, each with a GPU of its own (from `device` on; on the CPU
+        they share it), compute each layer of the language model together, of which each holds a part. Each holds the
+        vision tower, and they share the tiles of a picture. `kv_cache_bytes` and `Engine.memory` are of one of them.
+    vision_processes: how many processes of their own have the vision tower, which the others then have not: pictures
+        are encoded there, before the steps that need them, while the language model goes on. 0: there are none.
+    vision_device: the device of the first vision process; the others have the GPUs that follow, or the same CPU. "auto"
+        is the first GPU behind those of the language model, or the CPU with it.
     revision: a branch, tag or commit of the hub's repository; None is its newest.
     max_model_len: most tokens of prompt and answer together; None is the trained window, or what the KV cache holds.
     kv_cache_dtype: "fp8" or "int8": keys and values as numbers in 8 bits with a scale for each token and head, so that
@@ -98,9 +108,10 @@ class EngineOptions:
     programmatic_launch: whether a kernel of a decode step begins before the previous one has ended (from compute
         capability 9.0 on). This switch and `cuda_graphs` change how fast an answer comes, and not the answer: turn one
         off to see what it is worth, or whether it causes a fault.
-    experiments: changes to the kernels of a decode step that are off until a GPU has measured them: some of
-        "prefetch_keys", "prefetch_weights", "early_trigger" and "tokens_to_host", which `model.ops_triton.Switches`
-        explains. They change how fast an answer comes, if at all, and not the answer.
+    experiments: changes to a decode step that are off until a GPU has measured them: some of "prefetch_keys",
+        "prefetch_weights", "early_trigger" and "tokens_to_host", which `model.ops_triton.Switches` explains, and
+        "one_shot_sums", with which GPUs of one engine add up small tensors by reading each other's memory. They change
+        how fast an answer comes, if at all, and not the answer.
     batch_invariant: whether an answer's logits are the same to the bit whatever else runs, alone or among others, in
         whatever chunks, its pictures included. Every product and attention then has one order of sums for any number of
         rows, which takes longer: a decode step of one sequence about twice as long. Needs the backend "triton"; with it
@@ -111,6 +122,9 @@ class EngineOptions:
     dtype: str | torch.dtype = "auto"
     quantization: Literal["fp8", "int8"] | None = None
     quantize_vision: bool = False
+    tensor_parallel_size: int = 1
+    vision_processes: int = 0
+    vision_device: str = "auto"
     revision: str | None = None
     max_model_len: int | None = None
     kv_cache_dtype: Literal["auto", "model", "fp8", "int8"] = "auto"
@@ -147,13 +161,39 @@ class EngineOptions:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.device, torch.device):
-            object.__setattr__(self, "device", str(self.device))
+        for name in ("device", "vision_device"):
+            if isinstance(getattr(self, name), torch.device):
+                object.__setattr__(self, name, str(getattr(self, name)))
         read_fields(self, ENGINE_KINDS)
 
     def numbers_images(self, config: ModelConfig) -> bool:
         """Returns whether several pictures in one message are numbered in a model's prompts."""
         return config.format == "original" if self.number_images is None else self.number_images
+
+    @property
+    def max_draws(self) -> int:
+        """Most tokens that a step draws."""
+        return self.max_num_seqs * (1 + self.num_draft_tokens)
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes the engine consists of."""
+        return self.tensor_parallel_size + self.vision_processes
+
+    @property
+    def threads_of_rank(self) -> int | None:
+        """`num_threads` of each process: several share the cores of a CPU."""
+        if self.num_threads is not None or self.num_processes == 1:
+            return self.num_threads
+        return max(1, int(count_cores() / self.num_processes))
+
+    def choose_vision_device(self, device: torch.device) -> torch.device:
+        """Returns the device of the first vision process. device: of the language model, or of its rank 0."""
+        if self.vision_device != "auto":
+            return torch.device(self.vision_device)
+        if device.type != "cuda":
+            return device
+        return torch.device("cuda", (device.index or 0) + self.tensor_parallel_size)
 
     def tokens_per_step(self, device: torch.device) -> int:
         """Returns `max_tokens_per_step`, or its default for a device."""
@@ -219,6 +259,9 @@ ENGINE_KINDS: dict[str, Kind] = {
     "dtype": OneOf(("auto", *_FLOAT_NAMES, *_FLOATS), f"auto, {', '.join(_FLOAT_NAMES)} or the same torch dtype"),
     "quantization": OrNone(OneOf(("fp8", "int8"), "fp8 or int8")),
     "quantize_vision": Flag(),
+    "tensor_parallel_size": Integer(1, MAX_RANKS),
+    "vision_processes": Integer(0, MAX_RANKS),
+    "vision_device": _Device(),
     "revision": OrNone(Text(1, 256)),
     "max_model_len": OrNone(Integer(1, 1 << 24)),
     "kv_cache_dtype": OneOf(("auto", "model", "fp8", "int8"), "auto, model, fp8 or int8"),
@@ -243,8 +286,30 @@ ENGINE_KINDS: dict[str, Kind] = {
     "capture_all": Flag(),
     "programmatic_launch": Flag(),
     "batch_invariant": Flag(),
-    "experiments": Several(OneOf(EXPERIMENTS), len(EXPERIMENTS)),
+    "experiments": Several(OneOf((*EXPERIMENTS, ONE_SHOT)), len(EXPERIMENTS) + 1),
 }
+
+
+def write_facts(model: str, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what other processes need to load parts of a model, for JSON; all that depends on a machine is chosen.
+
+    model: a folder, or a name of random weights
+    """
+    chosen = replace(
+        options,
+        device=str(device),
+        vision_device=str(options.choose_vision_device(device)),
+        dtype=str(dtype).removeprefix("torch."),
+        backend=options.backend_on(device),
+        revision=None,
+    )
+    return {"model": model, "options": asdict(chosen)}
+
+
+def read_facts(facts: dict[str, Any]) -> tuple[str, EngineOptions]:
+    """Returns the model and the options of `write_facts`."""
+    options = facts["options"]
+    return facts["model"], EngineOptions(**{**options, "experiments": tuple(options["experiments"])})
 
 
 class _Params:

@@ -11,9 +11,11 @@ from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.uploads import Uploads
+from internvl_rt.steps.uploads import AnyArriving, Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 from internvl_rt.values import read
+
+_POLL_S = 0.05
 
 
 class PictureLoader:
@@ -36,16 +38,24 @@ class PictureLoader:
         """
         token_ids, pictures = prepared.prompt.token_ids, prepared.pictures
         num_cached = self._cache.match(token_ids, pictures, prepared.identity) if pictures else 0
+        arriving = []
         for picture in pictures:
             proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
             if picture.image is None or not (self._visual_cache.hold(picture, prepared.salt) or is_cached):
                 try:
                     with memory_faults():
-                        self._uploads.load(picture)
+                        arriving.append(self._uploads.load(picture))
                 except MediaError as error:
                     error.media_id = picture.media_id
                     raise
+        self._wait(arriving, proceed)
+
+    def _wait(self, arriving: Items[AnyArriving], proceed: Proceed) -> None:
+        """Waits for visual tokens that other processes compute. Meanwhile it runs the steps of other requests."""
+        for each in arriving:
+            while not each.wait(0 if self._loop.help() else _POLL_S):
+                proceed()
 
     def encode(self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on) -> list[Tensor]:
         """Computes the visual tokens [X, D] of pictures. proceed: called before each is decoded; it may raise.
@@ -58,7 +68,8 @@ class PictureLoader:
         for picture in self._preparer.open_images(images):
             proceed()
             with memory_faults():
-                self._uploads.load(picture)  # decodes it before the loop of steps is locked
+                arriving = self._uploads.load(picture)  # decodes it before the loop of steps is locked
+            self._wait([arriving], proceed)
             # The caller may write into its visual tokens, which are also kept for pictures that come again.
             visual.append(self._loop.encode(picture, cache_salt).clone())
         for index, visual_XD in enumerate(visual):

@@ -1,16 +1,20 @@
 """A model's card: the sizes and limits that follow from its config.json alone, and how this CPU would compute it."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from internvl_rt.checkpoint.config import ModelConfig
-from internvl_rt.checkpoint.quantization import FOUR_BITS, Quantization, cast
+from internvl_rt.checkpoint.quantization import FOUR_BITS, Quantization, Scheme, cast
+from internvl_rt.errors import ConfigError
 from internvl_rt.model.internvl import build_weights, layer_bytes, named_parameters
 from internvl_rt.model.processor import default_dtype, instructions
+from internvl_rt.model.shard import Shard, check_size, shard_decoder, vocabulary_of
 from internvl_rt.model.weights import find_schemes, shape_weights
-from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token
+from internvl_rt.model.work import Work, data_sheet_roof, decoder_work, kv_bytes_per_token
 
 GPUS_GIB = (24, 48, 80, 141)  # memory of common GPUs
 FASTEST = "NVIDIA H200"  # whose least time of a decode step is told
@@ -19,11 +23,19 @@ CONTEXT = 2048  # tokens of the one sequence of that step
 # The options of an engine with which logits change, by more than what rounding does or by rounding alone.
 CHANGES_RESULTS = (
     *("dtype", "quantization", "quantize_vision", "kv_cache_dtype", "v2pe_delta", "max_tiles", "number_images", "exif"),
-    *("alpha", "backend", "num_threads", "batch_invariant"),
+    *("alpha", "backend", "num_threads", "tensor_parallel_size", "batch_invariant"),
 )
 
 
-def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
+class _Part(NamedTuple):
+    """What one GPU holds of a model, and the least work of its decode step."""
+
+    weight_bytes: int
+    kv_bytes: int  # of a token
+    step: Work
+
+
+def model_card(config: ModelConfig, name: str, num_gpus: int = 1) -> dict[str, Any]:
     """Returns sizes and limits as plain values for JSON. It counts parameters on the meta device, so nothing is loaded.
 
     `held` says for each way to hold the weights how many bytes they take, what a decode step of one sequence of 2,048
@@ -31,13 +43,21 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
     16-bit KV cache fit beside them. Activations and the CUDA context leave room for fewer. `cpu` says in what an engine
     on this machine's CPU computes by default, and `changes_results` names the options of an engine with which logits
     change.
+
+    num_gpus: among how many GPUs the model is split, as `tensor_parallel_size` splits it. If there are several, `held`
+    is of the GPU that holds the most, or the one that needs the most time, and `each_gpu` has the bytes of its KV
+    cache; where weights cannot be split so, `held` says why instead. Sums between GPUs take no time here.
+
+    Raises RequestError for more GPUs than the model can be split among, and ConfigError if a quantised one cannot be.
     """
+    check_size(config.decoder, num_gpus)
     counts = {"vision": 0, "projector": 0, "decoder": 0}
     for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
         counts[path.partition(".")[0]] += tensor.numel()
     total = sum(counts.values())
     kv_bytes = kv_bytes_per_token(config.decoder, torch.bfloat16)
     tiles = config.max_tiles + (config.thumbnail and config.max_tiles > 1)  # the thumbnail is one more
+    each_gpu = {"each_gpu": {"num_gpus": num_gpus, **_kv_of_each(config, num_gpus)}} if num_gpus > 1 else {}
     return {
         "name": name,
         "format": config.format,
@@ -51,9 +71,10 @@ def model_card(config: ModelConfig, name: str) -> dict[str, Any]:
         "max_tiles_per_picture": tiles,
         "max_tokens_per_picture": tiles * config.tokens_per_tile,
         "held": [
-            {"in": name, **_held(config, quantization, kv_bytes)}
+            {"in": name, **_held(config, quantization, num_gpus)}
             for name, quantization in _ways_to_hold(config).items()
         ],
+        **each_gpu,
         "cpu": {"dtype": str(default_dtype()).removeprefix("torch."), "instructions": instructions()},
         "changes_results": list(CHANGES_RESULTS),
     }
@@ -68,31 +89,63 @@ def _ways_to_hold(config: ModelConfig) -> dict[str, Quantization | None]:
     return {"bfloat16": None, "FP8": cast("fp8", vision=False), "4 bits": FOUR_BITS}
 
 
-def _held(config: ModelConfig, quantization: Quantization | None, kv_bytes: int) -> dict[str, Any]:
-    dtype = torch.bfloat16
-    weights = shape_weights(config, dtype, find_schemes(config, quantization))
-    num_bytes = sum(tensor.nbytes for tensor in named_parameters(weights).values())
-    roof = data_sheet_roof(FASTEST, dtype)
+def _kv_of_each(config: ModelConfig, num_gpus: int) -> dict[str, int]:
+    decoders = [shard_decoder(config.decoder, Shard(rank, num_gpus)) for rank in range(num_gpus)]
+    return {
+        f"kv_bytes_per_token{suffix}": max(kv_bytes_per_token(decoder, dtype) for decoder in decoders)
+        for suffix, dtype in (("", torch.bfloat16), ("_in_8_bits", torch.int8))
+    }
+
+
+def _held(config: ModelConfig, quantization: Quantization | None, num_gpus: int) -> dict[str, Any]:
+    schemes = find_schemes(config, quantization)
+    try:
+        parts = {_part(config, schemes, Shard(rank, num_gpus)) for rank in range(num_gpus)}
+    except ConfigError as error:
+        if num_gpus == 1 or config.quantization is not None:
+            raise
+        return {"cannot_be_split": str(error)}
+    roof = data_sheet_roof(FASTEST, torch.bfloat16)
     assert roof is not None, "its data sheet is known"
-    step = decoder_work(config.decoder, dtype, [1], [CONTEXT], 1, layer_bytes(weights)[1])
+    num_bytes = max(part.weight_bytes for part in parts)
     fits = [
-        {"gib": gib, "weights_fit": num_bytes < gib << 30, "kv_tokens": max(0, (gib << 30) - num_bytes) // kv_bytes}
+        {
+            "gib": gib,
+            "weights_fit": num_bytes < gib << 30,
+            "kv_tokens": min(max(0, (gib << 30) - part.weight_bytes) // part.kv_bytes for part in parts),
+        }
         for gib in GPUS_GIB
     ]
-    return {"weight_bytes": num_bytes, "decode_ms_at_least": 1e3 * roof.floor_s(step), "fits": fits}
+    seconds = max(roof.floor_s(part.step) for part in parts)
+    return {"weight_bytes": num_bytes, "decode_ms_at_least": 1e3 * seconds, "fits": fits}
+
+
+def _part(config: ModelConfig, schemes: Mapping[str, Scheme], shard: Shard) -> _Part:
+    dtype = torch.bfloat16
+    weights = shape_weights(config, dtype, schemes, shard)
+    vocabulary, decoder = vocabulary_of(config.decoder, shard), shard_decoder(config.decoder, shard)
+    decoder = replace(decoder, vocab_size=vocabulary.stop - vocabulary.start)
+    return _Part(
+        weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
+        kv_bytes=kv_bytes_per_token(decoder, dtype),
+        step=decoder_work(decoder, dtype, [1], [CONTEXT], 1, layer_bytes(weights)[1]),
+    )
 
 
 def render_card(card: dict[str, Any]) -> str:
     """Renders the card as a table for people."""
-    parameters, weights = card["parameters"], card["weight_bytes"]
+    parameters, weights, each = card["parameters"], card["weight_bytes"], card.get("each_gpu")
+    num_gpus = 1 if each is None else each["num_gpus"]
     small, large = (format_bytes(weights[dtype]) for dtype in ("bfloat16", "float32"))
     parts = ", ".join(f"{part} {_millions(parameters[part])}" for part in ("vision", "projector", "decoder"))
-    kv, kv_in_8_bits = card["kv_bytes_per_token"], card["kv_bytes_per_token_in_8_bits"]
+    kv_cache = "{:.0f} KiB per token in bfloat16, {:.1f} in FP8 or int8".format(*_kv_kib(card))
+    if each is not None:
+        kv_cache += "; {:g} and {:.1f} on each of {} GPUs".format(*_kv_kib(each), num_gpus)
     rows = [
         ("model", f"{card['name']} ({card['format']} format)"),
         ("parameters", f"{_millions(parameters['total'])}: {parts}"),
         ("weights", f"{small} in bfloat16 or float16, {large} in float32"),
-        ("KV cache", f"{kv / 1024:.0f} KiB per token in bfloat16, {kv_in_8_bits / 1024:.1f} in FP8 or int8"),
+        ("KV cache", kv_cache),
         ("context window", f"{card['context_window']:,} tokens"),
         ("tile", f"{card['tile_side_pixels']} pixels a side, {card['tokens_per_tile']} tokens"),
         ("picture", f"at most {card['max_tiles_per_picture']} tiles, {card['max_tokens_per_picture']:,} tokens"),
@@ -103,13 +156,24 @@ def render_card(card: dict[str, Any]) -> str:
     changes = ", ".join(card["changes_results"])
     lines += wrap(changes, 115, initial_indent=f"{'change results':<15} ", subsequent_indent=" " * 16)
     heads = [f"{gib} GiB GPU" for gib in GPUS_GIB]
-    lines += ["", _columns("held in", "weights", *heads, f"decode on an {FASTEST.removeprefix('NVIDIA ')}")]
+    whose, how_many = ("weights", "an") if each is None else ("weights each", str(num_gpus))
+    lines += ["", _columns("held in", whose, *heads, f"decode on {how_many} {FASTEST.removeprefix('NVIDIA ')}")]
     for held in card["held"]:
+        if "cannot_be_split" in held:
+            lines.append(f"{held['in']:<15} cannot be split so")
+            continue
         fits = [f"{fit['kv_tokens']:,}" if fit["weights_fit"] else "too small" for fit in held["fits"]]
         least = f"{held['decode_ms_at_least']:.3g} ms at least"
         lines.append(_columns(held["in"], format_bytes(held["weight_bytes"]), *fits, least))
     lines.append("under a GPU: the tokens of KV cache that fit beside the weights, before activations")
+    if each is not None:
+        whole = "each GPU holds the vision tower, the projector and the embedding whole"
+        lines.append(f"{whole}; the time is without sums between GPUs")
     return "\n".join(lines)
+
+
+def _kv_kib(card: dict[str, Any]) -> tuple[float, float]:
+    return card["kv_bytes_per_token"] / 1024, card["kv_bytes_per_token_in_8_bits"] / 1024
 
 
 def _columns(first: str, *others: str) -> str:

@@ -13,6 +13,7 @@ from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequ
 from internvl_rt.model.linear import AnyLinear, Linear, Norm, tensors_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
+from internvl_rt.model.shard import WHOLE, Shard, shard_decoder
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
 
@@ -27,15 +28,19 @@ class ModelWeights:
 
 
 class InternVL:
-    """A model ready to run: frozen weights and a table of operations.
+    """A model, or a rank's part of one, ready to run: frozen weights and a table of operations.
 
+    config: of the whole model
+    part: the decoder's sizes in the part that is here. first_part: in that of rank 0, by which all ranks plan alike
     buffers: tensors on the device that are no weights
     vision_layer_bytes, decoder_layer_bytes: of the weights of each tower's layers
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
-        self.config, self.weights, self.ops = config, weights, ops
-        self._inv_freq_C = rotary_frequencies(config.decoder, weights.decoder.embedding_VD.device)
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops, shard: Shard = WHOLE) -> None:
+        self.config, self.weights, self.ops, self.shard = config, weights, ops, shard
+        self.part = shard_decoder(config.decoder, shard)
+        self.first_part = shard_decoder(config.decoder, replace(shard, rank=0))
+        self._inv_freq_C = rotary_frequencies(config.decoder, self.device)
         self.buffers = (self._inv_freq_C,)
         self.vision_layer_bytes, self.decoder_layer_bytes = layer_bytes(weights)
 
@@ -43,11 +48,12 @@ class InternVL:
         """Returns this model with the first layers of each tower alone: it runs the same kernels, in less time."""
         vision = replace(self.weights.vision, layers=self.weights.vision.layers[:num_layers])
         decoder = replace(self.weights.decoder, layers=self.weights.decoder.layers[:num_layers])
-        return InternVL(self.config, replace(self.weights, vision=vision, decoder=decoder), self.ops)
+        return InternVL(self.config, replace(self.weights, vision=vision, decoder=decoder), self.ops, self.shard)
 
     @property
     def device(self) -> torch.device:
-        return self.weights.decoder.embedding_VD.device
+        held = self.weights.decoder.embedding_VD if self.shard.decoder else self.weights.vision.class_E
+        return held.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,9 +87,16 @@ class InternVL:
             out = self.logits_memory(len(x_RD))
         return self.ops.linear(x_RD, weights.lm_head, norm=weights.norm, out=out)
 
+    def num_split_items(self, num_rows: int) -> int:
+        """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan.
+
+        All ranks have the plan for the key/value heads of rank 0.
+        """
+        return self.ops.num_split_items(num_rows, self.first_part.num_kv_heads)
+
     def logits_memory(self, num_rows: int) -> Tensor:
         """Allocates logits [num_rows, V], every row of which begins at a multiple of `Ops.row_multiple` elements."""
-        num_columns, multiple = self.weights.decoder.lm_head.num_outputs, self.ops.row_multiple
+        num_columns, multiple = self.config.decoder.vocab_size, self.ops.row_multiple
         stride = -(-num_columns // multiple) * multiple
         return torch.empty(num_rows, stride, dtype=self.dtype, device=self.device)[:, :num_columns]
 
@@ -163,6 +176,7 @@ def fill_weights(
     *,
     device: torch.device | str | None = None,
     make: Make | None = None,
+    shard: Shard = WHOLE,
 ) -> ModelWeights:
     """Fills every parameter, and returns the weights as a table of operations multiplies them fastest.
 
@@ -170,20 +184,24 @@ def fill_weights(
     fill: gets a dotted path, such as `decoder.layers.3.qkv.weight_NK`, and its parameter; a tied one only once
     make: makes a quantised linear without its bias, for its path and shapes; it may use the dense one that the function
         it gets fills
+    shard: says what is filled; the rest stays as it is
 
     A linear is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
     than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
     stays as it is, and so does an `lm_head` that is the embedding too. If it takes longer than a second, a terminal
-    shows bytes and their rate.
+    shows bytes and their rate, on rank 0.
     """
     embedding_VD = weights.decoder.embedding_VD
-    num_bytes = sum(parameter.nbytes for parameter in named_parameters(weights).values())
-    shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": None}
+    num_bytes = sum(parameter.nbytes for path, parameter in named_parameters(weights).items() if shard.holds(path))
+    is_hidden = shard.rank > 0 or not shard.decoder
+    shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1, "disable": is_hidden or None}
     with tqdm(total=num_bytes, desc="weights", **shown) as bar:
         filled_embedding_VD = embedding_VD
 
         def fill_tensor(path: str, tensor: Tensor) -> Tensor:
             nonlocal filled_embedding_VD
+            if not shard.holds(path):
+                return tensor
             if tensor.is_meta and device is not None:
                 tensor = torch.empty_like(tensor, device=device)
             fill(path, tensor)
@@ -192,6 +210,8 @@ def fill_weights(
             return tensor
 
         def fill_linear(path: str, linear: AnyLinear) -> AnyLinear:
+            if not shard.holds(path):
+                return linear
             if isinstance(linear, Linear) and linear.weight_NK is embedding_VD:
                 return replace(linear, weight_NK=filled_embedding_VD)
             if isinstance(linear, Linear):

@@ -6,6 +6,8 @@ A linear computes y = x W^T + b. Its kind says how W is held: as it is (`Linear`
 tensors in a file.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -13,11 +15,15 @@ import torch
 from torch import Tensor
 
 from internvl_rt.kernels._fp8_rows import quantise
+from internvl_rt.kernels._int4 import pack_int4, unpack_int4
 from internvl_rt.kernels._numbers_8bit import BLOCK as BLOCK
 from internvl_rt.kernels.dequantise import dequantise_reference
 
 E4M3_MAX, INT8_MAX = 448.0, 127.0
+SMALLEST_GROUP = 32  # of 4-bit numbers
 Inputs = Literal["full", "token", "static"]
+# What ranks do with their products with a shard, if anything: add them up, or let rank 0 gather the outputs.
+Join = Literal["add", "gather"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Linear:
 
     weight_NK: Tensor
     bias_N: Tensor | None
+    join: Join = None
 
     @property
     def num_outputs(self) -> int:
@@ -59,6 +66,7 @@ class Linear8:
     bias_N: Tensor | None
     inputs: Inputs = "full"
     input_scale_1: Tensor | None = None  # float32
+    join: Join = None
 
     @property
     def num_outputs(self) -> int:
@@ -80,7 +88,8 @@ class Linear8:
         """Returns a shard of K, without a bias. Raises ValueError unless it begins and ends between blocks."""
         scale_NG = self.scale_NG
         if scale_NG.shape[1] > 1:
-            scale_NG = scale_NG[:, _groups(columns, self.weight_NK.shape[1], BLOCK)]
+            start, stop = _borders(columns, self.num_inputs, BLOCK)
+            scale_NG = scale_NG[:, start // BLOCK : -(-stop // BLOCK)]
         return replace(self, weight_NK=self.weight_NK[:, columns], scale_NG=scale_NG, bias_N=None)
 
 
@@ -97,6 +106,7 @@ class Linear4:
     bias_N: Tensor | None
     num_inputs: int
     group: int  # columns that share a scale: 32, 64 or 128
+    join: Join = None
 
     @property
     def num_outputs(self) -> int:
@@ -112,25 +122,38 @@ class Linear4:
         return replace(self, words_NW=self.words_NW[rows], scale_NG=self.scale_NG[rows], zero_NG=zero_NG, bias_N=bias_N)
 
     def take_columns(self, columns: slice) -> "Linear4":
-        """Returns a shard of K, without a bias. Raises ValueError unless it begins and ends between chunks of 128."""
-        chunks = _groups(columns, self.num_inputs, BLOCK)
-        words = slice(16 * chunks.start, 16 * chunks.stop)
-        groups = slice(chunks.start * BLOCK // self.group, chunks.stop * BLOCK // self.group)
-        return Linear4(
-            words_NW=self.words_NW[:, words],
-            scale_NG=self.scale_NG[:, groups],
-            zero_NG=None if self.zero_NG is None else self.zero_NG[:, groups],
+        """Returns a shard of K, without a bias; of a smaller group if it begins inside of one. Packs the numbers anew.
+
+        Raises ValueError unless it begins and ends at multiples of 32.
+        """
+        start, stop = _borders(columns, self.num_inputs, SMALLEST_GROUP)
+        return replace(
+            self,
+            words_NW=pack_int4(unpack_int4(self.words_NW, self.num_inputs)[:, start:stop]),
+            scale_NG=take_groups(self.scale_NG, self.group, start, stop),
+            zero_NG=None if self.zero_NG is None else take_groups(self.zero_NG, self.group, start, stop),
             bias_N=None,
-            num_inputs=len(range(self.num_inputs)[columns]),
-            group=self.group,
+            num_inputs=stop - start,
+            group=group_from(self.group, start),
         )
 
 
-def _groups(columns: slice, num_columns: int, group: int) -> slice:
+def group_from(group: int, start: int) -> int:
+    """Returns the size of the groups of a shard that begins at column `start`: none is of two groups of the whole."""
+    return math.gcd(group, start)
+
+
+def take_groups(x_NG: Tensor, group: int, start: int, stop: int) -> Tensor:
+    """Returns the scales or zeros of columns start ... stop, in groups of `group_from`, some of them repeated."""
+    smaller = group_from(group, start)
+    return x_NG.repeat_interleave(group // smaller, 1)[:, start // smaller : -(-stop // smaller)]
+
+
+def _borders(columns: slice, num_columns: int, unit: int) -> tuple[int, int]:
     start, stop, _ = columns.indices(num_columns)
-    if start % group or (stop % group and stop < num_columns):
-        raise ValueError(f"columns: expected borders at multiples of {group}, got {start} and {stop}")
-    return slice(start // group, -(-stop // group))
+    if start % unit or (stop % unit and stop < num_columns):
+        raise ValueError(f"columns: expected borders at multiples of {unit}, got {start} and {stop}")
+    return start, stop
 
 
 AnyLinear = Linear | Linear8 | Linear4
@@ -143,22 +166,25 @@ def tensors_of(linear: AnyLinear) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def quantise_to_8_bits(linear: Linear, numbers: torch.dtype, inputs: Inputs = "full") -> Linear8:
+def quantise_to_8_bits(
+    linear: Linear, numbers: torch.dtype, inputs: Inputs = "full", agree: Callable[[Tensor], Tensor] | None = None
+) -> Linear8:
     """Rounds a dense weight to float8_e4m3fn or int8, with one scale a row: the largest number becomes 448 or 127.
+
+    agree: for a shard of K; of the largest number of each row, float32 [N], it returns that of the whole row.
 
     It works in parts of rows, so that little more memory is taken than the result. A row of zeros has scale 0.
     """
     weight_NK, (n, k) = linear.weight_NK, linear.weight_NK.shape
     largest = E4M3_MAX if numbers.is_floating_point else INT8_MAX
     made_NK = torch.empty((n, k), dtype=numbers, device=weight_NK.device)
-    scale_N1 = torch.empty((n, 1), dtype=torch.float32, device=weight_NK.device)
     size = max(1, _PART // k)
-    for start in range(0, n, size):
-        part = weight_NK[start : start + size].float()
-        scale = part.abs().amax(1, keepdim=True) / largest
-        part = (part / scale).nan_to_num_(0.0).clamp_(-largest, largest)
-        made_NK[start : start + size] = part if numbers.is_floating_point else part.round_()
-        scale_N1[start : start + size] = scale
+    parts = [slice(start, start + size) for start in range(0, n, size)]
+    absmax_N = torch.cat([weight_NK[part].float().abs().amax(1) for part in parts])
+    scale_N1 = (absmax_N if agree is None else agree(absmax_N))[:, None] / largest
+    for part in parts:
+        numbers_NK = (weight_NK[part].float() / scale_N1[part]).nan_to_num_(0.0).clamp_(-largest, largest)
+        made_NK[part] = numbers_NK if numbers.is_floating_point else numbers_NK.round_()
     return Linear8(made_NK, scale_N1, linear.bias_N, inputs)
 
 

@@ -111,11 +111,12 @@ class TritonOps(Ops):
     ) -> Tensor:
         """Computes `Ops.linear`. A product of the decoder is one kernel when it has few rows.
 
-        The decoder's products have an RMSNorm or a residual. The vision tower has the plain ones and those with GELU
-        or LayerScale, always of many rows.
+        The decoder's products have an RMSNorm or a residual, or are summands. The vision tower has the plain ones and
+        those with GELU or LayerScale, always of many rows.
         """
         out = residual if out is None else out
         is_decoder = residual is not None and scale_N is None if norm is None else norm.bias_D is None
+        is_decoder = is_decoder or linear.join == "add"
         most_rows = MAX_ROWS if is_fp8_product(linear, x) else MOST_ROWS[type(linear)]
         if not (is_decoder and bias and activation != "gelu" and 0 < len(x) <= most_rows):
             rest: dict[str, Any] = {"residual": residual, "scale_N": scale_N, "out": out, "activation": activation}
@@ -159,7 +160,7 @@ class TritonOps(Ops):
 
     def gated_mlp(self, x_TD: Tensor, norm: Norm, gate_up: AnyLinear, down: AnyLinear) -> Tensor:
         """Computes `Ops.gated_mlp`. Between two FP8 products of many rows, SwiGLU rounds its result itself."""
-        if not (len(x_TD) > MAX_ROWS and is_fp8_product(gate_up, x_TD) and is_fp8_product(down, x_TD)):
+        if not (len(x_TD) > MAX_ROWS and is_fp8_product(gate_up, x_TD) and is_fp8_product(down, x_TD)) or down.join:
             return Ops.gated_mlp(self, x_TD, norm, gate_up, down)
         gate_up_T2F = self._fp8_product(self._round(x_TD, norm, gate_up), gate_up, x_TD.dtype)
         scale_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)

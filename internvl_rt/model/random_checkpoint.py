@@ -18,11 +18,13 @@ from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.checkpoint.quantization import Quantization
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.model.dialects import DIALECTS
-from internvl_rt.model.internvl import ModelWeights, fill_weights
+from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights, named_parameters
 from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.placement import plan_tensors
+from internvl_rt.model.shard import WHOLE, Shard, cut_of
 from internvl_rt.model.stored_linear import FLOATS, cast_linear
-from internvl_rt.model.weights import find_schemes, plan_tensors, shape_weights
+from internvl_rt.model.weights import agreement, find_schemes, shape_weights
 
 _ADDED_FROM = 151643  # the official id of the first added token
 _QWEN_SPECIAL = [
@@ -91,20 +93,29 @@ def random_weights(
     seed: int = 0,
     ops: Ops = TORCH,
     quantization: Quantization | None = None,
+    shard: Shard = WHOLE,
 ) -> ModelWeights:
     """Makes random weights on `device`, without a file or a copy, distributed as `write_random_checkpoint` says.
 
     quantization: one of `cast`. What a parameter holds depends on `seed`, its path, the dtype and the kind of device.
+    shard: the part that is kept; each parameter that is cut is whole for a moment, so that its numbers are the same
     """
+    whole_shapes = named_parameters(build_weights(config, dtype=dtype, device="meta"))
 
     def fill(path: str, parameter: Tensor) -> None:
-        _fill(parameter, path, f"{seed} {path}")
+        shard.check()
+        cut = cut_of(path, config.decoder, shard)
+        whole = parameter if cut is None else torch.empty_like(whole_shapes[path], device=device)
+        _fill(whole, path, f"{seed} {path}")
+        if cut is not None:
+            torch.cat([whole[rows][..., cut.columns] for rows in cut.rows], out=parameter)
 
     def make(path: str, _: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
-        return cast_linear(fill_dense(), schemes[path])
+        return cast_linear(fill_dense(), schemes[path], agreement(path, config, shard))
 
     schemes = find_schemes(config, quantization)
-    return fill_weights(shape_weights(config, dtype, schemes), fill, ops, device=device, make=make)
+    shapes = shape_weights(config, dtype, schemes, shard)
+    return fill_weights(shapes, fill, ops, device=device, make=make, shard=shard)
 
 
 def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:

@@ -2,13 +2,14 @@
 
 A module of a file (`self_attn.q_proj`) has several tensors: numbers, scales, perhaps zeros. `stored_tensors` lists them
 for each layout of `checkpoint/quantization.py`, `check_module` looks at the small ones before memory is taken, and
-`read_part` turns them into the rows of a linear. 4-bit numbers lie eight to a word, low bits first, unless it says
+`read_part` turns them into a part of a linear. 4-bit numbers lie eight to a word, low bits first, unless it says
 otherwise below. Sources: compressed_tensors/compressors, AutoAWQ's awq/utils/packing_utils.py, GPTQModel's
 nn_modules/qlinear.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ from internvl_rt.model.linear import (
     BLOCK,
     E4M3_MAX,
     INT8_MAX,
+    SMALLEST_GROUP,
     AnyLinear,
     Linear,
     Linear4,
     Linear8,
+    group_from,
     quantise_to_8_bits,
+    take_groups,
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,16 +42,23 @@ MAX_SCALE = 1e30  # larger ones make weights that are not finite; a smaller stat
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that is in each nibble of a word, of eight columns
 
 
+Axis = tuple[Literal["N", "K"], int]  # rows or columns of a module, and how many of them share an element of a tensor
+
+
 class StoredTensor(NamedTuple):
-    """What a tensor of a file must be: one of some shapes, the usual one first, and one of some dtypes."""
+    """What a tensor of a file must be: one of some shapes, the usual one first, and one of some dtypes.
+
+    axes: of each dimension; (): the tensor is of the whole module
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     is_optional: bool = False
+    axes: tuple[Axis, ...] = ()
 
 
 class Part(NamedTuple):
-    """Rows of a `Linear8` or `Linear4`, as their fields: a module of a file, or some of its rows."""
+    """Rows of a `Linear8` or `Linear4`, as their fields: a module of a file, or a part of it."""
 
     numbers: Tensor
     scale_NG: Tensor
@@ -67,8 +78,20 @@ def fits(scheme: Scheme, num_outputs: int, num_inputs: int) -> bool:
     return num_inputs % (scheme.group or 8) == 0 and num_inputs % 8 == 0 and (packs_rows_alone or num_outputs % 8 == 0)
 
 
-def quantise_shapes(linear: Linear, scheme: Scheme) -> AnyLinear:
-    """Returns a linear of the scheme's kind on the device "meta", for a dense one there."""
+def column_unit(scheme: Scheme) -> int:
+    """Returns the number whose multiples are the columns at which a weight stored so can be cut."""
+    if scheme.bits == 4:
+        return SMALLEST_GROUP
+    if scheme.group is not None:
+        return BLOCK
+    return 4 if scheme.layout == "packed" else 1
+
+
+def quantise_shapes(linear: Linear, scheme: Scheme, first_column: int = 0) -> AnyLinear:
+    """Returns a linear of the scheme's kind on the device "meta", for a dense one there.
+
+    first_column: of a shard, in the whole
+    """
     n, k = linear.weight_NK.shape
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -79,7 +102,7 @@ def quantise_shapes(linear: Linear, scheme: Scheme) -> AnyLinear:
         scale = empty(n, num_groups(scheme, k), dtype=torch.float32)
         static = empty(1, dtype=torch.float32) if scheme.inputs == "static" else None
         return Linear8(numbers, scale, linear.bias_N, scheme.inputs, static)
-    group = scheme.group or BLOCK
+    group = BLOCK if scheme.group is None else group_from(scheme.group, first_column)
     groups = -(-k // group)
     zeros = None if scheme.symmetric else empty(n, groups, dtype=torch.uint8)
     words = empty(n, 16 * -(-k // BLOCK), dtype=torch.int32)
@@ -88,37 +111,41 @@ def quantise_shapes(linear: Linear, scheme: Scheme) -> AnyLinear:
 
 def stored_tensors(scheme: Scheme, num_outputs: int, num_inputs: int) -> dict[str, StoredTensor]:
     """Returns the tensors of a module by the last part of their names."""
-    n, k, groups = num_outputs, num_inputs, num_groups(scheme, num_inputs)
-    int32 = (torch.int32,)
+    sizes, group = {"N": num_outputs, "K": num_inputs}, scheme.group or num_inputs
+
+    def tensor(*axes: Axis, dtypes: tuple[torch.dtype, ...] = (torch.int32,)) -> StoredTensor:
+        return StoredTensor((tuple(-(-sizes[axis] // per) for axis, per in axes),), dtypes, axes=axes)
+
     match scheme.layout:
         case "cast":
-            return {"weight": StoredTensor(((n, k),), FLOATS)}
+            return {"weight": tensor(("N", 1), ("K", 1), dtypes=FLOATS)}
         case "awq":
             return {
-                "qweight": StoredTensor(((k, n // 8),), int32),
-                "qzeros": StoredTensor(((groups, n // 8),), int32),
-                "scales": StoredTensor(((groups, n),), FLOATS),
+                "qweight": tensor(("K", 1), ("N", 8)),
+                "qzeros": tensor(("K", group), ("N", 8)),
+                "scales": tensor(("K", group), ("N", 1), dtypes=FLOATS),
             }
         case "gptq" | "gptq_v2":
             return {
-                "qweight": StoredTensor(((k // 8, n),), int32),
-                "qzeros": StoredTensor(((groups, n // 8),), int32),
-                "scales": StoredTensor(((groups, n),), FLOATS),
-                "g_idx": StoredTensor(((k,),), int32, is_optional=not scheme.is_reordered),
+                "qweight": tensor(("K", 8), ("N", 1)),
+                "qzeros": tensor(("K", group), ("N", 8)),
+                "scales": tensor(("K", group), ("N", 1), dtypes=FLOATS),
+                "g_idx": tensor(("K", 1))._replace(is_optional=not scheme.is_reordered),
             }
-    shapes: tuple[tuple[int, ...], ...] = ((n, groups), *([(n,)] if groups == 1 else []))
     if scheme.block_rows is None:
-        shapes = ((1,), (), (1, 1))
-    elif scheme.block_rows > 1:
-        shapes = ((-(-n // scheme.block_rows), groups),)
-    stored = {scheme.scale_name: StoredTensor(shapes, FLOATS)}
-    if scheme.layout == "compressed":
-        stored["weight"] = StoredTensor(((n, k),), (torch.float8_e4m3fn if scheme.is_float else torch.int8,))
+        scale = StoredTensor(((1,), (), (1, 1)), FLOATS)
     else:
-        stored["weight_packed"] = StoredTensor(((n, k * scheme.bits // 32),), int32)
+        scale = tensor(("N", scheme.block_rows), ("K", group), dtypes=FLOATS)
+        if scheme.block_rows == 1 and num_groups(scheme, num_inputs) == 1:
+            scale = scale._replace(shapes=(*scale.shapes, (num_outputs,)))
+    stored = {scheme.scale_name: scale}
+    if scheme.layout == "compressed":
+        stored["weight"] = tensor(("N", 1), ("K", 1), dtypes=(torch.float8_e4m3fn if scheme.is_float else torch.int8,))
+    else:
+        stored["weight_packed"] = tensor(("N", 1), ("K", 32 // scheme.bits))
         stored["weight_shape"] = StoredTensor(((2,),), (torch.int64, torch.int32))
     if not scheme.symmetric:
-        stored["weight_zero_point"] = StoredTensor(((n // 8, groups),), int32)
+        stored["weight_zero_point"] = tensor(("N", 8), ("K", group))
     if scheme.inputs == "static":
         stored["input_scale"] = StoredTensor(((1,), ()), FLOATS)
     return stored
@@ -163,35 +190,73 @@ def read_number(checkpoint: Checkpoint, name: str) -> float:
 
 
 def read_part(
-    checkpoint: Checkpoint, module: str, scheme: Scheme, num_outputs: int, num_inputs: int, device: torch.device
+    checkpoint: Checkpoint,
+    module: str,
+    scheme: Scheme,
+    num_outputs: int,
+    num_inputs: int,
+    device: torch.device,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
 ) -> Part:
-    """Reads a module, in the layout of `Linear8` or `Linear4`."""
-    n, k = num_outputs, num_inputs
+    """Reads rows and columns of a module, and nothing else of its tensors, in the layout of `Linear8` or `Linear4`.
+
+    num_outputs, num_inputs: of the whole module. columns: they begin and end at multiples of `column_unit`.
+    """
+    stored = stored_tensors(scheme, num_outputs, num_inputs)
+    part = {"N": range(num_outputs)[rows], "K": range(num_inputs)[columns]}
+    n, k = len(part["N"]), len(part["K"])
 
     def read(last: str) -> Tensor:
-        return _whole(checkpoint, f"{module}.{last}", device)
+        """Reads the elements that hold something of the part."""
+        name, axes = f"{module}.{last}", stored[last].axes
+        if not axes:
+            return _whole(checkpoint, name, device)
+        held = [slice(part[axis].start // per, -(-part[axis].stop // per)) for axis, per in axes]
+        entry = checkpoint.entries[name]
+        held = held[: len(entry.shape)]  # scales of whole rows may be a vector
+        out = torch.empty([one.stop - one.start for one in held], dtype=entry.dtype, device=device)
+        checkpoint.read_into(name, out, *(held if len(held) == 2 else (slice(None), *held)))
+        return out
+
+    def take_rows(held_NX: Tensor, per: int) -> Tensor:
+        """Takes the part's rows of those that were read, which begin at a multiple of `per`."""
+        return held_NX[part["N"].start % per :][:n]
+
+    def part_of_4_bits(q_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None) -> Part:
+        if scheme.group is None:  # one scale a row: the same for each group of 128
+            repeats = -(-k // BLOCK)
+            scale_NG, zero_NG = scale_NG.repeat(1, repeats), None if zero_NG is None else zero_NG.repeat(1, repeats)
+        else:
+            start = part["K"].start % scheme.group
+            groups = scheme.group, start, start + k
+            scale_NG = take_groups(scale_NG, *groups)
+            zero_NG = None if zero_NG is None else take_groups(zero_NG, *groups)
+        return Part(pack_int4(q_NK.contiguous()), scale_NG.contiguous(), zero_NG)
 
     if scheme.layout == "awq":
         order = torch.tensor(_AWQ_COLUMNS, device=device).argsort()
-        q_NK = _nibbles(read("qweight"))[:, :, order].reshape(k, n).t()
-        zero_NG = _nibbles(read("qzeros"))[:, :, order].reshape(-1, n).t()
-        return _part_of_4_bits(q_NK, read("scales").t(), zero_NG, scheme)
+        q_NK = take_rows(_nibbles(read("qweight"))[:, :, order].flatten(1).t(), 8)
+        zero_NG = take_rows(_nibbles(read("qzeros"))[:, :, order].flatten(1).t(), 8)
+        return part_of_4_bits(q_NK, read("scales").t(), zero_NG)
     if scheme.layout in ("gptq", "gptq_v2"):
-        q_NK = _nibbles(read("qweight")).transpose(1, 2).reshape(k, n).t()
+        q_NK = _nibbles(read("qweight")).transpose(1, 2).flatten(0, 1).t()
         if scheme.symmetric:
-            return _part_of_4_bits(q_NK, read("scales").t(), None, scheme)
+            return part_of_4_bits(q_NK, read("scales").t(), None)
         # Version 1 stores one less, subtracted from the whole word: a zero of 0 borrows from the next one.
         words = read("qzeros") + (0x11111111 if scheme.layout == "gptq" else 0)
-        return _part_of_4_bits(q_NK, read("scales").t(), _nibbles(words).reshape(-1, n).t(), scheme)
+        return part_of_4_bits(q_NK, read("scales").t(), take_rows(_nibbles(words).flatten(1).t(), 8))
     scale = read(scheme.scale_name)
     if scheme.bits == 4:
-        zeros = None if scheme.symmetric else _nibbles(read("weight_zero_point")).transpose(1, 2).reshape(n, -1)
-        return _part_of_4_bits(_nibbles(read("weight_packed")).reshape(n, k), scale.view(n, -1), zeros, scheme)
+        zeros = None
+        if not scheme.symmetric:
+            zeros = take_rows(_nibbles(read("weight_zero_point")).transpose(1, 2).flatten(0, 1), 8)
+        return part_of_4_bits(_nibbles(read("weight_packed")).flatten(1), scale.view(n, -1), zeros)
     scale = scale.float()
     if scheme.block_rows is None:
         scale_NG = scale.view(1, 1).expand(n, 1)
     elif scheme.block_rows > 1:
-        scale_NG = scale.repeat_interleave(scheme.block_rows, 0)[:n]
+        scale_NG = take_rows(scale.repeat_interleave(scheme.block_rows, 0), scheme.block_rows)
     else:
         scale_NG = scale.view(n, -1)
     numbers = read("weight") if scheme.layout == "compressed" else _signed_bytes(read("weight_packed"))
@@ -233,23 +298,15 @@ def join_parts(linear: AnyLinear, parts: Iterator[tuple[Part, list[tuple[slice, 
         if part.input_scale_1 is not None:
             static = part.input_scale_1 if static is None else torch.maximum(static, part.input_scale_1)
     if isinstance(linear, Linear8):
-        return Linear8(made["numbers"], made["scale"], None, linear.inputs, static)
+        return replace(linear, weight_NK=made["numbers"], scale_NG=made["scale"], bias_N=None, input_scale_1=static)
     assert isinstance(linear, Linear4)
-    how = linear.num_inputs, linear.group
-    return Linear4(made["numbers"], made["scale"], made.get("zero"), None, *how)
+    return replace(linear, words_NW=made["numbers"], scale_NG=made["scale"], zero_NG=made.get("zero"), bias_N=None)
 
 
-def cast_linear(linear: Linear, scheme: Scheme) -> AnyLinear:
-    """Quantises a dense linear, as a scheme with the layout "cast" says."""
+def cast_linear(linear: Linear, scheme: Scheme, agree: Callable[[Tensor], Tensor] | None = None) -> AnyLinear:
+    """Quantises a dense linear, as a scheme with the layout "cast" says. agree: see `quantise_to_8_bits`."""
     numbers = torch.float8_e4m3fn if scheme.is_float else torch.int8
-    return quantise_to_8_bits(linear, numbers, scheme.inputs)
-
-
-def _part_of_4_bits(q_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, scheme: Scheme) -> Part:
-    if scheme.group is None:  # one scale a row: the same for each group of 128
-        repeats = -(-q_NK.shape[1] // BLOCK)
-        scale_NG, zero_NG = scale_NG.repeat(1, repeats), None if zero_NG is None else zero_NG.repeat(1, repeats)
-    return Part(pack_int4(q_NK.contiguous()), scale_NG.contiguous(), zero_NG)
+    return quantise_to_8_bits(linear, numbers, scheme.inputs, agree)
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -278,4 +335,4 @@ def _whole(checkpoint: Checkpoint, name: str, device: torch.device | str) -> Ten
 
 def _numbers(entry: TensorEntry) -> Iterator[Tensor]:
     for chunk in read_chunks(entry):
-        yield torch.frombuffer(bytearray(chunk), dtype=entry.dtype)
+        yield torch.frombuffer(chunk, dtype=entry.dtype)

@@ -1,26 +1,24 @@
 """Checkpoint tensors to parameters: one table of names for each dialect, read in both directions.
 
-`plan_tensors` spells a dialect out for a configuration: every tensor that a checkpoint holds, and where its values
-belong. The plan cuts every parameter into rows without overlap or gap, so weights are complete exactly if every planned
-tensor is there. Loading copies along the plan, saving goes the other way.
+`plan_file` spells a dialect out for a configuration: every tensor that a checkpoint holds, and where its values belong.
+Loading copies along the plan, saving goes the other way. A rank of several checks the whole plan, and reads its part.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import MERGE_LORA
 from internvl_rt.checkpoint.folder import Checkpoint, some_of, write_tensors
 from internvl_rt.checkpoint.quantization import Quantization, Scheme
 from internvl_rt.errors import CheckpointError, ConfigError, not_finite
-from internvl_rt.model.dialects import DIALECTS, GROUPED, Dialect, find_names, name_modules
+from internvl_rt.model.dialects import DIALECTS, Dialect, name_modules
 from internvl_rt.model.internvl import (
     ModelWeights,
     build_weights,
@@ -31,6 +29,8 @@ from internvl_rt.model.internvl import (
 )
 from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
+from internvl_rt.model.placement import Placement, PlannedTensor, cut_placements, plan_tensors
+from internvl_rt.model.shard import WHOLE, Shard, cut_of, shard_decoder, vocabulary_of
 from internvl_rt.model.stored_linear import (
     FLOATS,
     LAST_NAMES,
@@ -39,6 +39,7 @@ from internvl_rt.model.stored_linear import (
     cast_linear,
     check_module,
     check_scales,
+    column_unit,
     fits,
     join_parts,
     largest_of,
@@ -51,63 +52,6 @@ from internvl_rt.model.stored_linear import (
 _LORA = re.compile(r"\blora_|\.base_layer\.")  # as PEFT names an adapter's tensors, and what they adapt
 # Buffers that some versions of transformers wrote, and a training-time token that the class declares but does not use.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
-
-
-class Placement(NamedTuple):
-    """Rows [start, stop) of a parameter, and the part of a stored tensor that fills them.
-
-    rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension; by default all.
-    """
-
-    parameter: str
-    start: int
-    stop: int
-    rows: slice = slice(None)
-    columns: slice = slice(None)
-
-
-class PlannedTensor(NamedTuple):
-    """A tensor that a checkpoint must hold: its shape there, and where its values belong."""
-
-    shape: tuple[int, ...]
-    placements: tuple[Placement, ...]
-
-
-def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTensor]:
-    """Lists every tensor that a checkpoint in this dialect must hold, by name."""
-    v, d, table = config.vision, config.decoder, dialect.table()
-    shapes_in_file = {
-        "vision.class_E": (1, 1, v.hidden_size),
-        "vision.position_UE": (1, 1 + v.num_patches, v.hidden_size),
-        "vision.patch.weight_NK": (v.hidden_size, 3, v.patch_size, v.patch_size),
-    }
-    plan = {}
-    for path, parameter in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
-        num_rows = len(parameter)
-        pattern, names = find_names(table, path)
-        if pattern.endswith(GROUPED):
-            (name,) = names
-            plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(path, d))
-            continue
-        sizes = [num_rows // len(names)] * len(names)
-        if len(names) == 3:  # q, k and v
-            kv_rows = v.hidden_size if path.startswith("vision.") else d.num_kv_heads * d.head_dim
-            sizes = [num_rows - 2 * kv_rows, kv_rows, kv_rows]
-        for name, size, stop in zip(names, sizes, accumulate(sizes), strict=True):
-            shape = shapes_in_file.get(path, (size, *parameter.shape[1:]))
-            plan[name] = PlannedTensor(shape, (Placement(path, stop - size, stop),))
-    return plan
-
-
-def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
-    """Says where rows of a tensor that is grouped by key/value head belong in a parameter of all q, all k, all v."""
-    placements, stored = [], 0
-    for group in range(c.num_kv_heads):
-        for first, heads in ((0, c.num_heads // c.num_kv_heads), (c.num_heads, 1), (c.num_heads + c.num_kv_heads, 1)):
-            start, size = (first + group * heads) * c.head_dim, heads * c.head_dim
-            placements.append(Placement(parameter, start, start + size, slice(stored, stored + size)))
-            stored += size
-    return tuple(placements)
 
 
 class Module(NamedTuple):
@@ -160,14 +104,53 @@ def find_schemes(
     return found
 
 
-def shape_weights(config: ModelConfig, dtype: torch.dtype, schemes: Mapping[str, Scheme]) -> ModelWeights:
-    """Returns weights on the device "meta", of which those that `schemes` names are quantised. It takes no memory."""
+def shape_weights(
+    config: ModelConfig, dtype: torch.dtype, schemes: Mapping[str, Scheme], shard: Shard = WHOLE
+) -> ModelWeights:
+    """Returns a rank's weights on the device "meta", of which those that `schemes` names are quantised.
+
+    It takes no memory. Raises ConfigError for a weight that cannot be cut as it is quantised, alike on all ranks.
+    """
+    local = replace(config, decoder=shard_decoder(config.decoder, shard))
+    weights = build_weights(local, dtype=dtype, device="meta")
+    if not config.decoder.tie_embeddings:
+        head = weights.decoder.lm_head.take_rows(vocabulary_of(config.decoder, shard))
+        weights = replace(weights, decoder=replace(weights.decoder, lm_head=head))
 
     def quantise(path: str, linear: AnyLinear) -> AnyLinear:
         assert isinstance(linear, Linear)
-        return quantise_shapes(linear, schemes[path]) if path in schemes else linear
+        if path not in schemes:
+            return linear
+        _check_borders(path, config, schemes[path], shard.size)
+        return quantise_shapes(linear, schemes[path], _first_column(path, config, shard))
 
-    return map_linears(build_weights(config, dtype=dtype, device="meta"), quantise)
+    return map_linears(weights, quantise)
+
+
+def _first_column(path: str, config: ModelConfig, shard: Shard) -> int:
+    cut = cut_of(f"{path}.weight_NK", config.decoder, shard)
+    return 0 if cut is None else cut.columns.start or 0
+
+
+def _check_borders(path: str, config: ModelConfig, scheme: Scheme, num_ranks: int) -> None:
+    """Raises ConfigError if any rank's columns of a linear begin where a weight stored so cannot be cut."""
+    unit = column_unit(scheme)
+    borders = [_first_column(path, config, Shard(rank, num_ranks)) for rank in range(num_ranks)]
+    if wrong := [border for border in borders if border % unit]:
+        raise ConfigError(
+            f"tensor_parallel_size {num_ranks} cuts {name_modules(DIALECTS['original'], path)[0][0]} ({scheme}) at "
+            f"column {wrong[0]}, expected multiples of {unit}: what is between them is stored together; choose another "
+            "tensor_parallel_size, or 8-bit weights with one scale a row"
+        )
+
+
+def agreement(path: str, config: ModelConfig, shard: Shard) -> Callable[[Tensor], Tensor] | None:
+    """Returns what makes the ranks' largest numbers of each row agree, for a linear whose columns they share."""
+    cut = cut_of(f"{path}.weight_NK", config.decoder, shard)
+    if cut is None or cut.columns == slice(None):
+        return None
+    assert shard.group is not None, "ranks quantise a weight together"
+    return shard.group.largest
 
 
 def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization | None) -> FilePlan:
@@ -203,10 +186,13 @@ def load_weights(
     device: torch.device | str,
     ops: Ops = TORCH,
     quantization: Quantization | None = None,
+    shard: Shard = WHOLE,
 ) -> ModelWeights:
     """Loads the checkpoint's weights on `device`, as `ops` multiplies them fastest; all that is dense in `dtype`.
 
     quantization: how the checkpoint is quantised, or is to be.
+    shard: the part that is loaded, and of large tensors all that is read. The checks are those of the whole. Ranks that
+        quantise dense weights must load at the same time.
 
     Memory never exceeds the weights that stay plus the largest linear, and that of the host no more than this where it
     holds them, else the largest stored tensor. Raises CheckpointError, before memory is taken, if tensors are missing,
@@ -219,11 +205,12 @@ def load_weights(
     check_tensors(checkpoint, config, dialect, plan)
     parts: dict[str, list[tuple[str, Placement]]] = {}  # of each parameter
     for name, planned in plan.dense.items():
-        for place in planned.placements:
+        for place in cut_placements(planned.placements, config.decoder, shard, is_vector=len(planned.shape) == 1):
             parts.setdefault(place.parameter, []).append((name, place))
     extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
 
     def fill(path: str, parameter: Tensor) -> None:
+        shard.check()
         for name, place in parts[path]:
             rows = parameter[place.start : place.stop]
             checkpoint.read_into(name, rows, place.rows, place.columns)
@@ -231,16 +218,22 @@ def load_weights(
 
     def make(path: str, linear: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
         if plan.schemes[path].layout == "cast":
-            return cast_linear(fill_dense(), plan.schemes[path])
+            return cast_linear(fill_dense(), plan.schemes[path], agreement(path, config, shard))
         return join_parts(linear, (read(module) for module in plan.modules[path]))
 
     def read(module: Module) -> tuple[Part, list[tuple[slice, slice]]]:
-        part = read_part(checkpoint, module.name, module.scheme, *module.shape, torch.device(device))
+        shard.check()
+        places = cut_placements(module.placements, config.decoder, shard)
+        rows = [range(module.shape[0])[place.rows] for place in places]
+        first, stop = min(one.start for one in rows), max(one.stop for one in rows)
+        how = module.scheme, *module.shape, torch.device(device), slice(first, stop), places[0].columns
+        part = read_part(checkpoint, module.name, *how)
         extremes.append((module.name, largest_of(part, dtype).expand(2)))
-        return part, [(slice(place.start, place.stop), place.rows) for place in module.placements]
+        ours = [slice(place.start, place.stop) for place in places]
+        return part, list(zip(ours, [slice(one.start - first, one.stop - first) for one in rows], strict=True))
 
-    shapes = shape_weights(config, dtype, plan.schemes)
-    weights = fill_weights(shapes, fill, ops, device=device, make=make)
+    shapes = shape_weights(config, dtype, plan.schemes, shard)
+    weights = fill_weights(shapes, fill, ops, device=device, make=make, shard=shard)
     is_finite = torch.stack([pair for _, pair in extremes]).isfinite().all(1).tolist()
     broken = [name for (name, _), ok in zip(extremes, is_finite, strict=True) if not ok]
     if broken:

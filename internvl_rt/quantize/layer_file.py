@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.model.weights import Placement
+from internvl_rt.model.placement import Placement
 from internvl_rt.quantize.rounding import Rounded
 from internvl_rt.quantize.source import DenseSource
 

@@ -16,7 +16,8 @@ from internvl_rt.errors import CheckpointError, RequestError, not_finite
 from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.internvl import ModelWeights, build_weights, map_weights
 from internvl_rt.model.linear import AnyLinear, Linear
-from internvl_rt.model.weights import Placement, check_tensors, plan_file, plan_tensors, settle_tying
+from internvl_rt.model.placement import Placement, plan_tensors
+from internvl_rt.model.weights import check_tensors, plan_file, settle_tying
 
 _SHIFTED = 20  # a digest of so many characters
 

@@ -7,33 +7,30 @@ host does not wait for the device.
 All work goes to one stream, whatever the calling thread's own stream is, so steps run one after another.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from internvl_rt.inputs.picture import Picture
-from internvl_rt.model.internvl import InternVL, named_parameters
+from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.work import DecoderCost, Work, count_pairs, vision_work
-from internvl_rt.steps.cpu_threads import CpuThreads
-from internvl_rt.steps.cuda_graph import Capture, Job, TileGraphs, cuda_capture
-from internvl_rt.steps.device_stream import DeviceStream, Moment, to_device, to_host
+from internvl_rt.steps.cuda_graph import Capture
+from internvl_rt.steps.device_stream import Moment, to_device, to_host
+from internvl_rt.steps.executor import SCORED_PER_PASS, Executor
+from internvl_rt.steps.graph_steps import Computed, GraphSteps
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.logprobs import Scores, TokenLogprob, TokenScores, read_drawn, read_scores, targets_of
-from internvl_rt.steps.sampler import Sampler, add_biases, forbid, listing_sampling
-from internvl_rt.steps.step import Chunk, Step, StepShape, build_step, empty_step
-from internvl_rt.steps.step_graph import NUM_STAGES, Computed, StepGraphs
+from internvl_rt.steps.orders import Capturing, Drawing, Encoding, Orders, Pass
+from internvl_rt.steps.sampler import Sampler, add_biases, forbid
+from internvl_rt.steps.step import Chunk, Step, lay_out, scored_rows, visual_of
+from internvl_rt.steps.step_graph import NUM_STAGES
 from internvl_rt.steps.uploads import Uploads
 from internvl_rt.steps.visual_cache import VisualCache
-
-MAX_TILES_PER_PASS = 16  # bounds the vision tower's activations; one picture has at most 13 by default
-SCORED_PER_PASS = 256  # rows of a scored prompt whose logits exist at once: 155 MB of float32 at 152k tokens
 
 
 class StepResult(NamedTuple):
@@ -83,21 +80,14 @@ class Runner:
         """
         self._model, self._cache, self._visual_cache, self._uploads = model, cache, visual_cache, uploads
         self._device = model.device
-        self._decoder_cost = DecoderCost(model.config.decoder, model.dtype, model.decoder_layer_bytes, cache.dtype)
-        self.stream = DeviceStream(model.device)
-        self._threads = CpuThreads(num_threads) if model.device.type == "cpu" else None
-        self.stream.adopt([*named_parameters(model.weights).values(), *model.buffers, *cache.buffers])
-        self._tile_graphs: TileGraphs | None = None
-        self._step_graphs: StepGraphs | None = None
+        self._decoder_cost = DecoderCost(model.part, model.dtype, model.decoder_layer_bytes, cache.dtype)
+        self.executor = Executor(model, cache.pool, max_draws=max_draws, num_threads=num_threads)
+        self._lead = model.shard.lead
+        self._orders = Orders(self._lead)
+        self._graph_steps: GraphSteps | None = None
         self._sampler = Sampler(model.device)
         self._num_launched = 0  # steps that have not been collected
-        with self.stream.use():
-            self._drawn_R = torch.zeros(max_draws, dtype=torch.int64, device=model.device)
         self.num_encoded_tiles = 0
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Computes what is called inside the `with` block on the engine's stream, or with its threads."""
-        return self.stream.use() if self._threads is None else self._threads.use()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,49 +103,24 @@ class Runner:
         everything: bool = True,
         capture: Capture | None = None,
     ) -> None:
-        """Prepares CUDA graphs that passes of the vision tower, decode steps and short prefills use from now on.
+        """Prepares CUDA graphs, as `Executor.capture` does, which steps use from now on."""
+        order = Capturing(self._cache.block_size, max_num_seqs, max_model_len, max_tokens_per_step, everything)
+        with self._together():
+            self._orders.give(order)
+            self.executor.capture(order, capture)
+        self._graph_steps = GraphSteps(self.executor, self._cache, self._orders)
 
-        everything: whether all are captured now, instead of a few now and the others when they are first needed. Their
-            kernels are built now all the same.
+    def _together(self) -> AbstractContextManager[None]:
+        """Begins what all ranks do together, if there are several."""
+        return nullcontext() if self._lead is None else self._lead.together()
 
-        A terminal shows the progress, and what is being done, if it takes longer than a second.
-        """
-        model, drawn_R, capture = self._model, self._drawn_R, capture or cuda_capture()
-        limits = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
-        with self.stream.use():
-            self._tile_graphs = TileGraphs(model.encode_tiles, model.config.vision.image_size, model.device, capture)
-            self._step_graphs = StepGraphs(
-                model, self._cache, drawn_R, capture, max_tokens_per_step=max_tokens_per_step, **limits
-            )
-            few_layers = model.cut(2)
-            run_the_others = partial(self._run_the_others, few_layers, max_tokens_per_step)
-            warm_up = [Job("kernels that are in no graph", run_the_others)]
-            if not everything:
-                warm_up += self._tile_graphs.warm_up(few_layers.encode_tiles)
-                warm_up += self._step_graphs.warm_up(few_layers)
-            jobs = [Job(name, torch.inference_mode()(run)) for name, run in warm_up]
-            for graphs in (self._tile_graphs, self._step_graphs):
-                jobs += graphs.captures(everything=everything)
-            with tqdm(jobs, "kernels and CUDA graphs", leave=False, delay=1, disable=None) as bar:
-                for job in bar:
-                    bar.set_postfix_str(job.name)
-                    job.run()
+    def check(self) -> None:
+        """Raises EngineDeadError if another process is lost."""
+        self._model.shard.check()
 
-    def _run_the_others(self, model: InternVL, max_tokens_per_step: int) -> None:
-        """Runs what is in no graph, so that its kernels are built before the first answer: the largest step, and more.
-
-        model: a few layers, which need the same kernels as all.
-        """
-        ops, device, layers = model.ops, model.device, self._cache.layers[: len(model.weights.decoder.layers)]
-        shape = StepShape(0, 1, max_tokens_per_step, table_width=1, num_items=0)
-        flat = torch.empty(shape.size, dtype=torch.int32, device=device)
-        model.run_step(empty_step(shape, flat, drawn_R=self._drawn_R), layers)
-        if ops.resizes_on_device:
-            pixels = torch.zeros(64, 48, 3, dtype=torch.uint8, device=device)
-            for columns in (1, 2):  # Triton builds another kernel if all tiles together are a multiple of 16 wide
-                ops.resize_tiles(pixels, columns, 1, self._model.config.vision.image_size, False)
-        self._cache.copy_blocks(np.zeros((1, 2), np.int32))
-        ops.sample(self._model.logits_memory(1).zero_(), listing_sampling(device), self._drawn_R[:1].clone())
+    def close(self) -> None:
+        """Ends the other processes, if there are any."""
+        self._model.shard.close()
 
     def load_pictures(self, chunk: Chunk) -> None:
         """Decodes the pictures that a chunk touches, if that was not done. Raises MediaError for a broken one."""
@@ -172,14 +137,14 @@ class Runner:
         A step from graphs does not enter inference mode, which takes microseconds: what is captured has no gradients.
         """
         assert self._num_launched < NUM_STAGES, "a step that was launched has not been collected"
-        with self._on_device():
+        with self._together(), self.executor.use():
             start, num_encoded_tiles = Moment(self._device), self.num_encoded_tiles
             if step.has_prompts:
                 for chunk in step.chunks:
                     self._encode_pictures(chunk)
             encoded = Moment(self._device) if step.has_prompts else start
-            if self._step_graphs is not None and self._step_graphs.takes(step):
-                x_TD, logits_RV, token_id_R = self._step_graphs.run(step)
+            if self._graph_steps is not None and self._graph_steps.takes(step):
+                x_TD, logits_RV, token_id_R = self._graph_steps.run(step)
             else:
                 x_TD, logits_RV, token_id_R = self._compute(step)
             scored = self._score(step, x_TD) if step.scored and x_TD is not None else []
@@ -205,6 +170,8 @@ class Runner:
         self._num_launched -= 1
         try:
             launched.done.wait()
+            if self._lead is not None:
+                self._lead.check()  # without another rank the device computes to the end, but not what it should
         except BaseException:
             self._cache.end_step(launched.number, failed=True)
             raise
@@ -223,9 +190,9 @@ class Runner:
 
     def fail(self) -> None:
         """Follows a failed launch, when no other step is under way: nothing that it wrote will be reused."""
-        self.stream.synchronize()
+        self.executor.stream.synchronize()
         self._num_launched = 0
-        with self.stream.use():
+        with self._together(), self.executor.stream.use():
             self._cache.end_all_steps()
 
     def stats(self) -> dict[str, int | float]:
@@ -243,28 +210,29 @@ class Runner:
             "encoded_tiles": self.num_encoded_tiles,
         }
 
-    @torch.inference_mode()
     def _compute(self, step: Step) -> Computed:
         """Computes a step without graphs."""
-        x_TD = self._model.run_step(build_step(step, self._cache, self._drawn_R), self._cache.layers)
-        n, x_RD = len(step.decodes), x_TD
-        if len(step.draw_rows) < step.num_tokens:
-            x_RD = self._rows(x_TD, [*range(n), *(n + row for row in step.draw_rows)])
-        return Computed(x_TD[n:], self._model.logits(x_RD))
+        n, visual = len(step.decodes), visual_of(step)
+        shape, flat = lay_out(step, self._cache, self._device)
+        row_R = np.array([*range(n), *(n + row for row in step.draw_rows)], np.int32)
+        drawing = Drawing(scored_rows(step), sum(map(len, visual)), step.num_draws)
+        order = Pass(shape, max(step.counts, default=1), row_R, flat.numpy(), drawing)
+        self._orders.give(order)
+        x_TD = self.executor.run_pass(order, flat, visual)
+        return Computed(x_TD[n:], self.executor.logits(x_TD, row_R))
 
     @torch.inference_mode()
     def _score(self, step: Step, x_TD: Tensor) -> list[Scores]:
         """Computes scores of the scored places from the last layer's output for the chunks' tokens."""
         num_top = max(scored.places.num_top for scored in step.scored)
-        rows = np.array(step.logit_rows[len(step.draw_rows) :], np.int64)[:, None]
-        both = to_device(torch.from_numpy(np.concatenate((rows, targets_of(step)), axis=1)), self._device)
-        parts = torch.split(both, SCORED_PER_PASS)
-        return [Scores(self._model.logits(x_TD[part[:, 0]]), part[:, 1:], num_top) for part in parts]
+        parts = torch.split(to_device(torch.from_numpy(targets_of(step)), self._device), SCORED_PER_PASS)
+        logits = self.executor.scored_logits(x_TD, scored_rows(step))
+        return [Scores(logits_RV, part, num_top) for logits_RV, part in zip(logits, parts, strict=True)]
 
     @torch.inference_mode()
     def _draw(self, step: Step, logits_RV: Tensor) -> tuple[NDArray[np.int64], Scores | None]:
         """Draws tokens into `drawn_R`; returns host copies of them and of the requested log-probabilities."""
-        draws, token_id_R = step.draws, self._drawn_R[: step.num_draws]
+        draws, token_id_R = step.draws, self.executor.drawn_R[: step.num_draws]
         if not draws:
             return np.empty(0, np.int64), None
         wanted: list[int] = []
@@ -304,9 +272,9 @@ class Runner:
     @torch.inference_mode()
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream."""
-        with self._on_device():
+        with self._together(), self.executor.use():
             visual_XD = self._visual_of(picture, salt)
-        return self.stream.hand_over(visual_XD)
+        return self.executor.stream.hand_over(visual_XD)
 
     def _visual_of(self, picture: Picture, salt: str | None) -> Tensor:
         """Returns visual tokens [X, D]: given with the picture, kept from an earlier time, or computed now."""
@@ -314,16 +282,21 @@ class Runner:
             return self._uploads.load(picture).get().to(self._device)
         visual_XD = self._visual_cache.get(picture, salt)
         if visual_XD is None:
-            visual_XD = self._encode(self._uploads.load(picture).get().to(self._device))
+            visual_XD = self._uploads.load(picture).get().to(self._device)
+            if self._model.shard.vision:
+                visual_XD = self._encode(visual_XD)
+            else:
+                self.num_encoded_tiles += picture.num_tiles
             self._visual_cache.put(picture, salt, visual_XD)
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
-        """Encodes one picture's tiles, which are on the device, to visual tokens [X, D]."""
+        """Encodes one picture's tiles, which are on the device, to visual tokens [X, D]. Ranks share several tiles."""
         self.num_encoded_tiles += len(tiles)
-        graphs = self._tile_graphs if tiles.dtype == torch.uint8 else None
-        encode = self._model.encode_tiles if graphs is None else graphs.encode
-        return torch.cat([encode(part) for part in torch.split(tiles, MAX_TILES_PER_PASS)]).flatten(0, 1)
+        if self._lead is None or len(tiles) == 1:
+            return self.executor.encode(tiles).flatten(0, 1)
+        self._orders.give(Encoding(len(tiles), tiles.dtype == torch.uint8))
+        return self.executor.encode_together(tiles).flatten(0, 1)
 
     def _work_of(self, step: Step) -> Work:
         """Counts the work of a step of the decoder."""

@@ -153,6 +153,11 @@ class StepShape:
     num_items: int  # items of the plan that splits the decodes' attention; 0: no plan
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The arguments that make this shape."""
+        return self.num_decodes, self.num_chunks, self.num_tokens, self.table_width, self.num_items
+
+    @property
     def size(self) -> int:
         return _layout(self)[-1][2]
 
@@ -261,6 +266,14 @@ def visual_of(step: Step) -> list[Tensor]:
     return [part for chunk in step.chunks for _, _, part in visual_parts(chunk.sequence, chunk.start, chunk.stop)]
 
 
+def scored_rows(step: Step) -> NDArray[np.int32]:
+    """Returns the indices into the chunks' tokens of those whose logits are scored."""
+    return np.array(step.logit_rows[len(step.draw_rows) :], np.int32) if step.scored else _NO_ROWS
+
+
+_NO_ROWS = np.empty(0, np.int32)
+
+
 def wrap_step(shape: StepShape, flat: Tensor, *, max_query_len: int, **rest: Any) -> StepInputs:
     """Builds StepInputs whose numbers lie in `flat` on the device; `rest` are its other fields."""
     found = shape.views(flat, torch.float32)
@@ -281,16 +294,12 @@ def empty_step(shape: StepShape, flat: Tensor, *, drawn_R: Tensor, visual_XD: Te
     return wrap_step(shape, flat, max_query_len=max_query_len, drawn_R=drawn_R, visual_XD=visual_XD)
 
 
-def build_step(step: Step, cache: KVCache, drawn_R: Tensor) -> StepInputs:
-    """Builds a step's inputs, without padding. Its pictures must be encoded, as for `visual_parts`."""
-    device, shape = drawn_R.device, shape_of(step, cache)
+def lay_out(step: Step, cache: KVCache, device: torch.device) -> tuple[StepShape, Tensor]:
+    """Writes a step, without padding, to memory of the host that is copied to the device without waiting.
+
+    Its pictures must be encoded, as for `visual_parts`.
+    """
+    shape = shape_of(step, cache)
     flat = host_memory(shape.size, torch.int32, device)
     StepArrays(shape, flat.numpy()).fill(step, cache)
-    visual = visual_of(step)
-    return wrap_step(
-        shape,
-        flat.to(device, non_blocking=True),
-        max_query_len=max(step.counts, default=1),
-        drawn_R=drawn_R,
-        visual_XD=torch.cat(visual) if visual else None,
-    )
+    return shape, flat

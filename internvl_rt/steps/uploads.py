@@ -8,7 +8,11 @@ import torch
 from internvl_rt.inputs.image import OpenImage
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.ops import Ops
+from internvl_rt.model.shard import Arriving as LaterArriving
+from internvl_rt.model.shard import Tower
 from internvl_rt.steps.device_stream import Arriving, DeviceStream, host_memory, to_device
+
+AnyArriving = Arriving | LaterArriving
 
 
 class Uploads:
@@ -17,12 +21,13 @@ class Uploads:
     Any thread may use it.
     """
 
-    def __init__(self, ops: Ops, device: torch.device) -> None:
-        self._ops, self._device = ops, device
+    def __init__(self, ops: Ops, device: torch.device, tower: Tower | None = None) -> None:
+        """tower: encodes pictures elsewhere, so that their visual tokens arrive and not their tiles."""
+        self._ops, self._device, self._tower = ops, device, tower
         self._stream = DeviceStream(device)
-        self._arriving: WeakKeyDictionary[Picture, Arriving] = WeakKeyDictionary()
+        self._arriving: WeakKeyDictionary[Picture, AnyArriving] = WeakKeyDictionary()
 
-    def load(self, picture: Picture) -> Arriving:
+    def load(self, picture: Picture) -> AnyArriving:
         """Returns a picture's tiles, or the visual tokens that it was given with.
 
         The first call for a picture does the work, in the calling thread; a tensor that is on a GPU already is read in
@@ -32,7 +37,9 @@ class Uploads:
             arriving = self._arriving[picture] = self._load(picture)
         return arriving
 
-    def _load(self, picture: Picture) -> Arriving:
+    def _load(self, picture: Picture) -> AnyArriving:
+        if self._tower is not None and picture.visual_XD is None:
+            return self._tower.encode(_host_tiles(picture))
         if picture.image is not None:
             return self._cut(picture.image)
         given = picture.tiles if picture.visual_XD is None else picture.visual_XD
@@ -60,3 +67,11 @@ class Uploads:
             return Arriving.on_current_stream(tensor)
         with self._stream.use():
             return Arriving.on_current_stream(to_device(tensor, self._device))
+
+
+def _host_tiles(picture: Picture) -> torch.Tensor:
+    """Returns a picture's tiles in memory of the host."""
+    if picture.image is not None:
+        return torch.from_numpy(picture.image.tiles())
+    assert picture.tiles is not None, "a picture has an image, tiles or visual tokens"
+    return picture.tiles.cpu()

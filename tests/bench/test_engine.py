@@ -2,21 +2,26 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from internvl_rt.model.random_checkpoint import write_random_checkpoint
 from support.configs import ORIGINAL
+from support.rank_processes import wait_until
 
+MARK = "INTERNVL_RT_TEST_MARK"
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def run(name: str, *arguments: str, exit_codes: tuple[int, ...] = (0,)) -> list[str]:
+def run(name: str, *arguments: str, exit_codes: tuple[int, ...] = (0,), mark: str = "") -> list[str]:
+    """mark: of the environment of the process and of those that it starts."""
     command = [sys.executable, str(BENCH / name), *arguments]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env={**os.environ, MARK: mark})
     assert done.returncode in exit_codes
     return done.stdout.splitlines()
 
@@ -36,6 +41,38 @@ def test_the_cost_of_a_step_is_printed_by_part() -> None:
     assert sum(parts.values()) == pytest.approx(together, abs=0.1 * len(parts))
     assert min(value for part, value in parts.items() if not part.startswith("all else")) > 0
     assert lines[-1].startswith("a step: median ")
+
+
+def test_what_a_step_costs_because_it_crosses_ranks_is_printed_and_no_process_is_left(tmp_path: Path) -> None:
+    lines = run("rank_crossing.py", "--ranks=2", "--sequences=3", "--steps=4", mark=str(tmp_path))
+    wait_until(lambda: not marked(str(tmp_path)))
+    assert lines[0].endswith("on a CPU, by gloo; NCCL is not measured")
+    values = [(line[:46].strip(), float(line[46:])) for line in lines if line.startswith("  ")]
+    assert all(value > 0 for part, value in values if not part.startswith("from then"))
+    assert [part for part, _ in values] == [
+        *("write it", "send it"),
+        *("write it", "send it", "from then until the last rank has it", "read it") * 2,
+        *("8 sums of 3 x 128", "gather of 3 x 208 logits a rank", "share of 3 tokens", "together"),
+        *("1 rank", "2 ranks"),
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "message"), [("1", "give 2 or more"), ("5", "at most 4 ranks")])
+def test_ranks_that_cannot_be_are_refused_in_one_line(ranks: str, message: str) -> None:
+    command = [sys.executable, str(BENCH / "rank_crossing.py"), "--ranks", ranks]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def marked(mark: str) -> list[Path]:
+    """Returns the processes in whose environment, or in that of an ancestor, this mark was set."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(entry)
+    return found
 
 
 def test_products_of_each_kind_of_weight_are_timed() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from internvl_rt.checkpoint import tensor_file
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError
 
@@ -70,6 +71,22 @@ def test_a_part_of_a_tensor_is_read_by_rows_and_columns(tmp_path, monkeypatch, d
     assert torch.equal(out[1], torch.full_like(expected, 5.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_other_bytes_are_read_than_those_of_a_part(tmp_path, monkeypatch, dtype):
+    save_file({"x": torch.ones(12, 5)}, tmp_path / "model.safetensors")
+    checkpoint, read_at, spans = open_checkpoint(tmp_path), tensor_file._read_at, []
+    first = checkpoint.entries["x"].offset_bytes
+
+    def note(entry, file, offset, memory):
+        spans.append((offset - first, len(memory)))
+        read_at(entry, file, offset, memory)
+
+    monkeypatch.setattr(tensor_file, "_read_at", note)
+    checkpoint.read_into("x", torch.empty(2, 3, dtype=dtype), slice(4, 6), slice(1, 4))
+    checkpoint.read_into("x", torch.empty(2, 5, dtype=dtype), slice(4, 6))
+    assert spans == [(4 * 20 + 4, 12), (5 * 20 + 4, 12), (4 * 20, 40)]
+
+
 def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(100)}, file)
@@ -77,6 +94,12 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path):
     os.truncate(file, file.stat().st_size - 4)
     with pytest.raises(CheckpointError, match="became shorter"):
         read(checkpoint, "x")
+    save_file({"x": torch.ones(10, 10)}, file)
+    checkpoint = open_checkpoint(tmp_path)
+    os.truncate(file, file.stat().st_size - 4)
+    checkpoint.read_into("x", torch.empty(10, 9), columns=slice(0, 9))
+    with pytest.raises(CheckpointError, match="became shorter"):
+        checkpoint.read_into("x", torch.empty(10, 2), columns=slice(8, 10))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 30, -1, -60])

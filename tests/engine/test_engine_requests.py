@@ -67,7 +67,7 @@ def test_several_answers_share_one_prompt(engine, monkeypatch):
 
 def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, monkeypatch):
     """An answer's first token copies the prompt's last block; a copied block stays taken until a step copies it."""
-    original, calls = runner.build_step, []
+    original, calls = runner.lay_out, []
 
     def fail_second(*args):
         calls.append(args)
@@ -75,7 +75,7 @@ def test_a_step_that_fails_before_its_copies_are_made_holds_no_blocks(engine, mo
             raise RuntimeError("no memory")
         return original(*args)
 
-    monkeypatch.setattr(runner, "build_step", fail_second)
+    monkeypatch.setattr(runner, "lay_out", fail_second)
     with pytest.raises(RuntimeError, match="no memory"):
         engine.chat(ask("Read the digits."), replace(DRAWN, n=3))
     stats = engine.cache.blocks.stats()

@@ -120,7 +120,7 @@ def test_a_cache_holds_more_tokens_in_as_much_memory(cache):
     with load("auto") as dense, load(cache) as engine:
         config = engine.config.decoder
         assert engine.memory.block_bytes == 64 * kv_bytes_per_token(config, BITS[cache])
-        buffers = engine.cache.buffers
+        buffers = engine.cache.pool.buffers
         assert sum(buffer.nbytes for buffer in buffers) == engine.memory.cache_bytes <= 1 << 22
         assert engine.memory.num_blocks > 3 * dense.memory.num_blocks  # in float32 4 bytes were 1, and a scale is 2
 

@@ -175,7 +175,7 @@ def test_an_engine_is_freed_with_its_last_reference(use, is_closed):
     use(engine)
     if is_closed:
         engine.close()
-    owned = [engine, engine.model, engine.model.weights.decoder.embedding_VD, engine.cache.buffers[0], engine.loop]
+    owned = [engine, engine.model, engine.model.weights.decoder.embedding_VD, engine.cache.pool.buffers[0], engine.loop]
     left = [weakref.ref(each) for each in owned]
     del engine, owned
     assert [each() for each in left] == [None] * len(left)

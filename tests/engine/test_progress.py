@@ -9,7 +9,7 @@ from typing import Any
 
 from internvl_rt.model import internvl
 from internvl_rt.model.internvl import named_parameters
-from internvl_rt.steps import runner
+from internvl_rt.steps import executor
 from support.calls import load
 from support.recorder import Recorder
 
@@ -58,7 +58,7 @@ def test_loading_counts_every_byte_of_the_weights(monkeypatch: Any) -> None:
 
 def test_capturing_says_what_it_does(monkeypatch: Any) -> None:
     bars: list[Bar] = []
-    monkeypatch.setattr(runner, "tqdm", lambda *args, **options: bars.append(Bar(*args, **options)) or bars[-1])
+    monkeypatch.setattr(executor, "tqdm", lambda *args, **options: bars.append(Bar(*args, **options)) or bars[-1])
     with load(backend="torch") as engine:
         sizes = {"max_num_seqs": 4, "max_model_len": 64, "max_tokens_per_step": 64}
         engine.runner.capture(**sizes, everything=False, capture=Recorder())

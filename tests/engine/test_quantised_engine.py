@@ -95,7 +95,7 @@ def test_static_scales_of_a_file_are_used_unless_the_options_say_otherwise(tmp_p
     for kv_cache_dtype in ("auto", "fp8", "model"):
         with Engine.from_pretrained(folder, device="cpu", kv_cache_dtype=kv_cache_dtype, max_num_seqs=1) as engine:
             assert engine.chat(QUESTION, SamplingParams(max_tokens=8)).text == "4719"
-            layer = engine.cache.layers[3]
+            layer = engine.cache.pool.layers[3]
             assert layer.k_cache_BGPC.dtype == (torch.float32 if kv_cache_dtype == "model" else torch.float8_e4m3fn)
             if kv_cache_dtype == "auto":
                 assert torch.allclose(layer.static_scale_2, torch.tensor([0.026, 0.027]))

@@ -33,8 +33,11 @@ def serve(environment: dict[str, str], mistake: str = "", **options: object) -> 
 
 
 def waits_in(found: Found) -> set[str]:
-    """Returns the kinds of waiting that would keep a step from being launched while the previous step runs."""
-    return {wait for wait in found["waits"] if wait.rpartition(", ")[2] in ("launch", "between launches")}
+    """Returns the kinds of waiting that would keep a step from being launched while the previous step runs.
+
+    With several ranks, those of rank 0, and of one that follows its orders.
+    """
+    return {wait for wait in found["waits"] if wait.rpartition(", ")[2] in ("launch", "between launches", "follow")}
 
 
 WAYS: dict[str, dict[str, object]] = {
@@ -44,6 +47,8 @@ WAYS: dict[str, dict[str, object]] = {
     "all captured": {"capture_all": True},
     "experiments": {"cuda_graphs": False, "experiments": EXPERIMENTS},
     "experiments in graphs": {"experiments": EXPERIMENTS},
+    "two ranks": {"tensor_parallel_size": 2},
+    "two ranks, no graphs": {"tensor_parallel_size": 2, "cuda_graphs": False},
 }
 
 
@@ -66,6 +71,19 @@ def test_no_launch_of_a_step_waits_for_the_one_before_it(served: Callable[[str],
 def test_streams_are_in_order_and_no_memory_is_given_back_too_early(served: Callable[[str], Found], way: str) -> None:
     """The engine's caller changes its own stream; with all on, a second engine is built while the first one serves."""
     assert not served(way)["races"]
+
+
+@pytest.mark.slow
+def test_another_rank_launches_what_rank_0_does_but_for_cutting_pictures_and_drawing(
+    served: Callable[[str], Found],
+) -> None:
+    for way in ("two ranks", "two ranks, no graphs"):
+        found = served(way)
+        assert found["followed"]["orders"] > found["steps"]["launches"]
+        assert found["followed"]["replays"] == found["replays"]
+    ours, theirs = found["launches"], found["followed"]["launches"]
+    alone = {"_resize_columns_kernel", "_resize_lines_kernel", "row_peaks_kernel", "draw_kernel"}
+    assert {kernel: ours[kernel] for kernel in ours if kernel not in alone} == theirs
 
 
 @pytest.mark.slow

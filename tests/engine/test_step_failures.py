@@ -50,7 +50,7 @@ BOUNDARIES = [  # functions that a step calls, and which of their calls fails
     (KVCache, "publish", 2),
     (KVCache, "end_step", 2),
     (StepArrays, "fill", 2),
-    (runner_module, "build_step", 2),
+    (runner_module, "lay_out", 2),
     (runner_module, "read_drawn", 2),
     (VisualCache, "hold", 2),
     (VisualCache, "get", 1),

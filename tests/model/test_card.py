@@ -7,7 +7,11 @@ from dataclasses import fields, replace
 import pytest
 
 from internvl_rt.checkpoint.config import KNOWN_MODELS, load_config
+from internvl_rt.checkpoint.find import resolve_model
+from internvl_rt.checkpoint.quantization import FOUR_BITS
+from internvl_rt.engine.loading import plan_parts
 from internvl_rt.engine.options import EngineOptions
+from internvl_rt.errors import ConfigError, RequestError
 from internvl_rt.model.card import model_card, render_card
 from internvl_rt.model.processor import instructions
 
@@ -58,6 +62,72 @@ def test_the_78b_needs_two_cards_in_16_bits_and_one_in_4():
     assert 25 < dense["decode_ms_at_least"] < 31 > 2 * in_8_bits["decode_ms_at_least"] - 1
 
 
+def test_of_several_gpus_the_one_that_holds_the_most_is_on_the_card():
+    """Of 14 query heads on 2 key/value heads, three GPUs have 4, 3 and 7; MLP and vocabulary are split evenly."""
+    config = load_config(KNOWN_MODELS["InternVL3-1B"])
+    card = model_card(config, "", 3)
+    whole = card["parameters"]["vision"] + card["parameters"]["projector"] + 151674 * 896
+    columns, rows = [13 * 128, 13 * 128, 12 * 128], [16 * 3160, 16 * 3160, 151674 - 32 * 3160]
+    assert sum(columns) == 4864
+    parts = []
+    for rank, heads in enumerate((4, 3, 7)):
+        qkv = 64 * (heads + 2)
+        layer = 2 * 896 + (896 + 1) * qkv + 896 * 64 * heads + 3 * 896 * columns[rank]
+        parts.append(2 * (whole + 24 * layer + rows[rank] * 896 + 896))
+    dense = card["held"][0]
+    assert dense["weight_bytes"] == max(parts) == parts[0]
+    assert card["each_gpu"]["kv_bytes_per_token"] == card["kv_bytes_per_token"] // 2, "one of two heads"
+    for fit in dense["fits"]:
+        assert fit["kv_tokens"] == ((fit["gib"] << 30) - max(parts)) // card["each_gpu"]["kv_bytes_per_token"]
+    one = model_card(config, "")["held"][0]
+    assert 2 * dense["decode_ms_at_least"] < one["decode_ms_at_least"] < 3 * dense["decode_ms_at_least"]
+
+
+def test_the_78b_in_16_bits_needs_two_of_the_largest_cards_or_four_of_80_gib():
+    config = load_config(KNOWN_MODELS["InternVL3-78B"])
+    fits = {num: model_card(config, "", num)["held"][0]["fits"] for num in (2, 4)}
+    assert [fit["weights_fit"] for fit in fits[2]] == [False, False, True, True]
+    assert [fit["kv_tokens"] for fit in fits[4]][:2] == [0, 21_741]
+    text = render_card(model_card(config, "", 4))
+    assert "320 KiB per token in bfloat16, 162.5 in FP8 or int8; 80 and 40.6 on each of 4 GPUs" in text
+    assert "decode on 4 H200" in text
+    assert text.endswith("the time is without sums between GPUs")
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 4])
+def test_each_gpu_is_said_to_hold_what_an_engine_plans_for(num_gpus):
+    config = load_config(resolve_model("tiny"))
+    card = model_card(config, "tiny", num_gpus)
+    memory = plan_parts("tiny", EngineOptions(device="cpu", dtype="bfloat16", tensor_parallel_size=num_gpus))
+    assert card["held"][0]["weight_bytes"] == memory.weight_bytes
+    assert card["each_gpu"]["kv_bytes_per_token"] * memory.block_size == memory.block_bytes
+
+
+def test_one_gpu_has_the_card_of_a_model_that_is_not_split():
+    config = load_config(KNOWN_MODELS["InternVL3-8B"])
+    card = model_card(config, "", 1)
+    assert card == model_card(config, "")
+    assert "each_gpu" not in card
+    assert "GPUs" not in render_card(card)
+
+
+def test_more_gpus_than_a_model_can_be_split_among_are_refused():
+    with pytest.raises(RequestError, match=r"tensor_parallel_size is 15, .* 14 query heads, .* at most 14 ranks"):
+        model_card(load_config(KNOWN_MODELS["InternVL3-1B"]), "", 15)
+
+
+def test_a_kind_of_weight_that_cannot_be_split_so_is_told():
+    """Seven heads of 16 channels end at column 112, and 4-bit weights are cut at multiples of 32."""
+    config = load_config(KNOWN_MODELS["InternVL3-1B"])
+    config = replace(config, decoder=replace(config.decoder, hidden_size=1024, num_heads=14, head_dim=16))
+    card = model_card(config, "", 2)
+    assert ["cannot_be_split" in held for held in card["held"]] == [False, False, True]
+    assert "at column 112, expected multiples of 32" in card["held"][2]["cannot_be_split"]
+    assert "4 bits          cannot be split so\n" in render_card(card)
+    with pytest.raises(ConfigError, match="column 112"):
+        model_card(replace(config, quantization=FOUR_BITS), "", 2)
+
+
 def test_a_model_without_tiling_has_one_tile_and_no_thumbnail():
     config = replace(load_config(KNOWN_MODELS["InternVL3-1B"]), max_tiles=1)
     assert model_card(config, "")["max_tokens_per_picture"] == 256
@@ -67,10 +137,11 @@ def test_a_model_without_tiling_has_one_tile_and_no_thumbnail():
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_card_can_be_printed_and_sent_as_json(name):
+    config = load_config(KNOWN_MODELS[name])
     card = card_of(name)
     assert json.loads(json.dumps(card)) == card
-    text = render_card(card)
-    assert all(len(line) <= 120 for line in text.splitlines())
+    text, split = render_card(card), render_card(model_card(config, name, 12))
+    assert all(len(line) <= 120 for line in f"{text}\n{split}".splitlines())
     assert name in text
     assert f"{card['parameters']['total'] / 1e6:,.1f} M" in text
 

@@ -13,7 +13,8 @@ from internvl_rt.model.ops_invariant import invariant_ops
 from internvl_rt.steps.decodes import NO_DECODES, build_decodes
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
-from internvl_rt.steps.step import Chunk, build_step, plan_step
+from internvl_rt.steps.step import Chunk, plan_step
+from support.forward import run_step
 from support.small_models import DEVICE, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 pytestmark = pytest.mark.usefixtures("one_order_of_sums")
@@ -55,12 +56,11 @@ class Batch:
             assert self.cache.admit(sequence) == 0
 
     def step(self, decoding: list[Sequence], chunks: list[Chunk]) -> Tensor:
-        """Returns the last layer's output for all tokens of a step, those of the decodes first."""
+        """Returns the logits of all tokens of a step, those of the decodes first."""
         step = plan_step(build_decodes(decoding) if decoding else NO_DECODES, chunks)
         counts = [*[1] * len(decoding), *step.counts]
         assert self.cache.append([sequence.seq_id for sequence in step.sequences], counts)
-        drawn_R = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        return self.model.logits(self.model.run_step(build_step(step, self.cache, drawn_R), self.cache.layers))
+        return run_step(self.model, step, self.cache)
 
     def prefill(self, sequence: Sequence, *stops: int) -> list[Tensor]:
         found = []

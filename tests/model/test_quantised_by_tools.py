@@ -20,7 +20,8 @@ from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.model.dialects import DIALECTS, Dialect
 from internvl_rt.model.internvl import ModelWeights, named_linears, named_parameters
 from internvl_rt.model.linear import Linear, Linear4, Linear8
-from internvl_rt.model.weights import load_weights, plan_tensors
+from internvl_rt.model.placement import plan_tensors
+from internvl_rt.model.weights import load_weights
 from internvl_rt.quantize import quantise
 from support.environments import make_environment
 from support.hf_models import save_checkpoint
@@ -115,7 +116,7 @@ def test_an_engine_answers_with_them(made: Path, tmp_path: Path, name: str) -> N
     with Engine.from_pretrained(model, device="cpu", kv_cache_bytes=1 << 20, max_num_seqs=1) as engine:
         reply = engine.chat([{"role": "user", "content": "abc"}], SamplingParams(max_tokens=4, ignore_eos=True))
         assert reply.usage.completion_tokens == 4
-        is_8_bits = engine.cache.layers[0].k_cache_BGPC.dtype == torch.float8_e4m3fn
+        is_8_bits = engine.cache.pool.layers[0].k_cache_BGPC.dtype == torch.float8_e4m3fn
         assert is_8_bits == name.endswith("_KV")
 
 

@@ -331,6 +331,8 @@ def test_a_shard_of_a_kind_is_a_part_of_what_it_multiplies_out_to(tmp_path):
             assert torch.equal(part.dense(torch.float32), whole[:, columns])
             assert part.bias_N is None
             assert part.num_inputs == whole[:, columns].shape[1]
-    for linear in linears[2:]:
-        with pytest.raises(ValueError, match="expected borders at multiples of 128, got 0 and 96"):
-            linear.take_columns(slice(0, 96))
+    for columns in (slice(0, 96), slice(96, 160), slice(288, 320)):
+        assert torch.equal(four.take_columns(columns).dense(torch.float32), four.dense(torch.float32)[:, columns])
+    for linear, unit in ((linears[2], 128), (four, 32)):
+        with pytest.raises(ValueError, match=f"expected borders at multiples of {unit}, got 0 and 80"):
+            linear.take_columns(slice(0, 80))

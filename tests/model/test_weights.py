@@ -11,7 +11,8 @@ from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError
 from internvl_rt.model.dialects import DIALECTS, find_names
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.weights import PlannedTensor, load_weights, plan_tensors, save_weights
+from internvl_rt.model.placement import PlannedTensor, plan_tensors
+from internvl_rt.model.weights import load_weights, save_weights
 from support import small_models
 
 SMALL_VIT = VisionConfig(12, 2, 3, 20, 28, 7, "layer_norm", 1e-6, qkv_bias=True, qk_norm=False)

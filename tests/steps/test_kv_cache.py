@@ -24,7 +24,7 @@ def decoder(num_layers: int = 2, num_kv_heads: int = 2, head_dim: int = 8, max_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_has_its_own_zeroed_keys_and_values(dtype: torch.dtype) -> None:
     cache = KVCache(decoder(), num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"), ops=TORCH)
-    tensors = [tensor for layer in cache.layers for tensor in (layer.k_cache_BGPC, layer.v_cache_BGPC)]
+    tensors = [tensor for layer in cache.pool.layers for tensor in (layer.k_cache_BGPC, layer.v_cache_BGPC)]
     assert len(tensors) == 4
     for number, tensor in enumerate(tensors, 1):
         assert tensor.shape == (3, 2, 16, 8)
@@ -42,19 +42,19 @@ def test_keys_and_values_in_8_bits_have_zeroed_scales_of_their_own_in_every_laye
     sizes = {"num_blocks": 3, "block_size": 16}
     how = {"dtype": dtype, "device": torch.device("cpu"), "ops": TORCH}
     cache = KVCache(decoder(), **sizes, **how, static_scale_L2=static_scale_L2)
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.pool.layers):
         assert layer.k_cache_BGPC.dtype == layer.v_cache_BGPC.dtype == dtype
         assert (layer.scale_BGP2.shape, layer.scale_BGP2.dtype) == ((3, 2, 16, 2), torch.bfloat16)
         assert not layer.scale_BGP2.any()
         assert not layer.k_cache_BGPC.float().any()
         assert torch.equal(layer.static_scale_2, static_scale_L2[number])
         layer.scale_BGP2.fill_(number + 1)
-    assert [layer.scale_BGP2.unique().tolist() for layer in cache.layers] == [[1], [2]]
-    pools = cache.buffers[:2]
+    assert [layer.scale_BGP2.unique().tolist() for layer in cache.pool.layers] == [[1], [2]]
+    pools = cache.pool.buffers[:2]
     assert sum(pool.nbytes for pool in pools) == 3 * 16 * kv_bytes_per_token(decoder(), dtype)
-    assert cache.buffers[2] is static_scale_L2
+    assert cache.pool.buffers[2] is static_scale_L2
     plain = KVCache(decoder(), **sizes, **how)
-    assert all(layer.static_scale_2 is None for layer in plain.layers)
+    assert all(layer.static_scale_2 is None for layer in plain.pool.layers)
 
 
 @pytest.mark.parametrize("dtype", KV_FORMATS.values())
@@ -62,11 +62,11 @@ def test_a_block_that_is_copied_takes_its_scales_along(dtype: torch.dtype) -> No
     how = {"dtype": dtype, "device": torch.device("cpu"), "ops": TORCH}
     cache = KVCache(decoder(), num_blocks=4, block_size=16, **how)
     generator = torch.Generator().manual_seed(0)
-    for pool in cache.buffers:
+    for pool in cache.pool.buffers:
         pool.view(torch.uint8).random_(generator=generator)
-    before = [pool.view(torch.uint8).clone() for pool in cache.buffers]
+    before = [pool.view(torch.uint8).clone() for pool in cache.pool.buffers]
     cache.copy_blocks(np.array([[2, 0], [3, 1]], np.int32))
-    for pool, old in zip(cache.buffers, before, strict=True):
+    for pool, old in zip(cache.pool.buffers, before, strict=True):
         assert torch.equal(pool.view(torch.uint8), old[:, :, [2, 3, 2, 3]])
 
 
@@ -77,8 +77,8 @@ def test_memory_on_the_cpu_is_committed_only_when_it_is_used() -> None:
     before = resident_bytes()
     config = decoder(num_layers=32, num_kv_heads=8, head_dim=128)
     cache = KVCache(config, num_blocks=128, block_size=128, dtype=torch.float32, device=torch.device("cpu"), ops=TORCH)
-    assert sum(layer.k_cache_BGPC.nbytes for layer in cache.layers) == 2 << 30
-    for layer in cache.layers:  # which would commit 128 MiB in pages of 2 MiB
+    assert sum(layer.k_cache_BGPC.nbytes for layer in cache.pool.layers) == 2 << 30
+    for layer in cache.pool.layers:  # which would commit 128 MiB in pages of 2 MiB
         for cache_BGPC in (layer.k_cache_BGPC, layer.v_cache_BGPC):
             cache_BGPC[0, :, 0] = 1
     assert resident_bytes() - before < 32 << 20

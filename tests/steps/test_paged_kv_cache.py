@@ -174,6 +174,26 @@ def test_events_that_nobody_drains_are_replaced_by_the_whole_index() -> None:
     assert cache.drain_events() == []
 
 
+def test_the_digests_of_a_prompt_are_those_that_its_events_name_in_every_cache_of_one_key() -> None:
+    key, token_ids, pictures = bytes(range(16)), int32(*range(13)), [(3, 4, CAT)]
+    cache, other = PagedKVCache(8, 4, events=True, hash_key=key), PagedKVCache(1, 4, hash_key=key)
+    expected = other.digests(token_ids, pictures, b"one")
+    assert len(expected) == 3
+    assert cache.digests(token_ids, pictures, b"one") == expected
+    serve(cache, 0, token_ids, pictures, b"one")
+    assert [digest for kind, digest, _, _ in cache.drain_events()] == expected
+    assert other.digests(token_ids[:12], pictures, b"one") == expected[:2], "a token is left to compute"
+    assert other.digests(token_ids, pictures, b"one", max_cached=7) == expected[:1]
+    assert other.digests(token_ids, pictures, None) == []
+    for changed in (
+        other.digests(token_ids, [(3, 4, DOG)], b"one"),
+        other.digests(token_ids, pictures, b"another"),
+        PagedKVCache(1, 4, hash_key=key[::-1]).digests(token_ids, pictures, b"one"),
+        PagedKVCache(1, 4).digests(token_ids, pictures, b"one"),
+    ):
+        assert not set(changed) & set(expected)
+
+
 # --- blocks
 
 

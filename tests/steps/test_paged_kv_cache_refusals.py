@@ -32,10 +32,11 @@ def admitted(cache: PagedKVCache, seq_id: int, num_tokens: int) -> None:
         ((4, 16), {"watermark_blocks": -1}, "watermark_blocks: expected 0 to 3, got -1"),
         ((4, 16), {"watermark_blocks": 4}, "watermark_blocks: expected 0 to 3, got 4"),
         ((4, 16), {"hash_bits": 129}, "hash_bits: expected 1 to 128, got 129"),
+        ((4, 16), {"hash_key": bytes(15)}, "hash_key: expected 16 bytes, got 15"),
     ],
 )
 def test_a_pool_that_cannot_be_indexed_is_refused(
-    arguments: tuple[int, int], options: dict[str, int], message: str
+    arguments: tuple[int, int], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         PagedKVCache(*arguments, **options)

@@ -23,12 +23,13 @@ import internvl_rt
 from internvl_rt import Engine, RequestError, SamplingParams
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.kernels._launch import Launch
-from internvl_rt.steps import device_stream, kv_cache, logprobs, runner, sampler, step, uploads
+from internvl_rt.steps import device_stream, executor, kv_pool, logprobs, runner, sampler, step, uploads
 from internvl_rt.steps.device_stream import Arriving, DeviceStream
 from internvl_rt.steps.runner import Runner
 from support.fake_cuda import CudaMode, DeviceTensor, use_fake_cuda
 from support.fake_device import MACHINE
 from support.fake_driver import use_fake_driver
+from support.fake_ranks import follow, use_fake_ranks
 
 SAMPLE = Path(internvl_rt.__file__).parent / "tiny" / "samples" / "4719.png"
 OPTIONS: dict[str, Any] = {
@@ -46,7 +47,7 @@ def copy_and_wait(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def replace_everywhere(name: str, value: object) -> None:
-    for module in (device_stream, kv_cache, logprobs, runner, sampler, step, uploads):
+    for module in (device_stream, executor, kv_pool, logprobs, runner, sampler, step, uploads):
         if hasattr(module, name):
             setattr(module, name, value)
 
@@ -182,8 +183,11 @@ if __name__ == "__main__":
     mode = use_fake_cuda()
     counts = watch()
     options = OPTIONS | json.loads(sys.argv[1])
+    if (size := options.get("tensor_parallel_size", 1)) > 1:
+        use_fake_ranks(size)
     for mistake in sys.argv[2:]:
         MISTAKES[mistake]()
+    followed: dict[str, Any] = {}
     with mode:
         serve(options)
         waits = Counter(f"{wait['what']}, {wait['phase']}" for wait in MACHINE.waits)
@@ -191,7 +195,13 @@ if __name__ == "__main__":
         early = Counter(launch.kernel.__name__ for launch in MACHINE.launches if launch.pdl)
         on = Counter(f"{launch.kernel.__name__}: {name}" for launch in MACHINE.launches for name in switched_on(launch))
         graphs = MACHINE.num_replays
+        if size > 1:  # what was found so far is of rank 0
+            MACHINE.waits.clear()
+            MACHINE.launches.clear()
+            followed = {"orders": follow(options), "replays": MACHINE.num_replays - graphs}
+            followed["launches"] = Counter(launch.kernel.__name__ for launch in MACHINE.launches)
+            waits |= Counter(f"{wait['what']}, {wait['phase']}" for wait in MACHINE.waits)
         if not sys.argv[2:] and options == OPTIONS:
             serve_while_another_is_built(options)
-    found = {"waits": waits, "races": Counter(MACHINE.races), "steps": counts}
+    found = {"waits": waits, "races": Counter(MACHINE.races), "steps": counts, "followed": followed}
     print(json.dumps(found | {"launches": launches, "early": early, "on": on, "replays": graphs}))

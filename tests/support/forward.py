@@ -19,7 +19,7 @@ from internvl_rt.model.vision import encode_tiles
 from internvl_rt.steps.decodes import NO_DECODES, Decodes
 from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
-from internvl_rt.steps.step import Chunk, build_step, plan_step
+from internvl_rt.steps.step import Chunk, Step, lay_out, plan_step, visual_of, wrap_step
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def all_logits(
     kv_dtype: of keys and values in the cache, by default the model's.
     """
     cache = KVCache(
-        model.config.decoder,
+        model.part,
         num_blocks=(len(after) + len(token_ids)) // block_size + 2,
         block_size=block_size,
         dtype=kv_dtype or model.dtype,
@@ -113,13 +113,26 @@ def _compute(model: InternVL, cache: KVCache, sequence: Sequence, places: Items[
     logits = []
     for start, stop in pairwise(places):
         assert cache.append([sequence.seq_id], [stop - start])
-        nothing_drawn = torch.zeros(1, dtype=torch.int64, device=model.device)
         if stop == start + 1:
             step = plan_step(_decode(sequence, start))
         else:
             step = plan_step(NO_DECODES, [Chunk(sequence, start, stop)])
-        logits.append(model.logits(model.run_step(build_step(step, cache, nothing_drawn), cache.layers)))
+        logits.append(run_step(model, step, cache))
     return torch.cat(logits)
+
+
+def run_step(model: InternVL, step: Step, cache: KVCache) -> Tensor:
+    """Returns the logits of all tokens of a step, those of the decodes first."""
+    shape, flat = lay_out(step, cache, model.device)
+    visual = visual_of(step)
+    inputs = wrap_step(
+        shape,
+        flat.to(model.device),
+        max_query_len=max(step.counts, default=1),
+        drawn_R=torch.zeros(1, dtype=torch.int64, device=model.device),
+        visual_XD=torch.cat(visual) if visual else None,
+    )
+    return model.logits(model.run_step(inputs, cache.pool.layers))
 
 
 def _decode(sequence: Sequence, index: int) -> Decodes:

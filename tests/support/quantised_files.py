@@ -15,7 +15,7 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.json_section import Section
 from internvl_rt.checkpoint.quantization import Quantization, read_quantization
 from internvl_rt.model.dialects import DIALECTS
-from internvl_rt.model.weights import plan_tensors
+from internvl_rt.model.placement import plan_tensors
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, whose number is in nibble i of a word
 

@@ -19,7 +19,7 @@ def oldest_versions(pyproject: str) -> list[str]:
     wanted = {line for name, group in extras.items() if name != "test" for line in group}
     lines = []
     for requirement in sorted(wanted.union(project["dependencies"])):
-        found = re.fullmatch(r"([\w.-]+)>=([\d.]+)(,.*)?", requirement)
+        found = re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)(,.*)?", requirement)
         if found is None:
             raise ValueError(f"{requirement!r}: expected the form name>=version")
         lines.append(f"{found[1]}=={found[2]}")
