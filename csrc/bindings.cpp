@@ -111,6 +111,23 @@ Ints take_copies(PagedKVCache& cache) {
 
 py::bytes bytes_of(const Hash128& hash) { return {reinterpret_cast<const char*>(&hash), sizeof hash}; }
 
+std::optional<Hash128> key_of(const std::optional<py::bytes>& hash_key) {
+  if (!hash_key) return std::nullopt;
+  const std::string_view bytes = *hash_key;
+  Hash128 key;
+  CHECK_ARGUMENT(bytes.size() == sizeof key, "hash_key: expected ", sizeof key, " bytes, got ", bytes.size());
+  std::memcpy(&key, bytes.data(), sizeof key);
+  return key;
+}
+
+py::list digests(const PagedKVCache& cache, const py::array& token_ids, const py::iterable& pictures,
+                 const std::optional<py::bytes>& identity, std::optional<std::int64_t> max_cached) {
+  py::list found;
+  for (const Hash128& hash : cache.digests(PromptArgument(token_ids, pictures, identity, max_cached).prompt))
+    found.append(bytes_of(hash));
+  return found;
+}
+
 py::list drain_events(PagedKVCache& cache) {
   py::list events;
   for (const PrefixEvent& event : cache.drain_events()) {
@@ -141,12 +158,14 @@ PYBIND11_MODULE(_C, module) {
   const py::tuple no_pictures;
   py::class_<PagedKVCache>(module, "PagedKVCache")
       .def(py::init([](std::int32_t num_blocks, std::int32_t block_size, std::int32_t watermark_blocks, bool events,
-                       std::int32_t hash_bits) {
-             return PagedKVCache({num_blocks, block_size, watermark_blocks, events, hash_bits});
+                       std::int32_t hash_bits, const std::optional<py::bytes>& hash_key) {
+             return PagedKVCache({num_blocks, block_size, watermark_blocks, events, hash_bits, key_of(hash_key)});
            }),
            "num_blocks"_a, "block_size"_a, py::kw_only(), "watermark_blocks"_a = 0, "events"_a = false,
-           "hash_bits"_a = 128)
+           "hash_bits"_a = 128, "hash_key"_a = py::none())
       .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
+           "max_cached"_a = py::none())
+      .def("digests", &digests, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
            "max_cached"_a = py::none())
       .def("admit", &admit, "seq_id"_a, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(),
            py::kw_only(), "num_reserved"_a = 0, "max_cached"_a = py::none())

@@ -34,7 +34,7 @@ void check_count(const char* name, std::int64_t count) {
 PagedKVCache::PagedKVCache(const CacheOptions& options)
     : options_(checked(options)),
       pool_(options.num_blocks),
-      index_(options.num_blocks, options.block_size, options.hash_bits, options.events) {}
+      index_(options.num_blocks, options.block_size, options.hash_bits, options.events, options.hash_key) {}
 
 // --- the life of a sequence ---------------------------------------------------------------------------------------
 
@@ -44,10 +44,9 @@ std::int64_t PagedKVCache::match(const Prompt& prompt) const {
   matched_digests_.clear();
   if (!prompt.identity) return 0;
   matched_digests_.push_back(index_.root(*prompt.identity));
-  const std::int64_t most = std::min(std::ssize(prompt.token_ids) - 1, prompt.max_cached);
-  const std::int64_t num_full = std::max<std::int64_t>(most, 0) / block_size();
+  const std::int64_t num_full = num_cachable(prompt);
   for (std::int64_t index = 0; index < num_full; ++index) {
-    const auto token_ids = prompt.token_ids.subspan(as_size(index * block_size()), as_size(block_size()));
+    const auto token_ids = tokens_of(prompt, index);
     const Hash128 hash = index_.digest(matched_digests_.back(), index, token_ids, prompt.pictures);
     const std::int32_t block = index_.find(hash, token_ids);
     if (block < 0) break;
@@ -55,6 +54,27 @@ std::int64_t PagedKVCache::match(const Prompt& prompt) const {
     matched_digests_.push_back(hash);
   }
   return std::ssize(matched_) * block_size();
+}
+
+std::vector<Hash128> PagedKVCache::digests(const Prompt& prompt) const {
+  check_prompt(prompt);
+  std::vector<Hash128> found;
+  if (!prompt.identity) return found;
+  Hash128 parent = index_.root(*prompt.identity);
+  const std::int64_t num_full = num_cachable(prompt);
+  found.reserve(as_size(num_full));
+  for (std::int64_t index = 0; index < num_full; ++index)
+    found.push_back(parent = index_.digest(parent, index, tokens_of(prompt, index), prompt.pictures));
+  return found;
+}
+
+std::int64_t PagedKVCache::num_cachable(const Prompt& prompt) const noexcept {
+  const std::int64_t most = std::min(std::ssize(prompt.token_ids) - 1, prompt.max_cached);
+  return std::max<std::int64_t>(most, 0) / block_size();
+}
+
+std::span<const std::int32_t> PagedKVCache::tokens_of(const Prompt& prompt, std::int64_t index) const noexcept {
+  return prompt.token_ids.subspan(as_size(index * block_size()), as_size(block_size()));
 }
 
 std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Prompt& prompt, std::int64_t num_reserved) {

@@ -37,6 +37,9 @@ struct CacheOptions {
   std::int32_t watermark_blocks = 0;  // so many blocks stay free at admission, for sequences that run already
   bool events = false;                // whether drain_events() has something to return
   std::int32_t hash_bits = 128;       // tests take fewer, to provoke collisions
+  // The key of the hash. By default it is random. Processes that are given one key find the same prompt under the same
+  // digests; whoever sends prompts must not know it.
+  std::optional<Hash128> hash_key = std::nullopt;
 };
 
 // A prompt as the prefix index sees it.
@@ -86,6 +89,9 @@ class PagedKVCache {
   // Returns the length, in tokens, of the longest published prefix in whole blocks. It is shorter than the prompt,
   // so that a token is left to compute, and at most max_cached. O(matched blocks).
   std::int64_t match(const Prompt& prompt) const;
+  // Returns the digests of the whole blocks that a prompt may take from the cache, cached or not, in order: those under
+  // which drain_events() reports them. Without an identity there are none. O(tokens).
+  std::vector<Hash128> digests(const Prompt& prompt) const;
   // Starts a sequence with the prefix that match() finds, and returns its length, which is then the sequence's length.
   // The sequence gets room for num_reserved tokens in all at once. nullopt: there is no space above the watermark; the
   // watermark counts only while there are other sequences. O(blocks).
@@ -188,6 +194,8 @@ class PagedKVCache {
   void check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const;
   void fill_split_plan(const StepBuffers& step) const;
 
+  std::int64_t num_cachable(const Prompt& prompt) const noexcept;  // whole blocks that may come from the cache
+  std::span<const std::int32_t> tokens_of(const Prompt& prompt, std::int64_t index) const noexcept;
   std::int64_t blocks_for(std::int64_t num_tokens) const noexcept;
   std::int64_t num_blocks_to_append(const Sequence& sequence, std::int64_t num_tokens) const;
   void append_unchecked(Sequence& sequence, std::int64_t num_tokens);

@@ -30,12 +30,13 @@ void add_bytes(SipHash128& state, std::span<const std::uint8_t> bytes) {
 
 }  // namespace
 
-PrefixIndex::PrefixIndex(std::int32_t num_blocks, std::int32_t block_size, std::int32_t hash_bits, bool events)
+PrefixIndex::PrefixIndex(std::int32_t num_blocks, std::int32_t block_size, std::int32_t hash_bits, bool events,
+                         const std::optional<Hash128>& key)
     : block_size_(block_size),
       num_blocks_(num_blocks),
       low_mask_(mask_of(hash_bits)),
       high_mask_(mask_of(hash_bits - 64)),
-      key_(random_key()),
+      key_(key ? *key : random_key()),
       map_(num_blocks),
       descriptions_(static_cast<std::size_t>(num_blocks)),
       token_ids_(static_cast<std::size_t>(num_blocks) * static_cast<std::size_t>(block_size)),

@@ -4,11 +4,13 @@
 // (its parent), its token ids, and every picture that overlaps it (digest of its content, place, size). Each part is
 // hashed with its type and its length. The parent of a prompt's first block is the root: the digest of the identity,
 // which is all else that keys and values depend on. A block is returned only if its whole digest and its token ids are
-// equal to those that are looked for. The key of the hash is random and never leaves the process.
+// equal to those that are looked for. The key of the hash is random and never leaves the process, unless the caller
+// gives one.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -33,7 +35,9 @@ struct PrefixEvent {
 
 class PrefixIndex {
  public:
-  PrefixIndex(std::int32_t num_blocks, std::int32_t block_size, std::int32_t hash_bits, bool events);
+  // key: of the hash; without one it is random.
+  PrefixIndex(std::int32_t num_blocks, std::int32_t block_size, std::int32_t hash_bits, bool events,
+              const std::optional<Hash128>& key);
 
   Hash128 root(std::span<const std::uint8_t> identity) const;
   // The digest of block number `index` of a prompt. `token_ids` are those of the block, `pictures` those of the whole

@@ -15,6 +15,7 @@ class PagedKVCache:
         watermark_blocks: int = 0,
         events: bool = False,
         hash_bits: int = 128,
+        hash_key: bytes | None = None,
     ) -> None: ...
     def match(
         self,
@@ -24,6 +25,14 @@ class PagedKVCache:
         *,
         max_cached: int | None = None,
     ) -> int: ...
+    def digests(
+        self,
+        token_ids: NDArray[np.int32],
+        pictures: Sequence[_PictureSpan] = (),
+        identity: bytes | None = b"",
+        *,
+        max_cached: int | None = None,
+    ) -> list[bytes]: ...
     def admit(
         self,
         seq_id: int,

@@ -148,6 +148,7 @@ RULES = (
     Rule(r"make\b", check_target, "builds and tests for minutes; the target must exist"),
     Rule(r"(docker|kubectl|systemctl|sudo) ", check_files, "needs a daemon; server/test_deploy.py checks the files"),
     Rule(rf"{VARIABLES}internvl-rt serve ", start_server, "serves the rest of the page, and ends at SIGTERM"),
+    Rule(r"serve run ", leave_out, "serves until it is stopped; the page does the same from Python, and stops it"),
     Rule(r"(granian|uvicorn) ", start_another_server, "serves one request, and ends at SIGTERM", is_slow=True),
     Rule(rf"{VARIABLES}internvl-rt bench ", small_bench, "with --quick, as more takes minutes", is_slow=True),
     Rule(rf"{VARIABLES}internvl-rt (chat|doctor|info) ", as_it_stands, "other blocks do not need it", is_slow=True),

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,262 +14,54 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "internvl_rt"
 
-# The modules from leaf to top: a module imports only modules above it in this list.
-MODULES = [
-    "errors",
-    "values",
-    "checkpoint.files",
-    "checkpoint.json_section",
-    "checkpoint.template_walk",
-    "checkpoint.chat_template",
-    "checkpoint.quantization",
-    "checkpoint.config",
-    "checkpoint.find",
-    "checkpoint.tensor_file",
-    "checkpoint.stored_zip",
-    "checkpoint.torch_file",
-    "checkpoint.folder",
-    "checkpoint.__init__",
-    "inputs.grammar_source",
-    "inputs.sampling_params",
-    "inputs.identity",
-    "inputs.proceed",
-    "inputs.tiles",
-    "inputs.media",
-    "inputs.jpeg_scans",
-    "inputs.decoding",
-    "inputs.pil_picture",
-    "inputs.foreign",
-    "inputs.image",
-    "inputs.mp4",
-    "inputs.video",
-    "inputs.snapshot",
-    "inputs.slices",
-    "inputs.tokenizer_files",
-    "inputs.tokenizer",
-    "inputs.grammar_limits",
-    "inputs.grammar",
-    "inputs.messages",
-    "inputs.prompt",
-    "inputs.position",
-    "inputs.places",
-    "inputs.picture",
-    "inputs.raw_prompt",
-    "inputs.prepare",
-    "inputs.__init__",
-    "kernels._launch",
-    "kernels._contract",
-    "kernels._kv_numbers",
-    "kernels.layer_norm",
-    "kernels.rms_norm",
-    "kernels.add_norm",
-    "kernels.swiglu",
-    "kernels._fp8_rows",
-    "kernels.quantise_rows",
-    "kernels.rms_norm_fp8",
-    "kernels.swiglu_fp8",
-    "kernels._numbers_8bit",
-    "kernels._int4",
-    "kernels.dequantise",
-    "kernels._plans",
-    "kernels._gemm_epilogue_body",
-    "kernels.gemm_epilogue",
-    "kernels.resize_tiles",
-    "kernels.patch_embed",
-    "kernels.embed_tokens",
-    "kernels.unshuffle_norm",
-    "kernels._unshuffle_project_body",
-    "kernels.unshuffle_project",
-    "kernels._rope",
-    "kernels.qkv_rope_kv",
-    "kernels._gemv_pipelined",
-    "kernels._gemv_body",
-    "kernels._gemv_qkv_body",
-    "kernels._gemv_plan",
-    "kernels.gemv",
-    "kernels._gemv_4bit_body",
-    "kernels.gemv_4bit",
-    "kernels.gemv_8bit",
-    "kernels._gemm_fp8_body",
-    "kernels.gemm_fp8",
-    "kernels.gemv_qkv",
-    "kernels.copy_blocks",
-    "kernels._sample_numbers",
-    "kernels._sample_body",
-    "kernels.sample",
-    "kernels._softmax",
-    "kernels._vit_attention_body",
-    "kernels.vit_attention",
-    "kernels._paged_attention",
-    "kernels._split_plan",
-    "kernels._split_combine",
-    "kernels._decode_attention_body",
-    "kernels.decode_attention",
-    "kernels._prefill_plan",
-    "kernels._prefill_attention_body",
-    "kernels.prefill_attention",
-    "kernels._check",
-    "kernels._probes",
-    "kernels.catalogue",
-    "operators",
-    "model.linear",
-    "model.step_inputs",
-    "model.ops",
-    "model.processor",
-    "model.products_cpu",
-    "model.products_cpu_quantised",
-    "model.attention_cpu",
-    "model.ops_cpu",
-    "model.ops_triton",
-    "model.ops_invariant",
-    "model.vision",
-    "model.projector",
-    "model.decoder",
-    "model.internvl",
-    "model.dialects",
-    "model.stored_linear",
-    "model.work",
-    "model.weights",
-    "model.random_checkpoint",
-    "model.card",
-    "model.__init__",
-    "steps.speculation",
-    "steps.device_stream",
-    "steps.cpu_threads",
-    "steps.sequence",
-    "steps.visual_cache",
-    "steps.uploads",
-    "steps.decodes",
-    "steps.kv_cache",
-    "steps.step",
-    "steps.scheduler",
-    "steps.sampler",
-    "steps.logprobs",
-    "steps.cuda_graph",
-    "steps.step_graph",
-    "steps.runner",
-    "steps.__init__",
-    "engine.failures",
-    "engine.options",
-    "engine.host_memory",
-    "engine.memory",
-    "engine.loading",
-    "engine.reply",
-    "engine.trace",
-    "engine.request",
-    "engine.sequences",
-    "engine.in_flight",
-    "engine.loop",
-    "engine.pictures",
-    "engine.batch",
-    "engine.worker",
-    "engine.preparing",
-    "engine.core",
-    "engine.scoring",
-    "engine.voting",
-    "engine.best_of",
-    "engine.engine",
-    "engine.async_engine",
-    "engine.__init__",
-    "critic.engine_critic",
-    "critic.visual_prm",
-    "critic.judge",
-    "critic.pairing",
-    "critic.preference",
-    "critic.pair_file",
-    "critic.rollouts",
-    "critic.official",
-    "critic.__init__",
-    "compat",
-    "arguments",
-    "terminal",
-    "harness.answers",
-    "harness.lmms_eval",
-    "harness.vlmevalkit",
-    "harness.__init__",
-    "server.options",
-    "server.arguments",
-    "server.fault",
-    "server.protocol",
-    "server.body",
-    "server.remote",
-    "server.media",
-    "server.tools",
-    "server.thinking",
-    "server.reader",
-    "server.ask",
-    "server.answer",
-    "server.items",
-    "server.call",
-    "server.keys",
-    "server.log",
-    "server.metrics",
-    "server.service",
-    "server.chat",
-    "server.completions",
-    "server.responses",
-    "server.decisions",
-    "server.tokens",
-    "server.models",
-    "server.page",
-    "server.app",
-    "server.receiving",
-    "server.connection",
-    "server.life",
-    "server.command",
-    "server.__init__",
-    "bench.document",
-    "bench.roofs",
-    "bench.plots",
-    "bench.record",
-    "bench.timing",
-    "bench.roofline",
-    "bench.kernel_cases",
-    "bench.attention_baselines",
-    "bench.kernel_baselines",
-    "bench.kernels",
-    "bench.prompts",
-    "bench.vision",
-    "bench.prefill",
-    "bench.decode",
-    "bench.pictures",
-    "bench.arrivals",
-    "bench.client",
-    "bench.loopback",
-    "bench.serve",
-    "bench.command",
-    "bench.arguments",
-    "bench.__init__",
-    "quantize.options",
-    "quantize.questions",
-    "quantize.rounding",
-    "quantize.search",
-    "quantize.source",
-    "quantize.section",
-    "quantize.calibration",
-    "quantize.layer",
-    "quantize.layer_file",
-    "quantize.unfinished",
-    "quantize.agreement",
-    "quantize.quantising",
-    "quantize.command",
-    "quantize.__init__",
-    "doctor.finding",
-    "doctor.machine",
-    "doctor.kernels",
-    "doctor.answer",
-    "doctor.checks",
-    "doctor.process",
-    "doctor.command",
-    "doctor.__init__",
-    "kernel_list",
-    "completion",
-    "chat",
-    "best_of",
-    "cli",
-    "__init__",
-    "__main__",
-]
+# The modules from leaf to top, package by package: a module imports only modules before it in this list.
+ORDER = """
+: errors values
+checkpoint: files json_section template_walk chat_template quantization config find tensor_file stored_zip torch_file
+  folder __init__
+inputs: grammar_source sampling_params identity proceed tiles media jpeg_scans decoding pil_picture foreign image mp4
+  video snapshot slices tokenizer_files tokenizer grammar_limits grammar messages prompt position places picture
+  raw_prompt prepare __init__
+kernels: _launch _contract _kv_numbers layer_norm rms_norm add_norm swiglu _fp8_rows quantise_rows rms_norm_fp8
+  swiglu_fp8 _numbers_8bit _int4 dequantise _plans _gemm_epilogue_body gemm_epilogue resize_tiles patch_embed
+  embed_tokens unshuffle_norm _unshuffle_project_body unshuffle_project _rope qkv_rope_kv _gemv_pipelined _gemv_body
+  _gemv_qkv_body _gemv_plan gemv _gemv_4bit_body gemv_4bit gemv_8bit _gemm_fp8_body gemm_fp8 gemv_qkv copy_blocks
+  _sample_numbers _sample_body sample _softmax _vit_attention_body vit_attention _paged_attention _split_plan
+  _split_combine _decode_attention_body decode_attention _prefill_plan _prefill_attention_body prefill_attention
+  _check _probes catalogue
+: operators
+model: shard linear step_inputs ops processor products_cpu products_cpu_quantised attention_cpu ops_cpu ops_triton
+  ops_invariant vision projector decoder internvl sharded dialects placement stored_linear work weights
+  random_checkpoint card __init__
+steps: speculation device_stream cpu_threads sequence visual_cache uploads decodes kv_pool kv_cache step orders
+  scheduler sampler logprobs cuda_graph step_graph tile_encoder executor graph_steps runner follower __init__
+engine: failures options host_memory memory children child_process one_shot rank_group ranks towers loading
+  rank_process vision_process reply trace request sequences in_flight loop pictures batch worker preparing core
+  scoring voting best_of engine async_engine __init__
+critic: engine_critic visual_prm judge pairing preference pair_file rollouts official __init__
+: compat arguments terminal
+harness: answers lmms_eval vlmevalkit __init__
+server: options arguments fault protocol body remote media tools thinking reader ask answer items call keys log
+  metrics gate service chat completions responses decisions tokens models page app receiving connection life command
+  __init__
+serve_ray: choice holdings in_process metrics_text options prompts front autoscaling router replica ingress deployments
+  __init__
+bench: document roofs plots record timing roofline kernel_cases attention_baselines kernel_baselines kernels prompts
+  vision prefill decode pictures arrivals client loopback serve command arguments __init__
+quantize: options questions rounding search source section calibration layer layer_file unfinished agreement
+  quantising command __init__
+doctor: finding machine kernels answer checks process command __init__
+: kernel_list completion chat best_of cli __init__ __main__
+"""
+
+
+def _read_order() -> Iterator[str]:
+    for block in re.split(r"\n(?! )", ORDER.strip()):
+        package, _, names = block.partition(":")
+        yield from (f"{package}.{name}".lstrip(".") for name in names.split())
+
+
+MODULES = list(_read_order())
 
 SERVER = [name for name in MODULES if name.startswith("server.")]
 
@@ -285,10 +78,12 @@ HOMES = {
     **dict.fromkeys(("msgspec", "prometheus_client", "pybase64", "starlette"), SERVER),
     "pickle": [],
     "pickletools": ["checkpoint.torch_file"],
+    "ray": [f"serve_ray.{name}" for name in ("autoscaling", "router", "replica", "ingress", "deployments")],
     "safetensors": ["checkpoint.tensor_file"],
     "shtab": ["completion"],
     "sentencepiece": ["inputs.tokenizer"],
     "tokenizers": ["inputs.tokenizer_files", "inputs.tokenizer"],
+    "torch.distributed": ["engine.one_shot", "engine.rank_group"],
     "transformers": [],
     "vlmeval": ["harness.vlmevalkit"],
     "uvicorn": ["server.connection", "server.life", "server.receiving"],

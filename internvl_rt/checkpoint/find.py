@@ -19,7 +19,8 @@ RANDOM_PREFIX = "random:"  # starts a model's name where the engine is to make t
 _TINY = Path(__file__).parents[1] / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_FILES = ("*config.json", "chat_template.*")
-_ALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+_PROMPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # all that prompts depend on
+_ALL_FILES = (*_PROMPT_FILES, "*.safetensors")
 _TORCH_FILES = ("pytorch_model*.bin",)  # the weights of a repository that has no safetensors
 
 
@@ -37,6 +38,11 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     if os.path.isfile(folder / "adapter_config.json"):
         raise CheckpointError(f"{folder} holds a LoRA adapter and no model; {MERGE_LORA}")
     raise CheckpointError(f"{folder} holds no config.json; give the folder of an InternVL checkpoint")
+
+
+def resolve_without_weights(model: str | Path, *, revision: str | None = None) -> Path:
+    """Finds a folder with a model's configuration and tokenizer. Of a hub id no weights are downloaded."""
+    return _resolve(model, revision, _PROMPT_FILES)
 
 
 def find_model(model: str) -> str | Path:

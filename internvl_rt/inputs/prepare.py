@@ -109,7 +109,7 @@ class Preparer:
         self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
         self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._number_images, self._ends_empty = number_images, config.format == "hf"
-        self._v2pe_delta, self._identity = v2pe_delta, identity
+        self._v2pe_delta, self.identity = v2pe_delta, identity
         self._stop_id = tokenizer.token_id("<|im_end|>")
         self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
 
@@ -277,8 +277,8 @@ class Preparer:
                 f"the prompt reaches position {next_position:,}, beyond the trained window of {window:,}; {remedy}"
             )
         identity = None
-        if self._identity is not None:
-            identity = build_identity(**self._identity, v2pe_stride=stride, cache_salt=cache_salt)
+        if self.identity is not None:
+            identity = build_identity(**self.identity, v2pe_stride=stride, cache_salt=cache_salt)
         return Prepared(
             prompt=prompt,
             pictures=tuple(replace(picture, span=span) for picture, span in zip(pictures, prompt.spans, strict=True)),

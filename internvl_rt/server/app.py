@@ -13,11 +13,13 @@ from starlette.routing import Route
 
 from internvl_rt.server import chat, completions, decisions, models, responses, tokens
 from internvl_rt.server.fault import ApiError
+from internvl_rt.server.gate import PROBES, Endpoint, Handler
+from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.page import page_files
 from internvl_rt.server.protocol import encode
-from internvl_rt.server.service import PROBES, Endpoint, Handler, Service
+from internvl_rt.server.service import Service
 
-_WORK: dict[str, Handler] = {
+WORK: dict[str, Handler[Service]] = {
     "/v1/chat/completions": chat.chat,
     "/v1/completions": completions.completions,
     "/v1/responses": responses.responses,
@@ -25,34 +27,27 @@ _WORK: dict[str, Handler] = {
     "/tokenize": tokens.tokenize,
     "/detokenize": tokens.detokenize,
 }
-_READS: dict[str, Handler] = {
+_READS: dict[str, Handler[Service]] = {
     "/v1/models": models.models,
     "/v1/models/{name:path}": models.model,
     "/version": models.show_version,
     "/metrics": models.metrics,
 }
-_OPEN: dict[str, Handler] = dict(zip(PROBES, (models.health, models.ready), strict=True))
+_OPEN: dict[str, Handler[Service]] = dict(zip(PROBES, (models.health, models.ready), strict=True))
 
 
 def build_app(service: Service) -> Starlette:
     """Builds the application for one service, which is closed with it."""
 
-    def route(path: str, handler: Handler, method: str = "GET", *, needs_key: bool = True) -> Route:
+    def route(path: str, handler: Handler[Service], method: str = "GET", *, needs_key: bool = True) -> Route:
         endpoint = Endpoint(service, handler, needs_key=needs_key, is_work=method == "POST")
         return Route(path, endpoint, methods=[method])
 
-    routes = [route(path, handler, "POST") for path, handler in _WORK.items()]
+    routes = [route(path, handler, "POST") for path, handler in WORK.items()]
     routes += [route(path, handler) for path, handler in _READS.items()]
     routes += [route(path, handler, needs_key=False) for path, handler in _OPEN.items()]
     if service.options.page:
         routes += [route(path, handler, needs_key=False) for path, handler in page_files()]
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=service.options.allowed_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-request-id", "x-internvl-rt-timings"],
-        expose_headers=["x-request-id", "retry-after", "retry-after-ms", "x-internvl-rt-timings"],
-    )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -64,12 +59,24 @@ def build_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=routes,
-        middleware=[cors] if service.options.allowed_origins else [],
+        middleware=middleware_of(service.options),
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False  # a redirect would lead to whatever host the request names
     return app
+
+
+def middleware_of(options: ServerOptions) -> list[Middleware]:
+    """Returns what lets web pages of other origins use a server, if there are any."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id", "x-internvl-rt-timings"],
+        expose_headers=["x-request-id", "retry-after", "retry-after-ms", "x-internvl-rt-timings"],
+    )
+    return [cors] if options.allowed_origins else []
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -113,6 +113,17 @@ class Call:
                 await self._event(event)
         await self._event(DONE, last=True)
 
+    async def relay(self, message: MutableMapping[str, Any]) -> None:
+        """Sends a message of an answer that another server has made. The call ends with that answer."""
+        async with self._sending:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                self._is_stream = (b"content-type", EVENTS.encode()) in map(tuple, message["headers"])
+            else:
+                self._is_complete = not message.get("more_body", False)
+            await self._send(message)
+            self._last_s = time.perf_counter()
+
     async def fail(self, error: ApiError) -> None:
         """Answers with an error, or ends the stream with it. Does nothing where an answer was sent already."""
         self.facts["error"] = error.code

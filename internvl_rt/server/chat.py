@@ -17,9 +17,10 @@ from internvl_rt.server.answer import (
 from internvl_rt.server.ask import Ask
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
+from internvl_rt.server.gate import read_body
 from internvl_rt.server.protocol import ChatRequest, encode
 from internvl_rt.server.reader import Delta
-from internvl_rt.server.service import Service, read_body
+from internvl_rt.server.service import Service
 
 
 async def chat(service: Service, call: Call) -> None:

@@ -16,8 +16,9 @@ from internvl_rt.server.answer import LEAST_LOGPROB, Json, new_id, text_of, usag
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import refusal
+from internvl_rt.server.gate import read_body
 from internvl_rt.server.protocol import CompletionRequest, encode, not_served
-from internvl_rt.server.service import Service, read_body
+from internvl_rt.server.service import Service
 from internvl_rt.steps.logprobs import TokenLogprob
 
 DEFAULT_TOKENS = 16  # of OpenAI's interface
@@ -29,7 +30,7 @@ async def completions(service: Service, call: Call) -> None:
     request = parse(await read_body(service, call), CompletionRequest)
     service.check_model(request.model)
     _refuse_unserved(request)
-    prompts = _prompts(request.prompt, service.options.max_prompts)
+    prompts = prompts_of(request.prompt, service.options.max_prompts)
     params = _params(service, request, len(prompts))
     given: Json = {
         "cache_salt": service.salt(call, request.cache_salt),
@@ -168,7 +169,7 @@ def _params(service: Service, request: CompletionRequest, num_prompts: int) -> S
     return service.asking.params(common, prompts=num_prompts, logprobs=num_top, prompt_logprobs=scored)
 
 
-def _prompts(given: object, most: int) -> list[RawPrompt]:
+def prompts_of(given: object, most: int) -> list[RawPrompt]:
     """Reads a text, texts, ids, or lists of ids. Raises ApiError."""
     if isinstance(given, str):
         return [RawPrompt(given)]

@@ -11,11 +11,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from internvl_rt.server.call import Call, Receive, Scope, Send
 from internvl_rt.server.fault import ApiError
+from internvl_rt.server.gate import PROBES
 from internvl_rt.server.log import Log
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import encode
 from internvl_rt.server.receiving import Receiver, ReceivingProtocol
-from internvl_rt.server.service import PROBES
 
 MAX_HEAD_BYTES = 64 << 10
 _READ_BYTES = 128 << 10  # most at once of what the parser gets

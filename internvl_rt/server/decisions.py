@@ -12,13 +12,14 @@ from typing import Any
 
 from internvl_rt.engine.reply import Score, Usage
 from internvl_rt.server.answer import Json
-from internvl_rt.server.ask import Conversation
+from internvl_rt.server.ask import Asking, Conversation
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import NO_RETRY, ApiError, refusal
+from internvl_rt.server.gate import read_body
 from internvl_rt.server.items import messages_of
 from internvl_rt.server.protocol import DecisionsRequest, Message, Part, Question
-from internvl_rt.server.service import Service, read_body
+from internvl_rt.server.service import Service
 
 MAX_CHOICES, MAX_LEVELS = 255, 10
 AT_ONCE = 8  # questions that are scored together, each with all of its values
@@ -45,10 +46,7 @@ async def decisions(service: Service, call: Call) -> None:
     if num_values > options.max_question_values:
         what = f"questions: at most {options.max_question_values:,} values together are taken, got {num_values:,}"
         raise refusal(what, "questions", "limit_exceeded")
-    messages, places = messages_of(request.input)
-    if not messages or messages[-1].role != "user":
-        messages, places = [*messages, Message("user", "")], [*places, "input"]
-    conversation = await service.asking.conversation(messages, places=places)
+    conversation = await conversation_of(service.asking, request)
     call.media_places = conversation.media_places
     salt, limit_s = service.salt(call, request.cache_salt), service.timeout_s(request.timeout_s)
     try:
@@ -73,6 +71,14 @@ async def decisions(service: Service, call: Call) -> None:
             },
         }
     )
+
+
+async def conversation_of(asking: Asking, request: DecisionsRequest) -> Conversation:
+    """Reads what all questions are about. Raises ApiError."""
+    messages, places = messages_of(request.input)
+    if not messages or messages[-1].role != "user":
+        messages, places = [*messages, Message("user", "")], [*places, "input"]
+    return await asking.conversation(messages, places=places)
 
 
 async def _score(

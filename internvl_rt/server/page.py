@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl_rt.server.call import Call
-from internvl_rt.server.service import Handler, Service
+from internvl_rt.server.gate import Handler
+from internvl_rt.server.service import Service
 
 FOLDER = Path(__file__).with_name("page")
 _TYPES = {
@@ -24,7 +25,7 @@ _HEADERS = {
 }
 
 
-def page_files() -> Iterator[tuple[str, Handler]]:
+def page_files() -> Iterator[tuple[str, Handler[Service]]]:
     """Yields each path of the page, and what answers it."""
     for file in sorted(FOLDER.iterdir()):
         if file.suffix in _TYPES:
@@ -32,7 +33,7 @@ def page_files() -> Iterator[tuple[str, Handler]]:
             yield path, _sender(file.read_bytes(), _TYPES[file.suffix])
 
 
-def _sender(content: bytes, content_type: str) -> Handler:
+def _sender(content: bytes, content_type: str) -> Handler[Service]:
     async def send(service: Service, call: Call) -> None:
         await call.answer(content, content_type, headers=_HEADERS)
 

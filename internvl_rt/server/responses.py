@@ -10,13 +10,14 @@ from msgspec import Raw
 
 from internvl_rt.engine.reply import Piece, Reply
 from internvl_rt.server.answer import Json, count_reasoning, logprobs_of, new_id
-from internvl_rt.server.ask import Ask
+from internvl_rt.server.ask import Ask, Asking
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
+from internvl_rt.server.gate import read_body
 from internvl_rt.server.items import messages_of
 from internvl_rt.server.protocol import ChatRequest, Message, ResponsesRequest, encode, not_served
 from internvl_rt.server.reader import Delta
-from internvl_rt.server.service import Service, read_body
+from internvl_rt.server.service import Service
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -28,7 +29,7 @@ async def responses(service: Service, call: Call) -> None:
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(request, name):
             raise not_served("this server keeps no answers; send the whole input each time", name)
-    ask = await _ask(service, request)
+    ask = await ask_of(service.asking, request)
     call.media_places = ask.conversation.media_places
     given: Json = {
         "cache_salt": service.salt(call, request.cache_salt),
@@ -48,7 +49,8 @@ async def responses(service: Service, call: Call) -> None:
     await call.send_json(output.response(), headers=service.timings_header(call, output.reply))
 
 
-async def _ask(service: Service, request: ResponsesRequest) -> Ask:
+async def ask_of(asking: Asking, request: ResponsesRequest) -> Ask:
+    """Reads a request as one for chat. Raises ApiError."""
     messages, places = messages_of(request.input)
     if request.instructions:
         messages, places = [Message("system", request.instructions), *messages], ["instructions", *places]
@@ -70,7 +72,7 @@ async def _ask(service: Service, request: ResponsesRequest) -> Ask:
         reasoning_effort=request.reasoning.effort if request.reasoning else None,
         metadata=request.metadata,
     )
-    return await service.asking.chat(chat, places)
+    return await asking.chat(chat, places)
 
 
 class _Output:

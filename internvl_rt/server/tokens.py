@@ -7,8 +7,9 @@ from internvl_rt.server.answer import Json, text_of
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import refusal
+from internvl_rt.server.gate import read_body
 from internvl_rt.server.protocol import DetokenizeRequest, TokenizeRequest
-from internvl_rt.server.service import Service, read_body
+from internvl_rt.server.service import Service
 from internvl_rt.server.tools import read_tools
 
 

@@ -5,8 +5,7 @@ Kernels find a sequence's tokens by its row of the block table and write new one
 offset`.
 """
 
-import math
-import mmap
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import suppress
 
@@ -20,9 +19,8 @@ from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.ops import Ops
-from internvl_rt.model.step_inputs import LayerCache
 from internvl_rt.model.work import kv_bytes_per_token
-from internvl_rt.steps.device_stream import to_device
+from internvl_rt.steps.kv_pool import KVPool
 from internvl_rt.steps.sequence import Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -30,7 +28,7 @@ WATERMARK = 50  # admission leaves this fraction of the blocks, 1 / WATERMARK, f
 
 
 class KVCache:
-    """`blocks` (csrc/paged_kv_cache.h) knows which block holds what; `layers` is the memory, zeroed at first."""
+    """`blocks` (csrc/paged_kv_cache.h) knows which block holds what; `pool` is the memory."""
 
     def __init__(
         self,
@@ -42,32 +40,22 @@ class KVCache:
         device: torch.device,
         ops: Ops,
         static_scale_L2: Tensor | None = None,
+        on_copy: Callable[[NDArray[np.int32]], None] | None = None,
+        hash_key: bytes | None = None,
     ) -> None:
-        """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
+        """Builds the books, and a `KVPool` with the same arguments.
 
-        dtype: of keys and values: the model's, or float8_e4m3fn or int8, numbers with a scale for each token and head.
-        ops: copies blocks on the device, and says how attention is split.
+        ops: says how attention is split, too.
         block_size: one of BLOCK_SIZES. Raises ValueError for no blocks at all.
-        static_scale_L2: float32, each layer's scales of all keys and of all values in 8 bits, if a checkpoint has any.
+        on_copy: tells the other ranks, whose pools have the same blocks, what this one copies.
+        hash_key: 16 bytes; with them `drain_events` lists what changes, under the digests of `PrefixDigests`.
         """
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
-        self.dtype = dtype
-        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=num_blocks // WATERMARK)
-        block_shape = (config.num_kv_heads, block_size, config.head_dim)
-        # One tensor for all layers, keys and values, so that a block is copied by one operation.
-        pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
-        self._pools: tuple[Tensor, ...] = (pool,)
-        scale_L: Items[Tensor | None] = [None] * config.num_layers
-        static_L: Items[Tensor | None] = scale_L if static_scale_L2 is None else static_scale_L2.unbind()
-        if dtype.itemsize == 1:
-            scales = _zeros((config.num_layers, 1, num_blocks, *block_shape[:2], 2), torch.bfloat16, device)
-            self._pools, scale_L = (pool, scales), scales[:, 0].unbind()
-        self.layers = tuple(
-            LayerCache(k_cache_BGPC, v_cache_BGPC, scale_BGP2, static_scale_2)
-            for (k_cache_BGPC, v_cache_BGPC), scale_BGP2, static_scale_2 in zip(pool, scale_L, static_L, strict=True)
-        )
-        # The tensors that `layers` are views of.
-        self.buffers = self._pools if static_scale_L2 is None else (*self._pools, static_scale_L2)
+        self.dtype, self._on_copy = dtype, on_copy
+        watermark, events = num_blocks // WATERMARK, hash_key is not None
+        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark, events=events, hash_key=hash_key)
+        sizes = {"num_blocks": num_blocks, "block_size": block_size}
+        self.pool = KVPool(config, **sizes, dtype=dtype, device=device, ops=ops, static_scale_L2=static_scale_L2)
 
     def num_split_items(self, num_rows: int) -> int:
         """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan."""
@@ -79,6 +67,14 @@ class KVCache:
         Any thread may call it, because it calls C++ once.
         """
         return self.blocks.match(np.array(token_ids, np.int32), _spans(pictures), identity)
+
+    def drain_events(self) -> Items[tuple[str, bytes]]:
+        """Lists what has changed since the last call: "stored" or "removed" and a block's digest, or "cleared".
+
+        After too many changes it is "cleared" and all blocks that are stored now. Any thread may call it, because it
+        calls C++ once.
+        """
+        return [(kind, digest) for kind, digest, _, _ in self.blocks.drain_events()]
 
     def admit(self, sequence: Sequence) -> int | None:
         """Takes blocks for all tokens of a sequence.
@@ -138,15 +134,23 @@ class KVCache:
         self.end_step(step, failed=True)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
-        """Copies blocks from (source, destination) pairs [number, 2], as `take_copies` lists them.
-
-        One operation copies all layers (another one their scales), and the host does not wait for it.
-        """
+        """Copies blocks from (source, destination) pairs [number, 2], as `take_copies` lists them, on every rank."""
         if len(copies):
-            pairs = torch.from_numpy(np.ascontiguousarray(copies.T, np.int64))
-            source, destination = to_device(pairs, self._pools[0].device)
-            for pool in self._pools:
-                self._ops.copy_blocks(pool, source, destination)
+            if self._on_copy is not None:
+                self._on_copy(copies)
+            self.pool.copy_blocks(copies)
+
+
+class PrefixDigests:
+    """Computes the digests under which caches of the same key list the blocks of a prompt. It needs no cache itself."""
+
+    def __init__(self, block_size: int, hash_key: bytes) -> None:
+        """hash_key: 16 bytes, which whoever sends prompts must not know."""
+        self._blocks = PagedKVCache(1, block_size, hash_key=hash_key)
+
+    def of(self, token_ids: Items[int], pictures: Items[Picture], identity: bytes | None) -> list[bytes]:
+        """Returns the digest of each whole block that the prompt may take from a cache, in order."""
+        return self._blocks.digests(np.array(token_ids, np.int32), _spans(pictures), identity)
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
@@ -184,14 +188,3 @@ def plan_num_blocks(
         )
     used = max_num_seqs * -(-(max_model_len or config.max_position) // block_size)
     return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the watermark comes on top of what is used
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # The system commits a page when it is first written, but torch.zeros writes every page. Pages are small, because
-    # the first token takes one for its keys in each layer, and one for its values; numpy.zeros asks for 2 MiB each.
-    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):  # of a system that has no large pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
