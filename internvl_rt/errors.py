@@ -62,7 +62,10 @@ class StepError(InternVLError, RuntimeError):
 
 
 class EngineDeadError(InternVLError, RuntimeError):
-    """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked."""
+    """The thread that ran the engine's steps died of `__cause__`, or stayed behind when this process was forked.
+
+    Or another process of the engine, such as a rank, has ended.
+    """
 
 
 class TranslateErrors:

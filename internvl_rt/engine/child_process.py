@@ -17,8 +17,8 @@ from internvl_rt.errors import InternVLError
 _REPORT_AFTER_S = 0.3  # what ends one process makes others fail: then the engine notices the end first
 
 
-class Engine:
-    """The engine, as a process that it has started sees it."""
+class Parent:
+    """The engine's process, as one that it has started sees it."""
 
     def __init__(self, socket: int, on_end: Callable[[], None]) -> None:
         """socket: the number of an open file. on_end: called when the engine is gone, before this process ends."""
@@ -48,20 +48,20 @@ class Engine:
             _leave(0)
 
 
-def run_child(socket: int, work: Callable[[Engine], None], on_end: Callable[[], None] = lambda: None) -> None:
+def run_child(socket: int, work: Callable[[Parent], None], on_end: Callable[[], None] = lambda: None) -> None:
     """Runs `work`, which ends with the engine; an error of it is told to the engine. Does not return."""
     # The engine's process gets the signals, and its end is what ends this one.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    engine = Engine(socket, on_end)
+    parent = Parent(socket, on_end)
     try:
-        work(engine)
+        work(parent)
     except InternVLError as error:
-        engine.answer({"error": type(error).__name__, "text": str(error)})
+        parent.answer({"error": type(error).__name__, "text": str(error)})
     except BaseException as error:
         time.sleep(_REPORT_AFTER_S)
         traceback.print_exc()
-        engine.answer({"error": "", "text": f"{type(error).__name__}: {error}"})
+        parent.answer({"error": "", "text": f"{type(error).__name__}: {error}"})
     _leave(1)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from internvl_rt.engine.child_process import Engine, run_child
+from internvl_rt.engine.child_process import Parent, run_child
 from internvl_rt.engine.loading import load_part
 from internvl_rt.engine.options import ONE_SHOT, read_facts
 from internvl_rt.engine.rank_group import RankGroup
@@ -21,8 +21,8 @@ def main(socket: int, rank: int, folder: str) -> None:
     run_child(socket, partial(_follow, rank, Path(folder)), partial(shutil.rmtree, folder, ignore_errors=True))
 
 
-def _follow(rank: int, folder: Path, engine: Engine) -> None:
-    model, options = read_facts(engine.hear_facts())
+def _follow(rank: int, folder: Path, parent: Parent) -> None:
+    model, options = read_facts(parent.hear_facts())
     size, device = options.tensor_parallel_size, device_of(torch.device(options.device), rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else some memory of GPU 0 is taken as well
@@ -31,4 +31,4 @@ def _follow(rank: int, folder: Path, engine: Engine) -> None:
     executor = Executor(part, pool, max_draws=options.max_draws, num_threads=options.threads_of_rank)
     follower = Follower(executor, pool)
     while True:
-        follower.obey(engine.hear())
+        follower.obey(parent.hear())

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from internvl_rt.engine.child_process import Engine, run_child
+from internvl_rt.engine.child_process import Parent, run_child
 from internvl_rt.engine.loading import load_tower
 from internvl_rt.engine.options import read_facts
 from internvl_rt.engine.ranks import device_of
@@ -21,8 +21,8 @@ def main(socket: int, number: int, file: int) -> None:
     run_child(socket, partial(_encode, number, file))
 
 
-def _encode(number: int, file: int, engine: Engine) -> None:
-    model, options = read_facts(engine.hear_facts())
+def _encode(number: int, file: int, parent: Parent) -> None:
+    model, options = read_facts(parent.hear_facts())
     device = device_of(torch.device(options.vision_device), number)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else some memory of GPU 0 is taken as well
@@ -34,12 +34,12 @@ def _encode(number: int, file: int, engine: Engine) -> None:
             jobs = encoder.prepare_graphs(tower.cut(2), cuda_capture(), everything=options.capture_all)
             for job in (*jobs[0], *jobs[1]):
                 torch.inference_mode()(job.run)()
-    engine.answer(None)
+    parent.answer(None)
     while True:
-        order = json.loads(engine.hear())
+        order = json.loads(parent.hear())
         place, num_tiles = order["place"], order["num_tiles"]
         tiles = arena.tiles(place, num_tiles, is_uint8=order["is_uint8"])
         with stream.use() if threads is None else threads.use():
             visual_IMD = encoder.encode(to_device(tiles, device))
             arena.visual(place, num_tiles).copy_(visual_IMD)  # waits for the device
-        engine.answer(place)
+        parent.answer(place)
