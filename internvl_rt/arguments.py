@@ -35,6 +35,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_device_and_numbers(parser: argparse.ArgumentParser) -> None:
     """Adds where a model is computed, and in which numbers. `device_and_numbers` returns the engine's options."""
     add_device(parser)
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=above_zero(int, MAX_NUMBERS),
+        default=1,
+        metavar="N",
+        help="split the language model among N GPUs, from --device on (default: 1)",
+    )
     dtypes = "float32, bfloat16 or float16 (default: by device)"
     parser.add_argument("--dtype", type=_dtype, default="auto", help=dtypes)
     parser.add_argument(
@@ -49,7 +56,8 @@ def add_device_and_numbers(parser: argparse.ArgumentParser) -> None:
 
 
 def device_and_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("device", "dtype", "quantization", "kv_cache_dtype")}
+    names = "device", "tensor_parallel_size", "dtype", "quantization", "kv_cache_dtype"
+    return {name: getattr(args, name) for name in names}
 
 
 def above_zero(kind: type[int] | type[float], most: int) -> Callable[[str], Any]:
