@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from host_cost import measure_total
 from options import count
 
 from internvl_rt import Engine, EngineOptions, SamplingParams
@@ -195,15 +196,6 @@ def decoding(num_ranks: int, num_sequences: int, num_steps: int) -> Iterator[Eng
         assert not failed, f"{failed} requests failed, so their steps were not measured"
 
 
-def measure_steps(engine: Engine, num_steps: int) -> list[float]:
-    times = []
-    for _ in range(num_steps):
-        start_s = time.perf_counter()
-        engine.loop.step()
-        times.append((time.perf_counter() - start_s) * 1e6)
-    return times
-
-
 def measure_orders(engine: Engine, num_steps: int) -> tuple[list[float], Samples, bytes]:
     """Returns the microseconds of each step, and of each part of its order, and the last order."""
     lead: Any = engine.model.shard.lead
@@ -223,7 +215,7 @@ def measure_orders(engine: Engine, num_steps: int) -> tuple[list[float], Samples
     write_order, order = orders.write_order, lead.order
     orders.write_order, lead.order = timed("write it", write_order), timed("send it", order)
     try:
-        return measure_steps(engine, num_steps), samples, messages[0]
+        return measure_total(engine, num_steps), samples, messages[0]
     finally:
         orders.write_order, lead.order = write_order, order
 
@@ -256,7 +248,7 @@ def main() -> None:
         parser.error(str(error))
     torch.set_num_threads(1)
     with decoding(1, num_sequences, num_steps) as engine:
-        steps = {"1 rank": median(measure_steps(engine, num_steps))}
+        steps = {"1 rank": median(measure_total(engine, num_steps))}
     with decoding(num_ranks, num_sequences, num_steps) as engine:
         times, order, message = measure_orders(engine, num_steps)
     steps[f"{num_ranks} ranks"] = median(times)

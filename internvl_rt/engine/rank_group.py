@@ -65,7 +65,7 @@ class RankGroup:
         """
         self._one_shot: OneShotSum | None = None
         store = distributed.FileStore(str(folder / "store"), size)
-        self.rank, self.size = rank, size
+        self.size = size
         self._group: Any
         if device.type == "cuda":
             store.set_timeout(TIMEOUT)

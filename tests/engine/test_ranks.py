@@ -82,7 +82,7 @@ def test_mixed_requests_get_what_each_gets_alone(size, options):
         check_nothing_is_left(e)
 
 
-def test_a_step_from_another_thread_and_an_interrupt_between_steps_leave_ranks_in_step(two):
+def test_steps_that_several_threads_run_leave_ranks_in_step(two):
     params, texts = SamplingParams(max_tokens=40, ignore_eos=True), []
     threads = [threading.Thread(target=lambda: texts.append(two.chat(ask("Hello"), params).text)) for _ in range(4)]
     for thread in threads:
@@ -134,9 +134,8 @@ def test_a_rank_that_cannot_load_its_part_says_what_one_rank_says(tmp_path: Path
     file = tmp_path / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    begin, end = header["language_model.model.layers.0.mlp.down_proj.weight"]["data_offsets"]
+    _, end = header["language_model.model.layers.0.mlp.down_proj.weight"]["data_offsets"]
     last = 8 + int.from_bytes(content[:8], "little") + end - 4
-    assert begin < end
     content[last : last + 4] = b"\x00\x00\xc0\x7f"
     file.write_bytes(content)
     before = folders(), open_ports(), processes_of()

@@ -101,7 +101,7 @@ def test_a_picture_that_comes_again_is_not_encoded_again(apart):
     assert (
         after["encoded_tiles"] - before["encoded_tiles"] == apart.describe(ask("Read", picture(5))).layouts[0].num_tiles
     )
-    assert after["prefix_hit_tokens"] == before["prefix_hit_tokens"] or after["visual_cache_hits"] > 0
+    assert after["visual_cache_hits"] - before["visual_cache_hits"] == 2
 
 
 def test_the_language_model_goes_on_while_pictures_are_encoded(apart):
@@ -172,7 +172,6 @@ def test_the_tower_is_not_where_the_language_model_is(one, apart):
 def test_mixed_requests_with_two_ranks_and_two_vision_processes_get_what_each_gets_alone():
     kinds = [*build_kinds(20, seed=0), build_broken_kind()]
     with load(tensor_parallel_size=2, vision_processes=2, max_model_len=640, visual_cache_bytes=0) as engine:
-        assert "vision" not in str(engine.stats())
         outcome = run_load(engine, kinds, expected_answers(kinds), num_requests=50, seed=3)
         assert not outcome.wrong, outcome.wrong[0]
         check_nothing_is_left(engine)
