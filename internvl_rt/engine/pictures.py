@@ -54,7 +54,9 @@ class PictureLoader:
     def _wait(self, arriving: Items[AnyArriving], proceed: Proceed) -> None:
         """Waits for visual tokens that other processes compute. Meanwhile it runs the steps of other requests."""
         for each in arriving:
-            while not each.wait(0 if self._loop.help() else _POLL_S):
+            while not each.wait(0):
+                if not self._loop.help():
+                    each.wait(_POLL_S)
                 proceed()
 
     def encode(self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on) -> list[Tensor]:

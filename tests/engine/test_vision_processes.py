@@ -126,6 +126,15 @@ def test_the_language_model_goes_on_while_pictures_are_encoded(apart):
     assert sum(1 for _ in stream) > 0
 
 
+def test_a_picture_that_needs_no_other_process_runs_no_steps_while_it_is_prepared(one):
+    stream = one.stream(ask("Hello"), SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    steps = one.stats()["steps"]
+    one.prepare(ask("Read", picture(20)))
+    assert one.stats()["steps"] == steps
+    stream.close()
+
+
 def test_a_deadline_passes_while_a_picture_is_encoded(apart):
     with stopped(apart.test_process):
         start_s = time.perf_counter()
