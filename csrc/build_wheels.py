@@ -7,6 +7,7 @@ With SOURCE_DATE_EPOCH set, the same sources and tools give the same wheels, byt
 """
 
 import argparse
+import fcntl
 import importlib.util
 import os
 import re
@@ -17,6 +18,7 @@ import sysconfig
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -109,8 +111,21 @@ def run(what: str, *command: str | Path, cwd: Path, programs: Path | None = None
         raise WheelError(f"{what}: exit code {done.returncode}, see above")
 
 
+@contextmanager
+def hold_checkout() -> Iterator[None]:
+    """Waits until no other process holds the checkout, then holds it; a process that ends lets go."""
+    checkout = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(checkout, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(checkout)
+
+
 def build_archive(folder: Path) -> Path:
-    run("the source archive cannot be built", sys.executable, "-c", BUILD_ARCHIVE, folder, cwd=ROOT)
+    """setuptools gathers the files in a folder of the checkout, which two at a time would take from each other."""
+    with hold_checkout():
+        run("the source archive cannot be built", sys.executable, "-c", BUILD_ARCHIVE, folder, cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")
     return archive
 

@@ -94,6 +94,27 @@ def test_the_source_archive_holds_what_builds_the_package_and_nothing_else(wheel
 
 
 @pytest.mark.slow
+def test_archives_built_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    code = "import build_wheels, pathlib, sys; build_wheels.build_archive(pathlib.Path(sys.argv[1]))"
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, folder], env={**os.environ, "PYTHONPATH": str(BUILD.parent)}, cwd=tmp_path
+        )
+        for folder in folders
+    ]
+    assert [build.wait() for build in builds] == [0] * len(builds)
+    held = []
+    for path in tmp_path.glob("*/*.tar.gz"):
+        with tarfile.open(path) as archive:
+            held.append({member.name.partition("/")[2] for member in archive})
+    assert "internvl_rt/tiny/samples" in held[0]
+    assert held == [held[0]] * len(builds)
+
+
+@pytest.mark.slow
 def test_the_wheel_says_what_it_runs_on(wheel: Path, tools: dict[str, str]) -> None:
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     match = re.fullmatch(
