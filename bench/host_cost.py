@@ -12,7 +12,8 @@ make it.
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -32,17 +33,27 @@ GOALS_US = {1: 60.0, 64: 150.0, 256: 400.0}  # by number of sequences, on a 2-co
 WARM_UP = 50
 
 
-def build_engine(num_sequences: int, num_steps: int) -> Engine:
-    """Builds an engine in which `num_sequences` sequences decode without a model."""
-    num_tokens = WARM_UP + 2 * num_steps + 10
-    sizes = {"max_num_seqs": num_sequences, "max_model_len": num_tokens + 64}
-    engine = Engine.from_pretrained("tiny", device="cpu", backend="torch", **sizes)
-    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-    prepared = engine.prepare([{"role": "user", "content": "Hello"}])
-    for _ in range(num_sequences):
-        engine.loop.submit(engine.new_request(prepared, params))
-    while engine.stats()["generated_tokens"] < num_sequences:
-        engine.loop.step()
+@contextmanager
+def decoding(num_sequences: int, num_steps: int, **options: Any) -> Iterator[Engine]:
+    """Builds an engine of `tiny` on the CPU in which so many sequences decode, for at least `num_steps` steps.
+
+    Raises RuntimeError at the end if a request failed.
+    """
+    params = SamplingParams(max_tokens=num_steps + 10, ignore_eos=True)
+    sizes = {"max_num_seqs": num_sequences, "max_model_len": num_steps + 74}
+    with Engine.from_pretrained("tiny", device="cpu", **sizes, **options) as engine:
+        prepared = engine.prepare([{"role": "user", "content": "Hello"}])
+        for _ in range(num_sequences):
+            engine.loop.submit(engine.new_request(prepared, params))
+        while engine.stats()["generated_tokens"] < num_sequences:
+            engine.loop.step()
+        yield engine
+        if failed := engine.stats().get("requests_error", 0):
+            raise RuntimeError(f"{failed} requests failed, so their steps were not measured")
+
+
+def empty_graphs(engine: Engine, num_sequences: int) -> None:
+    """Makes the engine run its steps from graphs, each launched before the last has ended, that compute nothing."""
     token_ids = engine.tokenizer.encode("the digits and the rest of it" * num_sequences)[:num_sequences]
 
     def capture(compute: Callable[[], Tensor]) -> Replay:
@@ -52,7 +63,6 @@ def build_engine(num_sequences: int, num_steps: int) -> Engine:
     engine.runner.capture(**limits, everything=False, capture=capture)
     engine.runner.executor.drawn_R[:num_sequences] = torch.tensor(token_ids)
     engine.loop.run_ahead = True
-    return engine
 
 
 def measure_total(engine: Engine, num_steps: int) -> list[float]:
@@ -105,12 +115,11 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with build_engine(arguments.sequences, arguments.steps) as engine:
+    with decoding(arguments.sequences, WARM_UP + 2 * arguments.steps, backend="torch") as engine:
+        empty_graphs(engine, arguments.sequences)
         measure_total(engine, WARM_UP)
         times = sorted(measure_total(engine, arguments.steps))
         parts = measure_parts(engine, arguments.steps)
-        failed = sum(count for outcome, count in engine.loop.stats().items() if outcome == "requests_error")
-        assert not failed, f"{failed} requests failed, so their steps were not measured"
     print(f"{arguments.sequences} sequences, {arguments.steps} steps, microseconds a step on the host")
     for part, value in parts.items():
         print(f"  {part:<38} {value:8.1f}")

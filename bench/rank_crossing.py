@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from host_cost import measure_total
+from host_cost import decoding, measure_total
 from options import count
 
-from internvl_rt import Engine, EngineOptions, SamplingParams
+from internvl_rt import Engine, EngineOptions
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.checkpoint.find import find_config
 from internvl_rt.engine.rank_group import RankGroup
@@ -177,25 +177,6 @@ def measure_operations(group: RankGroup, connections: list[Connection], shapes: 
     return samples
 
 
-@contextmanager
-def decoding(num_ranks: int, num_sequences: int, num_steps: int) -> Iterator[Engine]:
-    """Builds an engine of `tiny` in which `num_sequences` sequences decode."""
-    num_tokens = WARM_UP + num_steps + 10
-    sizes = {"max_num_seqs": num_sequences, "max_model_len": num_tokens + 64}
-    with Engine.from_pretrained("tiny", device="cpu", num_threads=1, tensor_parallel_size=num_ranks, **sizes) as engine:
-        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        prepared = engine.prepare([{"role": "user", "content": "Hello"}])
-        for _ in range(num_sequences):
-            engine.loop.submit(engine.new_request(prepared, params))
-        while engine.stats()["generated_tokens"] < num_sequences:
-            engine.loop.step()
-        for _ in range(WARM_UP):
-            engine.loop.step()
-        yield engine
-        failed = engine.stats().get("requests_error", 0)
-        assert not failed, f"{failed} requests failed, so their steps were not measured"
-
-
 def measure_orders(engine: Engine, num_steps: int) -> tuple[list[float], Samples, bytes]:
     """Returns the microseconds of each step, and of each part of its order, and the last order."""
     lead: Any = engine.model.shard.lead
@@ -247,9 +228,12 @@ def main() -> None:
     except InternVLError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
-    with decoding(1, num_sequences, num_steps) as engine:
+    decodes = num_sequences, WARM_UP + num_steps
+    with decoding(*decodes, num_threads=1) as engine:
+        measure_total(engine, WARM_UP)
         steps = {"1 rank": median(measure_total(engine, num_steps))}
-    with decoding(num_ranks, num_sequences, num_steps) as engine:
+    with decoding(*decodes, num_threads=1, tensor_parallel_size=num_ranks) as engine:
+        measure_total(engine, WARM_UP)
         times, order, message = measure_orders(engine, num_steps)
     steps[f"{num_ranks} ranks"] = median(times)
     shapes = shapes_of(config, num_ranks, num_sequences)
