@@ -16,7 +16,8 @@ VISION = frozenset(
 )
 DECODER = frozenset(
     "embed_tokens rms_norm gemm_epilogue qkv_rope_kv gemv gemv_qkv decode_attention prefill_attention swiglu sample"
-    " copy_blocks dequantise gemv_4bit gemv_8bit quantise_rows rms_norm_fp8 swiglu_fp8 gemm_fp8".split()
+    " copy_blocks dequantise gemv_4bit gemv_8bit quantise_rows rms_norm_fp8 swiglu_fp8 gemm_fp8"
+    " route_experts expert_gate_up expert_down".split()
 )
 BAD = ("failed", "errors", "memory_errors")  # what a row of tests counts; each must be 0
 

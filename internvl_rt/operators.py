@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor, library
 
-from internvl_rt.kernels._contract import KernelSpec
+from internvl_rt.kernels._contract import KernelSpec, map_result
 from internvl_rt.kernels._launch import is_interpreted
 from internvl_rt.kernels.catalogue import discover_specs
 
@@ -62,8 +62,11 @@ def schema_of(spec: KernelSpec) -> str:
             arguments.append("*")
         default = "" if parameter.default is Parameter.empty else f"={_literal(parameter.default)}"
         arguments.append(f"{kind} {name}{default}")
-    returns = "()" if signature(spec.launcher).return_annotation in (None, NoneType) else "Tensor"
-    return f"({', '.join(arguments)}) -> {returns}"
+    returned = signature(spec.launcher).return_annotation
+    results = "()" if returned in (None, NoneType) else "Tensor"
+    if hasattr(returned, "_fields"):  # a named tuple
+        results = f"({', '.join(f'Tensor {name}' for name in returned._fields)})"
+    return f"({', '.join(arguments)}) -> {results}"
 
 
 def _kind_of(annotation: Any) -> str | None:
@@ -81,12 +84,11 @@ def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def _by_reference(spec: KernelSpec, *args: Any, **keywords: Any) -> Tensor | None:
-    result: Tensor | None = spec.reference(*args, **keywords)
-    return None if result is None else result.contiguous()
+def _by_reference(spec: KernelSpec, *args: Any, **keywords: Any) -> Any:
+    return map_result(Tensor.contiguous, spec.reference(*args, **keywords))
 
 
-def _without_values(spec: KernelSpec, *args: Any, **keywords: Any) -> Tensor | None:
+def _without_values(spec: KernelSpec, *args: Any, **keywords: Any) -> Any:
     """Returns an empty result, whose shape the reference finds from shapes alone."""
 
     def empty(value: Any) -> Any:
@@ -96,4 +98,4 @@ def _without_values(spec: KernelSpec, *args: Any, **keywords: Any) -> Tensor | N
 
     result = spec.reference(*map(empty, args), **{name: empty(value) for name, value in keywords.items()})
     device = next(value.device for value in args if isinstance(value, Tensor))
-    return None if result is None else torch.empty(result.shape, dtype=result.dtype, device=device)
+    return map_result(lambda like: torch.empty(like.shape, dtype=like.dtype, device=device), result)

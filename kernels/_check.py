@@ -2,21 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance, map_result, results_of
 
 POISON = 0x5A  # integer results are filled with this before the launch: elements that a kernel does not write show
 
 
 def arguments_of(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Returns the arguments of a launcher, with `out` where the operation has a result."""
-    expected = spec.reference(**spec.make_inputs(case, dtype, torch.device("meta")))
-    outputs = {} if expected is None else {"out": torch.empty(expected.shape, dtype=expected.dtype, device=device)}
-    return {**spec.make_inputs(case, dtype, device), **outputs}
+    inputs = spec.make_inputs(case, dtype, device)
+    out = map_result(lambda like: torch.empty(like.shape, dtype=like.dtype, device=device), spec.result_like(inputs))
+    return inputs if out is None else {**inputs, "out": out}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ def deviation(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> Deviati
     return Deviation(float(share[worst]), rms_share, text)
 
 
+def _poisoned(device: torch.device, like: Tensor) -> Tensor:
+    fill = math.nan if like.dtype.is_floating_point else POISON
+    return torch.full(like.shape, fill, dtype=like.dtype, device=device)
+
+
 def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Deviation:
     """Launches the operation on random inputs of seed 0 and runs the reference on them in float64.
 
@@ -71,11 +77,8 @@ def check_call(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.d
     if expected is None:
         spec.launcher(**inputs)
     else:
-        floating = expected.dtype.is_floating_point
-        fill = math.nan if floating else POISON
-        out_dtype = dtype if floating and expected.itemsize > 1 else expected.dtype
-        out = torch.full(expected.shape, fill, dtype=out_dtype, device=device)
+        out = map_result(partial(_poisoned, device), spec.result_like(inputs))
         spec.launcher(**inputs, out=out)
-        results.append((out, expected))
+        results += zip(results_of(out).values(), results_of(expected).values(), strict=True)
     found = [deviation(y, y_expected, spec.tolerance_of(y, dtype)) for y, y_expected in results]
     return max(found, key=lambda each: each.share)

@@ -13,7 +13,9 @@ one after another; the rest of the name says which one holds:
     B blocks in the KV pool    U patches per tile (CLS included)   E vision width
     P token slots per block    M visual tokens per tile            F MLP width
     G key/value heads (G divides H)   C channels per head          R rows of any kind
-    X visual tokens of several tiles, in prompt order
+    X visual tokens of several tiles, in prompt order; experts of a layer
+    J experts that a token has chosen
+    Q pairs of a token and one of its experts: pair t * J + j
     S sequences in this step; the side of a tile in pixels
     D decoder width; the width of a row that is normalised
     H query heads; the height of a picture
@@ -21,7 +23,8 @@ one after another; the rest of the name says which one holds:
     K, N inputs and outputs of a weight, which is stored as [N, K], as in the checkpoints
     K also columns of packed q, k and v; keys and values, 2, in `copy_blocks`; listed, kept or likeliest tokens of a row
     N also blocks per sequence (table width); pairs of blocks in `copy_blocks`
-    W items of a split plan; words of a grammar's mask; the width of a picture
+    B also blocks of places of pairs
+    W items of a split plan; words of a grammar's mask; the width of a picture; places of pairs by expert, with gaps
 
 In a vision tower the I * L patch rows of all tiles come first, tile after tile, and the I class rows come last. So a
 tile has 1024 patch rows, and the blocks of a matrix product divide them without a rest.
@@ -97,6 +100,8 @@ class KernelSpec:
     `make_inputs(case, dtype, device)` returns the keyword arguments that reference, plan and launcher share. The plan
     also takes `target`; the launcher also takes `out`, unless the operation works in place. On the device "meta" the
     inputs have shapes only; elsewhere they are drawn from torch's default generator, which the caller seeds.
+
+    The result is a tensor, a named tuple of tensors, or None if the operation works in place; `out` is alike.
     """
 
     name: str
@@ -123,9 +128,38 @@ class KernelSpec:
         tolerance = self.tolerances[dtype]
         return tolerance if result.dtype == dtype else self.stored.get(result.dtype, tolerance)
 
+    def result_like(self, inputs: Mapping[str, Any]) -> Any:
+        """Returns what a call with these inputs returns, with its shapes and dtypes, on the device "meta"."""
+        return self.reference(**{name: _without_values(value) for name, value in inputs.items()})
+
     def written(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the names of the arguments that a call with these writes."""
         return tuple(name for name in self.in_place if inputs[name] is not None)
+
+
+def _without_values(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def results_of(result: Any) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an operation's result by name: none, one, or those of a named tuple."""
+    if result is None:
+        return {}
+    named: dict[str, torch.Tensor] = {"the result": result} if isinstance(result, torch.Tensor) else result._asdict()
+    return named
+
+
+def map_result(make: Callable[..., torch.Tensor], result: Any, *others: Any) -> Any:
+    """Returns an operation's result with `make(tensor)` in the place of each tensor; `others` are results of the same
+    operation, whose tensors `make` takes too.
+    """
+    if result is None:
+        return None
+    if isinstance(result, torch.Tensor):
+        return make(result, *others)
+    return type(result)(*map(make, result, *others))
 
 
 def require(condition: bool, name: str, expected: object, given: object) -> None:

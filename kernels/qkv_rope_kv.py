@@ -52,13 +52,15 @@ def qkv_rope_kv_reference(
     slot_T: Tensor,
     scale_BGP2: Tensor | None = None,
     static_scale_2: Tensor | None = None,
+    *,
+    rope_scale: float = 1.0,
 ) -> Tensor:
     """Returns rotated q [T, H, C] of packed rows (H q heads | G k heads | G v heads); writes k and v to the cache.
 
     `position_T` must be float32: half precision cannot tell neighbouring positions apart. `inv_freq_C` is [C / 2]. In
     float64, for tests, the two may be float64 as well; their product is still computed in float32.
     scale_BGP2: the scales of a cache in 8 bits, which are written too. static_scale_2: float32, one scale for all keys
-    and one for all values, in place of those of each token.
+    and one for all values, in place of those of each token. rope_scale: by which q and k are multiplied.
     """
     if position_T.dtype != torch.float32 and not position_T.dtype == qkv_TK.dtype == torch.float64:
         raise ValueError(f"position_T must be float32, got {position_T.dtype}")
@@ -69,7 +71,7 @@ def qkv_rope_kv_reference(
     if q_norm_C is not None and k_norm_C is not None:
         q_THC, k_TGC = rms_norm_reference(q_THC, q_norm_C, eps), rms_norm_reference(k_TGC, k_norm_C, eps)
     angle_T1C = (position_T.float()[:, None] * inv_freq_C.float())[:, None]
-    cos_T1C, sin_T1C = angle_T1C.cos(), angle_T1C.sin()
+    cos_T1C, sin_T1C = angle_T1C.cos() * rope_scale, angle_T1C.sin() * rope_scale
     if not slot_T.is_meta:  # a meta tensor does not say which rows have a slot
         has_slot_T = slot_T >= 0
         slot = slot_T[has_slot_T].long()
@@ -89,7 +91,7 @@ def qkv_rope_kv_reference(
 def _qkv_rope_kv_kernel(
     qkv, q_norm, k_norm, position, inv_freq, k_cache, v_cache, slot, q, H, G, num_slots, eps,
     qkv_stride, q_stride, q_head_stride, block_stride, group_stride, place_stride,
-    scale, static_scale, scale_block_stride, scale_group_stride,
+    scale, static_scale, scale_block_stride, scale_group_stride, rope_scale,
     P: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Rotates BLOCK_H q and k heads of a token, or copies BLOCK_H of its v heads.
@@ -128,6 +130,8 @@ def _qkv_rope_kv_kernel(
         if q_norm is not None:
             x1, x2 = norm_heads(x1, x2, tl.where(head < H, q_norm, k_norm)[:, None] + channel, C, eps)
         y1, y2 = rope_row(x1, x2, tl.load(position + token), inv_freq, channel)
+        if rope_scale is not None:
+            y1, y2 = y1 * rope_scale, y2 * rope_scale
         first = tl.where(has_slot, y1, 0.0).to(first.dtype)
         second = tl.where(has_slot, y2, 0.0).to(second.dtype)
         in_q = token * q_stride + head.to(tl.int64) * q_head_stride
@@ -174,6 +178,7 @@ def plan_qkv_rope_kv(
     scale_BGP2: Tensor | None = None,
     static_scale_2: Tensor | None = None,
     *,
+    rope_scale: float = 1.0,
     out: Tensor,
     target: Target,
 ) -> tuple[Launch, ...]:
@@ -181,8 +186,9 @@ def plan_qkv_rope_kv(
     turned_heads = out.shape[1] + num_kv_heads
     # A thread has at most 16 channels of each half; its two heads share the computation of the angles.
     block_heads = min(2048 // head_dim, next_power_of_2(turned_heads))
-    given: dict[str, Tensor | int | None] = {"q_norm": q_norm_C, "k_norm": k_norm_C, "scale": scale_BGP2}
-    given |= {"static_scale": static_scale_2, "scale_block_stride": None, "scale_group_stride": None}
+    given: dict[str, Tensor | float | None] = {"q_norm": q_norm_C, "k_norm": k_norm_C, "scale": scale_BGP2}
+    given |= {"static_scale": static_scale_2, "rope_scale": None if rope_scale == 1 else rope_scale}
+    given |= {"scale_block_stride": None, "scale_group_stride": None}
     if scale_BGP2 is not None:
         given |= {"scale_block_stride": scale_BGP2.stride(0), "scale_group_stride": scale_BGP2.stride(1)}
     return (
@@ -203,19 +209,12 @@ def plan_qkv_rope_kv(
                 "num_slots": num_blocks * block_size,
                 "eps": eps,
                 "qkv_stride": qkv_TK.stride(0),
-                "q_stride": out.stride(0),
-                "q_head_stride": out.stride(1),
-                "block_stride": k_cache_BGPC.stride(0),
-                "group_stride": k_cache_BGPC.stride(1),
-                "place_stride": k_cache_BGPC.stride(2),
+                **{"q_stride": out.stride(0), "q_head_stride": out.stride(1)},
+                **dict(zip(("block_stride", "group_stride", "place_stride"), k_cache_BGPC.stride(), strict=False)),
             },
-            # what is missing is None at compile time
             {
-                **{name: None for name, value in given.items() if value is None},
-                "P": block_size,
-                "C": head_dim,
-                "BLOCK_H": block_heads,
-                "LARGEST": LARGEST.get(k_cache_BGPC.dtype),
+                **{name: None for name, value in given.items() if value is None},  # at compile time
+                **{"P": block_size, "C": head_dim, "BLOCK_H": block_heads, "LARGEST": LARGEST.get(k_cache_BGPC.dtype)},
             },
             num_warps=2,
         ),
@@ -235,6 +234,7 @@ def qkv_rope_kv(
     scale_BGP2: Tensor | None = None,
     static_scale_2: Tensor | None = None,
     *,
+    rope_scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """Computes `qkv_rope_kv_reference` for rows at any stride, distinct slots (int32) and caches with the same strides.
@@ -253,8 +253,8 @@ def qkv_rope_kv(
     cache_dtype = check_scales(k_cache_BGPC, scale_BGP2, static_scale_2, dtype, device)
     require_tensor("k_cache_BGPC", k_cache_BGPC, tuple(k_cache_BGPC.shape), cache_dtype, device)
     require_tensor("v_cache_BGPC", v_cache_BGPC, tuple(k_cache_BGPC.shape), cache_dtype, device)
-    strides = k_cache_BGPC.stride()
-    require(v_cache_BGPC.stride() == strides, "v_cache_BGPC", f"strides {strides}", v_cache_BGPC.stride())
+    strides, others = k_cache_BGPC.stride(), v_cache_BGPC.stride()
+    require(others == strides, "v_cache_BGPC", f"strides {strides}", others)
     require(qkv_TK.ndim == 2, "qkv_TK", "rows [T, K]", tuple(qkv_TK.shape))
     num_tokens, width = qkv_TK.shape
     num_heads = width // head_dim - 2 * num_kv_heads
@@ -272,7 +272,8 @@ def qkv_rope_kv(
         out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
     require_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
     inputs = (qkv_TK, q_norm_C, k_norm_C, eps, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
-    run(plan_qkv_rope_kv(*inputs, scale_BGP2, static_scale_2, out=out, target=target_of(device)))
+    scales, target = (scale_BGP2, static_scale_2), target_of(device)
+    run(plan_qkv_rope_kv(*inputs, *scales, rope_scale=rope_scale, out=out, target=target))
     return out
 
 
@@ -304,19 +305,19 @@ def _make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     unslotted = case.sizes.get("unslotted", 0)
     slot[(tokens - unslotted) // 2 :][:unslotted] = -1
     steps = torch.arange(tokens, dtype=torch.float32, device=device)
-    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
     return {
         "qkv_TK": qkv.to(dtype)[:, :width],
         "q_norm_C": q_norm,
         "k_norm_C": k_norm,
         "eps": 1e-6,
         "position_T": 45000 + (1 + steps) / 256 if case.sizes.get("far") else 1.25 * steps,
-        "inv_freq_C": 1e6**-exponent,
+        "inv_freq_C": 1e6 ** -(torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels),
         "k_cache_BGPC": caches[0],
         "v_cache_BGPC": caches[1],
         "slot_T": slot,
         "scale_BGP2": scale,
         "static_scale_2": static,
+        **({"rope_scale": case["rope_scale"]} if "rope_scale" in case.sizes else {}),
     }
 
 
@@ -343,6 +344,7 @@ def _cases_of(cache: str) -> Iterator[Case]:
     yield _case(f"{cache}_tiny", 4, 4, 2, 64, factor=1e-6, **how)
     yield _case(f"{cache}_zero", 3, 2, 2, 64, factor=0.0, **how)
     yield _case(f"{cache}_static", 5, 4, 2, 64, static=True, **how)
+    yield _case(f"{cache}_scaled", 5, 4, 2, 64, rope_scale=1.35, **how)
 
 
 SPEC = KernelSpec(
@@ -360,29 +362,32 @@ SPEC = KernelSpec(
         _case("more_heads_than_a_block", 2, 28, 4, 128, 64),
         *(_case(f"blocks_of_{block_size}", 9, 2, 2, 16, block_size) for block_size in (1, 5, 64)),
         *(_case(f"far_{channels}", 6, 2, 1, channels, far=True) for channels in (64, 128)),
-        _case("graph_padding", 9, 4, 2, 32, unslotted=4),
-        _case("graph_padding_alone", 3, 4, 2, 32, unslotted=3),
+        *(_case(f"graph_padding_{n}", rows, 4, 2, 32, unslotted=n) for rows, n in ((9, 4), (3, 3))),
         _case("strided", 5, 4, 2, 32, padding=24, cache_padding=8),
+        _case("scaled", 5, 4, 2, 64, rope_scale=1.35),
         _case("unaligned", 5, 4, 2, 32, padding=3, cache_padding=1),
         *(_case(f"norms_{channels}", 4, 4, 2, channels, norms=True) for channels in HEAD_DIMS),
         _case("norms_huge", 3, 2, 2, 64, norms=True, factor=1e4, padding=8, far=True),  # the squares do not fit float16
         _case("norms_zero", 3, 2, 2, 64, norms=True, factor=0.0, unslotted=1),
         *(case for name in KV_FORMATS for case in _cases_of(name)),
     ),
-    model_cases=tuple(
-        _case(f"{name}_{tokens}_tokens{suffix}", tokens, heads, groups, channels, 64, norms=norms, **more)
-        for name, heads, groups, channels, norms in (
-            ("1b", 14, 2, 64, False),
-            ("2b", 12, 2, 128, False),
-            ("8b", 28, 4, 128, False),
-            ("9b", 32, 2, 128, False),
-            ("14b_and_38b", 40, 8, 128, False),
-            ("78b", 64, 8, 128, False),
-            ("3_5_8b", 32, 8, 128, True),
-        )
-        for tokens in (1, 64, 3392)  # a decode step of one sequence, one of a batch, and the prompt of 13 tiles
-        for suffix, more in (("", {}), *((f"_{cache}", in_8_bits(cache)) for cache in KV_FORMATS))
-        if not suffix or name in ("1b", "8b", "3_5_8b")
+    model_cases=(
+        *(
+            _case(f"{name}_{tokens}_tokens{suffix}", tokens, heads, groups, channels, 64, norms=norms, **more)
+            for name, heads, groups, channels, norms in (
+                ("1b", 14, 2, 64, False),
+                ("2b", 12, 2, 128, False),
+                ("8b", 28, 4, 128, False),
+                ("9b", 32, 2, 128, False),
+                ("14b_and_38b", 40, 8, 128, False),
+                ("78b", 64, 8, 128, False),
+                ("3_5_8b", 32, 8, 128, True),
+            )
+            for tokens in (1, 64, 3392)  # a decode step of one sequence, one of a batch, and the prompt of 13 tiles
+            for suffix, more in (("", {}), *((f"_{cache}", in_8_bits(cache)) for cache in KV_FORMATS))
+            if not suffix or name in ("1b", "8b", "3_5_8b")
+        ),
+        *(_case(f"gpt_oss_{tokens}_tokens", tokens, 64, 8, 64, 64, rope_scale=1.3465736) for tokens in (1, 3392)),
     ),
     tolerances={
         torch.float32: Tolerance(2e-6, 2e-6, 3e-7, "sine and cosine are right to 1.2e-7, pairs up to 6 wide"),

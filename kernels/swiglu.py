@@ -4,6 +4,8 @@ silu(g) = g / (1 + exp(-g)) is computed in float32 and cast back to g's dtype be
 official model.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -22,12 +24,21 @@ from internvl_rt.kernels._contract import (
 )
 from internvl_rt.kernels._launch import Launch, Target, cdiv, run, target_of
 
+Gate = Literal["silu", "clamped"]  # silu(gate) up, or `clamped_swiglu_reference`
+GATE_ALPHA, GATE_LIMIT = 1.702, 7.0
 BLOCK = 1024  # columns of one program: 8 values of each half for each of its 128 threads
 
 
 def swiglu_reference(gate_up_T2F: Tensor) -> Tensor:
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
+
+
+def clamped_swiglu_reference(gate_up_T2F: Tensor) -> Tensor:
+    """Computes (up + 1) gate sigmoid(1.702 gate), gate at most 7 and up within 7: the gate of GPT-OSS's experts."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+    gate_TF, up_TF = gate_TF.clamp(max=GATE_LIMIT), up_TF.clamp(-GATE_LIMIT, GATE_LIMIT)
+    return (up_TF + 1) * (gate_TF * torch.sigmoid(gate_TF * GATE_ALPHA))
 
 
 @triton.jit

@@ -28,7 +28,8 @@ from internvl_rt.kernels.dequantise import dequantise_reference
 from internvl_rt.kernels.embed_tokens import embed_tokens_reference
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
-from internvl_rt.kernels.swiglu import swiglu_reference
+from internvl_rt.kernels.route_experts import Routing, sort_pairs_reference
+from internvl_rt.kernels.swiglu import clamped_swiglu_reference, swiglu_reference
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm_reference
 from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 
@@ -277,6 +278,60 @@ def _sample(i: Inputs) -> tuple[Run, None]:
     return run, None
 
 
+def _route_experts(i: Inputs) -> tuple[Run, Callable[[Any], Any]]:
+    """Of equal logits torch's topk takes any."""
+    first, count = i["first"], i["count"]
+    count = i["logits_TX"].shape[1] - first if count is None else count
+
+    def run() -> Any:
+        weight, expert_id = torch.softmax(i["logits_TX"], 1, dtype=torch.float32).topk(i["num_chosen"])
+        if i["renormalise"]:
+            weight /= weight.sum(1, keepdim=True)
+        return Routing(expert_id, weight, *sort_pairs_reference(expert_id, i["block"], first, count))
+
+    return run, same
+
+
+def _grouped(i: Inputs, num_columns: int, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Returns the pairs by expert, and torch's product of their rows with their experts' dense weights."""
+    block = len(i["pair_W"]) // len(i["block_expert_B"])
+    expert_W = i["block_expert_B"].repeat_interleave(block)
+    used, weight = i["pair_W"] >= 0, i["weight"]
+    ends = torch.bincount(expert_W[used], minlength=i["num_experts"]).cumsum(0).int()
+    if i["scale_NG"] is not None:
+        scales = i["scale_NG"], i["zero_NG"], num_columns
+        weight = dequantise_reference(weight, *scales, group=i["group"], dtype=dtype)
+    weight_XKN = weight.unflatten(0, (i["num_experts"], -1)).mT
+    bias_QN = None if i.get("bias_N") is None else i["bias_N"].view(i["num_experts"], -1)[expert_W[used].long()]
+
+    def product(x: Tensor) -> Tensor:
+        y = torch._grouped_mm(x, weight_XKN, offs=ends)
+        return y if bias_QN is None else y + bias_QN
+
+    return i["pair_W"][used].long(), product
+
+
+def _expert_gate_up(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
+    x_TD, chosen = i["x_TD"], i["num_chosen"]
+    pair_Q, product = _grouped(i, x_TD.shape[1], x_TD.dtype)
+    out = x_TD.new_zeros(len(x_TD) * chosen, len(i["weight"]) // i["num_experts"] // 2)
+    activation = clamped_swiglu_reference if i.get("gate") == "clamped" else swiglu_reference
+    return lambda: out.index_copy_(0, pair_Q, activation(product(x_TD[pair_Q // chosen]))), same
+
+
+def _expert_down(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
+    y_QF, weight_TJ, residual = i["y_QF"], i["weight_TJ"], i["residual_TD"]
+    pair_Q, product = _grouped(i, y_QF.shape[1], y_QF.dtype)
+    part_QD = y_QF.new_zeros(len(y_QF), len(i["weight"]) // i["num_experts"])
+
+    def run() -> Any:
+        part_TJD = part_QD.index_copy_(0, pair_Q, product(y_QF[pair_Q])).unflatten(0, weight_TJ.shape)
+        x = (part_TJD * weight_TJ[..., None]).sum(1)
+        return (x if residual is None else residual + x).to(y_QF.dtype)
+
+    return run, same
+
+
 # Libraries that may be installed
 
 
@@ -311,6 +366,8 @@ EAGER: dict[str, Prepare] = {
     "unshuffle_project": _plain(unshuffle_project_reference),
     "swiglu": _plain(swiglu_reference),
     "qkv_rope_kv": _qkv_rope_kv,
+    "expert_down": _expert_down,
+    "expert_gate_up": _expert_gate_up,
     "gemm_epilogue": _gemm_epilogue,
     "gemm_fp8": _gemm_fp8,
     "gemv": _gemv,
@@ -321,6 +378,7 @@ EAGER: dict[str, Prepare] = {
     "copy_blocks": _copy_blocks,
     "patch_embed": _patch_embed,
     "resize_tiles": _resize_tiles,
+    "route_experts": _route_experts,
     "sample": _sample,
 }
 LIBRARIES: dict[str, dict[str, Prepare]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance
+from internvl_rt.kernels._contract import Case, KernelSpec, Tolerance, map_result, results_of
 from internvl_rt.kernels._gemv_plan import build_gemv_workspace
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels.catalogue import discover_specs, preferred_dtype
@@ -189,13 +189,13 @@ def given_by_engine(spec: KernelSpec, inputs: dict[str, Any], device: torch.devi
     return {}
 
 
-def build_launch(work: Work, inputs: dict[str, Any], out: Tensor | None, device: torch.device) -> partial[Any]:
+def build_launch(work: Work, inputs: dict[str, Any], out: Any, device: torch.device) -> partial[Any]:
     """A call of the kernel with the engine's arguments."""
     given = given_by_engine(work.spec, inputs, device)
     return partial(work.spec.launcher, **{**inputs, **given}, **({} if out is None else {"out": out}))
 
 
-def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Tensor]]:
+def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """The result in high precision, and the tensors that the operation writes in place; `inputs` do not change."""
     held = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
     wide = torch.float64 if held <= DOUBLE_BYTES else torch.float32
@@ -206,7 +206,7 @@ def run_reference(work: Work, inputs: dict[str, Any]) -> tuple[Tensor | None, di
         return value.clone() if name in work.spec.written(inputs) else value
 
     copies = {name: prepared(name, value) for name, value in inputs.items()}
-    expected: Tensor | None = work.spec.reference(**copies)
+    expected = work.spec.reference(**copies)
     return expected, {name: copies[name] for name in work.spec.written(inputs)}
 
 
@@ -225,21 +225,26 @@ class Check:
         self._work, self._inputs = work, inputs
         self.expected, self._expected_in_place = run_reference(work, inputs)
         self._before = {name: inputs[name].clone() for name in work.spec.written(inputs)}
-        self.out = None if self.expected is None else poisoned_like(self.expected, work.dtype)
+        self.out = self.make_out()
+
+    def make_out(self) -> Any:
+        """Returns poisoned memory for the result, in the dtypes that the kernel stores; None if there is no result."""
+        stored = self._work.spec.result_like(self._inputs)
+        return map_result(lambda wanted, like: poisoned_like(wanted, like.dtype), self.expected, stored)
 
     def restore(self) -> None:
         """Restores the inputs, and poisons the output again."""
         for name, value in self._before.items():
             self._inputs[name].copy_(value)
-        if self.out is not None:
-            self.out.fill_(math.nan if self.out.dtype.is_floating_point else POISON)
+        for out in results_of(self.out).values():
+            out.fill_(math.nan if out.dtype.is_floating_point else POISON)
 
     def verdict(self) -> Verdict:
         """Compares the present contents of the output and of the tensors written in place with the reference."""
         spec = self._work.spec
-        pairs = [(name, self._inputs[name], wanted) for name, wanted in self._expected_in_place.items()]
-        if self.out is not None and self.expected is not None:
-            pairs.insert(0, ("the result", self.out, self.expected))
+        results = results_of(self.out)
+        pairs = [(name, results[name], wanted) for name, wanted in results_of(self.expected).items()]
+        pairs += [(name, self._inputs[name], wanted) for name, wanted in self._expected_in_place.items()]
         dtype = self._work.dtype
         verdicts = [compare(name, y, want, spec.tolerance_of(y, dtype), exact=spec.exact) for name, y, want in pairs]
         return next((verdict for verdict in verdicts if verdict.problem), verdicts[0])
@@ -254,8 +259,10 @@ def check_kernel(work: Work, inputs: dict[str, Any], device: torch.device) -> tu
     return verdict, check
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The relative root mean square error of two tensors of any dtypes."""
+def relative_error(actual: Any, expected: Any) -> float:
+    """The relative root mean square error of two results of any dtypes; of several tensors the largest."""
+    if not isinstance(expected, Tensor):
+        return max(map(relative_error, actual, expected))
     wide = expected.dtype if expected.dtype.is_floating_point and expected.itemsize > 1 else torch.float32
     return float((actual.to(wide) - expected.to(wide)).norm() / expected.to(wide).norm())
 

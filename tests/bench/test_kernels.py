@@ -51,6 +51,8 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     "decode_attention": ("many_splits", "group_7"),
     "dequantise": ("float8_rows_96", "int4_zero_64_160"),
     "embed_tokens": ("width_1024", "visual"),
+    "expert_down": ("dense_block_16", "float8_block_32", "int4_128_block_64"),
+    "expert_gate_up": ("dense_block_16", "int8_block_32", "int4_32_block_64"),
     "gemm_epilogue": (
         *("none_cublas", "gelu_cublas", "residual_cublas", "rows_cublas"),
         *("plain_residual_cublas", "unscaled_residual_cublas"),
@@ -67,6 +69,7 @@ SAME = {  # by operation, small cases that a user could compute in other ways to
     **dict.fromkeys(("quantise_rows", "rms_norm_fp8", "swiglu_fp8"), ("width_127",)),
     "resize_tiles": ("photo", "half_size"),
     "rms_norm": ("width_896",),
+    "route_experts": ("17_tokens", "plain_5_tokens", "part_140_tokens"),
     "sample": ("slices",),
     "swiglu": ("width_1024",),
     "unshuffle_norm": ("v1_factor_2", "v2_factor_2"),
@@ -102,16 +105,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_without_a_gpu_a_reference_of_every_operation_is_timed_and_called_that(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
-    done = run(
-        "-m",
-        "internvl_rt",
-        "bench",
-        "kernels",
-        "--quick",
-        "--device=cpu",
-        f"--json={file}",
-        f"--plots={tmp_path / 'drawn'}",
-    )
+    files = (f"--json={file}", f"--plots={tmp_path / 'drawn'}")
+    done = run("-m", "internvl_rt", "bench", "kernels", "--quick", "--device=cpu", *files)
     assert done.returncode == 0, done.stderr
     document = valid(parse_last_line(done.stdout.splitlines()))
     assert json.loads(file.read_text()) == document

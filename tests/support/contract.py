@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, KernelSpec
+from internvl_rt.kernels._contract import Case, KernelSpec, map_result, results_of
 from support.cuda_draws import CudaDraws
 
 GUARD = 64  # elements before and after an output, which the kernel must not write
@@ -57,7 +57,7 @@ def expected_results(spec: KernelSpec, inputs: Mapping[str, Any], dtype: torch.d
     """Returns what the reference writes, in float64: the `in_place` arguments, then the result if there is one."""
     inputs = upcast(inputs, dtype)
     result = spec.reference(**inputs)
-    return [inputs[name] for name in spec.written(inputs)] + ([] if result is None else [result])
+    return [inputs[name] for name in spec.written(inputs)] + [*results_of(result).values()]
 
 
 def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -70,16 +70,21 @@ def run_case(spec: KernelSpec, inputs: dict[str, Any], dtype: torch.dtype) -> li
     if len(expected) == len(actual):
         spec.launcher(**inputs)
     else:
-        like = expected[-1]
-        # A result in 8 bits keeps its type; others have become float64 in the reference.
-        stored = dtype if like.dtype.is_floating_point and like.itemsize > 1 else like.dtype
-        out, buffer = poisoned(like.shape, stored, like.device)
-        guard = buffer.clone()
-        returned = spec.launcher(**inputs, out=out)
-        assert returned.data_ptr() == out.data_ptr()
-        edges = (slice(0, GUARD), slice(len(buffer) - GUARD, len(buffer)))
-        assert all(torch.equal(buffer[edge].view(torch.uint8), guard[edge].view(torch.uint8)) for edge in edges)
-        actual.append(out)
+        buffers: list[Tensor] = []
+
+        def guarded(like: Tensor) -> Tensor:
+            out, buffer = poisoned(like.shape, like.dtype, expected[-1].device)
+            buffers.append(buffer)
+            return out
+
+        out = map_result(guarded, spec.result_like(inputs))
+        guards = [buffer.clone() for buffer in buffers]
+        returned = results_of(spec.launcher(**inputs, out=out))
+        assert [each.data_ptr() for each in returned.values()] == [each.data_ptr() for each in results_of(out).values()]
+        for buffer, guard in zip(buffers, guards, strict=True):
+            edges = (slice(0, GUARD), slice(len(buffer) - GUARD, len(buffer)))
+            assert all(torch.equal(buffer[edge].view(torch.uint8), guard[edge].view(torch.uint8)) for edge in edges)
+        actual += results_of(out).values()
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name not in spec.in_place:
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=f"{name} was written")

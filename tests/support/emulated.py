@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,10 @@ from internvl_rt.kernels._kv_numbers import write_heads
 from internvl_rt.kernels.layer_norm import layer_norm_reference
 from internvl_rt.kernels.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 from internvl_rt.kernels.rms_norm import rms_norm_reference
+from internvl_rt.kernels.route_experts import route_experts_reference
 from support.emulated_arithmetic import fused_multiply_add, product, rounded, sin_cos
 from support.emulated_attention import decode_attention, prefill_attention, vit_attention
+from support.emulated_experts import expert_down, expert_gate_up
 from support.emulated_few_rows import few_rows, gemm_fp8, gemv, gemv_4bit, gemv_8bit
 
 
@@ -88,6 +91,22 @@ def _merged(x_RE: Tensor, num_tiles: int, factor: int, version: str) -> Tensor:
     x = x_RE[:num_patch_rows].reshape(num_tiles, side, factor, side, factor, width).transpose(2, 3)
     x = x.transpose(1, 2) if version == "v1" else x
     return x.reshape(num_tiles, side * side, factor * factor * width)
+
+
+def _route_experts(logits_TX: Tensor, num_chosen: int, block: int, *, renormalise: bool, **window: Any) -> list[Tensor]:
+    """Adds the exponentials of the chosen in their order in float32, those of all exactly.
+
+    The exponential is numpy's, as in the interpreter, because weights are not rounded to 16 bits.
+    """
+    routing = route_experts_reference(logits_TX, num_chosen, block, renormalise=renormalise, **window)
+    x = logits_TX.float()
+    share = torch.from_numpy(np.exp((x - x.amax(1, keepdim=True)).numpy()))
+    chosen = share.gather(1, routing.expert_id_TJ.long())
+    total = torch.zeros(len(x), 1)
+    for each in chosen.split(1, dim=1):
+        total = total + each
+    weight_TJ = chosen / (total if renormalise else share.double().sum(1, keepdim=True).float())
+    return [*routing._replace(weight_TJ=weight_TJ)]
 
 
 def _unshuffle_norm(
@@ -190,9 +209,16 @@ def _written(cache_BGPC: Tensor, slot_T: Tensor, x_TGC: Tensor) -> Tensor:
 
 
 def _rotated_and_written(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, inv_freq: Tensor, caches: Sequence[Tensor], slot: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    inv_freq: Tensor,
+    caches: Sequence[Tensor],
+    slot: Tensor,
+    scale: float = 1.0,
 ) -> list[Tensor]:
-    q, k = _turned(q, position, inv_freq), _turned(k, position, inv_freq)
+    q, k = (_turned(x, position, inv_freq) * scale for x in (q, k))
     q = q.masked_fill(slot[:, None, None] < 0, 0).to(caches[0].dtype)
     return [_written(caches[0], slot, k), _written(caches[1], slot, v), q]
 
@@ -232,6 +258,7 @@ def _qkv_rope_kv(
     slot_T: Tensor,
     scale_BGP2: Tensor | None,
     static_scale_2: Tensor | None,
+    rope_scale: float = 1.0,
 ) -> list[Tensor]:
     _, groups, _, channels = k_cache_BGPC.shape
     heads = qkv_TK.unflatten(1, (-1, channels))
@@ -241,8 +268,8 @@ def _qkv_rope_kv(
         q, k = rms_norm_reference(q, q_norm_C, eps), rms_norm_reference(k, k_norm_C, eps)
     caches = (k_cache_BGPC, v_cache_BGPC)
     if scale_BGP2 is None:
-        return _rotated_and_written(q.float(), k.float(), v, position_T, inv_freq_C, caches, slot_T)
-    q, k = _turned(q.float(), position_T, inv_freq_C), _turned(k.float(), position_T, inv_freq_C)
+        return _rotated_and_written(q.float(), k.float(), v, position_T, inv_freq_C, caches, slot_T, rope_scale)
+    q, k = (_turned(x.float(), position_T, inv_freq_C) * rope_scale for x in (q, k))
     used = slot_T >= 0
     static = (None, None) if static_scale_2 is None else static_scale_2
     for index, (cache, x) in enumerate(zip(caches, (k, v), strict=True)):
@@ -253,6 +280,8 @@ def _qkv_rope_kv(
 EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "add_norm": _add_norm,
     "decode_attention": decode_attention,
+    "expert_down": expert_down,
+    "expert_gate_up": expert_gate_up,
     "gemm_epilogue": _gemm_epilogue,
     "gemm_fp8": gemm_fp8,
     "gemv": gemv,
@@ -265,6 +294,7 @@ EMULATED: dict[str, Callable[..., list[Tensor]]] = {
     "qkv_rope_kv": _qkv_rope_kv,
     "rms_norm": _rms_norm,
     "rms_norm_fp8": _rms_norm_fp8,
+    "route_experts": _route_experts,
     "swiglu": _swiglu,
     "swiglu_fp8": _swiglu_fp8,
     "unshuffle_norm": _unshuffle_norm,
