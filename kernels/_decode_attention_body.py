@@ -5,13 +5,16 @@ that share it, so every key and value is read once. It takes BLOCK keys at a tim
 a thread bring them, and write zeros for keys beyond the sequence, where memory may hold anything, NaN too. The copy
 engine (TMA) cannot write these zeros, and every program would have to make its descriptors before its first load,
 though an item may be as short as four blocks.
+
+With a window, only the last few items of a row have keys that its query sees. The programs of the others do nothing,
+and the parts of a row are those of the last few.
 """
 
 import triton
 import triton.language as tl
 
 from internvl_rt.kernels._kv_numbers import load_scales, numbers_of, scaled_queries, word_rows
-from internvl_rt.kernels._softmax import probability
+from internvl_rt.kernels._softmax import load_sinks, probability, total_with_sink
 from internvl_rt.kernels._split_combine import combine_parts
 
 ROWS: tl.constexpr = tl.constexpr(16)  # query heads of a kv head, padded to the 16 rows that matrix units take
@@ -128,7 +131,18 @@ def _prefetch_weight(weight, num_bytes, index, count):
 
 
 @triton.jit
-def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr):
+def _kept_splits(split_items, first_split, num_splits, first_block, WINDOW: tl.constexpr, P: tl.constexpr):
+    """Returns which of a row's splits hold blocks from `first_block` on: the first one, and how many there are."""
+    MOST: tl.constexpr = triton.next_power_of_2((WINDOW + P - 1) // P + 1)
+    from_end = tl.arange(0, MOST)
+    last = split_items + 3 * (first_split + num_splits - 1)
+    ends = tl.load(last - 3 * from_end + 2, mask=from_end < num_splits, other=0)
+    num_kept = tl.sum((ends > first_block).to(tl.int32))
+    return first_split + num_splits - num_kept, num_kept
+
+
+@triton.jit
+def _combine(y_head, acc_parts, stats_parts, num_splits, sinks, first_head, group, C: tl.constexpr):
     """Writes the output of the `group` queries that share a kv head: the weighted sum of the results of a row's splits.
     A thread has one query and four channels at a time.
     """
@@ -138,22 +152,26 @@ def _combine(y_head, acc_parts, stats_parts, num_splits, group, C: tl.constexpr)
     for first_query in range(0, group, QUERIES):
         query = first_query + tl.arange(0, QUERIES)
         real = query < group
-        acc = combine_parts(acc_parts, stats_parts, num_splits, query, real, ROWS, C, SOME=64, TOGETHER=TOGETHER)
+        sink = None
+        if sinks is not None:
+            sink = load_sinks(sinks, first_head + query, real)
+        acc = combine_parts(acc_parts, stats_parts, num_splits, query, real, sink, ROWS, C, SOME=64, TOGETHER=TOGETHER)
         y_rows = y_head + query[:, None] * C + channel[None, :]
         tl.store(y_rows, acc.to(y_head.dtype.element_ty), mask=real[:, None])
 
 
 # Not specialised: one kernel serves any batch and any model with these channels, and index tensors at any address.
 INDICES = ["block_table", "seq_len", "split_start", "split_items", "counters", "table_stride", "group", "num_rows"]
+INDICES += ["sinks"]
 
 
 @triton.jit(do_not_specialize=INDICES)
 def decode_attention_kernel(
     q, k_cache, v_cache, y, block_table, seq_len, split_start, split_items, counters, partial_acc, partial_stats,
     next_weight, later_weight, q_stride, block_stride, head_stride, slot_stride, table_stride, group, num_rows,
-    next_bytes, later_bytes, scale_log2, scale, scale_block_stride, scale_head_stride,
+    next_bytes, later_bytes, scale_log2, scale, scale_block_stride, scale_head_stride, sinks,
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    PREFETCH_KEYS: tl.constexpr, PRECISION: tl.constexpr, INLINE: tl.constexpr,
+    PREFETCH_KEYS: tl.constexpr, PRECISION: tl.constexpr, INLINE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Computes attention for one item of the split plan.
 
@@ -165,6 +183,7 @@ def decode_attention_kernel(
     SWAP: S^T = K q^T and O^T = V^T P^T. Then the tall side of both products is the keys or the channels, and 16 query
     rows are enough for matrix units that work on at least 64 rows (sm_90, sm_100).
     scale: of caches in 8 bits; its strides count words of two scales. INLINE: inline assembly may be used.
+    sinks: a logit of each query head, see _softmax.py. WINDOW: how many of the last keys a query sees; None: all.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -185,9 +204,17 @@ def decode_attention_kernel(
     first_split = tl.load(split_start + row, mask=row >= 0, other=0)
     num_splits = tl.load(split_start + row + 1, mask=row >= 0, other=0) - first_split
     begin, planned_stop = first_block * P, end_block * P
-    stop = tl.minimum(planned_stop, tl.load(seq_len + row, mask=row >= 0, other=0))
+    length = tl.load(seq_len + row, mask=row >= 0, other=0)
+    stop = tl.minimum(planned_stop, length)
+    has_keys = row >= 0
+    if WINDOW is not None:
+        first_key = tl.maximum(length - WINDOW, 0)
+        has_keys = has_keys & (planned_stop > first_key)
+        first_split, num_splits = _kept_splits(split_items, first_split, num_splits, first_key // P, WINDOW, P)
+        STEP: tl.constexpr = BLOCK if P % BLOCK == 0 else 1  # so that no piece with one table entry lies in two blocks
+        begin = tl.maximum(begin, first_key // STEP * STEP)
     table = block_table + row.to(tl.int64) * table_stride
-    blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # does not wait for the length
+    blocks = table_blocks(table, begin, planned_stop, P, BLOCK)  # waits for the length only with a window
     k_head = k_cache + head.to(tl.int64) * head_stride
     v_head = v_cache + head.to(tl.int64) * head_stride
     if next_weight is not None:
@@ -201,7 +228,7 @@ def decode_attention_kernel(
                 _prefetch_weight(later_weight, tl.minimum(later_bytes, room), index, count)
     if PREFETCH_KEYS:
         second = begin + BLOCK
-        if row >= 0:
+        if has_keys:
             _prefetch(slot_rows(k_head, blocks, begin, block_stride, slot_stride, P, BLOCK), C)
             _prefetch(slot_rows(v_head, blocks, begin, block_stride, slot_stride, P, BLOCK), C)
         if second < planned_stop:
@@ -217,8 +244,10 @@ def decode_attention_kernel(
         zeros_RC = tl.zeros([ROWS, C], y.dtype.element_ty)
         tl.store(y + item.to(tl.int64) * y_stride + offset_RC, zeros_RC, mask=real)
 
-    if row >= 0:
+    if has_keys:
         q_RC = tl.load(q + row.to(tl.int64) * q_stride + offset_RC, mask=real, other=0.0)
+        if sinks is not None:
+            sink = load_sinks(sinks, head * group + query, query < group)
         if scale is not None:
             scale_words = scale.to(tl.pointer_type(tl.int32)) + head.to(tl.int64) * scale_head_stride
             q_RC, power = scaled_queries(q_RC)
@@ -229,6 +258,8 @@ def decode_attention_kernel(
         acc = tl.zeros([C, ROWS] if SWAP else [ROWS, C], tl.float32)
         for start in range(begin, stop, BLOCK):
             inside = start + tl.arange(0, BLOCK) < stop
+            if WINDOW is not None:
+                inside = inside & (start + tl.arange(0, BLOCK) >= first_key)
             k_rows = slot_rows(k_head, blocks, start, block_stride, slot_stride, P, BLOCK)
             v_rows = slot_rows(v_head, blocks, start, block_stride, slot_stride, P, BLOCK)
             state = top, total, acc
@@ -250,6 +281,8 @@ def decode_attention_kernel(
         total = tl.sum(total, axis=0 if SWAP else 1)
         y_head = y + row.to(tl.int64) * y_stride + head * group * C
         if num_splits == 1:
+            if sinks is not None:
+                total = total_with_sink(total, top, sink)
             out_RC = acc_RC * (1.0 / total)[:, None]
             tl.store(y_head + query[:, None] * C + channel[None, :], out_RC.to(y.dtype.element_ty), mask=real)
         else:
@@ -266,6 +299,6 @@ def decode_attention_kernel(
             if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 acc_parts += first_split * ROWS * C
                 stats_parts += first_split * 2 * ROWS
-                _combine(y_head, acc_parts, stats_parts, num_splits, group, C)
+                _combine(y_head, acc_parts, stats_parts, num_splits, sinks, head * group, group, C)
                 # The counter is zero again for the next call; every program of this row has been counted.
                 tl.store(counter, 0)

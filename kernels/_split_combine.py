@@ -12,6 +12,8 @@ no barrier. The parts are added in their order, so the result does not depend on
 import triton
 import triton.language as tl
 
+from internvl_rt.kernels._softmax import total_with_sink
+
 
 @triton.jit
 def _load_parts(maxima, sums, num_parts, real, ROWS: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr):
@@ -26,10 +28,13 @@ def _load_parts(maxima, sums, num_parts, real, ROWS: tl.constexpr, C: tl.constex
 
 @triton.jit
 def combine_parts(
-    acc_parts, stats_parts, num_parts, query, real, ROWS: tl.constexpr, C: tl.constexpr, SOME: tl.constexpr,
+    acc_parts, stats_parts, num_parts, query, real, sink, ROWS: tl.constexpr, C: tl.constexpr, SOME: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Returns the results [queries, C] of some of the ROWS queries of `num_parts` parts, which follow each other."""
+    """Returns the results [queries, C] of some of the ROWS queries of `num_parts` parts, which follow each other.
+
+    sink: of each query, by `load_sinks`; None: there are none. No part has it.
+    """
     some, channel = tl.arange(0, SOME), tl.arange(0, C)
     maxima = (stats_parts + query)[:, None]
     real = real[:, None]
@@ -45,6 +50,8 @@ def combine_parts(
         new_top = tl.maximum(top, tl.max(part_top, axis=0))
         total = total * tl.exp2(top - new_top) + tl.sum(part_total * tl.exp2(part_top - new_top[None, :]), axis=0)
         top = new_top
+    if sink is not None:
+        total = total_with_sink(total, top, sink)
     top = top[:, None]
     acc = tl.zeros([query.shape[0], C], tl.float32)
     for i in tl.static_range(TOGETHER):

@@ -5,8 +5,8 @@
 
 Qwen3 normalises q and k by RMS per head before the rotation. The rotation runs in float32.
 Slot s of the pool is place s % P of block s // P. A row with slot -1 only fills up the batch of a captured graph: its k
-and v are not written, and its q is zero. A cache in 8 bits gets numbers and scales of k and v (_kv_numbers.py).
-Source of the positions: V2PE, arXiv 2412.09616.
+and v are not written, and its q is zero. A cache in 8 bits gets numbers and scales of k and v (_kv_numbers.py). What is
+rotated may be scaled (YaRN). Source of the positions: V2PE, arXiv 2412.09616.
 """
 
 from collections.abc import Iterator
@@ -268,8 +268,7 @@ def qkv_rope_kv(
     require_tensor("position_T", position_T, (num_tokens,), torch.float32, device)
     require_tensor("inv_freq_C", inv_freq_C, (head_dim // 2,), torch.float32, device)
     require_tensor("slot_T", slot_T, (num_tokens,), torch.int32, device)
-    if out is None:
-        out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device=device) if out is None else out
     require_tensor("out", out, (num_tokens, num_heads, head_dim), dtype, device)
     inputs = (qkv_TK, q_norm_C, k_norm_C, eps, position_T, inv_freq_C, k_cache_BGPC, v_cache_BGPC, slot_T)
     scales, target = (scale_BGP2, static_scale_2), target_of(device)

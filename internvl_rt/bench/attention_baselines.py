@@ -74,7 +74,7 @@ def _vit_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any],
 
 def _without_pages(i: Inputs, backend: SDPBackend) -> tuple[Tensor, Tensor, int]:
     """Keys and values [S, G, tokens, C] of sequences; raises ValueError if their lengths differ."""
-    _refuse_8_bits(i)
+    _refuse_more(i)
     seq_len = int(i["seq_len_S"][0])
     if not bool((i["seq_len_S"] == seq_len).all()):
         raise ValueError("sequences of several lengths")
@@ -88,9 +88,12 @@ def _without_pages(i: Inputs, backend: SDPBackend) -> tuple[Tensor, Tensor, int]
     return k, v, seq_len
 
 
-def _refuse_8_bits(i: Inputs) -> None:
+def _refuse_more(i: Inputs) -> None:
+    """Raises ValueError for what the alternatives do not compute."""
     if i["scale_BGP2"] is not None:
         raise ValueError("keys and values in 8 bits with scales")
+    if i["sinks_H"] is not None or i["window"] is not None:
+        raise ValueError("attention sinks or a window")
 
 
 def _decode_attention(i: Inputs, backend: SDPBackend) -> tuple[Run, Callable[[Any], Tensor]]:
@@ -134,7 +137,7 @@ def _flashinfer_decode(i: Inputs) -> tuple[Run, Callable[[Any], Tensor]]:
     """Uses matrix units, because the other kernel does not support every number of query heads to a kv head."""
     import flashinfer
 
-    _refuse_8_bits(i)
+    _refuse_more(i)
     q, (_, num_kv_heads, block_size, head_dim) = i["q_SHC"], i["k_cache_BGPC"].shape
     num_blocks_S = (i["seq_len_S"] + block_size - 1) // block_size
     indptr = F.pad(num_blocks_S.cumsum(0), (1, 0)).int()

@@ -63,6 +63,7 @@ INSTRUCTIONS = {  # column -> SASS mnemonic
     "local_memory": r"\b(LDL|STL)[.\s]",
 }
 
+WEIGHTS = {**MODELS, "gpt": (2880, 2880, 64, 8, 64, 200028)}  # GPT-OSS, whose experts are not brought to L2
 MATRIX_UNITS = {80: "hmma", 89: "hmma", 90: "hgmma", 100: "tcgen05", 120: "hmma"}
 RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # every row that was built must satisfy these
     "nothing spills": lambda row: not row["stack"] and not row["local_memory"],
@@ -183,7 +184,7 @@ def launches_of(
     arguments, known = arguments_of(spec, case, dtype, meta), signatures.signature(spec.plan).parameters
     arguments |= {name: True for name in experiments if name in known}
     if "prefetch_weights" in experiments and "upcoming" in known:
-        width, mlp, heads, _, channels, _ = MODELS[case.name.partition("_")[0]]
+        width, mlp, heads, _, channels, _ = WEIGHTS[case.name.partition("_")[0]]
         shapes = (width, heads * channels), (2 * mlp, width)
         arguments["upcoming"] = [torch.empty(shape, dtype=dtype, device=meta) for shape in shapes]
     if "tokens_to_host" in experiments and "host_KR" in known:

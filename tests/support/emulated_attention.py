@@ -9,6 +9,7 @@ from torch import Tensor
 
 from internvl_rt.kernels._kv_numbers import LEAST_SCALE
 from internvl_rt.kernels._launch import target_of
+from internvl_rt.kernels._paged_attention import first_seen
 from internvl_rt.kernels._plans import AttentionPlan
 from internvl_rt.kernels._prefill_plan import SplitRule, block_splits, choose_tiling, split_lens, split_rule
 from internvl_rt.kernels.vit_attention import tile_tokens
@@ -103,21 +104,30 @@ def vit_attention(
     return [torch.cat((y[:, :-1].flatten(0, 1), y[:, -1])).to(dtype)]
 
 
-def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int) -> Tensor:
-    """Returns a row's keys or values, [H, seq_len, C]; each kv head is repeated for all query heads that use it."""
+def _keys_of_row(cache_BGPC: Tensor, table_N: Tensor, seq_len: int, group: int, first_key: int) -> Tensor:
+    """Returns a row's keys or values, [H, seq_len, C]; each kv head is repeated for all query heads that use it.
+
+    Keys before `first_key`, which may be anything, are zeros.
+    """
     blocks = table_N[: -(-seq_len // cache_BGPC.shape[2])].long()
     tokens = cache_BGPC[blocks].float().transpose(0, 1).flatten(1, 2)[:, :seq_len]
+    tokens[:, :first_key] = 0
     return tokens.repeat_interleave(group, dim=0)
 
 
 def _read_row(
-    caches: tuple[Tensor, Tensor], scale_BGP2: Tensor | None, table_N: Tensor, seq_len: int, group: int
+    caches: tuple[Tensor, Tensor],
+    scale_BGP2: Tensor | None,
+    table_N: Tensor,
+    seq_len: int,
+    group: int,
+    first_key: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns a row's keys and values, and their scales [H, seq_len] where they are in 8 bits."""
-    k, v = (_keys_of_row(cache, table_N, seq_len, group) for cache in caches)
+    k, v = (_keys_of_row(cache, table_N, seq_len, group, first_key) for cache in caches)
     if scale_BGP2 is None:
         return k, v, None, None
-    k_scale, v_scale = _keys_of_row(scale_BGP2, table_N, seq_len, group).unbind(-1)
+    k_scale, v_scale = _keys_of_row(scale_BGP2, table_N, seq_len, group, first_key).unbind(-1)
     return k, v, k_scale, v_scale
 
 
@@ -131,39 +141,55 @@ def prefill_attention(
     max_query_len: int,
     scale_BGP2: Tensor | None = None,
     splits: SplitRule | None = None,
+    sinks_H: Tensor | None = None,
+    window: int | None = None,
 ) -> list[Tensor]:
     dtype, (num_tokens, heads, channels) = q_THC.dtype, q_THC.shape
     out, group = torch.empty_like(q_THC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
     starts, seq_lens, rule = query_start_S1.tolist(), seq_len_S.tolist(), splits or split_rule(channels)
     query_lens = [stop - start for start, stop in itertools.pairwise(starts)]
     sizes = num_tokens, max_query_len, block_table_SN, k_cache_BGPC, group, rule
-    tiling = choose_tiling(*sizes, target_of(q_THC.device), dtype)
+    tiling = choose_tiling(*sizes, target_of(q_THC.device), dtype, window)
     caches = k_cache_BGPC, v_cache_BGPC
     scale, queries = math.log2(math.e) / math.sqrt(channels), tiling.block_m // group
     keys_of_split = list(seq_lens)
     if tiling.num_items:
-        keys_of_split = split_lens(query_lens, seq_lens, queries, tiling.num_items, tiling.block_n, rule)
+        keys_of_split = split_lens(query_lens, seq_lens, queries, tiling.num_items, tiling.block_n, rule, window)
     for row, (new, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         if new == 0:
             continue
-        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group)
+        first_key = first_seen(seq_len, new, window)
+        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group, first_key)
         visible = torch.ones(new, seq_len, dtype=torch.bool).tril(seq_len - new)
+        if window is not None:
+            visible = visible.triu(seq_len - new - window + 1)
         for first in range(0, new, queries):
             stop, position = min(first + queries, new), seq_len - new + first
             q = q_THC[starts[row] + first : starts[row] + stop].transpose(0, 1)
+            begin = first_seen(position + 1, 1, window) // tiling.block_n * tiling.block_n
+            how = visible[first:stop], scale
             parts = [
-                online_softmax(q, k, v, visible[first:stop], scale, _blocks(*keys, tiling.block_n), dtype, *scales)
-                for keys in block_splits(position, seq_len - new + stop, keys_of_split[row])
+                online_softmax(q, k, v, *how, _blocks(*keys, tiling.block_n), dtype, *scales, _least(q, v))
+                for keys in block_splits(position, seq_len - new + stop, keys_of_split[row], begin)
             ]
-            out[starts[row] + first : starts[row] + stop] = _sum_of_parts(parts).transpose(0, 1).to(dtype)
+            out[starts[row] + first : starts[row] + stop] = _sum_of_parts(parts, sinks_H).transpose(0, 1).to(dtype)
     return [out]
 
 
-def _sum_of_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Adds up what splits of the keys give: maxima, sums and weighted values."""
+def _least(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the state of a softmax that has no key yet; the maximum is the lowest finite number."""
+    zeros = torch.zeros(q.shape[:-1])
+    return zeros + torch.finfo(torch.float32).min, zeros, torch.zeros(*q.shape[:-1], v.shape[-1])
+
+
+def _sum_of_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], sinks_H: Tensor | None) -> Tensor:
+    """Adds up what splits of the keys give: maxima, sums and weighted values; then the sinks."""
     tops, totals, accs = (torch.stack(each) for each in zip(*parts, strict=True))
     share = (tops - tops.amax(0)).exp2()
-    return (accs * share[..., None]).sum(0) * (1 / (totals * share).sum(0))[..., None]
+    total = (totals * share).sum(0)
+    if sinks_H is not None:
+        total = total + (sinks_H.float()[:, None] * math.log2(math.e) - tops.amax(0)).exp2()
+    return (accs * share[..., None]).sum(0) * (1 / total)[..., None]
 
 
 def decode_attention(
@@ -175,18 +201,24 @@ def decode_attention(
     split_start_S1: Tensor,
     split_W3: Tensor,
     scale_BGP2: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    window: int | None = None,
 ) -> list[Tensor]:
     dtype, (_, heads, channels) = q_SHC.dtype, q_SHC.shape
     out, group = torch.zeros_like(q_SHC, memory_format=torch.contiguous_format), heads // k_cache_BGPC.shape[1]
     starts, block_size, caches = split_start_S1.tolist(), k_cache_BGPC.shape[2], (k_cache_BGPC, v_cache_BGPC)
-    scale = math.log2(math.e) / math.sqrt(channels)
+    scale, size = math.log2(math.e) / math.sqrt(channels), 32 if dtype == torch.float32 else 64
     for row, seq_len in enumerate(seq_len_S.tolist()):
         if seq_len == 0:
             continue
-        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group)
+        first_key = first_seen(seq_len, 1, window)
+        k, v, *scales = _read_row(caches, scale_BGP2, block_table_SN[row], seq_len, group, first_key)
+        visible = (torch.arange(seq_len) >= first_key)[None]
+        begin = first_key // size * size if block_size % size == 0 else first_key
         parts = []
         for _, first, end in split_W3[starts[row] : starts[row + 1]].tolist():
-            blocks = _blocks(first * block_size, min(end * block_size, seq_len), 32 if dtype == torch.float32 else 64)
-            parts.append(online_softmax(q_SHC[row, :, None], k, v, None, scale, blocks, dtype, *scales))
-        out[row] = _sum_of_parts(parts)[:, 0].to(dtype)
+            blocks = _blocks(max(begin, first * block_size), min(end * block_size, seq_len), size)
+            if blocks:
+                parts.append(online_softmax(q_SHC[row, :, None], k, v, visible, scale, blocks, dtype, *scales))
+        out[row] = _sum_of_parts(parts, sinks_H)[:, 0].to(dtype)
     return [out]
