@@ -108,7 +108,7 @@ def projection_works() -> list[Work]:
 
 
 def projection_key(work: Work) -> Key:
-    return work.case["N"], 4 * work.case["E"]
+    return work.case["N"], work.case.sizes.get("factor", 2) ** 2 * work.case["E"]
 
 
 def projection_plans(target: Target) -> dict[str, GemmPlan]:

@@ -4,23 +4,7 @@ import triton
 import triton.language as tl
 
 from internvl_rt.kernels._gemm_epilogue_body import gelu, grouped_block, pieces
-
-
-@triton.jit
-def _first_patch(token, side, FACTOR: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Returns the row of x with a visual token's first patch; the others are at `_patch_offset` behind it."""
-    tile = token // (side * side)
-    slow, fast = token // side % side, token % side
-    if TRANSPOSED:  # v1: tokens are stored column by column
-        r, c = fast, slow
-    else:
-        r, c = slow, fast
-    return (tile * side + r) * (FACTOR * FACTOR * side) + c * FACTOR
-
-
-@triton.jit
-def _patch_offset(neighbour, side, FACTOR: tl.constexpr):
-    return neighbour // FACTOR * (FACTOR * side) + neighbour % FACTOR
+from internvl_rt.kernels.unshuffle_norm import first_patch, patch_offset, wide_statistics
 
 
 @triton.jit
@@ -35,6 +19,7 @@ def statistics_kernel(
     FACTOR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     CENTRED: tl.constexpr,
+    WIDE: tl.constexpr,  # registers do not hold a token
     BLOCK_E: tl.constexpr,
 ):
     """Writes what normalises a visual token as (x - centre) * rstd + shift. Without CENTRED the centre is 0.
@@ -42,17 +27,21 @@ def statistics_kernel(
     The mean is the sum of two parts: one float32 lacks its last bits where it is much larger than the deviation.
     """
     token = tl.program_id(0)
-    neighbour = tl.arange(0, FACTOR * FACTOR)[:, None]
-    channel = tl.arange(0, BLOCK_E)[None, :]
-    inside = channel < E
-    patch = _first_patch(token, side, FACTOR, TRANSPOSED) + _patch_offset(neighbour, side, FACTOR)
-    values = tl.load(x + patch.to(tl.int64) * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    width: tl.constexpr = FACTOR * FACTOR * E
-    mean = tl.sum(values) / width
-    centred = tl.where(inside, values - mean, 0.0)
-    rest = tl.sum(centred) / width
-    centred = tl.where(inside, centred - rest, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred) / width + eps)
+    first = first_patch(token, side, FACTOR, TRANSPOSED)
+    if WIDE:
+        mean, rest, rstd = wide_statistics(x, first, x_stride, side, eps, E, FACTOR, BLOCK_E)
+    else:
+        neighbour = tl.arange(0, FACTOR * FACTOR)[:, None]
+        channel = tl.arange(0, BLOCK_E)[None, :]
+        inside = channel < E
+        patch = first + patch_offset(neighbour, side, FACTOR)
+        values = tl.load(x + patch.to(tl.int64) * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        width: tl.constexpr = FACTOR * FACTOR * E
+        mean = tl.sum(values) / width
+        centred = tl.where(inside, values - mean, 0.0)
+        rest = tl.sum(centred) / width
+        centred = tl.where(inside, centred - rest, 0.0)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred) / width + eps)
     if CENTRED:
         centre, shift = mean, -rest * rstd
     else:
@@ -107,7 +96,7 @@ def project_kernel(
         shift = tl.load(statistics + 2 * num_tokens + row, mask=row_inside, other=0.0)[:, None]
         if CENTRED:
             centre = tl.load(statistics + row, mask=row_inside, other=0.0)[:, None]
-        patch = _first_patch(row, side, FACTOR, TRANSPOSED).to(tl.int64)
+        patch = first_patch(row, side, FACTOR, TRANSPOSED).to(tl.int64)
         x_at = x + patch[:, None] * x_stride + inner[None, :]
         if not USE_TMA:
             weight_row = first_column.to(tl.int64) + tl.arange(0, BLOCK_N)
@@ -119,7 +108,7 @@ def project_kernel(
             neighbour = step // CHUNKS
             channel = step % CHUNKS * BLOCK_K
             k = neighbour * E + channel
-            offset = _patch_offset(neighbour, side, FACTOR).to(tl.int64) * x_stride + channel
+            offset = patch_offset(neighbour, side, FACTOR).to(tl.int64) * x_stride + channel
             if EVEN:
                 x_tile = tl.load(x_at + offset, mask=row_inside[:, None], other=0.0)
                 w = tl.load(norm_weight + k + inner)

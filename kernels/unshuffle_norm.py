@@ -4,6 +4,10 @@
 
 The class rows, which come last (see _contract), are not read. Version v2 stores token (r, c) at row-major place (r, c);
 v1, an early release, stores it at (c, r).
+
+A program holds its token in registers, up to MAX_WIDTH channels. A wider token, such as the 51,200 channels of 4 x 4
+patches of InternViT-6B, is read patch by patch: once for its mean, once for its deviation, and once to be normalised.
+The second and third time it comes from L2, where the tokens at work are a few MB.
 """
 
 from math import isqrt
@@ -28,6 +32,7 @@ from internvl_rt.kernels._launch import Launch, Target, next_power_of_2, run, ta
 from internvl_rt.kernels.layer_norm import MAX_WIDTH, layer_norm_reference, layer_norm_row, row_warps
 
 FACTORS = (1, 2, 4)
+MAX_MERGED_WIDTH = 65536
 
 
 def unshuffle_norm_reference(
@@ -46,6 +51,78 @@ def unshuffle_norm_reference(
     if version == "v1":
         x = x.transpose(1, 2)
     return layer_norm_reference(x.reshape(num_tiles, side * side, factor * factor * width), weight_D, bias_D, eps)
+
+
+@triton.jit
+def first_patch(token, side, FACTOR: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Returns the row of x with a visual token's first patch; the others are at `patch_offset` behind it."""
+    tile = token // (side * side)
+    slow, fast = token // side % side, token % side
+    if TRANSPOSED:  # v1: tokens are stored column by column
+        r, c = fast, slow
+    else:
+        r, c = slow, fast
+    return (tile * side + r) * (FACTOR * FACTOR * side) + c * FACTOR
+
+
+@triton.jit
+def patch_offset(neighbour, side, FACTOR: tl.constexpr):
+    return neighbour // FACTOR * (FACTOR * side) + neighbour % FACTOR
+
+
+@triton.jit
+def wide_statistics(x, patch, x_stride, side, eps, E: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Reads a visual token patch by patch; returns the two parts of its mean, and the inverse of its deviation.
+
+    One float32 lacks the mean's last bits where it is much larger than the deviation.
+    """
+    WIDTH: tl.constexpr = FACTOR * FACTOR * E
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for neighbour in range(FACTOR * FACTOR):
+        at = x + (patch + patch_offset(neighbour, side, FACTOR)).to(tl.int64) * x_stride + column
+        sums += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(sums) / WIDTH
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for neighbour in range(FACTOR * FACTOR):
+        at = x + (patch + patch_offset(neighbour, side, FACTOR)).to(tl.int64) * x_stride + column
+        centred = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
+        sums += centred
+        squares += centred * centred
+    rest = tl.sum(sums) / WIDTH
+    return mean, rest, 1.0 / tl.sqrt_rn(tl.sum(squares) / WIDTH - rest * rest + eps)
+
+
+@triton.jit
+def _unshuffle_norm_wide_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    x_stride,
+    y_stride,
+    eps,
+    side,  # visual tokens along one side of a tile
+    E: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # v1: tokens are stored column by column
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    patch = first_patch(token, side, FACTOR, TRANSPOSED)
+    mean, rest, rstd = wide_statistics(x, patch, x_stride, side, eps, E, FACTOR, BLOCK)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    for neighbour in range(FACTOR * FACTOR):
+        at = x + (patch + patch_offset(neighbour, side, FACTOR)).to(tl.int64) * x_stride + column
+        values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        place = neighbour * E + column
+        w = tl.load(weight + place, mask=inside, other=0.0)
+        b = tl.load(bias + place, mask=inside, other=0.0)
+        normed = (values - mean - rest) * rstd * w.to(tl.float32) + b.to(tl.float32)
+        tl.store(y + token.to(tl.int64) * y_stride + place, normed.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -96,9 +173,10 @@ def plan_unshuffle_norm(
 ) -> tuple[Launch, ...]:
     out_RD = rows_of("out", out)
     num_tokens, width = out_RD.shape
+    is_wide, channels = width > MAX_WIDTH, x_RE.shape[1]
     return (
         Launch(
-            _unshuffle_norm_kernel,
+            _unshuffle_norm_wide_kernel if is_wide else _unshuffle_norm_kernel,
             (num_tokens, 1, 1),
             {
                 "x": x_RE,
@@ -111,12 +189,12 @@ def plan_unshuffle_norm(
                 "side": isqrt(out.shape[1]),
             },
             {
-                "E": x_RE.shape[1],
+                "E": channels,
                 "FACTOR": factor,
                 "TRANSPOSED": version == "v1",
-                "BLOCK": next_power_of_2(width),
+                "BLOCK": next_power_of_2(channels if is_wide else width),
             },
-            num_warps=row_warps(width),
+            num_warps=row_warps(channels if is_wide else width),
         ),
     )
 
@@ -128,7 +206,8 @@ def require_patches(x_RE: Tensor, num_tiles: int, factor: int, version: str) -> 
     require(version in ("v1", "v2"), "version", "v1 or v2", version)
     rows, channels = x_RE.shape
     width = factor * factor * channels
-    require(1 <= width <= MAX_WIDTH, "x_RE", f"factor^2 * E from 1 to {MAX_WIDTH}", width)
+    most = MAX_WIDTH if factor == 1 else MAX_MERGED_WIDTH
+    require(1 <= width <= most, "x_RE", f"factor^2 * E from 1 to {most}", width)
     require(num_tiles >= 0, "num_tiles", "0 or more", num_tiles)
     grid = isqrt(max(rows // max(num_tiles, 1) - 1, 0))  # patches along one side of a tile
     tiles = f"{num_tiles} tiles of 1 + (a multiple of {factor})^2 rows"
@@ -148,7 +227,7 @@ def unshuffle_norm(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Computes `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E up to MAX_WIDTH.
+    """Computes `unshuffle_norm_reference`, for factors 1, 2 and 4 and D = factor^2 * E up to MAX_MERGED_WIDTH.
 
     Raises ValueError naming the argument that does not fit.
     """
@@ -193,7 +272,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
 
 SPEC = KernelSpec(
     name="unshuffle_norm",
-    used_by="every projector, with batch_invariant",
+    used_by="every projector, with batch_invariant; the second one of Flash",
     reference=unshuffle_norm_reference,
     plan=plan_unshuffle_norm,
     launcher=unshuffle_norm,
@@ -207,17 +286,33 @@ SPEC = KernelSpec(
             for version in ("v1", "v2")
         ),
         Case("widest", {"I": 1, "side": 1, "E": 1024, "factor": 4}),
+        *(
+            Case(f"wide_{name}", {"I": 1, "side": 1, "E": 1030, "factor": 4, **sizes})
+            for name, sizes in (
+                ("v1", {"side": 2, "version": "v1"}),
+                ("v2", {"side": 2}),
+                ("of_the_6b", {"E": 3200}),
+                ("strided", {"padding": 10}),
+                ("shifted", {"mean": 1000.0}),
+                ("factor_2", {"E": 4100, "factor": 2}),
+            )
+        ),
         Case("no_tiles", {"I": 0, "side": 2, "E": 16}),
         Case("strided", {"I": 2, "side": 2, "E": 20, "padding": 12}),
         Case("shifted", {"I": 1, "side": 2, "E": 64, "mean": 1000.0}),
     ),
     model_cases=tuple(
-        Case(f"{name}_{tiles}_tiles", {"I": tiles, "side": 16, "E": width})
-        for name, width in (("vit_300m", 1024), ("vit_6b", 3200))
+        Case(f"{name}_{tiles}_tiles", {"I": tiles, "side": side, "E": width, "factor": factor})
+        for name, side, width, factor in (
+            ("vit_300m", 16, 1024, 2),
+            ("vit_6b", 16, 3200, 2),
+            ("flash_300m", 8, 1024, 4),
+            ("flash_6b", 8, 3200, 4),
+        )
         for tiles in (1, 13)
     ),
     tolerances={
-        torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over 16384 values in another order"),
+        torch.float32: Tolerance(1e-5, 1e-5, 2e-6, "sums over up to 51200 values in another order"),
         torch.float16: Tolerance(1e-3, 1e-3, 5e-4, "the output is rounded once to 11 bits"),
         torch.bfloat16: Tolerance(8e-3, 8e-3, 4e-3, "the output is rounded once to 8 bits"),
     },

@@ -4,18 +4,15 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
-from internvl_rt.engine.failures import memory_faults
+from internvl_rt.engine.encoding import PictureEncoder
 from internvl_rt.engine.loop import StepLoop
-from internvl_rt.errors import MediaError, NotFiniteError, not_finite
+from internvl_rt.errors import NotFiniteError, not_finite
 from internvl_rt.inputs.image import ImageSource
 from internvl_rt.inputs.prepare import SALT, Prepared, Preparer
 from internvl_rt.inputs.proceed import Proceed, go_on
 from internvl_rt.steps.kv_cache import KVCache
-from internvl_rt.steps.uploads import AnyArriving, Uploads
 from internvl_rt.steps.visual_cache import VisualCache
 from internvl_rt.values import read
-
-_POLL_S = 0.05
 
 
 class PictureLoader:
@@ -25,10 +22,16 @@ class PictureLoader:
     """
 
     def __init__(
-        self, loop: StepLoop, preparer: Preparer, cache: KVCache, visual_cache: VisualCache, uploads: Uploads
+        self,
+        loop: StepLoop,
+        encoder: PictureEncoder,
+        preparer: Preparer,
+        cache: KVCache,
+        visual_cache: VisualCache,
+        tokens_per_tile: int,
     ) -> None:
-        self._loop, self._preparer = loop, preparer
-        self._cache, self._visual_cache, self._uploads = cache, visual_cache, uploads
+        self._loop, self._encoder, self._preparer = loop, encoder, preparer
+        self._cache, self._visual_cache, self._tokens_per_tile = cache, visual_cache, tokens_per_tile
 
     def load(self, prepared: Prepared, proceed: Proceed = go_on) -> None:
         """Decodes and uploads the pictures of a prompt, once. Raises MediaError, StepError, or what `proceed` raises.
@@ -42,38 +45,25 @@ class PictureLoader:
         for picture in pictures:
             proceed()
             is_cached = picture.span.start + picture.span.num_tokens <= num_cached
-            if picture.image is None or not (self._visual_cache.hold(picture, prepared.salt) or is_cached):
-                try:
-                    with memory_faults():
-                        arriving.append(self._uploads.load(picture))
-                except MediaError as error:
-                    error.media_id = picture.media_id
-                    raise
-        self._wait(arriving, proceed)
-
-    def _wait(self, arriving: Items[AnyArriving], proceed: Proceed) -> None:
-        """Waits for visual tokens that other processes compute. Meanwhile it runs the steps of other requests."""
-        for each in arriving:
-            while not each.wait(0):
-                if not self._loop.help():
-                    each.wait(_POLL_S)
-                proceed()
+            is_quick = picture.image is None and picture.compressed is None  # to load, and it was not encoded already
+            if is_quick or not (self._visual_cache.hold(picture, prepared.salt) or is_cached):
+                arriving.append(self._encoder.upload(picture))
+        self._encoder.wait(arriving, proceed)
 
     def encode(self, images: Items[ImageSource], cache_salt: str | None, proceed: Proceed = go_on) -> list[Tensor]:
-        """Computes the visual tokens [X, D] of pictures. proceed: called before each is decoded; it may raise.
+        """Computes the visual tokens [X, D] of pictures, with no tile compressed.
 
-        Raises RequestError or MediaError.
+        proceed: called before each is decoded; it may raise. Raises RequestError or MediaError.
         """
         self._loop.check()
         cache_salt = read("cache_salt", cache_salt, SALT)
         visual = []
         for picture in self._preparer.open_images(images):
             proceed()
-            with memory_faults():
-                arriving = self._uploads.load(picture)  # decodes it before the loop of steps is locked
-            self._wait([arriving], proceed)
+            rows_XD = self._encoder.encode(picture, cache_salt, proceed)
+            kept = rows_XD.view(picture.num_tiles, -1, rows_XD.shape[1])[:, : self._tokens_per_tile]
             # The caller may write into its visual tokens, which are also kept for pictures that come again.
-            visual.append(self._loop.encode(picture, cache_salt).clone())
+            visual.append(kept.flatten(0, 1).clone())
         for index, visual_XD in enumerate(visual):
             if not visual_XD.isfinite().all():
                 what = not_finite(visual_XD.dtype, "check the checkpoint")

@@ -16,6 +16,7 @@ import torch
 
 from internvl_rt.errors import QueueFullError
 from internvl_rt.inputs.proceed import LateError, Proceed
+from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.steps.device_stream import on_this_stream
 
 MEDIA_THREADS = 4  # they run in parallel, since decoding a picture releases the interpreter lock
@@ -127,6 +128,8 @@ def _undo(undo: Callable[[T], None], future: "Future[T]") -> None:
 
 def has_media(messages: object) -> bool:
     """Says whether a snapshot of messages, valid or not, may hold anything but text. A snapshot is not very long."""
+    if isinstance(messages, RawPrompt):
+        return messages.pixel_values is not None
     if not isinstance(messages, list):
         return False
     contents = (message.get("content") for message in messages if isinstance(message, dict))

@@ -35,7 +35,7 @@ class Arena:
         self._config, self._dtype = config, dtype
         side = config.vision.image_size
         self._tile_bytes = 3 * side**2 * 4  # of float32, the largest
-        self._visual_bytes = config.tokens_per_tile * config.decoder.hidden_size * dtype.itemsize
+        self._visual_bytes = config.rows_per_tile * config.decoder.hidden_size * dtype.itemsize
         self._place_bytes = MAX_TILES_PER_PASS * (self._tile_bytes + self._visual_bytes)
         self.file = os.memfd_create("internvl_rt tiles") if file is None else file
         if file is None:
@@ -53,7 +53,7 @@ class Arena:
         """Returns the visual tokens [I, M, D] in a place."""
         start = place * self._place_bytes + MAX_TILES_PER_PASS * self._tile_bytes
         found = self._memory[start : start + num_tiles * self._visual_bytes].view(self._dtype)
-        return found.view(num_tiles, self._config.tokens_per_tile, self._config.decoder.hidden_size)
+        return found.view(num_tiles, self._config.rows_per_tile, self._config.decoder.hidden_size)
 
     def close(self) -> None:
         """Closes the file; the memory is freed with the last tensor that is part of it."""

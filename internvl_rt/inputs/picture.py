@@ -26,6 +26,8 @@ class Picture:
     layout: the picture's size and grid; None of tiles and visual tokens that a caller has computed.
     span: the picture's visual tokens in the prompt; empty as long as there is no prompt.
     media_id: index, among the request's pictures and videos, of the one that it is, or is a frame of.
+    compressed: whether each tile is compressed; None: that is not decided, or the model compresses none.
+    num_saved: visual tokens fewer in the prompt than if no tile were compressed.
     """
 
     digest: bytes
@@ -36,6 +38,26 @@ class Picture:
     layout: TileLayout | None = None
     span: VisualSpan = _NO_SPAN
     media_id: int = 0
+    compressed: tuple[bool, ...] | None = None
+    num_saved: int = 0
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether the vision tower has not looked at it: there are no visual tokens, and nothing of them is decided."""
+        return self.visual_XD is None and self.compressed is None
+
+    @property
+    def span_digest(self) -> bytes:
+        """Names the visual tokens in the prompt, which depend on the tiles that are compressed."""
+        if self.compressed is None:
+            return self.digest
+        return content_digest("compressed", "".join(map("01".__getitem__, self.compressed)), self.digest)
+
+    def count_tokens(self, config: ModelConfig) -> int:
+        """Counts the visual tokens in the prompt."""
+        if self.visual_XD is not None:
+            return len(self.visual_XD)
+        return self.num_tiles * config.tokens_per_tile - self.num_saved
 
 
 def open_picture(source: ImageSource, options: ImageOptions) -> Picture:
@@ -69,7 +91,7 @@ def picture_of_tiles(tiles: object, config: ModelConfig, dtype: torch.dtype, max
     They are copied, the latter in `dtype`. Raises RequestError for anything else, for numbers that are not finite in
     `dtype`, and, before memory is taken, for more than `max_tokens` visual tokens.
     """
-    _check_count("pixel_values", count_tiles(tiles, config) * config.tokens_per_tile, max_tokens)
+    _check_count("pixel_values", count_tiles(tiles, config) * config.least_tokens_per_tile, max_tokens)
     own = own_copy("pixel_values", tiles, dtype)
     return Picture(_tensor_digest("tiles", own), len(own), tiles=own)
 
@@ -80,7 +102,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
     They are copied in `dtype`. Raises RequestError as `picture_of_tiles` does.
     """
     visual_XD = adopted(visual_XD)
-    width, per_tile = config.decoder.hidden_size, config.tokens_per_tile
+    width, per_tile = config.decoder.hidden_size, config.least_tokens_per_tile
     number, shape = describe_array("image_embeds", visual_XD)
     if number not in _FLOATS or len(shape) != 2 or shape[1] != width or not shape[0] or shape[0] % per_tile:
         raise RequestError(
@@ -89,7 +111,7 @@ def picture_of_visual_tokens(visual_XD: object, config: ModelConfig, dtype: torc
         )
     _check_count("image_embeds", shape[0], max_tokens)
     own = own_copy("image_embeds", visual_XD, dtype)
-    return Picture(_tensor_digest("visual", own), len(own) // per_tile, visual_XD=own)
+    return Picture(_tensor_digest("visual", own), -(-len(own) // config.tokens_per_tile), visual_XD=own)
 
 
 def describe_array(name: str, given: object) -> tuple[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Prompts that a caller has rendered, with tiles that a caller has cut: what a processor of transformers returns."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -39,12 +40,19 @@ class RawPrompt:
         """Returns a prompt that its caller cannot change. Raises RequestError for more than `limit` tokens."""
         content, tiles = self.content, self.pixel_values
         if not isinstance(content, str):
-            content = tuple(_token_ids(content, limit, remedy))
+            content = tuple(_token_ids(content, self.most_ids(config, limit), remedy))
         if tiles is not None:
             tiles = adopted(tiles)
-            fits = count_tiles(tiles, config) * config.tokens_per_tile <= limit
+            fits = count_tiles(tiles, config) * config.least_tokens_per_tile <= limit
             tiles = own_copy("pixel_values", tiles, dtype) if fits else tiles  # which will be refused
         return RawPrompt(content, tiles)
+
+    def most_ids(self, config: ModelConfig, limit: int) -> int:
+        """Returns the most ids that may be given for a prompt of `limit` tokens: of a tile always the full number."""
+        if self.pixel_values is None or config.flash is None:
+            return limit
+        num_tiles = count_tiles(adopted(self.pixel_values), config)
+        return limit + num_tiles * (config.tokens_per_tile - config.least_tokens_per_tile)
 
 
 def build_raw_prompt(raw: RawPrompt, tokenizer: Tokenizer, *, vocab_size: int, limit: int, remedy: str) -> Prompt:
@@ -88,6 +96,18 @@ def raw_pictures(
     ends = np.cumsum([place // per_tile for place in places]).tolist()
     parts = (tiles[start:end] for start, end in zip([0, *ends], ends, strict=False))
     return [picture_of_tiles(part, config, dtype, max_tokens) for part in parts]
+
+
+def shorten(prompt: Prompt, num_saved: Sequence[int]) -> Prompt:
+    """Leaves out placeholders of pictures of which tiles are compressed. num_saved: how many of each picture."""
+    ids, spans, end, num_gone = list[int](), list[VisualSpan](), 0, 0
+    for span, saved in zip(prompt.spans, num_saved, strict=True):
+        spans.append(VisualSpan(span.start - num_gone, span.num_tokens - saved))
+        ids += prompt.token_ids[end : span.start + span.num_tokens - saved]
+        end, num_gone = span.start + span.num_tokens, num_gone + saved
+    counts = (span.num_tokens for span in spans)
+    text = re.sub(f"(?:{PLACEHOLDER})+", lambda _: PLACEHOLDER * next(counts), prompt.text)
+    return Prompt((*ids, *prompt.token_ids[end:]), tuple(spans), text)
 
 
 def _token_ids(content: Any, limit: int, remedy: str) -> Sequence[int]:

@@ -110,7 +110,7 @@ class Executor:
         assert shard.group is not None, "there are several ranks"
         each = -(-len(tiles) // shard.size)
         mine = shard.group.share(tiles.contiguous())[shard.rank * each : (shard.rank + 1) * each]
-        shape = each, config.tokens_per_tile, config.decoder.hidden_size
+        shape = each, config.rows_per_tile, config.decoder.hidden_size
         visual_IMD = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         if len(mine):
             visual_IMD[: len(mine)] = self.encode(mine)

@@ -154,7 +154,7 @@ class PrefixDigests:
 
 
 def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
-    return [(picture.span.start, picture.span.num_tokens, picture.digest) for picture in pictures]
+    return [(picture.span.start, picture.span.num_tokens, picture.span_digest) for picture in pictures]
 
 
 def least_num_blocks(block_size: int, max_model_len: int | None) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from internvl_rt.inputs.picture import Picture
+from internvl_rt.model.flash import rows_of_tiles
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.work import DecoderCost, Work, count_pairs, vision_work
 from internvl_rt.steps.cuda_graph import Capture
@@ -271,7 +272,10 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, picture: Picture, salt: str | None) -> Tensor:
-        """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream."""
+        """Returns visual tokens [X, D] of a picture, for use on the calling thread's own stream.
+
+        If it is not decided which of its tiles are compressed, it returns what the vision tower gives for them.
+        """
         with self._together(), self.executor.use():
             visual_XD = self._visual_of(picture, salt)
         return self.executor.stream.hand_over(visual_XD)
@@ -288,6 +292,9 @@ class Runner:
             else:
                 self.num_encoded_tiles += picture.num_tiles
             self._visual_cache.put(picture, salt, visual_XD)
+        if picture.compressed is not None:
+            row_X = rows_of_tiles(picture.compressed, self._model.config)
+            visual_XD = visual_XD[to_device(torch.from_numpy(row_X), self._device)]
         return visual_XD
 
     def _encode(self, tiles: Tensor) -> Tensor:
@@ -306,4 +313,5 @@ class Runner:
             stops = [chunk.stop for chunk in step.chunks]
             num_seen, num_pairs = num_seen + sum(stops), num_pairs + count_pairs(step.counts, stops)
             num_rows += len(step.logit_rows)
-        return self._decoder_cost.work(num_decodes + step.num_tokens, num_seen, num_pairs, num_rows)
+        num_seqs = num_decodes + len(step.chunks)
+        return self._decoder_cost.work(num_decodes + step.num_tokens, num_seen, num_pairs, num_rows, num_seqs)

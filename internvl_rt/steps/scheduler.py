@@ -290,7 +290,7 @@ class Scheduler:
             uncut = start < first or (start == first and start > sequence.num_computed)
             if stop < behind and uncut and picture.span.num_tokens <= self._max_tokens_per_step:
                 return first, num_tiles
-            if picture.visual_XD is None and index not in sequence.visual:
+            if picture.is_unseen and index not in sequence.visual:
                 is_first = num_tiles == 0 and tiles == self._max_tiles_per_step
                 if num_tiles + picture.num_tiles > tiles and not is_first:
                     return max(first, start), num_tiles

@@ -14,6 +14,8 @@ Key = tuple[bytes, str | None]  # digest, salt
 class VisualCache:
     """Keeps the visual tokens that were used last, up to `capacity_bytes`. Any thread may use it.
 
+    Of a Flash model it keeps what the vision tower gives for a tile, whether it is compressed or not.
+
     The key is a picture's digest, which covers its bytes and how it is cut, and the request's salt: timings tell
     whether a picture is here, and a tenant must not learn what another has sent.
     """
