@@ -1,17 +1,19 @@
-"""Finds the default system message in the chat template of a `-hf` folder, and says where the template is unlike ours.
+"""Finds out what the chat template of a `-hf` folder adds to conversations, and says where it is unlike ours.
 
-Prompts are rendered by `inputs.prompt` alone, as InternVL's own template in transformers does. A fine-tune's template
-may add a system message, which is taken over; that it does nothing else is checked with a few short conversations when
-the model is loaded.
+Prompts are rendered by `inputs.prompt` alone, as InternVL's own template in transformers does. Another model's template
+may add a system message, and ask for reasoning or for none, which is taken over; that it does nothing else is checked
+with a few short conversations when the model is loaded.
 """
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internvl_rt.checkpoint.files import read_file
 from internvl_rt.checkpoint.json_section import read_json
+from internvl_rt.checkpoint.template import CHATML, Special, Template, Thinking, spelt
 from internvl_rt.checkpoint.template_walk import TemplateWalkError, parse_template, render_template
 from internvl_rt.errors import ConfigError, quoted
 
@@ -34,55 +36,139 @@ _CONVERSATIONS: dict[str, Messages] = {
 }
 
 
-def find_system_message(folder: Path) -> str | None:
-    """Returns what the folder's chat template says for a conversation without a system message; None: it says nothing.
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """What a folder's chat template adds to the conversations that `inputs.prompt` renders."""
 
-    Logs a warning if the template renders conversations otherwise than `inputs.prompt`. Raises ConfigError if it is no
-    text or too long.
+    system_message: str | None  # of a conversation without its own, if the answer does not reason; None: it has none
+    thinking: Thinking | None = None  # None: the template does not ask for reasoning
+
+
+def read_chat_template(folder: Path, known: Template = CHATML, *, picture: str = "<IMG_CONTEXT>") -> ChatTemplate:
+    """Reads the folder's chat template, if it has one.
+
+    known: the template that conversations are rendered by. picture: what stands for a picture in the folder's template.
+    Logs a warning if that renders conversations otherwise. Raises ConfigError if it is no text or too long.
     """
     file, template = _find_template(folder)
+    system = None if known is CHATML else known.system_message
     if template is None:
-        return None
-    system = None
+        return ChatTemplate(system)
     try:
-        body = parse_template(template)
-        names = {"add_generation_prompt": True, "tools": None, "documents": None, **_special_tokens(folder)}
-        system = _system_before(render_template(body, names | {"messages": [_QUESTION]}))
-        for name, messages in _CONVERSATIONS.items():
-            added = [] if system is None or messages[0] is _SYSTEM else [{"role": "system", "content": system}]
-            ours, theirs = _standard([*added, *messages]), render_template(body, names | {"messages": messages})
-            if theirs != ours:
-                raise TemplateWalkError(f"it renders {name} as {quoted(theirs)} and not as {quoted(ours)}")
+        rendering = _Rendering(parse_template(template), _special_tokens(folder), known, picture)
+        system = rendering.manner({}, own=False).system
+        default, asked, unasked = (rendering.manner(each) for each in ({}, _ASKED, _UNASKED))
+        if known is not CHATML or asked == unasked:
+            rendering.check(default._replace(opening=""), {})
+            return ChatTemplate(system)
+        # An answer that reasons begins with <think>: with a template that leaves it to the model, that is added here.
+        plain = unasked if default.reasons else default
+        system = plain.system
+        if asked.system is None and system is not None:
+            raise TemplateWalkError("it has a system message for answers without reasoning alone")
+        rendering.check(asked, _ASKED)
+        rendering.check(plain, _UNASKED if plain is unasked else {})
+        opening = asked.opening if asked.reasons else "<think>\n"
+        thinking = Thinking(asked.system, asked.around, opening, plain.opening, by_default=plain is not default)
+        return ChatTemplate(system, thinking)
     except TemplateWalkError as problem:
         LOG.warning(
             "%s: this chat template is not InternVL's: %s; conversations are rendered by InternVL's template with the "
             "default system message %s: compare the prompts, or put InternVL's template there",
             *(quoted(str(file)), quoted(str(problem)), quoted(system)),
         )
-    return system
+    return ChatTemplate(system)
 
 
-def _standard(messages: Messages) -> str:
-    """Renders as the template of transformers' convert_internvl_weights_to_hf.py does."""
-    places, text = {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}, ""
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = "".join(places.get(part["type"]) or part["text"] for part in content)
-        text += f"<|im_start|>{message['role']}\n{content}<|im_end|>\n"
-    return f"{text}<|im_start|>assistant\n"
+_ASKED, _UNASKED = {"enable_thinking": True}, {"enable_thinking": False}
 
 
-def _system_before(theirs: str) -> str | None:
-    """Returns the content of the system turn before a rendered question, or None. Raises TemplateWalkError."""
-    ours, begin, end = _standard([_QUESTION]), "<|im_start|>system\n", "<|im_end|>\n"
-    before = theirs.removesuffix(ours)
-    system = before.removeprefix(begin).removesuffix(end)
-    if theirs == ours:
-        return None
-    if theirs != begin + system + end + ours or "<|im_" in system:
-        raise TemplateWalkError(f"it renders a question as {quoted(theirs)} and not as {quoted(ours)}")
-    return system
+class _Manner(NamedTuple):
+    """What a template adds to a conversation, for one value of `enable_thinking`."""
+
+    system: str | None  # of a conversation without its own
+    around: tuple[str, str]  # what stands before and behind a conversation's own
+    opening: str  # begins the answer
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the answer begins inside <think>."""
+        return self.opening.rfind("<think>") > self.opening.rfind("</think>")
+
+
+class _Rendering:
+    """Renders short conversations by a folder's template and by the known one."""
+
+    def __init__(self, body: list[Any], tokens: dict[str, str], known: Template, picture: str) -> None:
+        self._body, self._known, self._picture = body, known, picture
+        self._names = {"add_generation_prompt": True, "tools": None, "documents": None, **tokens}
+        # A template that calls a picture otherwise is that of a model without videos.
+        self._with_videos = picture == "<IMG_CONTEXT>"
+
+    def manner(self, switch: dict[str, bool], *, own: bool = True) -> _Manner:
+        """Finds out what the template adds. Raises TemplateWalkError if that is more than a manner can say.
+
+        own: whether to look at a conversation with a system message too.
+        """
+        system, opening = self._split("a question", switch)
+        its_own = self._split("a system message", switch)[0] if own else None
+        before, found, behind = (its_own or "").partition(_SYSTEM["content"])
+        return _Manner(system, (before, behind) if found else ("", ""), opening)
+
+    def check(self, manner: _Manner, switch: dict[str, bool]) -> None:
+        """Raises TemplateWalkError if the template renders conversations otherwise than the manner says."""
+        for name, messages in _CONVERSATIONS.items():
+            before, behind = manner.around
+            if messages[0] is _SYSTEM:
+                ours = [{"role": "system", "content": before + _SYSTEM["content"] + behind}, *messages[1:]]
+            else:
+                ours = [*self._turn(manner.system), *self._shown(messages)]
+            expected = self._standard(ours) + manner.opening
+            theirs = self._theirs(self._shown(messages), switch)
+            if theirs != expected:
+                raise TemplateWalkError(f"it renders {name} as {quoted(theirs)} and not as {quoted(expected)}")
+        if switch != _ASKED and manner.around != ("", ""):
+            raise TemplateWalkError("it adds to a conversation's own system message")
+
+    def _split(self, name: str, switch: dict[str, bool]) -> tuple[str | None, str]:
+        """Returns the content of the system turn before a rendered question, or None, and what stands behind it."""
+        theirs, ours = self._theirs(_CONVERSATIONS[name], switch), self._standard([_QUESTION])
+        before, found, opening = theirs.rpartition(ours)
+        begin, end = spelt(self._known.begins["system"]), spelt(self._known.ends)
+        system = before.removeprefix(begin).removesuffix(end)
+        marks = {each.token for each in (*self._known.begins["system"], *self._known.ends) if isinstance(each, Special)}
+        is_turn = before == begin + system + end and not any(mark in system for mark in marks)
+        if not found or (before and not is_turn) or any(mark in opening for mark in marks):
+            expected = self._standard(_CONVERSATIONS[name])
+            raise TemplateWalkError(f"it renders {name} as {quoted(theirs)} and not as {quoted(expected)}")
+        return system if before else None, opening
+
+    def _theirs(self, messages: Messages, switch: dict[str, bool]) -> str:
+        return render_template(self._body, self._names | switch | {"messages": messages})
+
+    def _turn(self, system: str | None) -> Messages:
+        return [] if system is None else [{"role": "system", "content": system}]
+
+    def _shown(self, messages: Messages) -> Messages:
+        if self._with_videos:
+            return messages
+        shown = []
+        for message in messages:
+            content = message["content"]
+            parts = content if isinstance(content, str) else [part for part in content if part is not _VIDEO]
+            shown.append({**message, "content": parts})
+        return shown
+
+    def _standard(self, messages: Messages) -> str:
+        """Renders as the template of transformers' convert_internvl_weights_to_hf.py does, or as GPT-OSS is asked."""
+        places, known, text = {"image": f"{self._picture}\n", "video": "<video>\n"}, self._known, ""
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = "".join(places.get(part["type"]) or part["text"] for part in content)
+            header = known.header if message["role"] == "assistant" and content else ()
+            text += spelt((*known.begins[message["role"]], *header, content, *known.ends))
+        return text + spelt(known.begins["assistant"])
 
 
 def _find_template(folder: Path) -> tuple[Path, str | None]:

@@ -6,7 +6,7 @@ made are followed here, within a bound on steps and characters; any other constr
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -90,7 +90,14 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "notin": lambda a, b: a not in b,
 }
 _FILTERS: dict[str, Callable[[Any], Any]] = {"trim": str.strip, "length": len, "count": len}
-_METHODS = {method.__name__: method for method in (str.strip, str.lstrip, str.rstrip, str.startswith, str.endswith)}
+_METHODS = {
+    method.__name__: method for method in (str.strip, str.lstrip, str.rstrip, str.startswith, str.endswith, str.split)
+}
+
+
+class _Macro(NamedTuple):
+    node: nodes.Macro
+    names: Names  # of the scope that defines it
 
 
 class _Walk:
@@ -112,10 +119,12 @@ class _Walk:
                     self._loop(node, name, names)
                 case nodes.Assign(target=nodes.Name(name=name)):
                     names[name] = self.value(node.node, names)
+                case nodes.AssignBlock(target=nodes.Name(name=name), filter=None):
+                    names[name] = self._block(node.body, names)
                 case nodes.Assign(target=nodes.NSRef(name=name, attr=attr)):
                     names[name][attr] = self.value(node.node, names)
-                case nodes.Macro():
-                    pass  # its calls are errors
+                case nodes.Macro(name=name):
+                    names[name] = _Macro(node, names)
                 case _:
                     raise _unknown(node)
 
@@ -146,6 +155,25 @@ class _Walk:
             self.run(node.body, scope(item, loop=loop))  # what the body assigns ends with it
         if not items:
             self.run(node.else_, names)
+
+    def _call(self, macro: "_Macro", args: list[Any]) -> str:
+        """Returns what a macro writes. Its defaults belong to its last parameters."""
+        names, node = macro.names, macro.node
+        parameters = [each.name for each in node.args]
+        if len(args) > len(parameters):
+            raise TypeError(f"{node.name} takes {len(parameters)} arguments and is given {len(args)}")
+        defaults = zip(reversed(parameters), reversed(node.defaults), strict=False)
+        scope = {**names, **dict.fromkeys(parameters, _UNDEFINED)}
+        scope |= {name: self.value(default, names) for name, default in defaults}
+        return self._block(node.body, scope | dict(zip(parameters, args, strict=False)))
+
+    def _block(self, body: list[nodes.Node], names: Names) -> str:
+        """Follows statements in a scope of their own, and returns what they write."""
+        outer, self.output = self.output, []
+        self._spend(1 + len(names))
+        self.run(body, dict(names))
+        text, self.output = "".join(self.output), outer
+        return text
 
     def _text(self, node: nodes.Node, names: Names) -> str:
         if isinstance(node, nodes.TemplateData):
@@ -198,6 +226,8 @@ class _Walk:
                 return _FILTERS[name](self.value(inner, names))
             case nodes.Call(node=nodes.Name(name="namespace"), args=[]):
                 return {each.key: self.value(each.value, names) for each in node.kwargs}
+            case nodes.Call(node=nodes.Name(name=name), kwargs=[]) if isinstance(names.get(name), _Macro):
+                return self._call(names[name], [self.value(each, names) for each in node.args])
             case nodes.Call(node=nodes.Getattr(node=owner, attr=attr), kwargs=[]) if attr in _METHODS:
                 return _METHODS[attr](self.value(owner, names), *(self.value(each, names) for each in node.args))
             case _:

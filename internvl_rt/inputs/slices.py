@@ -24,6 +24,8 @@ _ENDS = (
 # around: after the last letter of a word, after a digit, and after the last of several line breaks. The pattern has no
 # look-behind, and its look-ahead is for white space alone. NFC joins no letter to what may stand right of a cut.
 QWEN2_CUT = re.compile(rf"[{_LETTERS}](?=[{_ENDS}])|[0-9](?=[ -~])|\n(?=[!-~])")
+# The same for the word pattern of o200k, which takes up to three digits together, and a slash after line breaks.
+O200K_CUT = re.compile(rf"[{_LETTERS}](?=[{_ENDS}])|[0-9](?=[ -/:-~])|\n(?=[!-.0-~])")
 
 
 def cuts_are_safe(cut: re.Pattern[str], tokens: Iterable[str]) -> bool:

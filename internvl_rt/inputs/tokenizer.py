@@ -14,15 +14,17 @@ from pathlib import Path
 
 import tokenizers
 
-from internvl_rt.checkpoint.files import read_file
 from internvl_rt.errors import CheckpointError, ContextLengthError, RequestError, quoted, utf8
+from internvl_rt.inputs.segments import has_segments, read_segments
 from internvl_rt.inputs.slices import slices
 from internvl_rt.inputs.tokenizer_files import (
     encoder,
     find_cut,
+    piece_bytes,
     read_declared_tokens,
     read_json,
     read_prefix_ids,
+    read_sentencepiece,
     read_tokenizer_json,
     read_vocab_and_merges,
     with_added,
@@ -32,6 +34,9 @@ SHORTEN = "shorten it"  # what helps, in the error for a text that is too long
 
 # Tokens that end a turn, open one or stand for a picture.
 TEMPLATE_TOKENS = frozenset(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"])
+# Those of GPT-OSS, which begin and end the parts of its turns too.
+HARMONY_TOKENS = frozenset(["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"])
+HARMONY_TOKENS |= {"<|constrain|>", "<|startoftext|>", "<|endofprompt|>"}
 # Tokens that do so in other dialects, whose language models a checkpoint may have.
 _TURN_TOKENS = frozenset(["<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"])
 _TURN_TOKENS |= {"<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"}
@@ -39,7 +44,6 @@ _TURN_TOKENS |= {"<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|syste
 _BYTE_OF_CHAR = {
     256 + n: byte for n, byte in enumerate(b for b in range(256) if not (33 <= b <= 126 or 161 <= b <= 172 or b >= 174))
 }
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNDECODABLE = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")  # "surrogateescape" makes these of broken bytes
 
 
@@ -140,9 +144,12 @@ class Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Reads tokenizer.json, else vocab.json with merges.txt, else tokenizer.model (sentencepiece) from `folder`.
 
-    Tokens that tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError
-    if no such file is there, one is malformed, or sentencepiece is needed and not installed.
+    Where tokenizer_SMILES.model and the like lie beside vocab.json, all of them are read. Tokens that
+    tokenizer_config.json or added_tokens.json declare on top are added in each case. Raises CheckpointError if no such
+    file is there, one is malformed, or sentencepiece is needed and not installed.
     """
+    if has_segments(folder):
+        return _from_segments(folder)
     if os.path.lexists(folder / "tokenizer.json"):
         return _from_library(folder, read_tokenizer_json(folder / "tokenizer.json"))
     if all(os.path.lexists(folder / name) for name in ("vocab.json", "merges.txt")):
@@ -172,7 +179,7 @@ def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
                 "beside it; set them to false"
             )
     everything = with_added(folder, base, added, hidden=())
-    to_bytes = _byte_level_bytes if byte_level else _piece_bytes
+    to_bytes = _byte_level_bytes if byte_level else piece_bytes
     spellings = base.get_vocab(with_added_tokens=False)
     token_bytes = {token_id: to_bytes(token) for token, token_id in spellings.items()}
     return Tokenizer(
@@ -191,31 +198,14 @@ def _from_library(folder: Path, base: tokenizers.Tokenizer) -> Tokenizer:
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
     """Encodes text between added tokens by itself, as the slow InternLM2 and InternLM3 tokenizers do."""
-    path = folder / "tokenizer.model"
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
-    content = read_file(path, CheckpointError)
-    try:
-        model = SentencePieceProcessor(model_proto=content)
-        names: list[str] = [model.id_to_piece(token_id) for token_id in range(model.get_piece_size())]
-        bos = model.bos_id()
-        own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
-        added = {names[token_id]: token_id for token_id in own}
-    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
-
-    declared = read_declared_tokens(folder)
-    for token in declared.values():
-        if token.lstrip or token.rstrip or token.single_word:
-            raise CheckpointError(
-                f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which a checkpoint with "
-                "tokenizer.model cannot have here; set them to false"
-            )
+    model, names = read_sentencepiece(folder / "tokenizer.model")
+    bos = model.bos_id()
+    own = [token_id for token_id in (model.unk_id(), bos, model.eos_id(), model.pad_id()) if token_id >= 0]
+    added = {names[token_id]: token_id for token_id in own}
+    declared = _read_plain_tokens(folder)
     added |= {token.content: token_id for token_id, token in declared.items()}
     hidden = _hidden_tokens(folder, added, [bos, model.eos_id()])
-    pieces = {token_id: _piece_bytes(name) for token_id, name in enumerate(names)}
+    pieces = {token_id: piece_bytes(name) for token_id, name in enumerate(names)}
 
     def find_token_id(token: str) -> int | None:
         token_id = added.get(token, model.piece_to_id(token))
@@ -246,6 +236,47 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     )
 
 
+def _from_segments(folder: Path) -> Tokenizer:
+    """Reads an Intern-S1's tokenizer: that of Qwen3, with models for molecules and proteins behind its vocabulary."""
+    base = read_vocab_and_merges(folder / "vocab.json", folder / "merges.txt")
+    declared = _read_plain_tokens(folder)
+    added = {token.content: token_id for token_id, token in declared.items()}
+    segments = read_segments(folder, base.get_vocab_size(), added)
+    undeclared = {token_id for token, token_id in segments.tags.items() if token not in added}
+    added |= segments.tags
+    hidden = _hidden_tokens(folder, added, [])
+    encode = encoder(base)
+    vocabulary = {token_id: _byte_level_bytes(token) for token, token_id in base.get_vocab().items()}
+
+    def find_token_id(token: str) -> int | None:
+        return added[token] if token in added else base.token_to_id(token)
+
+    return Tokenizer(
+        prefix_ids=(),
+        find_token_id=find_token_id,
+        _encode_plain=segments.encoder({token: i for token, i in added.items() if token not in hidden}, encode),
+        _encode_all=segments.encoder(added, encode),
+        _spelled=_spelled(vocabulary, [added[token] for token in hidden]),
+        _cut=None,
+        token_bytes=vocabulary | segments.pieces | {token_id: token.encode() for token, token_id in added.items()},
+        hidden_ids=frozenset(added[token] for token in hidden),
+        special_ids=frozenset(undeclared) | {token_id for token_id, token in declared.items() if token.special},
+        pieces=False,
+    )
+
+
+def _read_plain_tokens(folder: Path) -> dict[int, tokenizers.AddedToken]:
+    """Returns the added tokens of a checkpoint whose text is cut at them here. Raises CheckpointError."""
+    declared = read_declared_tokens(folder)
+    for token in declared.values():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise CheckpointError(
+                f"{folder}: expected {token.content} without lstrip, rstrip and single_word, which a checkpoint with "
+                "sentencepiece models cannot have here; set them to false"
+            )
+    return declared
+
+
 def _hidden_tokens(folder: Path, added: Mapping[str, int], ends: list[object]) -> frozenset[str]:
     """Returns the added tokens that begin or end a turn or a text, or stand for a picture: by name, by the ids `ends`,
     and by what tokenizer_config.json, special_tokens_map.json and generation_config.json declare.
@@ -255,7 +286,7 @@ def _hidden_tokens(folder: Path, added: Mapping[str, int], ends: list[object]) -
     names = [token.get("content") if isinstance(token, dict) else token for token in declared]
     given = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = [*ends, *(given if isinstance(given, list) else [given])]
-    fixed = TEMPLATE_TOKENS | _TURN_TOKENS
+    fixed = TEMPLATE_TOKENS | HARMONY_TOKENS | _TURN_TOKENS
     return frozenset(token for token, i in added.items() if token in fixed or token in names or i in ends)
 
 
@@ -289,9 +320,3 @@ def _byte_level_bytes(token: str) -> bytes:
         return token.translate(_BYTE_OF_CHAR).encode("latin-1")
     except UnicodeEncodeError:  # a character is not in the alphabet: the token stands for itself
         return token.encode()
-
-
-def _piece_bytes(piece: str) -> bytes:
-    if byte := _BYTE_PIECE.fullmatch(piece):
-        return bytes.fromhex(byte[1])
-    return piece.replace("▁", " ").encode()

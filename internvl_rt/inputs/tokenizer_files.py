@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer files with the `tokenizers` library, and refuses what a prompt cannot follow."""
+"""Reads a checkpoint's tokenizer files with `tokenizers` or sentencepiece, and refuses what a prompt cannot follow."""
 
 import json
 import os
@@ -13,18 +13,20 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from internvl_rt.checkpoint.files import MAX_TOKENIZER_BYTES, read_file
 from internvl_rt.checkpoint.json_section import parse_object
 from internvl_rt.errors import CheckpointError, InternVLError, RequestError, TranslateErrors, quoted
-from internvl_rt.inputs.slices import QWEN2_CUT, cuts_are_safe
+from internvl_rt.inputs.slices import O200K_CUT, QWEN2_CUT, cuts_are_safe
 
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2_PRE_TOKENIZER = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ],
-}
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_WORDS = (  # of GPT-OSS
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_CONTRACTION}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTION}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CUTS = {QWEN2_WORDS: QWEN2_CUT, O200K_WORDS: O200K_CUT}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
@@ -84,6 +86,30 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.Tok
     )
     base.decoder = decoders.ByteLevel()
     return base
+
+
+def read_sentencepiece(path: Path) -> tuple[Any, list[str]]:
+    """Reads a sentencepiece model, and the names of its pieces by id.
+
+    Raises CheckpointError for a malformed file, or if sentencepiece is not installed.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs sentencepiece; run: pip install 'internvl-rt[internlm]'") from error
+    content = read_file(path, CheckpointError)
+    try:
+        model = SentencePieceProcessor(model_proto=content)
+        return model, [model.id_to_piece(token_id) for token_id in range(model.get_piece_size())]
+    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a sentencepiece model: {error}; download it again") from error
+
+
+def piece_bytes(piece: str) -> bytes:
+    """Returns the bytes of a sentencepiece model's piece in a text."""
+    if byte := _BYTE_PIECE.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace("▁", " ").encode()
 
 
 def read_declared_tokens(folder: Path) -> dict[int, AddedToken]:
@@ -150,15 +176,17 @@ def with_added(
 
 
 def find_cut(base: tokenizers.Tokenizer, added: Collection[AddedToken]) -> re.Pattern[str] | None:
-    """Returns where a text may be cut without a change of its ids: known for tokenizers that work as Qwen2's does."""
-    words = json.loads(base.pre_tokenizer.__getstate__()) if base.pre_tokenizer else {}
-    for part in words.get("pretokenizers", []):
-        part.pop("trim_offsets", None)  # changes no ids
-    is_known = words == _QWEN2_PRE_TOKENIZER and isinstance(base.normalizer, normalizers.NFC | None)
+    """Returns where a text may be cut without a change of its ids: known if words are those of Qwen2 or o200k."""
+    state = json.loads(base.pre_tokenizer.__getstate__()) if base.pre_tokenizer else {}
+    cut = None
+    match state.get("pretokenizers"):
+        case [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}, spelling]:
+            spelling.pop("trim_offsets", None)  # changes no ids
+            cut = _CUTS.get(words) if spelling == _BYTE_LEVEL else None
     depends_on_place = any(token.single_word or token.lstrip or token.rstrip for token in added)
-    if not is_known or depends_on_place or not cuts_are_safe(QWEN2_CUT, [token.content for token in added]):
+    if cut is None or depends_on_place or not isinstance(base.normalizer, normalizers.NFC | None):
         return None
-    return QWEN2_CUT
+    return cut if cuts_are_safe(cut, [token.content for token in added]) else None
 
 
 def encoder(library: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
