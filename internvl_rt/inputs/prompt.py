@@ -1,4 +1,4 @@
-"""Renders a conversation as token ids: the `internvl2_5` template, with runs of placeholder ids for pictures.
+"""Renders a conversation as token ids: the turns of a template, with runs of placeholder ids for pictures.
 
 Source: `internvl_chat/internvl/conversation.py` and `InternVLChatModel.chat` of OpenGVLab/InternVL. Text between two
 special tokens of the template is encoded as one piece, which gives the ids of the whole rendered prompt; special tokens
@@ -11,6 +11,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Final
 
+from internvl_rt.checkpoint.template import CHATML, Special, Template, spelt
 from internvl_rt.errors import ContextLengthError, RequestError, check_list, quoted
 from internvl_rt.inputs.messages import ROLE, Media, Message, Role
 from internvl_rt.inputs.tokenizer import SHORTEN, Tokenizer
@@ -33,7 +34,7 @@ class Turn:
     """One turn of the template: text and pictures in order."""
 
     role: Role
-    parts: tuple[str | ImageMarker, ...]
+    parts: tuple[str | ImageMarker, ...]  # an assistant's may begin with the template's header, spelt
     open: bool = False  # nothing ends it: the answer goes on here
 
 
@@ -67,18 +68,12 @@ def check_turns(turns: object) -> None:
             raise RequestError(f"turns[{index}].parts: expected texts and IMAGE, got {quoted(wrong[0])}; remove it")
 
 
-class _Token(Enum):
-    """Special tokens of the template."""
-
-    TURN_START = "<|im_start|>"
-    TURN_END = "<|im_end|>"
-
-
 def build_prompt(
     turns: Sequence[Turn],
     tokenizer: Tokenizer,
     image_token_counts: Sequence[int],
     *,
+    template: Template = CHATML,
     ends_empty: bool = False,
     user_specials: bool = False,
     limit: int | None = None,
@@ -106,7 +101,7 @@ def build_prompt(
     counts = iter(image_token_counts)
     image_start, image_context, image_end = (tokenizer.token_id(t) for t in ("<img>", "<IMG_CONTEXT>", "</img>"))
     ids, spans, text = list(tokenizer.prefix_ids), list[VisualSpan](), list[str]()
-    for is_text, group in groupby(_render(turns, ends_empty), key=lambda item: isinstance(item, str)):
+    for is_text, group in groupby(_render(turns, template, ends_empty), key=lambda item: isinstance(item, str)):
         if is_text:
             piece = "".join(map(str, group))
             if limit is not None and len(ids) > limit:
@@ -119,9 +114,9 @@ def build_prompt(
             text.append(piece)
             continue
         for mark in group:
-            if isinstance(mark, _Token):
-                ids.append(tokenizer.token_id(mark.value))
-                text.append(mark.value)
+            if isinstance(mark, Special):
+                ids.append(tokenizer.token_id(mark.token))
+                text.append(mark.token)
             else:
                 count = next(counts)
                 spans.append(VisualSpan(len(ids) + 1, count))
@@ -130,31 +125,39 @@ def build_prompt(
     return Prompt(tuple(ids), tuple(spans), "".join(text))
 
 
-def _render(turns: Sequence[Turn], ends_empty: bool) -> Iterator[str | ImageMarker | _Token]:
-    for turn in turns:
-        yield _Token.TURN_START
-        yield f"{turn.role}\n"
-        yield from turn.parts
+def _render(turns: Sequence[Turn], template: Template, ends_empty: bool) -> Iterator[str | ImageMarker | Special]:
+    for index, turn in enumerate(turns):
+        yield from template.begins[turn.role]
+        is_answer, header = turn.role == "assistant", spelt(template.header)
+        match turn.parts:
+            case (str(first), *others) if is_answer and header and first.startswith(header):
+                yield from (*template.header, first.removeprefix(header), *others)
+            case parts:
+                yield from parts
         if not turn.open and (ends_empty or turn.role == "system" or any(turn.parts)):
-            yield _Token.TURN_END
-            yield "\n"
+            yield from template.ends_last if is_answer and index == len(turns) - 1 else template.ends
     if turns[-1].role == "user":
-        yield _Token.TURN_START
-        yield "assistant\n"
+        yield from template.begins["assistant"]
 
 
 def turns_from_messages(
-    messages: Sequence[Message], num_frames: Sequence[int], *, system: str | None, number_images: bool = True
+    messages: Sequence[Message],
+    num_frames: Sequence[int],
+    *,
+    system: str | None,
+    number_images: bool = True,
+    template: Template = CHATML,
 ) -> tuple[Turn, ...]:
     """Builds the turns of a checked conversation.
 
     num_frames: pictures that each video was decoded to, in order. system: the system message unless the conversation
     has its own; None for no system turn. A picture is a line "<image>"; with several in one message each is "Image-k:
     <image>", k counting over the conversation (not with `number_images` false, as in the templates of -hf
-    repositories). Frames of a video are "Framek: <image>". Text is left as it is. A last message of the assistant is
-    left open, to be continued.
+    repositories). Frames of a video are "Framek: <image>". Text is left as it is, but for the template's header, which
+    an assistant's text gets unless it is empty or has it. A last message of the assistant is left open, to be
+    continued.
     """
-    frames = iter(num_frames)
+    frames, header = iter(num_frames), spelt(template.header)
     image_number = 0
     turns = [] if system is None or messages[0].role == "system" else [Turn("system", (system,))]
     for message in messages:
@@ -169,6 +172,9 @@ def turns_from_messages(
             else:
                 for frame in range(1, next(frames) + 1):
                     parts += [f"Frame{frame}: ", IMAGE, "\n"]
+        if message.role == "assistant" and header and any(parts):
+            text = "".join(map(str, parts))
+            parts = [text if text.startswith(header) else header + text]
         turns.append(Turn(message.role, tuple(parts)))
     if turns[-1].role == "assistant":
         turns[-1] = replace(turns[-1], open=True)

@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from internvl_rt.checkpoint.config import ModelConfig
 from internvl_rt.checkpoint.find import read_original
 from internvl_rt.checkpoint.folder import write_tensors
 from internvl_rt.checkpoint.quantization import Quantization
+from internvl_rt.checkpoint.template import CHATML, TEMPLATES
 from internvl_rt.errors import CheckpointError, ConfigError
 from internvl_rt.model.dialects import DIALECTS
 from internvl_rt.model.internvl import ModelWeights, build_weights, fill_weights, named_parameters
@@ -26,7 +28,7 @@ from internvl_rt.model.shard import WHOLE, Shard, cut_of
 from internvl_rt.model.stored_linear import FLOATS, cast_linear
 from internvl_rt.model.weights import agreement, find_schemes, shape_weights
 
-_ADDED_FROM = 151643  # the official id of the first added token
+_OFFICIAL = {"internvl2_5": 151643, "internvl3_5_gpt_oss": 199998}  # the id of the first added token
 _QWEN_SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad", "vision") for side in ("start", "end")),
@@ -35,6 +37,12 @@ _QWEN_SPECIAL = [
 _QWEN_PLAIN = [
     *("<tool_call>", "</tool_call>"),
     *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
+]
+_GPT_OSS_SPECIAL = [
+    *("<|startoftext|>", "<|endoftext|>", "<|reserved_200000|>", "<|reserved_200001|>", "<|return|>"),
+    *("<|constrain|>", "<|reserved_200004|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>"),
+    *(f"<|reserved_{number}|>" for number in (200009, 200010, 200011)),
+    *("<|call|>", *(f"<|reserved_{number}|>" for number in range(200013, 200018)), "<|endofprompt|>"),
 ]
 _INTERNVL = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
@@ -54,16 +62,20 @@ def write_random_checkpoint(
         LayerScale uniform in 0.1 ... 1, so that logits are finite at any size.
 
     The tokenizer is a byte-level BPE without merges: 256 bytes, unused entries, and the official added tokens at their
-    ids 151643 ... 151673, or at the end of a smaller vocabulary. An InternLM2-layout model (the 9B) gets the same
-    files, although its own tokenizer is a sentencepiece one.
+    ids 151643 ... 151673 (with a language model of GPT-OSS its own, at 199998 ... 200027), or at the end of a smaller
+    vocabulary. An InternLM2-layout model (the 9B) gets the same files, although its own tokenizer is a sentencepiece
+    one.
 
     Raises CheckpointError if `folder` is there and not empty, or the disk too small; ConfigError for an unsupported
     model.
     """
     assert dtype in FLOATS, dtype
     top, config = read_original(model)
-    internlm2 = top.values["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
-    plan = plan_tensors(config, DIALECTS["internlm2" if internlm2 else "original"])
+    decoder_class = top.values["llm_config"]["architectures"][0]
+    dialect = DIALECTS["internlm2" if decoder_class == "InternLM2ForCausalLM" else "original"]
+    if decoder_class == "GptOssForCausalLM":
+        dialect = replace(dialect, experts="gpt_oss")
+    plan = plan_tensors(config, dialect)
 
     def make(name: str) -> Tensor:
         return _fill(torch.empty(plan[name].shape, dtype=dtype), plan[name].placements[0].parameter, f"{seed} {name}")
@@ -79,7 +91,7 @@ def write_random_checkpoint(
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
         _write_json(unfinished / "config.json", {**top.values, "torch_dtype": str(dtype).removeprefix("torch.")})
-        write_random_tokenizer(unfinished, config.decoder.vocab_size)
+        write_random_tokenizer(unfinished, config)
         shapes = {name: planned.shape for name, planned in plan.items()}
         write_tensors(unfinished, shapes, make, dtype=dtype, max_shard_bytes=max_shard_bytes)
         unfinished.replace(folder)
@@ -131,10 +143,12 @@ def _fill(tensor: Tensor, parameter: str, key: str) -> Tensor:
             return tensor.normal_(0, 0.02, generator=generator)
 
 
-def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_random_tokenizer(folder: Path, config: ModelConfig) -> None:
     """Writes the tokenizer of `write_random_checkpoint`. Raises ConfigError."""
-    added = _QWEN_SPECIAL + _QWEN_PLAIN + _INTERNVL
-    first = min(_ADDED_FROM, vocab_size - len(added))
+    template, vocab_size = TEMPLATES[config.template], config.decoder.vocab_size
+    own, plain = (_QWEN_SPECIAL, _QWEN_PLAIN) if template is CHATML else (_GPT_OSS_SPECIAL, [])
+    added, stop = own + plain + _INTERNVL, template.stop.token
+    first = min(_OFFICIAL[template.name], vocab_size - len(added))
     if first < 256:
         raise ConfigError(
             f"config.json: llm_config.vocab_size is {vocab_size}, expected at least {256 + len(added)}: 256 bytes and "
@@ -144,7 +158,7 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
     alphabet = printable + [chr(256 + number) for number in range(256 - len(printable))]  # as GPT-2 spells the bytes
     vocab = [*alphabet, *(f"<|unused_{number}|>" for number in range(256, first))]
     ids = {token: first + number for number, token in enumerate(added)}
-    special = [token for token in added if token not in _QWEN_PLAIN]
+    special = [token for token in added if token not in plain]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     _write_json(folder / "vocab.json", {token: number for number, token in enumerate(vocab)})
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
@@ -156,7 +170,7 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
                 str(number): {"content": token, **flags, "special": token in special} for token, number in ids.items()
             },
             "bos_token": None,
-            "eos_token": "<|im_end|>",
+            "eos_token": stop,
             "model_max_length": 12288,
             "pad_token": "<|endoftext|>",
             "tokenizer_class": "Qwen2Tokenizer",
@@ -165,7 +179,7 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
     )
     _write_json(
         folder / "special_tokens_map.json",
-        {"additional_special_tokens": special[1:], "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        {"additional_special_tokens": special[1:], "eos_token": stop, "pad_token": "<|endoftext|>"},
     )
     _write_json(folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.37.2"})
 
