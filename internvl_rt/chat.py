@@ -102,10 +102,11 @@ def show_tiles(layouts: "Sequence[TileLayout | None]", config: "ModelConfig") ->
         what = f"pictures {number} to {number + count - 1}" if count > 1 else f"picture {number}"
         number += count
         if layout is not None:
-            say(f"{what}: {draw_tiles(layout, config.vision.image_size, config.tokens_per_tile)}")
+            sizes = config.vision.image_size, config.tokens_per_tile
+            say(f"{what}: {draw_tiles(layout, *sizes, compresses=config.flash is not None)}")
 
 
-def draw_tiles(layout: "TileLayout", tile_size: int, tokens_per_tile: int) -> str:
+def draw_tiles(layout: "TileLayout", tile_size: int, tokens_per_tile: int, *, compresses: bool = False) -> str:
     """Returns size and cost of a picture, and its grid with the tiles' numbers in the order of the prompt."""
     num_cut = layout.columns * layout.rows
     tiles = (
@@ -114,7 +115,7 @@ def draw_tiles(layout: "TileLayout", tile_size: int, tokens_per_tile: int) -> st
     border = "+" + "----+" * layout.columns
     lines = [
         f"{layout.width:,} x {layout.height:,} pixels, stretched to {layout.columns * tile_size:,} x "
-        f"{layout.rows * tile_size:,}: {tiles}, {layout.num_tiles * tokens_per_tile:,} tokens"
+        f"{layout.rows * tile_size:,}: {tiles}, {'at most ' * compresses}{layout.num_tiles * tokens_per_tile:,} tokens"
     ]
     for row in range(layout.rows):
         first = row * layout.columns + 1
@@ -187,14 +188,23 @@ def _answer(
 ) -> "Reply":
     if args.show_tiles:
         show_tiles(engine.describe(messages[-1:]).layouts, engine.config)
-    for piece in engine.stream(messages, params):
+    is_thinking = False
+    for piece in engine.stream(messages, params, think=args.think):
+        if piece.reasoning:
+            say(piece.reasoning, end="")
+            is_thinking = True
+        if piece.text and is_thinking:
+            say("")
+            is_thinking = False
         print(piece.text, end="", flush=True)
     print()
     assert piece.reply is not None, "a stream ends with its reply"
     if args.timings:
         usage = piece.reply.usage
+        saved = f", {usage.saved_image_tokens} saved" if usage.saved_image_tokens else ""
         say(
-            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual), {usage.completion_tokens} answered\n"
+            f"{usage.prompt_tokens} prompt tokens ({usage.image_tokens} visual{saved}), {usage.completion_tokens} "
+            "answered\n"
             f"{piece.reply.timings.render(engine.roof)}"
         )
     return piece.reply

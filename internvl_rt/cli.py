@@ -89,6 +89,11 @@ def _parser(of_serve: Sequence[Parser] = ()) -> argparse.ArgumentParser:
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; without one the chat is interactive")
     _add_question(chat, max_tokens=1024, temperature=0.0, top_p=1.0)
+    chat.add_argument(
+        "--think", action=argparse.BooleanOptionalAction,
+        help="reason first, on stderr, or do not (default: as the model does; InternVL3.5 does not, and its cards "
+        "advise --temperature 0.6 and many --max-tokens for it)",
+    )  # fmt: skip
     chat.add_argument("--ignore-eos", action="store_true", help="answer on to --max-tokens, for measurements")
     add_device_and_numbers(chat)
     chat.add_argument("--show-tiles", action="store_true", help="print how each picture is cut into tiles")

@@ -34,10 +34,10 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
-def say(text: str) -> None:
-    """Prints a line to stderr, or drops it if nobody can read it."""
+def say(text: str, *, end: str = "\n") -> None:
+    """Prints a line, or a part of one, to stderr, or drops it if nobody can read it."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, end=end, flush=True)
 
 
 def flush_or_discard(stream: TextIO | None) -> None:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from internvl_rt.inputs.marks import overlap
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.tokenizer import TextStream
 from internvl_rt.model.work import NO_WORK, Roof, Work
@@ -20,6 +21,7 @@ class Usage:
     cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache
     accepted_draft_tokens: int = 0  # guessed tokens that are part of an answer; 0 without speculation
     rejected_draft_tokens: int = 0  # the other guessed tokens
+    saved_image_tokens: int = 0  # visual tokens fewer than if no tile were compressed, as Flash models do
 
     @property
     def total_tokens(self) -> int:
@@ -37,7 +39,7 @@ class Timings:
 
     media_s: float = 0.0  # reading and identifying pictures, decoding videos
     tile_s: float = 0.0  # decoding, resizing and cutting pictures; 0 for pictures in the cache
-    vision_s: float = 0.0  # vision tower and projector
+    vision_s: float = 0.0  # vision tower and projector; of a Flash model a part of tile_s, which comes before any step
     prefill_s: float = 0.0  # decoder steps up to the first token, that token's draw included
     decode_s: float = 0.0  # decoder steps after the first token
     queued_s: float = 0.0  # from the end of preparation until the request's first step began
@@ -92,6 +94,8 @@ class Choice:
     token_ids: list[int]  # as generated, the stop token included
     finish_reason: FinishReason  # "stop": a stop token or string; "length": max_tokens or the context window; "timeout"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each token, if requested
+    # What was thought before the text; None if the request did not ask for it, and the model wrote none by itself.
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,11 @@ class Reply:
         return self.choices[0].text
 
     @property
+    def reasoning(self) -> str | None:
+        """The first answer's reasoning, if it was asked for or written anyway."""
+        return self.choices[0].reasoning
+
+    @property
     def token_ids(self) -> list[int]:
         """The first answer's tokens, the one that ended it included."""
         return self.choices[0].token_ids
@@ -127,9 +136,10 @@ class Reply:
         return self.choices[0].logprobs
 
 
-def unprepared_reply(params: SamplingParams, start_s: float) -> Reply:
+def unprepared_reply(params: SamplingParams, start_s: float, *, think: bool = False) -> Reply:
     """Returns the reply to a request whose time was over before its prompt was known. start_s: by perf_counter."""
-    empty = Choice("", [], "timeout", logprobs=None if params.logprobs is None else ())
+    reasoning = "" if think else None
+    empty = Choice("", [], "timeout", logprobs=None if params.logprobs is None else (), reasoning=reasoning)
     return Reply(
         choices=(empty,) * params.n,
         usage=Usage(),
@@ -143,13 +153,14 @@ class Piece:
     """What is new of a streamed answer; the texts of all pieces add up to its text. The last one has the reply.
 
     A token's log-probability comes as soon as the token is known, its text when that is certain, which may be a later
-    piece. Only a piece with log-probabilities or the reply may have no text.
+    piece. Only a piece with log-probabilities or the reply may have neither text nor reasoning.
     """
 
     text: str
     reply: Reply | None = None
     choice: int = 0  # index of the answer that the text belongs to
     tokens: tuple[TokenLogprob, ...] = ()  # if requested; those of all pieces add up to the answer's `logprobs`
+    reasoning: str = ""  # new text of what is thought before the answer's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +214,10 @@ class AnswerText:
         self._num_tokens += 1
         return self._add(self._stream.push(token_id), final=False)
 
+    def skip(self) -> None:
+        """Counts a token of the answer that is no part of this text."""
+        self._num_tokens += 1
+
     def finish(self) -> str:
         """Returns the text that was held back and now turns out to belong to the answer."""
         return self._add(self._stream.flush(), final=True)
@@ -219,18 +234,10 @@ class AnswerText:
                 end, start = min(found)
                 pending, stop = pending[:start], pending[start:end] if self._include_stop else ""
             elif not final:
-                hold = max((_overlap(pending, each) for each in self._stops), default=0)
+                hold = max((overlap(pending, each) for each in self._stops), default=0)
         ready = pending[: len(pending) - hold]
         ready = ready.rstrip() if self._strips and not stop else ready
         visible = (ready if self.text or self._begun else ready.lstrip()) + stop
         self._pending = "" if final else pending[len(ready) :]
         self.text += visible
         return visible
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that is a beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

@@ -4,9 +4,11 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 
+from internvl_rt.engine.channel_text import ChannelText
 from internvl_rt.engine.reply import AnswerText, Choice, Piece, Reply, Scored, Timings, Usage
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.prepare import Prepared
+from internvl_rt.inputs.thinking import ThoughtReader
 from internvl_rt.model.work import Tally
 from internvl_rt.steps.logprobs import TokenLogprob, TokenScores
 from internvl_rt.steps.sequence import Sequence
@@ -17,7 +19,8 @@ class Answer:
     """One of a request's answers while it grows."""
 
     sequence: Sequence
-    text: AnswerText
+    text: AnswerText | ChannelText
+    thought: ThoughtReader | None = None  # splits the text that the caller takes; None: nothing is thought before it
     num_read: int = 0  # generated tokens that were added to `text`
     new_text: str = ""  # visible text that the caller has not taken
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -28,9 +31,13 @@ class Answer:
 
     def take(self, index: int) -> Piece | None:
         """Returns what is new since the last call, for the answer of this index; None if there is nothing."""
-        text, tokens = self.new_text, tuple(self.logprobs[self.num_taken :])
+        text, tokens, reasoning = self.new_text, tuple(self.logprobs[self.num_taken :]), ""
         self.new_text, self.num_taken = "", len(self.logprobs)
-        return Piece(text, choice=index, tokens=tokens) if text or tokens else None
+        if isinstance(self.text, ChannelText):
+            reasoning = self.text.take_reasoning()
+        elif self.thought is not None:
+            reasoning, text = self.thought.push(text, final=self.sequence.finish_reason is not None)
+        return Piece(text, None, index, tokens, reasoning) if text or tokens or reasoning else None
 
     def read(self, num_tokens: int) -> None:
         """Adds the first `num_tokens` generated tokens to the text, except those that it has."""
@@ -38,6 +45,13 @@ class Answer:
         for token_id in self.sequence.token_ids[start + self.num_read : start + num_tokens]:
             self.new_text += self.text.push(token_id)
         self.num_read = max(self.num_read, num_tokens)
+
+    def goes_on(self, token_id: int, num_before: int) -> bool:
+        """Says whether an end token behind `num_before` others ends a part before the text, and not the answer."""
+        if not isinstance(self.text, ChannelText) or token_id in self.sequence.params.stop_ids:
+            return False
+        self.read(num_before)
+        return self.text.goes_on(token_id)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +92,11 @@ class Request:
         return pieces
 
     @property
+    def num_saved(self) -> int:
+        """Visual tokens fewer in the prompt than if no tile were compressed."""
+        return sum(picture.num_saved for picture in self.prepared.pictures)
+
+    @property
     def parts(self) -> list[Answer]:
         """What steps compute for this request: the answers, after the beginning if they have one in common."""
         return self.answers if self.beginning is None else [self.beginning, *self.answers]
@@ -92,11 +111,17 @@ class Request:
 
 def choice_of(answer: Answer) -> Choice:
     """Returns an answer that has ended."""
+    text, reasoning = answer.text.text, None
+    if isinstance(answer.text, ChannelText):
+        reasoning = answer.text.reasoning
+    elif answer.thought is not None:
+        reasoning, text = ThoughtReader(strips=answer.thought.strips).push(text, final=True)
     return Choice(
-        text=answer.text.text,
+        text=text,
         token_ids=answer.sequence.generated_ids,
         finish_reason=answer.sequence.finish_reason or "stop",
         logprobs=None if answer.sequence.params.logprobs is None else tuple(answer.logprobs),
+        reasoning=reasoning,
     )
 
 
@@ -110,6 +135,7 @@ def usage_of(request: Request) -> Usage:
         cached_tokens=first.num_cached,
         accepted_draft_tokens=sum(answer.num_accepted for answer in request.answers),
         rejected_draft_tokens=sum(answer.num_drafts - answer.num_accepted for answer in request.answers),
+        saved_image_tokens=request.num_saved,
     )
 
 
@@ -154,6 +180,7 @@ def _build_scored(request: Request, answer: Answer) -> Scored:
         prompt_tokens=sequence.num_prompt,
         image_tokens=sum(picture.span.num_tokens for picture in sequence.pictures),
         cached_tokens=num_cached,
+        saved_image_tokens=sum(picture.num_saved for picture in sequence.pictures),
     )
     return Scored(tuple(answer.scores[place] for place in range(len(answer.scores))), usage)
 

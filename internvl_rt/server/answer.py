@@ -1,14 +1,16 @@
 """The parts that answers of several interfaces have in common: token counts, log-probabilities, finish reasons."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from msgspec import Raw
 
+from internvl_rt.engine.core import EngineCore
 from internvl_rt.engine.reply import Choice, Reply, Usage
+from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.thinking import END
 from internvl_rt.inputs.tokenizer import Tokenizer
-from internvl_rt.server import thinking
 from internvl_rt.server.protocol import encode
 from internvl_rt.server.reader import AnswerReader, Delta
 from internvl_rt.steps.logprobs import TokenLogprob
@@ -32,6 +34,7 @@ def usage_of(usage: Usage, reasoning_tokens: int = 0) -> Json:
         "prompt_tokens_details": {
             "cached_tokens": usage.cached_tokens,
             "image_tokens": usage.image_tokens,
+            "saved_image_tokens": usage.saved_image_tokens,
             "text_tokens": text_tokens,
             "audio_tokens": 0,
         },
@@ -45,10 +48,13 @@ def usage_of(usage: Usage, reasoning_tokens: int = 0) -> Json:
     }
 
 
-def count_reasoning(reply: Reply, tokenizer: Tokenizer) -> int:
-    """Counts the tokens of the answers up to the end of their reasoning."""
-    end_id = tokenizer.find_token_id(thinking.END)
+def count_reasoning(reply: Reply, core: EngineCore, *, thinks: bool) -> int:
+    """Counts the tokens of the answers up to the end of their reasoning. thinks: they begin inside <think>."""
     ids = [choice.token_ids for choice in reply.choices]
+    if not thinks:
+        channels = core.preparer.channels
+        return sum(map(channels.count_reasoning, ids)) if channels is not None else 0
+    end_id = core.tokenizer.find_token_id(END)
     return sum(each.index(end_id) + 1 if end_id in each else len(each) for each in ids)
 
 
@@ -67,8 +73,22 @@ def text_of(token_id: int, tokenizer: Tokenizer) -> str:
     return bytes_of(token_id, tokenizer).decode("utf-8", "replace")
 
 
-def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: frozenset[int]) -> list[Raw]:
-    """Returns log-probabilities, as JSON, of the tokens that are text. end_ids: of those that end an answer.
+class Shown:
+    """Says of each token of one answer, in turn, whether it is a part of what the client reads."""
+
+    def __init__(self, core: EngineCore, end_ids: frozenset[int], params: SamplingParams) -> None:
+        """end_ids: of the tokens that end an answer."""
+        channels = core.preparer.channels
+        self._reader = channels.reader(()) if channels is not None and params.skip_special_tokens else None
+        self._end_ids = end_ids
+
+    def __call__(self, token_id: int) -> bool:
+        part = "text" if self._reader is None else self._reader.push(token_id)
+        return part is not None and token_id not in self._end_ids
+
+
+def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, shown: Callable[[int], bool]) -> list[Raw]:
+    """Returns log-probabilities, as JSON, of the tokens that are shown.
 
     An answer may have 100,000 of them with 20 others each, and no other request goes on while they are written.
     """
@@ -86,7 +106,7 @@ def logprobs_of(tokens: Iterable[TokenLogprob], tokenizer: Tokenizer, end_ids: f
         top = b",".join([entry(*other) + b"}" for other in each.top])
         return b'%b,"top_logprobs":[%b]}' % (entry(each.token_id, each.logprob), top)
 
-    return [Raw(written(each)) for each in tokens if each.token_id not in end_ids]
+    return [Raw(written(each)) for each in tokens if shown(each.token_id)]
 
 
 def message_of(deltas: Sequence[Delta]) -> Json:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.inputs import thinking
 from internvl_rt.inputs.sampling_params import MAX_NEW_TOKENS, SamplingParams
-from internvl_rt.server import thinking
 from internvl_rt.server.fault import refusal
 from internvl_rt.server.media import is_media, media_place, read_media
 from internvl_rt.server.options import ServerOptions
 from internvl_rt.server.protocol import ChatRequest, MediaLimits, Message, Part, Sampled, encode, not_served
 from internvl_rt.server.reader import AnswerReader
 from internvl_rt.server.remote import Fetcher
+from internvl_rt.server.thinking import wants_thinking
 from internvl_rt.server.tools import Tools, read_tools, text_of_calls, text_of_result
 
 _TEXTS = {"text", "input_text", "output_text"}
@@ -66,7 +67,8 @@ class Asking:
         _refuse_unserved(request)
         tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self.options.max_tools)
         effort = request.reasoning_effort
-        thinks = thinking.wants_thinking(effort, request.chat_template_kwargs, self.config, "reasoning_effort")
+        begun = is_begun(request.messages)
+        thinks = wants_thinking(effort, request.chat_template_kwargs, self.config, "reasoning_effort", begun=begun)
         top = request.top_logprobs
         if top is not None and not request.logprobs:
             raise refusal("top_logprobs: it needs logprobs true", "top_logprobs", "invalid_value")
@@ -136,7 +138,7 @@ class Asking:
         goes into user messages, several in a row into one.
         """
         self._limit("messages", len(messages), self.options.max_messages, least=1)
-        system: list[str] = [thinking.SYSTEM_MESSAGE] if thinks else []
+        system: list[str] = []
         made: list[dict[str, Any]] = []
         results: list[tuple[dict[str, Any], list[str]]] = []  # what tools returned, with the message it goes into
         role = ""  # of the message before
@@ -171,7 +173,9 @@ class Asking:
         if thinks and begun:
             raise refusal("messages: an answer that is begun cannot be thought about; turn one off", "messages")
         if thinks:
-            made.append({"role": "assistant", "content": thinking.BEGIN})
+            asking, opening = thinking.thinking_prompt(self.config, "\n\n".join(system) if system else None)
+            system = [] if asking is None else [asking]
+            made.append({"role": "assistant", "content": opening})
         if tools is not None:
             system = [*(system or filter(None, [self.config.system_message])), tools.system_text()]
         if system:
@@ -243,6 +247,11 @@ def _structured(given: dict[str, Any]) -> dict[str, Any]:
     if kind == "choice" and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return {"regex": "|".join(_OPERATOR.sub(r"\\\g<0>", each) for each in value)}
     raise not_served("expected one of json, regex and choice (a list of texts)", "structured_outputs")
+
+
+def is_begun(messages: Sequence[Message]) -> bool:
+    """Says whether the messages of a request end with the beginning of the answer."""
+    return bool(messages) and messages[-1].role == "assistant"
 
 
 def _refuse_unserved(request: ChatRequest) -> None:

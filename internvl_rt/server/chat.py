@@ -7,6 +7,7 @@ from contextlib import aclosing
 from internvl_rt.engine.reply import Piece
 from internvl_rt.server.answer import (
     Json,
+    Shown,
     count_reasoning,
     finish_reason,
     logprobs_of,
@@ -34,6 +35,7 @@ async def chat(service: Service, call: Call) -> None:
         "cache_salt": service.salt(call, request.cache_salt),
         "timeout_s": service.timeout_s(request.timeout_s),
         "request_id": call.id,
+        "think": False,  # the messages end with the beginning of an answer that reasons
     }
     wants_usage = request.stream_options is not None and bool(request.stream_options.include_usage)
     is_stream = bool(request.stream)
@@ -49,14 +51,15 @@ async def chat(service: Service, call: Call) -> None:
     end_ids = service.end_ids(ask.params)
     for index, choice in enumerate(reply.choices):
         reader = ask.conversation.reader()
-        message = message_of([*reader.push(choice.text), *reader.finish()])
+        message = message_of([*reader.push(choice.text, choice.reasoning or ""), *reader.finish()])
         logprobs = None
         if choice.logprobs is not None:
-            content = logprobs_of(choice.logprobs, service.core.tokenizer, end_ids)
+            shown = Shown(service.core, end_ids, ask.params)
+            content = logprobs_of(choice.logprobs, service.core.tokenizer, shown)
             logprobs = {"content": content, "refusal": None}
         reason = finish_reason(choice, reader)
         choices.append({"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs})
-    reasoning = count_reasoning(reply, service.core.tokenizer) if ask.conversation.thinks else 0
+    reasoning = count_reasoning(reply, service.core, thinks=ask.conversation.thinks)
     answer = {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion",
@@ -77,8 +80,9 @@ class _Chunks:
 
     def __init__(self, service: Service, call: Call, ask: Ask, *, wants_usage: bool) -> None:
         self._service, self._call, self._ask = service, call, ask
-        self._wants_usage, self._end_ids = wants_usage, service.end_ids(ask.params)
+        self._wants_usage, end_ids = wants_usage, service.end_ids(ask.params)
         self._readers = [ask.conversation.reader() for _ in range(ask.params.n)]
+        self._shown = [Shown(service.core, end_ids, ask.params) for _ in range(ask.params.n)]
         head = {
             "id": new_id("chatcmpl-"),
             "object": "chat.completion.chunk",
@@ -109,10 +113,10 @@ class _Chunks:
                 yield b"".join(events)
 
     def _chunks_of(self, piece: Piece) -> list[bytes]:
-        deltas = self._readers[piece.choice].push(piece.text)
+        deltas = self._readers[piece.choice].push(piece.text, piece.reasoning)
         logprobs: bytes | None = None
         if piece.tokens:
-            content = logprobs_of(piece.tokens, self._service.core.tokenizer, self._end_ids)
+            content = logprobs_of(piece.tokens, self._service.core.tokenizer, self._shown[piece.choice])
             logprobs = encode({"content": content, "refusal": None}) if content else None
         if logprobs is not None and not deltas:
             deltas = [Delta("content", "")]
@@ -156,8 +160,7 @@ class _Chunks:
             events += self._deltas(index, reader.finish())
             events.append(self._chunk(index, b"{}", finish_reason(choice, reader)))
         if self._wants_usage:
-            thinks = self._ask.conversation.thinks
-            reasoning = count_reasoning(reply, service.core.tokenizer) if thinks else 0
+            reasoning = count_reasoning(reply, service.core, thinks=self._ask.conversation.thinks)
             end: Json = {"choices": [], "usage": usage_of(reply.usage, reasoning)} | service.timings(self._call, reply)
             events.append(self._head + b"," + encode(end)[1:] + b"\n\n")
         return events

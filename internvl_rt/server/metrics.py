@@ -57,6 +57,7 @@ _COUNTED = (
     ("visual_cache_queries", "mm_cache_queries", "pictures that were looked up among the visual tokens kept"),
     ("visual_cache_hits", "mm_cache_hits", "pictures that were found there"),
     ("encoded_tiles", "vision_tiles", "tiles of pictures that were encoded"),
+    ("saved_image_tokens", "image_tokens_saved", "visual tokens that prompts do not have, by compressed tiles"),
     ("steps", "engine_steps", "steps of the engine"),
 )
 

@@ -4,12 +4,12 @@ from importlib.metadata import version
 
 import torch
 
+from internvl_rt.inputs.thinking import can_think
 from internvl_rt.server.answer import Json
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import ENGINE_DEAD, ApiError
 from internvl_rt.server.metrics import CONTENT_TYPE
 from internvl_rt.server.service import Service
-from internvl_rt.server.thinking import can_think
 
 
 async def models(service: Service, call: Call) -> None:

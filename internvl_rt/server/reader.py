@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from internvl_rt.server import thinking, tools
+from internvl_rt.inputs.marks import take
+from internvl_rt.inputs.thinking import ThoughtReader
+from internvl_rt.server import tools
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
@@ -23,29 +25,42 @@ class AnswerReader:
 
     def __init__(self, *, thinks: bool, calls: bool, parallel: bool = True) -> None:
         """thinks: the answer begins inside <think>. calls: it may call tools. parallel: more than one."""
-        self._state: Literal["reasoning", "content", "head", "arguments", "tail"] = "reasoning" if thinks else "content"
+        self._thought = ThoughtReader() if thinks else None
+        self._state: Literal["content", "head", "arguments", "tail"] = "content"
         self._calls, self._parallel = calls, parallel
         self._is_plain = not (thinks or calls)  # all text is content
         self._held = ""
-        self._skips_breaks = thinks  # whether line breaks that come next are between two parts
+        self._skips_breaks = False  # whether line breaks that come next are between two parts
         self._json = _JsonEnd()
         self.num_calls = 0
 
-    def push(self, text: str) -> list[Delta]:
-        """Returns what new text adds to the parts of the answer."""
+    def push(self, text: str, reasoning: str = "") -> list[Delta]:
+        """Returns what new text adds to the parts of the answer.
+
+        reasoning: what is new of the reasoning that the engine tells from the text.
+        """
+        before = [Delta("reasoning", reasoning)] if reasoning else []
         if self._is_plain:
-            return [Delta("content", text)] if text else []
-        self._held += text
-        return [delta for delta in self._read() if delta.text]
+            return [*before, Delta("content", text)] if text else before
+        return before + self._push(text, final=False)
 
     def finish(self) -> list[Delta]:
         """Returns what was held back and now belongs to a part. A call that was cut is left as far as it came."""
+        deltas = self._push("", final=True)
         held, self._held = self._held, ""
         if self._state == "head":
-            return [Delta("content", tools.BEGIN + held)]
+            return [*deltas, Delta("content", tools.BEGIN + held)]
         if self._state in ("arguments", "tail") or not held:
-            return []
-        return [Delta("reasoning" if self._state == "reasoning" else "content", held)]
+            return deltas
+        return [*deltas, Delta("content", held)]
+
+    def _push(self, text: str, *, final: bool) -> list[Delta]:
+        deltas: list[Delta] = []
+        if self._thought is not None:
+            reasoning, text = self._thought.push(text, final=final)
+            deltas.append(Delta("reasoning", reasoning))
+        self._held += text
+        return [delta for delta in (*deltas, *self._read()) if delta.text]
 
     def _read(self) -> Iterator[Delta]:
         while self._held:
@@ -53,17 +68,6 @@ class AnswerReader:
             yield from getattr(self, f"_read_{self._state}")()
             if before == (self._state, len(self._held)):
                 return
-
-    def _read_reasoning(self) -> Iterator[Delta]:
-        if self._skips_breaks:
-            self._held = self._held.lstrip("\n").removeprefix(thinking.BEGIN)
-            if thinking.BEGIN.startswith(self._held):
-                return
-            self._skips_breaks = False
-        text, found = self._take(thinking.END)
-        yield Delta("reasoning", text)
-        if found:
-            self._state, self._skips_breaks = "content", True
 
     def _read_content(self) -> Iterator[Delta]:
         if self._skips_breaks:
@@ -73,7 +77,7 @@ class AnswerReader:
             yield Delta("content", self._held)
             self._held = ""
             return
-        text, found = self._take(tools.BEGIN)
+        text, found, self._held = take(self._held, tools.BEGIN)
         if found:
             yield Delta("content", text.rstrip())
             self._state = "head"
@@ -124,16 +128,6 @@ class AnswerReader:
 
     def _end_call(self) -> None:
         self._state, self._skips_breaks = ("content" if self._parallel else "tail"), True
-
-    def _take(self, mark: str) -> tuple[str, bool]:
-        """Takes the text before a mark, and the mark; without one, all text that cannot be the beginning of one."""
-        text, found, rest = self._held.partition(mark)
-        if found:
-            self._held = rest
-            return text, True
-        hold = next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-size:])), 0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
 
 
 def _string(text: str) -> str:

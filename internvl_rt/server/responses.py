@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Raw
 
 from internvl_rt.engine.reply import Piece, Reply
-from internvl_rt.server.answer import Json, count_reasoning, logprobs_of, new_id
+from internvl_rt.server.answer import Json, Shown, count_reasoning, logprobs_of, new_id
 from internvl_rt.server.ask import Ask, Asking
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
@@ -35,6 +35,7 @@ async def responses(service: Service, call: Call) -> None:
         "cache_salt": service.salt(call, request.cache_salt),
         "timeout_s": service.timeout_s(request.timeout_s),
         "request_id": call.id,
+        "think": False,  # the messages end with the beginning of an answer that reasons
     }
     output = _Output(service, call, ask, request)
     is_stream = bool(request.stream)
@@ -80,7 +81,8 @@ class _Output:
 
     def __init__(self, service: Service, call: Call, ask: Ask, request: ResponsesRequest) -> None:
         self._service, self._call, self._ask = service, call, ask
-        self._reader, self._end_ids = ask.conversation.reader(), service.end_ids(ask.params)
+        self._reader = ask.conversation.reader()
+        self._shown = Shown(service.core, service.end_ids(ask.params), ask.params)
         self._items: list[Json] = []
         self._logprobs: list[Raw] = []  # of the text that is growing
         self._number = 0
@@ -130,8 +132,8 @@ class _Output:
 
     def take(self, piece: Piece) -> Iterator[bytes]:
         """Adds a piece of the answer to the items; yields the events."""
-        self._logprobs += logprobs_of(piece.tokens, self._service.core.tokenizer, self._end_ids)
-        deltas = self._reader.push(piece.text)
+        self._logprobs += logprobs_of(piece.tokens, self._service.core.tokenizer, self._shown)
+        deltas = self._reader.push(piece.text, piece.reasoning)
         if piece.reply is not None:
             deltas += self._reader.finish()
         for delta in deltas:
@@ -211,8 +213,7 @@ class _Output:
 
     def _usage(self, reply: Reply) -> Json:
         usage = reply.usage
-        thinks = self._ask.conversation.thinks
-        reasoning = count_reasoning(reply, self._service.core.tokenizer) if thinks else 0
+        reasoning = count_reasoning(reply, self._service.core, thinks=self._ask.conversation.thinks)
         return {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},

@@ -6,6 +6,7 @@ from internvl_rt.engine.async_engine import AsyncEngine
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.reply import Reply, Timings
 from internvl_rt.errors import InternVLError
+from internvl_rt.inputs.channels import end_ids
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.model.work import Roof
 from internvl_rt.server.ask import Asking
@@ -69,7 +70,7 @@ class Service(Gate):
 
     def end_ids(self, params: SamplingParams) -> frozenset[int]:
         """Returns the tokens that end an answer and are not part of its text."""
-        own = self.core.config.end_token_ids or (self.core.tokenizer.token_id("<|im_end|>"),)
+        own = end_ids(self.core.config, self.core.tokenizer)
         return frozenset((*(() if params.ignore_eos else own), *params.stop_ids))
 
     def answered(self, call: Call, reply: Reply, params: SamplingParams) -> None:

@@ -4,12 +4,14 @@ from dataclasses import asdict
 
 from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.server.answer import Json, text_of
+from internvl_rt.server.ask import is_begun
 from internvl_rt.server.body import parse
 from internvl_rt.server.call import Call
 from internvl_rt.server.fault import refusal
 from internvl_rt.server.gate import read_body
 from internvl_rt.server.protocol import DetokenizeRequest, TokenizeRequest
 from internvl_rt.server.service import Service
+from internvl_rt.server.thinking import wants_thinking
 from internvl_rt.server.tools import read_tools
 
 
@@ -23,9 +25,10 @@ async def tokenize(service: Service, call: Call) -> None:
     prompt: RawPrompt | list[Json] = RawPrompt(request.prompt or "")
     if request.messages is not None:
         tools = read_tools(request.tools, None, None, asking.options.max_tools)
-        conversation = await asking.conversation(request.messages, tools)
+        thinks = wants_thinking(None, None, asking.config, "", begun=is_begun(request.messages))
+        conversation = await asking.conversation(request.messages, tools, thinks=thinks)
         prompt, call.media_places = conversation.messages, conversation.media_places
-    described = await service.engine.describe(prompt)
+    described = await service.engine.describe(prompt, think=False, cache_salt=service.salt(call, None))
     ids, pictures = described.prompt.token_ids, list[Json]()
     for layout, span in zip(described.layouts, described.prompt.spans, strict=True):
         pictures.append({**(asdict(layout) if layout else {}), "start": span.start, "tokens": span.num_tokens})
