@@ -74,6 +74,12 @@ class Section:
             raise self.refusal(key, "a positive number")
         return float(value)
 
+    def part_of_one(self, key: str) -> float:
+        value = self.values.get(key, -1)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise self.refusal(key, "a number from 0 to 1")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(key, default)
         if type(value) is not bool:

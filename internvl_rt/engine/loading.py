@@ -66,10 +66,10 @@ def load_parts(
         raise forked(_loaded_in)
     size, vision = options.tensor_parallel_size, options.vision_processes == 0
     target, opened = choose_device(options.device, size), _open(model, options.revision, options.seed or 0)
-    check_size(opened.config.decoder, size)
+    check_size(opened.config.decoder, size, by_expert=options.expert_parallel)
     chosen = choose_dtype(options.dtype, opened.config, target)
     ops = _choose_ops(options, target, chosen)
-    plan = _planning(opened.config, chosen, target, ops, options, Shard(0, size, vision=vision))
+    plan = _planning(opened.config, chosen, target, ops, options, options.shard())
     plan(weights_are_loaded=False)  # raises before memory is taken
     facts = write_facts(opened.name, options, target, chosen)
     first: FirstRank | None = None
@@ -80,7 +80,7 @@ def load_parts(
             tower = VisionProcesses(facts, opened.config, chosen, target, options.vision_processes)
         if size > 1:
             first = FirstRank(facts, size, target, one_shot=ONE_SHOT in options.experiments)
-        shard = Shard(0, size, first, first, vision=vision, tower=tower)
+        shard = options.shard(group=first, lead=first, tower=tower)
         part, kv_dtype, memory = _load(opened, options, target, chosen, shard)
         with memory_errors(target):
             on_copy = None if first is None else Orders(first).copy_blocks
@@ -192,11 +192,10 @@ def plan_parts(model: str | Path, options: EngineOptions) -> MemoryPlan:
     """Plans what `load_parts` will take on one device, and takes nothing. Raises the same errors."""
     target = choose_device(options.device, options.tensor_parallel_size)
     config = _open(model, options.revision, 0).config
-    check_size(config.decoder, options.tensor_parallel_size)
-    chosen, shard = choose_dtype(options.dtype, config, target), Shard(0, options.tensor_parallel_size)
-    shard = replace(shard, vision=options.vision_processes == 0)
+    check_size(config.decoder, options.tensor_parallel_size, by_expert=options.expert_parallel)
+    chosen = choose_dtype(options.dtype, config, target)
     ops = _choose_ops(options, target, chosen)
-    return _planning(config, chosen, target, ops, options, shard)(weights_are_loaded=False)
+    return _planning(config, chosen, target, ops, options, options.shard())(weights_are_loaded=False)
 
 
 def _planning(
@@ -225,7 +224,7 @@ def _open(model: str | Path, revision: str | None, seed: int) -> _Opened:
             raise CheckpointError(f"revision {quoted(revision)} was given, but {model} has none; leave it out")
         config = random_config(str(model).removeprefix(RANDOM_PREFIX))
         with TemporaryDirectory() as scratch:
-            write_random_tokenizer(Path(scratch), config.decoder.vocab_size)
+            write_random_tokenizer(Path(scratch), config)
             tokenizer = load_tokenizer(Path(scratch))
 
         def make(

@@ -265,7 +265,7 @@ def graphs_bytes(
     if vision:
         workspace = max(workspace, vision_workspace_bytes(config, dtype, MAX_TILES_PER_PASS))
         tiles = max(TILE_BUCKETS) * 3 * config.vision.image_size**2
-        visual = sum(TILE_BUCKETS) * config.tokens_per_tile * decoder.hidden_size
+        visual = sum(TILE_BUCKETS) * config.rows_per_tile * decoder.hidden_size
     tokens = 2 * num_tokens * decoder.hidden_size
     logits = num_logits * decoder.vocab_size
     return int(workspace + tiles + dtype.itemsize * (tokens + visual + logits))
@@ -278,8 +278,10 @@ def vision_workspace_bytes(config: ModelConfig, dtype: torch.dtype, num_tiles: i
     patches = num_tiles * vision.num_patches * 3 * vision.patch_size**2
     rows = num_tiles * (vision.num_patches + 1)
     layer = rows * (2 * width + max(4 * width, vision.intermediate_size + width))  # x and normed; qkv and y, or MLP
-    visual = num_tiles * config.tokens_per_tile * config.decoder.hidden_size
+    visual = num_tiles * config.rows_per_tile * config.decoder.hidden_size
     merged = num_tiles * config.tokens_per_tile * config.downsample**2 * width
+    if config.flash is not None:  # the router's keys and values of all patches, which are there twice for a moment
+        merged = max(merged, 4 * num_tiles * vision.num_patches * width)
     return pixels + dtype.itemsize * (max(patches + rows * width, layer, rows * width + merged + visual) + visual)
 
 
@@ -287,7 +289,10 @@ def step_workspace_bytes(config: DecoderConfig, dtype: torch.dtype, num_tokens: 
     """Counts the most that a step of `num_tokens` tokens holds, with logits and float32 copies for `num_seqs` draws."""
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     attention = qkv + 2 * config.num_heads * config.head_dim
-    layer = num_tokens * (3 * config.hidden_size + max(attention, 3 * config.intermediate_size))
+    mlp = 3 * config.intermediate_size
+    if config.experts is not None:  # of each pair of a token and its expert: SwiGLU, and what the expert adds
+        mlp = config.experts.num_chosen * (config.intermediate_size + config.hidden_size) + config.hidden_size
+    layer = num_tokens * (3 * config.hidden_size + max(attention, mlp))
     return dtype.itemsize * layer + num_seqs * config.vocab_size * (dtype.itemsize + 3 * 4)
 
 

@@ -18,7 +18,7 @@ from internvl_rt.inputs.tiles import READING_KINDS, ImageOptions
 from internvl_rt.inputs.video import LIMIT_KINDS, VideoLimits
 from internvl_rt.model.ops_triton import EXPERIMENTS
 from internvl_rt.model.processor import runs_onednn
-from internvl_rt.model.shard import MAX_RANKS
+from internvl_rt.model.shard import MAX_RANKS, Shard
 from internvl_rt.steps.cpu_threads import count_cores
 from internvl_rt.steps.kv_cache import BLOCK_SIZES
 from internvl_rt.values import Flag, Integer, Kind, Number, OneOf, OrNone, Several, Text, UnfitError, read_fields
@@ -53,6 +53,8 @@ class EngineOptions:
     tensor_parallel_size: how many processes on this machine, each with a GPU of its own (from `device` on; on the CPU
         they share it), compute each layer of the language model together, of which each holds a part. Each holds the
         vision tower, and they share the tiles of a picture. `kv_cache_bytes` and `Engine.memory` are of one of them.
+    expert_parallel: of a model with experts, whether each of these processes holds some experts whole, and not a part
+        of every expert. Products are then larger, and GPUs less evenly busy, most of all in steps of few tokens.
     vision_processes: how many processes of their own have the vision tower, which the others then have not: pictures
         are encoded there, before the steps that need them, while the language model goes on. 0: there are none.
     vision_device: the device of the first vision process; the others have the GPUs that follow, or the same CPU. "auto"
@@ -123,6 +125,7 @@ class EngineOptions:
     quantization: Literal["fp8", "int8"] | None = None
     quantize_vision: bool = False
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     vision_processes: int = 0
     vision_device: str = "auto"
     revision: str | None = None
@@ -170,6 +173,11 @@ class EngineOptions:
         """Returns whether several pictures in one message are numbered in a model's prompts."""
         return config.format == "original" if self.number_images is None else self.number_images
 
+    def shard(self, rank: int = 0, **more: Any) -> Shard:
+        """Returns what a rank holds of the model. more: other fields of a `Shard`."""
+        how = {"vision": self.vision_processes == 0, "by_expert": self.expert_parallel}
+        return Shard(rank, self.tensor_parallel_size, **how | more)
+
     @property
     def max_draws(self) -> int:
         """Most tokens that a step draws."""
@@ -209,7 +217,8 @@ class EngineOptions:
         if self.max_tokens_per_step is not None or not self.uses_torch(device):
             return math.inf
         head_channels, kv_channels = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-        num_weights = decoder.hidden_size * (2 * head_channels + 2 * kv_channels + 3 * decoder.intermediate_size)
+        mlp_channels = decoder.intermediate_size * (decoder.experts.num_chosen if decoder.experts else 1)
+        num_weights = decoder.hidden_size * (2 * head_channels + 2 * kv_channels + 3 * mlp_channels)
         return num_weights / (4 * head_channels)
 
     def backend_on(self, device: torch.device) -> str:
@@ -260,6 +269,7 @@ ENGINE_KINDS: dict[str, Kind] = {
     "quantization": OrNone(OneOf(("fp8", "int8"), "fp8 or int8")),
     "quantize_vision": Flag(),
     "tensor_parallel_size": Integer(1, MAX_RANKS),
+    "expert_parallel": Flag(),
     "vision_processes": Integer(0, MAX_RANKS),
     "vision_device": _Device(),
     "revision": OrNone(Text(1, 256)),

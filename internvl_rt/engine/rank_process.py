@@ -11,7 +11,6 @@ from internvl_rt.engine.loading import load_part
 from internvl_rt.engine.options import ONE_SHOT, read_facts
 from internvl_rt.engine.rank_group import RankGroup
 from internvl_rt.engine.ranks import device_of
-from internvl_rt.model.shard import Shard
 from internvl_rt.steps.executor import Executor
 from internvl_rt.steps.follower import Follower
 
@@ -27,7 +26,7 @@ def _follow(rank: int, folder: Path, parent: Parent) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else some memory of GPU 0 is taken as well
     group = RankGroup(folder, rank, size, device, one_shot=ONE_SHOT in options.experiments)
-    part, pool = load_part(model, options, device, Shard(rank, size, group, vision=options.vision_processes == 0))
+    part, pool = load_part(model, options, device, options.shard(rank, group=group))
     executor = Executor(part, pool, max_draws=options.max_draws, num_threads=options.threads_of_rank)
     follower = Follower(executor, pool)
     while True:

@@ -23,7 +23,8 @@ CONTEXT = 2048  # tokens of the one sequence of that step
 # The options of an engine with which logits change, by more than what rounding does or by rounding alone.
 CHANGES_RESULTS = (
     *("dtype", "quantization", "quantize_vision", "kv_cache_dtype", "v2pe_delta", "max_tiles", "number_images", "exif"),
-    *("alpha", "backend", "num_threads", "tensor_parallel_size", "batch_invariant"),
+    *("alpha", "backend", "num_threads", "tensor_parallel_size", "expert_parallel"),
+    "batch_invariant",
 )
 
 
@@ -53,7 +54,8 @@ def model_card(config: ModelConfig, name: str, num_gpus: int = 1) -> dict[str, A
     check_size(config.decoder, num_gpus)
     counts = {"vision": 0, "projector": 0, "decoder": 0}
     for path, tensor in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
-        counts[path.partition(".")[0]] += tensor.numel()
+        part = path.partition(".")[0]
+        counts[part] = counts.get(part, 0) + tensor.numel()
     total = sum(counts.values())
     kv_bytes = kv_bytes_per_token(config.decoder, torch.bfloat16)
     tiles = config.max_tiles + (config.thumbnail and config.max_tiles > 1)  # the thumbnail is one more
@@ -68,6 +70,7 @@ def model_card(config: ModelConfig, name: str, num_gpus: int = 1) -> dict[str, A
         "context_window": config.decoder.max_position,
         "tile_side_pixels": config.vision.image_size,
         "tokens_per_tile": config.tokens_per_tile,
+        **({} if config.flash is None else {"tokens_per_compressed_tile": config.least_tokens_per_tile}),
         "max_tiles_per_picture": tiles,
         "max_tokens_per_picture": tiles * config.tokens_per_tile,
         "held": [
@@ -137,7 +140,10 @@ def render_card(card: dict[str, Any]) -> str:
     parameters, weights, each = card["parameters"], card["weight_bytes"], card.get("each_gpu")
     num_gpus = 1 if each is None else each["num_gpus"]
     small, large = (format_bytes(weights[dtype]) for dtype in ("bfloat16", "float32"))
-    parts = ", ".join(f"{part} {_millions(parameters[part])}" for part in ("vision", "projector", "decoder"))
+    parts = ", ".join(f"{part} {_millions(count)}" for part, count in parameters.items() if part != "total")
+    per_tile = f"{card['tokens_per_tile']} tokens"
+    if "tokens_per_compressed_tile" in card:
+        per_tile += f", or {card['tokens_per_compressed_tile']} of a compressed one"
     kv_cache = "{:.0f} KiB per token in bfloat16, {:.1f} in FP8 or int8".format(*_kv_kib(card))
     if each is not None:
         kv_cache += "; {:g} and {:.1f} on each of {} GPUs".format(*_kv_kib(each), num_gpus)
@@ -147,7 +153,7 @@ def render_card(card: dict[str, Any]) -> str:
         ("weights", f"{small} in bfloat16 or float16, {large} in float32"),
         ("KV cache", kv_cache),
         ("context window", f"{card['context_window']:,} tokens"),
-        ("tile", f"{card['tile_side_pixels']} pixels a side, {card['tokens_per_tile']} tokens"),
+        ("tile", f"{card['tile_side_pixels']} pixels a side, {per_tile}"),
         ("picture", f"at most {card['max_tiles_per_picture']} tiles, {card['max_tokens_per_picture']:,} tokens"),
     ]
     cpu = card["cpu"]

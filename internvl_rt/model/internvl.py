@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
-from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, rotary_frequencies, run_layers
-from internvl_rt.model.linear import AnyLinear, Linear, Norm, tensors_of
+from internvl_rt.checkpoint.config import DecoderConfig, ExpertsConfig, ModelConfig, VisionConfig
+from internvl_rt.model.decoder import DecoderLayer, DecoderWeights, build_rotary, run_layers
+from internvl_rt.model.flash import FlashWeights, build_flash, flash_rows
+from internvl_rt.model.linear import AnyLinear, Experts, GatedMlp, Linear, Norm, tensors_of
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.projector import ProjectorWeights, project_tiles
 from internvl_rt.model.shard import WHOLE, Shard, shard_decoder
 from internvl_rt.model.step_inputs import LayerCache, StepInputs
 from internvl_rt.model.vision import VisionLayer, VisionWeights, encode_tiles
+from internvl_rt.model.work import LayerBytes
 
 PROJECTOR_NORM_EPS = 1e-5  # torch's default, which the official projector uses; not the ViT's 1e-6
 
@@ -25,6 +27,7 @@ class ModelWeights:
     vision: VisionWeights
     projector: ProjectorWeights
     decoder: DecoderWeights
+    flash: FlashWeights | None = None
 
 
 class InternVL:
@@ -40,8 +43,8 @@ class InternVL:
         self.config, self.weights, self.ops, self.shard = config, weights, ops, shard
         self.part = shard_decoder(config.decoder, shard)
         self.first_part = shard_decoder(config.decoder, replace(shard, rank=0))
-        self._inv_freq_C = rotary_frequencies(config.decoder, self.device)
-        self.buffers = (self._inv_freq_C,)
+        self._rotary = build_rotary(config.decoder, self.device)
+        self.buffers = (self._rotary.inv_freq_C,)
         self.vision_layer_bytes, self.decoder_layer_bytes = layer_bytes(weights)
 
     def cut(self, num_layers: int) -> "InternVL":
@@ -60,11 +63,14 @@ class InternVL:
         return self.weights.decoder.embedding_VD.dtype
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
-        """Computes visual tokens [I, M, D]. Tiles are uint8 [I, S, S, 3], or normalised floats [I, 3, S, S]."""
-        x_RE = encode_tiles(self.ops, self.config.vision, self.weights.vision, tiles)
-        return project_tiles(
-            self.ops, self.weights.projector, x_RE, len(tiles), self.config.downsample, self.config.unshuffle
-        )
+        """Computes visual tokens [I, M, D]. Tiles are uint8 [I, S, S, 3], or normalised floats [I, 3, S, S].
+
+        Of a Flash model it returns the rows that `model/flash.py` explains.
+        """
+        ops, config, weights = self.ops, self.config, self.weights
+        x_RE = encode_tiles(ops, config.vision, weights.vision, tiles)
+        visual_IMD = project_tiles(ops, weights.projector, x_RE, len(tiles), config.downsample, config.unshuffle)
+        return visual_IMD if weights.flash is None else flash_rows(ops, config, weights.flash, x_RE, visual_IMD)
 
     def embed(self, step: StepInputs, out: Tensor | None = None) -> Tensor:
         """Returns x_TD of a step's tokens, the visual ones among them, in `out` if that is given."""
@@ -73,7 +79,7 @@ class InternVL:
 
     def run_layers(self, step: StepInputs, x_TD: Tensor, caches: tuple[LayerCache, ...]) -> Tensor:
         """Returns x_TD after the decoder's last layer, perhaps in the given one's memory. Fills the caches' slots."""
-        return run_layers(self.ops, self.weights.decoder, self._inv_freq_C, caches, step, x_TD)
+        return run_layers(self.ops, self.weights.decoder, self._rotary, caches, step, x_TD)
 
     def run_step(self, step: StepInputs, caches: tuple[LayerCache, ...], out: Tensor | None = None) -> Tensor:
         """Returns x_TD after the decoder's last layer, in `out` if that is given. Fills the caches' slots."""
@@ -128,17 +134,35 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
             scale2_E=empty(width),
         )
 
-    def decoder_layer(c: DecoderConfig) -> DecoderLayer:
+    def decoder_layer(c: DecoderConfig, index: int) -> DecoderLayer:
         width, head = c.hidden_size, c.head_dim
         return DecoderLayer(
             norm1=norm(width, c.norm_eps, bias=False),
             qkv=linear((c.num_heads + 2 * c.num_kv_heads) * head, width, c.qkv_bias),
             q_norm=norm(head, c.norm_eps, bias=False) if c.qk_norm else None,
             k_norm=norm(head, c.norm_eps, bias=False) if c.qk_norm else None,
-            o=linear(width, c.num_heads * head, bias=False),
+            o=linear(width, c.num_heads * head, c.o_bias),
             norm2=norm(width, c.norm_eps, bias=False),
-            gate_up=linear(2 * c.intermediate_size, width, bias=False),
-            down=linear(width, c.intermediate_size, bias=False),
+            mlp=mlp(c) if c.experts is None else experts(c, c.experts),
+            sinks_H=empty(c.num_heads) if c.sinks else None,
+            window=c.window_of(index),
+        )
+
+    def mlp(c: DecoderConfig) -> GatedMlp:
+        return GatedMlp(
+            gate_up=linear(2 * c.intermediate_size, c.hidden_size, bias=False),
+            down=linear(c.hidden_size, c.intermediate_size, bias=False),
+        )
+
+    def experts(c: DecoderConfig, e: ExpertsConfig) -> Experts:
+        return Experts(
+            router=linear(e.num_experts, c.hidden_size, e.biases),
+            all_gate_up=linear(e.count_here * 2 * c.intermediate_size, c.hidden_size, e.biases),
+            all_down=linear(e.count_here * c.hidden_size, c.intermediate_size, e.biases),
+            gate=e.gate,
+            num_chosen=e.num_chosen,
+            renormalises=e.renormalises,
+            first_here=e.first_here,
         )
 
     v, d = config.vision, config.decoder
@@ -159,9 +183,10 @@ def build_weights(config: ModelConfig, *, dtype: torch.dtype, device: torch.devi
         decoder=DecoderWeights(
             embedding_VD=embedding_VD,
             lm_head=Linear(embedding_VD if d.tie_embeddings else empty(d.vocab_size, d.hidden_size), None),
-            layers=tuple(decoder_layer(d) for _ in range(d.num_layers)),
+            layers=tuple(decoder_layer(d, index) for index in range(d.num_layers)),
             norm=norm(d.hidden_size, d.norm_eps, bias=False),
         ),
+        flash=None if config.flash is None else build_flash(config, empty),
     )
 
 
@@ -188,8 +213,8 @@ def fill_weights(
 
     A linear is prepared as soon as it is filled, and the memory of one that is replaced is freed at once. So no more
     than one is there twice, as memory of the host that nothing was written to is not taken yet. The patch embedding
-    stays as it is, and so does an `lm_head` that is the embedding too. If it takes longer than a second, a terminal
-    shows bytes and their rate, on rank 0.
+    stays as it is, and so do the router of Flash, weights of experts, and an `lm_head` that is the embedding too. If it
+    takes longer than a second, a terminal shows bytes and their rate, on rank 0.
     """
     embedding_VD = weights.decoder.embedding_VD
     num_bytes = sum(parameter.nbytes for path, parameter in named_parameters(weights).items() if shard.holds(path))
@@ -224,7 +249,7 @@ def fill_weights(
                 if linear.bias_N is not None:
                     filled = replace(filled, bias_N=fill_tensor(f"{path}.bias_N", linear.bias_N))
             bar.update(sum(tensor.nbytes for tensor in tensors_of(filled).values()))
-            return filled if path == "vision.patch" else _prepare(filled, ops)
+            return filled if _stays(path) or is_of_experts(path) else _prepare(filled, ops)
 
         def fill_dense(path: str, weight_NK: Tensor, bias_N: Tensor | None) -> Linear:
             weight_NK = fill_tensor(f"{path}.weight_NK", weight_NK)
@@ -285,12 +310,12 @@ def map_linears(weights: ModelWeights, on_linear: Callable[[str, AnyLinear], Any
 
 
 def named_linears(weights: ModelWeights) -> dict[str, AnyLinear]:
-    """Returns the linears by path, but the patch embedding, and but an lm_head that is the embedding too."""
+    """Returns the linears by path, but those that stay as they are, and but an lm_head that is the embedding too."""
     found: dict[str, AnyLinear] = {}
 
     def note(path: str, linear: AnyLinear) -> AnyLinear:
         tied = isinstance(linear, Linear) and linear.weight_NK is weights.decoder.embedding_VD
-        if not tied and path != "vision.patch":
+        if not tied and not _stays(path):
             found[path] = linear
         return linear
 
@@ -316,11 +341,25 @@ def named_parameters(weights: ModelWeights) -> dict[str, Tensor]:
     return found
 
 
-def layer_bytes(weights: ModelWeights) -> tuple[int, int]:
+def _stays(path: str) -> bool:
+    """Says whether a linear, given by its path, stays as it is stored: the patch embedding, and the router of Flash."""
+    return path == "vision.patch" or path.startswith("flash.router.")
+
+
+def is_of_experts(path: str) -> bool:
+    """Says whether a linear, given by its path, is that of all experts of a layer, one after the other."""
+    return path.endswith((".all_gate_up", ".all_down"))
+
+
+def layer_bytes(weights: ModelWeights) -> tuple[int, LayerBytes]:
     """Counts the bytes of the weights of all layers of the vision tower, and of the decoder."""
-    found = named_parameters(weights).items()
-    vision, decoder = (
-        sum(tensor.nbytes for path, tensor in found if path.startswith(f"{tower}.layers."))
-        for tower in ("vision", "decoder")
-    )
-    return vision, decoder
+    vision = shared = experts = 0
+    for path, tensor in named_parameters(weights).items():
+        if path.startswith("vision.layers."):
+            vision += tensor.nbytes
+        elif path.startswith("decoder.layers."):
+            if is_of_experts(path.rpartition(".")[0]):
+                experts += tensor.nbytes
+            else:
+                shared += tensor.nbytes
+    return vision, LayerBytes(shared, experts)

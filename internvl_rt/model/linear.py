@@ -18,6 +18,7 @@ from internvl_rt.kernels._fp8_rows import quantise
 from internvl_rt.kernels._int4 import pack_int4, unpack_int4
 from internvl_rt.kernels._numbers_8bit import BLOCK as BLOCK
 from internvl_rt.kernels.dequantise import dequantise_reference
+from internvl_rt.kernels.swiglu import Gate
 
 E4M3_MAX, INT8_MAX = 448.0, 127.0
 SMALLEST_GROUP = 32  # of 4-bit numbers
@@ -197,6 +198,58 @@ def round_inputs(x: Tensor, linear: Linear8) -> Tensor:
         return x
     number_RK, scale_R = quantise(x.reshape(-1, x.shape[-1]), linear.input_scale_1)
     return (number_RK.float() * scale_R[:, None]).to(x.dtype).view(x.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """The second half of a decoder layer: x + SwiGLU(norm(x) W_gate_up^T) W_down^T."""
+
+    gate_up: AnyLinear  # rows: gate, up
+    down: AnyLinear
+
+    @property
+    def first(self) -> AnyLinear:
+        """The weight that is multiplied with first."""
+        return self.gate_up
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A second half that consists of many gated MLPs, of which the router chooses some for each token.
+
+    all_gate_up, all_down: the weights of one expert after the other, as rows of one linear; of a rank perhaps those of
+        some experts alone
+    num_chosen: how many experts a token has
+    renormalises: whether the chosen ones' probabilities are divided by their sum
+    gate: what an expert's gate and up are multiplied to: silu(gate) up, or that of `kernels/expert_gate_up.py`
+    first_here: the first expert whose weights are here
+    """
+
+    router: Linear
+    all_gate_up: AnyLinear
+    all_down: AnyLinear
+    num_chosen: int
+    renormalises: bool
+    gate: Gate = "silu"
+    first_here: int = 0
+
+    @property
+    def first(self) -> AnyLinear:
+        """The weight that is multiplied with first."""
+        return self.router
+
+    @property
+    def num_here(self) -> int:
+        """How many experts have their weights here."""
+        return self.all_down.num_outputs // self.router.num_inputs
+
+    def expert(self, index: int) -> GatedMlp:
+        """Returns one of the experts that are here, counted from the first of these."""
+        num_here, parts = self.num_here, []
+        for linear in (self.all_gate_up, self.all_down):
+            size = linear.num_outputs // num_here
+            parts.append(linear.take_rows(slice(index * size, (index + 1) * size)))
+        return GatedMlp(*parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ A layer of either tower is five moves:
   decoder: norm + linear + rotary + KV write, attention, linear + residual, norm + linear + SwiGLU, linear + residual
   ViT: linear, attention, linear + residual + norm, linear + GELU, linear + residual + norm
 
-In a decode step each move of the decoder is one kernel, which has the norm in front; `gated_mlp` is the last two of
-them. The ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale and norm are one
-pass over the rows. A product takes a linear of any kind (`linear.py`): a table has kernels for it, or multiplies the
-weight out first.
+In a decode step each move of the decoder is one kernel, which has the norm in front; `mlp` is the last two of them,
+or a mixture of experts. The ViT always has a thousand rows or more; its norms come last, so that residual, LayerScale
+and norm are one pass over the rows. A product takes a linear of any kind (`linear.py`): a table has kernels for it, or
+multiplies the weight out first.
 
 `kernels/_contract.py` explains the dimension letters.
 """
@@ -35,12 +35,24 @@ from internvl_rt.kernels.patch_embed import normalise_tiles_reference, patch_emb
 from internvl_rt.kernels.qkv_rope_kv import qkv_rope_kv_reference
 from internvl_rt.kernels.resize_tiles import resize_tiles_reference
 from internvl_rt.kernels.rms_norm import rms_norm_reference
+from internvl_rt.kernels.route_experts import route_experts_reference
 from internvl_rt.kernels.sample import sample_reference
-from internvl_rt.kernels.swiglu import swiglu_reference
+from internvl_rt.kernels.swiglu import clamped_swiglu_reference, swiglu_reference
 from internvl_rt.kernels.unshuffle_project import unshuffle_project_reference
 from internvl_rt.kernels.vit_attention import vit_attention_reference
-from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm, bias_of, qk_weights, round_inputs
-from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
+from internvl_rt.model.linear import (
+    AnyLinear,
+    Experts,
+    GatedMlp,
+    Linear,
+    Linear4,
+    Linear8,
+    Norm,
+    bias_of,
+    qk_weights,
+    round_inputs,
+)
+from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Rotary, Sampling
 
 Activation = Literal["none", "gelu", "swiglu"]
 
@@ -154,10 +166,40 @@ class Ops:
             x = self.swiglu(x)
         return x if out is None or x is out else out.copy_(x)
 
-    def gated_mlp(self, x_TD: Tensor, norm: Norm, gate_up: AnyLinear, down: AnyLinear) -> Tensor:
-        """Computes the decoder's last two moves, x + SwiGLU(norm(x) W_gate_up^T) W_down^T."""
-        y_TF = self.linear(x_TD, gate_up, norm=norm, activation="swiglu")
-        return self.linear(y_TF, down, residual=x_TD)
+    def mlp(self, x_TD: Tensor, norm: Norm, mlp: GatedMlp | Experts) -> Tensor:
+        """Computes the decoder's last two moves, x + MLP(norm(x))."""
+        if isinstance(mlp, GatedMlp):
+            return self.gated_mlp(x_TD, norm, mlp)
+        return self.mix_experts(self.norm(x_TD, norm), mlp, residual_TD=x_TD)
+
+    def gated_mlp(self, x_TD: Tensor, norm: Norm, mlp: GatedMlp) -> Tensor:
+        """Computes x + SwiGLU(norm(x) W_gate_up^T) W_down^T."""
+        y_TF = self.linear(x_TD, mlp.gate_up, norm=norm, activation="swiglu")
+        return self.linear(y_TF, mlp.down, residual=x_TD)
+
+    def mix_experts(self, x_TD: Tensor, experts: Experts, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes residual + sum of p_j MLP_j(x) over the experts j that each token has chosen.
+
+        Of a rank they are those that are here. The references go through the experts one by one, on the host.
+        """
+        logits_TX = self.linear(x_TD, experts.router)
+        here = {"first": experts.first_here, "count": experts.num_here}
+        routing = route_experts_reference(
+            logits_TX, experts.num_chosen, 1, renormalise=experts.renormalises, **here
+        )  # in blocks of 1 pair: each has its expert
+        num_X = torch.bincount(routing.block_expert_B[routing.block_expert_B >= 0])
+        pairs_X = torch.split(routing.pair_W[: int(num_X.sum())], num_X.tolist())
+        sum_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for index in num_X.nonzero().view(-1).tolist():
+            pair_Q, mlp = pairs_X[index], experts.expert(index)
+            token_Q = pair_Q // experts.num_chosen
+            if experts.gate == "silu":
+                h_QF = self.linear(x_TD[token_Q], mlp.gate_up, activation="swiglu")
+            else:
+                h_QF = clamped_swiglu_reference(self.linear(x_TD[token_Q], mlp.gate_up))
+            y_QD = self.linear(h_QF, mlp.down)
+            sum_TD.index_add_(0, token_Q, y_QD.float() * routing.weight_TJ.view(-1)[pair_Q, None])
+        return sum_TD.to(x_TD.dtype) if residual_TD is None else residual_TD + sum_TD.to(x_TD.dtype)
 
     def linear_residual_norm(
         self, y: Tensor, linear: AnyLinear, residual: Tensor, scale_N: Tensor, norm: Norm | None
@@ -174,14 +216,14 @@ class Ops:
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
-        inv_freq_C: Tensor,
+        rotary: Rotary,
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
         """Returns the rotated q_THC. Writes rotated keys and values of the tokens to their slots in the cache."""
-        where = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
-        scales = cache.scale_BGP2, cache.static_scale_2
-        return self.qkv_rope_kv(self.linear(x_TD, qkv, norm=norm), *qk_weights(q_norm, k_norm), *where, *scales)
+        where = position_T, rotary.inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
+        scales, qkv_TK = (cache.scale_BGP2, cache.static_scale_2), self.linear(x_TD, qkv, norm=norm)
+        return self.qkv_rope_kv(qkv_TK, *qk_weights(q_norm, k_norm), *where, *scales, rope_scale=rotary.scale)
 
     def attend_tiles(
         self, qkv_RK: Tensor, num_tiles: int, head_dim: int, q_norm: Norm | None, k_norm: Norm | None
@@ -190,16 +232,26 @@ class Ops:
         return self.vit_attention(qkv_RK, num_tiles, head_dim, *qk_weights(q_norm, k_norm))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
+        self,
+        q_THC: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        upcoming: tuple[AnyLinear, ...] = (),
+        *,
+        sinks_H: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Computes y_THC of the decoder's attention: a token attends to itself and to all before it in its sequence.
 
         upcoming: what the next moves multiply with, in order. A table may bring these weights nearer to where they will
         be needed while this move leaves the memory idle; the result is the same.
+        sinks_H: a logit of each query head without a value, which has a share in its softmax
+        window: how many tokens up to itself a token attends to; None: all. Blocks before those are not read.
         """
         decodes = torch.arange(batch.num_decodes, dtype=torch.int32, device=q_THC.device)
         where = batch.block_table_SN, torch.cat((decodes, batch.query_start_R1)), batch.seq_len_S
-        return paged_attention_reference(q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, cache.scale_BGP2)
+        operands = q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, cache.scale_BGP2
+        return paged_attention_reference(*operands, sinks_H=sinks_H, window=window)
 
     def merge_patches(
         self, x_RE: Tensor, num_tiles: int, norm: Norm, linear: AnyLinear, factor: int, version: Literal["v1", "v2"]

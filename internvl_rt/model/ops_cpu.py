@@ -28,7 +28,7 @@ from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.processor import runs_onednn
 from internvl_rt.model.products_cpu import Product, pack, packs, product_of
 from internvl_rt.model.products_cpu_quantised import pack_quantised, quantised_product
-from internvl_rt.model.step_inputs import Batch, LayerCache
+from internvl_rt.model.step_inputs import Batch, LayerCache, Rotary
 
 FEW_SCORES = 1 << 13  # of a head, which torch's attention has computed before oneDNN's products have begun
 
@@ -76,12 +76,12 @@ class CpuOps(Ops):
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
-        inv_freq_C: Tensor,
+        rotary: Rotary,
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
         _, num_kv_heads, block_size, head_dim = cache.k_cache_BGPC.shape
-        rotation = self._once_a_step("rotation", position_T, lambda: rotation_of(position_T, inv_freq_C))
+        rotation = self._once_a_step("rotation", position_T, lambda: rotation_of(position_T, rotary))
         block_T, place_T = self._once_a_step("places", slot_T, lambda: (slot_T // block_size, slot_T % block_size))
         num_heads = qkv.num_outputs // head_dim - 2 * num_kv_heads
         heads = self.linear(self.norm(x_TD, norm), qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
@@ -116,21 +116,27 @@ class CpuOps(Ops):
         return torch.cat((y_IUE[:, :-1].flatten(0, 1), y_IUE[:, -1]))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
+        self,
+        q_THC: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        upcoming: tuple[AnyLinear, ...] = (),
+        *,
+        sinks_H: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         n, num_seqs = batch.num_decodes, len(batch.seq_len_S)
         decoded_SHC = None
         if n > 0:
-            reads = self._once_a_step(
-                "reads", batch, lambda: plan_reads(batch, cache.k_cache_BGPC.shape[2], q_THC.dtype)
-            )
-            decoded_SHC = attend_blocks(q_THC[:n], cache, reads)
+            sizes = cache.k_cache_BGPC.shape[2], q_THC.dtype
+            reads = self._once_a_step(f"reads {window}", batch, lambda: plan_reads(batch, *sizes, window))
+            decoded_SHC = attend_blocks(q_THC[:n], cache, reads, sinks_H)
             if n == num_seqs:
                 return decoded_SHC
         where = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
         attend = attend_prompt if self.attends_by_products else attend_by_torch
-        caches = cache.k_cache_BGPC, cache.v_cache_BGPC
-        y_THC = paged_attention_reference(q_THC, *caches, *where, cache.scale_BGP2, attend=attend)
+        operands = q_THC, cache.k_cache_BGPC, cache.v_cache_BGPC, *where, cache.scale_BGP2
+        y_THC = paged_attention_reference(*operands, sinks_H=sinks_H, window=window, attend=attend)
         if decoded_SHC is not None:
             y_THC[:n] = decoded_SHC
         return y_THC
@@ -151,16 +157,18 @@ class CpuOps(Ops):
         return value
 
 
-def attend_prompt(q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor) -> Tensor:
+def attend_prompt(
+    q_HTC: Tensor, k_GSC: Tensor, v_GSC: Tensor, sinks_H: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Computes causal attention [T, H, C] of the last T of a sequence's S tokens, by products if there are many."""
     if q_HTC.shape[1] * k_GSC.shape[1] <= FEW_SCORES:
-        return attend_by_torch(q_HTC, k_GSC, v_GSC)
-    return attend_by_products(q_HTC, k_GSC, v_GSC, is_causal=True)
+        return attend_by_torch(q_HTC, k_GSC, v_GSC, sinks_H, window)
+    return attend_by_products(q_HTC, k_GSC, v_GSC, sinks_H, window, is_causal=True)
 
 
-def rotation_of(position_T: Tensor, inv_freq_C: Tensor) -> Rotation:
-    angle_T1C = (position_T[:, None] * inv_freq_C)[:, None]
-    cos_T1C, sin_T1C = angle_T1C.cos(), angle_T1C.sin()
+def rotation_of(position_T: Tensor, rotary: Rotary) -> Rotation:
+    angle_T1C = (position_T[:, None] * rotary.inv_freq_C)[:, None]
+    cos_T1C, sin_T1C = angle_T1C.cos() * rotary.scale, angle_T1C.sin() * rotary.scale
     return Rotation(torch.cat((cos_T1C, cos_T1C), -1), torch.cat((-sin_T1C, sin_T1C), -1))
 
 

@@ -13,11 +13,12 @@ All other kernels compute each row by itself.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from internvl_rt.kernels._expert_plan import BLOCKS
 from internvl_rt.kernels._launch import target_of
 from internvl_rt.kernels._plans import choose_attention_plan
 from internvl_rt.kernels._prefill_plan import SplitRule
@@ -25,7 +26,7 @@ from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.prefill_attention import prefill_attention
 from internvl_rt.kernels.unshuffle_norm import unshuffle_norm
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.linear import AnyLinear
+from internvl_rt.model.linear import AnyLinear, Experts
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.ops_triton import TritonOps, triton_ops
 from internvl_rt.model.step_inputs import Batch, LayerCache
@@ -46,18 +47,30 @@ class InvariantOps(TritonOps):
     linear_residual_norm = Ops.linear_residual_norm
     norm_qkv_rope_kv = Ops.norm_qkv_rope_kv
 
+    def mix_experts(self, x_TD: Tensor, experts: Experts, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes `Ops.mix_experts` in blocks of one size."""
+        return self._mix(x_TD, experts, self.linear(x_TD, experts.router), BLOCKS[0], residual_TD)
+
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
+        self,
+        q_THC: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        upcoming: tuple[AnyLinear, ...] = (),
+        *,
+        sinks_H: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Computes `Ops.paged_attention`. A sequence that decodes is a prompt of one token."""
         y_THC, n = torch.empty_like(q_THC), batch.num_decodes
-        caches = cache.k_cache_BGPC, cache.v_cache_BGPC
+        caches, scale_BGP2 = (cache.k_cache_BGPC, cache.v_cache_BGPC), cache.scale_BGP2
+        how: dict[str, Any] = {"splits": NOT_SPLIT, "sinks_H": sinks_H, "window": window, "out": y_THC}
         if n > 0:
             rows = batch.block_table_SN[:n], self._query_starts(n, q_THC.device), batch.seq_len_S[:n]
-            prefill_attention(q_THC, *caches, *rows, 1, cache.scale_BGP2, NOT_SPLIT, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, 1, scale_BGP2, **how)
         if n < len(batch.seq_len_S):
             rows = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
-            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, cache.scale_BGP2, NOT_SPLIT, out=y_THC)
+            prefill_attention(q_THC, *caches, *rows, batch.max_query_len, scale_BGP2, **how)
         return y_THC
 
     def _query_starts(self, num_decodes: int, device: torch.device) -> Tensor:

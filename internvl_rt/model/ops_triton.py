@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.errors import RequestError
+from internvl_rt.kernels._expert_plan import choose_block
 from internvl_rt.kernels._fp8_rows import MAX_WIDTH
 from internvl_rt.kernels._fp8_rows import MIN_CAPABILITY as FP8_CAPABILITY
 from internvl_rt.kernels._gemv_plan import MAX_ROWS, build_gemv_workspace
@@ -20,6 +21,8 @@ from internvl_rt.kernels.copy_blocks import copy_blocks
 from internvl_rt.kernels.decode_attention import decode_attention
 from internvl_rt.kernels.dequantise import dequantise
 from internvl_rt.kernels.embed_tokens import embed_tokens
+from internvl_rt.kernels.expert_down import expert_down
+from internvl_rt.kernels.expert_gate_up import expert_gate_up
 from internvl_rt.kernels.gemm_epilogue import gemm_epilogue
 from internvl_rt.kernels.gemm_fp8 import gemm_fp8
 from internvl_rt.kernels.gemv import gemv
@@ -34,14 +37,15 @@ from internvl_rt.kernels.quantise_rows import quantise_rows
 from internvl_rt.kernels.resize_tiles import resize_tiles
 from internvl_rt.kernels.rms_norm import rms_norm
 from internvl_rt.kernels.rms_norm_fp8 import rms_norm_fp8
+from internvl_rt.kernels.route_experts import route_experts
 from internvl_rt.kernels.sample import sample
 from internvl_rt.kernels.swiglu import swiglu
 from internvl_rt.kernels.swiglu_fp8 import swiglu_fp8
 from internvl_rt.kernels.unshuffle_project import unshuffle_project
 from internvl_rt.kernels.vit_attention import vit_attention
-from internvl_rt.model.linear import AnyLinear, Linear, Linear4, Linear8, Norm
+from internvl_rt.model.linear import BLOCK, AnyLinear, Experts, GatedMlp, Linear, Linear4, Linear8, Norm
 from internvl_rt.model.ops import Activation, Ops
-from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Sampling
+from internvl_rt.model.step_inputs import Batch, HostTokens, LayerCache, Rotary, Sampling
 
 # Up to so many rows a weight is multiplied by the kernels for few rows, a quantised one in pieces of MAX_ROWS. Each of
 # them reads it, which takes less time than to write it multiplied out and to read that; by predictions, not measured.
@@ -158,14 +162,38 @@ class TritonOps(Ops):
         """Computes `Ops.product`. With a weight that is multiplied out, rounded inputs would gain nothing."""
         return self.gemm_epilogue(x, self.dense(linear, x.dtype), bias_N, **after)
 
-    def gated_mlp(self, x_TD: Tensor, norm: Norm, gate_up: AnyLinear, down: AnyLinear) -> Tensor:
+    def gated_mlp(self, x_TD: Tensor, norm: Norm, mlp: GatedMlp) -> Tensor:
         """Computes `Ops.gated_mlp`. Between two FP8 products of many rows, SwiGLU rounds its result itself."""
+        gate_up, down = mlp.gate_up, mlp.down
         if not (len(x_TD) > MAX_ROWS and is_fp8_product(gate_up, x_TD) and is_fp8_product(down, x_TD)) or down.join:
-            return Ops.gated_mlp(self, x_TD, norm, gate_up, down)
+            return Ops.gated_mlp(self, x_TD, norm, mlp)
         gate_up_T2F = self._fp8_product(self._round(x_TD, norm, gate_up), gate_up, x_TD.dtype)
         scale_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
         rounded = RoundedRows(swiglu_fp8(gate_up_T2F, scale_T, down.input_scale_1), scale_T)
         return self._fp8_product(rounded, down, x_TD.dtype, residual=x_TD, out=x_TD)
+
+    def mix_experts(self, x_TD: Tensor, experts: Experts, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes `Ops.mix_experts` without the host: experts are chosen, and sorted by, on the device."""
+        if len(x_TD) <= MAX_ROWS:
+            logits_TX = self._few_rows(x_TD, experts.router, None, "none", None, None)
+        else:
+            logits_TX = self.linear(x_TD, experts.router)
+        block = choose_block(len(x_TD), experts.num_chosen, experts.router.num_outputs)
+        return self._mix(x_TD, experts, logits_TX, block, residual_TD)
+
+    def _mix(self, x_TD: Tensor, experts: Experts, logits_TX: Tensor, block: int, residual_TD: Tensor | None) -> Tensor:
+        """Computes `mix_experts`, given the router's logits. block: how many pairs are computed together."""
+        chosen, first, held = experts.num_chosen, experts.first_here, experts.num_here
+        renormalise = experts.renormalises
+        routing = route_experts(logits_TX, chosen, block, renormalise=renormalise, first=first, count=held)
+        pairs = routing.pair_W, routing.block_expert_B
+        how: dict[str, Any] = {"num_experts": held, "programmatic_launch": self.switches.programmatic_launch}
+        gate_up, group = _numbers_of(experts.all_gate_up)
+        how["bias_N"] = experts.all_gate_up.bias_N
+        y_QF = expert_gate_up(x_TD, *gate_up, *pairs, chosen, group=group, gate=experts.gate, **how)
+        down, how["group"] = _numbers_of(experts.all_down)
+        how |= {"first": first, "bias_N": experts.all_down.bias_N, "residual_TD": residual_TD, "out": residual_TD}
+        return expert_down(y_QF, *down, routing.expert_id_TJ, routing.weight_TJ, *pairs, **how)
 
     def _round(self, x_RK: Tensor, norm: Norm | None, linear: Linear8) -> "RoundedRows":
         """Rounds rows, or their norm, to FP8, each by its largest value or all by the linear's static scale."""
@@ -218,25 +246,32 @@ class TritonOps(Ops):
         q_norm: Norm | None,
         k_norm: Norm | None,
         position_T: Tensor,
-        inv_freq_C: Tensor,
+        rotary: Rotary,
         cache: LayerCache,
         slot_T: Tensor,
     ) -> Tensor:
         """Computes `Ops.norm_qkv_rope_kv`. It is one kernel for few rows without norms on q and k, unless the cache is
-        in 8 bits.
+        in 8 bits or what is rotated is scaled.
         """
-        is_fused = q_norm is None and norm.bias_D is None and cache.scale_BGP2 is None
+        is_fused = q_norm is None and norm.bias_D is None and cache.scale_BGP2 is None and rotary.scale == 1
         if not (isinstance(qkv, Linear) and is_fused and 0 < len(x_TD) <= MAX_ROWS):
-            where = position_T, inv_freq_C, cache, slot_T
+            where = position_T, rotary, cache, slot_T
             return Ops.norm_qkv_rope_kv(self, x_TD, norm, qkv, q_norm, k_norm, *where)
         _, num_kv_heads, _, head_dim = cache.k_cache_BGPC.shape
         num_heads = qkv.num_outputs // head_dim - 2 * num_kv_heads
         weights = norm.weight_D, norm.eps, qkv.weight_NK, qkv.bias_N
-        places = position_T, inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
+        places = position_T, rotary.inv_freq_C, cache.k_cache_BGPC, cache.v_cache_BGPC, slot_T
         return gemv_qkv(x_TD, *weights, *places, num_heads, **self._shared_arguments(x_TD.device))
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[AnyLinear, ...] = ()
+        self,
+        q_THC: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        upcoming: tuple[AnyLinear, ...] = (),
+        *,
+        sinks_H: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Computes `Ops.paged_attention`. Sequences that decode have their own kernel, whose work is split.
 
@@ -252,6 +287,8 @@ class TritonOps(Ops):
             prefetches = switches.prefetch_weights and len(q_THC) <= MAX_ROWS
             decode_attention(
                 *(q_THC[:n], *caches, *decodes, cache.scale_BGP2, counters_SG),
+                sinks_H=sinks_H,
+                window=window,
                 upcoming=[linear.weight_NK for linear in upcoming if isinstance(linear, Linear)] if prefetches else (),
                 programmatic_launch=switches.programmatic_launch,
                 prefetch_keys=switches.prefetch_keys,
@@ -261,7 +298,8 @@ class TritonOps(Ops):
         if n < len(batch.seq_len_S):
             chunks = batch.block_table_SN[n:], batch.query_start_R1, batch.seq_len_S[n:]
             operands = (q_THC, *caches, *chunks, batch.max_query_len, cache.scale_BGP2)
-            prefill_attention(*operands, workspace=self._prefill_workspace(q_THC.device), out=y_THC)
+            workspace = self._prefill_workspace(q_THC.device)
+            prefill_attention(*operands, sinks_H=sinks_H, window=window, workspace=workspace, out=y_THC)
         return y_THC
 
     def sample(
@@ -296,6 +334,17 @@ class TritonOps(Ops):
         if device not in self._prefill:
             self._prefill[device] = build_prefill_workspace(device)
         return self._prefill[device]
+
+
+def _numbers_of(linear: AnyLinear) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], int]:
+    """Returns what a weight consists of, its scales and its zeros, and how many columns share a scale."""
+    match linear:
+        case Linear():
+            return (linear.weight_NK, None, None), BLOCK
+        case Linear8():
+            return (linear.weight_NK, linear.scale_NG, None), BLOCK
+        case Linear4():
+            return (linear.words_NW, linear.scale_NG, linear.zero_NG), linear.group
 
 
 class RoundedRows(NamedTuple):

@@ -3,15 +3,18 @@
 So weights are complete exactly if every planned tensor is there.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig
+from internvl_rt.checkpoint.folder import Checkpoint
 from internvl_rt.model.dialects import GROUPED, Dialect, find_names
-from internvl_rt.model.internvl import build_weights, named_parameters
+from internvl_rt.model.internvl import build_weights, is_of_experts, named_parameters
 from internvl_rt.model.shard import Shard, cut_of
 
 
@@ -19,6 +22,8 @@ class Placement(NamedTuple):
     """Rows [start, stop) of a parameter, and the part of a stored tensor that fills them.
 
     rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension; by default all.
+        Columns may have a step.
+    transposed: whether the parameter's rows are columns there, as those of every vector are
     """
 
     parameter: str
@@ -26,6 +31,7 @@ class Placement(NamedTuple):
     stop: int
     rows: slice = slice(None)
     columns: slice = slice(None)
+    transposed: bool = False
 
 
 class PlannedTensor(NamedTuple):
@@ -38,6 +44,7 @@ class PlannedTensor(NamedTuple):
 def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTensor]:
     """Lists every tensor that a checkpoint in this dialect must hold, by name."""
     v, d, table = config.vision, config.decoder, dialect.table()
+    num_experts = d.experts.num_experts if d.experts else 0
     shapes_in_file = {
         "vision.class_E": (1, 1, v.hidden_size),
         "vision.position_UE": (1, 1 + v.num_patches, v.hidden_size),
@@ -46,19 +53,46 @@ def plan_tensors(config: ModelConfig, dialect: Dialect) -> dict[str, PlannedTens
     plan = {}
     for path, parameter in named_parameters(build_weights(config, dtype=torch.bfloat16, device="meta")).items():
         num_rows = len(parameter)
-        pattern, names = find_names(table, path)
+        pattern, names = find_names(table, path, num_experts)
         if pattern.endswith(GROUPED):
             (name,) = names
             plan[name] = PlannedTensor(tuple(parameter.shape), _place_heads(path, d))
             continue
         sizes = [num_rows // len(names)] * len(names)
-        if len(names) == 3:  # q, k and v
+        if ".qkv." in path and len(names) == 3:
             kv_rows = v.hidden_size if path.startswith("vision.") else d.num_kv_heads * d.head_dim
             sizes = [num_rows - 2 * kv_rows, kv_rows, kv_rows]
         for name, size, stop in zip(names, sizes, accumulate(sizes), strict=True):
             shape = shapes_in_file.get(path, (size, *parameter.shape[1:]))
-            plan[name] = PlannedTensor(shape, (Placement(path, stop - size, stop),))
+            if dialect.experts != "apart" and is_of_experts(path.rpartition(".")[0]):
+                plan[name] = _place_experts(path, parameter, num_experts, dialect)
+                continue
+            is_vector = len(shape) == 1
+            place = Placement(path, stop - size, stop, transposed=is_vector)
+            plan[name] = PlannedTensor(shape, (place,))
     return plan
+
+
+def _place_experts(path: str, parameter: Tensor, num_experts: int, dialect: Dialect) -> PlannedTensor:
+    """Says where the rows of a layer's experts are in one tensor that holds all of them."""
+    size, *width = len(parameter) // num_experts, *parameter.shape[1:]
+    if dialect.experts == "stacked":
+        return PlannedTensor((num_experts, size, *width), (Placement(path, 0, len(parameter)),))
+    height = width[0] if width else 1  # rows of an expert there, which are its inputs
+    parts = 2 if ".all_gate_up." in path else 1  # by turns there
+    places = tuple(
+        Placement(
+            path,
+            (expert * parts + part) * (size // parts),
+            (expert * parts + part + 1) * (size // parts),
+            slice(expert * height, (expert + 1) * height),
+            slice(part, size, parts) if parts > 1 else slice(None),
+            transposed=True,
+        )
+        for expert in range(num_experts)
+        for part in range(parts)
+    )
+    return PlannedTensor((num_experts, *width, size), places)
 
 
 def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
@@ -72,13 +106,8 @@ def _place_heads(parameter: str, c: DecoderConfig) -> tuple[Placement, ...]:
     return tuple(placements)
 
 
-def cut_placements(
-    placements: Iterable[Placement], config: DecoderConfig, shard: Shard, *, is_vector: bool = False
-) -> list[Placement]:
-    """Returns where what a rank has of a stored tensor belongs in the rank's parameters.
-
-    config: of the whole decoder. is_vector: whether the tensor is one, whose only row the parameter's rows are in
-    """
+def cut_placements(placements: Iterable[Placement], config: DecoderConfig, shard: Shard) -> list[Placement]:
+    """Returns where what a rank has of a stored tensor belongs in its parameters. config: of the whole decoder."""
     found = []
     for place in placements:
         cut = cut_of(place.parameter, config, shard)
@@ -91,12 +120,9 @@ def cut_placements(
             if start < stop:
                 part = slice(start - place.start, stop - place.start)
                 ours = rank_start + start - rows.start
-                taken = (
-                    (place.rows, _within(place.columns, part))
-                    if is_vector
-                    else (_within(place.rows, part), _within(place.columns, cut.columns))
-                )
-                found.append(Placement(place.parameter, ours, ours + stop - start, *taken))
+                rows_there, columns_there = (cut.columns, part) if place.transposed else (part, cut.columns)
+                taken = _within(place.rows, rows_there), _within(place.columns, columns_there)
+                found.append(Placement(place.parameter, ours, ours + stop - start, *taken, place.transposed))
             rank_start += rows.stop - rows.start
     return found
 
@@ -105,4 +131,19 @@ def _within(outer: slice, inner: slice) -> slice:
     """Returns where a slice of a slice lies."""
     if inner == slice(None):
         return outer
-    return slice((outer.start or 0) + inner.start, (outer.start or 0) + inner.stop)
+    start, step = outer.start or 0, outer.step or 1
+    return slice(start + inner.start * step, start + inner.stop * step, outer.step)
+
+
+def read_placed(checkpoint: Checkpoint, name: str, place: Placement, rows: Tensor) -> None:
+    """Reads what a placement says of a tensor into rows of a parameter, which lie together in memory."""
+    if place.columns.step is None and (not place.transposed or rows.ndim == 1):
+        checkpoint.read_into(name, rows, place.rows, place.columns)
+        return
+    entry = checkpoint.entries[name]
+    columns = range(entry.shape[-1])[place.columns]
+    height = len(range(math.prod(entry.shape[:-1]))[place.rows])
+    found = torch.empty(height, columns[-1] + 1 - columns[0], dtype=entry.dtype, device=rows.device)
+    checkpoint.read_into(name, found, place.rows, slice(columns[0], columns[-1] + 1))
+    found = found[:, :: columns.step]
+    rows.copy_((found.t() if place.transposed else found).reshape(rows.shape))

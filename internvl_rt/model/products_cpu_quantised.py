@@ -88,8 +88,9 @@ def quantised_product(x: Tensor, linear: Linear8 | Linear4, bias_N: Tensor | Non
 
 
 def suits_kernel(linear: Linear8) -> bool:
-    has_one_scale = linear.scale_NG.shape[1] == 1
-    return linear.weight_NK.dtype == torch.int8 and has_one_scale and linear.num_inputs % VECTOR == 0
+    """Says whether torch's kernel takes a weight, which those of experts, that are not packed, do not."""
+    is_packed = linear.scale_NG.dtype == torch.bfloat16 and linear.scale_NG.shape[1] == 1
+    return linear.weight_NK.dtype == torch.int8 and is_packed and linear.num_inputs % VECTOR == 0
 
 
 def is_scaled_last(linear: Linear8, dtype: torch.dtype) -> bool:

@@ -8,6 +8,8 @@ the vocabulary:
   o, down        the columns that belong to them: the product is one summand, and all ranks add theirs up
   lm_head        some rows: rank 0 gathers the logits
 
+Of a layer with experts it has some columns of each expert, or some of the experts, and the whole router.
+
 A rank has whole key/value heads. Where there are fewer of them than ranks, several ranks have the same one, and each
 has some of its query heads.
 
@@ -20,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from internvl_rt.checkpoint.config import DecoderConfig
+from internvl_rt.checkpoint.config import DecoderConfig, ExpertsConfig
 from internvl_rt.errors import RequestError
 
 MAX_RANKS = 16
@@ -94,6 +96,7 @@ class Shard:
     group: of all ranks; None: there is one. lead: of rank 0, if there are several
     vision, decoder: whether it holds the tower with its projector, and its part of the decoder
     tower: who encodes for rank 0 if it does not hold the tower
+    by_expert: whether ranks share a layer's experts among them, and not the columns of each
     """
 
     rank: int = 0
@@ -103,6 +106,7 @@ class Shard:
     vision: bool = True
     decoder: bool = True
     tower: Tower | None = None
+    by_expert: bool = False
 
     def holds(self, path: str) -> bool:
         """Says whether a parameter, given by its path, is here, or a part of it."""
@@ -138,9 +142,15 @@ def share_of(count: int, rank: int, size: int) -> slice:
     return slice(start, start + each + (rank < left))
 
 
-def check_size(config: DecoderConfig, size: int) -> None:
-    """Raises RequestError unless each of `size` ranks can have a query head, a column of the MLP and a token."""
-    most = min(MAX_RANKS, config.num_heads, config.intermediate_size, config.vocab_size)
+def check_size(config: DecoderConfig, size: int, *, by_expert: bool = False) -> None:
+    """Raises RequestError unless each of `size` ranks can have a query head, a column of the MLP and a token.
+
+    by_expert: an expert in place of the column
+    """
+    if by_expert and config.experts is None:
+        raise RequestError("expert_parallel is true, but this model has no experts; leave it out")
+    parts = config.experts.num_experts if by_expert and config.experts else config.intermediate_size
+    most = min(MAX_RANKS, config.num_heads, parts, config.vocab_size)
     if size > most:
         raise RequestError(
             f"tensor_parallel_size is {size}, but this model, with {config.num_heads} query heads, can be split among "
@@ -149,13 +159,18 @@ def check_size(config: DecoderConfig, size: int) -> None:
 
 
 def shard_decoder(config: DecoderConfig, shard: Shard) -> DecoderConfig:
-    """Returns the sizes of a rank's part of the decoder: its heads, and its columns of the MLP."""
+    """Returns the sizes of a rank's part of the decoder: its heads, and its columns of the MLP or its experts."""
     heads, kv_heads, columns = _heads(config, shard), _kv_heads(config, shard), _columns(config, shard)
+    experts = config.experts
+    if experts is not None:
+        ours = _experts(experts, shard)
+        experts = replace(experts, first_here=ours.start, num_here=ours.stop - ours.start)
     return replace(
         config,
         num_heads=heads.stop - heads.start,
         num_kv_heads=kv_heads.stop - kv_heads.start,
         intermediate_size=columns.stop - columns.start,
+        experts=experts,
     )
 
 
@@ -175,7 +190,10 @@ def cut_of(path: str, config: DecoderConfig, shard: Shard) -> Cut | None:
     """
     if shard.size == 1 or not path.startswith("decoder."):
         return None
-    linear = path.split(".")[-2]
+    linear, parameter = path.split(".")[-2:]
+    if parameter == "sinks_H":
+        return Cut((_heads(config, shard),))
+    is_bias = parameter == "bias_N"
     c, width = config, config.head_dim
     heads, kv_heads, columns = _heads(c, shard), _kv_heads(c, shard), _columns(c, shard)
     match linear:
@@ -184,11 +202,23 @@ def cut_of(path: str, config: DecoderConfig, shard: Shard) -> Cut | None:
             parts = heads, _moved(kv_heads, first_key), _moved(kv_heads, first_value)
             return Cut(tuple(_scaled(part, width) for part in parts))
         case "o":
-            return Cut((slice(0, c.hidden_size),), _scaled(heads, width))
+            return Cut((slice(0, c.hidden_size),), slice(None) if is_bias else _scaled(heads, width))
         case "gate_up":
             return Cut((columns, _moved(columns, c.intermediate_size)))
         case "down":
             return Cut((slice(0, c.hidden_size),), columns)
+        case "all_gate_up":
+            assert c.experts is not None
+            size = 2 * c.intermediate_size
+            ours = _experts(c.experts, shard)
+            if shard.by_expert:
+                return Cut((_scaled(ours, size),))
+            gate_up = columns, _moved(columns, c.intermediate_size)
+            return Cut(tuple(_moved(part, e * size) for e in range(ours.start, ours.stop) for part in gate_up))
+        case "all_down":
+            assert c.experts is not None
+            ours = _experts(c.experts, shard)
+            return Cut((_scaled(ours, c.hidden_size),), slice(None) if is_bias or shard.by_expert else columns)
         case "lm_head":
             return Cut((vocabulary_of(c, shard),))
     return None
@@ -218,8 +248,14 @@ def _common_head(config: DecoderConfig, shard: Shard) -> tuple[int, int, int]:
     raise AssertionError("every rank has a key/value head")
 
 
+def _experts(config: ExpertsConfig, shard: Shard) -> slice:
+    return share_of(config.num_experts, shard.rank, shard.size) if shard.by_expert else slice(0, config.num_experts)
+
+
 def _columns(config: DecoderConfig, shard: Shard) -> slice:
     unit, size = _COLUMNS, config.intermediate_size
+    if shard.by_expert:
+        return slice(0, size)
     while size % unit or size // unit < shard.size:
         unit //= 2
     return _scaled(share_of(size // unit, shard.rank, shard.size), unit)

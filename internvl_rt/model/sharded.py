@@ -11,7 +11,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.internvl import ModelWeights, map_weights
-from internvl_rt.model.linear import AnyLinear, Linear, Norm
+from internvl_rt.model.linear import AnyLinear, Experts, Linear, Norm
 from internvl_rt.model.ops import Activation, Ops
 from internvl_rt.model.shard import Group, Shard, vocabulary_of
 from internvl_rt.model.step_inputs import HostTokens, Sampling
@@ -58,6 +58,11 @@ class ShardedOps(Ops):
                 out[:, part] = logits_RV[:, : part.stop - part.start]
         return out
 
+    def mix_experts(self, x_TD: Tensor, experts: Experts, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes `Ops.mix_experts`, of which each rank has a summand."""
+        y_TD = self.group.add(super().mix_experts(x_TD, experts))
+        return y_TD if residual_TD is None else y_TD.add_(residual_TD)
+
     def sample(
         self, logits_RV: Tensor, sampling: Sampling, token_id_R: Tensor, on_host: HostTokens | None = None
     ) -> None:
@@ -90,7 +95,11 @@ def join_shards(weights: ModelWeights, config: DecoderConfig, shard: Shard) -> M
         if path == "decoder.lm_head":
             tied = isinstance(linear, Linear) and linear.weight_NK is weights.decoder.embedding_VD
             return replace(linear.take_rows(vocabulary_of(config, shard)) if tied else linear, join="gather")
-        is_summand = path.startswith("decoder.layers.") and path.endswith((".o", ".down"))
-        return replace(linear, join="add") if is_summand else linear
+        bias_N = linear.bias_N if shard.rank == 0 else None  # the sum has it once
+        if path.startswith("decoder.layers.") and path.endswith((".o", ".down")):
+            return replace(linear, join="add", bias_N=bias_N)
+        if path.endswith(".all_down") and not shard.by_expert:
+            return replace(linear, bias_N=bias_N)
+        return linear
 
     return map_weights(weights, lambda _, tensor: tensor, join)

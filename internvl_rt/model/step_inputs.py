@@ -54,6 +54,13 @@ class LayerCache:
     static_scale_2: Tensor | None = None
 
 
+class Rotary(NamedTuple):
+    """How positions turn heads: by the angles position * inv_freq[j] for j < C / 2; and what is turned is scaled."""
+
+    inv_freq_C: Tensor  # float32 [C / 2]
+    scale: float = 1.0
+
+
 class Sampling(NamedTuple):
     """How a token is drawn from each of R rows of logits: the arguments of `kernels/sample.py`, which explains them."""
 

@@ -18,7 +18,7 @@ from internvl_rt.checkpoint.find import MERGE_LORA
 from internvl_rt.checkpoint.folder import Checkpoint, some_of, write_tensors
 from internvl_rt.checkpoint.quantization import Quantization, Scheme
 from internvl_rt.errors import CheckpointError, ConfigError, not_finite
-from internvl_rt.model.dialects import DIALECTS, Dialect, name_modules
+from internvl_rt.model.dialects import DIALECTS, Dialect, find_dialect, name_modules
 from internvl_rt.model.internvl import (
     ModelWeights,
     build_weights,
@@ -29,7 +29,7 @@ from internvl_rt.model.internvl import (
 )
 from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.placement import Placement, PlannedTensor, cut_placements, plan_tensors
+from internvl_rt.model.placement import Placement, PlannedTensor, cut_placements, plan_tensors, read_placed
 from internvl_rt.model.shard import WHOLE, Shard, cut_of, shard_decoder, vocabulary_of
 from internvl_rt.model.stored_linear import (
     FLOATS,
@@ -50,8 +50,12 @@ from internvl_rt.model.stored_linear import (
 )
 
 _LORA = re.compile(r"\blora_|\.base_layer\.")  # as PEFT names an adapter's tensors, and what they adapt
-# Buffers that some versions of transformers wrote, and a training-time token that the class declares but does not use.
-_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)")
+# Buffers that some versions of transformers wrote, a training-time token that the class declares but does not use, and
+# the two rounds of attention that the class of Flash declares and does not use.
+_IGNORED = re.compile(
+    r".*\.(rotary_emb\.inv_freq|embeddings\.mask_token)"
+    r"|pooling_before_gating\.(attn[34]\.(in_proj_|out_proj\.)|norm[34]\.)(weight|bias)"
+)
 
 
 class Module(NamedTuple):
@@ -89,9 +93,11 @@ def find_schemes(
     """Returns how each quantised linear is stored, by path. Raises ConfigError where its parts differ."""
     if quantization is None:
         return {}
-    found = {}
+    found, experts = {}, config.decoder.experts
     for path in named_linears(build_weights(config, dtype=torch.bfloat16, device="meta")):
-        modules = name_modules(dialect, path)
+        if path.endswith(".router"):  # small, and it decides
+            continue
+        modules = name_modules(dialect, path, 0 if experts is None else experts.num_experts)
         schemes = {name: quantization.scheme_of(path, names) for name, names in modules}
         if len(set(schemes.values())) > 1:
             differ = ", ".join(f"{name} ({scheme or 'dense'})" for name, scheme in schemes.items())
@@ -121,7 +127,7 @@ def shape_weights(
         assert isinstance(linear, Linear)
         if path not in schemes:
             return linear
-        _check_borders(path, config, schemes[path], shard.size)
+        _check_borders(path, config, schemes[path], shard)
         return quantise_shapes(linear, schemes[path], _first_column(path, config, shard))
 
     return map_linears(weights, quantise)
@@ -132,13 +138,13 @@ def _first_column(path: str, config: ModelConfig, shard: Shard) -> int:
     return 0 if cut is None else cut.columns.start or 0
 
 
-def _check_borders(path: str, config: ModelConfig, scheme: Scheme, num_ranks: int) -> None:
+def _check_borders(path: str, config: ModelConfig, scheme: Scheme, shard: Shard) -> None:
     """Raises ConfigError if any rank's columns of a linear begin where a weight stored so cannot be cut."""
     unit = column_unit(scheme)
-    borders = [_first_column(path, config, Shard(rank, num_ranks)) for rank in range(num_ranks)]
+    borders = [_first_column(path, config, replace(shard, rank=rank)) for rank in range(shard.size)]
     if wrong := [border for border in borders if border % unit]:
         raise ConfigError(
-            f"tensor_parallel_size {num_ranks} cuts {name_modules(DIALECTS['original'], path)[0][0]} ({scheme}) at "
+            f"tensor_parallel_size {shard.size} cuts {name_modules(DIALECTS['original'], path, 1)[0][0]} ({scheme}) at "
             f"column {wrong[0]}, expected multiples of {unit}: what is between them is stored together; choose another "
             "tensor_parallel_size, or 8-bit weights with one scale a row"
         )
@@ -199,13 +205,13 @@ def load_weights(
     left over, misshapen, of the wrong dtype, or if scales are not finite; and after all are read, if another number is
     not finite in `dtype`.
     """
-    dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & checkpoint.entries.keys()))
+    dialect = find_dialect(checkpoint.entries)
     config = settle_tying(checkpoint, config, dialect)
     plan = plan_file(config, dialect, quantization)
     check_tensors(checkpoint, config, dialect, plan)
     parts: dict[str, list[tuple[str, Placement]]] = {}  # of each parameter
     for name, planned in plan.dense.items():
-        for place in cut_placements(planned.placements, config.decoder, shard, is_vector=len(planned.shape) == 1):
+        for place in cut_placements(planned.placements, config.decoder, shard):
             parts.setdefault(place.parameter, []).append((name, place))
     extremes: list[tuple[str, Tensor]] = []  # of each part's numbers; on the device, which the host does not wait for
 
@@ -213,17 +219,17 @@ def load_weights(
         shard.check()
         for name, place in parts[path]:
             rows = parameter[place.start : place.stop]
-            checkpoint.read_into(name, rows, place.rows, place.columns)
+            read_placed(checkpoint, name, place, rows)
             extremes.append((name, torch.stack(rows.aminmax())))  # NaN if one is NaN
 
     def make(path: str, linear: AnyLinear, fill_dense: Callable[[], Linear]) -> AnyLinear:
         if plan.schemes[path].layout == "cast":
             return cast_linear(fill_dense(), plan.schemes[path], agreement(path, config, shard))
-        return join_parts(linear, (read(module) for module in plan.modules[path]))
+        parts = ((module, cut_placements(module.placements, config.decoder, shard)) for module in plan.modules[path])
+        return join_parts(linear, (read(module, places) for module, places in parts if places))
 
-    def read(module: Module) -> tuple[Part, list[tuple[slice, slice]]]:
+    def read(module: Module, places: list[Placement]) -> tuple[Part, list[tuple[slice, slice]]]:
         shard.check()
-        places = cut_placements(module.placements, config.decoder, shard)
         rows = [range(module.shape[0])[place.rows] for place in places]
         first, stop = min(one.start for one in rows), max(one.stop for one in rows)
         how = module.scheme, *module.shape, torch.device(device), slice(first, stop), places[0].columns
@@ -259,8 +265,8 @@ def save_weights(
         tensor = torch.empty(planned.shape, dtype=dtype)
         matrix = tensor.view(-1, tensor.shape[-1])
         for place in planned.placements:
-            part = matrix[place.rows, place.columns]
-            part.copy_(parameters[place.parameter][place.start : place.stop].reshape(part.shape))
+            part, rows = matrix[place.rows, place.columns], parameters[place.parameter][place.start : place.stop]
+            part.copy_((rows.t() if place.transposed and rows.ndim == 2 else rows).reshape(part.shape))
         return tensor
 
     shapes = {name: planned.shape for name, planned in plan.items()}

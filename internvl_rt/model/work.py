@@ -3,11 +3,17 @@
 FLOPs are those of products and attention. Bytes are weights (read once), embeddings, keys and values: what no
 implementation can keep on the chip. Norms, rotary positions, softmax and activations are left out, so that no kernel
 can take less time than counted here. The functions are pure, so that benches, tests and the engine count alike.
+
+Of experts a step reads those that its tokens choose. How many these are is not known; they are counted as if tokens
+chose independently and evenly, as routers are trained to: of X experts, n tokens that have J each choose
+X (1 - (1 - J / X)^n). For one token this is J, whatever it chooses. In a layer with a window, what tokens see is
+counted as if every sequence were longer than it, or none.
 """
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from operator import mul
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +30,13 @@ class Work:
 
 
 NO_WORK = Work(0, 0)
+
+
+class LayerBytes(NamedTuple):
+    """Bytes of the weights of all layers of a decoder: what every step reads, and all experts."""
+
+    shared: int
+    experts: int = 0
 
 
 @dataclass(slots=True)
@@ -75,7 +88,20 @@ def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int, layer_b
     weights = patch + (2 + rows) * width + projector + 2 * merged + 2 * visual
     if layer_bytes is None:
         layer_bytes = dtype.itemsize * vision.num_layers * (layer + vectors)
-    return Work(num_tiles * flops, dtype.itemsize * weights + layer_bytes)
+    work = Work(num_tiles * flops, dtype.itemsize * weights + layer_bytes)
+    return work if config.flash is None else work + _flash_work(config, dtype, num_tiles)
+
+
+def _flash_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int) -> Work:
+    """Counts what Flash adds for all tiles, those that will not be compressed too: router and second projector."""
+    width, visual, patches = config.vision.hidden_size, config.decoder.hidden_size, config.vision.num_patches
+    merged = width * config.downsample**4
+    gating, projector = 4 * 8 * width**2 + 2 * width, 2 * merged * visual + 6 * visual**2
+    products = 2 * patches * 2 * width**2 + 4 * 2 * width**2 + gating + config.least_tokens_per_tile * projector
+    attention = 4 * 4 * patches * width  # of one query in four rounds
+    vectors = (1 + 2 * 4 + 2 * 2 + 4 * 7 + 2) * width + 2 + 2 * merged + 5 * visual  # query, biases and norms
+    weights = 2 * 4 * width**2 + gating + projector + vectors
+    return Work(num_tiles * (2 * products + attention), dtype.itemsize * weights)
 
 
 def decoder_work(
@@ -84,7 +110,7 @@ def decoder_work(
     chunk_lens: Items[int],
     seq_lens: Items[int],
     num_logit_rows: int,
-    layer_bytes: int | None = None,
+    layer_bytes: LayerBytes | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> Work:
     """Counts the work of one step of the decoder, logits included.
@@ -96,7 +122,7 @@ def decoder_work(
     kv_dtype: of keys and values in the cache; None: `dtype`
     """
     num_pairs, cost = count_pairs(chunk_lens, seq_lens), DecoderCost(config, dtype, layer_bytes, kv_dtype)
-    return cost.work(sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows)
+    return cost.work(sum(chunk_lens), sum(seq_lens), num_pairs, num_logit_rows, len(seq_lens))
 
 
 def count_pairs(chunk_lens: Items[int], seq_lens: Items[int]) -> int:
@@ -114,29 +140,46 @@ class DecoderCost:
         self,
         config: DecoderConfig,
         dtype: torch.dtype,
-        layer_bytes: int | None = None,
+        layer_bytes: LayerBytes | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         """layer_bytes: of the weights of all layers; None: they are dense. kv_dtype: of the cache; None: `dtype`."""
         width, layers = config.hidden_size, config.num_layers
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        matrices = width * (2 * q + 2 * kv) + 3 * width * config.intermediate_size
-        head = config.vocab_size * width
+        shared, mlp, experts = width * (2 * q + 2 * kv), 3 * width * config.intermediate_size, config.experts
+        head, size = config.vocab_size * width, dtype.itemsize
         vectors = 2 * width + config.qkv_bias * (q + 2 * kv) + config.qk_norm * 2 * config.head_dim
-        size = dtype.itemsize
+        vectors += config.o_bias * width + config.sinks * config.num_heads
+        if experts is None:
+            self._chosen, held, shared = 0.0, 0, shared + mlp
+            matrices = shared
+        else:
+            self._chosen = experts.num_chosen / experts.num_experts
+            shared += width * experts.num_experts
+            matrices = shared + int(self._chosen * experts.count_here * mlp)
+            vectors += experts.biases * experts.num_experts
+            held = experts.count_here * (mlp + experts.biases * (2 * config.intermediate_size + width))
+        windows = [window for window in config.windows if window is not None]
+        self._window, self._windowed = max(windows, default=0), len(windows) / layers
         self._flops = 2 * layers * matrices, 4 * layers * q, 2 * head  # of a token, a pair, a row of logits
         if layer_bytes is None:
-            layer_bytes = size * layers * (matrices + vectors)
-        self._bytes = layer_bytes, size * (head + width)  # of all layers, of the head
+            layer_bytes = LayerBytes(size * layers * (shared + vectors), size * layers * held)
+        self._bytes = *layer_bytes, size * (head + width)  # of all layers, of all experts, of the head
         self._seen_bytes = kv_bytes_per_token(config, kv_dtype or dtype)
         self._token_bytes = size * width + self._seen_bytes
 
-    def work(self, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int) -> Work:
+    def work(self, num_tokens: int, num_seen: int, num_pairs: int, num_logit_rows: int, num_seqs: int) -> Work:
         """Counts `decoder_work` from sums: new tokens, tokens of all sequences, pairs as `count_pairs` counts them."""
+        if self._windowed:
+            in_windows = min(num_seen, num_tokens + num_seqs * (self._window - 1))
+            num_seen -= round(self._windowed * (num_seen - in_windows))
+            num_pairs -= round(self._windowed * max(0, num_pairs - num_tokens * self._window))
         of_token, of_pair, of_row = self._flops
-        of_layers, of_head = self._bytes
+        of_layers, of_experts, of_head = self._bytes
         flops = num_tokens * of_token + num_pairs * of_pair + num_logit_rows * of_row
         read = of_layers + num_tokens * self._token_bytes + num_seen * self._seen_bytes
+        if of_experts:
+            read += round(of_experts * (1 - (1 - self._chosen) ** num_tokens))
         return Work(flops, read + of_head if num_logit_rows else read)
 
 

@@ -12,7 +12,7 @@ from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import InternVLError, RequestError
 from internvl_rt.inputs.prepare import Prepared, Preparer
 from internvl_rt.inputs.tokenizer import load_tokenizer
-from internvl_rt.model.decoder import DecoderLayer, rotary_frequencies, run_layers
+from internvl_rt.model.decoder import DecoderLayer, build_rotary, run_layers
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.model.step_inputs import Batch, LayerCache, StepInputs
@@ -130,7 +130,7 @@ class LayerRunner:
 
     def __init__(self, source: DenseSource, prompts: Items[CalibrationPrompt], device: torch.device) -> None:
         self._source, self._prompts, self._device = source, prompts, device
-        self._inv_freq_C = rotary_frequencies(source.config.decoder, device)
+        self._rotary = build_rotary(source.config.decoder, device)
         self._decoder = source.shapes().decoder
 
     @torch.inference_mode()
@@ -142,7 +142,7 @@ class LayerRunner:
             shape = 1, c.num_kv_heads, len(prompt), c.head_dim
             k_cache, v_cache = (torch.zeros(shape, dtype=x_TD.dtype, device=self._device) for _ in range(2))
             step = self._step(prompt)
-            out.append(run_layers(ops, decoder, self._inv_freq_C, (LayerCache(k_cache, v_cache),), step, x_TD.clone()))
+            out.append(run_layers(ops, decoder, self._rotary, (LayerCache(k_cache, v_cache),), step, x_TD.clone()))
         return out
 
     def _step(self, prompt: CalibrationPrompt) -> StepInputs:

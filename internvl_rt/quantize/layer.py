@@ -1,6 +1,6 @@
 """One decoder layer: what its products are given, how they are rounded, and how far its outputs then are off."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +11,27 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.decoder import DecoderLayer
-from internvl_rt.model.linear import AnyLinear, Linear, Linear8, Norm
+from internvl_rt.model.linear import AnyLinear, GatedMlp, Linear, Linear8, Norm
 from internvl_rt.model.ops import TORCH, Ops
 from internvl_rt.quantize.calibration import CalibrationPrompt, LayerRunner
 from internvl_rt.quantize.options import QuantiseOptions
 from internvl_rt.quantize.rounding import Rounded, round_fp8, round_int4
 from internvl_rt.quantize.search import search_factors, search_ranges, weigh_rows
 
-LINEARS = ("qkv", "o", "gate_up", "down")
+LINEARS = ("qkv", "o", "mlp.gate_up", "mlp.down")
+
+
+def linears_of(layer: DecoderLayer) -> dict[str, AnyLinear]:
+    """Returns the linears of a layer by their path in it."""
+    mlp = layer.mlp
+    assert isinstance(mlp, GatedMlp), "models with experts are refused"
+    return dict(zip(LINEARS, (layer.qkv, layer.o, mlp.gate_up, mlp.down), strict=True))
+
+
+def with_linears(layer: DecoderLayer, linears: Mapping[str, AnyLinear]) -> DecoderLayer:
+    """Returns a layer with other linears, given by their path in it."""
+    mlp = GatedMlp(linears["mlp.gate_up"], linears["mlp.down"])
+    return replace(layer, qkv=linears["qkv"], o=linears["o"], mlp=mlp)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,11 +48,11 @@ class RecordingOps(Ops):
 def run_and_record(
     runner: LayerRunner, layer: DecoderLayer, states: Items[Tensor], rows: Items[np.ndarray]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Returns what the layer makes of the prompts, and by the name of its linears their inputs of some tokens.
+    """Returns what the layer makes of the prompts, and by the path of its linears their inputs of some tokens.
 
     rows: indices of these tokens in each prompt
     """
-    names = {id(getattr(layer, name)): name for name in LINEARS}
+    names = {id(linear): name for name, linear in linears_of(layer).items()}
     seen: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
 
     def record(linear: AnyLinear, x: Tensor) -> None:
@@ -52,7 +65,7 @@ def run_and_record(
 
 def round_layer(layer: DecoderLayer, options: QuantiseOptions, dtype: torch.dtype) -> dict[str, Rounded]:
     """Rounds the linears of a layer to nearest. dtype: of the scales."""
-    return {name: _round(getattr(layer, name).weight_NK, options, dtype) for name in LINEARS}
+    return {name: _round(linear.dense(torch.float32), options, dtype) for name, linear in linears_of(layer).items()}
 
 
 def _round(weight_NK: Tensor, options: QuantiseOptions, dtype: torch.dtype, ratio_NG: Tensor | None = None) -> Rounded:
@@ -73,29 +86,30 @@ def search_layer(
 
     inputs: of the linears, of some tokens; is_visual_R says which of these are visual. dtype: of the file
     """
-    weights = {name: getattr(layer, name).weight_NK for name in LINEARS}
+    linears = linears_of(layer)
+    weights = {name: linear.dense(torch.float32) for name, linear in linears.items()}
     weighed = {name: weigh_rows(inputs[name], weights[name], is_visual_R) for name in LINEARS}
 
     def search(name: str, repeats: int = 1, head: int = 1) -> Tensor:
         return search_factors(weighed[name], weights[name], lambda part: _round(part, options, dtype), repeats, head)
 
     norm1, qkv_K = _divide_norm(layer.norm1, search("qkv"), dtype)
-    norm2, gate_up_K = _divide_norm(layer.norm2, search("gate_up"), dtype)
+    norm2, gate_up_K = _divide_norm(layer.norm2, search("mlp.gate_up"), dtype)
     o_K = search("o", config.num_heads // config.num_kv_heads, config.head_dim)
-    down_K = search("down")
-    factors = {"qkv": qkv_K, "o": o_K, "gate_up": gate_up_K, "down": down_K}
+    down_K = search("mlp.down")
+    factors = {"qkv": qkv_K, "o": o_K, "mlp.gate_up": gate_up_K, "mlp.down": down_K}
     # The values' rows, of one head where several query heads share it, and the rows of up.
     v_rows = o_K.view(config.num_kv_heads, -1, config.head_dim)[:, 0].reshape(-1)
-    scaled = {name: Linear(weights[name] * factor_K, getattr(layer, name).bias_N) for name, factor_K in factors.items()}
+    scaled = {name: Linear(weights[name] * factor_K, linears[name].bias_N) for name, factor_K in factors.items()}
     scaled["qkv"] = _divide_last_rows(scaled["qkv"], v_rows, dtype)
-    scaled["gate_up"] = _divide_last_rows(scaled["gate_up"], down_K, dtype)
+    scaled["mlp.gate_up"] = _divide_last_rows(scaled["mlp.gate_up"], down_K, dtype)
     rounded = {}
     for name, linear in scaled.items():
         x_RK = weighed[name] / factors[name]
         how = {"asymmetric": options.asymmetric, "dtype": dtype}
         ratio_NG = search_ranges(x_RK, linear.weight_NK, options.group, **how)  # type: ignore[arg-type]
         rounded[name] = _round(linear.weight_NK, options, dtype, ratio_NG)
-    return replace(layer, norm1=norm1, norm2=norm2, **scaled), rounded  # type: ignore[arg-type]
+    return with_linears(replace(layer, norm1=norm1, norm2=norm2), scaled), rounded
 
 
 def _divide_norm(norm: Norm, factor_K: Tensor, dtype: torch.dtype) -> tuple[Norm, Tensor]:
@@ -118,13 +132,13 @@ def _divide_last_rows(linear: Linear, factor_M: Tensor, dtype: torch.dtype) -> L
 def rounded_layer(layer: DecoderLayer, rounded: dict[str, Rounded], options: QuantiseOptions) -> DecoderLayer:
     """Returns the layer with its linears as an engine multiplies them."""
 
-    def linear(name: str) -> AnyLinear:
-        given, bias_N = rounded[name], getattr(layer, name).bias_N
+    def linear(name: str, dense: AnyLinear) -> AnyLinear:
+        given, bias_N = rounded[name], dense.bias_N
         if options.scheme == "fp8":
             return Linear8(given.numbers_NK, given.scale_NG.float(), bias_N, "token")
         return Linear(given.dense(), bias_N)
 
-    return replace(layer, **{name: linear(name) for name in LINEARS})  # type: ignore[arg-type]
+    return with_linears(layer, {name: linear(name, dense) for name, dense in linears_of(layer).items()})
 
 
 def relative_error(

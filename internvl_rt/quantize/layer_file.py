@@ -22,7 +22,7 @@ def tensors_of(source: DenseSource, prefix: str, layer: Any, rounded: Mapping[st
     for name in source.names_below(prefix):
         planned = source.plan[name]
         rows, path = _rows_of(planned.placements), planned.placements[0].parameter.removeprefix(prefix)
-        linear, _, last = path.partition(".")
+        linear, _, last = path.rpartition(".")
         if linear in rounded and last == "weight_NK":
             module = name.removesuffix(".weight")
             tensors |= {f"{module}.{end}": one for end, one in rounded[linear].stored(rows).items()}

@@ -13,7 +13,7 @@ from internvl_rt.checkpoint.config import ModelConfig, load_config
 from internvl_rt.checkpoint.find import resolve_model
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError, RequestError, not_finite
-from internvl_rt.model.dialects import DIALECTS
+from internvl_rt.model.dialects import find_dialect
 from internvl_rt.model.internvl import ModelWeights, build_weights, map_weights
 from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.placement import Placement, plan_tensors
@@ -34,9 +34,19 @@ class DenseSource:
                 f"{self.folder} is quantised already ({config.quantization.method}); give the folder of the dense "
                 "weights"
             )
+        if config.decoder.experts is not None:
+            raise RequestError(
+                f"{self.folder} has experts, which this command does not quantise; load it with quantization='fp8' or "
+                "'int8', or give the folder of a model without experts"
+            )
+        if config.flash is not None:
+            raise RequestError(
+                f"{self.folder} is an InternVL3.5-Flash, which this command does not quantise; load it with "
+                "quantization='fp8' or 'int8', or give the folder of a model without flash_mode"
+            )
         self.checkpoint = open_checkpoint(self.folder)
         entries = self.checkpoint.entries
-        self.dialect = max(DIALECTS.values(), key=lambda one: len(one.telltales() & entries.keys()))
+        self.dialect = find_dialect(entries)
         self.config: ModelConfig = settle_tying(self.checkpoint, config, self.dialect)
         check_tensors(self.checkpoint, self.config, self.dialect, plan_file(self.config, self.dialect, None))
         self.plan = {name: one for name, one in plan_tensors(self.config, self.dialect).items() if name in entries}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2Tokenizer
 
-from internvl_rt.checkpoint.chat_template import find_system_message
+from internvl_rt.checkpoint.chat_template import read_chat_template
 from internvl_rt.errors import ConfigError
 from internvl_rt.inputs.messages import parse_messages
 from internvl_rt.inputs.prompt import build_prompt, turns_from_messages
@@ -50,6 +50,13 @@ WITH_SYSTEM = {
     "{%- if m.role == 'user' and ns.last < 0 %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endif %}"
     "{%- endfor %}{%- if ns.last >= 0 and not messages[0].role.startswith('sys') %}"
     "{{ '<|im_start|>system\nYou are Ada.<|im_end|>\n' }}{%- endif %}" + INTERNVL,
+    "with_a_block": "{% set system %}You are {{ 'Ada' }}.{% endset %}{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\n' ~ system ~ '<|im_end|>\n' }}{% endif %}" + INTERNVL,
+    "with_macros": "{% macro turn(role, text='You are Ada.') %}{{ '<|im_start|>' ~ role ~ '\n' ~ text }}{{ end() }}"
+    "{% endmacro %}{% macro end() %}{{ '<|im_end|>\n' }}{% endmacro %}"
+    "{% if messages[0].role != 'system' %}{{ turn('system') }}{% endif %}" + INTERNVL,
+    "with_parts_of_a_text": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n' ~ "
+    "'So.</think>You are Ada.'.split('</think>')[-1] ~ '<|im_end|>\n' }}{% endif %}" + INTERNVL,
     "with_an_error_for_bad_orders": "{% for message in messages if message.role != 'system' %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
     "{% if messages[0]['role'] == 'system' %}{% else %}"
@@ -87,7 +94,7 @@ def warnings(caplog):
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", [INTERNVL, *WITH_SYSTEM.values()], ids=["internvl", *WITH_SYSTEM])
 def test_prompts_of_hf_folders_are_those_of_their_templates(tmp_path, caplog, template, name):
-    system = find_system_message(folder_with(tmp_path, template))
+    system = read_chat_template(folder_with(tmp_path, template)).system_message
     assert system == (None if template == INTERNVL else "You are Ada.")
     assert not warnings(caplog)
     messages = parse_messages(CONVERSATIONS[name])
@@ -123,7 +130,7 @@ def test_prompts_of_hf_folders_are_those_of_their_templates(tmp_path, caplog, te
     ],
 )
 def test_a_template_that_renders_otherwise_is_said_at_load(tmp_path, caplog, template, problem):
-    assert find_system_message(folder_with(tmp_path, template)) is None
+    assert read_chat_template(folder_with(tmp_path, template)).system_message is None
     (text,) = warnings(caplog)
     assert "chat_template.jinja" in text
     assert re.search(problem, text)
@@ -133,7 +140,7 @@ def test_a_template_that_renders_otherwise_is_said_at_load(tmp_path, caplog, tem
 
 def test_a_default_system_message_is_taken_over_from_a_template_that_differs_elsewhere(tmp_path, caplog):
     template = WITH_SYSTEM["before_the_loop"].replace("<IMG_CONTEXT>\n", "<image>\n")
-    assert find_system_message(folder_with(tmp_path, template)) == "You are Ada."
+    assert read_chat_template(folder_with(tmp_path, template)).system_message == "You are Ada."
     assert "with the default system message 'You are Ada.'" in warnings(caplog)[0]
 
 
@@ -159,6 +166,10 @@ HOSTILE_TEMPLATES = {
     "long_sum": "{{ " + "1 + " * 8_000 + "1 }}",
     "long_number": "{{ " + "9" * 30_000 + " }}",
     "self": "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns == ns.x }}{{ ns }}",
+    "doubled_block": "{% set x = 'a' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 800,
+    "macros": "".join(f"{{% macro f{i}() %}}{{{{ f{i - 1}() ~ f{i - 1}() }}}}{{% endmacro %}}" for i in range(1, MANY))
+    + "{{ f39() }}",
+    "too_many_arguments": "{% macro f() %}{% endmacro %}{{ f(1) }}",
     "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "bad_escape": "{{ '\\x' }}",
     "nul": "\0{{ '\0' }}",
@@ -168,7 +179,7 @@ HOSTILE_TEMPLATES = {
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_a_hostile_template_is_given_up_at_once(tmp_path, caplog, name):
     start_s = time.process_time()  # other processes may take the processor
-    assert find_system_message(folder_with(tmp_path, HOSTILE_TEMPLATES[name])) is None
+    assert read_chat_template(folder_with(tmp_path, HOSTILE_TEMPLATES[name])).system_message is None
     assert time.process_time() - start_s < 2
     assert len(warnings(caplog)) == 1
 
@@ -189,7 +200,7 @@ def test_a_hostile_template_is_given_up_at_once(tmp_path, caplog, name):
 def test_the_template_comes_from_the_file_that_transformers_takes(tmp_path, caplog, files, expected):
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    assert find_system_message(tmp_path) is None
+    assert read_chat_template(tmp_path).system_message is None
     assert [f"renders a question as '{expected}'" in text for text in warnings(caplog)] == [True] * (
         expected is not None
     )
@@ -209,4 +220,4 @@ def test_the_template_comes_from_the_file_that_transformers_takes(tmp_path, capl
 def test_a_template_that_is_no_text_or_too_long_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
-        find_system_message(tmp_path)
+        read_chat_template(tmp_path)

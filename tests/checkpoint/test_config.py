@@ -10,10 +10,12 @@ from internvl_rt.checkpoint.config import (
     DEFAULT_SYSTEM_MESSAGE,
     KNOWN_MODELS,
     DecoderConfig,
+    ExpertsConfig,
     ModelConfig,
     VisionConfig,
     load_config,
 )
+from internvl_rt.errors import ConfigError
 from internvl_rt.model.internvl import build_weights, named_parameters
 from support.configs import HF, ORIGINAL, changed, parse
 
@@ -78,6 +80,15 @@ def test_an_hf_config_of_the_same_model_differs_only_in_format_and_system_messag
         ("InternVL3-14B", "15.1", "15.117"),
         ("InternVL3-38B", "38.4", "38.388"),
         ("InternVL3-78B", "78.4", "78.408"),
+        ("InternVL3_5-1B", "1.1", "1.061"),
+        ("InternVL3_5-2B", "2.3", "2.348"),
+        ("InternVL3_5-4B", "4.7", "4.732"),
+        ("InternVL3_5-8B", "8.5", "8.528"),
+        ("InternVL3_5-14B", "15.1", "15.120"),
+        ("InternVL3_5-38B", "38.4", "38.390"),
+        ("InternVL3_5-30B-A3B", "30.8", "30.849"),
+        ("InternVL3_5-241B-A28B", "240.7", "240.699"),
+        ("InternVL3_5-GPT-OSS-20B-A4B-Preview", "21.2", "21.233"),
     ],
 )
 def test_every_size_has_the_documented_number_of_parameters(name, documented, counted):
@@ -121,7 +132,7 @@ def test_missing_keys_of_the_original_format_mean_what_they_mean_to_the_official
     assert config.dtype == "float32"
 
 
-@pytest.mark.parametrize("text", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("text", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_missing_keys_of_the_hf_format_mean_what_they_mean_to_transformers(text):
     from transformers import AutoConfig, InternVLConfig
 
@@ -146,14 +157,17 @@ def test_missing_keys_of_the_hf_format_mean_what_they_mean_to_transformers(text)
         num_heads=decoder.num_attention_heads,
         num_kv_heads=decoder.num_key_value_heads,
         head_dim=getattr(decoder, "head_dim", decoder.hidden_size // decoder.num_attention_heads),
-        intermediate_size=decoder.intermediate_size,
+        intermediate_size=getattr(decoder, "moe_intermediate_size", decoder.intermediate_size),
         vocab_size=decoder.vocab_size,
         norm_eps=decoder.rms_norm_eps,
         rope_theta=decoder.rope_parameters["rope_theta"],
         max_position=decoder.max_position_embeddings,
         qkv_bias=text == "qwen2",
-        qk_norm=text == "qwen3",
+        qk_norm=text.startswith("qwen3"),
         tie_embeddings=decoder.tie_word_embeddings,
+        experts=None
+        if text != "qwen3_moe"
+        else ExpertsConfig(decoder.num_experts, decoder.num_experts_per_tok, decoder.norm_topk_prob),
     )
     assert ours.downsample == round(1 / theirs.downsample_ratio)
 
@@ -163,6 +177,36 @@ def test_a_qwen3_decoder_has_its_own_head_dim_and_normalises_q_and_k():
     decoder = parse(changed(ORIGINAL, qwen3)).decoder
     assert (decoder.head_dim, decoder.qk_norm, decoder.qkv_bias) == (128, True, False)
     assert parse(changed(ORIGINAL, {**qwen3, "llm_config.head_dim": 32})).decoder.head_dim == 32
+
+
+def test_a_qwen3_moe_decoder_has_experts():
+    values = json.loads(KNOWN_MODELS["InternVL3_5-30B-A3B"].read_text())
+    decoder = parse(values).decoder
+    assert decoder.experts == ExpertsConfig(num_experts=128, num_chosen=8, renormalises=True)
+    assert (decoder.intermediate_size, decoder.qk_norm, decoder.tie_embeddings) == (768, True, False)
+    by_transformers_5 = {"llm_config.num_experts": ..., "llm_config.num_local_experts": 64}
+    assert parse(changed(values, by_transformers_5)).decoder.experts.num_experts == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "llm_config.decoder_sparse_step is 2, expected 1; this kind of model"),
+        ({"mlp_only_layers": [0]}, r"llm_config.mlp_only_layers is \[0\], expected None or \[\]; this kind of model"),
+        ({"num_experts": 0}, "llm_config.num_experts is 0, expected an integer from 1 to 1024"),
+        ({"num_experts_per_tok": 129}, "llm_config.num_experts_per_tok is 129, expected an integer from 1 to 128"),
+        (
+            {"num_experts": 1024, "num_hidden_layers": 100},
+            "llm_config.num_experts is 1024, expected at most 655 of 768",
+        ),
+        ({"moe_intermediate_size": 1 << 20}, "llm_config.num_experts is 128, expected at most 8 of 1048576"),
+        ({"norm_topk_prob": 1}, "llm_config.norm_topk_prob is 1, expected true or false"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_before_anything_is_made(changes, message):
+    values = json.loads(KNOWN_MODELS["InternVL3_5-30B-A3B"].read_text())
+    with pytest.raises(ConfigError, match=message):
+        parse(changed(values, {f"llm_config.{key}": value for key, value in changes.items()}))
 
 
 def test_an_internlm2_decoder_has_no_bias_and_as_many_key_heads_as_query_heads_where_nothing_is_said():

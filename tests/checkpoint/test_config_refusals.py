@@ -21,6 +21,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("model_type", ["internvl_chat"]),
     ("architectures", ["InternVLValueModel"]),
     ("template", "Hermes-2"),
+    ("template", "internvl3_5_gpt_oss"),  # of a language model of GPT-OSS alone
     ("template", None),
     ("select_layer", -4),
     ("select_layer", -1.0),
@@ -31,7 +32,7 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("downsample_ratio", True),
     ("force_image_size", 224),
     ("pad2square", True),
-    ("flash_mode", True),
+    ("flash_mode", True),  # without thresholds
     ("ps_version", "v3"),
     ("use_thumbnail", 1),
     ("dynamic_image_size", "true"),
@@ -45,8 +46,8 @@ REFUSED_ORIGINAL: list[tuple[str, Any]] = [
     ("quantization_config", {"quant_method": "bitsandbytes"}),
     ("llm_config", None),
     ("llm_config.quantization_config", {"quant_method": "mxfp4"}),
-    ("llm_config.architectures", ["Qwen3MoeForCausalLM"]),
-    ("llm_config.architectures", ["GptOssForCausalLM"]),
+    ("llm_config.architectures", ["Qwen2MoeForCausalLM"]),
+    ("llm_config.architectures", ["Phi3ForCausalLM"]),
     ("llm_config.architectures", [["Qwen2ForCausalLM"]]),
     ("llm_config.architectures", []),
     ("llm_config.architectures", "Qwen2ForCausalLM"),
@@ -95,8 +96,8 @@ REFUSED_HF: list[tuple[str, Any]] = [
     ("projector_hidden_act", "relu"),
     ("quantization_config", {"quant_method": "bitsandbytes"}),
     ("tie_word_embeddings", "yes"),
-    ("text_config.model_type", "qwen3_moe"),
-    ("text_config.model_type", "gpt_oss"),
+    ("text_config.model_type", "qwen2_moe"),
+    ("text_config.model_type", "phi3"),
     ("text_config.quantization_config", {"quant_method": "mxfp4"}),
     ("vision_config.use_mean_pooling", False),
     ("vision_config.use_absolute_position_embeddings", False),
@@ -109,6 +110,7 @@ BLAMED = {
     "vision_config.num_attention_heads": "vision_config.hidden_size",
     "vision_config.patch_size": "vision_config.image_size",
     "llm_config.rope_scaling.rope_type": "llm_config.rope_scaling.",
+    "flash_mode": "flash_relative_threshold",
 }
 
 

@@ -102,7 +102,7 @@ def test_a_layer_of_the_wrong_scale_is_noticed(part: str) -> None:
 
 def test_a_decoder_of_the_wrong_scale_is_noticed() -> None:
     model, wrong = build_model(), build_model()
-    wrong.weights.decoder.layers[0].down.weight_NK.mul_(-1)
+    wrong.weights.decoder.layers[0].mlp.down.weight_NK.mul_(-1)
     assert wrong.ops is TORCH
     logits, reference = (logits_of(each, list(range(40))) for each in (wrong, model))
     assert rms_error(logits, reference) > 0.01

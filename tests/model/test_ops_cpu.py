@@ -22,6 +22,7 @@ from internvl_rt.model.linear import Linear
 from internvl_rt.model.ops import TORCH
 from internvl_rt.model.ops_cpu import CpuOps, attend_prompt, cpu_ops, cpu_rms_norm, rotate, rotation_of
 from internvl_rt.model.products_cpu import float_product, half_product, onednn_product, pack
+from internvl_rt.model.step_inputs import Rotary
 from support.cpu_tables import CPU, case_of, prepare, prepared, table
 from support.forward import all_logits
 from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
@@ -196,7 +197,9 @@ def test_rotation_and_norm_equal_the_references_to_the_bit(dtype: torch.dtype) -
     x_THC, position_T = torch.randn(5, 3, 32).to(dtype), torch.tensor([0.0, 1.0, 1.25, 900.0, 31000.5])
     inv_freq_C = 1e6 ** (-torch.arange(16) / 16)
     angle = (position_T[:, None] * inv_freq_C)[:, None]
-    assert torch.equal(rotate(x_THC, rotation_of(position_T, inv_freq_C)), _rotate(x_THC, angle.cos(), angle.sin()))
+    assert torch.equal(
+        rotate(x_THC, rotation_of(position_T, Rotary(inv_freq_C))), _rotate(x_THC, angle.cos(), angle.sin())
+    )
     weight_D = torch.randn(32).to(dtype)
     assert torch.equal(cpu_rms_norm(x_THC, weight_D, 1e-6), rms_norm_reference(x_THC, weight_D, 1e-6))
 
@@ -215,7 +218,7 @@ def test_packing_frees_each_weight_that_it_replaces_and_leaves_the_embedding(tie
     assert packed.vision.patch.weight_NK is plain.vision.patch.weight_NK
     for layer in (*plain.vision.layers, *plain.decoder.layers):
         assert layer.qkv.weight_NK.untyped_storage().nbytes() == 0
-    assert all(layer.down.weight_NK.is_mkldnn for layer in packed.decoder.layers)
+    assert all(layer.mlp.down.weight_NK.is_mkldnn for layer in packed.decoder.layers)
     assert prepare(TORCH, packed).vision.layers[0].fc1.weight_NK is packed.vision.layers[0].fc1.weight_NK
 
 

@@ -15,7 +15,7 @@ from internvl_rt.steps.kv_cache import KVCache
 from internvl_rt.steps.sequence import Sequence
 from internvl_rt.steps.step import Chunk, plan_step
 from support.forward import run_step
-from support.small_models import DEVICE, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+from support.small_models import DEVICE, EXPERTS, GPT_OSS, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 pytestmark = pytest.mark.usefixtures("one_order_of_sums")
 BLOCK = 16
@@ -72,7 +72,7 @@ class Batch:
 
 @pytest.mark.fast("qwen2-1")
 @pytest.mark.parametrize("num_others", [1, 3, 64])
-@pytest.mark.parametrize("decoder", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, EXPERTS, GPT_OSS], ids=["qwen2", "qwen3", "experts", "gpt_oss"])
 @torch.inference_mode()
 def test_a_sequence_has_the_same_logits_alone_and_among_others(decoder: DecoderConfig, num_others: int) -> None:
     """It decodes one token and computes a chunk of its prompt, each alone, and beside others of other lengths."""

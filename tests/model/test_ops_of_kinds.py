@@ -16,7 +16,7 @@ from internvl_rt.model.ops_invariant import invariant_ops
 from internvl_rt.model.ops_triton import triton_ops
 from internvl_rt.model.stored_linear import quantise_shapes
 from support.forward import all_logits
-from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, build_model
+from support.small_models import DEVICE, EXPERTS, INTERNLM2, QWEN2, QWEN3, build_model
 
 TOKENS = [*range(5, 20), *[47] * 4, *range(30, 35)]
 
@@ -53,7 +53,8 @@ tables = pytest.mark.parametrize("table", [triton_ops, invariant_ops], ids=["tri
 def quantised(weights: ModelWeights, kind: str) -> ModelWeights:
     def quantise(path: str, linear: AnyLinear) -> AnyLinear:
         assert isinstance(linear, Linear)
-        made: AnyLinear = KINDS[kind](linear) if path.startswith("decoder.layers.") else linear
+        is_dense = not path.startswith("decoder.layers.") or path.endswith(".router")
+        made: AnyLinear = linear if is_dense else KINDS[kind](linear)
         return made
 
     return map_linears(weights, quantise)
@@ -64,9 +65,9 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
     assert error < 1e-5, f"relative error {error:.3g}"
 
 
-@pytest.mark.fast("triton-fp8-qwen2", "triton-int4 asymmetric-internlm2", "triton-int8-qwen3")
+@pytest.mark.fast("triton-fp8-qwen2", "triton-int4 asymmetric-internlm2", "triton-int8-qwen3", "triton-int4-experts")
 @torch.inference_mode()
-@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2, EXPERTS], ids=["qwen2", "qwen3", "internlm2", "experts"])
 @kinds
 @tables
 def test_a_quantised_decoder_equals_the_references_in_prompts_and_decodes(table: Any, kind: str, decoder: Any) -> None:

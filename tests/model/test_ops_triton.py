@@ -17,7 +17,9 @@ from internvl_rt.model.ops import KV_FORMATS, TORCH, Ops
 from internvl_rt.model.ops_triton import triton_ops
 from support.forward import all_logits
 from support.hardware_arithmetic import hardware_arithmetic
-from support.small_models import DEVICE, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+from support.small_models import DEVICE, EXPERTS, GPT_OSS, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+
+DECODERS = {"qwen2": QWEN2, "qwen3": QWEN3, "internlm2": INTERNLM2, "experts": EXPERTS, "gpt_oss": GPT_OSS}
 
 
 def on_triton(model: InternVL) -> InternVL:
@@ -51,10 +53,10 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
     assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
 
 
-@pytest.mark.fast("qwen3-chunks", "internlm2-whole")
+@pytest.mark.fast("qwen3-chunks", "internlm2-whole", "experts-chunks", "gpt_oss-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more than 16 rows, or fewer
-@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
     model = build_model(decoder=decoder)
     token_ids = [*range(5, 20), *[47] * 4, *range(30, 35)]
@@ -63,10 +65,10 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
-@pytest.mark.fast("qwen2-whole")
+@pytest.mark.fast("qwen2-whole", "gpt_oss-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
-@pytest.mark.parametrize("decoder", [QWEN2, QWEN3, INTERNLM2], ids=["qwen2", "qwen3", "internlm2"])
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 def test_decoder_behind_a_cached_prefix_equals_the_references(decoder: DecoderConfig, chunk_lens: list[int]) -> None:
     """The prefix ends in the middle of a picture; a chunk of one token is a decode."""
     model = build_model(decoder=decoder)

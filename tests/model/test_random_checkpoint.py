@@ -17,6 +17,7 @@ from internvl_rt.inputs.tokenizer import load_tokenizer
 from internvl_rt.model.internvl import named_parameters
 from internvl_rt.model.random_checkpoint import write_random_checkpoint
 from internvl_rt.model.weights import load_weights
+from support import harmony
 from support.configs import HF, ORIGINAL, changed
 
 VISION = {
@@ -169,3 +170,29 @@ def test_an_unknown_name_is_refused(tmp_path):
         ConfigError, match="InternVL3-5B: no such file, and none of the known models InternVL3-1B, InternVL3-2B"
     ):
         write_random_checkpoint("InternVL3-5B", tmp_path / "model")
+
+
+def test_a_gpt_oss_gets_its_own_tokens_at_their_official_ids(tmp_path):
+    narrow = {"llm_config.hidden_size": 8, "llm_config.vocab_size": 200028}
+    write_random_checkpoint(changed(harmony.SMALL, narrow), tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    official = {"<|startoftext|>": 199998, "<|endoftext|>": 199999, "<|return|>": 200002, "<|constrain|>": 200003}
+    official |= {"<|channel|>": 200005, "<|start|>": 200006, "<|end|>": 200007, "<|message|>": 200008}
+    official |= {"<|call|>": 200012, "<|endofprompt|>": 200018, "<img>": 200019, "</img>": 200020}
+    official |= {"<IMG_CONTEXT>": 200021, "<quad>": 200022, "</quad>": 200023, "<ref>": 200024, "</ref>": 200025}
+    official |= {"<box>": 200026, "</box>": 200027, "<|reserved_200017|>": 200017}
+    assert {token: tokenizer.token_id(token) for token in official} == official
+    assert (tokenizer.vocab_size, tokenizer.find_token_id("<|im_end|>")) == (200028, None)
+
+
+def test_a_gpt_oss_is_written_and_read_in_its_own_layout(tmp_path):
+    write_random_checkpoint(harmony.SMALL, tmp_path / "model")
+    shapes = {name: entry.shape for name, entry in open_checkpoint(tmp_path / "model").entries.items()}
+    layer = "language_model.model.layers.1."
+    assert shapes[f"{layer}mlp.experts.gate_up_proj"] == (4, 32, 96)
+    assert shapes[f"{layer}mlp.experts.down_proj_bias"] == (4, 32)
+    assert shapes[f"{layer}self_attn.sinks"] == (4,)
+    with Engine.from_pretrained(tmp_path / "model", device="cpu") as engine:
+        assert engine.config.template == "internvl3_5_gpt_oss"
+        reply = engine.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(reply.token_ids) == 4

@@ -24,7 +24,7 @@ from internvl_rt.steps.kv_pool import KVPool
 from support.forward import all_logits
 from support.quantised_files import INT4, LAYOUTS, compressed, packed, quantization_of, write_quantised
 from support.ranks import load_part, run_ranks
-from support.small_models import INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
+from support.small_models import EXPERTS, GPT_OSS, INTERNLM2, QWEN2, QWEN3, VIT_6B, VIT_300M, build_model
 
 CPU = torch.device("cpu")
 CONTEXT = 47
@@ -37,6 +37,8 @@ DECODERS = {
     "internlm2": replace(INTERNLM2, num_heads=4, num_layers=2),
     "7 query heads on 1 kv head": replace(QWEN2_2, num_heads=7, num_kv_heads=1),
     "14 on 2, an odd width": replace(QWEN2_2, num_heads=14, num_kv_heads=2, intermediate_size=72),
+    "experts": replace(EXPERTS, num_heads=4, num_kv_heads=2, num_layers=2),
+    "gpt_oss": replace(GPT_OSS, num_layers=2, windows=(6, None)),
     "5 kv heads, tied": replace(QWEN2_2, num_heads=10, num_kv_heads=5, tie_embeddings=True),
 }
 VIT_25_HEADS = replace(VIT_6B, hidden_size=200, num_heads=25)
@@ -56,8 +58,10 @@ def one_launch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(folder: Path, decoder: DecoderConfig, vision=VIT_300M) -> ModelConfig:
     model = build_model(vision, decoder)
-    dialect = "internlm2" if decoder is DECODERS["internlm2"] else "original"
-    save_weights(model.weights, model.config, folder, dialect=DIALECTS[dialect])
+    dialect = DIALECTS["internlm2" if decoder is DECODERS["internlm2"] else "original"]
+    save_weights(
+        model.weights, model.config, folder, dialect=replace(dialect, experts="gpt_oss" if decoder.sinks else "apart")
+    )
     return model.config
 
 
@@ -82,6 +86,44 @@ def test_ranks_compute_the_logits_of_one(kind: str, size: int, tmp_path: Path) -
     assert [name for name, _ in meeting.seen] == ["add", "add", "add", "add", "gather"] * 3, (
         "of two layers, three steps"
     )
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("by_expert", [False, True])
+@pytest.mark.parametrize("kind", ["experts", "gpt_oss"])
+def test_ranks_share_columns_of_experts_or_the_experts(kind: str, by_expert: bool, size: int, tmp_path: Path) -> None:
+    """Of five experts, four ranks have 2, 1, 1 and 1."""
+    config = write(tmp_path, DECODERS[kind])
+    expected = logits_of(load_part(tmp_path, config, WHOLE))
+    held = {}
+
+    def compute(shard: Shard) -> Tensor:
+        model = load_part(tmp_path, config, replace(shard, by_expert=by_expert))
+        experts = model.weights.decoder.layers[1].mlp
+        held[shard.rank] = experts.num_here, experts.all_down.num_inputs
+        return logits_of(model, chunk_lens=(9, 8, 1))
+
+    results, _ = run_ranks(size, compute)
+    assert (results[0] - expected).abs().max() < 1e-5
+    numbers, widths = zip(*held.values(), strict=True)
+    assert sum(numbers) == (5 if by_expert else 5 * size)
+    assert sum(widths) == (64 * size if by_expert else 64)
+
+
+@pytest.mark.parametrize("layout", ["int4 asymmetric", "int8 channel", "fp8 channel", "awq"])
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_quantised_experts_are_shared(by_expert: bool, layout: str, tmp_path: Path) -> None:
+    config = build_model(VIT_300M, DECODERS["experts"]).config
+    write_quantised(tmp_path, config, layout)
+    how = {"quantization": quantization_of(LAYOUTS[layout][1])}
+
+    def compute(shard: Shard) -> Tensor:
+        ops = cpu_ops(CPU, torch.float32)
+        return logits_of(load_part(tmp_path, config, replace(shard, by_expert=by_expert), ops, **how))
+
+    expected = compute(WHOLE)
+    results, _ = run_ranks(2, compute)
+    assert (results[0] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("table", [cpu_ops, pytest.param(triton_ops, marks=pytest.mark.slow)])

@@ -133,8 +133,8 @@ def test_a_group_that_two_ranks_share_becomes_two_groups(tmp_path, layout, num_h
     first, second = assert_ranks(tmp_path, config, layout, 2)
     groups = [part.decoder.layers[0].o.group for part in (first, second)]
     assert groups == ([128, 128] if layout == "int4 channel" else [128, 64])
-    assert [part.decoder.layers[0].down.group for part in (first, second)] == [128, 128]
-    assert [part.decoder.layers[0].down.num_inputs for part in (first, second)] == [3 * 128, 2 * 128]
+    assert [part.decoder.layers[0].mlp.down.group for part in (first, second)] == [128, 128]
+    assert [part.decoder.layers[0].mlp.down.num_inputs for part in (first, second)] == [3 * 128, 2 * 128]
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq", "int4 asymmetric", "int4 channel", "fp8 static", "int8 packed"])

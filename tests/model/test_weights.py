@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internvl_rt.checkpoint.config import ModelConfig, VisionConfig
+from internvl_rt.checkpoint.config import ExpertsConfig, ModelConfig, VisionConfig
 from internvl_rt.checkpoint.folder import open_checkpoint
 from internvl_rt.errors import CheckpointError
 from internvl_rt.model.dialects import DIALECTS, find_names
@@ -21,6 +21,8 @@ SIZES = {"hidden_size": 16, "num_heads": 6, "head_dim": 4, "intermediate_size": 
 QWEN2 = replace(small_models.QWEN2, **SIZES, num_layers=11)  # layer numbers have one digit or two
 QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True)
 INTERNLM = replace(QWEN2, qkv_bias=False)
+THREE = ExpertsConfig(num_experts=3, num_chosen=3, renormalises=False)
+EXPERTS = replace(QWEN3, experts=ExpertsConfig(num_experts=12, num_chosen=2, renormalises=True))
 
 
 def model_config(vision, decoder, checkpoint_format="original"):
@@ -47,6 +49,9 @@ CASES = {
     "hf, qwen2": ("hf", model_config(SMALL_VIT, QWEN2, "hf")),
     "hf, qwen3, tied": ("hf", model_config(SMALL_VIT, replace(QWEN3, tie_embeddings=True), "hf")),
     "hf nested, qwen3": ("hf-nested", model_config(LARGE_VIT, QWEN3, "hf")),
+    "original, experts": ("original", model_config(SMALL_VIT, EXPERTS)),
+    "hf nested, experts": ("hf-nested", model_config(SMALL_VIT, EXPERTS, "hf")),
+    "hf nested, three experts": ("hf-nested", model_config(SMALL_VIT, replace(EXPERTS, experts=THREE), "hf")),
     "hf nested, llama": ("hf-nested", model_config(SMALL_VIT, INTERNLM, "hf")),
 }
 case = pytest.mark.parametrize(("dialect", "config"), CASES.values(), ids=CASES.keys())
@@ -111,8 +116,8 @@ def test_a_placement_takes_a_part_of_a_stored_tensor(tmp_path, monkeypatch):
 
     monkeypatch.setattr("internvl_rt.model.weights.plan_tensors", plan)
     loaded = load(tmp_path, config)
-    assert torch.equal(loaded.decoder.layers[0].down.weight_NK, stacked[1, :, 14:])
-    assert torch.equal(loaded.decoder.layers[1].down.weight_NK, saved.decoder.layers[1].down.weight_NK)
+    assert torch.equal(loaded.decoder.layers[0].mlp.down.weight_NK, stacked[1, :, 14:])
+    assert torch.equal(loaded.decoder.layers[1].mlp.down.weight_NK, saved.decoder.layers[1].mlp.down.weight_NK)
     save_weights(loaded, config, tmp_path, dialect=DIALECTS["original"])
     written = load_file(tmp_path / "model.safetensors")[name]
     assert torch.equal(written[1, :, 14:], stacked[1, :, 14:])
@@ -179,9 +184,9 @@ def test_the_original_format_is_read_as_published():
         f"{block}.self_attn.v_proj.bias": ("decoder.layers.0.qkv.bias_N", 32, (8,)),
         f"{block}.self_attn.o_proj.weight": ("decoder.layers.0.o.weight_NK", 0, (16, 24)),
         f"{block}.post_attention_layernorm.weight": ("decoder.layers.0.norm2.weight_D", 0, (16,)),
-        f"{block}.mlp.gate_proj.weight": ("decoder.layers.0.gate_up.weight_NK", 0, (14, 16)),
-        f"{block}.mlp.up_proj.weight": ("decoder.layers.0.gate_up.weight_NK", 14, (14, 16)),
-        f"{block}.mlp.down_proj.weight": ("decoder.layers.0.down.weight_NK", 0, (16, 14)),
+        f"{block}.mlp.gate_proj.weight": ("decoder.layers.0.mlp.gate_up.weight_NK", 0, (14, 16)),
+        f"{block}.mlp.up_proj.weight": ("decoder.layers.0.mlp.gate_up.weight_NK", 14, (14, 16)),
+        f"{block}.mlp.down_proj.weight": ("decoder.layers.0.mlp.down.weight_NK", 0, (16, 14)),
         "language_model.model.norm.weight": ("decoder.norm.weight_D", 0, (16,)),
         "language_model.lm_head.weight": ("decoder.lm_head.weight_NK", 0, (30, 16)),
     }

@@ -13,6 +13,7 @@ from internvl_rt.engine.reply import Timings
 from internvl_rt.kernels._contract import Case
 from internvl_rt.kernels.catalogue import discover_specs
 from internvl_rt.model.internvl import build_weights, named_parameters
+from internvl_rt.model.shard import Shard, shard_decoder
 from internvl_rt.model.work import (
     NO_WORK,
     Roof,
@@ -56,6 +57,35 @@ def test_a_decode_step_of_the_8b_number_by_number():
     assert work.flops == 28 * (2 * layer + 4 * 2048 * 28 * 128) + 2 * head
     weights = 28 * (layer + 2 * 3584 + 36 * 128) + 3584 + head  # with norms, and biases of q, k, v only
     assert work.bytes == 2 * (weights + 3584) + 57_344 * (2048 + 1)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose():
+    decoder = load_config(KNOWN_MODELS["InternVL3_5-30B-A3B"]).decoder
+    dense = replace(decoder, experts=None, intermediate_size=8 * 768)
+    router, expert = 48 * 2048 * 128, 48 * 3 * 2048 * 768
+    one, same = (decode_of(each, 1) for each in (decoder, dense))
+    assert one.flops == same.flops + 2 * router
+    assert one.bytes == same.bytes + 2 * router, "one token reads its 8 experts"
+    eight, without = decode_of(decoder, 8), decode_of(dense, 8)
+    chosen = 128 * (1 - (1 - 8 / 128) ** 8)
+    assert chosen == pytest.approx(51.6, abs=0.1)
+    assert eight.flops == without.flops + 8 * 2 * router
+    assert eight.bytes == pytest.approx(without.bytes + 2 * router + 2 * (chosen - 8) * expert, rel=1e-9)
+    many = decoder_work(decoder, BF16, [4096], [4096], 0)
+    assert many.bytes - decoder_work(dense, BF16, [4096], [4096], 0).bytes == 2 * router + 2 * 120 * expert
+
+
+def decode_of(decoder, batch):
+    return decoder_work(decoder, BF16, [1] * batch, [100] * batch, batch)
+
+
+@pytest.mark.parametrize(("by_expert", "size"), [(False, 1), (False, 4), (True, 4)])
+def test_ranks_share_the_work_of_experts(by_expert, size):
+    decoder = load_config(KNOWN_MODELS["InternVL3_5-241B-A28B"]).decoder
+    parts = [shard_decoder(decoder, Shard(rank, size, by_expert=by_expert)) for rank in range(size)]
+    without = [replace(part, experts=None, intermediate_size=0) for part in parts]
+    flops = [decode_of(p, 3).flops - decode_of(w, 3).flops for p, w in zip(parts, without, strict=True)]
+    assert sum(flops) == 3 * 94 * 2 * (8 * 3 * 4096 * 1536 + size * 4096 * 128)
 
 
 @pytest.mark.parametrize("name", ["1B", "2B", "8B", "9B", "14B", "38B", "78B"])

@@ -10,7 +10,7 @@ import torch
 from internvl_rt.model.internvl import build_weights
 from internvl_rt.quantize.calibration import CalibrationPrompt, LayerRunner, chosen_rows
 from internvl_rt.quantize.layer import (
-    LINEARS,
+    linears_of,
     relative_error,
     round_layer,
     rounded_layer,
@@ -56,7 +56,7 @@ def test_the_scaled_layer_computes_what_the_layer_does(case, dtype):
     (layer,) = model.weights.decoder.layers
     rows, is_visual_R = chosen_rows(prompts())
     right, inputs = run_and_record(runner, layer, states, rows)
-    assert {name: x.shape[1] for name, x in inputs.items()} == {n: getattr(layer, n).num_inputs for n in LINEARS}
+    assert {n: x.shape[1] for n, x in inputs.items()} == {n: one.num_inputs for n, one in linears_of(layer).items()}
     scaled, _ = search_layer(layer, inputs, torch.from_numpy(is_visual_R), model.config.decoder, options, dtype)
     assert not torch.equal(scaled.norm1.weight_D, layer.norm1.weight_D)
     # The norms' own rounding is made up for in the weights; that of a bias of values, in 16 bits, is not.

@@ -87,7 +87,7 @@ def test_layers_of_fp8_are_measured_where_models_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("qwen3_moe", "gpt_oss")])
 def test_every_naming_is_kept_and_read_back(tmp_path, kind, layout):
     save_checkpoint(build_reference(kind), tmp_path / "dense", layout)
     (tmp_path / "dense" / "modeling_internvl_chat.py").write_text("print('code')")
@@ -115,6 +115,13 @@ def test_every_naming_is_kept_and_read_back(tmp_path, kind, layout):
         tower = "vision_model" if layout == "original" else "vision_tower"
         assert f"re:.*{lm_head}$" in section["ignore"]
         assert (f"re:.*{tower}\\..*" in section["ignore"]) == (each is W4)
+
+
+def test_a_model_with_experts_is_refused_before_anything_is_written(tmp_path):
+    save_checkpoint(build_reference("qwen3_moe"), tmp_path / "dense", "original")
+    with pytest.raises(RequestError, match="has experts, which this command does not quantise; load it with"):
+        run(tmp_path / "dense", tmp_path / "out", {"scheme": "fp8"}, compare=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""Holds a config.json in each of the two formats, and returns changed copies."""
+"""Holds a config.json in each of the two formats, and one of both, and returns changed copies."""
 
 import copy
 import json
@@ -38,6 +38,48 @@ HF = {
         "norm_type": "layer_norm",
         "patch_size": [14, 14],
         "use_qk_norm": False,
+    },
+}
+QIANFAN_OCR: dict[str, Any] = {
+    "architectures": ["QianfanOCRForConditionalGeneration"],
+    "model_type": "qianfan_ocr",
+    "downsample_ratio": 0.5,
+    "dynamic_image_size": True,
+    "force_image_size": 448,
+    "image_token_id": 151671,
+    "max_dynamic_patch": 12,
+    "min_dynamic_patch": 1,
+    "pad2square": False,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "template": "internvl2_5",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_thumbnail": True,
+    "text_config": {
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "max_position_embeddings": 32768,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rope_theta": 5000000,
+        "vocab_size": 153678,
+    },
+    "vision_config": {
+        "attention_dropout": 0.0,
+        "drop_path_rate": 0.1,
+        "hidden_size": 1024,
+        "image_size": 448,
+        "model_type": "qianfan_ocr_vision",
+        "norm_type": "layer_norm",
+        "patch_size": 14,
+        "qk_normalization": False,
+        "qkv_bias": True,
+        "use_mean_pooling": True,
     },
 }
 

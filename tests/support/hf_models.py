@@ -17,15 +17,22 @@ from torch import Tensor
 from internvl_rt.inputs.tokenizer import load_tokenizer
 
 # InternVL3 has two vision towers: the 300M has "layer_norm" and qkv biases, the 6B has "rms_norm" and q and k norms.
-Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "llama"]
+Kind = Literal["qwen2", "qwen2_rms_norm_vit", "qwen3", "qwen3_moe", "gpt_oss", "llama"]
 # -hf checkpoints have two styles of names: "hf_hub" is in the files on the hub (transformers 4.52), "hf_memory" in the
 # classes of later versions. "hf_saved" is what the installed transformers writes.
 Layout = Literal["original", "hf_hub", "hf_memory", "hf_saved"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
-_TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
+TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
 _IMAGE_SIZE, _PATCH_SIZE = 112, 14
+_HARMONY = {
+    "<|im_start|>": "<|start|>",
+    "<|im_end|>": "<|return|>",
+    "<|object_ref_start|>": "<|channel|>",
+    "<|object_ref_end|>": "<|message|>",
+    "<|vision_start|>": "<|end|>",
+}
 
 _HF_HUB = (
     ("model.vision_tower.", "vision_tower."),
@@ -65,7 +72,7 @@ def build_reference(kind: Kind) -> Any:
     import transformers  # imported here because it takes seconds
 
     hf: Any = transformers  # transformers' annotations reject its own keyword arguments
-    tokenizer = load_tokenizer(_TOKENIZER)
+    tokenizer = load_tokenizer(TOKENIZER)
     common: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "num_hidden_layers": 2,
@@ -77,6 +84,17 @@ def build_reference(kind: Kind) -> Any:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
         plain = {"rope_type": "default", "rope_theta": 1e6}
         text = hf.Qwen3Config(hidden_size=80, intermediate_size=112, rope_parameters=plain, **heads, **common)
+    elif kind == "qwen3_moe":
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        plain = {"rope_type": "default", "rope_theta": 1e6}
+        experts = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        text = hf.Qwen3MoeConfig(hidden_size=80, rope_parameters=plain, **heads, **experts, **common)
+    elif kind == "gpt_oss":  # a window of 9 tokens in the first layer, blocks of the cache have 16
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 9}
+        yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        yarn |= {"original_max_position_embeddings": 256, "rope_theta": 150000.0}
+        experts = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40}
+        text = hf.GptOssConfig(hidden_size=80, rope_parameters=yarn, **heads, **experts, **common)
     elif kind == "llama":  # the 9B has an InternLM3 decoder of this kind
         heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
         dynamic |= {"factor": 6.0, "rope_theta": 5e7}
@@ -106,12 +124,12 @@ def build_reference(kind: Kind) -> Any:
     )
     model = hf.InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").float().eval()
     model.generation_config.eos_token_id = None
-    _randomise(model)
+    randomise(model)
     return model
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(20)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -121,17 +139,30 @@ def _randomise(model: torch.nn.Module) -> None:
             parameter.copy_(1 + 0.1 * noise)
         elif "lambda_" in name:
             parameter.copy_(0.5 + 0.25 * noise)
-        elif parameter.ndim == 1 or ("embed" in name and "projection.weight" not in name):
+        elif parameter.ndim == 1 or name.endswith("_bias") or ("embed" in name and "projection.weight" not in name):
             parameter.copy_(0.3 * noise)
         else:
-            parameter.copy_(noise * parameter[0].numel() ** -0.5 * (3 if "lm_head" in name else 1))
+            inputs = parameter[0].numel()
+            if ".experts." in name:  # those of GPT-OSS have their inputs first
+                inputs = parameter.shape[1 if hasattr(model.config.text_config, "swiglu_limit") else 2]
+            parameter.copy_(noise * inputs**-0.5 * (3 if "lm_head" in name else 1))
+
+
+def write_tokenizer(folder: Path, *, harmony: bool) -> None:
+    """Writes the tokenizer of the tests. harmony: with the tokens of GPT-OSS's template, in the place of others."""
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, folder)
+    if harmony:
+        text = (folder / "tokenizer_config.json").read_text()
+        for old, new in _HARMONY.items():
+            text = text.replace(f'"{old}"', f'"{new}"')
+        (folder / "tokenizer_config.json").write_text(text)
 
 
 def save_checkpoint(model: Any, folder: Path, layout: Layout) -> None:
     """Writes config, weights and tokenizer of `model` as a checkpoint folder."""
     folder.mkdir()
-    for file in _TOKENIZER.iterdir():
-        shutil.copy(file, folder)
+    write_tokenizer(folder, harmony=model.config.text_config.model_type == "gpt_oss")
     if layout == "hf_saved":
         model.save_pretrained(folder)
         return
@@ -140,7 +171,7 @@ def save_checkpoint(model: Any, folder: Path, layout: Layout) -> None:
     if config["tie_word_embeddings"]:
         del tensors["lm_head.weight"]
     if layout != "hf_memory":
-        tensors = _rename(tensors, _HF_HUB)
+        tensors = _rename(_unstack_experts(tensors), _HF_HUB)
     if layout == "original":
         tensors = _to_original(tensors, config["text_config"])
         config = _original_config(config)
@@ -155,6 +186,21 @@ def _rename(tensors: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> d
             name = name.replace(old, new)
         renamed[name] = tensor
     return renamed
+
+
+def _unstack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes tensors of all experts apart, to those of each expert."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        before, is_of_experts, last = name.partition(".mlp.experts.")
+        if not is_of_experts or f"{before}.self_attn.sinks" in tensors:  # those of GPT-OSS are stacked everywhere
+            apart[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = matrix.chunk(2) if last == "gate_up_proj" else (matrix,)
+            for part, one in zip(last.removesuffix("_proj").split("_"), parts, strict=True):
+                apart[f"{before}.mlp.experts.{expert}.{part}_proj.weight"] = one.clone()
+    return apart
 
 
 def _to_original(tensors: dict[str, Tensor], text: dict[str, Any]) -> dict[str, Tensor]:
@@ -176,6 +222,7 @@ def _to_original(tensors: dict[str, Tensor], text: dict[str, Any]) -> dict[str, 
 def _original_config(hf: dict[str, Any]) -> dict[str, Any]:
     vision, text = hf["vision_config"], hf["text_config"]
     architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "InternLM2ForCausalLM"}
+    architectures |= {"qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
     rope = dict(text["rope_parameters"])
     kept = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
     decoder = {key: text[key] for key in kept}
@@ -183,8 +230,15 @@ def _original_config(hf: dict[str, Any]) -> dict[str, Any]:
     decoder |= {"architectures": [architectures[text["model_type"]]], "rope_theta": rope.pop("rope_theta")}
     decoder |= {"max_position_embeddings": text["max_position_embeddings"]}
     decoder["rope_scaling"] = {"type": "dynamic", "factor": rope["factor"]} if "factor" in rope else None
+    if text["model_type"] == "gpt_oss":
+        decoder["rope_scaling"] = rope
+        names = "num_local_experts", "num_experts_per_tok", "head_dim", "sliding_window", "layer_types"
+        decoder |= {key: text[key] for key in names}
     if text["model_type"] == "qwen3":
         decoder |= {"head_dim": text["head_dim"], "tie_word_embeddings": True, "attention_bias": False}
+    if text["model_type"] == "qwen3_moe":
+        decoder |= {key: text[key] for key in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
+        decoder |= {"num_experts": text["num_local_experts"], "head_dim": text["head_dim"]}
     if text["model_type"] == "llama":
         decoder["bias"] = False
     tower = {key: vision[key] for key in (*kept, "norm_type", "layer_norm_eps")}
@@ -200,7 +254,7 @@ def _original_config(hf: dict[str, Any]) -> dict[str, Any]:
         "min_dynamic_patch": 1,
         "ps_version": "v2",
         "select_layer": -1,
-        "template": "internvl2_5",
+        "template": "internvl3_5_gpt_oss" if text["model_type"] == "gpt_oss" else "internvl2_5",
         "torch_dtype": "float32",
         "use_thumbnail": True,
         "llm_config": decoder,

@@ -190,7 +190,7 @@ def write_quantised(
     stored, dense = dict[str, Tensor](), dict[str, Tensor]()
     for name, planned in plan_tensors(config, DIALECTS[dialect]).items():
         path = planned.placements[0].parameter
-        if path.startswith("decoder.layers.") and path.endswith("weight_NK"):
+        if path.startswith("decoder.layers.") and path.endswith("weight_NK") and ".router." not in path:
             module = name.removesuffix(".weight")
             written = write(*planned.shape)
             stored |= {f"{module}.{last}": tensor for last, tensor in written.tensors.items()}

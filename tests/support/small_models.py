@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from internvl_rt.checkpoint.config import DecoderConfig, ModelConfig, VisionConfig
+from internvl_rt.checkpoint.config import DecoderConfig, ExpertsConfig, ModelConfig, VisionConfig, Yarn
 from internvl_rt.model.internvl import InternVL, build_weights, named_parameters
 from internvl_rt.model.ops import TORCH
 
@@ -39,6 +39,16 @@ QWEN2 = DecoderConfig(
     tie_embeddings=False,
 )
 QWEN3 = replace(QWEN2, qkv_bias=False, qk_norm=True, num_heads=6, head_dim=32, num_kv_heads=1)
+EXPERTS = replace(QWEN3, intermediate_size=64, experts=ExpertsConfig(num_experts=5, num_chosen=2, renormalises=True))
+GPT_OSS = replace(
+    QWEN2,
+    intermediate_size=64,
+    experts=ExpertsConfig(num_experts=5, num_chosen=2, renormalises=True, gate="clamped", biases=True),
+    o_bias=True,
+    sinks=True,
+    windows=(6,),
+    yarn=Yarn(factor=4.0, original=128, beta_fast=32.0, beta_slow=1.0, truncates=False, scale=1.2),
+)
 INTERNLM2 = replace(QWEN2, qkv_bias=False, head_dim=32, num_heads=2)
 
 

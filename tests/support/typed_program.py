@@ -58,19 +58,21 @@ def ask(engine: Engine, picture: Picture) -> str:
     timings: internvl_rt.Timings = reply.timings
     choice: internvl_rt.Choice = reply.choices[0]
     seconds: float | None = timings.first_token_s
+    reasoning: str | None = choice.reasoning
     tokens: int = usage.total_tokens
     for token in choice.logprobs or ():
         logprob: float = token.logprob
         print(logprob, token.token_id)
-    print(seconds, tokens)
+    print(seconds, tokens, reasoning)
     return reply.text
 
 
 def use_all(engine: Engine, picture: Picture) -> None:
     params = SamplingParams(max_tokens=4)
-    for piece in engine.stream(messages_of(picture), params):
+    for piece in engine.stream(messages_of(picture), params, think=False):
         ended: internvl_rt.Reply | None = piece.reply
-        print(piece.text, ended)
+        new: str = piece.reasoning + piece.text
+        print(new, ended)
     replies: list[internvl_rt.Reply] = engine.generate([messages_of(picture)] * 2, [params, params], progress=False)
     scores: list[internvl_rt.Score] = engine.score(messages_of(picture), ["4719", "4718"], include_end=True)
     total: float = scores[0].total
