@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from internvl_rt.checkpoint.find import find_config_file, resolve_model
 from internvl_rt.checkpoint.json_section import read_json
+from internvl_rt.checkpoint.template import TEMPLATES, spelt
 from internvl_rt.critic.official import RewardMethods
 from internvl_rt.engine.engine import Engine
 from internvl_rt.errors import RequestError, check_list, quoted
@@ -154,10 +155,11 @@ class AutoModel:
 class ChatModel(RewardMethods):
     """Gives an engine the official method names. `system_message` may be set, as the model cards do."""
 
-    conv_template = SimpleNamespace(name="internvl2_5", sep="<|im_end|>\n")  # the cards' streaming code reads `sep`
-
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self._template = engine, TEMPLATES[engine.config.template]
+        self.conv_template = SimpleNamespace(  # the cards' streaming code reads `sep`
+            name=self._template.name, sep=spelt(self._template.ends), sep2=spelt(self._template.ends_last)
+        )
         self.system_message = engine.config.system_message
 
     def eval(self) -> "ChatModel":
@@ -186,7 +188,7 @@ class ChatModel(RewardMethods):
         """
         streamer = _find_streamer(generation_config)
         try:
-            params = _read_generation_config(generation_config)
+            params = self._params(generation_config)
             read("return_history", return_history, Flag())
             read("verbose", verbose, Flag())
             tiles = self._split(pixel_values, num_patches_list)
@@ -210,7 +212,7 @@ class ChatModel(RewardMethods):
     ) -> list[str]:
         """Answers independent questions, each about its own picture of `num_patches_list[i]` tiles."""
         check_list("questions", questions, "texts")
-        params = _read_generation_config(generation_config)
+        params = self._params(generation_config)
         if _find_streamer(generation_config) is not None:
             raise RequestError("generation_config: a streamer takes one answer; use chat, or leave it out")
         tiles = self._split(pixel_values, num_patches_list)
@@ -231,6 +233,13 @@ class ChatModel(RewardMethods):
         tiles = self._split(pixel_values, num_patches_list)
         turns, _ = self._turns(question, None, len(tiles))
         return self.engine.preparer.read_turns(turns, tiles)
+
+    def _params(self, generation_config: Mapping[str, Any]) -> SamplingParams:
+        """Reads a generation_config. The official text of an answer in channels has their headers in it."""
+        params = _read_generation_config(generation_config)
+        if self._template.channels is not None and generation_config.get("skip_special_tokens") is None:
+            return replace(params, skip_special_tokens=False)
+        return params
 
     def _turns(self, question: str, history: History | None, num_images: int) -> tuple[tuple[Turn, ...], str]:
         _check_text("question", question)
@@ -360,7 +369,7 @@ def _read_generation_config(generation_config: Mapping[str, Any]) -> SamplingPar
             raise RequestError(
                 f"generation_config: {only_one} must be 1, got {quoted(value)}; beam search is not supported"
             )
-    for no_effect in ("pad_token_id", "eos_token_id", "use_cache"):  # answers end at <|im_end|>
+    for no_effect in ("pad_token_id", "eos_token_id", "use_cache"):  # answers end at the template's token
         given.pop(no_effect, None)
     if given:
         unknown = ", ".join(sorted(quoted(name).strip("'") for name in islice(given, 12)))

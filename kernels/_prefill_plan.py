@@ -26,6 +26,7 @@ SPLIT_ROWS = 64  # (query, head) pairs of a block whose keys may be split
 RESIDENT = 2  # programs for such blocks that a multiprocessor runs at once, limited by registers and shared memory
 SPLIT_REGISTERS = 255  # of a thread of such a program, so that the compiler does not spill to make room for a third
 MAX_SPLITS = 32
+MAX_BLOCK_N = 64  # keys that are read at once
 MAX_FLAT_ROWS = 16  # sequences of a batch, where every program reads each one's length
 
 
@@ -98,12 +99,13 @@ def choose_tiling(
     rule: SplitRule,
     target: Target,
     dtype: torch.dtype,
+    window: int | None = None,
 ) -> Tiling:
     """Decides from what is known when a graph is captured: the queries of all rows and of the longest, and the most
     keys that the block table has room for. dtype: of the queries
     """
     _, num_kv_heads, block_size, head_dim = cache_BGPC.shape
-    num_rows, most_keys = table_SN.shape[0], table_SN.shape[1] * block_size
+    num_rows, most_keys = table_SN.shape[0], keys_to_split(table_SN.shape[1] * block_size, window, MAX_BLOCK_N)
     forced = rule.num_splits is not None and rule.num_splits > 1
 
     def blocks_of(block_m: int) -> int:
@@ -126,7 +128,7 @@ def choose_tiling(
     # Blocks are small if large ones would leave multiprocessors without work.
     if rule.num_splits is not None or blocks_of(128) * num_kv_heads < target.num_sms:
         items = num_items(SPLIT_ROWS)
-        max_registers = SPLIT_REGISTERS if is_tight or (items and not wide) else None
+        max_registers = SPLIT_REGISTERS if is_tight or ((items or window is not None) and not wide) else None
         if is_tight:
             return Tiling(SPLIT_ROWS, 32, 8 if head_dim == 128 else 4, 3, items, max_registers)
         return Tiling(SPLIT_ROWS, block_n, 4, 3, items, max_registers)
@@ -165,8 +167,10 @@ def split_lens(
     num_items: int,
     block_n: int,
     rule: SplitRule,
+    window: int | None = None,
 ) -> list[int]:
     """Returns the keys of a split, for each row. The kernel computes the same (`own_item`), in 32-bit integers."""
+    seq_lens = [keys_to_split(keys, window, block_n) for keys in seq_lens]
     if rule.num_splits is not None:
         return [_whole(max(1, cdiv(keys, rule.num_splits)), block_n) for keys in seq_lens]
     blocks = [cdiv(length, block_queries) for length in query_lens]
@@ -181,12 +185,20 @@ def split_lens(
     return [_whole(keys, block_n)] * len(seq_lens)
 
 
-def block_splits(first_position: int, end: int, split_len: int) -> list[tuple[int, int]]:
+def keys_to_split(num_keys: int, window: int | None, block_n: int) -> int:
+    """Returns the most keys of a sequence before the last split's end: from the first one that is read for a block of
+    queries, at a multiple of block_n, to the block's first query.
+    """
+    return num_keys if window is None else min(num_keys, window + block_n - 1)
+
+
+def block_splits(first_position: int, end: int, split_len: int, first_key: int = 0) -> list[tuple[int, int]]:
     """Returns the first and the last key + 1 of each split of a block whose first query is at `first_position`.
 
-    Every query sees the first key of every split. The last split goes to the `end` of what any of the queries sees.
+    first_key: the first one that is read. Without a window, where it is 0, every query sees the first key of every
+    split. The last split goes to the `end` of what any of the queries sees.
     """
-    starts = range(0, first_position + 1, split_len)
+    starts = range(first_key, first_position + 1, split_len)
     return list(zip(starts, [*starts[1:], end], strict=True))
 
 

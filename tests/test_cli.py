@@ -15,6 +15,8 @@ import torch
 from internvl_rt import Engine
 from internvl_rt.cli import main
 from internvl_rt.model.internvl import InternVL
+from support.configs import QIANFAN_OCR
+from support.scripted_text import script
 
 SAMPLES = Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples"
 SAMPLE = SAMPLES / "4719.png"
@@ -30,6 +32,23 @@ def run(*arguments, stdin=None):
 def test_chat_answers_a_question_about_a_picture(capsys):
     assert main(["chat", "tiny", "--image", str(SAMPLE), "Read the digits."]) == 0
     assert capsys.readouterr().out == "4719\n"
+
+
+def test_the_reasoning_goes_to_stderr_and_leaves_the_answer_alone(capsys, monkeypatch):
+    assert main(["chat", "tiny", "--think", "Hello"]) == 2
+    assert "think: this model was not trained to reason" in capsys.readouterr().err
+    script(monkeypatch, ["so", ".</think>", "\n4", "2"], ["never", " ends"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\nAnd now?\n"))
+    asked = []
+    original = Engine.stream
+    monkeypatch.setattr(
+        Engine, "stream", lambda engine, each, *more, **how: asked.append(each) or original(engine, each, *more, **how)
+    )
+    assert main(["chat", "tiny", "--think", "--ignore-eos", "--max-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "42\n\n"
+    assert printed.err.endswith("so.\nnever ends")
+    assert asked[1][1] == {"role": "assistant", "content": "42"}
 
 
 def test_timings_go_to_stderr_and_leave_the_answer_alone(capsys):
@@ -49,10 +68,10 @@ def test_interactive_chat_keeps_the_conversation_and_survives_mistakes():
 
 
 def test_a_question_that_takes_more_memory_than_there_is_leaves_the_conversation(capsys, monkeypatch):
-    def stream(engine, messages, params):
+    def stream(engine, messages, params, **others):
         if any("too much" in str(message) for message in messages):
             raise MemoryError
-        return original(engine, messages, params)
+        return original(engine, messages, params, **others)
 
     original = Engine.stream
     monkeypatch.setattr(Engine, "stream", stream)
@@ -148,6 +167,16 @@ def test_info_prints_a_card_and_json_for_programs(capsys):
     split = json.loads(capsys.readouterr().out)
     assert (split["parameters"], split["each_gpu"]["num_gpus"]) == (card["parameters"], 2)
     assert round(sum(card["parameters"][part] for part in ("vision", "projector", "decoder")) / 1e9, 3) == 7.944
+
+
+def test_info_knows_internvls_classes_under_other_names_and_says_why_a_relative_does_not_run(capsys, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QIANFAN_OCR))
+    assert main(["info", str(tmp_path)]) == 0
+    assert "4,741.4 M" in capsys.readouterr().out
+    file.write_text(json.dumps(QIANFAN_OCR | {"architectures": ["NVLM_D"]}))
+    assert main(["info", str(tmp_path)]) == 2
+    assert "which NVLM-D is not: its tiles have tags" in capsys.readouterr().err
 
 
 def test_interrupt_ends_with_exit_code_130():

@@ -11,6 +11,8 @@ from PIL import Image
 
 from internvl_rt import Engine, InternVLError, MediaError, RequestError, SamplingParams
 from internvl_rt.compat import AutoModel, AutoTokenizer, load_image, load_video
+from internvl_rt.inputs.thinking import SYSTEM_MESSAGE
+from support.scripted_text import script
 
 SAMPLES = sorted((Path(__file__).parents[1] / "internvl_rt" / "tiny" / "samples").glob("*.png"))
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -301,6 +303,19 @@ def test_the_cards_streaming_code_runs(model, tokenizer):
         generated_text += new_text
     thread.join()
     assert generated_text == SAMPLES[1].stem
+
+
+def test_the_cards_thinking_mode_gives_the_raw_text(model, tokenizer, monkeypatch, capsys):
+    """The card of InternVL3.5 sets the system message and draws at temperature 0.6."""
+    script(monkeypatch, ["<think>\nso", ".\n</think>\n\n42\n"])
+    monkeypatch.setattr(model, "system_message", SYSTEM_MESSAGE)
+    drawn = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True, "temperature": 0.6}
+    response, history = model.chat(tokenizer, None, "How many?", drawn, return_history=True, verbose=True)
+    assert response == "<think>\nso.\n</think>\n\n42"
+    assert history == [("How many?", response)]
+    prompt = f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+    assert capsys.readouterr().out == f"{prompt}<|im_start|>assistant\n{response}\n"
+    assert model.batch_chat(tokenizer, None, ["How many?"], drawn) == [response]
 
 
 def test_sampling_defaults_are_those_of_transformers(model, tokenizer, monkeypatch):

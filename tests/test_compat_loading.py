@@ -68,6 +68,7 @@ def test_the_cards_loading_code_is_understood(monkeypatch):
 class _Loaded:
     class config:
         system_message = None
+        template = "internvl2_5"
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -17,27 +17,29 @@ PACKAGE = ROOT / "internvl_rt"
 # The modules from leaf to top, package by package: a module imports only modules before it in this list.
 ORDER = """
 : errors values
-checkpoint: files json_section template_walk chat_template quantization config find tensor_file stored_zip torch_file
-  folder __init__
+checkpoint: files json_section classes template template_walk chat_template quantization decoder_config config find
+  tensor_file stored_zip torch_file folder __init__
 inputs: grammar_source sampling_params identity proceed tiles media jpeg_scans decoding pil_picture foreign image mp4
-  video snapshot slices tokenizer_files tokenizer grammar_limits grammar messages prompt position places picture
-  raw_prompt prepare __init__
+  video snapshot slices tokenizer_files molecules segments tokenizer channels grammar_limits grammar marks messages
+  thinking prompt position places picture flash raw_prompt prepared prepare __init__
 kernels: _launch _contract _kv_numbers layer_norm rms_norm add_norm swiglu _fp8_rows quantise_rows rms_norm_fp8
   swiglu_fp8 _numbers_8bit _int4 dequantise _plans _gemm_epilogue_body gemm_epilogue resize_tiles patch_embed
   embed_tokens unshuffle_norm _unshuffle_project_body unshuffle_project _rope qkv_rope_kv _gemv_pipelined _gemv_body
   _gemv_qkv_body _gemv_plan gemv _gemv_4bit_body gemv_4bit gemv_8bit _gemm_fp8_body gemm_fp8 gemv_qkv copy_blocks
-  _sample_numbers _sample_body sample _softmax _vit_attention_body vit_attention _paged_attention _split_plan
-  _split_combine _decode_attention_body decode_attention _prefill_plan _prefill_attention_body prefill_attention
+  _sample_numbers _sample_body sample _route_experts_body route_experts _expert_product_body _expert_4bit_body
+  _expert_plan _expert_cases expert_gate_up expert_down _softmax _vit_attention_body vit_attention
+  _paged_attention _split_plan _split_combine _decode_attention_body _decode_attention_cases decode_attention
+  _prefill_plan _prefill_attention_body _prefill_attention_cases prefill_attention
   _check _probes catalogue
 : operators
-model: shard linear step_inputs ops processor products_cpu products_cpu_quantised attention_cpu ops_cpu ops_triton
-  ops_invariant vision projector decoder internvl sharded dialects placement stored_linear work weights
+model: work shard linear step_inputs ops processor products_cpu products_cpu_quantised attention_cpu ops_cpu ops_triton
+  ops_invariant vision projector flash decoder internvl sharded dialects placement stored_linear weights
   random_checkpoint card __init__
 steps: speculation device_stream cpu_threads sequence visual_cache uploads decodes kv_pool kv_cache step orders
   scheduler sampler logprobs cuda_graph step_graph tile_encoder executor graph_steps runner follower __init__
 engine: failures options host_memory memory children child_process one_shot rank_group ranks towers loading
-  rank_process vision_process reply trace request sequences in_flight loop pictures batch worker preparing core
-  scoring voting best_of engine async_engine __init__
+  rank_process vision_process reply channel_text trace request sequences in_flight loop encoding flash pictures batch
+  worker preparing core scoring voting best_of engine async_engine __init__
 critic: engine_critic visual_prm judge pairing preference pair_file rollouts official __init__
 : compat arguments terminal
 harness: answers lmms_eval vlmevalkit __init__
@@ -81,7 +83,7 @@ HOMES = {
     "ray": [f"serve_ray.{name}" for name in ("autoscaling", "router", "replica", "ingress", "deployments")],
     "safetensors": ["checkpoint.tensor_file"],
     "shtab": ["completion"],
-    "sentencepiece": ["inputs.tokenizer"],
+    "sentencepiece": ["inputs.tokenizer_files"],
     "tokenizers": ["inputs.tokenizer_files", "inputs.tokenizer"],
     "torch.distributed": ["engine.one_shot", "engine.rank_group"],
     "transformers": [],

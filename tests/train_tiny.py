@@ -167,8 +167,17 @@ class DenseOps(Ops):
         return super().attend_tiles(qkv_RK.float(), *shape).to(qkv_RK.dtype)
 
     def paged_attention(
-        self, q_THC: Tensor, cache: LayerCache, batch: Batch, upcoming: tuple[Linear, ...] = ()
+        self,
+        q_THC: Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        upcoming: tuple[Linear, ...] = (),
+        *,
+        sinks_H: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
+        assert sinks_H is None, "the tiny model has no sinks"
+        assert window is None, "the tiny model has no windows"
         k_SGLC, v_SGLC = cache.k_cache_BGPC.float(), cache.v_cache_BGPC.float()
         num_sequences, _, seq_len, head_dim = k_SGLC.shape
         q_SHLC = q_THC.float().view(num_sequences, seq_len, -1, head_dim).transpose(1, 2)

@@ -30,7 +30,8 @@ class Prompter:
         noise = self._rng.integers(0, 256, (num_tiles, side, side, 3), dtype=np.uint8)
         tiles = torch.from_numpy(noise).to(self._device)
         span = VisualSpan(1, num_tiles * self._config.tokens_per_tile)
-        return Picture(self._rng.bytes(32), num_tiles, tiles=tiles, span=span)
+        compressed = None if self._config.flash is None else (False,) * num_tiles  # so that a length is as asked for
+        return Picture(self._rng.bytes(32), num_tiles, tiles=tiles, span=span, compressed=compressed)
 
     def prompt(self, num_tokens: int, picture: Picture | None = None) -> Prepared:
         """num_tokens: all tokens, those of the picture included."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from internvl_rt.checkpoint.template import TEMPLATES, spelt
 from internvl_rt.critic.engine_critic import EngineCritic
 from internvl_rt.engine.engine import Engine
 from internvl_rt.engine.failures import named_by_index
@@ -44,8 +45,11 @@ class Judge(EngineCritic[Verdict]):
         """
         super().__init__(engine)
         self._question: str = read("question", question, _TEXT)
-        words, role = (read("yes", yes, _TEXT), read("no", no, _TEXT)), engine.tokenizer.encode("assistant\n")
-        ids = [engine.tokenizer.encode(f"assistant\n{word}") for word in words]
+        template = TEMPLATES[engine.config.template]
+        self._header = spelt(template.header)
+        before = "" if self._header else spelt(template.begins["assistant"][1:])  # since the last special token
+        words, role = (read("yes", yes, _TEXT), read("no", no, _TEXT)), engine.tokenizer.encode(before)
+        ids = [engine.tokenizer.encode(f"{before}{word}") for word in words]
         firsts = [each[len(role)] for each in ids if each[: len(role)] == role and len(each) > len(role)]
         if len(firsts) < 2 or firsts[0] == firsts[1]:
             raise RequestError(
@@ -65,9 +69,10 @@ class Judge(EngineCritic[Verdict]):
 
         def prompts() -> Iterator[Prepared]:
             for index, text in enumerate(texts):
-                turns = (*asked.turns, Turn("assistant", (text,)), Turn("user", (self._question,)))
+                turns = (*asked.turns, Turn("assistant", (self._header + text,)), Turn("user", (self._question,)))
                 with named_by_index("responses", index, len(texts)):
-                    prompt = self.engine.preparer.render(replace(asked, turns=turns), delta, salt)
+                    rendered = self.engine.preparer.render(replace(asked, turns=turns), delta, salt)
+                    prompt = self.engine.preparer.begin_answer(rendered)
                     last = np.array([len(prompt.prompt.token_ids) - 1])
                     yield replace(prompt, places=Places(last, np.array([self._candidates])))
 

@@ -33,6 +33,7 @@ from internvl_rt.inputs.proceed import LateError, Proceed
 from internvl_rt.inputs.raw_prompt import RawPrompt
 from internvl_rt.inputs.sampling_params import SamplingParams
 from internvl_rt.inputs.snapshot import MAX_ITEMS, CopyLimits, snapshot
+from internvl_rt.inputs.thinking import shall_think
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class AsyncEngine:
         self._copy_limits = CopyLimits(
             images=engine.options.images(engine.config),
             videos=engine.options.videos,
-            max_media=engine.max_model_len // engine.config.tokens_per_tile,
+            max_media=engine.max_model_len // engine.config.least_tokens_per_tile,
             max_visual_bytes=engine.max_model_len * engine.config.decoder.hidden_size * 8,  # as float64
         )
         wake_ups = WakeUps()
@@ -90,6 +91,7 @@ class AsyncEngine:
         messages: PromptSource,
         params: SamplingParams | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
@@ -102,22 +104,25 @@ class AsyncEngine:
         there are more requests than the engine takes, StepError if a step failed, EngineDeadError if the worker thread
         has died.
         """
-        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s, request_id)
-        return self._stream(begin, params)
+        asked = self._copy(messages), v2pe_delta, cache_salt, think
+        begin = partial(self._begin, asked, params, timeout_s, request_id)
+        return self._stream(begin, params, think=think)
 
     def chat(
         self,
         messages: PromptSource,
         params: SamplingParams | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Coroutine[Any, Any, Reply]:
         """Answers as `Engine.chat` does. Raises what `stream` raises, and takes `timeout_s` as it does."""
-        begin = partial(self._begin, self._copy(messages), params, v2pe_delta, cache_salt, timeout_s, request_id)
-        return self._chat(begin, params)
+        asked = self._copy(messages), v2pe_delta, cache_salt, think
+        begin = partial(self._begin, asked, params, timeout_s, request_id)
+        return self._chat(begin, params, think=think)
 
     def score(
         self,
@@ -136,9 +141,11 @@ class AsyncEngine:
         texts = Given(partial(read_responses, responses))
         return self._score(self._copy(messages), texts, (include_end, num_top), v2pe_delta, cache_salt)
 
-    def describe(self, messages: PromptSource) -> Coroutine[Any, Any, PromptDescription]:
+    def describe(
+        self, messages: PromptSource, *, think: bool | None = None, cache_salt: str | None = None
+    ) -> Coroutine[Any, Any, PromptDescription]:
         """Describes a prompt as `Engine.describe` does. Raises what `stream` raises."""
-        return self._describe(self._copy(messages))
+        return self._describe(self._copy(messages), think, cache_salt)
 
     def encode_images(
         self, images: Items[ImageSource], *, cache_salt: str | None = None
@@ -191,13 +198,13 @@ class AsyncEngine:
         return snapshot(list(islice(images, MAX_ITEMS + 1)), limits, "image")
 
     async def _stream(
-        self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None
+        self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None, *, think: bool | None
     ) -> AsyncGenerator[Piece, None]:
         start_s = time.perf_counter()
         try:
             call = await begin(start_s, every_piece=True)
         except LateError:
-            yield Piece("", unprepared_reply(params or SamplingParams(), start_s))
+            yield Piece("", self._unprepared(params, start_s, think))
             return
         try:
             reply = None
@@ -208,16 +215,21 @@ class AsyncEngine:
         finally:
             call.cancel()
 
-    async def _chat(self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None) -> Reply:
+    async def _chat(
+        self, begin: Callable[..., Awaitable["_Call"]], params: SamplingParams | None, *, think: bool | None
+    ) -> Reply:
         start_s = time.perf_counter()
         try:
             call = await begin(start_s)
         except LateError:
-            return unprepared_reply(params or SamplingParams(), start_s)
+            return self._unprepared(params, start_s, think)
         try:
             return await call.reply()
         finally:
             call.cancel()
+
+    def _unprepared(self, params: SamplingParams | None, start_s: float, think: bool | None) -> Reply:
+        return unprepared_reply(params or SamplingParams(), start_s, think=shall_think(think, self._engine.config))
 
     async def _score(
         self,
@@ -250,9 +262,9 @@ class AsyncEngine:
     async def _prepare_text(self, make: Callable[[], Prepared]) -> Prepared:
         return await self._preparing.run(lambda _: make(), media=False)
 
-    async def _describe(self, given: Given[PromptSource]) -> PromptDescription:
+    async def _describe(self, given: Given[PromptSource], think: bool | None, salt: str | None) -> PromptDescription:
         messages = given.take()
-        describe = partial(self._engine.preparer.describe, messages)
+        describe = partial(self._engine.preparer.describe, messages, think=think, cache_salt=salt)
         return await self._preparing.run(describe, media=has_media(messages))
 
     async def _encode(self, given: Given[Items[ImageSource]], cache_salt: str | None) -> list[Tensor]:
@@ -273,10 +285,8 @@ class AsyncEngine:
 
     async def _begin(
         self,
-        given: Given[PromptSource],
+        asked: tuple[Given[PromptSource], Delta | None, str | None, bool | None],
         params: SamplingParams | None,
-        v2pe_delta: Delta | None,
-        cache_salt: str | None,
         timeout_s: float | None,
         request_id: str | None,
         start_s: float,
@@ -284,10 +294,11 @@ class AsyncEngine:
         every_piece: bool = False,
     ) -> "_Call":
         """Prepares a request and submits it. Raises LateError if its time is over before."""
+        given, v2pe_delta, cache_salt, think = asked
         messages, checked = given.take(), self._engine.check_call(params, timeout_s, request_id)
 
         def make(proceed: Proceed) -> Request:
-            prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed)
+            prepared = self._engine.prepare(messages, v2pe_delta, cache_salt, proceed, think=think)
             proceed()
             return self._engine.new_request(replace(prepared, start_s=start_s), checked, timeout_s, request_id)
 

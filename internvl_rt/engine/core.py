@@ -11,6 +11,9 @@ from typing import Self
 from torch import Tensor
 
 from internvl_rt.engine.batch import as_completed, run_batch
+from internvl_rt.engine.channel_text import ChannelText
+from internvl_rt.engine.encoding import PictureEncoder
+from internvl_rt.engine.flash import TileDecider
 from internvl_rt.engine.loop import StepLoop
 from internvl_rt.engine.memory import MemoryPlan
 from internvl_rt.engine.options import PARAMS, REQUEST_ID, TIMEOUT, EngineOptions
@@ -19,11 +22,13 @@ from internvl_rt.engine.reply import AnswerText, Reply, Scored
 from internvl_rt.engine.request import Answer, Request
 from internvl_rt.engine.sequences import SequenceFactory
 from internvl_rt.errors import ContextLengthError, RequestError
+from internvl_rt.inputs.channels import Part
 from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import Prepared, Preparer, PromptSource
 from internvl_rt.inputs.proceed import Proceed, both, go_on
 from internvl_rt.inputs.prompt import Turn
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.thinking import ThoughtReader
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.work import roof_of
@@ -76,6 +81,7 @@ class EngineCore:
         max_requests = options.max_num_seqs + options.max_waiting
         run_ahead = model.device.type == "cuda"
         self.loop = StepLoop(scheduler, self.runner, max_requests=max_requests, run_ahead=run_ahead)
+        encoder = PictureEncoder(self.loop, self._uploads, self.visual_cache)
         identity: dict[str, str | int] = {"model": repr(model.config), "dtype": str(model.dtype)}
         identity |= {"block_size": cache.block_size, "kv_cache_dtype": str(cache.dtype)}
         self.preparer = Preparer(
@@ -88,8 +94,10 @@ class EngineCore:
             videos=options.videos,
             v2pe_delta=options.v2pe_delta,
             identity=identity if options.prefix_cache else None,
+            decide=TileDecider(encoder, model).decide,
         )
-        self.pictures = PictureLoader(self.loop, self.preparer, cache, self.visual_cache, self._uploads)
+        per_tile = model.config.tokens_per_tile
+        self.pictures = PictureLoader(self.loop, encoder, self.preparer, cache, self.visual_cache, per_tile)
         self._sequences = SequenceFactory(model.config, tokenizer, options, self.max_model_len)
 
     def stats(self) -> dict[str, int | float]:
@@ -113,6 +121,8 @@ class EngineCore:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         proceed: Proceed = go_on,
+        *,
+        think: bool | None = False,
     ) -> Prepared:
         """Makes a prompt for `new_request` or `generate_prepared`, and starts the upload of its pictures.
 
@@ -121,10 +131,10 @@ class EngineCore:
         """
         self.loop.check()
         proceed = both(self.loop.check, proceed)
-        prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt, proceed)
+        prepared = self.preparer.prepare(messages, v2pe_delta, cache_salt, proceed, think=think)
         start_s = time.perf_counter()
         self.pictures.load(prepared, proceed)
-        return replace(prepared, tile_s=time.perf_counter() - start_s)
+        return replace(prepared, tile_s=prepared.tile_s + time.perf_counter() - start_s)
 
     def prepare_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Prepared:
         """Makes a prompt as `prepare` does, from rendered turns and the tiles of each picture. Raises RequestError."""
@@ -159,8 +169,11 @@ class EngineCore:
         A prompt may come from the `Preparer` of another engine, or process, if that has the same model and options.
         greedy_first: whether the first of several answers is greedy.
         """
-        self._check_prompt(prepared, num_drawn=1)
         params = read("params", params, PARAMS) or SamplingParams()
+        self._check_prompt(prepared, num_drawn=1)
+        if params.grammar:
+            prepared = self.preparer.begin_answer(prepared)
+            self._check_prompt(prepared, num_drawn=1)
         self.pictures.load(prepared)  # does nothing for those that are loaded
         timeout_s = read("timeout_s", timeout_s, TIMEOUT)
         deadline_s = math.inf if timeout_s is None else prepared.start_s + timeout_s
@@ -191,8 +204,17 @@ class EngineCore:
 
     def _answer(self, sequence: Sequence, prepared: Prepared) -> Answer:
         params, begun = sequence.params, prepared.begun
-        stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=begun)
-        return Answer(sequence, AnswerText(stream, params, begun=begun, strips=not prepared.raw))
+
+        def make(part: Part = "text") -> AnswerText:
+            is_begun = begun and part == "text"
+            stream = self.tokenizer.stream(skip_specials=params.skip_special_tokens, begun=is_begun)
+            return AnswerText(stream, params, begun=is_begun, strips=not prepared.raw)
+
+        channels = self.preparer.channels
+        if channels is not None:
+            reader = channels.reader(prepared.prompt.token_ids)
+            return Answer(sequence, ChannelText(reader, make, whole=not params.skip_special_tokens))
+        return Answer(sequence, make(), ThoughtReader(strips=params.grammar is None) if prepared.thinks else None)
 
     def _check_prompt(self, prepared: Prepared, num_drawn: int) -> None:
         """Refuses a prompt that is for another engine, or too long for it with the tokens that are drawn at least."""
@@ -202,6 +224,11 @@ class EngineCore:
                 "this engine"
             )
         assert (prepared.places is None) == (num_drawn > 0), "a prompt is scored or answered"
+        if self.config.flash is not None and any(picture.is_unseen for picture in prepared.pictures):
+            raise RequestError(
+                "the prompt's pictures have tiles of which is not decided whether they are compressed; prepare it with "
+                "this engine"
+            )
         num_tokens = len(prepared.prompt.token_ids) + num_drawn
         if num_tokens > self.max_model_len:
             raise ContextLengthError(

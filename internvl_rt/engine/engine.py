@@ -34,6 +34,7 @@ from internvl_rt.inputs.position import Delta
 from internvl_rt.inputs.prepare import PromptDescription, PromptSource
 from internvl_rt.inputs.proceed import LateError, until
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.thinking import shall_think
 from internvl_rt.steps.logprobs import TokenScores
 from internvl_rt.values import Flag, read
 
@@ -62,6 +63,7 @@ class Engine(EngineCore):
         messages: PromptSource,
         params: SamplingParams | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
@@ -79,6 +81,11 @@ class Engine(EngineCore):
             beginning of the answer: the reply goes on where it stops, and holds the new text alone, as does a grammar.
             Or a `RawPrompt`, ids and tiles of a processor perhaps, which has no template: the text of the reply then
             keeps the whitespace around it.
+        think: has the model reason before it answers, by the official system message in front of the conversation's
+            own. What it thinks is the reply's `reasoning` and no part of its `text`; `params` are those of both: tokens
+            of both count, a stop string ends either, and a grammar holds behind the reasoning. For InternVL3.5, whose
+            cards advise a temperature of 0.6, and for models whose chat template asks for reasoning, by that. None: as
+            the model does by default, which for all but Intern-S1 is not to.
         v2pe_delta: overrides the engine's.
         cache_salt: only requests of equal salt share prefixes and visual tokens, so that timings tell a tenant nothing.
         timeout_s: seconds after which the answer ends as far as it has come, with finish_reason "timeout". If they pass
@@ -89,7 +96,7 @@ class Engine(EngineCore):
         thread ended the answer.
         """
         params = self.check_call(params, timeout_s, request_id)
-        request = self._request((messages, v2pe_delta, cache_salt), params, timeout_s, request_id)
+        request = self._request((messages, v2pe_delta, cache_salt, think), params, timeout_s, request_id)
         return run_batch(self.loop, iter([request]), 1, max_running=1)[0]
 
     def stream(
@@ -97,6 +104,7 @@ class Engine(EngineCore):
         messages: PromptSource,
         params: SamplingParams | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
@@ -107,13 +115,14 @@ class Engine(EngineCore):
         This call raises the errors in the request; closing the iterator cancels the request.
         """
         params = self.check_call(params, timeout_s, request_id)
-        return self._stream(self._request((messages, v2pe_delta, cache_salt), params, timeout_s, request_id))
+        return self._stream(self._request((messages, v2pe_delta, cache_salt, think), params, timeout_s, request_id))
 
     def generate(
         self,
         batch: Items[PromptSource],
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
@@ -125,7 +134,7 @@ class Engine(EngineCore):
         conversation from the start of its preparation. progress: shows a bar on stderr.
         """
         read("progress", progress, Flag())
-        requests = self._requests(batch, params, v2pe_delta, cache_salt, timeout_s)
+        requests = self._requests(batch, params, (v2pe_delta, cache_salt, think), timeout_s)
         return run_batch(self.loop, requests, len(batch), max_running=self.options.max_num_seqs, progress=progress)
 
     def generate_as_completed(
@@ -133,6 +142,7 @@ class Engine(EngineCore):
         batch: Items[PromptSource],
         params: SamplingParams | Items[SamplingParams] | None = None,
         *,
+        think: bool | None = None,
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
@@ -141,7 +151,7 @@ class Engine(EngineCore):
 
         Closing the iterator cancels the rest.
         """
-        requests = self._requests(batch, params, v2pe_delta, cache_salt, timeout_s)
+        requests = self._requests(batch, params, (v2pe_delta, cache_salt, think), timeout_s)
         return as_completed(self.loop, requests, max_running=self.options.max_num_seqs)
 
     def score(
@@ -238,14 +248,17 @@ class Engine(EngineCore):
             return unprepared_ranking(checked, start_s)
         return rank_answers(self.loop, request, judge)
 
-    def describe(self, messages: PromptSource) -> PromptDescription:
+    def describe(
+        self, messages: PromptSource, *, think: bool | None = None, cache_salt: str | None = None
+    ) -> PromptDescription:
         """Returns the prompt's tokens, and the size and grid of each picture; makes no request.
 
-        An encoded picture is not decoded; the frames of a video are. Raises RequestError or MediaError, as for a
-        request.
+        An encoded picture is not decoded; the frames of a video are. A Flash model encodes all of them, since which
+        tiles it compresses decides how many tokens they are. think, cache_salt: as for `chat`. Raises RequestError or
+        MediaError, as for a request.
         """
         self.loop.check()
-        return self.preparer.describe(messages, self.loop.check)
+        return self.preparer.describe(messages, self.loop.check, think=think, cache_salt=cache_salt)
 
     def encode_images(self, images: Items[ImageSource], *, cache_salt: str | None = None) -> list[Tensor]:
         """Computes visual tokens [X, D] of each picture on the engine's device, for `image_embeds` parts.
@@ -275,8 +288,7 @@ class Engine(EngineCore):
         self,
         batch: Items[PromptSource],
         params: SamplingParams | Items[SamplingParams] | None,
-        v2pe_delta: Delta | None,
-        cache_salt: str | None,
+        how: tuple[Delta | None, str | None, bool | None],
         timeout_s: float | None,
     ) -> Iterator[Request | Reply]:
         """Checks a batch, and returns an iterator that prepares its requests one by one."""
@@ -293,7 +305,7 @@ class Engine(EngineCore):
                 if isinstance(messages, Mapping):
                     raise RequestError("batch: expected conversations, got a message; wrap a conversation: [messages]")
                 try:
-                    yield self._request((messages, v2pe_delta, cache_salt), one, timeout_s)
+                    yield self._request((messages, *how), one, timeout_s)
                 except InternVLError as error:
                     if len(batch) == 1:
                         raise
@@ -303,18 +315,20 @@ class Engine(EngineCore):
 
     def _request(
         self,
-        asked: tuple[PromptSource, Delta | None, str | None],
+        asked: tuple[PromptSource, Delta | None, str | None, bool | None],
         params: SamplingParams,
         timeout_s: float | None,
         request_id: str | None = None,
     ) -> Request | Reply:
         """Prepares a request. Returns the reply to one whose time is over before it is prepared."""
         start_s = time.perf_counter()
+        messages, v2pe_delta, cache_salt, think = asked
         try:
-            prepared = self.prepare(*asked, until(start_s + (timeout_s or math.inf)))
+            proceed = until(start_s + (timeout_s or math.inf))
+            prepared = self.prepare(messages, v2pe_delta, cache_salt, proceed, think=think)
             return self.new_request(prepared, params, timeout_s, request_id)
         except LateError:
-            return unprepared_reply(params, start_s)
+            return unprepared_reply(params, start_s, think=shall_think(think, self.config))
 
     def _stream(self, request: Request | Reply) -> Iterator[Piece]:
         if isinstance(request, Reply):

@@ -52,6 +52,7 @@ class InFlight:
         self._together: _Together | None = None  # of the step that was collected last
         self.trace: Trace | None = None
         self.num_generated = 0
+        self.num_saved = 0  # visual tokens of prompts, by compressed tiles
         self.finished: Counter[str] = Counter()  # number of ended requests, by outcome
 
     def __len__(self) -> int:
@@ -61,6 +62,7 @@ class InFlight:
         """notify: called between steps when there is text, a reply or an error."""
         request.submitted_s = time.perf_counter()
         self._requests[request] = None
+        self.num_saved += request.num_saved
         if notify is not None:
             self._notifies[request] = notify
         self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
@@ -278,7 +280,7 @@ class InFlight:
             answer.logprobs.append(logprob)
         if not request.first_token_s:
             request.first_token_s = time.perf_counter() - request.prepared.start_s
-        if token_id in sequence.stop_ids:
+        if token_id in sequence.stop_ids and not answer.goes_on(token_id, num_generated - 1):
             answer.read(num_generated - 1)
             self._finish(request, answer, "stop")
             return

@@ -179,6 +179,7 @@ class StepLoop:
             "waiting": self._scheduler.num_waiting,
             "steps": self._num_steps,
             "generated_tokens": self._in_flight.num_generated,
+            "saved_image_tokens": self._in_flight.num_saved,
             "preemptions": self._scheduler.num_preemptions,
             **{f"requests_{outcome}": count for outcome, count in sorted(dict(self._in_flight.finished).items())},
             **self._runner.stats(),

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.template import TEMPLATES
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError
+from internvl_rt.inputs.channels import end_ids
 from internvl_rt.inputs.grammar import GrammarCompiler, Matcher
 from internvl_rt.inputs.places import Places, places_of_tokens
 from internvl_rt.inputs.prepare import Prepared
 from internvl_rt.inputs.sampling_params import SamplingParams
+from internvl_rt.inputs.thinking import END
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.steps.sampler import derive_seed
 from internvl_rt.steps.sequence import Sequence
@@ -30,9 +33,9 @@ class SequenceFactory:
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, options: EngineOptions, max_model_len: int) -> None:
         self._options, self._max_model_len = options, max_model_len
         self._vocab_size, self._max_position = config.decoder.vocab_size, config.decoder.max_position
-        self._turn_end = tokenizer.token_id("<|im_end|>")
-        self._end_ids = config.end_token_ids or (self._turn_end,)
-        self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
+        stop = TEMPLATES[config.template].stop.token
+        self._turn_end, self._end_ids = tokenizer.token_id(stop), end_ids(config, tokenizer)
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size, stop)
         self._engine_seed = secrets.randbits(64) if options.seed is None else options.seed
         self._prompt_numbers, self._seq_ids = itertools.count(), itertools.count()
 
@@ -64,7 +67,7 @@ class SequenceFactory:
         if params.grammar:
             grammar = self._grammars.compile(
                 *params.grammar,
-                after=params.grammar_after,
+                after=params.grammar_after or (END if prepared.thinks else None),
                 whitespace=params.json_whitespace,
                 skips_specials=params.skip_special_tokens,
                 begun=prepared.begun,
@@ -138,7 +141,8 @@ def _common_length(sequences: Items[Sequence]) -> int:
     ids, length = np.array(first.token_ids), min(each.max_cached or 0 for each in sequences)
     for other in others:
         length = min(length, _num_equal(ids, np.array(other.token_ids)), _num_equal(first.position_T, other.position_T))
-        if other.identity != first.identity or [p.digest for p in other.pictures] != [p.digest for p in first.pictures]:
+        digests = [[picture.span_digest for picture in each.pictures] for each in (first, other)]
+        if other.identity != first.identity or digests[0] != digests[1]:
             return 0
     ends = [picture.span.start + picture.span.num_tokens for picture in first.pictures]
     return length if length >= max(ends, default=0) else 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from internvl_rt.checkpoint.template import CHATML
 from internvl_rt.errors import RequestError, quoted
 from internvl_rt.inputs.grammar_limits import check_grammar_size
 from internvl_rt.inputs.grammar_source import GrammarKind, JsonWhitespace, Tagged
@@ -46,9 +47,12 @@ _EXPECTED = {
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the latest; any number of threads may use it at once."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: width of the model's logits; ids that the tokenizer does not have are never allowed."""
-        self._compile = lru_cache(maxsize=_CACHED)(_Library(tokenizer, vocab_size).compile)
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: str = CHATML.stop.token) -> None:
+        """vocab_size: width of the model's logits; ids that the tokenizer does not have are never allowed.
+
+        stop: the token that ends an answer.
+        """
+        self._compile = lru_cache(maxsize=_CACHED)(_Library(tokenizer, vocab_size, stop).compile)
 
     def compile(
         self,
@@ -79,9 +83,9 @@ class GrammarCompiler:
 class _Library:
     """llguidance with one tokenizer; nothing is compiled until the first grammar is needed."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop: str) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._stop_id = tokenizer.token_id(stop)
         self._lock = Lock()
         self._vocabularies: dict[bool, LLTokenizer] = {}  # by whether special tokens are left out of the text
 

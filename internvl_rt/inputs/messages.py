@@ -13,7 +13,7 @@ Role = Literal["system", "user", "assistant"]
 ROLE = OneOf(("system", "user", "assistant"), "one of system, user, assistant")
 _DETAIL = OneOf(("auto", "low", "high"), "one of auto, low, high")  # of OpenAI's image_url
 _COUNT = Integer(1)
-_TOKENS_PER_MESSAGE = 3  # <|im_start|>, a role and a line break; all but an empty message take more
+_TOKENS_PER_MESSAGE = 3  # <|im_start|>, a role and a line break, or such; all but an empty message take more
 
 
 @dataclass(frozen=True, slots=True)

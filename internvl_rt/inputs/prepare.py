@@ -6,77 +6,40 @@ It knows no engine, and the result is plain data.
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from internvl_rt.checkpoint.config import ModelConfig
+from internvl_rt.checkpoint.template import TEMPLATES
 from internvl_rt.errors import ContextLengthError, MediaError, RequestError, check_list, quoted
+from internvl_rt.inputs.channels import find_channels
+from internvl_rt.inputs.flash import Decide, cannot_decide, check_least
 from internvl_rt.inputs.identity import build_identity
 from internvl_rt.inputs.image import ImageSource, check_image_source, open_image
 from internvl_rt.inputs.messages import Media, Message, parse_messages
 from internvl_rt.inputs.picture import Picture, open_picture, picture_of_tiles, picture_of_visual_tokens
-from internvl_rt.inputs.places import Places, places_of_tokens
+from internvl_rt.inputs.places import places_of_tokens
 from internvl_rt.inputs.position import DELTA, STRIDES, Delta, auto_stride, build_positions, parse_delta
+from internvl_rt.inputs.prepared import Conversation as Conversation
+from internvl_rt.inputs.prepared import Prepared as Prepared
+from internvl_rt.inputs.prepared import PromptDescription as PromptDescription
 from internvl_rt.inputs.proceed import Proceed, go_on
-from internvl_rt.inputs.prompt import (
-    Prompt,
-    Turn,
-    build_prompt,
-    check_turns,
-    turns_from_messages,
-)
-from internvl_rt.inputs.raw_prompt import RawPrompt, build_raw_prompt, raw_pictures
-from internvl_rt.inputs.tiles import ImageOptions, TileLayout
+from internvl_rt.inputs.prompt import Prompt, Turn, build_prompt, check_turns, turns_from_messages
+from internvl_rt.inputs.raw_prompt import RawPrompt, build_raw_prompt, raw_pictures, shorten
+from internvl_rt.inputs.thinking import is_begun, shall_think, with_thinking, without_thinking
+from internvl_rt.inputs.tiles import ImageOptions
 from internvl_rt.inputs.tokenizer import Tokenizer
 from internvl_rt.inputs.video import VideoLimits, count_frames, load_video
-from internvl_rt.values import OrNone, Text, read
+from internvl_rt.values import Flag, OrNone, Text, read
 
 Messages = Items[dict[str, Any]]
 PromptSource = Messages | RawPrompt
 
 SALT = OrNone(Text(0, 4096))
 NORMALISED_BYTES = 3  # the most bytes of a text, such as those of U+212A, that normalisation makes one byte
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A prompt that can run, without sampling parameters."""
-
-    prompt: Prompt
-    pictures: tuple[Picture, ...]
-    position_T: np.ndarray  # float32 rotary positions of the prompt
-    next_position: int  # position of the first token after the prompt
-    identity: bytes | None  # what keys and values depend on besides tokens and pictures; None: no prefix is shared
-    salt: str | None  # only prompts of equal salt share visual tokens
-    made_for: str  # what an engine must have in common with the one that prepared this
-    start_s: float  # by perf_counter, when the call began
-    media_s: float = 0.0
-    tile_s: float = 0.0
-    begun: bool = False  # the prompt ends with the beginning of the answer
-    raw: bool = False  # it has no template, and the answer's text keeps the whitespace around it
-    places: Places | None = None  # not None: draw no token, but return scores of these places
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns whose media are read, and which are not rendered yet."""
-
-    turns: tuple[Turn, ...]
-    pictures: tuple[Picture, ...]  # in the order of the turns' places for pictures
-    start_s: float  # by perf_counter, when the call began
-    media_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptDescription:
-    """What a prompt is made of, for a caller who asks without a request."""
-
-    prompt: Prompt  # its ids hold a placeholder for each visual token, its spans say where
-    layouts: tuple[TileLayout | None, ...]  # of each picture or frame, in order; None for given visual tokens
 
 
 def check_sharing(v2pe_delta: Delta | None, cache_salt: str | None) -> tuple[Delta | None, str | None]:
@@ -99,18 +62,22 @@ class Preparer:
         videos: VideoLimits,
         v2pe_delta: Delta,
         identity: Mapping[str, str | int] | None,
+        decide: Decide = cannot_decide,
     ) -> None:
         """dtype: the model's; numbers that a caller gives are cast to it.
         images: how pictures are read and cut; frames of videos become one tile each.
         number_images: whether several pictures in one message are called "Image-1: " and so on.
         identity: what keys and values depend on in the engine; None: no prefix is shared.
+        decide: decides which tiles of a prompt's pictures are compressed, for a model that compresses any.
         """
         self._config, self._tokenizer, self._max_model_len = config, tokenizer, max_model_len
+        self._window = config.decoder.max_position
         self._dtype, self.made_for = dtype, f"{config!r} {dtype} {identity}"
         self._images, self._frames, self._videos = images, replace(images, min_tiles=1, max_tiles=1), videos
         self._number_images, self._ends_empty = number_images, config.format == "hf"
-        self._v2pe_delta, self.identity = v2pe_delta, identity
-        self._stop_id = tokenizer.token_id("<|im_end|>")
+        self._v2pe_delta, self.identity, self._decide = v2pe_delta, identity, decide
+        self._template, self.channels = TEMPLATES[config.template], find_channels(config, tokenizer)
+        self._stop_id = tokenizer.token_id(self._template.stop.token)
         self._bytes_per_token = NORMALISED_BYTES * max(map(len, tokenizer.token_bytes.values()))
 
     def prepare(
@@ -119,26 +86,37 @@ class Preparer:
         v2pe_delta: Delta | None = None,
         cache_salt: str | None = None,
         proceed: Proceed = go_on,
+        *,
+        think: bool | None = False,
     ) -> Prepared:
         """Reads the media of a conversation and renders it, or encodes a `RawPrompt`.
 
         Pictures are hashed, and encoded ones are not decoded; frames of videos are decoded and cut to their tiles.
         proceed: called before each picture is opened, and before each frame of a video is decoded; it may raise.
+        think: whether the answer reasons first. None: as the model does by default.
         Raises RequestError or MediaError.
         """
         v2pe_delta, cache_salt = check_sharing(v2pe_delta, cache_salt)
+        think = read("think", think, OrNone(Flag()))
         if not isinstance(messages, RawPrompt):
-            return self.render(self.read(messages, proceed), v2pe_delta, cache_salt)
+            return self.render(self.read(messages, proceed, think=think), v2pe_delta, cache_salt, proceed)
+        if think:
+            raise RequestError("think: a RawPrompt has no system message to ask for it; send messages, or leave it out")
         start_s = time.perf_counter()
         prompt = self._build_raw(messages)
-        pictures = raw_pictures(messages, prompt, self._config, self._dtype, self._max_model_len)
+        given = raw_pictures(messages, prompt, self._config, self._dtype, self._max_model_len)
+        pictures, tile_s = self._decided(given, cache_salt, proceed)
+        if any(picture.num_saved for picture in pictures):
+            prompt = shorten(prompt, [picture.num_saved for picture in pictures])
         placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
-        return replace(placed, start_s=start_s, begun=True, raw=True)
+        return replace(placed, start_s=start_s, tile_s=tile_s, begun=True, raw=True)
 
-    def read(self, messages: Messages, proceed: Proceed = go_on) -> Conversation:
+    def read(self, messages: Messages, proceed: Proceed = go_on, *, think: bool | None = False) -> Conversation:
         """Reads the media of a conversation, and leaves it to be rendered, perhaps changed. Raises as `prepare`."""
         start_s = time.perf_counter()
         parsed = parse_messages(messages, self._max_model_len)
+        thinks = shall_think(think, self._config) and not (think is None and is_begun(parsed))
+        parsed = (with_thinking if thinks else without_thinking)(parsed, self._config)
         self._check_size(parsed)
         pictures: list[Picture] = []
         frames_per_video: list[int] = []
@@ -159,37 +137,53 @@ class Preparer:
             frames_per_video,
             system=self._config.system_message,
             number_images=self._number_images,
+            template=self._template,
         )
-        return Conversation(turns, tuple(pictures), start_s, media_s)
+        return Conversation(turns, tuple(pictures), start_s, media_s, thinks)
 
     def render(
-        self, conversation: Conversation, v2pe_delta: Delta | None = None, cache_salt: str | None = None
+        self,
+        conversation: Conversation,
+        v2pe_delta: Delta | None = None,
+        cache_salt: str | None = None,
+        proceed: Proceed = go_on,
     ) -> Prepared:
         """Renders a conversation that `read` or `read_turns` has returned, its turns changed perhaps.
 
-        v2pe_delta and cache_salt: as `check_sharing` returns them. Raises RequestError.
+        v2pe_delta and cache_salt: as `check_sharing` returns them. Raises RequestError, or of a Flash model MediaError.
         """
-        turns, pictures = conversation.turns, conversation.pictures
-        counts = [picture.num_tiles * self._config.tokens_per_tile for picture in pictures]
+        turns = conversation.turns
+        pictures, tile_s = self._decided(conversation.pictures, cache_salt, proceed)
+        counts = [picture.count_tokens(self._config) for picture in pictures]
         prompt = build_prompt(
             turns,
             self._tokenizer,
             counts,
+            template=self._template,
             ends_empty=self._ends_empty,
             limit=self._max_model_len,
             remedy=self._remedy(pictures),
         )
         placed = self._place(prompt, pictures, v2pe_delta, cache_salt)
         begun = turns[-1].open and any(turns[-1].parts)
-        return replace(placed, begun=begun, start_s=conversation.start_s, media_s=conversation.media_s)
+        start_s, media_s = conversation.start_s, conversation.media_s
+        thinks = conversation.thinks
+        return replace(placed, begun=begun, thinks=thinks, start_s=start_s, media_s=media_s, tile_s=tile_s)
 
     def fixed(self, raw: RawPrompt) -> RawPrompt:
         """Returns a prompt that its caller cannot change. Raises RequestError for one that cannot fit."""
         return raw.fixed(self._config, self._dtype, self._max_model_len, self._remedy())
 
-    def describe(self, messages: PromptSource, proceed: Proceed = go_on) -> PromptDescription:
+    def describe(
+        self,
+        messages: PromptSource,
+        proceed: Proceed = go_on,
+        *,
+        think: bool | None = False,
+        cache_salt: str | None = None,
+    ) -> PromptDescription:
         """Renders a conversation as `prepare` does, and keeps nothing of its pictures. Raises what `prepare` raises."""
-        prepared = self.prepare(messages, proceed=proceed)
+        prepared = self.prepare(messages, None, cache_salt, proceed, think=think)
         return PromptDescription(prepared.prompt, tuple(picture.layout for picture in prepared.pictures))
 
     def read_turns(self, turns: Items[Turn], tiles: Items[Tensor]) -> Conversation:
@@ -205,7 +199,7 @@ class Preparer:
         left = self._max_model_len
         for each in tiles:
             pictures.append(picture_of_tiles(each, self._config, self._dtype, left))
-            left -= pictures[-1].num_tiles * self._config.tokens_per_tile
+            left -= pictures[-1].num_tiles * self._config.least_tokens_per_tile
         return Conversation(tuple(turns), tuple(pictures), start_s)
 
     def prepare_score(self, prepared: Prepared, response: str, *, include_end: bool, num_top: int = 0) -> Prepared:
@@ -214,23 +208,23 @@ class Preparer:
         num_top: of how many of the likeliest tokens besides, in the place of each.
         """
         self.check_texts("a response", [response])
-        prompt, num_prompt = prepared.prompt, len(prepared.prompt.token_ids)
+        prepared = self.begin_answer(prepared)
+        num_prompt = len(prepared.prompt.token_ids)
         ids = self._tokenizer.encode(response, limit=self._max_model_len - num_prompt)
         added = [*ids, *([self._stop_id] if include_end else [])]
-        next_position = prepared.next_position + len(added)
-        if num_prompt + len(added) > self._max_model_len or next_position > self._config.decoder.max_position:
-            raise ContextLengthError(
-                f"prompt and response have {num_prompt + len(added):,} tokens together, but may have "
-                f"{min(self._max_model_len, self._config.decoder.max_position):,}; shorten them"
-            )
-        added_position_T = np.arange(prepared.next_position, next_position, dtype=np.float32)
-        return replace(
-            prepared,
-            prompt=Prompt((*prompt.token_ids, *added), prompt.spans, prompt.text + response),
-            position_T=np.concatenate((prepared.position_T, added_position_T)),
-            next_position=next_position,
-            places=places_of_tokens(num_prompt - 1, added, num_top),
-        )
+        extended = prepared.followed_by(added, response, most=self._max_model_len, window=self._window)
+        return replace(extended, places=places_of_tokens(num_prompt - 1, added, num_top))
+
+    def begin_answer(self, prepared: Prepared) -> Prepared:
+        """Appends the header that the model itself would write before a text, if it writes any and none is there.
+
+        That is for an answer of which the text is given: one that is scored, or keeps to a grammar.
+        """
+        if self.channels is None or prepared.begun or prepared.raw:
+            return prepared
+        begun = replace(prepared, begun=True)
+        header_ids, header = self.channels.header_ids, self.channels.header
+        return begun.followed_by(header_ids, header, most=self._max_model_len, window=self._window)
 
     def open_images(self, images: Items[ImageSource]) -> Iterator[Picture]:
         """Opens pictures without a prompt, each when it is asked for; what is no picture is refused before the first.
@@ -249,9 +243,19 @@ class Preparer:
             raw,
             self._tokenizer,
             vocab_size=self._config.decoder.vocab_size,
-            limit=self._max_model_len,
+            limit=raw.most_ids(self._config, self._max_model_len),
             remedy=self._remedy(),
         )
+
+    def _decided(
+        self, pictures: Items[Picture], cache_salt: str | None, proceed: Proceed
+    ) -> tuple[Items[Picture], float]:
+        """Decides which tiles of a request are compressed, if the model compresses any; returns the seconds too."""
+        if self._config.flash is None or not pictures:
+            return pictures, 0.0
+        start_s = time.perf_counter()
+        check_least(pictures, self._config, self._max_model_len, self._remedy(pictures))
+        return self._decide(pictures, cache_salt, proceed), time.perf_counter() - start_s
 
     def _place(
         self, prompt: Prompt, pictures: Items[Picture], v2pe_delta: Delta | None, cache_salt: str | None
@@ -265,7 +269,7 @@ class Preparer:
                 f"may have {self._max_model_len:,}; {self._remedy(pictures)}"
             )
         delta = self._v2pe_delta if v2pe_delta is None else v2pe_delta
-        window = self._config.decoder.max_position
+        window = self._window
         stride = auto_stride(num_tokens, prompt.spans, window - 1) if delta == "auto" else parse_delta(delta)
         position_T, next_position = build_positions(num_tokens, prompt.spans, [stride] * len(prompt.spans))
         if next_position >= window:
@@ -317,11 +321,12 @@ class Preparer:
         parts = [part for message in messages for part in message.parts]
         media = [part for part in parts if isinstance(part, Media)]
         num_media = sum(count_frames(one.source, one.num_frames) if one.kind == "video" else 1 for one in media)
-        most = self._max_model_len // self._config.tokens_per_tile
+        per_tile = self._config.least_tokens_per_tile
+        most = self._max_model_len // per_tile
         if num_media > most:
             raise ContextLengthError(
                 f"the conversation has {quoted(num_media)} pictures and frames of videos, but only {most} tiles of "
-                f"{self._config.tokens_per_tile} tokens fit; send fewer, or raise max_model_len"
+                f"{per_tile} tokens fit; send fewer, or raise max_model_len"
             )
         self.check_texts("the conversation", [part for part in parts if isinstance(part, str)])
 

@@ -54,7 +54,7 @@ class SamplingParams:
         break with up to 32 spaces or 8 tabs. "compact": none. "free": any, so that an answer may be white space to its
         end.
     skip_special_tokens: whether tokens such as <ref> and <box> give no text, as in the official chat; False: they are
-        part of the text, and of grammars.
+        part of the text, and of grammars. Of an answer in channels, as GPT-OSS writes them, the text is then all.
     """
 
     max_tokens: int = 1024

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from internvl_rt import RawPrompt, RequestError
+from internvl_rt import Engine, RawPrompt, RequestError
 from internvl_rt.critic import Judge
 from internvl_rt.critic.judge import QUESTION
 from support.calls import ask, check_idle, load
+from support.harmony import FINAL, write_small
 
 SAMPLES = Path(__file__).parents[2] / "internvl_rt" / "tiny" / "samples"
 ASKED = ask("Read the digits.", SAMPLES / "4719.png")
@@ -71,3 +72,12 @@ def test_what_cannot_be_judged_is_refused(engine, wrong):
     call, message = REFUSED[wrong]
     with pytest.raises(RequestError, match=message):
         call(engine)
+
+
+def test_a_model_that_answers_in_channels_is_asked_behind_their_header(tmp_path):
+    with Engine.from_pretrained(write_small(tmp_path / "model"), device="cpu", dtype="float32") as engine:
+        verdict = Judge(engine)(ask("Hi"), "yo")
+        conversation = [*ask("Hi"), {"role": "assistant", "content": "yo"}, *ask(QUESTION)]
+        behind = [*conversation, {"role": "assistant", "content": FINAL}]
+        (expected,) = engine.score_tokens(behind, ["Y", "N"])
+        assert verdict.score == pytest.approx(expected.probabilities[0], abs=1e-6)

@@ -99,9 +99,9 @@ def test_call_that_is_cancelled_while_it_is_prepared_never_runs(monkeypatch):
     engine, prepared, go_on = load(), [], threading.Event()
     prepare = engine.preparer.prepare
 
-    def prepare_late(*arguments):
+    def prepare_late(*arguments, **how):
         go_on.wait()
-        prepared.append(prepare(*arguments))
+        prepared.append(prepare(*arguments, **how))
         return prepared[-1]
 
     monkeypatch.setattr(engine.preparer, "prepare", prepare_late)
@@ -154,7 +154,7 @@ def test_full_queue_refuses_and_takes_the_next_when_there_is_room():
 def test_calls_that_wait_to_be_prepared_are_bounded_too(monkeypatch):
     engine, go_on = load(max_num_seqs=1, max_waiting=6), threading.Event()
     prepare = engine.preparer.prepare
-    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: go_on.wait() and prepare(*arguments))
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *args, **how: go_on.wait() and prepare(*args, **how))
 
     async def main():
         async with AsyncEngine(engine) as e:
@@ -172,7 +172,7 @@ def test_event_loop_goes_on_while_a_request_is_prepared_and_its_steps_run(monkey
     """The bound is far above the delays of a busy machine; a blocked event loop would stop for twice as long."""
     engine, pause_s = load(), 1.0
     prepare, run_step = engine.preparer.prepare, engine.model.run_step
-    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(pause_s) or prepare(*arguments))
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *args, **how: time.sleep(pause_s) or prepare(*args, **how))
     steps = []
 
     def run_first_step_slowly(*arguments):

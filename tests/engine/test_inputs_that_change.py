@@ -101,7 +101,9 @@ def test_a_call_raises_where_it_is_awaited_and_not_where_it_is_made():
 def test_nothing_is_copied_for_a_call_that_finds_the_queue_full(monkeypatch):
     engine, go_on = load(max_num_seqs=1, max_waiting=0), threading.Event()
     prepare = engine.preparer.prepare
-    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: go_on.wait(PATIENCE_S) and prepare(*arguments))
+    monkeypatch.setattr(
+        engine.preparer, "prepare", lambda *args, **how: go_on.wait(PATIENCE_S) and prepare(*args, **how)
+    )
 
     async def main():
         async with AsyncEngine(engine) as e:

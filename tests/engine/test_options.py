@@ -69,6 +69,7 @@ WRONG = {
     "v2pe_delta": ["x", 0.3, True, math.nan, math.inf, 10**400, None, [1]],
     "number_images": [1, "no"],
     "tensor_parallel_size": [0, -1, 17, 2.0, True, None, "2"],
+    "expert_parallel": [1, "yes", None],
     "vision_processes": [-1, 17, 1.0, True, None, "1"],
     "vision_device": ["gpu", None, 0, "cuda:999", True],
     "exif": ["turn", None, True, ["apply"]],

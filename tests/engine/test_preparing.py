@@ -170,7 +170,7 @@ def test_closing_refuses_those_that_wait_for_a_thread(monkeypatch):
 def test_a_cancellation_in_the_turn_in_which_a_thread_finishes_is_not_lost(cancel, messages, caplog, monkeypatch):
     engine = load()
     prepare = engine.preparer.prepare
-    monkeypatch.setattr(engine.preparer, "prepare", lambda *arguments: time.sleep(0.1) or prepare(*arguments))
+    monkeypatch.setattr(engine.preparer, "prepare", lambda *args, **how: time.sleep(0.1) or prepare(*args, **how))
 
     async def main():
         async with AsyncEngine(engine) as e:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs import slices as slices_module
-from internvl_rt.inputs.slices import MAX_UNBROKEN_BYTES, QWEN2_CUT, slices
+from internvl_rt.inputs.slices import MAX_UNBROKEN_BYTES, O200K_CUT, QWEN2_CUT, slices
 from internvl_rt.inputs.tokenizer import load_tokenizer
+from support.harmony import O200K
 
 DATA = Path(__file__).parents[1] / "data" / "tokenizer"
 TOKENIZER = load_tokenizer(DATA)
@@ -34,15 +35,17 @@ HUNDRED_THOUSAND = {
 
 
 @pytest.mark.parametrize("specials", [False, True])
+@pytest.mark.parametrize(("tokenizer", "cut"), [(TOKENIZER, QWEN2_CUT), (O200K, O200K_CUT)], ids=["qwen2", "o200k"])
 @settings(max_examples=300, deadline=None)
 @given(atoms=st.lists(st.sampled_from(ATOMS), max_size=40), size=st.integers(1, 6))
-def test_slices_of_a_text_have_the_ids_of_the_whole(atoms, size, specials):
+def test_slices_of_a_text_have_the_ids_of_the_whole(tokenizer, cut, atoms, size, specials):
     text = "".join(atoms)
-    whole = (TOKENIZER._encode_all if specials else TOKENIZER._encode_plain)(text)
+    whole = (tokenizer._encode_all if specials else tokenizer._encode_plain)(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices_module, "_SLICE", size)
-        assert "".join(slices(text, QWEN2_CUT)) == text
-        assert TOKENIZER.encode(text, specials=specials) == whole
+        assert tokenizer._cut is cut
+        assert "".join(slices(text, cut)) == text
+        assert tokenizer.encode(text, specials=specials) == whole
 
 
 @pytest.mark.parametrize("name", HUNDRED_THOUSAND)

@@ -108,8 +108,8 @@ REFUSALS: list[tuple[str, str, Callable[[Any], Any], str]] = [
     (
         "unshuffle_norm",
         "x_RE",
-        lambda t: t.repeat(1, 700)[:, :4097],
-        r"expected factor\^2 \* E from 1 to 16384, got 16388",
+        lambda t: t.repeat(1, 2800)[:, :16385],
+        r"expected factor\^2 \* E from 1 to 65536, got 65540",
     ),
     ("unshuffle_norm", "num_tiles", lambda _: 0, "x_RE: expected 0 tiles .*, got 15 rows"),
     ("unshuffle_norm", "num_tiles", lambda _: -1, "expected 0 or more, got -1"),

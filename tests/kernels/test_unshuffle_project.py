@@ -149,7 +149,7 @@ REFUSALS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("x_RE", torch.Tensor.double, "x_RE: expected one of .* got torch.float64"),
     ("x_RE", lambda t: t[1:], r"x_RE: expected 3 tiles of 1 \+ \(a multiple of 2\)\^2 rows, got 50 rows"),
     ("x_RE", lambda t: t[0], r"x_RE: expected rows \[R, E\]"),
-    ("x_RE", lambda t: t.repeat(1, 200)[:, :4097], r"x_RE: expected factor\^2 \* E from 1 to 16384, got 16388"),
+    ("x_RE", lambda t: t.repeat(1, 700)[:, :16385], r"x_RE: expected factor\^2 \* E from 1 to 65536, got 65540"),
     ("factor", lambda _: 3, r"factor: expected one of \[1, 2, 4\], got 3"),
     ("version", lambda _: "v3", "version: expected v1 or v2, got v3"),
     ("num_tiles", lambda _: -1, "num_tiles: expected 0 or more, got -1"),

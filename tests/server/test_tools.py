@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from internvl_rt.server import thinking
+from internvl_rt.inputs import thinking
 from internvl_rt.server.options import ServerOptions
 from support.serving import Running, question, running, scripted
 
@@ -41,7 +41,7 @@ def thinker(server: Running) -> Iterator[Running]:
     """A server whose model counts as one that was trained to reason."""
     asking = server.service.asking
     before = asking.config
-    asking.config = replace(before, decoder=replace(before.decoder, qk_norm=True))
+    asking.config = replace(before, can_think=True)
     yield server
     asking.config = before
 
@@ -189,6 +189,16 @@ def test_reasoning_is_asked_for_by_effort_or_template(thinker: Running) -> None:
         ):
             assert create(thinker, **more).choices[0].message.content == "so.\n</think>\n\n42"
             assert asked[-1][0][-1]["role"] == "user"
+
+
+def test_the_prompt_is_that_of_the_engine_s_own_switch(thinker: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thinking, "can_think", lambda config: True)
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    core = thinker.service.core
+    with scripted(thinker, "so.</think>42") as asked:
+        for each in (messages, messages[1:]):
+            thinker.client().chat.completions.create(model="tiny", messages=each, reasoning_effort="low")
+            assert core.describe(asked[-1][0]) == core.describe(each, think=True)
 
 
 def test_reasoning_is_streamed_apart_and_counted(thinker: Running) -> None:
