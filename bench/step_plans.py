@@ -168,11 +168,15 @@ def _layers(c: DecoderConfig, rows: int, *attention: Operation) -> list[Operatio
     times, width, mlp, heads, groups = c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads
     channels, num_qkv = c.head_dim, (heads + 2 * groups) * c.head_dim
     token = _heads(c)
-    if rows <= MAX_ROWS and not c.qk_norm:
+    rotary = planned(QKV_ROPE_KV, token | {"T": rows, "norms": c.qk_norm}, "rotary, KV write", times)
+    if rows <= MAX_ROWS:
         sizes = token | {"R": rows, "D": width, "bias": c.qkv_bias}
         swiglu = {"norm": True, "activation": "swiglu"}
+        first = [planned(GEMV_QKV, sizes, "norm, qkv, rotary, KV write", times, num_qkv * width)]
+        if c.qk_norm:
+            first = [_gemv("norm, qkv", times, rows, num_qkv, width, norm=True, bias=c.qkv_bias), rotary]
         return [
-            planned(GEMV_QKV, sizes, "norm, qkv, rotary, KV write", times, num_qkv * width),
+            *first,
             *attention,
             _gemv("o, residual", times, rows, width, heads * channels, residual=True),
             _gemv("norm, gate/up, SwiGLU", times, rows, 2 * mlp, width, **swiglu),
@@ -182,7 +186,7 @@ def _layers(c: DecoderConfig, rows: int, *attention: Operation) -> list[Operatio
     return [
         planned(RMS_NORM, norm, "norm", times),
         _product("qkv", times, rows, num_qkv, width, bias=c.qkv_bias),
-        planned(QKV_ROPE_KV, token | {"T": rows, "norms": c.qk_norm}, "rotary, KV write", times),
+        rotary,
         *attention,
         _product("o, residual", times, rows, width, heads * channels, "residual"),
         planned(RMS_NORM, norm, "norm", times),
@@ -231,7 +235,10 @@ def _embedding(c: DecoderConfig, rows: int) -> Operation:
 
 
 def config_of(model: str) -> DecoderConfig:
-    return load_config(KNOWN_MODELS[model]).decoder
+    decoder = load_config(KNOWN_MODELS[model]).decoder
+    if decoder.experts is not None:
+        raise ValueError(f"{model} has experts, whose launches are not planned; choose another model")
+    return decoder
 
 
 @cache

@@ -162,7 +162,7 @@ def test_a_picture_for_which_there_is_no_memory_fails_its_own_call_alone(monkeyp
             patched.setattr(Uploads, "_send", fail)
             for call in (
                 lambda: engine.chat(ask("What?", 255 - picture), PARAMS),
-                lambda: engine.encode_images([picture]),
+                lambda: engine.encode_images([picture + 100]),  # one that is not held already
             ):
                 with pytest.raises(StepError, match="memory ran out, by OutOfMemoryError"):
                     call()

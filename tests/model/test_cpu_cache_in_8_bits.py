@@ -10,7 +10,7 @@ from internvl_rt.kernels._paged_attention import paged_attention_reference
 from internvl_rt.model import processor
 from internvl_rt.model.attention_cpu import attend_blocks, plan_reads
 from internvl_rt.model.ops import KV_FORMATS, TORCH
-from internvl_rt.model.step_inputs import LayerCache
+from internvl_rt.model.step_inputs import LayerCache, Rotary
 from support.cpu_tables import case_of, prepared, table
 from support.forward import all_logits
 from support.small_models import QWEN2, QWEN3, build_model
@@ -78,7 +78,7 @@ def test_a_checkpoints_scales_are_written_as_the_references_write_them(
     model, x_TD = build_model(decoder=decoder), torch.randn(5, decoder.hidden_size)
     layer, written = model.weights.decoder.layers[0], []
     projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
-    where = torch.arange(5.0), 1e6 ** -(torch.arange(decoder.head_dim // 2) / decoder.head_dim)
+    where = torch.arange(5.0), Rotary(1e6 ** -(torch.arange(decoder.head_dim // 2) / decoder.head_dim))
     for ops in (TORCH, table(avx512=False)):
         shape = 2, decoder.num_kv_heads, 16
         caches = [torch.zeros(*shape, decoder.head_dim, dtype=numbers) for _ in "kv"]
