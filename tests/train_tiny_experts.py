@@ -36,7 +36,7 @@ from train_tiny import DTYPE, SEED, DenseOps, Example, Lesson, draw_batches, dra
 
 DENSE = Path(internvl_rt.__file__).parent / "tiny"
 NUM_EXPERTS, NUM_CHOSEN = 8, 2
-LESSON = Lesson(range(30_000, 31_800), 0.8, (0.3, 0.25, 0.45, 0.0), 0, 0, 380, 32, 0.12)
+LESSON = Lesson(range(30_000, 36_000), 0.85, (0.3, 0.25, 0.45, 0.0), 0, 0, 330, 32, 0.12)
 BALANCE = 0.02  # weight of the loss that keeps the experts equally busy (Switch Transformer, arXiv 2101.03961)
 
 

@@ -1,0 +1,32 @@
+"""A model with experts reads digits as well as the one without from which it was trained: its routing works."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from internvl_rt import Engine
+from internvl_rt.model.linear import Experts
+from support.digits import MAX_DIGITS, draw_reading, load_glyphs, measure_accuracy
+
+SCRIPT = Path(__file__).parents[1] / "train_tiny_experts.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_tiny_model_with_experts_reads_as_well_as_the_one_without(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "experts"], check=True, capture_output=True)
+    rng, glyphs = np.random.default_rng(61), load_glyphs(held_out=True)
+    readings = [draw_reading(rng, glyphs, 1 + n % MAX_DIGITS, "read", "count") for n in range(600)]
+    with Engine.from_pretrained("tiny", device="cpu", dtype="float32") as engine:
+        without = measure_accuracy(engine, readings)
+    with Engine.from_pretrained(tmp_path / "experts", device="cpu", dtype="float32", backend="torch") as engine:
+        assert measure_accuracy(engine, readings) >= without - 0.02
+        for layer in engine.model.weights.decoder.layers:
+            assert isinstance(layer.mlp, Experts)
+            router_XD = layer.mlp.router.weight_NK
+            router_XD.copy_(router_XD[torch.tensor([2, 5, 4, 7, 6, 1, 0, 3])])  # other experts, in other pairs
+        assert measure_accuracy(engine, readings[:100]) < 0.8
