@@ -1,4 +1,4 @@
-"""A model with experts reads digits as well as the one without from which it was trained: its routing works."""
+"""A model with experts reads digits as well as the one without from which it was trained."""
 
 import subprocess
 import sys
@@ -23,10 +23,13 @@ def test_a_tiny_model_with_experts_reads_as_well_as_the_one_without(tmp_path: Pa
     readings = [draw_reading(rng, glyphs, 1 + n % MAX_DIGITS, "read", "count") for n in range(600)]
     with Engine.from_pretrained("tiny", device="cpu", dtype="float32") as engine:
         without = measure_accuracy(engine, readings)
-    with Engine.from_pretrained(tmp_path / "experts", device="cpu", dtype="float32", backend="torch") as engine:
+    with Engine.from_pretrained(
+        tmp_path / "experts", device="cpu", dtype="float32", backend="torch", prefix_cache=False
+    ) as engine:
         assert measure_accuracy(engine, readings) >= without - 0.02
-        for layer in engine.model.weights.decoder.layers:
+        for layer in engine.model.weights.decoder.layers:  # each pair (token, expert) must meet its own expert twice
             assert isinstance(layer.mlp, Experts)
-            router_XD = layer.mlp.router.weight_NK
-            router_XD.copy_(router_XD[torch.tensor([2, 5, 4, 7, 6, 1, 0, 3])])  # other experts, in other pairs
-        assert measure_accuracy(engine, readings[:100]) < 0.8
+            down, num_experts = layer.mlp.all_down, layer.mlp.num_here
+            down_XDF = down.dense(torch.float32).view(num_experts, -1, down.num_inputs)
+            down_XDF.copy_(down_XDF.roll(2, 0))  # dense() of a float32 weight is the weight itself
+        assert measure_accuracy(engine, readings[:100]) < 0.5
