@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 from internvl_rt.checkpoint.json_section import MAX_SIZE, UNSUPPORTED, Section
 
-MAX_COUNT = 1 << 10  # of layers, of a layer's experts, and of end tokens
+MAX_COUNT = 1 << 10  # of layers and of end tokens
+_MOST_OF_LAYER = 512  # experts, as many as `kernels/route_experts.py` can choose from
 _MAX_EXPERTS = 1 << 16  # of all layers, each with tensors of its own
 
 
@@ -161,7 +162,7 @@ def _read_experts(section: Section, width: int, num_layers: int, is_gpt_oss: boo
     section.support("swiglu_alpha", 1.702)
     section.support("swiglu_limit", 7.0, 7)
     key = "num_local_experts" if section.has("num_local_experts") else "num_experts"
-    num_experts = section.integer(key, 128, maximum=MAX_COUNT)
+    num_experts = section.integer(key, 128, maximum=_MOST_OF_LAYER)
     if 2 * num_experts * width > MAX_SIZE or num_experts * num_layers > _MAX_EXPERTS:
         few = f"at most {min(MAX_SIZE // (2 * width), _MAX_EXPERTS // num_layers):,} of {width} in {num_layers} layers"
         raise section.refusal(key, few, UNSUPPORTED)

@@ -193,7 +193,7 @@ def test_a_qwen3_moe_decoder_has_experts():
     [
         ({"decoder_sparse_step": 2}, "llm_config.decoder_sparse_step is 2, expected 1; this kind of model"),
         ({"mlp_only_layers": [0]}, r"llm_config.mlp_only_layers is \[0\], expected None or \[\]; this kind of model"),
-        ({"num_experts": 0}, "llm_config.num_experts is 0, expected an integer from 1 to 1024"),
+        ({"num_experts": 0}, "llm_config.num_experts is 0, expected an integer from 1 to 512"),
         ({"num_experts_per_tok": 129}, "llm_config.num_experts_per_tok is 129, expected an integer from 1 to 128"),
         (
             {"num_experts": 1024, "num_hidden_layers": 100},
