@@ -196,8 +196,8 @@ def test_a_qwen3_moe_decoder_has_experts():
         ({"num_experts": 0}, "llm_config.num_experts is 0, expected an integer from 1 to 512"),
         ({"num_experts_per_tok": 129}, "llm_config.num_experts_per_tok is 129, expected an integer from 1 to 128"),
         (
-            {"num_experts": 1024, "num_hidden_layers": 100},
-            "llm_config.num_experts is 1024, expected at most 655 of 768",
+            {"num_experts": 512, "num_hidden_layers": 200},
+            "llm_config.num_experts is 512, expected at most 327 of 768",
         ),
         ({"moe_intermediate_size": 1 << 20}, "llm_config.num_experts is 128, expected at most 8 of 1048576"),
         ({"norm_topk_prob": 1}, "llm_config.norm_topk_prob is 1, expected true or false"),
