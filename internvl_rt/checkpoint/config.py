@@ -128,7 +128,7 @@ def parse_config(top: Section) -> ModelConfig:
     text = top.section("llm_config" if is_original or (kind.mixed and not top.has("text_config")) else "text_config")
     config = _read_original(top, vision, text, kind) if is_original else _read_hf(top, vision, text, kind)
     vision.support("quantization_config", None)
-    return replace(config, quantization=read_quantization(top, text))
+    return replace(config, quantization=read_quantization(top, text, mxfp4=config.decoder.sinks))
 
 
 # What the missing keys of each format mean to its ViT class.

@@ -119,8 +119,10 @@ def cast(to: Literal["fp8", "int8"], *, vision: bool) -> Quantization:
 FOUR_BITS = Quantization("4 bits", "w4a16", ((EVERY, Scheme("packed", 4, group=_BLOCK)),), where=_LAYERS)
 
 
-def read_quantization(*sections: Section) -> Quantization | None:
+def read_quantization(*sections: Section, mxfp4: bool = False) -> Quantization | None:
     """Reads the quantization_config of the top level or of the language model's section.
+
+    mxfp4: whether experts may be stored in MXFP4, which is multiplied out while it is loaded, so that it is none here.
 
     Returns None where there is none. Raises ConfigError for one that is not supported, and for two that differ.
     """
@@ -132,6 +134,8 @@ def read_quantization(*sections: Section) -> Quantization | None:
         if other.values["quantization_config"] != found[0].values["quantization_config"]:
             raise other.refusal("quantization_config", f"none beside that of {found[0].path or 'the top level'}")
     readers = {"compressed-tensors": _read_compressed, "awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8}
+    if mxfp4 and config.values.get("quant_method") == "mxfp4":
+        return None
     method = config.choice("quant_method", tuple(readers), remedy=_REMEDY)
     source = f"{config.file}: {config.path.removesuffix('.')}"
     quantization = readers[method](config, source)

@@ -70,7 +70,15 @@ _FLASH = (  # one way in all dialects
     ("projector.fc3",          "mlp2.7"),
 )
 # fmt: on
-
+_EXPERTS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "apart": (),
+    "stacked": _STACKED,
+    "gpt_oss": _GPT_OSS,
+    "mxfp4": (  # beside each of these is one that ends with _scales
+        *_GPT_OSS,
+        *((path, f"{name}_blocks") for path, name in _STACKED),
+    ),
+}
 
 # This tensor holds one group of rows for each key/value head: its query heads, its key, its value.
 GROUPED = "layers.#.attention.wqkv"
@@ -81,7 +89,7 @@ class Dialect:
     """One way to name the tensors: which columns of the tables it uses, and what stands before their names.
 
     experts: how those of a layer are stored: each by itself, all in one tensor, or as GPT-OSS has them, which has all
-        in one tensor with inputs first and gate and up by turns
+        in one tensor with inputs first and gate and up by turns, or in rows of gate and up by turns in MXFP4
     layers_prefix: what stands before the names of the decoder's layers besides
     """
 
@@ -91,7 +99,7 @@ class Dialect:
     decoder_prefix: str
     decoder_column: int
     lm_head: str
-    experts: Literal["apart", "stacked", "gpt_oss"] = "apart"
+    experts: Literal["apart", "stacked", "gpt_oss", "mxfp4"] = "apart"
     layers_prefix: str = ""
 
     def table(self) -> dict[str, str]:
@@ -99,8 +107,7 @@ class Dialect:
         rows = [(f"vision.{row[0]}", self.vision_prefix + row[self.vision_column]) for row in _VISION]
         rows += [(f"projector.{row[0]}", self.projector_prefix + row[self.vision_column]) for row in _PROJECTOR]
         decoder = [(row[0], row[self.decoder_column]) for row in _DECODER]
-        if self.experts != "apart":
-            decoder += _GPT_OSS if self.experts == "gpt_oss" else _STACKED
+        decoder += _EXPERTS[self.experts]
         rows += [(f"decoder.{path}", self._decoder_name(name)) for path, name in decoder if name]
         rows += [(f"flash.{path}", name) for path, name in _FLASH]
         return {**dict(rows), "decoder.lm_head": self.lm_head}
@@ -134,10 +141,11 @@ def find_dialect(names: Collection[str]) -> Dialect:
     """Returns the dialect of a checkpoint, given its tensors' names: the one that has most of its telltales."""
     held = set(names)
     found = max(DIALECTS.values(), key=lambda one: len(one.telltales() & held))
-    stacked, gpt_oss = replace(found, experts="stacked"), replace(found, experts="gpt_oss")
-    if find_names(gpt_oss.table(), "decoder.layers.0.sinks_H")[1][0] in held:
-        return gpt_oss
-    return stacked if find_names(stacked.table(), "decoder.layers.0.mlp.all_down.weight_NK")[1][0] in held else found
+    is_gpt_oss = held.issuperset(find_names(replace(found, experts="gpt_oss").table(), "decoder.layers.0.sinks_H")[1])
+    for dialect in (replace(found, experts="mxfp4"), replace(found, experts="gpt_oss" if is_gpt_oss else "stacked")):
+        if held.issuperset(find_names(dialect.table(), "decoder.layers.0.mlp.all_down.weight_NK")[1]):
+            return dialect
+    return replace(found, experts="gpt_oss") if is_gpt_oss else found
 
 
 def name_modules(dialect: Dialect, path: str, num_experts: int = 0) -> list[tuple[str, frozenset[str]]]:

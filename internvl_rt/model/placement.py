@@ -17,12 +17,17 @@ from internvl_rt.model.dialects import GROUPED, Dialect, find_names
 from internvl_rt.model.internvl import build_weights, is_of_experts, named_parameters
 from internvl_rt.model.shard import Shard, cut_of
 
+# Numbers in 4 bits, two in a byte, low bits first, which share the exponent of a power of two; by the OCP Microscaling
+# Formats (MX) Specification.
+MXFP4_END, MXFP4_GROUP, _MXFP4_BIAS = "_blocks", 32, 127
+_MXFP4_NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 
 class Placement(NamedTuple):
     """Rows [start, stop) of a parameter, and the part of a stored tensor that fills them.
 
     rows, columns: they count in the stored tensor as a matrix, whose columns are its last dimension; by default all.
-        Columns may have a step.
+        Columns may have a step. In MXFP4 they count numbers, and rows may have one.
     transposed: whether the parameter's rows are columns there, as those of every vector are
     """
 
@@ -80,6 +85,13 @@ def _place_experts(path: str, parameter: Tensor, num_experts: int, dialect: Dial
         return PlannedTensor((num_experts, size, *width), (Placement(path, 0, len(parameter)),))
     height = width[0] if width else 1  # rows of an expert there, which are its inputs
     parts = 2 if ".all_gate_up." in path else 1  # by turns there
+    if dialect.experts == "mxfp4" and width:
+        each, firsts = size // parts, [(expert, part) for expert in range(num_experts) for part in range(parts)]
+        starts = [(expert * size + part * each, expert * size + part, (expert + 1) * size) for expert, part in firsts]
+        return PlannedTensor(
+            (num_experts, size, height // MXFP4_GROUP, MXFP4_GROUP // 2),
+            tuple(Placement(path, ours, ours + each, slice(first, stop, parts)) for ours, first, stop in starts),
+        )
     places = tuple(
         Placement(
             path,
@@ -137,6 +149,9 @@ def _within(outer: slice, inner: slice) -> slice:
 
 def read_placed(checkpoint: Checkpoint, name: str, place: Placement, rows: Tensor) -> None:
     """Reads what a placement says of a tensor into rows of a parameter, which lie together in memory."""
+    if name.endswith(MXFP4_END):
+        rows.copy_(_read_mxfp4(checkpoint, name, place.rows)[:, place.columns])
+        return
     if place.columns.step is None and (not place.transposed or rows.ndim == 1):
         checkpoint.read_into(name, rows, place.rows, place.columns)
         return
@@ -147,3 +162,24 @@ def read_placed(checkpoint: Checkpoint, name: str, place: Placement, rows: Tenso
     checkpoint.read_into(name, found, place.rows, slice(columns[0], columns[-1] + 1))
     found = found[:, :: columns.step]
     rows.copy_((found.t() if place.transposed else found).reshape(rows.shape))
+
+
+def mxfp4_scales(name: str) -> str:
+    """Returns the name of the exponents beside numbers in MXFP4."""
+    return f"{name.removesuffix(MXFP4_END)}_scales"
+
+
+def _read_mxfp4(checkpoint: Checkpoint, name: str, rows: slice) -> Tensor:
+    """Reads rows of a matrix in MXFP4, whose step may leave some out, in float32. An exponent of 255 means NaN."""
+    num_groups = checkpoint.entries[name].shape[-2]
+    wanted = range(math.prod(checkpoint.entries[name].shape[:-2]))[rows]
+    first, stop = wanted[0], wanted[-1] + 1
+    byte_RGB = torch.empty(stop - first, num_groups, MXFP4_GROUP // 2, dtype=torch.uint8)
+    checkpoint.read_into(name, byte_RGB, slice(first * num_groups, stop * num_groups))
+    exponent_RG = torch.empty(stop - first, num_groups, dtype=torch.uint8)
+    checkpoint.read_into(mxfp4_scales(name), exponent_RG, slice(first, stop))
+    byte_RGB, exponent_RG = byte_RGB[:: wanted.step], exponent_RG[:: wanted.step].int()
+    numbers = torch.tensor([*_MXFP4_NUMBERS, *(-number for number in _MXFP4_NUMBERS)])
+    number_RGK = numbers[torch.stack((byte_RGB & 15, byte_RGB >> 4), -1).flatten(2).long()]
+    made_RGK = torch.ldexp(number_RGK, exponent_RG[..., None] - _MXFP4_BIAS)
+    return made_RGK.masked_fill_((exponent_RG == 255)[..., None], torch.nan).flatten(1)

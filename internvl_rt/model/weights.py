@@ -29,7 +29,15 @@ from internvl_rt.model.internvl import (
 )
 from internvl_rt.model.linear import AnyLinear, Linear
 from internvl_rt.model.ops import TORCH, Ops
-from internvl_rt.model.placement import Placement, PlannedTensor, cut_placements, plan_tensors, read_placed
+from internvl_rt.model.placement import (
+    MXFP4_END,
+    Placement,
+    PlannedTensor,
+    cut_placements,
+    mxfp4_scales,
+    plan_tensors,
+    read_placed,
+)
 from internvl_rt.model.shard import WHOLE, Shard, cut_of, shard_decoder, vocabulary_of
 from internvl_rt.model.stored_linear import (
     FLOATS,
@@ -164,7 +172,12 @@ def plan_file(config: ModelConfig, dialect: Dialect, quantization: Quantization 
     schemes = find_schemes(config, quantization, dialect)
     source = "" if quantization is None else quantization.source
     dense, modules = plan_tensors(config, dialect), {path: list[Module]() for path in schemes}
-    tensors = {name: StoredTensor((planned.shape,), FLOATS) for name, planned in dense.items()}
+    tensors = {}
+    for name, planned in dense.items():
+        is_mxfp4 = name.endswith(MXFP4_END)
+        tensors[name] = StoredTensor((planned.shape,), (torch.uint8,) if is_mxfp4 else FLOATS)
+        if is_mxfp4:
+            tensors[mxfp4_scales(name)] = StoredTensor((planned.shape[:-1],), (torch.uint8,))
     for name, planned in list(dense.items()):
         path, _, field = planned.placements[0].parameter.rpartition(".")
         if field != "weight_NK" or path not in schemes or schemes[path].layout == "cast":

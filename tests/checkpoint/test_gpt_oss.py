@@ -30,6 +30,13 @@ def test_it_has_as_many_parameters_as_the_published_files():
     assert sum(tensor.numel() for tensor in named_parameters(weights).values()) == 21_232_768_704
 
 
+@pytest.mark.parametrize("values", [ORIGINAL, HF_GPT_OSS], ids=["original", "hf"])
+def test_experts_in_mxfp4_are_no_quantisation(values):
+    """They are multiplied out while they are loaded; the tensors tell."""
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    assert parse(changed(values, {"quantization_config": mxfp4})).quantization is None
+
+
 def test_the_20b_is_read_field_by_field():
     config = load_config(KNOWN_MODELS[NAME])
     decoder, experts = config.decoder, config.decoder.experts
