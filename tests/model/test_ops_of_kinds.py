@@ -60,9 +60,9 @@ def quantised(weights: ModelWeights, kind: str) -> ModelWeights:
     return map_linears(weights, quantise)
 
 
-def assert_near(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor, limit: float = 1e-5) -> None:
     error = (actual - expected).norm() / expected.norm()
-    assert error < 1e-5, f"relative error {error:.3g}"
+    assert error < limit, f"relative error {error:.3g}"
 
 
 @pytest.mark.fast("triton-fp8-qwen2", "triton-int4 asymmetric-internlm2", "triton-int8-qwen3", "triton-int4-experts")
@@ -90,7 +90,9 @@ def test_products_in_pieces_are_those_of_all_rows(num_rows: int, kind: str) -> N
     x, residual = torch.randn(num_rows, 96, device=DEVICE), torch.randn(num_rows, 24, device=DEVICE)
     norm = Norm(torch.rand(96, device=DEVICE), None, 1e-6)
     for how in ({"norm": norm}, {"norm": norm, "activation": "swiglu"}):
-        assert_near(ops.linear(x, linear, **how), TORCH.linear(x, linear, **how))
+        # All gates of one row may be small, as differences of large sums: 2.3e-5 was the most of 300 seeds.
+        limit = 1e-4 if "activation" in how else 2e-5
+        assert_near(ops.linear(x, linear, **how), TORCH.linear(x, linear, **how), limit)
     half = linear.take_rows(slice(24))
     expected = TORCH.linear(x, half, residual=residual)
     assert_near(ops.linear(x, half, residual=residual), expected)  # in the residual's memory
