@@ -73,21 +73,30 @@ std::optional<std::int64_t> admit(PagedKVCache& cache, std::int64_t seq_id, cons
 
 std::int64_t fill_step(PagedKVCache& cache, const py::array& seq_ids, const py::array& num_new_tokens,
                        py::array& query_start_S1, py::array& seq_len_S, py::array& block_table_SN, py::array& slot_T,
-                       std::optional<py::array> split_start_S1, std::optional<py::array> split_W3) {
+                       std::optional<py::array> split_start_S1, std::optional<py::array> split_W3,
+                       std::optional<py::array> window_table_SN, std::optional<py::array> window_slot_T) {
   CHECK_ARGUMENT(split_start_S1.has_value() == split_W3.has_value(),
                  "split_start_S1 and split_W3: expected both or neither, got one of them");
-  const auto block_table = output("block_table_SN", block_table_SN, 2);
+  const bool has_window = cache.window() > 0;
+  CHECK_ARGUMENT(window_table_SN.has_value() == has_window && window_slot_T.has_value() == has_window,
+                 "window_table_SN and window_slot_T: expected ", has_window ? "both" : "neither", ", as the cache has ",
+                 has_window ? "a" : "no", " window");
   StepBuffers step{
       .seq_ids = input("seq_ids", seq_ids),
       .num_new_tokens = input("num_new_tokens", num_new_tokens),
       .query_start_S1 = output("query_start_S1", query_start_S1),
       .seq_len_S = output("seq_len_S", seq_len_S),
-      .block_table_SN = block_table,
-      .table_width = block_table_SN.shape(1),
-      .slot_T = output("slot_T", slot_T),
+      .table_width = 0,
+      .tables = {{{output("block_table_SN", block_table_SN, 2), output("slot_T", slot_T)}, {}}},
       .split_start_S1 = {},
       .split_W3 = {},
   };
+  step.table_width = block_table_SN.shape(1);
+  if (has_window) {
+    step.tables[1] = {output("window_table_SN", *window_table_SN, 2), output("window_slot_T", *window_slot_T)};
+    CHECK_ARGUMENT(window_table_SN->shape(1) == step.table_width, "window_table_SN: expected ", step.table_width,
+                   " columns, as block_table_SN has, got ", window_table_SN->shape(1));
+  }
   if (split_W3) {
     step.split_start_S1 = output("split_start_S1", *split_start_S1);
     step.split_W3 = output("split_W3", *split_W3, 2);
@@ -158,11 +167,14 @@ PYBIND11_MODULE(_C, module) {
   const py::tuple no_pictures;
   py::class_<PagedKVCache>(module, "PagedKVCache")
       .def(py::init([](std::int32_t num_blocks, std::int32_t block_size, std::int32_t watermark_blocks, bool events,
-                       std::int32_t hash_bits, const std::optional<py::bytes>& hash_key) {
-             return PagedKVCache({num_blocks, block_size, watermark_blocks, events, hash_bits, key_of(hash_key)});
+                       std::int32_t hash_bits, const std::optional<py::bytes>& hash_key,
+                       std::optional<std::int32_t> window) {
+             CHECK_ARGUMENT(!window || *window > 0, "window: expected at least 1 token, got ", *window);
+             return PagedKVCache(
+                 {num_blocks, block_size, watermark_blocks, events, hash_bits, key_of(hash_key), window.value_or(0)});
            }),
            "num_blocks"_a, "block_size"_a, py::kw_only(), "watermark_blocks"_a = 0, "events"_a = false,
-           "hash_bits"_a = 128, "hash_key"_a = py::none())
+           "hash_bits"_a = 128, "hash_key"_a = py::none(), "window"_a = py::none())
       .def("match", &match, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
            "max_cached"_a = py::none())
       .def("digests", &digests, "token_ids"_a, "pictures"_a = no_pictures, "identity"_a = py::bytes(), py::kw_only(),
@@ -191,7 +203,8 @@ PYBIND11_MODULE(_C, module) {
       .def("rollback", &PagedKVCache::rollback, "seq_id"_a, "num_tokens"_a)
       .def("release", &PagedKVCache::release, "seq_id"_a)
       .def("fill_step", &fill_step, "seq_ids"_a, "num_new_tokens"_a, "query_start_S1"_a, "seq_len_S"_a,
-           "block_table_SN"_a, "slot_T"_a, "split_start_S1"_a = py::none(), "split_W3"_a = py::none())
+           "block_table_SN"_a, "slot_T"_a, "split_start_S1"_a = py::none(), "split_W3"_a = py::none(),
+           "window_table_SN"_a = py::none(), "window_slot_T"_a = py::none())
       .def("complete", &PagedKVCache::complete, "step"_a, py::kw_only(), "failed"_a = false)
       .def("take_copies", &take_copies)
       .def("reset", &PagedKVCache::reset)
@@ -201,6 +214,9 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("num_available_blocks", &PagedKVCache::num_available_blocks)
       .def_property_readonly("num_blocks", &PagedKVCache::num_blocks)
       .def_property_readonly("block_size", &PagedKVCache::block_size)
+      .def_property_readonly(
+          "window",
+          [](const PagedKVCache& cache) { return cache.window() > 0 ? std::optional(cache.window()) : std::nullopt; })
       .def_property_readonly("num_sequences", &PagedKVCache::num_sequences)
       .def_property_readonly("num_steps", &PagedKVCache::num_steps);
 }

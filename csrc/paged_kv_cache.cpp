@@ -19,6 +19,7 @@ const CacheOptions& checked(const CacheOptions& options) {
                  "watermark_blocks: expected 0 to ", options.num_blocks - 1, ", got ", options.watermark_blocks);
   CHECK_ARGUMENT(options.hash_bits >= 1 && options.hash_bits <= 128, "hash_bits: expected 1 to 128, got ",
                  options.hash_bits);
+  CHECK_ARGUMENT(options.window >= 0, "window: expected at least 1 token, or 0 for none, got ", options.window);
   const std::int64_t num_slots = std::int64_t{options.num_blocks} * options.block_size;
   CHECK_ARGUMENT(num_slots <= kMaxInt32, "num_blocks * block_size: expected at most ", kMaxInt32,
                  " token slots (they are int32), got ", num_slots);
@@ -40,20 +41,30 @@ PagedKVCache::PagedKVCache(const CacheOptions& options)
 
 std::int64_t PagedKVCache::match(const Prompt& prompt) const {
   check_prompt(prompt);
-  matched_.clear();
+  for (auto& blocks : matched_) blocks.clear();
   matched_digests_.clear();
   if (!prompt.identity) return 0;
   matched_digests_.push_back(index_.root(*prompt.identity));
   const std::int64_t num_full = num_cachable(prompt);
+  std::int64_t num_matched = 0, num_in_a_row = 0;  // num_in_a_row: of the last blocks, those that the window has too
   for (std::int64_t index = 0; index < num_full; ++index) {
     const auto token_ids = tokens_of(prompt, index);
     const Hash128 hash = index_.digest(matched_digests_.back(), index, token_ids, prompt.pictures);
     const std::int32_t block = index_.find(hash, token_ids);
     if (block < 0) break;
-    matched_.push_back(block);
+    matched_[kAll].push_back(block);
     matched_digests_.push_back(hash);
+    if (num_tables() > 1) {
+      matched_[kWindow].push_back(index_.find(in_window(hash), token_ids));
+      num_in_a_row = matched_[kWindow].back() < 0 ? 0 : num_in_a_row + 1;
+      if (num_in_a_row < index + 1 - num_unseen((index + 1) * block_size())) continue;
+    }
+    num_matched = index + 1;
   }
-  return std::ssize(matched_) * block_size();
+  for (std::size_t table = 0; table < num_tables(); ++table) matched_[table].resize(as_size(num_matched));
+  matched_digests_.resize(as_size(num_matched) + 1);
+  if (num_tables() > 1) std::fill_n(matched_[kWindow].begin(), num_unseen(num_matched * block_size()), -1);
+  return num_matched * block_size();
 }
 
 std::vector<Hash128> PagedKVCache::digests(const Prompt& prompt) const {
@@ -81,24 +92,31 @@ std::optional<std::int64_t> PagedKVCache::admit(std::int64_t seq_id, const Promp
   check_new(seq_id);
   check_count("num_reserved", num_reserved);
   const std::int64_t num_matched = match(prompt);
-  const std::int64_t num_new = blocks_for(std::max(num_matched, num_reserved)) - std::ssize(matched_);
-  const auto num_taken_from_cached =
-      std::ranges::count_if(matched_, [&](std::int32_t block) { return pool_[block].place == Place::kCached; });
+  const std::int64_t num_blocks = blocks_for(std::max(num_matched, num_reserved));
+  std::int64_t num_needed = 0;  // the blocks that are not available any more, once the sequence has them
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    num_needed += num_blocks - std::ssize(matched_[table]);
+    for (const std::int32_t block : matched_[table]) num_needed += block >= 0 && pool_[block].place == Place::kCached;
+  }
   const std::int64_t watermark = num_sequences() > 0 ? options_.watermark_blocks : 0;
-  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) return std::nullopt;
+  if (num_needed > pool_.num_available() - watermark) return std::nullopt;
 
-  Sequence& sequence = start(seq_id, num_new + std::ssize(matched_), [&](Sequence& s) {
+  Sequence& sequence = start(seq_id, num_blocks, [&](Sequence& s) {
     s.token_ids.assign(prompt.token_ids.begin(), prompt.token_ids.end());
     s.pictures.assign(prompt.pictures.begin(), prompt.pictures.end());
     s.digests.assign(matched_digests_.begin(), matched_digests_.end());
   });
   sequence.matches = prompt.identity.has_value();
   sequence.length = sequence.num_matched = sequence.num_in_steps = num_matched;
-  for (const std::int32_t block : matched_) {
-    pool_.ref(block);
-    sequence.blocks.push_back(block);
+  sequence.num_freed = num_unseen(num_matched);
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    for (const std::int32_t block : matched_[table]) {
+      if (block >= 0) pool_.ref(block);
+      sequence.tables[table].push_back(block);
+    }
   }
-  for (std::int64_t i = 0; i < num_new; ++i) sequence.blocks.push_back(allocate());
+  for (std::size_t table = 0; table < num_tables(); ++table)  // when all that matched is out of reach of evictions
+    while (std::ssize(sequence.tables[table]) < num_blocks) sequence.tables[table].push_back(allocate());
   if (prompt.identity) {
     queried_tokens_ += std::ssize(prompt.token_ids);
     hit_tokens_ += num_matched;
@@ -123,9 +141,13 @@ std::int64_t PagedKVCache::num_blocks_to_append(const Sequence& sequence, std::i
   if (num_tokens <= sequence.room) return 0;
   const std::int64_t first = sequence.length / block_size();
   const std::int64_t end = blocks_for(sequence.length + num_tokens);
-  const std::int64_t num_present = std::min(end, std::ssize(sequence.blocks));
-  std::int64_t count = end - std::max(first, num_present);
-  for (std::int64_t i = first; i < num_present; ++i) count += !pool_.writable(sequence.blocks[as_size(i)]);
+  std::int64_t count = 0;
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    const auto& blocks = sequence.tables[table];
+    const std::int64_t num_present = std::min(end, std::ssize(blocks));
+    count += end - std::max(first, num_present);
+    for (std::int64_t i = first; i < num_present; ++i) count += !pool_.writable(blocks[as_size(i)]);
+  }
   return count;
 }
 
@@ -137,17 +159,20 @@ void PagedKVCache::append_unchecked(Sequence& sequence, std::int64_t num_tokens)
   }
   const std::int64_t first = sequence.length / block_size();
   const std::int64_t end = blocks_for(sequence.length + num_tokens);
-  sequence.blocks.reserve(as_size(end));
-  for (std::int64_t i = first; i < end; ++i) {
-    if (i == std::ssize(sequence.blocks)) {
-      sequence.blocks.push_back(allocate());
-      continue;
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    auto& blocks = sequence.tables[table];
+    blocks.reserve(as_size(end));
+    for (std::int64_t i = first; i < end; ++i) {
+      if (i == std::ssize(blocks)) {
+        blocks.push_back(allocate());
+        continue;
+      }
+      std::int32_t& block = blocks[as_size(i)];
+      if (pool_.writable(block)) continue;
+      const std::int32_t shared = std::exchange(block, allocate());
+      if (i == first && sequence.length % block_size() != 0) copy(shared, block);
+      unref(shared, num_steps_ + 1);  // the copy from it is made before the next step
     }
-    std::int32_t& block = sequence.blocks[as_size(i)];
-    if (pool_.writable(block)) continue;
-    const std::int32_t shared = std::exchange(block, allocate());
-    if (i == first && sequence.length % block_size() != 0) copy(shared, block);
-    unref(shared, num_steps_ + 1);  // the copy from it is made before the next step
   }
   sequence.length += num_tokens;
   sequence.room = end * block_size() - sequence.length;
@@ -182,14 +207,22 @@ void PagedKVCache::publish_next_block(Sequence& sequence) {
       std::span<const std::int32_t>(sequence.token_ids).subspan(as_size(index * block_size()), as_size(block_size()));
   const Hash128 parent = sequence.digests.back();
   const Hash128 hash = index_.digest(parent, index, token_ids, sequence.pictures);
-  const std::int32_t block = sequence.blocks[as_size(index)];
   sequence.digests.push_back(hash);
-  if (pool_[block].content != Content::kPrivate) return;  // another sequence has published it, which shares it
-  index_.describe(block, hash, parent, token_ids);
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    const std::int32_t block = sequence.tables[table][as_size(index)];
+    if (block < 0) continue;                                  // it has left the window, and is freed
+    if (pool_[block].content != Content::kPrivate) continue;  // another sequence has published it, which shares it
+    index_.describe(block, table == kWindow ? in_window(hash) : hash, parent, token_ids);
+    wait_for_steps(sequence, (index + 1) * block_size(), block);
+  }
+}
+
+// Publishes a block of a sequence's tokens before `end` when the steps are complete that compute these.
+void PagedKVCache::wait_for_steps(const Sequence& sequence, std::int64_t end, std::int32_t block) {
   pool_[block].content = Content::kPending;
   const std::size_t num_others = publications_.size();
   for (const Write& write : sequence.writes)
-    if (write.step > num_completed_ && write.first < (index + 1) * block_size())
+    if (write.step > num_completed_ && write.first < end)
       publications_.push_back({.step = write.step, .block = block, .is_last = false});
   if (publications_.size() == num_others) {
     make_matchable(block);
@@ -214,10 +247,13 @@ void PagedKVCache::fork(std::int64_t seq_id, std::int64_t new_seq_id) {
   child.num_in_steps = parent.num_in_steps;
   child.cut = parent.cut;
   child.matches = parent.matches;
-  for (std::int64_t i = 0; i < num_live; ++i) {
-    const std::int32_t block = parent.blocks[as_size(i)];
-    pool_.ref(block);
-    child.blocks.push_back(block);
+  child.num_freed = parent.num_freed;
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    for (std::int64_t i = 0; i < num_live; ++i) {
+      const std::int32_t block = parent.tables[table][as_size(i)];
+      if (block >= 0) pool_.ref(block);
+      child.tables[table].push_back(block);
+    }
   }
   parent.room = 0;  // its last block is shared now
 }
@@ -226,6 +262,10 @@ void PagedKVCache::rollback(std::int64_t seq_id, std::int64_t num_tokens) {
   Sequence& sequence = find(seq_id);
   CHECK_ARGUMENT(num_tokens >= 0 && num_tokens <= sequence.length, "num_tokens: expected 0 to ", sequence.length,
                  " (the length of sequence ", seq_id, "), got ", num_tokens);
+  const std::int64_t first = first_computable(sequence);
+  CHECK_ARGUMENT(sequence.length - num_tokens >= first, "num_tokens: expected at most ", sequence.length - first,
+                 " (before token ", first, " of sequence ", seq_id, ", the next token would see freed blocks), got ",
+                 num_tokens);
   sequence.length -= num_tokens;
   sequence.num_matched = std::min(sequence.num_matched, sequence.length);
   sequence.room = 0;
@@ -247,10 +287,14 @@ void PagedKVCache::forget_tokens(Sequence& sequence, std::int64_t first) {
 
 void PagedKVCache::release(std::int64_t seq_id) {
   Sequence& sequence = find(seq_id);
-  frees_.reserve(std::ssize(sequence.blocks));  // allocates here, where a failure has changed nothing yet
+  // This allocates memory here, where a failure has changed nothing yet.
+  frees_.reserve(std::ssize(sequence.tables[kAll]) + std::ssize(sequence.tables[kWindow]));
   // From the last block to the first: so the end of a prefix is evicted before its beginning, without which nobody
-  // could find it, and the next sequence gets the free blocks in the order of this one.
-  for (const std::int32_t block : sequence.blocks | std::views::reverse) unref(block, num_steps_);
+  // could find it, and the next sequence gets the free blocks in the order of this one. Those in the window go last,
+  // because nothing of a longer prefix can be found without them.
+  for (std::size_t table = 0; table < num_tables(); ++table)
+    for (const std::int32_t block : sequence.tables[table] | std::views::reverse)
+      if (block >= 0) unref(block, num_steps_);
   vacate(sequence);
 }
 
@@ -317,8 +361,10 @@ PagedKVCache::Sequence& PagedKVCache::start(std::int64_t seq_id, std::int64_t nu
     vacant_.push_back(static_cast<std::int32_t>(sequences_.size()) - 1);
   }
   Sequence& sequence = sequences_[as_size(vacant_.back())];
-  sequence.blocks.clear();
-  sequence.blocks.reserve(as_size(num_blocks));
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    sequence.tables[table].clear();
+    sequence.tables[table].reserve(as_size(num_blocks));
+  }
   describe(sequence);
   ids_.insert(seq_id, vacant_.back());
   vacant_.pop_back();

@@ -18,6 +18,7 @@
 // changed.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -40,6 +41,9 @@ struct CacheOptions {
   // The key of the hash. By default it is random. Processes that are given one key find the same prompt under the same
   // digests; whoever sends prompts must not know it.
   std::optional<Hash128> hash_key = std::nullopt;
+  // How many tokens a token sees in the layers that have a window, itself the last. These layers then have blocks and a
+  // table of their own; a block that left the window is freed. 0: no layer has a window.
+  std::int32_t window = 0;
 };
 
 // A prompt as the prefix index sees it.
@@ -54,15 +58,20 @@ struct Prompt {
   std::int64_t max_cached = std::numeric_limits<std::int64_t>::max();
 };
 
+// What a step says of one table of each sequence.
+struct TableBuffers {
+  std::span<std::int32_t> block_table_SN;  // [rows, table_width]; -1 after a row's last block and before its window
+  std::span<std::int32_t> slot_T;          // block * block_size + offset of each new token; -1 after the last
+};
+
 // The buffers of one step. Rows from seq_ids.size() on are padding: they get length 0, no new tokens, and -1 as blocks.
 struct StepBuffers {
   std::span<const std::int32_t> seq_ids;         // [S]; each sequence occurs at most once
   std::span<const std::int32_t> num_new_tokens;  // [S]; the step computes so many of the tokens that were appended last
   std::span<std::int32_t> query_start_S1;        // [rows + 1]; prefix sums of num_new_tokens
   std::span<std::int32_t> seq_len_S;             // [rows]; the lengths, new tokens included
-  std::span<std::int32_t> block_table_SN;        // [rows, table_width]; -1 after a row's last block
   std::int64_t table_width;                      // N
-  std::span<std::int32_t> slot_T;                // block * block_size + offset of each new token; -1 after the last
+  std::array<TableBuffers, 2> tables;            // the second one is for layers with a window, if there are any
   // The split plan of decode attention: it cuts the rows with exactly one new token into work items. Both are empty if
   // no plan is wanted.
   std::span<std::int32_t> split_start_S1;  // [rows + 1]; a row's items are those from start[row] to start[row + 1] - 1
@@ -87,7 +96,8 @@ class PagedKVCache {
   explicit PagedKVCache(const CacheOptions& options);
 
   // Returns the length, in tokens, of the longest published prefix in whole blocks. It is shorter than the prompt,
-  // so that a token is left to compute, and at most max_cached. O(matched blocks).
+  // so that a token is left to compute, and at most max_cached. With a window, the blocks that the first token after it
+  // sees in its window must be published too. O(matched blocks).
   std::int64_t match(const Prompt& prompt) const;
   // Returns the digests of the whole blocks that a prompt may take from the cache, cached or not, in order: those under
   // which drain_events() reports them. Without an identity there are none. O(tokens).
@@ -114,7 +124,8 @@ class PagedKVCache {
   void fork(std::int64_t seq_id, std::int64_t new_seq_id);
   // Takes the last num_tokens tokens back, with all known ids and pictures from there on. Their room stays reserved.
   // A picture that began before is cut: the tokens that are left of it may still be published, but what follows them,
-  // which no prompt can ask for, is not.
+  // which no prompt can ask for, is not. With a window it is refused if the next token would see a freed block; the
+  // tokens of the sequence's latest step can always be taken back.
   void rollback(std::int64_t seq_id, std::int64_t num_tokens);
   // Ends the sequence. Its blocks become available when the latest step is complete, and not before those that were
   // freed earlier; its last ones are evicted first. What it has published can still be matched once its steps end.
@@ -122,13 +133,14 @@ class PagedKVCache {
   void release(std::int64_t seq_id);
 
   // Fills the buffers and returns the number of the step: 1, 2, ... All arguments are checked before anything is
-  // written. New tokens that came from the cache, or that lie in a block which is published or which another sequence
-  // shares, are refused. O(rows * N + tokens). It allocates no memory once its scratch vectors have grown.
+  // written. New tokens that came from the cache, that lie in a block which is published or which another sequence
+  // shares, or that see a freed block, are refused. Blocks that left the window of a sequence's first new token are
+  // freed. O(rows * N + tokens). It allocates no memory once its scratch vectors have grown.
   std::int64_t fill_step(const StepBuffers& step);
   // Says that all steps up to this one have ended on the device. `failed`: those that had not ended before have failed.
   // The tokens that they computed, and all later ones of these sequences and of their forks, count as if they had never
   // been in a step: they are not published, even by a sequence that is released already. The caller may release the
-  // sequences, or compute the tokens again.
+  // sequences, or compute the tokens again; with a window only if they see no freed block.
   void complete(std::int64_t step, bool failed = false);
   // Returns the copies that append() has listed since the last call. The list is valid until the next call.
   std::span<const BlockCopy> take_copies();
@@ -143,6 +155,7 @@ class PagedKVCache {
   std::int32_t num_available_blocks() const noexcept { return pool_.num_available(); }  // free or cached
   std::int32_t num_blocks() const noexcept { return pool_.num_blocks(); }
   std::int32_t block_size() const noexcept { return options_.block_size; }
+  std::int32_t window() const noexcept { return options_.window; }  // 0: none
   std::int64_t num_sequences() const noexcept { return ids_.size(); }
   std::int64_t num_steps() const noexcept { return num_steps_; }  // the number of the latest step
 
@@ -156,16 +169,19 @@ class PagedKVCache {
     std::int64_t first;  // the step was the last one to write the tokens from here on, up to those of the next Write
   };
   struct Sequence {
-    std::int64_t seq_id = -1;          // -1: no sequence uses this entry
-    std::int64_t length = 0;           // the number of tokens with slots
-    std::int64_t num_matched = 0;      // the number of tokens that came from the cache
-    std::int64_t num_in_steps = 0;     // the number of tokens that a step has computed or computes, if none has failed
-    std::int64_t room = 0;             // the number of slots after the last token that are known to be writable
-    std::int64_t cut = kNoCut;         // the first token that is not of a picture which a rollback has cut
-    bool matches = false;              // whether it has an identity
-    std::uint64_t last_seen = 0;       // the latest batch call that named it; so a sequence named twice is noticed
-    std::vector<std::int32_t> blocks;  // blocks[t / block_size] holds token t; there may be more than tokens need
-    std::vector<Write> writes;         // of all steps in flight, and maybe of some that are complete
+    std::int64_t seq_id = -1;       // -1: no sequence uses this entry
+    std::int64_t length = 0;        // the number of tokens with slots
+    std::int64_t num_matched = 0;   // the number of tokens that came from the cache
+    std::int64_t num_in_steps = 0;  // the number of tokens that a step has computed or computes, if none has failed
+    std::int64_t room = 0;          // the number of slots after the last token that are known to be writable
+    std::int64_t cut = kNoCut;      // the first token that is not of a picture which a rollback has cut
+    bool matches = false;           // whether it has an identity
+    std::uint64_t last_seen = 0;    // the latest batch call that named it; so a sequence named twice is noticed
+    // Entry t / block_size of a table is the block of token t; there may be more than tokens need. The second table is
+    // that of the layers with a window: its first num_freed entries are -1, as no later token sees these blocks.
+    std::array<std::vector<std::int32_t>, 2> tables;
+    std::int64_t num_freed = 0;
+    std::vector<Write> writes;  // of all steps in flight, and maybe of some that are complete
     std::vector<std::int32_t> token_ids;
     std::vector<Picture> pictures;
     std::vector<Hash128> digests;  // digests[0] is the root, digests[i + 1] that of block i, if matched or published
@@ -181,6 +197,7 @@ class PagedKVCache {
     std::uint32_t generation;
   };
   static constexpr std::int64_t kNoCut = std::numeric_limits<std::int64_t>::max();
+  static constexpr std::size_t kAll = 0, kWindow = 1;  // the tables of a sequence
 
   const Sequence& find(std::int64_t seq_id) const;
   Sequence& find(std::int64_t seq_id);
@@ -192,14 +209,20 @@ class PagedKVCache {
   void find_batch(std::span<const std::int32_t> seq_ids);
   void check_step(const StepBuffers& step);
   void check_new_tokens(const Sequence& sequence, std::int32_t num_new, std::int64_t num_blocks) const;
+  void fill_table(const StepBuffers& step, std::size_t table) const;
   void fill_split_plan(const StepBuffers& step) const;
 
   std::int64_t num_cachable(const Prompt& prompt) const noexcept;  // whole blocks that may come from the cache
   std::span<const std::int32_t> tokens_of(const Prompt& prompt, std::int64_t index) const noexcept;
   std::int64_t blocks_for(std::int64_t num_tokens) const noexcept;
+  std::size_t num_tables() const noexcept { return options_.window > 0 ? 2 : 1; }
+  std::int64_t num_unseen(std::int64_t token) const noexcept;
+  std::int64_t first_computable(const Sequence& sequence) const noexcept;
+  void free_unseen(Sequence& sequence, std::int64_t first);
   std::int64_t num_blocks_to_append(const Sequence& sequence, std::int64_t num_tokens) const;
   void append_unchecked(Sequence& sequence, std::int64_t num_tokens);
   void publish_next_block(Sequence& sequence);
+  void wait_for_steps(const Sequence& sequence, std::int64_t end, std::int32_t block);
   BlockVersion version_of(std::int32_t block) const { return {block, pool_[block].generation}; }
   bool is_current(const BlockVersion& v) const { return pool_[v.block].generation == v.generation; }
   void forget_tokens(Sequence& sequence, std::int64_t first);
@@ -223,8 +246,9 @@ class PagedKVCache {
   std::vector<BlockCopy> copies_, taken_copies_;
   std::vector<Sequence*> batch_;  // scratch: the sequences that a call names
   std::uint64_t num_batches_ = 0;
-  mutable std::vector<std::int32_t> matched_;     // scratch: the blocks that match() has found
-  mutable std::vector<Hash128> matched_digests_;  // scratch: the root, and the digests of these blocks
+  // Scratch: the blocks that match() has found for each table, then the root and the digests of the first ones.
+  mutable std::array<std::vector<std::int32_t>, 2> matched_;
+  mutable std::vector<Hash128> matched_digests_;
   std::int64_t queried_tokens_ = 0, hit_tokens_ = 0, num_evictions_ = 0, num_copies_ = 0;
 };
 

@@ -16,8 +16,8 @@ void PagedKVCache::check_invariants() const {
     if (sequence.seq_id < 0) continue;
     ++num_occupied;
     CHECK_INVARIANT(&find(sequence.seq_id) == &sequence, "sequence ", sequence.seq_id, " is not found under its id");
-    CHECK_INVARIANT(blocks_for(sequence.length) <= std::ssize(sequence.blocks), "sequence ", sequence.seq_id, " of ",
-                    sequence.length, " tokens holds only ", sequence.blocks.size(), " blocks");
+    CHECK_INVARIANT(sequence.num_freed <= num_unseen(sequence.length), "sequence ", sequence.seq_id, " of ",
+                    sequence.length, " tokens has freed ", sequence.num_freed, " blocks");
     CHECK_INVARIANT(sequence.num_in_steps <= sequence.length, "sequence ", sequence.seq_id, " ran ahead of its slots");
     CHECK_INVARIANT(sequence.num_matched <= sequence.num_in_steps, "sequence ", sequence.seq_id, " lost a prefix");
     const std::int64_t most = std::min(sequence.num_in_steps, sequence.cut);
@@ -30,19 +30,31 @@ void PagedKVCache::check_invariants() const {
       step = write.step;
       first = write.first;
     }
-    for (const std::int32_t block : sequence.blocks) ++references.at(as_size(block));
-    const std::int64_t end = sequence.length + sequence.room;
-    for (std::int64_t position = sequence.length; position < end; position += block_size())
-      CHECK_INVARIANT(pool_.writable(sequence.blocks.at(as_size(position / block_size()))), "sequence ",
-                      sequence.seq_id, " takes a block for writable that is not");
+    for (std::size_t table = 0; table < num_tables(); ++table) {
+      const auto& blocks = sequence.tables[table];
+      CHECK_INVARIANT(blocks_for(sequence.length) <= std::ssize(blocks), "sequence ", sequence.seq_id, " of ",
+                      sequence.length, " tokens holds only ", blocks.size(), " blocks");
+      for (std::int64_t i = 0; i < std::ssize(blocks); ++i) {
+        const bool is_freed = table == kWindow && i < sequence.num_freed;
+        CHECK_INVARIANT((blocks[as_size(i)] < 0) == is_freed, "sequence ", sequence.seq_id, " freed the wrong blocks");
+        if (!is_freed) ++references.at(as_size(blocks[as_size(i)]));
+      }
+      const std::int64_t end = sequence.length + sequence.room;
+      for (std::int64_t position = sequence.length; position < end; position += block_size())
+        CHECK_INVARIANT(pool_.writable(blocks.at(as_size(position / block_size()))), "sequence ", sequence.seq_id,
+                        " takes a block for writable that is not");
+    }
     Hash128 parent = sequence.matches ? sequence.digests.at(0) : Hash128{};
     for (std::int64_t i = 0; sequence.matches && i < sequence.num_published(); ++i) {
       const auto token_ids = std::span(sequence.token_ids).subspan(as_size(i * block_size()), as_size(block_size()));
       const Hash128 hash = index_.digest(parent, i, token_ids, sequence.pictures);
       CHECK_INVARIANT(hash == sequence.digests[as_size(i + 1)], "a digest of sequence ", sequence.seq_id, " is stale");
-      const std::int32_t block = sequence.blocks[as_size(i)];
-      CHECK_INVARIANT(pool_[block].content == Content::kPrivate || index_.hash(block) == hash, "block ", block,
-                      " is published with a digest that its owner does not have");
+      for (std::size_t table = 0; table < num_tables(); ++table) {
+        const std::int32_t block = sequence.tables[table][as_size(i)];
+        const Hash128 expected = table == kWindow ? in_window(hash) : hash;
+        CHECK_INVARIANT(block < 0 || pool_[block].content == Content::kPrivate || index_.hash(block) == expected,
+                        "block ", block, " is published with a digest that its owner does not have");
+      }
       parent = hash;
     }
   }

@@ -2,6 +2,7 @@
 // lists copies.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -12,6 +13,9 @@ namespace {
 
 // One program of decode attention reads a whole row if the row has at most so many blocks.
 constexpr std::int64_t kMaxUnsplitBlocks = 4;
+
+constexpr const char *kTableNames[] = {"block_table_SN", "window_table_SN"},
+                     *kSlotNames[] = {"slot_T", "window_slot_T"};
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -32,34 +36,66 @@ std::int64_t PagedKVCache::fill_step(const StepBuffers& step) {
   std::size_t num_tokens = 0;
   for (std::size_t row = 0; row < num_rows; ++row) {
     step.query_start_S1[row] = static_cast<std::int32_t>(num_tokens);
-    const auto table_N = step.block_table_SN.subspan(row * as_size(step.table_width), as_size(step.table_width));
     if (row >= batch_.size()) {
       step.seq_len_S[row] = 0;
-      std::ranges::fill(table_N, -1);
       continue;
     }
     Sequence& sequence = *batch_[row];
     step.seq_len_S[row] = static_cast<std::int32_t>(sequence.length);
-    const auto end = std::copy_n(sequence.blocks.begin(), blocks_for(sequence.length), table_N.begin());
-    std::fill(end, table_N.end(), -1);
+    num_tokens += as_size(step.num_new_tokens[row]);
     const std::int64_t first = sequence.length - step.num_new_tokens[row];
-    std::int64_t position = first;
-    while (position < sequence.length) {  // one block in each turn
-      const std::int64_t index = position / block_size();
-      const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
-      std::int32_t slot =
-          sequence.blocks[as_size(index)] * block_size() + static_cast<std::int32_t>(position - index * block_size());
-      for (; position < stop; ++position) step.slot_T[num_tokens++] = slot++;
-    }
     if (first == sequence.length || first > sequence.num_in_steps) continue;  // a token before them is not computed
     sequence.num_in_steps = sequence.length;
     std::erase_if(sequence.writes, [&](const Write& w) { return w.step <= num_completed_ || w.first >= first; });
     sequence.writes.push_back({.step = num_steps_ + 1, .first = first});
+    free_unseen(sequence, first);
   }
   step.query_start_S1[num_rows] = static_cast<std::int32_t>(num_tokens);
-  std::ranges::fill(step.slot_T.subspan(num_tokens), -1);
+  for (std::size_t table = 0; table < num_tables(); ++table) fill_table(step, table);
   if (!step.split_start_S1.empty()) fill_split_plan(step);
   return ++num_steps_;
+}
+
+// Writes the blocks of all rows, and the slots of their new tokens.
+void PagedKVCache::fill_table(const StepBuffers& step, std::size_t table) const {
+  const auto [block_table_SN, slot_T] = step.tables[table];
+  auto slot_out = slot_T.begin();
+  for (std::size_t row = 0; row < step.seq_len_S.size(); ++row) {
+    const auto table_N = block_table_SN.subspan(row * as_size(step.table_width), as_size(step.table_width));
+    auto end = table_N.begin();
+    if (row < batch_.size()) {
+      const Sequence& sequence = *batch_[row];
+      const auto& blocks = sequence.tables[table];
+      end = std::copy_n(blocks.begin(), blocks_for(sequence.length), end);
+      std::int64_t position = sequence.length - step.num_new_tokens[row];
+      while (position < sequence.length) {  // one block in each turn
+        const std::int64_t index = position / block_size();
+        const std::int64_t stop = std::min(sequence.length, (index + 1) * block_size());
+        std::int32_t slot =
+            blocks[as_size(index)] * block_size() + static_cast<std::int32_t>(position - index * block_size());
+        for (; position < stop; ++position) *slot_out++ = slot++;
+      }
+    }
+    std::fill(end, table_N.end(), -1);
+  }
+  std::fill(slot_out, slot_T.end(), -1);
+}
+
+// The blocks at the beginning of a sequence that a token, given by its place, and those after it do not see in a
+// window.
+std::int64_t PagedKVCache::num_unseen(std::int64_t token) const noexcept {
+  return options_.window == 0 ? 0 : std::max<std::int64_t>(0, token - options_.window + 1) / block_size();
+}
+
+// The first token that a step can still compute: those before it see blocks that are freed.
+std::int64_t PagedKVCache::first_computable(const Sequence& sequence) const noexcept {
+  return sequence.num_freed == 0 ? 0 : sequence.num_freed * block_size() + options_.window - 1;
+}
+
+// Frees the blocks that the tokens from `first` on do not see in a window. Steps that were made before may read them.
+void PagedKVCache::free_unseen(Sequence& sequence, std::int64_t first) {
+  for (const std::int64_t end = num_unseen(first); sequence.num_freed < end; ++sequence.num_freed)
+    unref(std::exchange(sequence.tables[kWindow][as_size(sequence.num_freed)], -1), num_steps_);
 }
 
 void PagedKVCache::check_step(const StepBuffers& step) {
@@ -71,7 +107,8 @@ void PagedKVCache::check_step(const StepBuffers& step) {
   CHECK_ARGUMENT(num_rows >= num_sequences, "seq_len_S: expected at least ", num_sequences,
                  " rows (one per sequence), got ", num_rows);
   check_size("query_start_S1", step.query_start_S1.size(), num_rows + 1);
-  check_size("block_table_SN", step.block_table_SN.size(), num_rows * as_size(step.table_width));
+  for (std::size_t table = 0; table < num_tables(); ++table)
+    check_size(kTableNames[table], step.tables[table].block_table_SN.size(), num_rows * as_size(step.table_width));
 
   find_batch(step.seq_ids);
   std::int64_t num_tokens = 0, num_decodes = 0;
@@ -88,8 +125,9 @@ void PagedKVCache::check_step(const StepBuffers& step) {
     num_tokens += num_new;
     num_decodes += num_new == 1;
   }
-  CHECK_ARGUMENT(as_size(num_tokens) <= step.slot_T.size(), "slot_T: expected at least ", num_tokens,
-                 " entries (the new tokens of this step), got ", step.slot_T.size());
+  for (std::size_t table = 0; table < num_tables(); ++table)
+    CHECK_ARGUMENT(as_size(num_tokens) <= step.tables[table].slot_T.size(), kSlotNames[table], ": expected at least ",
+                   num_tokens, " entries (the new tokens of this step), got ", step.tables[table].slot_T.size());
   if (step.split_start_S1.empty() && step.split_W3.empty()) return;
   check_size("split_start_S1", step.split_start_S1.size(), num_rows + 1);
   CHECK_ARGUMENT(std::ssize(step.split_W3) / 3 >= num_decodes, "split_W3: expected at least ", num_decodes,
@@ -104,13 +142,18 @@ void PagedKVCache::check_new_tokens(const Sequence& sequence, std::int32_t num_n
                  sequence.length - sequence.num_matched, " (of the ", sequence.length, " tokens of sequence ",
                  sequence.seq_id, ", ", sequence.num_matched, " came from the cache), got ", num_new);
   if (num_new == 0) return;
-  std::int64_t i = num_blocks - 1;
-  while (i * block_size() > first) --i;
-  for (; i < num_blocks; ++i)
-    CHECK_ARGUMENT(pool_.writable(sequence.blocks[as_size(i)]), "num_new_tokens: expected tokens in blocks that ",
-                   "sequence ", sequence.seq_id, " alone holds and that are not published, got ", num_new,
-                   ", and the block of token ", std::max(first, i * block_size()),
-                   " is shared or published; roll back from there on and append the tokens again");
+  CHECK_ARGUMENT(first >= first_computable(sequence), "num_new_tokens: expected at most ",
+                 sequence.length - first_computable(sequence), " (the tokens of sequence ", sequence.seq_id,
+                 " before those see freed blocks), got ", num_new);
+  for (std::size_t table = 0; table < num_tables(); ++table) {
+    std::int64_t i = num_blocks - 1;
+    while (i * block_size() > first) --i;
+    for (; i < num_blocks; ++i)
+      CHECK_ARGUMENT(pool_.writable(sequence.tables[table][as_size(i)]), "num_new_tokens: expected tokens in blocks ",
+                     "that sequence ", sequence.seq_id, " alone holds and that are not published, got ", num_new,
+                     ", and the block of token ", std::max(first, i * block_size()),
+                     " is shared or published; roll back from there on and append the tokens again");
+  }
 }
 
 // The rule and its reasons are in kernels/_split_plan.py: there are as many splits as programs that the device runs at

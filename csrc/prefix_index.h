@@ -25,6 +25,9 @@ struct Picture {
   std::array<std::uint8_t, 32> digest;
 };
 
+// Layers with a window keep the same tokens in blocks of their own, which are found by this digest in place of `hash`.
+inline Hash128 in_window(const Hash128& hash) { return {hash.low ^ 1, hash.high}; }
+
 // One change of the index. Somebody who reads all events in order can keep a copy of the index elsewhere.
 struct PrefixEvent {
   // Of a stored block, `parent` is the digest of the block before it, or the root. `cleared` has no digests.

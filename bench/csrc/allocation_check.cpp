@@ -70,11 +70,15 @@ struct Mirror {  // what the caller of the cache has to know about a sequence
   std::int32_t seq_id = -1;
   std::int32_t length = 0, computed = 0, known = 0;
   std::int64_t last_step = 0;  // that computes tokens of it
+  std::int32_t first = 0;      // token that the latest step computed: a rollback may go back so far
 };
 
 class Steady {
  public:
-  explicit Steady(std::uint32_t seed) : random_(seed) {
+  Steady(std::uint32_t seed, std::int32_t window)
+      : window_(window),
+        cache_({.num_blocks = window > 0 ? 2 * kNumBlocks : kNumBlocks, .block_size = kBlockSize, .window = window}),
+        random_(seed) {
     for (Ints& family : families_) {
       family.resize(kMaxLength);
       for (std::int32_t& id : family) id = draw(0, 99);
@@ -221,8 +225,8 @@ class Steady {
     std::optional<std::int64_t> cached;
     counted([&] { cached = cache_.admit(next_id_, prompt, num_reserved); });
     if (!cached) return false;
-    sequences_[as_size(place)] = {next_id_++, static_cast<std::int32_t>(*cached), static_cast<std::int32_t>(*cached),
-                                  length};
+    const auto num_cached = static_cast<std::int32_t>(*cached);
+    sequences_[as_size(place)] = {next_id_++, num_cached, num_cached, length, 0, num_cached};
     return true;
   }
   void admit(Mirror& s) {
@@ -272,7 +276,10 @@ class Steady {
     for (const std::int32_t seq_id : seq_ids_) {
       Mirror& s = of(seq_id);
       num_tokens_.push_back(s.length - s.computed);
-      if (s.computed < s.length) s.last_step = last_step_ + 1;
+      if (s.computed < s.length) {
+        s.last_step = last_step_ + 1;
+        s.first = s.computed;
+      }
       s.computed = s.length;
     }
     counted([&] {
@@ -280,9 +287,8 @@ class Steady {
                                      .num_new_tokens = num_tokens_,
                                      .query_start_S1 = query_start_S1_,
                                      .seq_len_S = seq_len_S_,
-                                     .block_table_SN = block_table_SN_,
                                      .table_width = kBlocksEach,
-                                     .slot_T = slot_T_,
+                                     .tables = {{{block_table_SN_, slot_T_}, {window_table_SN_, window_slot_T_}}},
                                      .split_start_S1 = split_start_S1_,
                                      .split_W3 = split_W3_});
     });
@@ -317,7 +323,7 @@ class Steady {
     return "fork";
   }
   const char* rollback(Mirror& s) {
-    const std::int32_t num_tokens = draw(0, s.length);
+    const std::int32_t num_tokens = draw(0, window_ > 0 ? s.length - s.first : s.length);
     counted([&] { cache_.rollback(s.seq_id, num_tokens); });
     s.length -= num_tokens;
     s.computed = std::min(s.computed, s.length);
@@ -325,7 +331,8 @@ class Steady {
     return "rollback";
   }
 
-  PagedKVCache cache_{{.num_blocks = kNumBlocks, .block_size = kBlockSize}};
+  std::int32_t window_;
+  PagedKVCache cache_;
   std::mt19937 random_;
   std::array<Ints, kNumFamilies> families_;
   std::array<Mirror, kMaxSequences> sequences_;
@@ -333,6 +340,7 @@ class Steady {
   std::vector<Picture> pictures_;
   Ints query_start_S1_ = Ints(kMaxSequences + 1), seq_len_S_ = Ints(kMaxSequences);
   Ints block_table_SN_ = Ints(kMaxSequences * kBlocksEach), slot_T_ = Ints(kMaxSequences * kMaxLength);
+  Ints window_table_SN_ = block_table_SN_, window_slot_T_ = slot_T_;
   Ints split_start_S1_ = Ints(kMaxSequences + 1), split_W3_ = Ints(3 * 4 * kMaxSequences);
   std::int32_t next_id_ = 0;
   std::int64_t last_step_ = 0, completed_ = 0, num_counted_ = 0;
@@ -341,8 +349,8 @@ class Steady {
 
 }  // namespace
 
-bool check_allocations(std::uint32_t seed, std::int64_t num_operations) {
-  Steady steady(seed);
+bool check_allocations(std::uint32_t seed, std::int64_t num_operations, std::int32_t window) {
+  Steady steady(seed, window);
   steady.warm_up();
   const std::int64_t warm = steady.num_counted();
   for (std::int64_t i = 0; i < num_operations; ++i) {

@@ -2,7 +2,7 @@
 //
 //   kv_cache_bench                                    prints the medians of all operations as JSON
 //   kv_cache_bench --only NAME --repetitions N        measures one operation
-//   kv_cache_bench --check-allocations [--operations N] [--seed N]
+//   kv_cache_bench --check-allocations [--operations N] [--seed N] [--window N]
 //
 // Time is measured around measured_region alone. So `valgrind --tool=callgrind --toggle-collect=measured_region` counts
 // the instructions of an operation and nothing else.
@@ -30,6 +30,7 @@ struct Options {
   bool check_allocations = false;
   std::int64_t operations = 20'000;
   std::uint32_t seed = 1;
+  std::int32_t window = 0;  // tokens; 0: none
 };
 
 [[noreturn]] void refuse(const char* what, std::string_view argument) {
@@ -63,6 +64,8 @@ Options parse(int argc, char** argv) {
       options.operations = number<std::int64_t>(value);
     } else if (name == "--seed") {
       options.seed = number<std::uint32_t>(value);
+    } else if (name == "--window") {
+      options.window = number<std::int32_t>(value);
     } else {
       refuse("unknown option", name);
     }
@@ -93,7 +96,8 @@ void measure(const Benchmark& benchmark, std::int64_t repetitions, bool first) {
 }
 
 int run(const Options& options) {
-  if (options.check_allocations) return internvl_rt::bench::check_allocations(options.seed, options.operations) ? 0 : 1;
+  if (options.check_allocations)
+    return internvl_rt::bench::check_allocations(options.seed, options.operations, options.window) ? 0 : 1;
   bool first = true;
   std::printf("{\n");
   for (const Benchmark& benchmark : internvl_rt::bench::benchmarks()) {

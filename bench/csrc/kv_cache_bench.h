@@ -27,6 +27,6 @@ struct Benchmark {
 std::vector<Benchmark> benchmarks();
 
 // Runs random operations after a warm-up. If one allocates memory, it prints that operation's name and returns false.
-bool check_allocations(std::uint32_t seed, std::int64_t num_operations);
+bool check_allocations(std::uint32_t seed, std::int64_t num_operations, std::int32_t window);
 
 }  // namespace internvl_rt::bench

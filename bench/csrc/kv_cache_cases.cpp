@@ -93,9 +93,10 @@ struct Cached : Case {
                             .num_new_tokens = {&num_tokens, 1},
                             .query_start_S1 = one_query_start,
                             .seq_len_S = one_seq_len,
-                            .block_table_SN = std::span(one_table).first(as_size(num_columns)),
                             .table_width = num_columns,
-                            .slot_T = std::span(one_slot_T).first(as_size(num_tokens)),
+                            .tables = {{{std::span(one_table).first(as_size(num_columns)),
+                                         std::span(one_slot_T).first(as_size(num_tokens))},
+                                        {}}},
                             .split_start_S1 = {},
                             .split_W3 = {}});
   }
@@ -264,9 +265,8 @@ struct Decode : Cached {
                             .num_new_tokens = ones,
                             .query_start_S1 = query_start_S1,
                             .seq_len_S = seq_len_S,
-                            .block_table_SN = table,
                             .table_width = kTableWidth,
-                            .slot_T = slot_T,
+                            .tables = {{{table, slot_T}, {}}},
                             .split_start_S1 = with_splits ? std::span(split_start_S1) : std::span<std::int32_t>(),
                             .split_W3 = with_splits ? std::span(split_W3) : std::span<std::int32_t>()});
   }

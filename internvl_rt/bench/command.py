@@ -20,7 +20,7 @@ from internvl_rt.errors import RequestError
 from internvl_rt.model.card import model_card, render_card
 from internvl_rt.model.internvl import layer_bytes
 from internvl_rt.model.weights import find_schemes, shape_weights
-from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_bytes_per_token, roof_of, vision_work
+from internvl_rt.model.work import data_sheet_roof, decoder_work, kv_block_bytes, roof_of, vision_work
 from internvl_rt.steps.tile_encoder import MAX_TILES_PER_PASS
 
 PACE, QUICK_PACE = Pace(1.0, 5, 50), Pace(0.0, 3, 3)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, model: str | Path, config: ModelConfig, name: 
                     "dtype": kind,
                     "load_s": load_s,
                     "weight_bytes": engine.memory.weight_bytes,
-                    "kv_bytes_per_token": kv_bytes_per_token(config.decoder, engine.cache.dtype),
+                    "kv_bytes_per_token": kv_block_bytes(config.decoder, engine.cache.dtype, 1),
                     "kv_cache_bytes": engine.memory.cache_bytes,
                     "tokens_per_tile": config.tokens_per_tile,
                     **peak(device),

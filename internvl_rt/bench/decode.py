@@ -61,7 +61,7 @@ def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]
     """cases: batch and context, the tokens of each sequence when the first one is drawn."""
     prompter = Prompter(engine, seed)
     limits = engine.max_tokens_per_step, engine.options.double_cost_context(engine.config.decoder, engine.device)
-    blocks, block_size = engine.cache.blocks.num_blocks, engine.cache.block_size
+    blocks = engine.cache.blocks.num_blocks
     blocks -= blocks // WATERMARK  # blocks that admission leaves free
     for batch, context in cases:
         case = f"{batch}x{context}"
@@ -69,7 +69,7 @@ def sweep_decode(engine: Engine, record: Record, cases: Sequence[tuple[int, int]
         if length > engine.max_model_len:
             record.leave_out(case, f"{length} tokens are more than a sequence may have, {engine.max_model_len}")
             continue
-        if (needed := batch * -(-length // block_size)) > blocks:
+        if (needed := engine.cache.num_blocks_for(batch, length)) > blocks:
             record.leave_out(case, f"needs {needed} blocks of KV cache, but {blocks} fit the memory")
             continue
         if not record.may_start(case):

@@ -68,6 +68,16 @@ class DecoderConfig:
         """Returns how many tokens one sees in a layer; None: all before it."""
         return self.windows[layer] if self.windows else None
 
+    @property
+    def window(self) -> int | None:
+        """The longest window of any layer; None if no layer has one."""
+        return max((window for window in self.windows if window is not None), default=None)
+
+    @property
+    def num_tables(self) -> int:
+        """How many tables of blocks a sequence has in the KV cache: layers with a window have one of their own."""
+        return 1 if self.window is None else 2
+
 
 class DecoderClass(NamedTuple):
     """A language model class: what its missing keys mean, and the flags that must be off, with their defaults."""

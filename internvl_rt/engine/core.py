@@ -57,7 +57,7 @@ class EngineCore:
         self.model, self.cache, self.memory, self.options = model, cache, memory, options
         self.roof = roof_of(model.device, model.dtype)  # the device's peak rates; None if they are not known
         self.visual_cache = VisualCache(options.visual_cache_bytes)
-        room = min(model.config.decoder.max_position, cache.blocks.num_blocks * cache.block_size)
+        room = min(model.config.decoder.max_position, cache.max_sequence_len)
         self.max_model_len = options.max_model_len or room
         self.max_tokens_per_step = options.tokens_per_step(model.device)
         scheduler = Scheduler(

@@ -11,7 +11,7 @@ from internvl_rt.engine.host_memory import free_host_bytes
 from internvl_rt.engine.options import EngineOptions
 from internvl_rt.errors import RequestError, TranslateErrors
 from internvl_rt.model.card import format_bytes
-from internvl_rt.model.work import kv_bytes_per_token
+from internvl_rt.model.work import kv_block_bytes
 from internvl_rt.steps.cuda_graph import TILE_BUCKETS
 from internvl_rt.steps.kv_cache import least_num_blocks, plan_num_blocks
 from internvl_rt.steps.step_graph import head_buckets, layer_buckets
@@ -111,7 +111,7 @@ def plan_memory(
             free_bytes //= options.num_processes  # all take theirs from the same memory
     workspace_bytes = vision_bytes + step_bytes + graph_bytes + cublas_bytes
     fixed_bytes = workspace_bytes + (0 if weights_are_loaded else weight_bytes)
-    block_bytes = kv_bytes_per_token(config.decoder, kv_dtype) * options.block_size
+    block_bytes = kv_block_bytes(config.decoder, kv_dtype, options.block_size)
     left = DEFAULT_CPU_CACHE_BYTES
     if free_bytes is not None:
         room = int(free_bytes * (1 - RESERVE))
@@ -122,7 +122,7 @@ def plan_memory(
         left = most if device.type == "cuda" else min(left, most)
         if options.kv_cache_bytes is not None:
             most = free_bytes - fixed_bytes
-        least = least_num_blocks(options.block_size, options.max_model_len) * block_bytes
+        least = least_num_blocks(config.decoder, options.block_size, options.max_model_len) * block_bytes
         if least > most:
             raise RequestError(_no_room_for_cache(dtype, device, options, least, max(most, 0)))
     num_blocks = plan_num_blocks(

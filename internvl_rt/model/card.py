@@ -14,7 +14,7 @@ from internvl_rt.model.internvl import build_weights, layer_bytes, named_paramet
 from internvl_rt.model.processor import default_dtype, instructions
 from internvl_rt.model.shard import Shard, check_size, shard_decoder, vocabulary_of
 from internvl_rt.model.weights import find_schemes, shape_weights
-from internvl_rt.model.work import Work, data_sheet_roof, decoder_work, kv_bytes_per_token
+from internvl_rt.model.work import Work, data_sheet_roof, decoder_work, kv_block_bytes
 
 GPUS_GIB = (24, 48, 80, 141)  # memory of common GPUs
 FASTEST = "NVIDIA H200"  # whose least time of a decode step is told
@@ -57,7 +57,7 @@ def model_card(config: ModelConfig, name: str, num_gpus: int = 1) -> dict[str, A
         part = path.partition(".")[0]
         counts[part] = counts.get(part, 0) + tensor.numel()
     total = sum(counts.values())
-    kv_bytes = kv_bytes_per_token(config.decoder, torch.bfloat16)
+    kv_bytes, window = kv_block_bytes(config.decoder, torch.bfloat16, 1), config.decoder.window
     tiles = config.max_tiles + (config.thumbnail and config.max_tiles > 1)  # the thumbnail is one more
     each_gpu = {"each_gpu": {"num_gpus": num_gpus, **_kv_of_each(config, num_gpus)}} if num_gpus > 1 else {}
     return {
@@ -66,7 +66,8 @@ def model_card(config: ModelConfig, name: str, num_gpus: int = 1) -> dict[str, A
         "parameters": {**counts, "total": total},
         "weight_bytes": {"bfloat16": 2 * total, "float16": 2 * total, "float32": 4 * total},
         "kv_bytes_per_token": kv_bytes,
-        "kv_bytes_per_token_in_8_bits": kv_bytes_per_token(config.decoder, torch.int8),
+        "kv_bytes_per_token_in_8_bits": kv_block_bytes(config.decoder, torch.int8, 1),
+        **({} if window is None else {"kv_bytes_per_sequence": window * kv_bytes}),
         "context_window": config.decoder.max_position,
         "tile_side_pixels": config.vision.image_size,
         "tokens_per_tile": config.tokens_per_tile,
@@ -95,7 +96,7 @@ def _ways_to_hold(config: ModelConfig) -> dict[str, Quantization | None]:
 def _kv_of_each(config: ModelConfig, num_gpus: int) -> dict[str, int]:
     decoders = [shard_decoder(config.decoder, Shard(rank, num_gpus)) for rank in range(num_gpus)]
     return {
-        f"kv_bytes_per_token{suffix}": max(kv_bytes_per_token(decoder, dtype) for decoder in decoders)
+        f"kv_bytes_per_token{suffix}": max(kv_block_bytes(decoder, dtype, 1) for decoder in decoders)
         for suffix, dtype in (("", torch.bfloat16), ("_in_8_bits", torch.int8))
     }
 
@@ -130,7 +131,7 @@ def _part(config: ModelConfig, schemes: Mapping[str, Scheme], shard: Shard) -> _
     decoder = replace(decoder, vocab_size=vocabulary.stop - vocabulary.start)
     return _Part(
         weight_bytes=sum(tensor.nbytes for tensor in named_parameters(weights).values()),
-        kv_bytes=kv_bytes_per_token(decoder, dtype),
+        kv_bytes=kv_block_bytes(decoder, dtype, 1),
         step=decoder_work(decoder, dtype, [1], [CONTEXT], 1, layer_bytes(weights)[1]),
     )
 
@@ -156,6 +157,8 @@ def render_card(card: dict[str, Any]) -> str:
         ("tile", f"{card['tile_side_pixels']} pixels a side, {per_tile}"),
         ("picture", f"at most {card['max_tiles_per_picture']} tiles, {card['max_tokens_per_picture']:,} tokens"),
     ]
+    if "kv_bytes_per_sequence" in card:
+        rows.insert(4, ("", f"and {format_bytes(card['kv_bytes_per_sequence'])} for the windows of each sequence"))
     cpu = card["cpu"]
     rows.append(("on this CPU", f"{cpu['dtype']} by default, as the processor has {cpu['instructions']}"))
     lines = [f"{label:<15} {text}" for label, text in rows]

@@ -65,10 +65,10 @@ def run_layers(
 ) -> Tensor:
     """Returns x_TD after the last layer. Writes the keys and values of every token to their slots in the caches."""
     for layer, cache in zip(weights.layers, caches, strict=True):
-        projection = layer.norm1, layer.qkv, layer.q_norm, layer.k_norm
-        q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, rotary, cache, step.slot_T)
+        projection, (slot_T, batch) = (layer.norm1, layer.qkv, layer.q_norm, layer.k_norm), step.places(layer.window)
+        q_THC = ops.norm_qkv_rope_kv(x_TD, *projection, step.position_T, rotary, cache, slot_T)
         upcoming = layer.o, layer.mlp.first
-        y_THC = ops.paged_attention(q_THC, cache, step.batch, upcoming, sinks_H=layer.sinks_H, window=layer.window)
+        y_THC = ops.paged_attention(q_THC, cache, batch, upcoming, sinks_H=layer.sinks_H, window=layer.window)
         x_TD = ops.linear(y_THC.flatten(1), layer.o, residual=x_TD)
         x_TD = ops.mlp(x_TD, layer.norm2, layer.mlp)
     return x_TD

@@ -56,7 +56,7 @@ class CpuOps(Ops):
     dtype: torch.dtype
     packs: bool
     attends_by_products: bool
-    _of_step: dict[str, tuple[object, Any]] = field(default_factory=dict)  # see _once_a_step
+    _of_step: dict[str, list[tuple[object, Any]]] = field(default_factory=dict)  # see _once_a_step
 
     def prepare_linear(self, linear: AnyLinear) -> AnyLinear:
         if not isinstance(linear, Linear):
@@ -149,11 +149,17 @@ class CpuOps(Ops):
         return self.linear(x_IMK, linear, activation="gelu")
 
     def _once_a_step(self, name: str, of: object, compute: Callable[[], T]) -> T:
-        """Computes something of an input of the step in its first layer, and returns it in the others."""
-        known = self._of_step.get(name)
-        if known is None or known[0] is not of:
-            known = self._of_step[name] = of, compute()
-        value: T = known[1]
+        """Computes something of an input of the step in its first layer, and returns it in the others.
+
+        Layers with a window have inputs of their own, and alternate with the others: it is kept of the last two.
+        """
+        known = self._of_step.setdefault(name, [])
+        for one, kept in known:
+            if one is of:
+                value: T = kept
+                return value
+        value = compute()
+        self._of_step[name] = [(of, value), *known[:1]]
         return value
 
 

@@ -18,7 +18,7 @@ class Batch:
     """
 
     seq_len_S: Tensor  # tokens of each sequence, this step's included; 0 for a row that pads the batch
-    block_table_SN: Tensor  # -1 beyond a sequence's blocks
+    block_table_SN: Tensor  # -1 beyond a sequence's blocks, and before its window
     query_start_R1: Tensor  # the first new token of each sequence that does not decode, and the end of the last one's
     num_decodes: int  # how many sequences decode, those that pad the batch included
     max_query_len: int  # most new tokens of one of the others
@@ -38,6 +38,15 @@ class StepInputs:
     slot_T: Tensor  # int32, place of each token's key and value in the pool
     batch: Batch
     visual_XD: Tensor | None = None  # visual tokens of this step
+    # The same for layers with a window, which have blocks of their own; None: they have the same as the other layers.
+    window_slot_T: Tensor | None = None
+    window_batch: Batch | None = None
+
+    def places(self, window: int | None) -> tuple[Tensor, Batch]:
+        """Returns the slots and the batch of a layer, given by its window."""
+        if window is None or self.window_slot_T is None or self.window_batch is None:
+            return self.slot_T, self.batch
+        return self.window_slot_T, self.window_batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,20 @@ def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * head_bytes
 
 
+def layers_of_block(config: DecoderConfig) -> int:
+    """Counts the layers that a block of the KV cache has keys and values of: those without a window, or those with one.
+
+    A block serves either kind; where one kind has more layers, a block has room for that many.
+    """
+    num_windowed = sum(window is not None for window in config.windows)
+    return max(num_windowed, config.num_layers - num_windowed)
+
+
+def kv_block_bytes(config: DecoderConfig, dtype: torch.dtype, block_size: int) -> int:
+    """Counts the bytes of a block of `block_size` tokens in the KV cache. A token takes one of `num_tables` blocks."""
+    return kv_bytes_per_token(config, dtype) // config.num_layers * layers_of_block(config) * block_size
+
+
 def vision_work(config: ModelConfig, dtype: torch.dtype, num_tiles: int, layer_bytes: int | None = None) -> Work:
     """Counts the work of one pass of vision tower and projector over `num_tiles` tiles; NO_WORK for none.
 

@@ -86,7 +86,8 @@ class Executor:
         model: a few layers, which need the same kernels as all.
         """
         ops, device, layers = model.ops, model.device, self._pool.layers[: len(model.weights.decoder.layers)]
-        shape = StepShape(0, 1, max_tokens_per_step, table_width=1, num_items=0)
+        num_tables = model.config.decoder.num_tables
+        shape = StepShape(0, 1, max_tokens_per_step, table_width=1, num_items=0, num_tables=num_tables)
         flat = torch.empty(shape.size, dtype=torch.int32, device=device)
         model.run_step(empty_step(shape, flat, drawn_R=self.drawn_R), layers)
         if ops.resizes_on_device:

@@ -3,11 +3,15 @@
 A block holds `block_size` tokens of every layer. Sequences hold whole blocks and share those of a common prefix.
 Kernels find a sequence's tokens by its row of the block table and write new ones by slot: `block * block_size +
 offset`.
+
+If there are layers with a window, a block holds tokens of these layers or of the others, and a sequence has two tables.
+Blocks that left the window are freed; until its prompt is computed, a sequence has blocks for all of it in both.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +23,12 @@ from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.errors import RequestError
 from internvl_rt.inputs.picture import Picture
 from internvl_rt.model.ops import Ops
-from internvl_rt.model.work import kv_bytes_per_token
+from internvl_rt.model.work import kv_block_bytes
 from internvl_rt.steps.kv_pool import KVPool
 from internvl_rt.steps.sequence import Sequence
 
 BLOCK_SIZES = (16, 32, 64, 128)
+WINDOW_ARRAYS = "window_table_SN", "window_slot_T"  # what `fill_step` writes for layers with a window
 WATERMARK = 50  # admission leaves this fraction of the blocks, 1 / WATERMARK, for running sequences to grow
 
 
@@ -52,10 +57,23 @@ class KVCache:
         """
         self.block_size, self._num_kv_heads, self._ops = block_size, config.num_kv_heads, ops
         self.dtype, self._on_copy = dtype, on_copy
-        watermark, events = num_blocks // WATERMARK, hash_key is not None
-        self.blocks = PagedKVCache(num_blocks, block_size, watermark_blocks=watermark, events=events, hash_key=hash_key)
+        self.num_tables = config.num_tables
+        how: dict[str, Any] = {"watermark_blocks": num_blocks // WATERMARK, "window": config.window}
+        self.blocks = PagedKVCache(num_blocks, block_size, events=hash_key is not None, hash_key=hash_key, **how)
         sizes = {"num_blocks": num_blocks, "block_size": block_size}
         self.pool = KVPool(config, **sizes, dtype=dtype, device=device, ops=ops, static_scale_L2=static_scale_L2)
+
+    @property
+    def max_sequence_len(self) -> int:
+        """How many tokens a sequence can have that is alone: each of its tables may have all of them."""
+        return self.blocks.num_blocks // self.num_tables * self.block_size
+
+    def num_blocks_for(self, num_sequences: int, num_tokens: int) -> int:
+        """Counts the blocks that sequences of `num_tokens` tokens need together, admitted one after another."""
+        in_all, in_window = -(-num_tokens // self.block_size), 0
+        if self.blocks.window is not None:
+            in_window = min(in_all, (self.blocks.window - 2) // self.block_size + 2)
+        return num_sequences * in_all + (num_sequences - 1) * in_window + (self.num_tables - 1) * in_all
 
     def num_split_items(self, num_rows: int) -> int:
         """Length of the plan that splits attention of `num_rows` sequences with one new token; 0: no plan."""
@@ -130,7 +148,9 @@ class KVCache:
         """
         self.copy_blocks(self.blocks.take_copies())
         none, zero = np.empty(0, np.int32), np.zeros(1, np.int32)
-        step = self.blocks.fill_step(none, none, zero, none, np.empty((0, 1), np.int32), none)
+        tables = [np.empty((0, 1), np.int32), none]
+        windowed = dict(zip(WINDOW_ARRAYS, tables, strict=True)) if self.num_tables > 1 else {}
+        step = self.blocks.fill_step(none, none, zero, none, *tables, **windowed)
         self.end_step(step, failed=True)
 
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
@@ -157,9 +177,9 @@ def _spans(pictures: Items[Picture]) -> list[tuple[int, int, bytes]]:
     return [(picture.span.start, picture.span.num_tokens, picture.span_digest) for picture in pictures]
 
 
-def least_num_blocks(block_size: int, max_model_len: int | None) -> int:
-    """Counts the blocks of one sequence of `max_model_len` tokens; without a `max_model_len` any block will do."""
-    return 1 if max_model_len is None else -(-max_model_len // block_size)
+def least_num_blocks(config: DecoderConfig, block_size: int, max_model_len: int | None) -> int:
+    """Counts the blocks of one sequence of `max_model_len` tokens; without a `max_model_len` one token will do."""
+    return config.num_tables * -(-(max_model_len or 1) // block_size)
 
 
 def plan_num_blocks(
@@ -177,14 +197,15 @@ def plan_num_blocks(
     Without a `max_model_len` the trained window is planned for. Raises RequestError if the cache cannot hold
     `least_num_blocks`.
     """
-    bytes_per_block = kv_bytes_per_token(config, dtype) * block_size
+    bytes_per_block = kv_block_bytes(config, dtype, block_size)
     affordable = cache_bytes // bytes_per_block
-    required = least_num_blocks(block_size, max_model_len)
+    required = least_num_blocks(config, block_size, max_model_len)
     if affordable < required:
+        held = affordable // config.num_tables * block_size
         raise RequestError(
-            f"a KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but one sequence needs "
+            f"a KV cache of {cache_bytes:,} bytes holds {held:,} tokens, but one sequence needs "
             f"room for {max_model_len or block_size:,} ({required * bytes_per_block:,} bytes); "
             "raise kv_cache_bytes or lower max_model_len"
         )
-    used = max_num_seqs * -(-(max_model_len or config.max_position) // block_size)
+    used = max_num_seqs * least_num_blocks(config, block_size, max_model_len or config.max_position)
     return min(affordable, used + (used - 1) // (WATERMARK - 1))  # the watermark comes on top of what is used

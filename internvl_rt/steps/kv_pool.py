@@ -4,6 +4,7 @@ import math
 import mmap
 from collections.abc import Sequence as Items
 from contextlib import suppress
+from itertools import count
 
 import numpy as np
 import torch
@@ -13,11 +14,16 @@ from torch import Tensor
 from internvl_rt.checkpoint.config import DecoderConfig
 from internvl_rt.model.ops import Ops
 from internvl_rt.model.step_inputs import LayerCache
+from internvl_rt.model.work import layers_of_block
 from internvl_rt.steps.device_stream import to_device
 
 
 class KVPool:
-    """`layers` is the memory, zeroed at first."""
+    """`layers` is the memory, zeroed at first.
+
+    Layers with a window have other blocks than those without one: the first layers of both kinds share their memory,
+    the second ones, and so on.
+    """
 
     def __init__(
         self,
@@ -30,7 +36,7 @@ class KVPool:
         ops: Ops,
         static_scale_L2: Tensor | None = None,
     ) -> None:
-        """Allocates `num_blocks * block_size * kv_bytes_per_token(config, dtype)` bytes on the device.
+        """Allocates `num_blocks * kv_block_bytes(config, dtype, block_size)` bytes on the device.
 
         dtype: of keys and values: the model's, or float8_e4m3fn or int8, numbers with a scale for each token and head.
         ops: copies blocks on the device.
@@ -39,16 +45,18 @@ class KVPool:
         self.dtype, self._ops = dtype, ops
         block_shape = (config.num_kv_heads, block_size, config.head_dim)
         # One tensor for all layers, keys and values, so that a block is copied by one operation.
-        pool = _zeros((config.num_layers, 2, num_blocks, *block_shape), dtype, device)
+        num_layers, next_of = layers_of_block(config), (count(), count())
+        pool = _zeros((num_layers, 2, num_blocks, *block_shape), dtype, device)
         self._pools: tuple[Tensor, ...] = (pool,)
-        scale_L: Items[Tensor | None] = [None] * config.num_layers
-        static_L: Items[Tensor | None] = scale_L if static_scale_L2 is None else static_scale_L2.unbind()
+        scales: Items[Tensor | None] = [None] * num_layers
         if dtype.itemsize == 1:
-            scales = _zeros((config.num_layers, 1, num_blocks, *block_shape[:2], 2), torch.bfloat16, device)
-            self._pools, scale_L = (pool, scales), scales[:, 0].unbind()
+            scale = _zeros((num_layers, 1, num_blocks, *block_shape[:2], 2), torch.bfloat16, device)
+            self._pools, scales = (pool, scale), scale[:, 0].unbind()
+        places = [next(next_of[config.window_of(layer) is not None]) for layer in range(config.num_layers)]
+        static_L = [None] * config.num_layers if static_scale_L2 is None else static_scale_L2.unbind()
         self.layers = tuple(
-            LayerCache(k_cache_BGPC, v_cache_BGPC, scale_BGP2, static_scale_2)
-            for (k_cache_BGPC, v_cache_BGPC), scale_BGP2, static_scale_2 in zip(pool, scale_L, static_L, strict=True)
+            LayerCache(pool[place, 0], pool[place, 1], scales[place], static_scale_2)
+            for place, static_scale_2 in zip(places, static_L, strict=True)
         )
         # The tensors that `layers` are views of.
         self.buffers = self._pools if static_scale_L2 is None else (*self._pools, static_scale_L2)

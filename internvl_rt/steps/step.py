@@ -4,7 +4,7 @@ All numbers that the host decides lie in one flat int32 array, so that one copy 
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -20,7 +20,7 @@ from internvl_rt.model.ops import FIRST_VISUAL_ID
 from internvl_rt.model.step_inputs import Batch, StepInputs
 from internvl_rt.steps.decodes import Decodes
 from internvl_rt.steps.device_stream import host_memory
-from internvl_rt.steps.kv_cache import KVCache
+from internvl_rt.steps.kv_cache import WINDOW_ARRAYS, KVCache
 from internvl_rt.steps.sequence import Sequence
 
 
@@ -151,11 +151,13 @@ class StepShape:
     num_tokens: int  # of the chunks
     table_width: int
     num_items: int  # items of the plan that splits the decodes' attention; 0: no plan
+    num_tables: int = 1  # of blocks, for each sequence; the second one is of layers with a window
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The arguments that make this shape."""
-        return self.num_decodes, self.num_chunks, self.num_tokens, self.table_width, self.num_items
+        counts = self.num_decodes, self.num_chunks, self.num_tokens
+        return *counts, self.table_width, self.num_items, self.num_tables
 
     @property
     def size(self) -> int:
@@ -181,7 +183,10 @@ def _layout(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
     """Returns name, start, stop and shape of each array."""
     per_token, num_rows = (shape.num_decodes + shape.num_tokens,), shape.num_decodes + shape.num_chunks
     arrays: dict[str, tuple[int, ...]] = {"token_id_T": per_token, "position_T": per_token, "slot_T": per_token}
-    arrays |= {"seq_len_S": (num_rows,), "block_table_SN": (num_rows, shape.table_width)}
+    table = num_rows, shape.table_width
+    arrays |= {"seq_len_S": (num_rows,), "block_table_SN": table}
+    if shape.num_tables > 1:
+        arrays |= dict(zip(WINDOW_ARRAYS, (table, per_token), strict=True))
     arrays |= {"query_start_R1": (shape.num_chunks + 1,)}
     if shape.num_items:
         arrays |= {"split_start_S1": (shape.num_decodes + 1,), "split_W3": (shape.num_items, 3)}
@@ -199,6 +204,7 @@ def shape_of(step: Step, cache: KVCache) -> StepShape:
         num_tokens=step.num_tokens,
         table_width=-(-longest // cache.block_size),
         num_items=cache.num_split_items(num_decodes) if num_decodes else 0,
+        num_tables=cache.num_tables,
     )
 
 
@@ -211,7 +217,8 @@ class StepArrays:
         self._token_id_T, self._position_T = found["token_id_T"], found["position_T"]
         self._query_start_R1 = found["query_start_R1"]
         self._query_start_R1[:] = n
-        rows = {name: found[name] for name in ("slot_T", "seq_len_S", "block_table_SN")}
+        names = "slot_T", "seq_len_S", "block_table_SN", *WINDOW_ARRAYS[: 2 * (shape.num_tables - 1)]
+        rows = {name: found[name] for name in names}
         # The arguments of PagedKVCache.fill_step, once for the decodes and once for the chunks.
         self._decodes = {name: array[:n] for name, array in rows.items()}
         self._decodes["query_start_S1"] = np.empty(n + 1, np.int32)  # it is known without this
@@ -278,7 +285,10 @@ def wrap_step(shape: StepShape, flat: Tensor, *, max_query_len: int, **rest: Any
     """Builds StepInputs whose numbers lie in `flat` on the device; `rest` are its other fields."""
     found = shape.views(flat, torch.float32)
     per_token = {name: found.pop(name) for name in ("token_id_T", "position_T", "slot_T")}
+    table_SN, window_slot_T = (found.pop(name, None) for name in WINDOW_ARRAYS)
     batch = Batch(**found, num_decodes=shape.num_decodes, max_query_len=max_query_len)
+    if table_SN is not None:
+        rest |= {"window_slot_T": window_slot_T, "window_batch": replace(batch, block_table_SN=table_SN)}
     return StepInputs(**per_token, batch=batch, **rest)
 
 
@@ -288,7 +298,7 @@ def empty_step(shape: StepShape, flat: Tensor, *, drawn_R: Tensor, visual_XD: Te
     It has no slots, no blocks and nothing to split, so it changes nothing in a cache.
     """
     arrays = shape.views(flat.zero_(), torch.float32)
-    for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3"}:
+    for name in arrays.keys() & {"slot_T", "block_table_SN", "split_W3", *WINDOW_ARRAYS}:
         arrays[name].fill_(-1)
     max_query_len = max(shape.num_tokens, 1)
     return wrap_step(shape, flat, max_query_len=max_query_len, drawn_R=drawn_R, visual_XD=visual_XD)

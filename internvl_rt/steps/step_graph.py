@@ -147,7 +147,7 @@ class StepGraphs:
 
     def _place(self, decodes: int, chunks: int = 0, tokens: int = 0) -> Place:
         items = self._model.num_split_items(decodes) if decodes else 0
-        shape = StepShape(decodes, chunks, tokens, self._table_width, items)
+        shape = StepShape(decodes, chunks, tokens, self._table_width, items, self._model.config.decoder.num_tables)
         arguments_end = ARGUMENTS_AT + unlisted_words(decodes)
         start = self.rows_at + -(-self.head_sizes[-1] // 4) * 4 if chunks else arguments_end
         return Place(shape, start, start + shape.size)

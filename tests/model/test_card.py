@@ -158,3 +158,13 @@ def test_the_card_of_the_largest_model_takes_neither_memory_nor_time():
     start = time.perf_counter()
     assert card_of("InternVL3-78B")["parameters"]["total"] == 78_408_318_336
     assert time.perf_counter() - start < 2
+
+
+def test_a_window_takes_room_for_each_sequence_and_its_layers_none_for_further_tokens():
+    config = load_config(KNOWN_MODELS["InternVL3_5-GPT-OSS-20B-A4B-Preview"])
+    card = model_card(config, "")
+    assert card["kv_bytes_per_token"] == 12 * 2 * 8 * 64 * 2, "of the 12 layers that see all tokens"
+    assert card["kv_bytes_per_sequence"] == 128 * card["kv_bytes_per_token"]
+    assert "24 KiB per token in bfloat16" in render_card(card)
+    assert "and 3.0 MiB for the windows of each sequence" in render_card(card)
+    assert "kv_bytes_per_sequence" not in model_card(load_config(KNOWN_MODELS["InternVL3-1B"]), "")

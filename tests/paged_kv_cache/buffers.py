@@ -28,13 +28,17 @@ def length_of(cache: PagedKVCache, seq_id: int) -> int:
     return int(named[1])
 
 
-def step_buffers(num_rows: int, table_width: int, num_tokens: int, num_items: int | None = None) -> dict[str, Any]:
+def step_buffers(
+    num_rows: int, table_width: int, num_tokens: int, num_items: int | None = None, *, has_window: bool = False
+) -> dict[str, Any]:
     shapes: dict[str, Any] = {
         "query_start_S1": num_rows + 1,
         "seq_len_S": num_rows,
         "block_table_SN": (num_rows, table_width),
         "slot_T": num_tokens,
     }
+    if has_window:
+        shapes |= {"window_table_SN": (num_rows, table_width), "window_slot_T": num_tokens}
     if num_items is not None:
         shapes |= {"split_start_S1": num_rows + 1, "split_W3": (num_items, 3)}
     return {name: np.full(shape, POISON, np.int32) for name, shape in shapes.items()}

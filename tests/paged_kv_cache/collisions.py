@@ -16,10 +16,12 @@ NUM_BLOCKS, BLOCK_SIZE, MAX_SEQUENCES = 16, 2, 6
 
 
 class Collisions:
-    def __init__(self, draw: Draw, hash_bits: int) -> None:
+    def __init__(self, draw: Draw, hash_bits: int, window: int | None) -> None:
         self.integer = draw.integer
-        self.cache = PagedKVCache(NUM_BLOCKS, BLOCK_SIZE, hash_bits=hash_bits)
-        self.device = Device(NUM_BLOCKS, BLOCK_SIZE)
+        self.window = window
+        num_blocks = NUM_BLOCKS * (1 if window is None else 2)  # for two tables
+        self.cache = PagedKVCache(num_blocks, BLOCK_SIZE, hash_bits=hash_bits, window=window)
+        self.device = Device(num_blocks, BLOCK_SIZE, window)
         self.contents = Contents()
         self.sequences: dict[int, Sequence] = {}
         self.counts: Counter[str] = Counter()
@@ -66,14 +68,17 @@ class Collisions:
 
     def launch(self, seq_id: int, count: int) -> None:
         """Fills a step of one sequence, which may fail; checks what the sequence reads."""
-        s, out = self.sequences[seq_id], step_buffers(1, NUM_BLOCKS, count)
+        has_window = self.window is not None
+        s, out = self.sequences[seq_id], step_buffers(1, NUM_BLOCKS, count, has_window=has_window)
         self.device.copy(self.cache.take_copies().tolist())
         try:
             step = self.cache.fill_step(int32([seq_id]), int32([count]), **out)
         except ValueError:
             self.counts["refused"] += 1
             return self.release(seq_id)
-        s.table = [block for block in out["block_table_SN"][0].tolist() if block >= 0]
+        names = ["block_table_SN", "window_table_SN"][: 1 + has_window]
+        s.tables = [out[name][0, : -(-s.length // BLOCK_SIZE)].tolist() for name in names]
+        s.num_freed = s.tables[-1].count(-1)
         self.device.check_sequence(seq_id, s)
         fails = self.integer(0, 9) == 0
         if fails:
@@ -101,7 +106,11 @@ class Collisions:
         seq_id = self.pick()
         s = self.sequences[seq_id]
         end = self.integer(0, s.length)
-        self.cache.rollback(seq_id, s.length - end)
+        try:
+            self.cache.rollback(seq_id, s.length - end)
+        except ValueError:  # the next token would see a freed block
+            self.counts["refused"] += 1
+            return
         s.roll_back_to(end)
 
     def release(self, seq_id: int | None = None) -> None:

@@ -1,4 +1,7 @@
-"""Gives numbers to what the keys and values of a token depend on, and holds the tokens of a sequence."""
+"""Gives numbers to what the keys and values of a token depend on, and holds the tokens of a sequence.
+
+A sequence has one table of blocks, and another one if there are layers with a window.
+"""
 
 from dataclasses import dataclass, field
 
@@ -23,6 +26,11 @@ class Contents:
         return self.numbers.setdefault(key, len(self.numbers))
 
 
+def in_table(table: int, content: int) -> int:
+    """Returns what a block of a table holds of a token: layers with a window have other keys and values."""
+    return content if table == 0 else -2 - content
+
+
 @dataclass
 class Sequence:
     identity: bytes | None
@@ -35,7 +43,8 @@ class Sequence:
     steps: list[int | None] = field(default_factory=list)
     cut: int | None = None  # where a rollback has cut a picture
     num_published: int = 0  # blocks
-    table: list[int] = field(default_factory=list)  # blocks
+    tables: list[list[int]] = field(default_factory=list)  # blocks; the first num_freed of the second table are -1
+    num_freed: int = 0
 
     @property
     def length(self) -> int:

@@ -18,7 +18,9 @@ class Draws:
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
         num_blocks, size = self.pick([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24]), self.pick([1, 2, 3, 16])
-        self.model = Model(num_blocks, size, self.integer(0, min(2, num_blocks - 1)))
+        window = self.pick([None, None, None, 1, 2, size, size + 1, 2 * size, 3 * size + 1])
+        num_blocks *= 1 if window is None else 2  # for two tables
+        self.model = Model(num_blocks, size, self.integer(0, min(2, num_blocks - 1)), window)
         self.deck = self.draw_deck()
         self.text: dict[int, int] = {}  # sequence -> the text that its next tokens are taken from
 

@@ -20,11 +20,11 @@ class Driver(Draws):
         super().__init__(draw)
         model = self.model
         self.events = self.integer(0, 1) == 1
-        options = {"watermark_blocks": model.watermark_blocks, "events": self.events}
+        options = {"watermark_blocks": model.watermark_blocks, "events": self.events, "window": model.window}
         arguments = (model.num_blocks, model.block_size)
         self.cache = PagedKVCache(*arguments, **options)
         self.calls: list[tuple[Any, ...]] = [("PagedKVCache", *arguments, options)]
-        self.device = Device(*arguments)
+        self.device = Device(*arguments, model.window)
         self.mirror = Mirror()
 
     # --- the cache and the model
@@ -186,7 +186,8 @@ class Driver(Draws):
         num_items = max(0, num_decodes + self.integer(-1, 6)) if self.integer(0, 1) else None
         num_rows = len(rows) + self.integer(0, 1)
         width = max(num_blocks, default=0) + self.integer(0, 1)
-        out = step_buffers(num_rows, width, sum(counts) + self.integer(0, 1), num_items)
+        num_tokens, has_window = sum(counts) + self.integer(0, 1), model.window is not None
+        out = step_buffers(num_rows, width, num_tokens, num_items, has_window=has_window)
         self.calls.append(("fill_step", seq_ids, counts, {"num_items": num_items}))
         if model.copies or (num_items is not None and num_items < num_decodes):
             self.check_refused("fill_step", int32(seq_ids), int32(counts), **out)
@@ -206,17 +207,18 @@ class Driver(Draws):
         spare = num_rows - len(rows)
         got = {name: buffer.tolist() for name, buffer in out.items()}
         starts = [sum(counts[:row]) for row in range(len(rows) + 1)]
-        assert got["query_start_S1"] == starts + starts[-1:] * spare
-        assert got["seq_len_S"] == [s.length for s in rows] + [0] * spare
-        tables = [s.table[:n] + [-1] * (width - n) for s, n in zip(rows, num_blocks, strict=True)]
-        assert got["block_table_SN"] == tables + [[-1] * width] * spare
-        size = model.block_size
-        slots = [
-            s.table[t // size] * size + t % size
-            for s, n in zip(rows, counts, strict=True)
-            for t in range(s.length - n, s.length)
-        ]
-        assert got["slot_T"] == slots + [-1] * (len(got["slot_T"]) - len(slots))
+        assert got["query_start_S1"] == starts + starts[-1:] * spare, "query_start_S1"
+        assert got["seq_len_S"] == [s.length for s in rows] + [0] * spare, "seq_len_S"
+        size, names = model.block_size, (("block_table_SN", "slot_T"), ("window_table_SN", "window_slot_T"))
+        for number, (table_name, slot_name) in enumerate(names[: 1 + has_window]):
+            tables = [s.tables[number][:n] + [-1] * (width - n) for s, n in zip(rows, num_blocks, strict=True)]
+            assert got[table_name] == tables + [[-1] * width] * spare, f"{table_name} is not the model's"
+            slots = [
+                s.tables[number][t // size] * size + t % size
+                for s, n in zip(rows, counts, strict=True)
+                for t in range(s.length - n, s.length)
+            ]
+            assert got[slot_name] == slots + [-1] * (num_tokens - len(slots)), f"{slot_name} is not the model's"
         if num_items is not None:
             split = [n if count == 1 else 0 for n, count in zip(num_blocks, counts, strict=True)]
             check_split_plan(got["split_start_S1"], got["split_W3"], split + [0] * spare)
@@ -306,9 +308,9 @@ class Driver(Draws):
         expected, self.model.events = self.model.events, []
         if self.events:
             self.mirror.replay(expected, got)
-            assert self.mirror.contents() == set(self.model.published.values())
+            assert self.mirror.contents() == set(self.model.published.values()), "the events give another index"
         else:
-            assert got == []
+            assert got == [], "events that nobody wants"
 
     def misuse(self) -> None:
         """Makes a call that the cache must refuse in every state."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
-from paged_kv_cache.contents import Contents, PictureSpan, Sequence
+from paged_kv_cache.contents import Contents, PictureSpan, Sequence, in_table
 
 
 class RefusedError(Exception):
@@ -21,8 +21,9 @@ class Publication:
 
 
 class Model:
-    def __init__(self, num_blocks: int, block_size: int, watermark_blocks: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, watermark_blocks: int = 0, window: int | None = None) -> None:
         self.num_blocks, self.block_size, self.watermark_blocks = num_blocks, block_size, watermark_blocks
+        self.window = window
         self.all_contents = Contents()
         self.sequences: dict[int, Sequence] = {}
         self.free = list(range(num_blocks))[::-1]  # the last block is allocated next
@@ -54,8 +55,15 @@ class Model:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def num_unseen(self, token: int) -> int:
+        """Counts the blocks of which no token from this one on sees any in the window."""
+        return 0 if self.window is None else max(0, token + 1 - self.window) // self.block_size
+
+    def blocks_of(self, sequence: Sequence) -> list[int]:
+        return [block for table in sequence.tables for block in table if block >= 0]
+
     def references(self, block: int) -> int:
-        return sum(block in s.table for s in self.sequences.values())
+        return sum(block in self.blocks_of(s) for s in self.sequences.values())
 
     def writable(self, block: int) -> bool:
         is_private = block not in self.published and all(p.block != block for p in self.pending)
@@ -68,7 +76,7 @@ class Model:
         return [block for _, block in self.waiting if block is not None]
 
     def stats(self) -> dict[str, int]:
-        used = {block for s in self.sequences.values() for block in s.table}
+        used = {block for s in self.sequences.values() for block in self.blocks_of(s)}
         everywhere = [*self.free, *self.cached, *self.deferred(), *used]
         assert sorted(everywhere) == list(range(self.num_blocks)), "the model itself lost a block"
         return {
@@ -145,16 +153,21 @@ class Model:
         self.choose_ids(sequence, token_ids)
         return sequence
 
-    def matched_blocks(self, prompt: Sequence, max_cached: int | None) -> list[int]:
+    def matched_blocks(self, prompt: Sequence, max_cached: int | None) -> list[list[int]]:
+        """Returns the blocks of each table, as many as are of use; -1 for those that no later token sees."""
         if max_cached is not None and max_cached < 0:
             raise RefusedError("max_cached")
         holder = {content: block for block, content in self.published.items()}
-        blocks: list[int] = []
-        for end in range(self.block_size, len(prompt.token_ids), self.block_size):
-            if prompt.contents[end] not in holder or (max_cached is not None and end > max_cached):
-                break
-            blocks.append(holder[prompt.contents[end]])
-        return blocks
+        most = min(len(prompt.token_ids) - 1, len(prompt.token_ids) if max_cached is None else max_cached)
+        ends = range(self.block_size, most + 1, self.block_size)
+        blocks, in_window = ([holder.get(in_table(table, prompt.contents[end])) for end in ends] for table in (0, 1))
+        for number in range(len(ends), 0, -1):
+            unseen = self.num_unseen(number * self.block_size)
+            if self.window is None and None not in blocks[:number]:
+                return [blocks[:number]]
+            if self.window is not None and None not in blocks[:number] + in_window[unseen:number]:
+                return [blocks[:number], [-1] * unseen + in_window[unseen:number]]
+        return [[]] if self.window is None else [[], []]
 
     def match(
         self,
@@ -163,7 +176,7 @@ class Model:
         identity: bytes | None = b"",
         max_cached: int | None = None,
     ) -> int:
-        return len(self.matched_blocks(self.prompt(token_ids, pictures, identity), max_cached)) * self.block_size
+        return len(self.matched_blocks(self.prompt(token_ids, pictures, identity), max_cached)[0]) * self.block_size
 
     def admit(
         self,
@@ -178,16 +191,18 @@ class Model:
             raise RefusedError("seq_id or num_reserved")
         sequence = self.prompt(token_ids, pictures, identity)
         matched = self.matched_blocks(sequence, max_cached)
-        length = len(matched) * self.block_size
-        num_new = self.blocks_for(max(length, num_reserved)) - len(matched)
+        length = len(matched[0]) * self.block_size
+        num_new = self.blocks_for(max(length, num_reserved)) - len(matched[0])
         num_kept_free = self.watermark_blocks if self.sequences else 0
-        if num_new > self.num_available() - len(set(matched) & set(self.cached)) - num_kept_free:
+        reused = {block for table in matched for block in table if block >= 0}
+        if num_new * len(matched) > self.num_available() - len(reused & set(self.cached)) - num_kept_free:
             return None
-        for block in matched:
+        for block in reused:
             self.take(block)
-        sequence.table = matched + [self.allocate() for _ in range(num_new)]
+        sequence.tables = [table + [self.allocate() for _ in range(num_new)] for table in matched]
+        sequence.num_freed = self.num_unseen(length)
         sequence.steps = [0] * length
-        sequence.num_published = len(matched)
+        sequence.num_published = len(matched[0])
         self.sequences[seq_id] = sequence
         if identity is not None:
             self.counts["queried_tokens"] += len(token_ids)
@@ -201,7 +216,7 @@ class Model:
 
     def num_needed(self, sequence: Sequence, num_tokens: int) -> int:
         places = self.touched(sequence, num_tokens)
-        return sum(i >= len(sequence.table) or not self.writable(sequence.table[i]) for i in places)
+        return sum(i >= len(table) or not self.writable(table[i]) for table in sequence.tables for i in places)
 
     def append(self, seq_ids: list[int], num_tokens: list[int]) -> bool:
         sequences = self.find_batch(seq_ids, num_tokens)
@@ -210,13 +225,13 @@ class Model:
         if sum(map(self.num_needed, sequences, num_tokens)) > self.num_available():
             return False
         for sequence, count in zip(sequences, num_tokens, strict=True):
-            for i in self.touched(sequence, count):
-                if i >= len(sequence.table):
-                    sequence.table.append(self.allocate())
-                elif not self.writable(sequence.table[i]):
-                    old, sequence.table[i] = sequence.table[i], self.allocate()
+            for table, i in [(table, i) for table in sequence.tables for i in self.touched(sequence, count)]:
+                if i >= len(table):
+                    table.append(self.allocate())
+                elif not self.writable(table[i]):
+                    old, table[i] = table[i], self.allocate()
                     if i * self.block_size < sequence.length:
-                        self.copy(old, sequence.table[i])
+                        self.copy(old, table[i])
                     self.drop(old, self.latest + 1)
             sequence.steps += [None] * count
         return True
@@ -240,12 +255,13 @@ class Model:
             if sequence.cut is not None:
                 count = min(count, sequence.cut)  # no prompt has the text that follows a part of a picture
             for i in range(sequence.num_published, count // size):
-                block, end = sequence.table[i], (i + 1) * size
-                if block not in self.published and all(p.block != block for p in self.pending):
-                    steps = {step for step in sequence.steps[:end] if step is not None}
-                    content, parent = sequence.contents[end], sequence.contents[i * size]
-                    ids = sequence.token_ids[i * size : end]
-                    self.pending.append(Publication(steps, block, content, parent, ids))
+                end = (i + 1) * size
+                steps = {step for step in sequence.steps[:end] if step is not None}
+                parent, ids = sequence.contents[i * size], sequence.token_ids[i * size : end]
+                for number, table in enumerate(sequence.tables):
+                    block, content = table[i], in_table(number, sequence.contents[end])
+                    if block >= 0 and block not in self.published and all(p.block != block for p in self.pending):
+                        self.pending.append(Publication(steps, block, content, parent, ids))
             sequence.num_published = max(sequence.num_published, count // size)
         self.settle()
 
@@ -255,7 +271,8 @@ class Model:
             raise RefusedError("new_seq_id")
         new = Sequence(old.identity, dict(old.pictures), list(old.token_ids), old.num_known, list(old.contents))
         new.steps, new.cut, new.num_published = list(old.steps), old.cut, old.num_published
-        new.table = old.table[: self.blocks_for(old.length)]
+        new.tables = [table[: self.blocks_for(old.length)] for table in old.tables]
+        new.num_freed = old.num_freed
         self.sequences[new_seq_id] = new
 
     def rollback(self, seq_id: int, num_tokens: int) -> None:
@@ -263,13 +280,15 @@ class Model:
         if not 0 <= num_tokens <= sequence.length:
             raise RefusedError("num_tokens")
         end = sequence.length - num_tokens
+        if self.num_unseen(end) < sequence.num_freed:
+            raise RefusedError("num_tokens: the next token would see a freed block")
         sequence.roll_back_to(end)
         sequence.num_published = min(sequence.num_published, end // self.block_size)
 
     def release(self, seq_id: int) -> None:
         sequence = self.find(seq_id)
         del self.sequences[seq_id]
-        for block in reversed(sequence.table):
+        for block in [block for table in sequence.tables for block in reversed(table) if block >= 0]:
             self.drop(block, self.latest)
 
     def fill_step(self, seq_ids: list[int], num_new_tokens: list[int]) -> int:
@@ -280,13 +299,21 @@ class Model:
             if not 0 <= count <= s.length:
                 raise RefusedError("num_new_tokens")
             new = range(s.length - count, s.length)
-            if any(s.steps[t] == 0 or not self.writable(s.table[t // self.block_size]) for t in new):
+            blocks = [table[t // self.block_size] for table in s.tables for t in new]
+            if any(s.steps[t] == 0 for t in new) or not all(map(self.writable, blocks)):
                 raise RefusedError("num_new_tokens: it may not write them")
+            if count and self.num_unseen(new.start) < s.num_freed:
+                raise RefusedError("num_new_tokens: they see freed blocks")
         self.latest += 1
         for s, count in zip(sequences, num_new_tokens, strict=True):
-            if s.length - count <= s.num_in_steps:  # else a token before them has not been computed
-                s.steps[s.length - count :] = [self.latest] * count
-        for block in {block for s in sequences for block in s.table}:
+            first = s.length - count
+            if count and first <= s.num_in_steps:  # else a token before them has not been computed
+                s.steps[first:] = [self.latest] * count
+                for i in range(s.num_freed, self.num_unseen(first)):
+                    block, s.tables[1][i] = s.tables[1][i], -1
+                    self.drop(block, self.latest - 1)
+                s.num_freed = max(s.num_freed, self.num_unseen(first))
+        for block in {block for s in sequences for block in self.blocks_of(s)}:
             self.busy_until[block] = self.latest
         return self.latest
 

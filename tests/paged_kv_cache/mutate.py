@@ -34,14 +34,14 @@ MUTATIONS = [
     Mutation(
         "a fork takes no reference to the shared blocks",
         "paged_kv_cache.cpp",
-        "    pool_.ref(block);\n    child.blocks.push_back(block);",
-        "    child.blocks.push_back(block);",
+        "      if (block >= 0) pool_.ref(block);\n      child.tables[table].push_back(block);",
+        "      child.tables[table].push_back(block);",
     ),
     Mutation(
         "a matched block keeps its place on the list of free blocks",
         "paged_kv_cache.cpp",
-        "    pool_.ref(block);\n    sequence.blocks.push_back(block);",
-        "    ++pool_[block].references;\n    sequence.blocks.push_back(block);",
+        "      if (block >= 0) pool_.ref(block);\n      sequence.tables[table].push_back(block);",
+        "      if (block >= 0) ++pool_[block].references;\n      sequence.tables[table].push_back(block);",
     ),
     Mutation(
         "released blocks return before their step is complete",
@@ -52,15 +52,15 @@ MUTATIONS = [
     Mutation(
         "blocks are matched before their step is complete",
         "paged_kv_cache.cpp",
-        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size())\n",
+        "    if (write.step > num_completed_ && write.first < end)\n",
         "    if (write.step == 0)\n",
     ),
     Mutation(
         "a block waits only for the last step that wrote it",
         "paged_kv_cache.cpp",
-        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size())\n",
-        "    if (write.step > num_completed_ && write.first < (index + 1) * block_size() &&\n"
-        "        (&write == &sequence.writes.back() || (&write)[1].first >= (index + 1) * block_size()))\n",
+        "    if (write.step > num_completed_ && write.first < end)\n",
+        "    if (write.step > num_completed_ && write.first < end &&\n"
+        "        (&write == &sequence.writes.back() || (&write)[1].first >= end))\n",
     ),
     Mutation(
         "a fork does not know the steps in flight of its parent",
@@ -108,14 +108,14 @@ MUTATIONS = [
     Mutation(
         "a step may write blocks that are shared or published",
         "paged_kv_cache_step.cpp",
-        "CHECK_ARGUMENT(pool_.writable(sequence.blocks[as_size(i)])",
-        "CHECK_ARGUMENT(pool_[sequence.blocks[as_size(i)]].references > 0",
+        "CHECK_ARGUMENT(pool_.writable(sequence.tables[table][as_size(i)])",
+        "CHECK_ARGUMENT(pool_[sequence.tables[table][as_size(i)]].references > 0",
     ),
     Mutation(
         "a shared last block is written, not copied",
         "paged_kv_cache.cpp",
-        "    if (pool_.writable(block)) continue;",
-        "    if (pool_[block].content == Content::kPrivate) continue;",
+        "      if (pool_.writable(block)) continue;",
+        "      if (pool_[block].content == Content::kPrivate) continue;",
     ),
     Mutation(
         "a published block is written after a rollback",
@@ -156,9 +156,57 @@ MUTATIONS = [
     Mutation(
         "a failed admission keeps its sequence",
         "paged_kv_cache.cpp",
-        "  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) return std::nullopt;\n",
-        "  if (num_new > pool_.num_available() - num_taken_from_cached - watermark) {\n"
+        "  if (num_needed > pool_.num_available() - watermark) return std::nullopt;\n",
+        "  if (num_needed > pool_.num_available() - watermark) {\n"
         "    start(seq_id, 0, [](Sequence&) {});\n    return std::nullopt;\n  }\n",
+    ),
+    Mutation(
+        "a block is freed of which the window still has a token",
+        "paged_kv_cache_step.cpp",
+        "std::max<std::int64_t>(0, token - options_.window + 1) / block_size();",
+        "std::max<std::int64_t>(0, token - options_.window + 2) / block_size();",
+    ),
+    Mutation(
+        "a block that left the window returns before the steps that read it are complete",
+        "paged_kv_cache_step.cpp",
+        "[as_size(sequence.num_freed)], -1), num_steps_);",
+        "[as_size(sequence.num_freed)], -1), 0);",
+    ),
+    Mutation(
+        "a block that left the window stays",
+        "paged_kv_cache_step.cpp",
+        "    free_unseen(sequence, first);\n",
+        "",
+    ),
+    Mutation(
+        "a match does not ask for the blocks of the window",
+        "paged_kv_cache.cpp",
+        "      if (num_in_a_row < index + 1 - num_unseen((index + 1) * block_size())) continue;\n",
+        "",
+    ),
+    Mutation(
+        "layers with a window find the blocks of the others",
+        "prefix_index.h",
+        "{ return {hash.low ^ 1, hash.high}; }",
+        "{ return hash; }",
+    ),
+    Mutation(
+        "a rollback goes back to a token whose window is freed",
+        "paged_kv_cache.cpp",
+        "CHECK_ARGUMENT(sequence.length - num_tokens >= first,",
+        "CHECK_ARGUMENT(sequence.length - num_tokens >= 0 * first,",
+    ),
+    Mutation(
+        "a step computes tokens whose window is freed",
+        "paged_kv_cache_step.cpp",
+        "CHECK_ARGUMENT(first >= first_computable(sequence)",
+        "CHECK_ARGUMENT(first >= 0",
+    ),
+    Mutation(
+        "a fork does not know what its parent has freed",
+        "paged_kv_cache.cpp",
+        "  child.num_freed = parent.num_freed;\n",
+        "",
     ),
 ]
 

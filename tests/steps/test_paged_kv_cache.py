@@ -157,9 +157,12 @@ def test_hash_collisions_hide_prefixes_but_never_give_a_wrong_one(hash_bits: int
     assert num_hidden > 50, "no collision was provoked"
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("hash_bits", [1, 2, 4])
-def test_collisions_give_nothing_wrong_among_forks_rollbacks_and_failed_steps(hash_bits: int) -> None:
-    counts = Collisions(RandomDraw(f"collisions/{hash_bits}"), hash_bits).run(3000)
+def test_collisions_give_nothing_wrong_among_forks_rollbacks_and_failed_steps(
+    hash_bits: int, window: int | None
+) -> None:
+    counts = Collisions(RandomDraw(f"collisions/{hash_bits}"), hash_bits, window).run(3000)
     assert counts["hits"] > 10
 
 

@@ -70,9 +70,11 @@ def run_python(build: Build, *arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: int) -> None:
-    result = json.loads(run(build.driver, "--check-allocations", "--operations", "20000", "--seed", str(seed)))
+@pytest.mark.parametrize("options", [[], ["--window", "40"]], ids=["plain", "window"])
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_no_operation_allocates_memory_in_the_steady_state(build: Build, seed: str, options: list[str]) -> None:
+    command = build.driver, "--check-allocations", "--operations", "20000", "--seed", seed
+    result = json.loads(run(*command, *options))
     assert result["heap_calls"] == 0 < result["warm_up_heap_calls"]
     # Without hits, evictions and copies the check would prove nothing.
     assert min(result["hit_tokens"], result["evictions"], result["copies"]) > 100

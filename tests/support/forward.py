@@ -53,7 +53,7 @@ def all_logits(
     """
     cache = KVCache(
         model.part,
-        num_blocks=(len(after) + len(token_ids)) // block_size + 2,
+        num_blocks=((len(after) + len(token_ids)) // block_size + 2) * model.part.num_tables,
         block_size=block_size,
         dtype=kv_dtype or model.dtype,
         device=model.device,

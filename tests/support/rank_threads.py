@@ -81,15 +81,15 @@ class ThreadLead:
 
 
 class RankThreads:
-    """An engine of `tiny` in float32 whose ranks are threads. Close `engine` to end them.
+    """An engine in float32 whose ranks are threads. Close `engine` to end them.
 
     executors, recorders: of each rank. The recorders stand in for CUDA graphs once `capture` was called.
     """
 
-    def __init__(self, size: int, **options: Any) -> None:
+    def __init__(self, size: int, model: str = "tiny", **options: Any) -> None:
         how = {"device": "cpu", "dtype": "float32", "backend": "torch"}
         chosen = EngineOptions(**how, tensor_parallel_size=size, **options)
-        folder, memory = resolve_model("tiny"), plan_parts("tiny", chosen)
+        folder, memory = resolve_model(model), plan_parts(model, chosen)
         config, meeting = load_config(folder), Meeting(size)
         self.lead = ThreadLead(size, meeting)
         self.recorders = [Recorder() for _ in range(size)]
