@@ -106,6 +106,7 @@ class Work:
     pdl: bool = False  # may start before the previous kernel has ended
     weights_first: bool = False  # then it also loads its first weights before that
     looks_up: bool = False  # its first load waits for an index (which it reads before that end, too)
+    looks_up_late: bool = False  # its first load waits for an index that it reads after that end
     exchanges: bool = False  # programs leave partial results for the last one
     parts: int = 0  # results that the last one adds up one after the other
     exponentials: float = 0.0
@@ -124,7 +125,7 @@ def predict(
     pdl = pdl and work.pdl
     boundary = device.node_pdl_us - early * device.early_trigger_saves_us if pdl else device.node_us
     first = device.input_us if pdl and work.weights_first else device.latency_us
-    first += device.input_us if work.looks_up and not pdl else 0.0
+    first += device.input_us if work.looks_up_late or (work.looks_up and not pdl) else 0.0
     stream = (work.bytes - in_l2) / (1e3 * device.read_gb_s) + in_l2 / (1e3 * device.l2_gb_s)
     busiest = busiest_us(work, device)
     arithmetic = arithmetic_us(work, device)

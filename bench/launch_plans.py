@@ -19,7 +19,7 @@ from launch_fit import FITTED, READ, fit, observations_of, read_roofline, summar
 from launch_model import COSTS, Device, load_devices, save_devices
 from launch_page import RESULTS, milliseconds, render
 from options import count
-from step_plans import Step, decode_step, kernel_name, prompt_step
+from step_plans import Step, decode_step, prompt_step
 
 from internvl_rt.bench.document import DocumentError, load
 from internvl_rt.checkpoint.config import KNOWN_MODELS
@@ -30,7 +30,7 @@ def render_operations(step: Step, device: Device, **how: Any) -> str:
     columns = "times      MB  floor us      us  share  most of it beyond the floor"
     lines = [f"{'operation':<26}{'kernel':<28}{'grid':>10} {columns}"]
     for op, terms in step.terms_us(device, **how):
-        kernels = ", ".join(kernel_name(launch).strip("_") for launch in op.launches) or "cuBLAS"
+        kernels = ", ".join(work.kernel.strip("_") for work in op.works)
         grid = " x ".join(map(str, op.launches[0].grid[:2])) if op.launches else "-"
         floor, predicted = op.floor_us(device), sum(terms.values())
         name, lost = max((terms | {"bytes": terms["bytes"] - floor}).items(), key=lambda item: item[1])

@@ -184,10 +184,10 @@ class TritonOps(Ops):
     def _mix(self, x_TD: Tensor, experts: Experts, logits_TX: Tensor, block: int, residual_TD: Tensor | None) -> Tensor:
         """Computes `mix_experts`, given the router's logits. block: how many pairs are computed together."""
         chosen, first, held = experts.num_chosen, experts.first_here, experts.num_here
-        renormalise = experts.renormalises
-        routing = route_experts(logits_TX, chosen, block, renormalise=renormalise, first=first, count=held)
-        pairs = routing.pair_W, routing.block_expert_B
-        how: dict[str, Any] = {"num_experts": held, "programmatic_launch": self.switches.programmatic_launch}
+        how: dict[str, Any] = {"programmatic_launch": self.switches.programmatic_launch}
+        chooses = {"renormalise": experts.renormalises, "first": first, "count": held}
+        routing = route_experts(logits_TX, chosen, block, **chooses, **how)
+        pairs, how["num_experts"] = (routing.pair_W, routing.block_expert_B), held
         gate_up, group = _numbers_of(experts.all_gate_up)
         how["bias_N"] = experts.all_gate_up.bias_N
         y_QF = expert_gate_up(x_TD, *gate_up, *pairs, chosen, group=group, gate=experts.gate, **how)

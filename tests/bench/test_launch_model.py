@@ -42,6 +42,8 @@ def test_programmatic_launch_shortens_the_boundary_and_hides_what_is_loaded_befo
     assert terms(**product, off=True)["first load"] == 0.9, "weights and x at once"
     assert terms(pdl=True, looks_up=True)["first load"] == 0.9, "the index was read before the wait"
     assert terms(pdl=True, looks_up=True, off=True)["first load"] == 1.5
+    assert terms(pdl=True, looks_up_late=True)["first load"] == 1.5, "the index is read after the wait"
+    assert terms(pdl=True, looks_up_late=True, off=True)["first load"] == 1.5
     assert terms(**product, early=True)["boundary"] == pytest.approx(0.3)
     assert terms(**product, early=True, off=True)["boundary"] == 1.0
 

@@ -2,6 +2,7 @@
 near what was measured."""
 
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from internvl_rt.checkpoint.config import KNOWN_MODELS, DecoderConfig, load_conf
 from internvl_rt.kernels._launch import Launch
 from internvl_rt.kernels._split_plan import num_split_items
 from internvl_rt.kernels.catalogue import discover_specs
-from internvl_rt.kernels.gemm_epilogue import SPEC as GEMM_EPILOGUE
-from internvl_rt.kernels.gemv import SPEC as GEMV
-from internvl_rt.kernels.prefill_attention import SPEC as PREFILL_ATTENTION
 from internvl_rt.kernels.sample import SPEC as SAMPLE
+from internvl_rt.model.decoder import build_rotary
 from internvl_rt.model.internvl import build_weights, named_parameters
-from internvl_rt.model.linear import Linear, Norm
+from internvl_rt.model.linear import Experts, GatedMlp, Linear, Norm
 from internvl_rt.model.ops_triton import triton_ops
-from internvl_rt.model.step_inputs import Batch, LayerCache, Rotary
+from internvl_rt.model.step_inputs import Batch, LayerCache
+from internvl_rt.model.work import decoder_work
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -31,10 +31,12 @@ import step_plans  # noqa: E402
 from launch_fit import summary  # noqa: E402
 from launch_model import NUM_SMS, load_devices  # noqa: E402
 from launch_page import RESULTS, _verdict, fitted_observations, losses_us, render  # noqa: E402
-from step_plans import Step, decode_step, planned, prompt_step, work_of  # noqa: E402
+from step_plans import Operation, Step, decode_step, prompt_step  # noqa: E402
 
 WITHOUT_EXPERTS = [name for name, file in KNOWN_MODELS.items() if load_config(file).decoder.experts is None]
+WITH_EXPERTS = [name for name in KNOWN_MODELS if name not in WITHOUT_EXPERTS]
 SMALL, LARGE = "InternVL3-1B", "InternVL3-8B"
+QWEN_EXPERTS, _, GPT_OSS = WITH_EXPERTS
 DEVICES = load_devices()
 H100, H200 = DEVICES.values()
 
@@ -80,11 +82,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def expected_of(step: Step) -> list[Any]:
     expected: list[Any] = []
     for operation in step.operations:
-        expected += map(what_shows, operation.launches)
-        if not operation.launches:
-            added = "bias" if operation.case["bias"] else "nothing"
-            added = "residual" if operation.case["epilogue"] == "residual" else added
+        if operation.by_torch:
+            added = "residual" if operation.case["epilogue"] == "residual" else "nothing"
+            added = "bias" if operation.case["bias"] else added  # then a kernel adds the residual
             expected.append((operation.case["N"], operation.case["K"], added))
+        expected += map(what_shows, operation.launches)
     return expected
 
 
@@ -93,11 +95,15 @@ def check_launches(step: Step, made: list[Any], config: DecoderConfig, tables: B
         run_step_of_one_layer(config, tables, rows, wanted)
     SAMPLE.launcher(**SAMPLE.make_inputs(step.operations[-1].case, torch.bfloat16, torch.device("cpu")))
     assert [what_shows(launch) if isinstance(launch, Launch) else launch for launch in made] == expected_of(step)
-    assert {operation.times for operation in step.operations} == {1, config.num_layers}
+    attention = [op.times for op in step.operations if "attention" in op.name]
+    kinds = (tables.num_decodes > 0) + (len(tables.seq_len_S) > tables.num_decodes)
+    assert sum(attention) == kinds * config.num_layers
+    assert set(attention) == set(Counter(config.windows or (None,) * config.num_layers).values())
+    assert {op.times for op in step.operations if "attention" not in op.name} == {1, config.num_layers}
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_planned_launches_of_decodes_are_those_of_the_operations(name: str, batch: int, made: list[Any]) -> None:
     c = load_config(KNOWN_MODELS[name]).decoder
     num_items = num_split_items(batch, c.num_kv_heads, num_sms=NUM_SMS)
@@ -106,7 +112,7 @@ def test_planned_launches_of_decodes_are_those_of_the_operations(name: str, batc
     check_launches(decode_step(name, batch, 2048), made, c, tables, batch, batch)
 
 
-@pytest.mark.parametrize("name", [SMALL, LARGE, "InternVL3-14B"])
+@pytest.mark.parametrize("name", [SMALL, LARGE, "InternVL3-14B", *WITH_EXPERTS])
 def test_planned_launches_of_a_prompt_are_those_of_the_operations(name: str, made: list[Any]) -> None:
     """A prompt of 500 tokens runs in the bucket of 512."""
     c = load_config(KNOWN_MODELS[name]).decoder
@@ -114,13 +120,14 @@ def test_planned_launches_of_a_prompt_are_those_of_the_operations(name: str, mad
     check_launches(prompt_step(name, 500, cached=4096), made, c, tables, 512, 1)
 
 
-def test_planned_launches_of_a_prompt_beside_decodes_are_those_of_the_operations(made: list[Any]) -> None:
+@pytest.mark.parametrize("name", [SMALL, *WITH_EXPERTS])
+def test_planned_launches_of_a_prompt_beside_decodes_are_those_of_the_operations(name: str, made: list[Any]) -> None:
     """16 sequences decode in a graph with room for 64; their draws and the prompt's are 17, in a head of 24."""
-    c = load_config(KNOWN_MODELS[SMALL]).decoder
+    c = load_config(KNOWN_MODELS[name]).decoder
     num_items = num_split_items(64, c.num_kv_heads, num_sms=NUM_SMS)
     split = {"split_start_S1": index(65), "split_W3": index(num_items, 3)}
     tables = Batch(index(65), index(65, 72), index(2), num_decodes=64, max_query_len=512, **split)
-    step = prompt_step(SMALL, 500, cached=4096, batch=16, context=2048)
+    step = prompt_step(name, 500, cached=4096, batch=16, context=2048)
     check_launches(step, made, c, tables, 64 + 512, 24)
 
 
@@ -129,7 +136,10 @@ def index(*shape: int) -> torch.Tensor:
 
 
 def run_step_of_one_layer(c: DecoderConfig, tables: Batch, rows: int, wanted: int) -> None:
-    """Calls what a step calls, for `rows` tokens and the logits of `wanted` of them."""
+    """Calls what a step calls, for `rows` tokens and the logits of `wanted` of them.
+
+    Layers with a window differ from those without one in attention alone, so the layer has attention of either kind.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -142,31 +152,40 @@ def run_step_of_one_layer(c: DecoderConfig, tables: Batch, rows: int, wanted: in
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     caches = [empty(tables.block_table_SN.numel() + 1, c.num_kv_heads, 64, c.head_dim) for _ in "kv"]
     cache = LayerCache(*caches)
-    where = torch.empty(rows), Rotary(torch.empty(c.head_dim // 2)), cache, index(rows)
+    where = torch.empty(rows), build_rotary(c, torch.device("cpu")), cache, index(rows)
     x = ops.embed_tokens(index(rows), index(rows).long(), empty(c.vocab_size, c.hidden_size))
     qkv = linear(q_width + 2 * kv_width, c.hidden_size, bias=c.qkv_bias)
     head_norm = Norm(empty(c.head_dim), None, 1e-6) if c.qk_norm else None
     q_THC = ops.norm_qkv_rope_kv(x, norm, qkv, head_norm, head_norm, *where)
-    y_THC = ops.paged_attention(q_THC, cache, tables)
-    x = ops.linear(y_THC.flatten(1), linear(c.hidden_size, q_width), residual=x)
-    y_TF = ops.linear(x, linear(2 * c.intermediate_size, c.hidden_size), norm=norm, activation="swiglu")
-    x = ops.linear(y_TF, linear(c.hidden_size, c.intermediate_size), residual=x)
+    sinks_H = empty(c.num_heads) if c.sinks else None
+    for window in dict.fromkeys(c.windows or (None,)):
+        y_THC = ops.paged_attention(q_THC, cache, tables, sinks_H=sinks_H, window=window)
+    x = ops.linear(y_THC.flatten(1), linear(c.hidden_size, q_width, bias=c.o_bias), residual=x)
+    e, count = c.experts, 1 if c.experts is None else c.experts.num_experts
+    bias = e is not None and e.biases
+    gate_up = linear(count * 2 * c.intermediate_size, c.hidden_size, bias=bias)
+    down = linear(count * c.hidden_size, c.intermediate_size, bias=bias)
+    if e is None:
+        x = ops.mlp(x, norm, GatedMlp(gate_up, down))
+    else:
+        router = linear(e.num_experts, c.hidden_size, bias=bias)
+        x = ops.mlp(x, norm, Experts(router, gate_up, down, e.num_chosen, e.renormalises, e.gate))
     ops.linear(x[:wanted], linear(c.vocab_size, c.hidden_size), norm=norm, out=empty(wanted, c.vocab_size))
 
 
 def some_steps() -> list[Step]:
-    decodes = [decode_step(name, batch, 2048) for name in WITHOUT_EXPERTS for batch in (1, 8, 64)]
+    decodes = [decode_step(name, batch, 2048) for name in KNOWN_MODELS for batch in (1, 8, 64)]
     return [
         *decodes,
         decode_step(SMALL, 1, 32000),
         prompt_step(SMALL, 64, 8192),
-        prompt_step(LARGE, 512, batch=16, context=2048),
+        *(prompt_step(name, 512, batch=16, context=2048) for name in (LARGE, QWEN_EXPERTS, GPT_OSS)),
+        prompt_step(GPT_OSS, 2049),
     ]
 
 
-def test_models_with_experts_have_no_plan() -> None:
-    with pytest.raises(ValueError, match="InternVL3_5-30B-A3B has experts, whose launches are not planned"):
-        decode_step("InternVL3_5-30B-A3B", 1, 2048)
+def operation_of(step: Step, name: str) -> Operation:
+    return next(op for op in step.operations if op.name == name)
 
 
 def test_every_prediction_is_above_its_floor() -> None:
@@ -190,11 +209,35 @@ def test_weight_bytes_are_those_of_the_decoder() -> None:
             assert all(op.cost.bytes > op.weight_bytes for op in step.operations)
 
 
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_bytes_of_a_decoder_with_experts_are_those_that_the_engine_counts(name: str) -> None:
+    """A sequence of one token has few keys, so that its step reads little besides weights."""
+    c = load_config(KNOWN_MODELS[name]).decoder
+    counted = decoder_work(c, torch.bfloat16, [1], [1], 1).bytes
+    step = decode_step(name, 1, 1)
+    assert sum(op.times * op.weight_bytes for op in step.operations) == pytest.approx(counted, rel=0.01)
+    for batch in (1, 8, 64):
+        step = decode_step(name, batch, 2048)
+        counted = decoder_work(c, torch.bfloat16, [1] * batch, [2048] * batch, batch).bytes
+        assert sum(op.times * op.cost.bytes for op in step.operations) == pytest.approx(counted, rel=0.01)
+
+
+def test_rows_that_pad_a_step_choose_the_same_experts() -> None:
+    """17 sequences decode in a graph of 24 rows, of which 7 are alike, so 18 choices of 8 of 128 experts are made."""
+    step, bucket = decode_step(QWEN_EXPERTS, 17, 2048), decode_step(QWEN_EXPERTS, 24, 2048)
+    for name, elements in (("experts' gate/up, SwiGLU", 2 * 768 * 2048), ("experts' down, residual", 768 * 2048)):
+        few, many = operation_of(step, name), operation_of(bucket, name)
+        assert list(map(what_shows, few.launches)) == list(map(what_shows, many.launches))
+        assert few.weight_bytes == 2 * elements * round(128 * (1 - (15 / 16) ** 18)) < few.cost.bytes
+        assert many.weight_bytes == 2 * elements * round(128 * (1 - (15 / 16) ** 24)) < many.cost.bytes
+        assert few.works[0].programs < many.works[0].programs
+
+
 @pytest.mark.parametrize("context", [2048, 8192, 32000])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_attention_reads_the_whole_cache_once(batch: int, context: int) -> None:
     c = load_config(KNOWN_MODELS[SMALL]).decoder
-    attention = next(op for op in decode_step(SMALL, batch, context).operations if op.name == "attention")
+    attention = operation_of(decode_step(SMALL, batch, context), "attention")
     cache_bytes = 2 * 2 * context * batch * c.num_kv_heads * c.head_dim
     assert cache_bytes < attention.cost.bytes < 1.02 * cache_bytes
     (work,) = attention.works
@@ -222,13 +265,22 @@ def test_sequences_decode_beside_a_prompt_in_its_graph() -> None:
     assert prompt.gpu_us(H200) < mixed.gpu_us(H200) < decodes.gpu_us(H200) + prompt.gpu_us(H200)
 
 
-def test_layers_of_a_prompt_beyond_the_buckets_are_eager() -> None:
-    """The 8B's graphs end at 2,048 tokens; a layer of it has four products of torch and five kernels."""
-    assert prompt_step(LARGE, 2048, batch=64, context=2048).num_replays == 2
-    step = prompt_step(LARGE, 2049)
-    num_layers = load_config(KNOWN_MODELS[LARGE]).decoder.num_layers
+@pytest.mark.parametrize(
+    ("name", "tokens", "by_torch", "by_triton"),
+    [(LARGE, 2049, 4, 5), (QWEN_EXPERTS, 3073, 3, 9), (GPT_OSS, 2049, 3, 10)],
+)
+def test_layers_of_a_prompt_beyond_the_buckets_are_eager(name: str, tokens: int, by_torch: int, by_triton: int) -> None:
+    """A layer of the 8B has four products of torch and five kernels.
+
+    With experts it has three products, of qkv, o and the router. Routing is two kernels, and so is `down` with the sum
+    of its parts. In GPT-OSS o has a bias, and so a kernel adds the residual.
+    """
+    assert prompt_step(name, tokens - 1, batch=64, context=2048).num_replays == 2
+    step = prompt_step(name, tokens)
+    num_layers = load_config(KNOWN_MODELS[name]).decoder.num_layers
     assert step.num_replays == 0
-    assert step.num_eager == (step_plans.EAGER_TORCH + 4 * num_layers, step_plans.EAGER_TRITON + 5 * num_layers)
+    expected = step_plans.EAGER_TORCH + by_torch * num_layers, step_plans.EAGER_TRITON + by_triton * num_layers
+    assert step.num_eager == expected
 
 
 def test_experiments_shorten_what_they_are_meant_to() -> None:
@@ -244,45 +296,19 @@ def test_experiments_shorten_what_they_are_meant_to() -> None:
     assert 0 < saved <= 24 * step_plans.PREFETCHED_BYTES * (1 / H200.read_gb_s - 1 / H200.l2_gb_s) / 1e3 * 1.0001
 
 
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_no_weight_of_an_expert_is_brought_to_l2_before_it_is_chosen(name: str) -> None:
+    step = decode_step(name, 1, 32000)
+    pairs = zip(step.terms_us(H200), step.terms_us(H200, prefetch=True), strict=True)
+    shorter = {op.name for (op, a), (_, b) in pairs if sum(b.values()) < sum(a.values())}
+    assert "o, residual" in shorter
+    assert shorter <= {"o, residual", "router"}
+
+
 def test_losses_add_up_to_the_time_beyond_the_floor() -> None:
     step = decode_step(LARGE, 1, 2048)
     beyond = step.gpu_us(H100) - step.floor_us(H100)
     assert sum(losses_us(step, H100).values()) == pytest.approx(beyond)
-
-
-def test_fewer_bytes_in_flight_and_fewer_programs_are_slower() -> None:
-    def share(n: int, **plan: str) -> float:
-        operation = planned(GEMV, {"R": 8, "N": n, "K": 4096, **plan}, "")
-        return operation.floor_us(H200) / sum(operation.terms_us(H200).values())
-
-    assert share(512) < share(2048) < share(8192) < share(32768)
-    assert share(4096, plan="matrix") < share(4096)  # the plan reads chunks of 2 KiB
-
-
-def test_a_fused_product_is_described_too() -> None:
-    """A table may name a fused kernel that is faster; without one, cuBLAS computes the product."""
-    sizes = {"R": 64, "N": 9728, "K": 896, "epilogue": "none", "bias": False}
-    assert planned(GEMM_EPILOGUE, sizes, "").works[0].unit == "cublas"
-    (work,) = planned(GEMM_EPILOGUE, {**sizes, "implementation": "low"}, "").works
-    assert (work.kernel, work.unit, work.rounds) == ("fused_kernel", "matrix", 1)
-
-
-def test_splits_of_prefill_attention_are_counted_from_the_launch() -> None:
-    """16 blocks of queries with twelve programs each: these share the keys."""
-    sizes = {"H": 14, "G": 2, "C": 64, "P": 64, "chunks": ((8128, 64),)}
-    operation = planned(PREFILL_ATTENTION, sizes, "")
-    (launch,) = operation.launches
-    queries = launch.constexprs["BLOCK_M"] // 7
-    blocks = -(-64 // queries)
-
-    def described(programs: int) -> Any:
-        grid = (programs, 2, 1)
-        split = Launch(launch.kernel, grid, launch.args, launch.constexprs, launch.num_warps, launch.num_stages)
-        return work_of(split, operation.case, operation.cost)
-
-    assert (described(blocks).key_blocks, described(blocks).exchanges) == (128, False)
-    assert (described(12 * blocks).key_blocks, described(12 * blocks).parts) == (11, 12)
-    assert described(99 * blocks).parts == 128 // step_plans.LEAST_KEY_BLOCKS
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name.split()[1])
