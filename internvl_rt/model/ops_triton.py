@@ -185,8 +185,8 @@ class TritonOps(Ops):
         """Computes `mix_experts`, given the router's logits. block: how many pairs are computed together."""
         chosen, first, held = experts.num_chosen, experts.first_here, experts.num_here
         how: dict[str, Any] = {"programmatic_launch": self.switches.programmatic_launch}
-        chooses = {"renormalise": experts.renormalises, "first": first, "count": held}
-        routing = route_experts(logits_TX, chosen, block, **chooses, **how)
+        which: dict[str, Any] = {"renormalise": experts.renormalises, "first": first, "count": held}
+        routing = route_experts(logits_TX, chosen, block, **which, **how)
         pairs, how["num_experts"] = (routing.pair_W, routing.block_expert_B), held
         gate_up, group = _numbers_of(experts.all_gate_up)
         how["bias_N"] = experts.all_gate_up.bias_N
