@@ -9,8 +9,7 @@ weights do. A group's products are added up by the matrix units, and multiplied 
 import triton
 import triton.language as tl
 
-from internvl_rt.kernels._expert_product_body import _store_rows, _weight_rows
-from internvl_rt.kernels._gemm_epilogue_body import grouped_block
+from internvl_rt.kernels._expert_product_body import _store_rows, _weight_rows, begin_program
 from internvl_rt.kernels._gemv_4bit_body import _add_matrix, _load_chunk, _places, _plane, _rows_of_warps
 from internvl_rt.kernels._gemv_body import _part_of_k
 
@@ -106,16 +105,10 @@ def expert_product_4bit_kernel(
     PART: how many of these columns are an operand, which takes registers; all of one group
     ASM: the interpreter has no inline assembly.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    block, tile = grouped_block(tl.program_id(0), num_blocks, tl.cdiv(N, WIDTH), GROUP_B)
-    expert = tl.load(block_expert + block)
+    block, first, expert = begin_program(block_expert, num_blocks, N, BLOCK_N, GROUP_B, SWIGLU, PDL)
     if expert >= 0:
         pair_B = tl.load(pair + block * BLOCK + tl.arange(0, BLOCK))
         inside = (pair_B >= 0)[:, None]
-        first = tile * WIDTH
         weight_row = expert.to(tl.int64) * (2 * N if SWIGLU else N) + _weight_rows(first, N, BLOCK_N, SWIGLU)
         weight_at = weight + weight_row[:, None] * weight_stride + tl.arange(0, 16)[None, :]
         inner = tl.arange(0, PART)
@@ -159,15 +152,9 @@ def few_pairs_4bit_kernel(
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Computes N outputs of each pair; each warp takes a chunk of BLOCK_K's 128 columns, so their sums are added up."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    block, tile = grouped_block(tl.program_id(0), num_blocks, tl.cdiv(N, WIDTH), GROUP_B)
-    expert = tl.load(block_expert + block)
+    block, first, expert = begin_program(block_expert, num_blocks, N, BLOCK_N, GROUP_B, SWIGLU, PDL)
     if expert >= 0:
         pair_B = tl.load(pair + block * BLOCK + tl.arange(0, BLOCK))
-        first = tile * WIDTH
         weight_row = _weight_rows(first, N, BLOCK_N, SWIGLU)
         expert_row = expert.to(tl.int64) * (2 * N if SWIGLU else N)
         weight += expert_row * weight_stride

@@ -25,6 +25,22 @@ LIMIT: tl.constexpr = tl.constexpr(GATE_LIMIT)
 
 
 @triton.jit
+def begin_program(
+    block_expert, num_blocks, N, BLOCK_N: tl.constexpr, GROUP_B: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Returns which block of pairs a program takes, the first of its outputs, and its expert: -1 if the block is empty.
+
+    With PDL nothing can be read before the kernel before this one has said which experts compute.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
+    block, tile = grouped_block(tl.program_id(0), num_blocks, tl.cdiv(N, WIDTH), GROUP_B)
+    return block, tile * WIDTH, tl.load(block_expert + block)
+
+
+@triton.jit
 def _weight_rows(first, N, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
     """Returns which rows of an expert's weight are a tile's; rows that do not exist become row 0, nobody stores them.
 
@@ -97,16 +113,10 @@ def expert_product_kernel(
     FEW: so few blocks share a weight that it should leave the caches first.
     pairs_per_row: how many pairs share a row of x
     """
-    if PDL:  # nothing can be read before the kernel before this one has said which experts compute
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    WIDTH: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    block, tile = grouped_block(tl.program_id(0), num_blocks, tl.cdiv(N, WIDTH), GROUP_B)
-    expert = tl.load(block_expert + block)
+    block, first, expert = begin_program(block_expert, num_blocks, N, BLOCK_N, GROUP_B, SWIGLU, PDL)
     if expert >= 0:
         pair_B = tl.load(pair + block * BLOCK + tl.arange(0, BLOCK))
         inside = (pair_B >= 0)[:, None]
-        first = tile * WIDTH
         weight_row = expert.to(tl.int64) * (2 * N if SWIGLU else N) + _weight_rows(first, N, BLOCK_N, SWIGLU)
         inner = tl.arange(0, BLOCK_K)
         weight_at = weight + weight_row[:, None] * weight_stride + inner[None, :]
