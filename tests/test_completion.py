@@ -24,6 +24,7 @@ def completed(words: str, cwd: Path) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.fast("names", "paths")
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -34,6 +35,7 @@ def completed(words: str, cwd: Path) -> set[str]:
         ("internvl-rt chat tiny --image pa", {"page.png"}),
         ("internvl-rt completion ''", {"bash", "fish", "zsh"}),
     ],
+    ids=["names", "names of names", "options of names", "options", "paths", "choices"],
 )
 def test_bash_completes(words: str, found: set[str], tmp_path: Path) -> None:
     (tmp_path / "page.png").touch()

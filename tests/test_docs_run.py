@@ -204,6 +204,7 @@ def test_the_blocks_of_a_page_are_what_their_tags_say(page: Path) -> None:
         pytest.fail("\n".join(faults), pytrace=False)
 
 
+@pytest.mark.slow
 def test_the_first_page_runs_without_the_commands_that_take_long(tmp_path: Path) -> None:
     if faults := faults_of(ROOT / "README.md", tmp_path):
         pytest.fail("\n".join(faults), pytrace=False)

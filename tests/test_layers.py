@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "internvl_rt"
@@ -106,14 +105,17 @@ def module_path(name: str) -> Path:
     return PACKAGE / Path(*name.split(".")).with_suffix(".py")
 
 
-def imported_names(name: str) -> Iterator[str]:
-    """Yields the dotted names of all that a module imports, inside functions too; `from a import b` gives `a.b`."""
+@cache
+def imported_names(name: str) -> tuple[str, ...]:
+    """Lists the dotted names of all that a module imports, inside functions too; `from a import b` gives `a.b`."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(module_path(name).read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} line {node.lineno}: write the import in full, from internvl_rt"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(found)
 
 
 def internal_module(dotted: str) -> str | None:
@@ -139,35 +141,40 @@ def test_every_module_is_in_the_list_once() -> None:
     assert len(MODULES) == len(modules)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_modules_above_it_in_the_list(name: str) -> None:
-    internal = {module for module in map(internal_module, imported_names(name)) if module}
-    assert internal <= set(MODULES[: MODULES.index(name)])
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_library_is_imported_only_in_its_home(name: str) -> None:
+def test_a_module_imports_only_modules_above_it_in_the_list() -> None:
     strays = {
-        library
+        name: sorted(below)
+        for place, name in enumerate(MODULES)
+        if (below := set(map(internal_module, imported_names(name))) - {None, *MODULES[:place]})
+    }
+    assert strays == {}
+
+
+def test_a_library_is_imported_only_in_its_home() -> None:
+    strays = {
+        (name, library)
+        for name in MODULES
         for dotted in imported_names(name)
         for library, homes in HOMES.items()
         if name not in homes and f"{dotted}.".startswith(f"{library}.")
     }
-    assert not strays
+    assert strays == set()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_kernel_is_called_through_the_table_of_operations(name: str) -> None:
-    packages = {(internal_module(dotted) or "").partition(".")[0] for dotted in imported_names(name)}
-    assert "kernels" not in packages or name.startswith("kernels.") or name in CALLERS_OF_KERNELS
+def test_a_kernel_is_called_through_the_table_of_operations() -> None:
+    others = {name for name in MODULES if not name.startswith("kernels.")} - CALLERS_OF_KERNELS
+    imported = [(name, internal_module(dotted) or "") for name in others for dotted in imported_names(name)]
+    assert {name for name, module in imported if module.startswith("kernels.")} == set()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_module_reads_the_environment(name: str) -> None:
-    nodes = ast.walk(ast.parse(module_path(name).read_text()))
-    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
-    assert not names & {"environ", "environb", "getenv", "putenv"}
+def test_no_module_reads_the_environment() -> None:
+    readers = []
+    for name in MODULES:
+        nodes = ast.walk(ast.parse(module_path(name).read_text()))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {dotted.rpartition(".")[2] for dotted in imported_names(name)}
+        readers += [name] if names & {"environ", "environb", "getenv", "putenv"} else []
+    assert readers == []
 
 
 def test_the_model_can_be_imported_without_what_requests_and_the_scheduler_need() -> None:

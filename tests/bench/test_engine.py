@@ -43,6 +43,7 @@ def test_the_cost_of_a_step_is_printed_by_part() -> None:
     assert lines[-1].startswith("a step: median ")
 
 
+@pytest.mark.slow
 def test_what_a_step_costs_because_it_crosses_ranks_is_printed_and_no_process_is_left(tmp_path: Path) -> None:
     lines = run("rank_crossing.py", "--ranks=2", "--sequences=3", "--steps=4", mark=str(tmp_path))
     wait_until(lambda: not marked(str(tmp_path)))

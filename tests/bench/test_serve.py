@@ -183,6 +183,7 @@ def test_a_client_process_that_has_ended_is_told():
         asyncio.run(ask())
 
 
+@pytest.mark.fast("http")
 @pytest.mark.parametrize("row", ["engine", "http"])
 def test_ctrl_c_ends_server_and_client_process(row):
     options = ["--http", "--concurrency", "2", "--rates", "4,4", "--seconds", "2", "--device", "cpu"]

@@ -165,6 +165,7 @@ def test_graphs_of_tiles_have_the_same_rows(folder: Path) -> None:
     assert recorder.replayed
 
 
+@pytest.mark.slow
 def test_ranks_and_vision_processes_give_the_same_answers(folder: Path) -> None:
     video = {"type": "video", "video": build_video(0), "num_frames": 4}
     calls = [ask(picture(0), small(1), "Read."), ask(video, "?"), ask(str(SAMPLES[0]), "Read the digits.")]

@@ -59,12 +59,13 @@ def test_scores_embeddings_and_constrained_answers_are_those_of_one_rank(one, tw
     assert two.chat(messages, params).text == one.chat(messages, params).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "options"),
     [
         (2, {"num_draft_tokens": 2, "visual_cache_bytes": 0, "max_tokens_per_step": 50, "max_num_seqs": 7}),
-        pytest.param(4, {"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
-        pytest.param(3, {"backend": "torch"}, marks=pytest.mark.slow),
+        (4, {"kv_cache_dtype": "int8"}),
+        (3, {"backend": "torch"}),
     ],
     ids=["two", "four", "three"],
 )

@@ -186,6 +186,7 @@ def test_mixed_requests_with_two_ranks_and_two_vision_processes_get_what_each_ge
         check_nothing_is_left(engine)
 
 
+@pytest.mark.fast("encoding")
 @pytest.mark.parametrize("moment", ["idle", "encoding", "decoding"])
 def test_a_vision_process_that_is_killed_ends_the_engine(moment):
     before = folders(), open_ports(), processes_of()

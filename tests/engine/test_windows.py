@@ -54,11 +54,13 @@ def expected(folder: Path) -> Answer:
         return answer_without_freeing(engine.model, PROMPT, GREEDY.max_tokens)
 
 
-def answer_without_freeing(model: InternVL, prompt: list[int], num_tokens: int) -> Answer:
+def answer_without_freeing(
+    model: InternVL, prompt: list[int], num_tokens: int, kv_dtype: torch.dtype | None = None
+) -> Answer:
     """Returns the greedy answer, each token from one pass over all before it, in which nothing can be freed yet."""
     token_ids, logprobs = list(prompt), []
     for _ in range(num_tokens):
-        logits_TV = all_logits(model, token_ids, None, context_id=-1, block_size=BLOCK)
+        logits_TV = all_logits(model, token_ids, None, context_id=-1, block_size=BLOCK, kv_dtype=kv_dtype)
         logprob, token_id = logits_TV[-1].log_softmax(-1).max(-1)
         token_ids.append(int(token_id))
         logprobs.append(float(logprob))
@@ -79,9 +81,18 @@ def test_a_block_holds_one_kind_of_layers(folder: Path) -> None:
         assert engine.memory.block_bytes == BLOCK_BYTES
 
 
-@pytest.mark.parametrize("budget", [1, 7, 48, 4096])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_tokens_per_step": budget} for budget in (1, 7, 48, 4096)),
+        {"backend": "auto"},
+        {"kv_cache_dtype": "int8"},
+        {"backend": "auto", "kv_cache_dtype": "fp8"},
+    ],
+    ids=str,
+)
 def test_answers_do_not_depend_on_what_was_freed(
-    folder: Path, expected: Answer, monkeypatch: pytest.MonkeyPatch, budget: int
+    folder: Path, expected: Answer, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """All blocks that a step does not name are overwritten before it."""
     run_pass, freed = Executor.run_pass, []
@@ -91,12 +102,16 @@ def test_answers_do_not_depend_on_what_was_freed(
         named = {*arrays["block_table_SN"].flatten().tolist(), *arrays["window_table_SN"].flatten().tolist()}
         others = sorted({*range(engine.cache.blocks.num_blocks)} - named)
         for buffer in engine.cache.pool.buffers:
-            buffer[:, :, others] = torch.nan
+            numbers = buffer.view(torch.uint8) if buffer.itemsize == 1 else buffer
+            numbers[:, :, others] = 127 if buffer.itemsize == 1 else torch.nan
         freed.append((arrays["window_table_SN"] == -1).sum() > (arrays["block_table_SN"] == -1).sum())
         return run_pass(self, step, flat, visual)
 
     monkeypatch.setattr(Executor, "run_pass", overwrite_others)
-    with load(folder, max_tokens_per_step=budget, prefix_cache=False, kv_cache_bytes=1 << 20) as engine:
+    with load(folder, prefix_cache=False, kv_cache_bytes=1 << 20, **options) as engine:
+        if "kv_cache_dtype" in options:
+            with load(folder, **options) as other:
+                expected = answer_without_freeing(other.model, PROMPT, GREEDY.max_tokens, other.cache.dtype)
         check(engine.chat(RawPrompt(PROMPT), GREEDY), expected)
         check_idle(engine)
     assert any(freed)

@@ -112,6 +112,7 @@ def run(tmp_path, write_stand_in):
     return run
 
 
+@pytest.mark.fast("package")
 @pytest.mark.parametrize("layout", ["clone", "package"])
 def test_the_command_hands_a_model_and_its_options_to_the_harness(layout, run):
     pictures = [str(SAMPLES / f"{number}.png") for number in NUMBERS[:2]]
@@ -121,6 +122,7 @@ def test_the_command_hands_a_model_and_its_options_to_the_harness(layout, run):
     assert done.stdout.startswith("tiny Failed to obtain answer via API. the prompt has more than "), done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_what_is_wrong(run):
     done = run("tiny", "--data", "MMBench", layout="none")
     assert done.returncode == 1

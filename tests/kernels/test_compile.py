@@ -32,6 +32,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return audit(tmp_path_factory.mktemp("audit"))
 
 
+@pytest.mark.slow
 def test_the_smallest_case_of_every_operation_is_built_for_sm_90_and_breaks_no_rule(tmp_path: Path) -> None:
     smallest = audit(tmp_path, "--smallest")
     assert {(k["operation"], k["target"]) for k in smallest} == {(operation, 90) for operation in discover_specs()}

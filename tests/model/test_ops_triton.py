@@ -53,7 +53,7 @@ def test_normalised_tiles_give_what_their_pixels_give() -> None:
     assert_near(on_triton(model).encode_tiles(pixels), on_triton(model).encode_tiles(tiles))
 
 
-@pytest.mark.fast("qwen3-chunks", "internlm2-whole", "experts-chunks", "gpt_oss-chunks")
+@pytest.mark.fast("internlm2-whole", "gpt_oss-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[24], [20, 1, 1, 2]], ids=["whole", "chunks"])  # more than 16 rows, or fewer
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
@@ -65,7 +65,7 @@ def test_decoder_equals_the_references_whole_and_in_chunks(decoder: DecoderConfi
     assert_near(all_logits(on_triton(model), token_ids, tiles, context_id=47, chunk_lens=chunk_lens), expected)
 
 
-@pytest.mark.fast("qwen2-whole", "gpt_oss-chunks")
+@pytest.mark.fast("gpt_oss-chunks")
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk_lens", [[8], [5, 1, 2]], ids=["whole", "chunks"])
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
