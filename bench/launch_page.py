@@ -13,9 +13,11 @@ from internvl_rt.bench.document import load
 
 RESULTS = Path(__file__).with_name("results")
 SMALL, LARGE = "InternVL3-1B", "InternVL3-8B"
+WITH_EXPERTS = "InternVL3_5-30B-A3B", "InternVL3_5-GPT-OSS-20B-A4B-Preview"
 STEPS = (
     *((model, batch, context) for model in (SMALL, LARGE) for context in (2048, 8192, 32000) for batch in (1, 8, 64)),
     *((f"InternVL3-{size}", 1, 2048) for size in ("2B", "9B", "14B", "38B")),
+    *((model, batch, 2048) for model in WITH_EXPERTS for batch in (1, 8, 64)),
 )
 TARGETS_MS = (  # for one sequence: model, context, then H100 and H200 (None: no target)
     (SMALL, 2048, (0.50, 0.42)),
