@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from internvl_rt import Engine, RawPrompt, Reply, SamplingParams
+from internvl_rt import Engine, RawPrompt, Reply, SamplingParams, StepError
 from internvl_rt.model.internvl import InternVL
 from internvl_rt.model.random_checkpoint import write_random_checkpoint
 from internvl_rt.steps.executor import Executor
@@ -218,4 +218,25 @@ def test_the_longest_prompt_of_a_small_cache_is_computed(folder: Path) -> None:
             engine.chat(RawPrompt(prompt), replace(GREEDY, max_tokens=1)),
             answer_without_freeing(engine.model, prompt, 1),
         )
+        check_idle(engine)
+
+
+def test_a_failed_step_leaves_nothing_behind(folder: Path, expected: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_pass, num_passes = Executor.run_pass, 0
+
+    def fail_once(*arguments: Any) -> torch.Tensor:
+        nonlocal num_passes
+        num_passes += 1
+        if num_passes == 8:  # after the prompt, when blocks were freed
+            raise RuntimeError("planted")
+        return run_pass(*arguments)
+
+    monkeypatch.setattr(Executor, "run_pass", fail_once)
+    with load(folder) as engine:
+        with pytest.raises(StepError, match="planted"):
+            engine.chat(RawPrompt(PROMPT), GREEDY)
+        check_idle(engine)
+        again = engine.chat(RawPrompt(PROMPT), GREEDY)
+        check(again, expected)
+        assert again.usage.cached_tokens == 192
         check_idle(engine)
