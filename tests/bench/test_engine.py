@@ -58,6 +58,7 @@ def test_what_a_step_costs_because_it_crosses_ranks_is_printed_and_no_process_is
     ]
 
 
+@pytest.mark.fast("5-at most 4 ranks")
 @pytest.mark.parametrize(("ranks", "message"), [("1", "give 2 or more"), ("5", "at most 4 ranks")])
 def test_ranks_that_cannot_be_are_refused_in_one_line(ranks: str, message: str) -> None:
     command = [sys.executable, str(BENCH / "rank_crossing.py"), "--ranks", ranks]

@@ -21,6 +21,7 @@ RUNS = [
     for dtype in (torch.bfloat16, torch.float16)
     if number % 8 == (dtype == torch.float16) * 4
 ]
+QUICK = [run.id for run in RUNS[::4]]
 
 
 def test_every_operation_that_rounds_is_emulated() -> None:
@@ -31,6 +32,7 @@ def any_tolerance(spec: KernelSpec) -> bool:
     return not spec.exact and any(tolerance.rms for tolerance in spec.tolerances.values())
 
 
+@pytest.mark.fast(*QUICK)
 @pytest.mark.parametrize(("spec", "case", "dtype"), RUNS)
 def test_emulation_equals_the_kernel(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
     """All bits are equal, except in at most one result in 20, where another order of the sum rounds differently."""

@@ -83,6 +83,7 @@ def test_rows_of_experts_held_elsewhere_are_neither_written_nor_read(block: int)
     assert bool(expert_down(**down).isfinite().all())
 
 
+@pytest.mark.fast("dense-16", "float8-64", "int4-64")
 @pytest.mark.usefixtures("one_order_of_sums")
 @pytest.mark.parametrize("block", [16, 64])
 @every_kind

@@ -234,6 +234,9 @@ def test_only_targets_with_fp8_convert_it() -> None:
     assert constants(replace(TARGETS[90], interpreted=True)) == ("float8", False, 2.0**60)
 
 
+@pytest.mark.fast(
+    "float8-rows-80", "int8-rows-90", *(f"{kind}-stages-{sm}" for kind in ("float8", "int8") for sm in TARGETS)
+)
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the contract's own cases are built for it")
 @pytest.mark.usefixtures("one_order_of_sums")  # without it the interpreter cuts bits off instead of rounding to 16 bits
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -95,6 +95,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
         assert torch.equal(prefill_attention(**(inputs | alone)), together[start:stop])
 
 
+@pytest.mark.fast("63")
 @pytest.mark.parametrize("border", [1, 16, 63, 64, 100])
 def test_two_chunks_give_what_one_gives(border: int) -> None:
     inputs = inputs_of((0, 130))

@@ -87,6 +87,7 @@ def test_prompts_whose_keys_are_split(window: int | None, rule: SplitRule | None
     assert_near(prefill(drawn, rule), drawn.expected_THC, HALF)
 
 
+@pytest.mark.fast("-1e+30-20", "0.0-20", "1e+30-20")
 @pytest.mark.parametrize("window", [20, None])
 @pytest.mark.parametrize("sink", [-1e30, -10.0, 0.0, 10.0, 1e30])
 def test_sinks_of_any_size(sink: float, window: int | None) -> None:
@@ -117,6 +118,7 @@ def test_a_high_sink_costs_no_digits() -> None:
         assert spread.median() < 5 * most, "a sink makes all channels of a head smaller alike"
 
 
+@pytest.mark.fast("16-fp8", "16-int8")
 @pytest.mark.parametrize("cache", KV_FORMATS)
 @pytest.mark.parametrize("window", [1, 16, 128, None])
 @pytest.mark.usefixtures("one_order_of_sums")

@@ -135,6 +135,7 @@ def test_a_model_without_tiling_has_one_tile_and_no_thumbnail():
     assert model_card(config, "")["max_tokens_per_picture"] == 6 * 256
 
 
+@pytest.mark.fast("InternVL3-1B", "InternVL3_5-38B", "InternVL3_5-GPT-OSS-20B-A4B-Preview")
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_card_can_be_printed_and_sent_as_json(name):
     config = load_config(KNOWN_MODELS[name])

@@ -118,6 +118,7 @@ def test_a_token_has_the_same_logits_in_whatever_chunks_and_as_a_decode() -> Non
         sequence.num_computed = index + 1
 
 
+@pytest.mark.fast("300m")
 @pytest.mark.parametrize("vision", [VIT_300M, VIT_6B], ids=["300m", "6b"])
 @torch.inference_mode()
 def test_a_tile_has_the_same_visual_tokens_alone_and_among_others(vision: VisionConfig) -> None:

@@ -85,6 +85,7 @@ def assert_ranks(folder, config, layout, size):
     return parts
 
 
+@pytest.mark.fast(*(f"original-{layout}" for layout in (*LAYOUTS, *WIDE)), "internlm2-awq", "hf-fp8 static")
 @pytest.mark.parametrize(
     ("dialect", "layout"),
     [*product(("original", "internlm2"), (*LAYOUTS, *WIDE)), *product(("hf", "hf-nested"), ("awq", "fp8 static"))],

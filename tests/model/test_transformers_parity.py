@@ -242,6 +242,7 @@ def test_an_answer_ends_with_any_of_the_folders_end_tokens(tmp_path: Path) -> No
         assert ignoring.token_ids == whole
 
 
+@pytest.mark.fast(*(f"{kind}-7" for kind in KINDS))
 @pytest.mark.parametrize("max_tokens_per_step", [1, 7, 16, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_the_same_for_any_prefill_chunk(
