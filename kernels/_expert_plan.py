@@ -73,9 +73,11 @@ class ExpertPlan:
 
 @lru_cache(1024)
 def choose_expert_plan(
-    block: int, rows: int, num_chosen: int, weight: torch.dtype, dtype: torch.dtype, target: Target
+    block: int, rows: int, num_chosen: int, weight: torch.dtype, group: int, dtype: torch.dtype, target: Target
 ) -> ExpertPlan:
     """Returns the plan for blocks of pairs, and experts with `rows` rows of a weight in `weight` each. Not measured.
+
+    group: how many 4-bit numbers of a row share a scale
 
     It depends on no number of tokens, so neither does the order of a row's sum. Blocks of 16 pairs are for the few rows
     of a decode step, which take as long as reading the weights: a program takes 64 rows, or 32 where a single token's
@@ -88,7 +90,9 @@ def choose_expert_plan(
         return ExpertPlan(32, CHUNK if weight == torch.int32 else 32, 4, 2)
     deep = 4 if target.shared_bytes > 128 * 1024 else 3
     if weight == torch.int32:
-        tall = block < 128 or target.capability in (90, 100, 103)  # elsewhere all of x is in registers, too
+        # Elsewhere all of x is in registers, too. Triton 3.9 keeps the products of all groups of a chunk in the tensor
+        # memory of sm_100, which has no room for four.
+        tall = block < 128 or target.capability == 90 or (target.capability in (100, 103) and group > GROUPS[0])
         return ExpertPlan(64, CHUNK, 4, deep) if block == 32 else ExpertPlan(64 if tall else 32, CHUNK, 8, 3)
     if block == 16:
         many = num_chosen * cdiv(rows, 64) >= PROGRAMS * target.num_sms
@@ -124,7 +128,7 @@ def plan_expert_product(
     """
     block, blocks, dtype = block_of(pair_W, block_expert_B), len(block_expert_B), x.dtype
     k, n = x.shape[1], out.shape[1]
-    plan = choose_expert_plan(block, len(weight) // num_experts, num_chosen, weight.dtype, dtype, target)
+    plan = choose_expert_plan(block, len(weight) // num_experts, num_chosen, weight.dtype, group, dtype, target)
     pdl = programmatic_launch and target.has_programmatic_launch
     args: dict[str, Any] = {
         "x": x,

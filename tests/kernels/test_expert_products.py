@@ -172,8 +172,16 @@ def test_a_token_alone_keeps_every_multiprocessor_busy() -> None:
     for target in TARGETS.values():
         for rows, chosen in ((1536, 8), (2048, 8), (3072, 8), (4096, 8), (5760, 4), (2880, 4)):
             for weight in (torch.bfloat16, torch.int8, torch.int32):
-                plan = choose_expert_plan(16, rows, chosen, weight, torch.bfloat16, target)
+                plan = choose_expert_plan(16, rows, chosen, weight, 128, torch.bfloat16, target)
                 assert chosen * rows / plan.block_n >= 1.5 * target.num_sms
+
+
+def test_four_groups_of_a_chunk_do_not_lie_in_the_tensor_memory() -> None:
+    def rows_of_a_program(group: int, capability: int) -> int:
+        return choose_expert_plan(128, 1536, 8, torch.int32, group, torch.bfloat16, TARGETS[capability]).block_n
+
+    assert [rows_of_a_program(group, 100) for group in (32, 64, 128)] == [32, 64, 64]
+    assert [rows_of_a_program(group, 90) for group in (32, 64, 128)] == [64, 64, 64]
 
 
 @both

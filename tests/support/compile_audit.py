@@ -64,10 +64,12 @@ INSTRUCTIONS = {  # column -> SASS mnemonic
 }
 
 WEIGHTS = {**MODELS, "gpt": (2880, 2880, 64, 8, 64, 200028)}  # GPT-OSS, whose experts are not brought to L2
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory
 MATRIX_UNITS = {80: "hmma", 89: "hmma", 90: "hgmma", 100: "tcgen05", 120: "hmma"}
 RULES: dict[str, Callable[[dict[str, Any]], bool]] = {  # every row that was built must satisfy these
     "nothing spills": lambda row: not row["stack"] and not row["local_memory"],
     "shared memory fits": lambda row: row["shared_bytes"] <= TARGETS[row["target"]].shared_bytes,
+    "tensor memory fits": lambda row: row["tensor_columns"] <= TENSOR_COLUMNS,  # else the kernel is nothing but a trap
     "matrix work runs on the target's own matrix units": lambda row: (
         not row["matrix_units"] or row[MATRIX_UNITS[row["target"]]] > 0
     ),
@@ -173,6 +175,7 @@ def audit_launch(
     except Exception as error:  # the failure becomes a row of the table, and the test shows it
         return {**row, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
     shared = {"shared_bytes": built.metadata.shared, "final_warps": built.metadata.num_warps}
+    shared["tensor_columns"] = built.metadata.tmem_size
     return {**row, **shared, **inspect(built.asm["cubin"])}
 
 
