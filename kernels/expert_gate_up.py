@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internvl_rt.kernels._contract import Case, Cost, KernelSpec, require, require_one_of
+from internvl_rt.kernels._contract import Case, Cost, KernelSpec, Tolerance, require, require_one_of
 from internvl_rt.kernels._expert_cases import (
     MODEL_CASES,
     TEST_CASES,
@@ -152,6 +152,7 @@ def _cost(case: Case, dtype: torch.dtype) -> Cost:
     return Cost(bytes=read + dtype.itemsize * (tokens * width + pairs * outputs), flops=4 * pairs * width * outputs)
 
 
+_FLOAT32 = Tolerance(1e-5, 4e-5, 2e-6, "sums in another order, which a clamped gate of up to 7 multiplies")
 SPEC = KernelSpec(
     name="expert_gate_up",
     used_by="every decoder with experts: each layer",
@@ -163,5 +164,5 @@ SPEC = KernelSpec(
     # Of experts held elsewhere there are rows that nobody writes; tests/kernels/test_expert_products.py has those.
     test_cases=tuple(case for case in TEST_CASES if "held" not in case.sizes),
     model_cases=MODEL_CASES,
-    tolerances=TOLERANCES,
+    tolerances=TOLERANCES | {torch.float32: _FLOAT32},
 )

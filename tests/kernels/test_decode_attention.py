@@ -289,7 +289,7 @@ def test_blocks_may_lie_more_than_2_to_the_31_elements_behind_the_first(block_si
     assert torch.equal(decode_attention(**inputs), expected)
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_the_plan_is_read_before_the_wait_and_all_else_after_it(capability: int) -> None:
     """Checks the machine code, where ACQBULK waits for the previous kernel."""
@@ -304,7 +304,7 @@ def test_the_plan_is_read_before_the_wait_and_all_else_after_it(capability: int)
         assert after.index("PREEXIT") < min(after.index(name) for name in ("LDG", "LDGSTS", "STG"))
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_parts_are_added_without_a_barrier_and_several_are_on_their_way(capability: int) -> None:
     """The first 20 are asked for together with the statistics, before these are added up across threads."""

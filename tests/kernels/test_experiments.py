@@ -51,7 +51,7 @@ def test_names_are_the_same_everywhere_and_all_are_off() -> None:
 # An earlier trigger
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_the_trigger_comes_first_then_weights_then_the_wait_then_all_else(capability: int) -> None:
     jobs = [(*case, capability) for case in EARLY_KERNELS + STAGED * (capability == 90)]
@@ -118,7 +118,7 @@ def test_an_early_trigger_changes_no_bit(plan: GemvPlan, registers: int, monkeyp
 # Weights that are brought to L2
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_weights_and_keys_are_asked_for_before_the_wait(capability: int) -> None:
     jobs = [("decode_attention", case, capability) for case in ("1b_1_x_2048", "8b_8_x_2048")]
@@ -135,7 +135,7 @@ def test_weights_and_keys_are_asked_for_before_the_wait(capability: int) -> None
         assert not {"LDG", "LDGSTS"}.isdisjoint(after)
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
 def test_parts_are_still_added_without_a_barrier(capability: int) -> None:
     job = ("decode_attention", "1b_1_x_2048", capability)

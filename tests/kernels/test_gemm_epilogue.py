@@ -201,6 +201,7 @@ def test_cublas_leaves_at_most_one_kernel() -> None:
     assert count(None, residual=residual, scale_N=bias) == count(bias, rows=x.new_empty(70, dtype=torch.int64)) == 1
 
 
+@pytest.mark.slow
 def test_gelu_takes_at_most_30_instructions_an_element() -> None:
     """Counts all instructions of the kernel behind a torch product; a thread has 16 elements."""
     job = ("gemm_epilogue", "projector_4096_896_1_tiles", 90)

@@ -265,7 +265,6 @@ def test_kernels_start_before_the_last_has_ended_where_they_can(target: Target) 
 
 
 @pytest.mark.slow
-@pytest.mark.fast("90")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_first_weights_are_on_their_way_before_the_wait(capability: int) -> None:
     """Checks the machine code, where ACQBULK waits for the previous kernel."""

@@ -177,6 +177,7 @@ def test_numbers_become_operands_two_at_a_time_and_without_a_conversion(capabili
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a compiled kernel keeps its arrangement")
+@pytest.mark.fast("5")
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_threads_may_be_given_dimensions_in_either_order(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.6 does so from the first one on, which the kernel's loads follow."""

@@ -314,7 +314,7 @@ def test_other_splits_round_differently_and_the_same_give_the_same_bits() -> Non
 # The machine code
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_parts_are_added_without_a_barrier_and_several_are_on_their_way(capability: int) -> None:
     """The first 8 are asked for together with the statistics, before these are added up across threads."""

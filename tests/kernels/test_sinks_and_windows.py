@@ -328,7 +328,7 @@ def test_what_a_narrow_window_shows_is_not_split() -> None:
 # The machine code
 
 
-@pytest.mark.fast("90")
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_a_window_is_found_before_the_wait_and_its_keys_are_on_their_way_together(capability: int) -> None:
     jobs = [("decode_attention", "gpt_oss_1_x_4096_window", capability)]

@@ -177,6 +177,7 @@ def test_an_argument_that_does_not_fit_is_named(argument: str, change: Callable[
         unshuffle_project(**{**inputs, argument: change(inputs.get(argument))})
 
 
+@pytest.mark.slow
 def test_on_hopper_normalised_rows_go_from_registers_to_the_matrix_units() -> None:
     """The rows come by cp.async and the weights by the copy engine; a normalised row is not stored again, and the loop
     takes at most 320 instructions, so that two warps of a scheduler take less than the 1,024 cycles of the products."""
