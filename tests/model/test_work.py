@@ -20,6 +20,7 @@ from internvl_rt.model.work import (
     Work,
     data_sheet_roof,
     decoder_work,
+    kv_block_bytes,
     kv_bytes_per_token,
     roof_of,
     vision_work,
@@ -181,6 +182,16 @@ def test_chunks_of_a_prompt_do_the_flops_of_the_whole_and_read_the_weights_again
     again = parts[0].bytes + parts[1].bytes - whole.bytes
     layers = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864 + 2 * 896 + 1152)
     assert again == 2 * layers + 60 * kv_bytes_per_token(config_of("1B").decoder, BF16)
+
+
+def test_a_block_of_the_cache_has_room_for_the_kind_of_layers_that_are_more():
+    decoder = replace(config_of("1B").decoder, num_layers=5)
+    whole = 64 * kv_bytes_per_token(decoder, BF16)
+    kinds = {(): 5, (None,) * 5: 5, (8, None, 8, None, 8): 3, (8, None, None, None, None): 4}
+    for windows, num_layers in kinds.items():
+        some = replace(decoder, windows=windows)
+        assert kv_block_bytes(some, BF16, 64) == whole * num_layers // 5
+        assert (some.window, some.num_tables) == ((None, 1) if num_layers == 5 else (8, 2))
 
 
 def test_no_tiles_are_no_work():
