@@ -41,7 +41,7 @@ chat: $(VENV)/done-package  ## installs, and asks the checkpoint in the package 
 	@echo 'Read the digits.   ($(SAMPLE))'
 	@$(BIN)/internvl-rt chat tiny --image $(SAMPLE) 'Read the digits.'
 
-test: lint types pytest  ## installs what the tests need; ruff, mypy and the tests that take five minutes
+test: lint types pytest  ## installs what the tests need; ruff, mypy and the quick tests, six to seven minutes
 
 lint: $(VENV)/done-test  ## ruff: rules and formatting; clang-format of the C++
 	$(BIN)/ruff check
