@@ -240,3 +240,15 @@ def test_a_failed_step_leaves_nothing_behind(folder: Path, expected: Answer, mon
         check(again, expected)
         assert again.usage.cached_tokens == 192
         check_idle(engine)
+
+
+def test_sequences_that_come_one_after_another_fit_the_blocks_that_are_counted_for_them(folder: Path) -> None:
+    prompts = [RawPrompt(PROMPT[first : first + 95]) for first in (0, 40, 80)]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with load(folder, kv_cache_bytes=1 << 20) as engine:
+        num_blocks = engine.cache.num_blocks_for(len(prompts), 99)
+        assert num_blocks == 3 * 7 + 2 * 2 + 7, "all of each, the windows of two, and the prompt of one in both tables"
+    with load(folder, kv_cache_bytes=num_blocks * BLOCK_BYTES, max_model_len=99, prefix_cache=False) as engine:
+        engine.generate(prompts, params)
+        assert engine.stats()["preemptions"] == 0
+        check_idle(engine)
