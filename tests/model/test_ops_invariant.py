@@ -50,6 +50,7 @@ class Batch:
     def __init__(self, model: InternVL, sequences: list[Sequence]) -> None:
         self.model = model
         num_blocks = sum(-(-(len(sequence.token_ids) + 4) // BLOCK) for sequence in sequences) + 2
+        num_blocks *= model.config.decoder.num_tables
         sizes = {"num_blocks": num_blocks, "block_size": BLOCK, "dtype": model.dtype, "device": model.device}
         self.cache = KVCache(model.config.decoder, **sizes, ops=model.ops)
         for sequence in sequences:
