@@ -217,7 +217,7 @@ class StepArrays:
         self._token_id_T, self._position_T = found["token_id_T"], found["position_T"]
         self._query_start_R1 = found["query_start_R1"]
         self._query_start_R1[:] = n
-        names = "slot_T", "seq_len_S", "block_table_SN", *WINDOW_ARRAYS[: 2 * (shape.num_tables - 1)]
+        names = "slot_T", "seq_len_S", "block_table_SN", *(WINDOW_ARRAYS if shape.num_tables > 1 else ())
         rows = {name: found[name] for name in names}
         # The arguments of PagedKVCache.fill_step, once for the decodes and once for the chunks.
         self._decodes = {name: array[:n] for name, array in rows.items()}
